@@ -1,0 +1,1 @@
+"""The session-aware engine: it sees token ids only, never text."""

@@ -1,0 +1,36 @@
+"""Faults inside the engine, as codes: `agentspeed.backends` maps each code to a public class."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Code = Literal[
+    # your input
+    "unsupported_model", "bad_config", "bad_weights", "bad_tokenizer", "invalid_request", "context_overflow",
+    "invalid_sampling", "schema_unsupported", "branch_unknown", "branch_busy", "branch_closed", "trunk_moved",
+    "child_unrelated", "position_unknown", "bad_frame", "protocol_mismatch",
+    # the world
+    "overloaded", "too_many_sessions", "too_many_branches", "quota_exceeded", "out_of_memory", "engine_stopping",
+    # our bug
+    "internal",
+]
+
+RETRYABLE: frozenset[str] = frozenset({"overloaded", "too_many_sessions", "too_many_branches", "quota_exceeded", "engine_stopping"})
+
+
+class EngineFault(Exception):
+    """A refusal with its reason and its remedy. Nothing changed when it is raised."""
+
+    def __init__(self, code: Code, message: str, remedy: str = "") -> None:
+        super().__init__(f"{message} {remedy}".strip())
+        self.code: Code = code
+        self.message = message
+        self.remedy = remedy
+
+    @property
+    def retryable(self) -> bool:
+        return self.code in RETRYABLE
+
+
+class BrokenInvariant(AssertionError):
+    """Our bug: a rule of the ownership machines does not hold. The engine stops; nothing swallows it."""

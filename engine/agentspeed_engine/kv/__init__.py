@@ -1,0 +1,1 @@
+"""Who owns which KV rows: pool, nodes, branches, tree, ledger."""

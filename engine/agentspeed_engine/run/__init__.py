@@ -1,0 +1,1 @@
+"""The thin shell: process, loop thread, worker thread, sockets."""

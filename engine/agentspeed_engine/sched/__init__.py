@@ -1,0 +1,1 @@
+"""The scheduler: sans-IO, `handle(command)`, `plan(now)`, `apply(result)`."""

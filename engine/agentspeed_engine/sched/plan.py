@@ -1,0 +1,117 @@
+"""The order for one step and its result, as plain values: a worker that holds them cannot move any state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, final
+
+from agentspeed_engine.ids import BranchId, NodeId, PageId, SlotId, StepSeq, TicketId
+from agentspeed_engine.wire import Grammar, Sampling
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class NodeRun:
+    """The rows of one node, as a step reads them. Compared by identity: one object per node and residence, so a
+    consumer may cache what it derives from it."""
+
+    node: NodeId
+    start: int
+    """Position of the first token."""
+    tokens: int
+    pages: tuple[PageId, ...]
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class TurnSpec:
+    """What sampling needs to know of a turn; one object per turn, so a worker may key its matcher by `turn`."""
+
+    turn: int
+    """Unique over the engine's life."""
+    branch: BranchId
+    sampling: Sampling
+    draw_key: tuple[int, int, int]
+    """(seed, turn serial, child index)."""
+    stop_strings: tuple[bytes, ...]
+    grammar: Grammar | None
+    prompt_tokens: int
+    """Known ids when the turn was queued: position of the first drawn token."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Consecutive tokens of one branch in one step."""
+
+    branch: BranchId
+    epoch: int
+    position: int
+    """Of the first id; position i's KV row is written to tail page (i - tail_start) // page_tokens."""
+    ids: Sequence[int]
+    path: tuple[NodeRun, ...]
+    """Root first; together they hold rows [0, tail_start)."""
+    tail_start: int
+    tail_pages: tuple[PageId, ...]
+    sample: TurnSpec | None
+    """Draw one token from the logits of the last id; None for a chunk that does not end the prompt."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class PageCopy:
+    """The first `rows` rows of `src` go to `dst` before anything of the step is computed."""
+
+    src: PageId
+    dst: PageId
+    rows: int
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class HostCopy:
+    """One ticket: whole pages between device and host, outside any step."""
+
+    ticket: TicketId
+    direction: Literal["save", "load"]
+    pages: tuple[PageId, ...]
+    slots: tuple[SlotId, ...]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """Everything one step does."""
+
+    seq: StepSeq
+    rows: tuple[Row, ...]
+    copies: tuple[PageCopy, ...] = ()
+    ended: tuple[int, ...] = ()
+    """Turns that ended since the last plan: a worker forgets their matchers and automata."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """The token drawn for one row with `sample`."""
+
+    branch: BranchId
+    epoch: int
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    end: Literal["stop_string", "grammar_end"] | None = None
+    """Set by the worker's automata: the turn ends with this token."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What came of one step. Rows without `sample` are acknowledged by the step itself."""
+
+    seq: StepSeq
+    drawn: tuple[Drawn, ...] = ()
+    refused: tuple[tuple[BranchId, int, str], ...] = ()
+    """(branch, epoch, reason): rows whose turn cannot go on (a grammar that does not compile or dead-ends)."""
+    seconds: float = 0.0

@@ -1,0 +1,349 @@
+"""Every message between a front and the engine: the only part of the engine that `agentspeed.backends` may import.
+
+Frames are a 4-byte little-endian length and one msgpack body. A front sends `Command`s; each carries a `request`
+number of the front's own and is answered by exactly one reply that repeats it (`Done`, `Opened`, `Forked`,
+`LeaseAnswer`, `Inspected`, `Stats` or `Failed`). `Generate` is answered by `Done` when the turn is queued; its tokens
+and its end follow as events. The engine sends `Outbox` frames: all messages of one step for one link.
+Ids travel as little-endian uint32 (`ids.pack_ids`).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+PROTOCOL = 1
+"""Raised whenever a message changes its meaning; `Hello` with another number is refused."""
+
+MAX_FRAME_BYTES = 64 * 1024 * 1024
+
+Keep = Literal["soft", "firm"]
+FinishReason = Literal["stop_id", "stop_string", "grammar_end", "max_tokens", "cancelled", "forked", "closed", "error"]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
+    """Base of everything on the wire."""
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """How one turn draws its tokens. Temperature 0 is greedy."""
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    logprobs: int | None = None
+    """None: no logprobs. 0: of the drawn token. k: also of the k most likely ones (at most 20)."""
+
+
+class Grammar(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """A constraint on the turn's tokens, as llguidance takes it (a lark/json/regex grammar, serialised)."""
+
+    source: str
+    consumed: int = 0
+    """How many ids at the end of the log the matcher must first consume: a turn continued after a live fork."""
+
+
+# ---- commands -----------------------------------------------------------------------------------------------------
+class Hello(Message):
+    """The first frame on every link."""
+
+    request: int
+    protocol: int = PROTOCOL
+    client: str = ""
+
+
+class Open(Message):
+    """A new session whose root branch starts with `ids` (perhaps none), at the longest match in the tree."""
+
+    request: int
+    ids: bytes = b""
+    tenant: str = ""
+    private: bool = False
+    seed: int = 0
+
+
+class Append(Message):
+    """Ids at the end of a branch at rest; nothing is computed."""
+
+    request: int
+    branch: int
+    ids: bytes
+
+
+class Generate(Message):
+    """One turn: append `ids`, compute, then draw up to `max_tokens`. `max_tokens=0` only prefills."""
+
+    request: int
+    branch: int
+    ids: bytes = b""
+    max_tokens: int | None = None
+    sampling: Sampling = Sampling()
+    stop_ids: tuple[int, ...] = ()
+    stop_strings: tuple[bytes, ...] = ()
+    grammar: Grammar | None = None
+    seed: int | None = None
+    """Overrides the draw key's session seed for this turn, which makes it reproducible."""
+
+
+class Cancel(Message):
+    """Ends the running or queued turn of a branch. Answered by `Done` once the branch is at rest.
+
+    `cut`: known tokens to go back to after the stop; None keeps all. On a branch at rest it is `Done` at once
+    (and the cut still applies)."""
+
+    request: int
+    branch: int
+    cut: int | None = None
+
+
+class Fork(Message):
+    """`n` children at rest. Legal while a turn runs: the children share the log up to the last committed token."""
+
+    request: int
+    branch: int
+    n: int
+    at: int | None = None
+    """A token position of a branch at rest; None forks at its end."""
+
+
+class Rewind(Message):
+    """The log goes back to its first `tokens` ids."""
+
+    request: int
+    branch: int
+    tokens: int
+
+
+class Adopt(Message):
+    """The trunk takes the child's log and leaf; the child is closed."""
+
+    request: int
+    branch: int
+    child: int
+
+
+class Close(Message):
+    """Ends a branch; a root branch's session ends with its last branch."""
+
+    request: int
+    branch: int
+
+
+class Expect(Message):
+    """The front expects to use a branch at rest again in `seconds`."""
+
+    request: int
+    branch: int
+    seconds: float
+    keep: Keep = "soft"
+    tool: str = ""
+    """Name of the tool that is running, for the learnt distribution of pauses."""
+
+
+class Inspect(Message):
+    """State and residence of one branch."""
+
+    request: int
+    branch: int
+
+
+class GetStats(Message):
+    """Counts of the whole engine."""
+
+    request: int
+
+
+Command = (
+    Hello | Open | Append | Generate | Cancel | Fork | Rewind | Adopt | Close | Expect | Inspect | GetStats
+)
+
+
+# ---- values in replies and events ---------------------------------------------------------------------------------
+class Residence(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """Where the rows of a branch's known tokens are. The three add up to the tokens known."""
+
+    device: int = 0
+    host: int = 0
+    lost: int = 0
+
+
+class Lease(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """What the engine promises about a branch at rest."""
+
+    keep: Keep
+    until: float
+    """Seconds of the engine's monotonic clock."""
+    seconds: float
+    """Seconds granted, from the moment of the answer."""
+    residence: Residence
+    why: str
+
+
+class TurnUsage(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """What one turn cost. `resumed_device + resumed_host + recomputed + new` = tokens known before the first draw."""
+
+    new: int = 0
+    """Ids of this turn that were never computed before anywhere in the session."""
+    resumed_device: int = 0
+    resumed_host: int = 0
+    recomputed: int = 0
+    """Rows this branch had once and had to compute again (evicted, or less than a page after a lost seed)."""
+    shared: int = 0
+    """Of the new ids, how many were found computed by someone else."""
+    drawn: int = 0
+    preempted: int = 0
+    queue_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    why: str = ""
+    """Why rows were recomputed; empty if none were."""
+
+
+class TopLogprob(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    id: int
+    logprob: float
+
+
+# ---- replies ------------------------------------------------------------------------------------------------------
+class Welcome(Message):
+    """The answer to `Hello`: what this engine is."""
+
+    request: int
+    protocol: int
+    engine: str
+    model: str
+    vocab_size: int
+    context_limit: int
+    page_tokens: int
+    pages: int
+    host_slots: int
+    pid: int
+    limits: dict[str, int]
+
+
+class Done(Message):
+    """The command was carried out; `known` is the branch's log length after it."""
+
+    request: int
+    known: int = 0
+
+
+class Opened(Message):
+    request: int
+    branch: int
+    residence: Residence
+
+
+class Forked(Message):
+    request: int
+    branches: tuple[int, ...]
+    known: int
+
+
+class LeaseAnswer(Message):
+    request: int
+    lease: Lease
+
+
+class Inspected(Message):
+    request: int
+    state: str
+    known: int
+    residence: Residence
+    lease: Lease | None
+    waiting_for: str = ""
+
+
+class Stats(Message):
+    """`counts`: names of the design's owners and states to their numbers (docs/reference)."""
+
+    request: int
+    counts: dict[str, int]
+    seconds: dict[str, float]
+
+
+class Failed(Message):
+    """The command was refused; nothing changed."""
+
+    request: int
+    code: str
+    message: str
+    remedy: str = ""
+    retryable: bool = False
+
+
+# ---- events -------------------------------------------------------------------------------------------------------
+class TurnStarted(Message):
+    """The turn was admitted: what was resumed is known now."""
+
+    branch: int
+    usage: TurnUsage
+
+
+class Tokens(Message):
+    """Ids drawn in one step for one branch, in order."""
+
+    branch: int
+    ids: bytes
+    logprobs: tuple[float, ...] = ()
+    top: tuple[tuple[TopLogprob, ...], ...] = ()
+
+
+class TurnEnded(Message):
+    """The last event of a turn; the branch is at rest (or closed) with `known` ids in its log."""
+
+    branch: int
+    reason: FinishReason
+    known: int
+    usage: TurnUsage
+    message: str = ""
+
+
+class LeaseChanged(Message):
+    """A lease was answered differently later, or rows moved; `why` says what happened."""
+
+    branch: int
+    lease: Lease
+
+
+Reply = Welcome | Done | Opened | Forked | LeaseAnswer | Inspected | Stats | Failed
+Event = TurnStarted | Tokens | TurnEnded | LeaseChanged
+Outgoing = Reply | Event
+
+
+class Outbox(msgspec.Struct, frozen=True, array_like=True):
+    """One frame from the engine: everything one step (or one command) has for this link, in order."""
+
+    messages: tuple[Outgoing, ...]
+
+
+_COMMANDS = msgspec.msgpack.Decoder(Command)
+_OUTBOX = msgspec.msgpack.Decoder(Outbox)
+_ENCODER = msgspec.msgpack.Encoder()
+
+
+def encode_command(command: Command) -> bytes:
+    """One whole frame, length first."""
+    return _frame(_ENCODER.encode(command))
+
+
+def encode_outbox(messages: tuple[Outgoing, ...]) -> bytes:
+    """One whole frame, length first."""
+    return _frame(_ENCODER.encode(Outbox(messages)))
+
+
+def decode_command(body: bytes) -> Command:
+    """Raises `msgspec.DecodeError` (a `ValidationError` for a well-formed body of another shape)."""
+    command: Command = _COMMANDS.decode(body)
+    return command
+
+
+def decode_outbox(body: bytes) -> tuple[Outgoing, ...]:
+    """Raises `msgspec.DecodeError` when the body is not an `Outbox`."""
+    return _OUTBOX.decode(body).messages
+
+
+def _frame(body: bytes) -> bytes:
+    return len(body).to_bytes(4, "little") + body
