@@ -1,0 +1,185 @@
+"""Writes a random checkpoint in the Hugging Face `deepseek_v3` layout, so that tests and benchmarks need no download.
+
+    python tools/random_checkpoint.py bench/models/tiny.json .checkpoints/tiny --seed 0 --dtype float32
+
+The same configuration, seed and dtype always give the same bytes. The folder loads in transformers as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from string import ascii_lowercase
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+SPECIALS = ("<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<tool_call>", "</tool_call>")
+"""Ids 256, 257, ...: bos is 256 and eos is 257 in every configuration of `bench/models`."""
+
+CHAT_TEMPLATE = """{{- '<|begin|>' -}}
+{%- if tools -%}<|system|>Tools: {{ tools | tojson }}<|end|>{%- endif -%}
+{%- for message in messages -%}
+<|{{ message.role }}|>{{ message.content or '' }}
+{%- for call in message.tool_calls or [] -%}
+<tool_call>{{ {'name': call.function.name, 'arguments': call.function.arguments} | tojson }}</tool_call>
+{%- endfor -%}
+<|end|>
+{%- endfor -%}
+{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"""
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+def make_checkpoint(config: dict[str, Any], out: Path, seed: int = 0, dtype: str = "float32") -> Path:
+    """A folder with config.json, model.safetensors, tokenizer.json and tokenizer_config.json. Returns `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n")
+    save_file(random_weights(config, seed, DTYPES[dtype]), str(out / "model.safetensors"), metadata={"format": "pt"})
+    byte_tokenizer(config["vocab_size"]).save(str(out / "tokenizer.json"))
+    (out / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": SPECIALS[0],
+                "eos_token": SPECIALS[1],
+                "model_max_length": config["max_position_embeddings"],
+                "chat_template": CHAT_TEMPLATE,
+            },
+            indent=2,
+        )
+        + "\n"
+    )
+    return out
+
+
+def weight_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every tensor of the checkpoint with its shape, in file order."""
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    yield "model.embed_tokens.weight", (config["vocab_size"], hidden)
+    for layer in range(config["num_hidden_layers"]):
+        at = f"model.layers.{layer}."
+        yield at + "input_layernorm.weight", (hidden,)
+        yield from _attention_shapes(config, at + "self_attn.", hidden, heads)
+        yield at + "post_attention_layernorm.weight", (hidden,)
+        if layer < config["first_k_dense_replace"]:
+            yield from _mlp_shapes(at + "mlp.", hidden, config["intermediate_size"])
+        else:
+            yield from _moe_shapes(config, at + "mlp.", hidden)
+    yield "model.norm.weight", (hidden,)
+    if not config.get("tie_word_embeddings", False):
+        yield "lm_head.weight", (config["vocab_size"], hidden)
+
+
+def _attention_shapes(
+    config: dict[str, Any], at: str, hidden: int, heads: int
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    rope, nope, value = config["qk_rope_head_dim"], config["qk_nope_head_dim"], config["v_head_dim"]
+    rank, q_rank, bias = config["kv_lora_rank"], config.get("q_lora_rank"), config.get("attention_bias", False)
+    if q_rank is None:
+        yield at + "q_proj.weight", (heads * (nope + rope), hidden)
+    else:
+        yield at + "q_a_proj.weight", (q_rank, hidden)
+        if bias:
+            yield at + "q_a_proj.bias", (q_rank,)
+        yield at + "q_a_layernorm.weight", (q_rank,)
+        yield at + "q_b_proj.weight", (heads * (nope + rope), q_rank)
+    yield at + "kv_a_proj_with_mqa.weight", (rank + rope, hidden)
+    if bias:
+        yield at + "kv_a_proj_with_mqa.bias", (rank + rope,)
+    yield at + "kv_a_layernorm.weight", (rank,)
+    yield at + "kv_b_proj.weight", (heads * (nope + value), rank)
+    yield at + "o_proj.weight", (hidden, heads * value)
+    if bias:
+        yield at + "o_proj.bias", (hidden,)
+
+
+def _mlp_shapes(at: str, hidden: int, inner: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield at + "gate_proj.weight", (inner, hidden)
+    yield at + "up_proj.weight", (inner, hidden)
+    yield at + "down_proj.weight", (hidden, inner)
+
+
+def _moe_shapes(config: dict[str, Any], at: str, hidden: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    inner = config["moe_intermediate_size"]
+    yield at + "gate.weight", (config["n_routed_experts"], hidden)
+    if config["model_type"] == "deepseek_v3":
+        yield at + "gate.e_score_correction_bias", (config["n_routed_experts"],)
+    for expert in range(config["n_routed_experts"]):
+        yield from _mlp_shapes(f"{at}experts.{expert}.", hidden, inner)
+    yield from _mlp_shapes(at + "shared_experts.", hidden, inner * config["n_shared_experts"])
+
+
+def random_weights(config: dict[str, Any], seed: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Matrices of variance 1 / fan-in, so that activations and logits keep a scale of about one at any size."""
+    noise = torch.Generator().manual_seed(seed)
+    weights: dict[str, torch.Tensor] = {}
+    for name, shape in weight_shapes(config):
+        drawn = torch.randn(shape, generator=noise, dtype=torch.float32)
+        if name.endswith("norm.weight"):
+            drawn = 1 + 0.1 * drawn
+        elif len(shape) == 1:
+            drawn = 0.05 * drawn
+        elif "embed_tokens" not in name:
+            drawn = drawn / math.sqrt(shape[1])
+        weights[name] = drawn if name.endswith("e_score_correction_bias") else drawn.to(dtype)
+    return weights
+
+
+def byte_tokenizer(vocab_size: int) -> Tokenizer:
+    """Byte-level BPE: 256 bytes, the special tokens, then merges of lower-case letters until `vocab_size` ids exist."""
+    if vocab_size < 256 + len(SPECIALS):
+        raise ValueError(f"vocab_size {vocab_size} has no room for 256 bytes and {len(SPECIALS)} special tokens")
+    alphabet = [token for _, token in sorted((byte, token) for token, byte in _byte_alphabet().items())]
+    vocab = {token: index for index, token in enumerate(alphabet)}
+    vocab |= {token: 256 + index for index, token in enumerate(SPECIALS)}
+    merges: list[tuple[str, str]] = []
+    for left, right in _merges():
+        if len(vocab) == vocab_size:
+            break
+        vocab[left + right] = len(vocab)
+        merges.append((left, right))
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIALS])
+    return tokenizer
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The printable stand-in of every byte that byte-level tokenizers share."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    stand_in = {chr(byte): byte for byte in printable}
+    hidden = [byte for byte in range(256) if byte not in printable]
+    return stand_in | {chr(256 + index): byte for index, byte in enumerate(hidden)}
+
+
+def _merges() -> Iterator[tuple[str, str]]:
+    yield from (("Ġ", letter) for letter in ascii_lowercase)
+    yield from product(ascii_lowercase, ascii_lowercase)
+    yield from ((left + right, letter) for left, right, letter in product(ascii_lowercase, repeat=3))
+    pairs = ["".join(pair) for pair in product(ascii_lowercase, repeat=2)]
+    yield from product(pairs, pairs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="a config.json of model_type deepseek_v3 or deepseek_v2")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
+    arguments = parser.parse_args()
+    config = json.loads(arguments.config.read_text())
+    make_checkpoint(config, arguments.out, arguments.seed, arguments.dtype)
+    count = sum(math.prod(shape) for _, shape in weight_shapes(config))
+    print(f"{arguments.out}: {count / 1e6:.1f} M parameters, {arguments.dtype}, seed {arguments.seed}")
+
+
+if __name__ == "__main__":
+    main()
