@@ -20,7 +20,16 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-SPECIALS = ("<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<tool_call>", "</tool_call>")
+SPECIALS = (
+    "<|begin|>",
+    "<|end|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|tool|>",
+    "<tool_call>",
+    "</tool_call>",
+)
 """Ids 256, 257, ...: bos is 256 and eos is 257 in every configuration of `bench/models`."""
 
 CHAT_TEMPLATE = """{{- '<|begin|>' -}}

@@ -1,0 +1,115 @@
+"""Modules that every family shares: embedding, residual norm, dense feed-forward and the head."""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from agentspeed_kernels.select import Kernels
+from torch import Tensor
+
+from agentspeed_engine.models.state import StepState
+from agentspeed_engine.spmd.placement import FEATURES, Layout, Partial, Rank, Replicate, Shard, TOKENS
+from agentspeed_engine.spmd.spec import TOKEN_SHARD, TOKEN_SHARD_PARTIAL, Boundary
+
+
+def piece(weight: Tensor, dim: int, index: int, count: int) -> Tensor:
+    """The `index`-th of `count` equal pieces, contiguous."""
+    return weight if count == 1 else weight.chunk(count, dim=dim)[index].contiguous()
+
+
+@final
+class Embed:
+    """Ids to hidden rows; the vocabulary is cut over tp, and a rank gives zeros for ids it does not hold."""
+
+    __slots__ = ("_first", "_table", "boundary")
+
+    def __init__(self, name: str, table: Tensor, rank: Rank) -> None:
+        self._table = piece(table, 0, rank.tp, rank.mesh.tp)
+        self._first = rank.tp * self._table.shape[0] if rank.mesh.tp > 1 else None
+        self.boundary = Boundary(
+            name=name,
+            input=TOKEN_SHARD,
+            output=TOKEN_SHARD_PARTIAL,
+            width=table.shape[1],
+        )
+
+    def __call__(self, x: Tensor, residual: Tensor | None, state: StepState) -> tuple[Tensor, Tensor | None]:
+        if self._first is None:
+            return self._table[x], residual
+        local = x - self._first
+        mine = (local >= 0) & (local < self._table.shape[0])
+        return self._table[local.clamp(0, self._table.shape[0] - 1)] * mine[:, None], residual
+
+
+@final
+class AddNorm:
+    """Adds its input to the residual and hands on the norm of the sum; the first of a chain starts the residual."""
+
+    __slots__ = ("_eps", "_kernels", "_weight", "boundary")
+
+    def __init__(self, name: str, weight: Tensor, eps: float, kernels: Kernels) -> None:
+        self._weight, self._eps, self._kernels = weight, eps, kernels
+        self.boundary = Boundary(
+            name=name, input=TOKEN_SHARD, output=TOKEN_SHARD, width=weight.shape[0], residual=TOKEN_SHARD
+        )
+
+    def __call__(self, x: Tensor, residual: Tensor | None, state: StepState) -> tuple[Tensor, Tensor]:
+        out = state.workspace.take("normed", (x.shape[0], x.shape[1]), x.dtype)
+        if residual is None:
+            self._kernels["rms_norm"].at(x.shape[0])(x, self._weight, self._eps, out)
+            return out, x
+        self._kernels["add_rms_norm"].at(x.shape[0])(x, residual, self._weight, self._eps, out)
+        return out, residual
+
+
+@final
+class Dense:
+    """SwiGLU; the inner width is cut over tp."""
+
+    __slots__ = ("_down", "_gate_up", "_kernels", "boundary")
+
+    def __init__(self, name: str, gate: Tensor, up: Tensor, down: Tensor, rank: Rank, kernels: Kernels) -> None:
+        self._gate_up = torch.cat([piece(part, 0, rank.tp, rank.mesh.tp) for part in (gate, up)])[None]
+        self._down = piece(down, 1, rank.tp, rank.mesh.tp)[None]
+        self._kernels = kernels
+        self.boundary = Boundary(name=name, input=TOKEN_SHARD, output=TOKEN_SHARD_PARTIAL, width=down.shape[0])
+
+    def __call__(self, x: Tensor, residual: Tensor | None, state: StepState) -> tuple[Tensor, Tensor | None]:
+        out = state.workspace.take("fed", (x.shape[0], x.shape[1]), x.dtype)
+        ids = state.workspace.take("dense_ids", (x.shape[0], 1), torch.int64).zero_()
+        weights = state.workspace.take("dense_weights", (x.shape[0], 1), _wide(x.dtype)).fill_(1)
+        self._kernels["experts"].at(x.shape[0])(x, self._gate_up, self._down, ids, weights, state.workspace, out)
+        return out, residual
+
+
+@final
+class Head:
+    """Logits of the selected rows; the vocabulary is cut over tp."""
+
+    __slots__ = ("_kernels", "_table", "boundary")
+
+    def __init__(self, name: str, table: Tensor, rank: Rank, kernels: Kernels) -> None:
+        self._table = piece(table, 0, rank.tp, rank.mesh.tp)
+        self._kernels = kernels
+        self.boundary = Boundary(
+            name=name,
+            input=TOKEN_SHARD,
+            output=Layout(dp=Shard(TOKENS), tp=Shard(FEATURES)),
+            width=table.shape[0],
+        )
+
+    def __call__(self, x: Tensor, residual: Tensor | None, state: StepState) -> tuple[Tensor, Tensor | None]:
+        rows = x[state.select]
+        # A fresh tensor: logits leave the step, scratch memory does not.
+        out = torch.empty(rows.shape[0], self._table.shape[0], dtype=x.dtype)
+        if rows.shape[0]:
+            self._kernels["linear"].at(rows.shape[0])(rows, self._table, None, out)
+        return out, residual
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+__all__ = ["AddNorm", "Dense", "Embed", "Head", "Layout", "Partial", "Replicate", "piece"]

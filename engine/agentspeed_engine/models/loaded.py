@@ -1,0 +1,98 @@
+"""A model in memory: its compiled chain, its latent pool, and the moves of pages the engine orders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import final
+
+import numpy as np
+import torch
+from agentspeed_kernels.ops import OPS
+from agentspeed_kernels.platform import detect
+from agentspeed_kernels.registry import standard
+from agentspeed_kernels.select import Kernels
+from agentspeed_kernels.workspace import Workspace
+from torch import Tensor
+
+from agentspeed_engine.models.attention_plan import plan_attention
+from agentspeed_engine.models.catalog import Dtype, ModelInfo
+from agentspeed_engine.models.checkpoint import Checkpoint
+from agentspeed_engine.models.config import ModelConfig
+from agentspeed_engine.models.deepseek import build
+from agentspeed_engine.models.inputs import FlatBatch
+from agentspeed_engine.models.rope import Rope
+from agentspeed_engine.models.state import StepState
+from agentspeed_engine.spmd.lower import lower, run
+from agentspeed_engine.spmd.placement import ONE
+from agentspeed_engine.spmd.plan import Plan, plan
+from agentspeed_engine.spmd.spec import EVERYWHERE
+
+TORCH_DTYPES: dict[Dtype, torch.dtype] = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+}
+
+
+@final
+class LoadedModel:
+    """Not thread-safe: one worker thread drives it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: ModelConfig,
+        info: ModelInfo,
+        *,
+        dtype: Dtype,
+        pages: int,
+        page_tokens: int,
+        threads: int | None,
+    ) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        kind = TORCH_DTYPES[dtype]
+        self.info = info
+        self.page_tokens = page_tokens
+        weights = Checkpoint(folder, config, kind)
+        self._pool = torch.zeros(config.layers, pages, page_tokens, config.latent_width, dtype=kind)
+        self._kernels = Kernels(standard(), detect(), dtype, tuple(OPS))
+        chain = build(config, weights, list(self._pool), ONE, self._kernels)
+        self.plan: Plan = plan([module.boundary for module in chain], ONE.mesh, start=EVERYWHERE, finish=EVERYWHERE)
+        self._steps = lower(self.plan, chain, None)
+        self._rope = Rope(config, kind)
+        self._workspace = Workspace()
+
+    @torch.inference_mode()
+    def forward(self, batch: FlatBatch) -> Tensor:
+        """Logits [S, vocab] of the selected rows; the latents of all rows are in the pool afterwards."""
+        state = step_state(batch, self._rope, self.page_tokens, self._workspace)
+        logits: Tensor = run(self._steps, torch.from_numpy(batch.ids), state, (len(batch.ids),))
+        return logits
+
+    def copy_rows(self, src_page: int, dst_page: int, rows: int) -> None:
+        """The first `rows` rows of a page, in every layer."""
+        self._pool[:, dst_page, :rows] = self._pool[:, src_page, :rows]
+
+    def read_pages(self, pages: Sequence[int]) -> Tensor:
+        """A copy [n, layers, page_tokens, width]: page first, so that host slots are contiguous."""
+        return self._pool[:, torch.as_tensor(pages, dtype=torch.int64)].transpose(0, 1).contiguous()
+
+    def write_pages(self, pages: Sequence[int], data: Tensor) -> None:
+        """The inverse of `read_pages`."""
+        self._pool[:, torch.as_tensor(pages, dtype=torch.int64)] = data.transpose(0, 1)
+
+
+def step_state(batch: FlatBatch, rope: Rope, page_tokens: int, workspace: Workspace) -> StepState:
+    cos, sin = rope.at(torch.from_numpy(batch.positions))
+    few, many = plan_attention(batch.runs, batch.positions, page_tokens)
+    return StepState(
+        cos=cos,
+        sin=sin,
+        slots=torch.from_numpy(batch.slots),
+        few=few,
+        many=many,
+        select=torch.from_numpy(np.ascontiguousarray(batch.select)),
+        workspace=workspace,
+    )

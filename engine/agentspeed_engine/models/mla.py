@@ -1,0 +1,161 @@
+"""Multi-head latent attention over the paged latent pool, absorbed for few rows and decompressed for many."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from agentspeed_kernels.select import Kernels
+from torch import Tensor
+
+from agentspeed_engine.models.config import LAYER_NORM_EPS, ModelConfig
+from agentspeed_engine.models.layers import piece
+from agentspeed_engine.models.rope import half_order, score_scale
+from agentspeed_engine.models.state import StepState
+from agentspeed_engine.spmd.placement import Rank
+from agentspeed_engine.spmd.spec import TOKEN_SHARD, TOKEN_SHARD_PARTIAL, Boundary
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MlaWeights:
+    """As the checkpoint names them."""
+
+    q_a: Tensor | None
+    q_a_bias: Tensor | None
+    q_a_norm: Tensor | None
+    q: Tensor
+    """q_b_proj, or q_proj when queries have no low rank."""
+    kv_a: Tensor
+    kv_a_bias: Tensor | None
+    kv_a_norm: Tensor
+    kv_b: Tensor
+    o: Tensor
+    o_bias: Tensor | None
+
+
+@final
+class Mla:
+    """One attention layer of one rank: heads are cut over tp, the latent is the same on every tp rank."""
+
+    __slots__ = (
+        "_config", "_heads", "_kernels", "_key_up", "_absorb", "_kv_norm", "_o", "_o_bias", "_pool", "_q", "_q_norm",
+        "_q_rank", "_scale", "_value_up", "_down", "_down_bias", "boundary",
+    )  # fmt: skip
+
+    def __init__(
+        self, name: str, config: ModelConfig, weights: MlaWeights, pool: Tensor, rank: Rank, kernels: Kernels
+    ) -> None:
+        self._config, self._pool, self._kernels = config, pool, kernels
+        self._heads = config.heads // rank.mesh.tp
+        self._scale = score_scale(config)
+        self._q_rank = config.q_rank or 0
+        weights = _half_layout(config, weights) if config.interleaved else weights
+        self._down, self._down_bias = _joined_down(weights)
+        self._q_norm, self._kv_norm = weights.q_a_norm, weights.kv_a_norm
+        cut = (rank.tp, rank.mesh.tp)
+        self._q = piece(weights.q, 0, *cut)
+        self._o = piece(weights.o, 1, *cut)
+        # Partial outputs are summed over tp, so one rank alone adds the bias.
+        self._o_bias = weights.o_bias if rank.tp == 0 else None
+        up = piece(weights.kv_b, 0, *cut).view(self._heads, config.nope + config.value, config.kv_rank)
+        self._absorb = up[:, : config.nope].transpose(1, 2).contiguous()
+        self._value_up = up[:, config.nope :].contiguous()
+        self.boundary = Boundary(
+            name=name,
+            input=TOKEN_SHARD,
+            output=TOKEN_SHARD_PARTIAL,
+            width=config.hidden,
+            cache=TOKEN_SHARD,
+        )
+
+    def __call__(self, x: Tensor, residual: Tensor | None, state: StepState) -> tuple[Tensor, Tensor | None]:
+        config, rows, take = self._config, x.shape[0], state.workspace.take
+        run = self._kernels
+        q = self._project(x, state)
+        turned = q[:, :, config.nope :]
+        run["rope"].at(rows)(turned, state.cos, state.sin)
+        mixed = take("mixed", (rows, self._heads, config.value), x.dtype)
+        if state.few is not None:
+            self._attend_few(q, state, mixed)
+        if state.many is not None:
+            self._attend_many(q, state, mixed)
+        out = take("attended", (rows, config.hidden), x.dtype)
+        run["linear"].at(rows)(mixed.view(rows, -1), self._o, self._o_bias, out)
+        return out, residual
+
+    def _project(self, x: Tensor, state: StepState) -> Tensor:
+        """Queries [T, H, nope + rope]; the new latents are written to the pool on the way."""
+        config, rows, take, run = self._config, x.shape[0], state.workspace.take, self._kernels
+        down = take("down", (rows, self._down.shape[0]), x.dtype)
+        run["linear"].at(rows)(x, self._down, self._down_bias, down)
+        run["latent_append"].at(rows)(
+            down[:, self._q_rank :],
+            self._kv_norm,
+            LAYER_NORM_EPS,
+            state.cos,
+            state.sin,
+            state.slots,
+            self._pool.view(-1, config.latent_width),
+        )
+        low = x
+        if self._q_norm is not None:
+            low = take("q_low", (rows, self._q_rank), x.dtype)
+            run["rms_norm"].at(rows)(down[:, : self._q_rank], self._q_norm, LAYER_NORM_EPS, low)
+        q = take("q", (rows, self._q.shape[0]), x.dtype)
+        run["linear"].at(rows)(low, self._q, None, q)
+        return q.view(rows, self._heads, -1)
+
+    def _attend_few(self, q: Tensor, state: StepState, mixed: Tensor) -> None:
+        assert state.few is not None
+        config, take, run = self._config, state.workspace.take, self._kernels
+        rows = q.shape[0]
+        absorbed = take("absorbed", (rows, self._heads, config.latent_width), q.dtype)
+        run["heads_linear"].at(rows)(q[:, :, : config.nope], self._absorb, absorbed[:, :, : config.kv_rank])
+        absorbed[:, :, config.kv_rank :] = q[:, :, config.nope :]
+        latent = take("latent_out", (rows, self._heads, config.kv_rank), q.dtype)
+        attend = run["mla_rows"].at(rows)
+        attend(absorbed, self._pool, state.few, self._scale, state.workspace, latent)
+        run["heads_linear"].at(rows)(latent, self._value_up, mixed)
+
+    def _attend_many(self, q: Tensor, state: StepState, mixed: Tensor) -> None:
+        """Rows of `few` keep what they have: the extend's result is taken for its own rows only."""
+        assert state.many is not None
+        alone = state.few is None
+        out = mixed if alone else state.workspace.take("extended", tuple(mixed.shape), q.dtype)
+        attend = self._kernels["mla_extend"].at(q.shape[0])
+        attend(q, self._pool, self._absorb, self._value_up, state.many, self._scale, state.workspace, out)
+        if not alone:
+            rows = torch.from_numpy(state.many.merge_rows).long()
+            mixed[rows] = out[rows]
+
+
+def _joined_down(weights: MlaWeights) -> tuple[Tensor, Tensor | None]:
+    """Both down-projections as one matrix: one product reads the hidden rows once."""
+    if weights.q_a is None:
+        return weights.kv_a, weights.kv_a_bias
+    joined = torch.cat([weights.q_a, weights.kv_a])
+    if weights.q_a_bias is None or weights.kv_a_bias is None:
+        return joined, None
+    return joined, torch.cat([weights.q_a_bias, weights.kv_a_bias])
+
+
+def _half_layout(config: ModelConfig, weights: MlaWeights) -> MlaWeights:
+    """Reorders the rotary rows of both sides once, so that at run time pairs are always (i, i + rope / 2)."""
+    order = torch.tensor(half_order(config.rope))
+    q = weights.q.view(config.heads, config.nope + config.rope, -1).clone()
+    q[:, config.nope :] = q[:, config.nope + order]
+    kv_order = torch.cat([torch.arange(config.kv_rank), config.kv_rank + order])
+    return MlaWeights(
+        q_a=weights.q_a,
+        q_a_bias=weights.q_a_bias,
+        q_a_norm=weights.q_a_norm,
+        q=q.view(weights.q.shape),
+        kv_a=weights.kv_a[kv_order].contiguous(),
+        kv_a_bias=None if weights.kv_a_bias is None else weights.kv_a_bias[kv_order].contiguous(),
+        kv_a_norm=weights.kv_a_norm,
+        kv_b=weights.kv_b,
+        o=weights.o,
+        o_bias=weights.o_bias,
+    )

@@ -1,0 +1,116 @@
+"""Attention over paged latents on torch: two matrix products a tile and a log-sum-exp merge that keeps a running result."""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor
+
+from agentspeed_kernels.tiles import Tile, TilePlan
+from agentspeed_kernels.workspace import Workspace
+
+
+def mla_rows(q: Tensor, pool: Tensor, tiles: TilePlan, scale: float, workspace: Workspace, out: Tensor) -> None:
+    rank = out.shape[-1]
+    heads, width = q.shape[1], q.shape[2]
+    merged = _Merge(workspace, q.shape[0], heads, rank, q.dtype)
+    for tile in tiles.tiles:
+        latents = _latents(pool, tile, workspace)
+        rows = torch.from_numpy(tile.rows).long()
+        scores = (q[rows].reshape(-1, width) @ latents.T).view(rows.numel(), heads, -1)
+        scores = scores.to(merged.dtype).mul_(scale)
+        if tile.shape != "full":
+            _hide(scores, tile)
+        peak = scores.amax(-1, keepdim=True)
+        shares = scores.sub_(peak).exp_()
+        total = shares.sum(-1, keepdim=True)
+        part = (shares.to(q.dtype).view(-1, tile.tokens) @ latents[:, :rank]).view(rows.numel(), heads, rank)
+        merged.add(rows, part / total, peak + total.log())
+    out.copy_(merged.sum)
+
+
+def mla_extend(
+    q: Tensor,
+    pool: Tensor,
+    key_up: Tensor,
+    value_up: Tensor,
+    tiles: TilePlan,
+    scale: float,
+    workspace: Workspace,
+    out: Tensor,
+) -> None:
+    """Keys and values are decompressed a tile at a time; cheaper than absorbed attention once many rows share them."""
+    rank, value = key_up.shape[1], out.shape[-1]
+    merged = _Merge(workspace, q.shape[0], q.shape[1], value, q.dtype)
+    for tile in tiles.tiles:
+        latents = _latents(pool, tile, workspace)
+        keys, values = _decompress(latents, key_up, value_up, rank, q.shape[2], workspace)
+        rows = torch.from_numpy(tile.rows).long()
+        queries = q[rows].transpose(0, 1).unsqueeze(0)
+        mask = None if tile.shape != "ragged" else _mask(tile, q.dtype)
+        # The public function does not return the log-sum-exp that merging needs. Widths must be equal, hence the
+        # padded values.
+        part, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            queries, keys.unsqueeze(0), values.unsqueeze(0), 0.0, tile.shape == "diagonal", attn_mask=mask, scale=scale
+        )
+        part = part[0, :, :, :value].transpose(0, 1)
+        merged.add(rows, part, weight[0].transpose(0, 1).unsqueeze(-1))
+    out.copy_(merged.sum)
+
+
+def _decompress(
+    latents: Tensor, key_up: Tensor, value_up: Tensor, rank: int, width: int, workspace: Workspace
+) -> tuple[Tensor, Tensor]:
+    heads, value, tokens = key_up.shape[0], value_up.shape[1], latents.shape[0]
+    nope = key_up.shape[2]
+    keys = workspace.take("extend_keys", (heads, tokens, max(width, value)), latents.dtype)
+    values = workspace.take("extend_values", (heads, tokens, max(width, value)), latents.dtype)
+    compressed = latents[:, :rank].expand(heads, -1, -1)
+    keys[:, :, :nope] = torch.bmm(compressed, key_up)
+    keys[:, :, nope:width] = latents[:, rank:]
+    keys[:, :, width:] = 0
+    values[:, :, :value] = torch.bmm(compressed, value_up.transpose(1, 2))
+    values[:, :, value:] = 0
+    return keys, values
+
+
+def _latents(pool: Tensor, tile: Tile, workspace: Workspace) -> Tensor:
+    """[tokens, width]: a view when the pages are neighbours, else gathered once."""
+    page_tokens, width = pool.shape[1], pool.shape[2]
+    if tile.contiguous:
+        first = int(tile.pages[0]) * page_tokens + tile.offset
+        return pool.view(-1, width)[first : first + tile.tokens]
+    gathered = workspace.take("gathered", (tile.pages.size, page_tokens, width), pool.dtype)
+    torch.index_select(pool, 0, torch.from_numpy(tile.pages), out=gathered)
+    return gathered.view(-1, width)[tile.offset : tile.offset + tile.tokens]
+
+
+def _hide(scores: Tensor, tile: Tile) -> None:
+    hidden = torch.arange(tile.tokens) >= torch.from_numpy(tile.visible)[:, None]
+    scores.masked_fill_(hidden[:, None, :], float("-inf"))
+
+
+def _mask(tile: Tile, dtype: torch.dtype) -> Tensor:
+    hidden = torch.arange(tile.tokens) >= torch.from_numpy(tile.visible)[:, None]
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))[None, None]
+
+
+@final
+class _Merge:
+    """The attention of each row over the tiles added so far: `sum` is normalised, `weight` its log-sum-exp."""
+
+    __slots__ = ("dtype", "sum", "weight")
+
+    def __init__(self, workspace: Workspace, rows: int, heads: int, width: int, dtype: torch.dtype) -> None:
+        self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self.sum = workspace.take("merge_sum", (rows, heads, width), self.dtype).zero_()
+        self.weight = workspace.take("merge_weight", (rows, heads, 1), self.dtype).fill_(float("-inf"))
+
+    def add(self, rows: Tensor, part: Tensor, weight: Tensor) -> None:
+        before = self.weight[rows]
+        weight = weight.to(self.dtype)
+        after = torch.logaddexp(before, weight)
+        held = self.sum[rows].mul_((before - after).exp_())
+        self.sum[rows] = held.add_(part.to(self.dtype) * (weight - after).exp_())
+        self.weight[rows] = after

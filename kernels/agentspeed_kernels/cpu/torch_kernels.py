@@ -1,0 +1,124 @@
+"""Every op on torch: right for any format and any number of rows, fast where matrix products dominate."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from agentspeed_kernels.cpu import torch_attention
+from agentspeed_kernels.routing import RouteRule
+from agentspeed_kernels.signature import Dtype, KernelSpec
+from agentspeed_kernels.workspace import Workspace
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(x, weight.T, out=out)
+    else:
+        torch.addmm(bias, x, weight.T, out=out)
+
+
+def heads_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    result = torch.bmm(x.transpose(0, 1), weight.transpose(1, 2))
+    out.copy_(result.transpose(0, 1))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+    wide = _wide(x)
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
+    torch.mul((wide * scale).to(x.dtype), weight, out=out)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+    residual.add_(x)
+    rms_norm(residual, weight, eps, out)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    half = x.shape[-1] // 2
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    low, high = x[..., :half].clone(), x[..., half:].clone()
+    x[..., :half] = low * cos - high * sin
+    x[..., half:] = high * cos + low * sin
+
+
+def latent_append(
+    raw: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, slots: Tensor, pool: Tensor
+) -> None:
+    rank = weight.shape[0]
+    row = raw.clone()
+    rms_norm(raw[:, :rank], weight, eps, out=row[:, :rank])
+    rope(row[:, None, rank:], cos, sin)
+    pool.index_copy_(0, slots, row)
+
+
+def route(x: Tensor, weight: Tensor, bias: Tensor | None, rule: RouteRule) -> tuple[Tensor, Tensor]:
+    logits = _wide(x) @ weight.T
+    scores = logits.sigmoid() if rule.score == "sigmoid" else logits.softmax(-1)
+    choice = scores if bias is None else scores + bias
+    if rule.groups > 1:
+        choice = _keep_groups(choice, rule)
+    ids = choice.topk(rule.top, dim=-1).indices
+    weights = scores.gather(1, ids)
+    if rule.normalise:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return ids, weights.mul_(rule.scale)
+
+
+def _keep_groups(choice: Tensor, rule: RouteRule) -> Tensor:
+    grouped = choice.view(choice.shape[0], rule.groups, -1)
+    worth = grouped.amax(-1) if rule.group_score == "max" else grouped.topk(2, dim=-1).values.sum(-1)
+    kept = worth.topk(rule.top_groups, dim=-1).indices
+    outside = torch.ones_like(worth, dtype=torch.bool).scatter_(1, kept, False)
+    return grouped.masked_fill(outside.unsqueeze(-1), float("-inf")).view_as(choice)
+
+
+def experts(
+    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, workspace: Workspace, out: Tensor
+) -> None:
+    """Tokens are sorted by expert, so each hit expert is one pair of matrix products."""
+    if gate_up.shape[0] == 1:
+        out.copy_(_swiglu(x, gate_up[0], down[0]))
+        return
+    top = ids.shape[1]
+    flat = ids.reshape(-1)
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat, minlength=gate_up.shape[0]).tolist()
+    shares = weights.reshape(-1)[order].unsqueeze(1).to(x.dtype)
+    tokens = torch.div(order, top, rounding_mode="floor")
+    out.zero_()
+    at = 0
+    for expert, count in enumerate(counts):
+        if count:
+            mine = tokens[at : at + count]
+            out.index_add_(0, mine, _swiglu(x[mine], gate_up[expert], down[expert]).mul_(shares[at : at + count]))
+            at += count
+
+
+def _swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    gate, up = (x @ gate_up.T).chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate).mul_(up) @ down.T
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Sums of squares and router scores are taken in at least float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+_FORMATS: frozenset[Dtype] = frozenset({"float32", "float64", "bfloat16"})
+
+SPECS: tuple[KernelSpec, ...] = tuple(
+    KernelSpec(op=op, name="torch", dtypes=_FORMATS, device="cpu", call=call, priority=0)
+    for op, call in {
+        "linear": linear,
+        "heads_linear": heads_linear,
+        "rms_norm": rms_norm,
+        "add_rms_norm": add_rms_norm,
+        "rope": rope,
+        "latent_append": latent_append,
+        "route": route,
+        "experts": experts,
+        "mla_rows": torch_attention.mla_rows,
+        "mla_extend": torch_attention.mla_extend,
+    }.items()
+)

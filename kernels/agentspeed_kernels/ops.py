@@ -1,0 +1,110 @@
+"""The public ops: their names, what a call means in one line, and the least bytes and FLOPs a call costs.
+
+Axes: T tokens, K inputs, N outputs, H heads, R latent rank, D hidden, E experts, I expert width, C context tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import final
+
+from agentspeed_kernels.signature import Cost
+
+Dims = Mapping[str, int]
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Op:
+    name: str
+    call: str
+    """Its arguments; the definition of the same name in `reference.definitions` says what comes out."""
+    cost: Callable[[Dims, int], Cost]
+    """(sizes, bytes of an element) -> the least it can cost."""
+
+
+def _linear(d: Dims, item: int) -> Cost:
+    return Cost(bytes=item * (d["N"] * d["K"] + d["T"] * (d["K"] + d["N"])), flops=2 * d["T"] * d["N"] * d["K"])
+
+
+def _heads_linear(d: Dims, item: int) -> Cost:
+    one = _linear(d, item)
+    return Cost(bytes=d["H"] * one.bytes, flops=d["H"] * one.flops)
+
+
+def _norm(d: Dims, item: int) -> Cost:
+    return Cost(bytes=item * (4 * d["T"] + 1) * d["D"], flops=4 * d["T"] * d["D"])
+
+
+def _latent_append(d: Dims, item: int) -> Cost:
+    width = d["R"] + d["rope"]
+    return Cost(bytes=item * 2 * d["T"] * width, flops=6 * d["T"] * width)
+
+
+def _rope(d: Dims, item: int) -> Cost:
+    return Cost(bytes=item * 2 * d["T"] * d["H"] * d["rope"], flops=3 * d["T"] * d["H"] * d["rope"])
+
+
+def _mla_rows(d: Dims, item: int) -> Cost:
+    """C tokens of context are read once, whatever the number of rows that see them."""
+    width, rows = d["R"] + d["rope"], d["T"] * d["H"]
+    return Cost(bytes=item * (d["C"] * width + rows * (width + d["R"])), flops=2 * rows * d["C"] * (width + d["R"]))
+
+
+def _mla_extend(d: Dims, item: int) -> Cost:
+    inner = d["nope"] + d["value"]
+    expand = 2 * d["C"] * d["R"] * d["H"] * inner
+    attend = 2 * d["T"] * d["C"] * d["H"] * (inner + d["rope"])
+    weights = d["H"] * inner * d["R"]
+    moved = d["C"] * (d["R"] + d["rope"]) + weights + d["T"] * d["H"] * (inner + d["rope"])
+    return Cost(bytes=item * moved, flops=expand + attend)
+
+
+def _route(d: Dims, item: int) -> Cost:
+    return Cost(bytes=item * (d["T"] + d["E"]) * d["D"], flops=2 * d["T"] * d["E"] * d["D"])
+
+
+def _experts(d: Dims, item: int) -> Cost:
+    """`hit` experts are read; every token visits `top` of them."""
+    weights, visits = 3 * d["hit"] * d["I"] * d["D"], d["T"] * d["top"]
+    return Cost(bytes=item * (weights + 2 * d["T"] * d["D"]), flops=6 * visits * d["I"] * d["D"])
+
+
+OPS: dict[str, Op] = {
+    op.name: op
+    for op in (
+        Op(name="linear", call="x[T,K], weight[N,K], bias[N]|None, out[T,N]", cost=_linear),
+        Op(
+            name="heads_linear",
+            call="x[T,H,K], weight[H,N,K], out[T,H,N]; x and out may be strided",
+            cost=_heads_linear,
+        ),
+        Op(name="rms_norm", call="x[T,D], weight[D], eps, out[T,D]", cost=_norm),
+        Op(name="add_rms_norm", call="x[T,D], residual[T,D] (x is added to it), weight[D], eps, out[T,D]", cost=_norm),
+        Op(
+            name="latent_append",
+            call="raw[T,R+rope], weight[R], eps, cos[T,rope/2], sin[T,rope/2], slots[T], pool[rows,R+rope] (written)",
+            cost=_latent_append,
+        ),
+        Op(
+            name="rope", call="x[T,H,rope] (rotated in place; may be strided), cos[T,rope/2], sin[T,rope/2]", cost=_rope
+        ),
+        Op(
+            name="mla_rows",
+            call="q[T,H,R+rope], pool[pages,page_tokens,R+rope], tiles, scale, workspace, out[T,H,R]",
+            cost=_mla_rows,
+        ),
+        Op(
+            name="mla_extend",
+            call="q[T,H,nope+rope], pool, key_up[H,R,nope], value_up[H,value,R], tiles, scale, workspace, out[T,H,value]",
+            cost=_mla_extend,
+        ),
+        Op(name="route", call="x[T,D], weight[E,D], bias[E]|None, rule -> ids[T,top], weights[T,top]", cost=_route),
+        Op(
+            name="experts",
+            call="x[T,D], gate_up[E,2I,D], down[E,D,I], ids[T,top], weights[T,top], workspace, out[T,D]",
+            cost=_experts,
+        ),
+    )
+}

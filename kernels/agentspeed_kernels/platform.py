@@ -1,0 +1,31 @@
+"""What this machine offers, found once and handed to selection as a plain value."""
+
+from __future__ import annotations
+
+import platform as host
+from dataclasses import dataclass, field
+from typing import final
+
+from agentspeed_kernels.signature import Device
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Platform:
+    device: Device
+    arch: str
+    features: frozenset[str]
+    absent: dict[str, str] = field(default_factory=dict)
+    """Why a feature that could be here is not."""
+
+
+def detect() -> Platform:
+    """The CPU of this process. Builds the native kernels if a compiler is found; that takes seconds once a machine."""
+    from agentspeed_kernels.cpu import native
+
+    library = native.library()
+    if isinstance(library, native.Unavailable):
+        return Platform(
+            device="cpu", arch=host.machine(), features=frozenset(), absent={native.FEATURE: library.reason}
+        )
+    return Platform(device="cpu", arch=host.machine(), features=frozenset({native.FEATURE}))

@@ -1,0 +1,114 @@
+"""What each op means, written to be read; inputs of any format are taken to float64 first."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from agentspeed_kernels.routing import RouteRule
+from agentspeed_kernels.tiles import TilePlan
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = x.double() @ weight.double().T
+    return y if bias is None else y + bias.double()
+
+
+def heads_linear(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.einsum("thk,hnk->thn", x.double(), weight.double())
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x = x.double()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.double()
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(normed, new residual)"""
+    total = residual.double() + x.double()
+    return rms_norm(total, weight, eps), total
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Coordinate i turns with coordinate i + width/2."""
+    low, high = x.double().chunk(2, dim=-1)
+    cos, sin = (angle.double().reshape(-1, *[1] * (x.dim() - 2), angle.shape[-1]) for angle in (cos, sin))
+    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
+
+
+def latent_append(
+    raw: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, slots: Tensor, pool: Tensor
+) -> Tensor:
+    """The pool after the rows are written; it is not changed itself."""
+    rank = weight.shape[0]
+    row = torch.cat([rms_norm(raw[:, :rank], weight, eps), rope(raw[:, rank:], cos, sin)], dim=-1)
+    after = pool.double().clone()
+    after[slots] = row
+    return after
+
+
+def mla_rows(q: Tensor, pool: Tensor, tiles: TilePlan, scale: float, rank: int) -> Tensor:
+    """Softmax attention of each row over the latents of all tokens it sees; a row that sees none gives zeros."""
+    out = torch.zeros(q.shape[0], q.shape[1], rank, dtype=torch.float64)
+    seen = latents_by_row(pool, tiles)
+    for row, latents in seen.items():
+        scores = scale * (q[row].double() @ latents.T)
+        out[row] = scores.softmax(-1) @ latents[:, :rank]
+    return out
+
+
+def mla_extend(q: Tensor, pool: Tensor, key_up: Tensor, value_up: Tensor, tiles: TilePlan, scale: float) -> Tensor:
+    """The same attention over keys and values that are decompressed from the latents first."""
+    rank = key_up.shape[1]
+    out = torch.zeros(q.shape[0], q.shape[1], value_up.shape[1], dtype=torch.float64)
+    for row, latents in latents_by_row(pool, tiles).items():
+        nope = torch.einsum("cr,hrn->hcn", latents[:, :rank], key_up.double())
+        turned = latents[:, rank:].expand(nope.shape[0], -1, -1)
+        values = torch.einsum("cr,hvr->hcv", latents[:, :rank], value_up.double())
+        scores = scale * torch.einsum("hd,hcd->hc", q[row].double(), torch.cat([nope, turned], dim=-1))
+        out[row] = torch.einsum("hc,hcv->hv", scores.softmax(-1), values)
+    return out
+
+
+def latents_by_row(pool: Tensor, tiles: TilePlan) -> dict[int, Tensor]:
+    """All latents each row sees, in float64."""
+    page_tokens = pool.shape[1]
+    parts: dict[int, list[Tensor]] = {}
+    for tile in tiles.tiles:
+        latents = pool[torch.from_numpy(tile.pages).long()].double().reshape(-1, pool.shape[2])
+        latents = latents[tile.offset : tile.offset + tile.tokens]
+        assert tile.offset < page_tokens
+        for row, visible in zip(tile.rows.tolist(), tile.visible.tolist(), strict=True):
+            parts.setdefault(row, []).append(latents[:visible])
+    return {row: torch.cat(held) for row, held in parts.items()}
+
+
+def route(x: Tensor, weight: Tensor, bias: Tensor | None, rule: RouteRule) -> tuple[Tensor, Tensor]:
+    """(expert ids by falling choice score, their weights)"""
+    logits = x.double() @ weight.double().T
+    scores = logits.sigmoid() if rule.score == "sigmoid" else logits.softmax(-1)
+    choice = scores if bias is None else scores + bias.double()
+    ids = torch.stack([_choose(row, rule) for row in choice])
+    weights = scores.gather(1, ids)
+    if rule.normalise:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return ids, weights * rule.scale
+
+
+def _choose(choice: Tensor, rule: RouteRule) -> Tensor:
+    groups = choice.view(rule.groups, -1)
+    worth = groups.max(-1).values if rule.group_score == "max" else groups.topk(2, -1).values.sum(-1)
+    kept = set(worth.topk(rule.top_groups).indices.tolist())
+    size = groups.shape[1]
+    allowed = [expert for expert in range(choice.numel()) if rule.groups == 1 or expert // size in kept]
+    ranked = sorted(allowed, key=lambda expert: -float(choice[expert]))
+    return torch.tensor(ranked[: rule.top])
+
+
+def experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    out = torch.zeros(x.shape[0], x.shape[1], dtype=torch.float64)
+    for token in range(x.shape[0]):
+        for expert, share in zip(ids[token].tolist(), weights[token].tolist(), strict=True):
+            gate, up = (gate_up[expert].double() @ x[token].double()).chunk(2)
+            out[token] += share * (down[expert].double() @ (torch.nn.functional.silu(gate) * up))
+    return out

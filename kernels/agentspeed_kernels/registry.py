@@ -1,0 +1,62 @@
+"""The list of kernels that exist; a second kernel of one name is refused, never shadowed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib.metadata import entry_points
+from typing import final
+
+from agentspeed_kernels.ops import OPS
+from agentspeed_kernels.signature import KernelSpec
+
+ENTRY_POINTS = "agentspeed.kernels"
+
+
+class RegistryError(ValueError):
+    """A kernel that cannot be registered."""
+
+
+@final
+class Registry:
+    """Kernels by op, in registration order."""
+
+    __slots__ = ("_by_op",)
+
+    def __init__(self, specs: Iterable[KernelSpec] = ()) -> None:
+        self._by_op: dict[str, dict[str, KernelSpec]] = {op: {} for op in OPS}
+        for spec in specs:
+            self.add(spec)
+
+    def add(self, spec: KernelSpec) -> None:
+        if spec.op not in self._by_op:
+            raise RegistryError(f"{spec} is for an unknown op. Ops are {', '.join(sorted(self._by_op))}.")
+        held = self._by_op[spec.op]
+        if spec.name in held:
+            raise RegistryError(f"{spec} is registered twice. Give one of them another name.")
+        equal = [other for other in held.values() if _same_rank(other, spec)]
+        if equal:
+            raise RegistryError(
+                f"{spec} and {equal[0]} have the same priority for the same formats. Change one priority."
+            )
+        held[spec.name] = spec
+
+    def candidates(self, op: str) -> tuple[KernelSpec, ...]:
+        return tuple(self._by_op[op].values())
+
+    def __iter__(self) -> Iterable[KernelSpec]:  # type: ignore[override]
+        return (spec for held in self._by_op.values() for spec in held.values())
+
+
+def _same_rank(left: KernelSpec, right: KernelSpec) -> bool:
+    return left.priority == right.priority and left.device == right.device and bool(left.dtypes & right.dtypes)
+
+
+def standard() -> Registry:
+    """The project's kernels plus those of installed packages (entry points: a callable returning specs)."""
+    from agentspeed_kernels.cpu import native_kernels, torch_kernels
+
+    registry = Registry((*torch_kernels.SPECS, *native_kernels.SPECS))
+    for point in entry_points(group=ENTRY_POINTS):
+        for spec in point.load()():
+            registry.add(spec)
+    return registry

@@ -1,0 +1,31 @@
+"""Named scratch memory that grows once and is then reused: page faults of fresh tensors cost more than small kernels."""
+
+from __future__ import annotations
+
+import math
+from typing import final
+
+import torch
+
+
+@final
+class Workspace:
+    """Not thread-safe: one per worker. A name is one buffer, so a second `take` of a name ends the first view's life."""
+
+    __slots__ = ("_buffers",)
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised contiguous tensor."""
+        count = math.prod(shape)
+        buffer = self._buffers.get((name, dtype))
+        if buffer is None or buffer.numel() < count:
+            buffer = torch.empty(max(count, 1), dtype=dtype)
+            self._buffers[(name, dtype)] = buffer
+        return buffer[:count].view(shape)
+
+    @property
+    def bytes(self) -> int:
+        return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers.values())
