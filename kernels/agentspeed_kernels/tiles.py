@@ -69,6 +69,8 @@ class TilePlan:
     merge: Int32s
     """Entry numbers; entry e writes partial slot e."""
     tiles: tuple[Tile, ...]
+    addresses: tuple[int, ...]
+    """Of the int32 arrays above, in order: looked up once a step, not once a layer."""
 
     @property
     def entries(self) -> int:
@@ -102,20 +104,19 @@ def plan_tiles(
     rows = _joined([tile.rows for tile in tiles])
     order = np.argsort(rows, kind="stable").astype(np.int32)
     merge_rows, counts = np.unique(rows, return_counts=True)
-    return TilePlan(
-        count=len(tiles),
-        page_at=_bounds([tile.pages.size for tile in tiles]),
-        pages=_joined([tile.pages for tile in tiles]),
-        offset=np.array([tile.offset for tile in tiles], dtype=np.int32),
-        tokens=np.array([tile.tokens for tile in tiles], dtype=np.int32),
-        row_at=_bounds([tile.rows.size for tile in tiles]),
-        rows=rows,
-        visible=_joined([tile.visible for tile in tiles]),
-        merge_rows=merge_rows.astype(np.int32),
-        merge_at=_bounds(counts.tolist()),
-        merge=order,
-        tiles=tuple(tiles),
+    arrays = (
+        _bounds([tile.pages.size for tile in tiles]),
+        _joined([tile.pages for tile in tiles]),
+        np.array([tile.offset for tile in tiles], dtype=np.int32),
+        np.array([tile.tokens for tile in tiles], dtype=np.int32),
+        _bounds([tile.rows.size for tile in tiles]),
+        rows,
+        _joined([tile.visible for tile in tiles]),
+        merge_rows.astype(np.int32),
+        _bounds(counts.tolist()),
+        order,
     )
+    return TilePlan(len(tiles), *arrays, tiles=tuple(tiles), addresses=tuple(array.ctypes.data for array in arrays))
 
 
 def _piece_tiles(

@@ -1,0 +1,112 @@
+/* Vectors of 16 floats and the few operations the kernels share. Plain C with vector extensions: any gcc or clang target. */
+#ifndef AGENTSPEED_NATIVE_COMMON_H
+#define AGENTSPEED_NATIVE_COMMON_H
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#define LANES 16
+#define INLINE static inline __attribute__((always_inline))
+#define EXPORT __attribute__((visibility("default")))
+
+typedef float vec __attribute__((vector_size(64), aligned(4)));
+typedef int32_t ivec __attribute__((vector_size(64), aligned(4)));
+
+INLINE vec load(const float *at) { return *(const vec *)at; }
+INLINE void store(float *at, vec v) { *(vec *)at = v; }
+INLINE vec splat(float x) { return (vec){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+INLINE vec pick(ivec mask, vec yes, vec no) { return (vec)(((ivec)yes & mask) | ((ivec)no & ~mask)); }
+
+INLINE float total(vec v) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)v);
+#else
+    float sum = 0;
+    for (int i = 0; i < LANES; i++) sum += v[i];
+    return sum;
+#endif
+}
+
+INLINE float peak(vec v) {
+#ifdef __AVX512F__
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+    float most = v[0];
+    for (int i = 1; i < LANES; i++) most = v[i] > most ? v[i] : most;
+    return most;
+#endif
+}
+
+/* e^x for x <= 0 (softmax); relative error under 2e-7, 0 below about -87. */
+INLINE vec exp_down(vec x) {
+    ivec low = x < -87.0f;
+    x = pick(low, splat(-87.0f), x);
+    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
+    vec n = x * 1.44269504088896341f + magic;
+    n = n - magic;
+    vec r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    vec p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    ivec bits = (__builtin_convertvector(n, ivec) + 127) << 23;
+    return pick(low, splat(0.0f), p * (vec)bits);
+}
+
+INLINE float dot(const float *a, const float *b, long n) {
+    vec first = splat(0), second = splat(0);
+    long k = 0;
+    for (; k + 2 * LANES <= n; k += 2 * LANES) {
+        first += load(a + k) * load(b + k);
+        second += load(a + k + LANES) * load(b + k + LANES);
+    }
+    for (; k + LANES <= n; k += LANES) first += load(a + k) * load(b + k);
+    float sum = total(first + second);
+    for (; k < n; k++) sum += a[k] * b[k];
+    return sum;
+}
+
+/* out[t][r] = x[t] . w[r] for 4 weight rows and `count` (a constant) tokens: each weight is loaded once. */
+INLINE void dots4(const float *w, long w_stride, const float *const *x, int count, long n, float out[][4]) {
+    vec acc[4][4];
+    for (int r = 0; r < 4; r++)
+        for (int t = 0; t < count; t++) acc[r][t] = splat(0);
+    long k = 0;
+    for (; k + LANES <= n; k += LANES) {
+        vec rows[4];
+        for (int r = 0; r < 4; r++) rows[r] = load(w + r * w_stride + k);
+        for (int t = 0; t < count; t++) {
+            vec v = load(x[t] + k);
+            for (int r = 0; r < 4; r++) acc[r][t] += rows[r] * v;
+        }
+    }
+    for (int t = 0; t < count; t++)
+        for (int r = 0; r < 4; r++) {
+            float sum = total(acc[r][t]);
+            for (long j = k; j < n; j++) sum += w[r * w_stride + j] * x[t][j];
+            out[t][r] = sum;
+        }
+}
+
+INLINE void dots4_any(const float *w, long w_stride, const float *const *x, long count, long n, float out[][4]) {
+    while (count >= 4) {
+        dots4(w, w_stride, x, 4, n, out);
+        x += 4, out += 4, count -= 4;
+    }
+    if (count == 3) dots4(w, w_stride, x, 3, n, out);
+    if (count == 2) dots4(w, w_stride, x, 2, n, out);
+    if (count == 1) dots4(w, w_stride, x, 1, n, out);
+}
+
+#endif

@@ -1,0 +1,177 @@
+/* Absorbed latent attention over paged rows: each latent is read from memory once, for keys and values and all rows. */
+#include "native_common.h"
+
+#define BLOCK 32     /* tokens scored at a time; two vectors of scores a row */
+#define GROUP 64     /* (row, head) pairs that share one pass over a tile */
+#define NEVER -1e30f /* below every finite score, and its difference to itself is 0, not NaN */
+
+typedef struct {
+    const float *q;
+    long q_t, q_h;
+    const float *pool;
+    long page_tokens, width, rank, heads;
+    const int *page_at, *pages, *offset, *tokens, *row_at, *rows, *visible;
+    float scale;
+    float *sums;    /* [entries][heads][rank] */
+    float *peaks;   /* [entries][heads] */
+    float *weights; /* [entries][heads] */
+} step;
+
+/* s[i][b] = q[i] . k[b] for 4 rows × 4 tokens. */
+INLINE void scores4(const float *q, const float *const *k, long width, float *s) {
+    vec acc[4][4];
+    for (int i = 0; i < 4; i++)
+        for (int b = 0; b < 4; b++) acc[i][b] = splat(0);
+    long j = 0;
+    for (; j + LANES <= width; j += LANES) {
+        vec keys[4];
+        for (int b = 0; b < 4; b++) keys[b] = load(k[b] + j);
+        for (int i = 0; i < 4; i++) {
+            vec row = load(q + i * width + j);
+            for (int b = 0; b < 4; b++) acc[i][b] += row * keys[b];
+        }
+    }
+    for (int i = 0; i < 4; i++)
+        for (int b = 0; b < 4; b++) {
+            float sum = total(acc[i][b]);
+            for (long r = j; r < width; r++) sum += q[i * width + r] * k[b][r];
+            s[i * BLOCK + b] = sum;
+        }
+}
+
+/* o[i] = o[i] * keep[i] + sum_b p[i][b] * v[b] for 4 rows and `many` (a constant) vectors of columns. */
+INLINE void values4(float *o, long o_stride, const float *keep, const float *p, const float *const *v, long column,
+                    int many) {
+    vec acc[4][4];
+    for (int i = 0; i < 4; i++)
+        for (int c = 0; c < many; c++) acc[i][c] = load(o + i * o_stride + column + c * LANES) * keep[i];
+    for (int b = 0; b < BLOCK; b++) {
+        vec columns[4];
+        for (int c = 0; c < many; c++) columns[c] = load(v[b] + column + c * LANES);
+        for (int i = 0; i < 4; i++) {
+            vec share = splat(p[i * BLOCK + b]);
+            for (int c = 0; c < many; c++) acc[i][c] += share * columns[c];
+        }
+    }
+    for (int i = 0; i < 4; i++)
+        for (int c = 0; c < many; c++) store(o + i * o_stride + column + c * LANES, acc[i][c]);
+}
+
+INLINE void add_values(float *o, long rank, const float *keep, const float *p, const float *const *v) {
+    long column = 0;
+    for (; column + 4 * LANES <= rank; column += 4 * LANES) values4(o, rank, keep, p, v, column, 4);
+    for (; column + LANES <= rank; column += LANES) values4(o, rank, keep, p, v, column, 1);
+    for (; column < rank; column++)
+        for (int i = 0; i < 4; i++) {
+            float sum = o[i * rank + column] * keep[i];
+            for (int b = 0; b < BLOCK; b++) sum += p[i * BLOCK + b] * v[b][column];
+            o[i * rank + column] = sum;
+        }
+}
+
+/* Scores of one row become shares of its softmax so far; tokens from `seen` on are invisible. Returns what to keep. */
+INLINE float soften(float *s, long seen, float scale, float *most, float *sum) {
+    if (seen <= 0) {
+        memset(s, 0, BLOCK * sizeof(float));
+        return 1.0f;
+    }
+    const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    ivec first = lane < (int32_t)seen, second = (lane + LANES) < (int32_t)seen;
+    vec low = pick(first, load(s) * scale, splat(NEVER)), high = pick(second, load(s + LANES) * scale, splat(NEVER));
+    float before = *most, here = fmaxf(peak(low), peak(high));
+    float now = here > before ? here : before;
+    low = pick(first, exp_down(low - now), splat(0)), high = pick(second, exp_down(high - now), splat(0));
+    store(s, low), store(s + LANES, high);
+    float keep = before == now ? 1.0f : expf(before - now);
+    *sum = *sum * keep + total(low + high);
+    *most = now;
+    return keep;
+}
+
+/* Pointers to BLOCK tokens from `at`; past the end the last one is repeated (its shares are 0). */
+INLINE void locate(const step *s, long tile, long at, const float **k) {
+    const int *pages = s->pages + s->page_at[tile];
+    for (int b = 0; b < BLOCK; b++) {
+        long token = at + b < s->tokens[tile] ? at + b : s->tokens[tile] - 1;
+        long place = s->offset[tile] + token;
+        k[b] = s->pool + ((long)pages[place / s->page_tokens] * s->page_tokens + place % s->page_tokens) * s->width;
+    }
+}
+
+/* (row, head) pairs [low, low + GROUP) of a tile. q is scratch [GROUP][width], o is scratch [GROUP][rank]. */
+static void pairs_of(const step *s, long tile, long low, float *q, float *o) {
+    long first = s->row_at[tile], pairs = (s->row_at[tile + 1] - first) * s->heads - low;
+    if (pairs > GROUP) pairs = GROUP;
+    long padded = (pairs + 3) / 4 * 4, seen[GROUP] = {0};
+    float most[GROUP], sum[GROUP];
+    for (long i = 0; i < padded; i++) {
+        long entry = first + (low + i) / s->heads, head = (low + i) % s->heads;
+        most[i] = NEVER, sum[i] = 0;
+        if (i < pairs) {
+            memcpy(q + i * s->width, s->q + s->rows[entry] * s->q_t + head * s->q_h, s->width * sizeof(float));
+            seen[i] = s->visible[entry];
+        } else
+            memset(q + i * s->width, 0, s->width * sizeof(float));
+    }
+    memset(o, 0, padded * s->rank * sizeof(float));
+    for (long at = 0; at < s->tokens[tile]; at += BLOCK) {
+        const float *k[BLOCK];
+        locate(s, tile, at, k);
+        for (long i = 0; i < padded; i += 4) {
+            float shares[4 * BLOCK], keep[4];
+            for (int b = 0; b < BLOCK; b += 4) scores4(q + i * s->width, k + b, s->width, shares + b);
+            for (int r = 0; r < 4; r++)
+                keep[r] = soften(shares + r * BLOCK, seen[i + r] - at, s->scale, most + i + r, sum + i + r);
+            add_values(o + i * s->rank, s->rank, keep, shares, k);
+        }
+    }
+    long slot = first * s->heads + low;
+    memcpy(s->sums + slot * s->rank, o, pairs * s->rank * sizeof(float));
+    memcpy(s->peaks + slot, most, pairs * sizeof(float));
+    memcpy(s->weights + slot, sum, pairs * sizeof(float));
+}
+
+/* out[row][head] = the partials of the row's entries, weighted by their share of the whole softmax. */
+static void merge_row(const step *s, const int *entries, long count, long head, float *out) {
+    float most = NEVER, sum = 0;
+    for (long i = 0; i < count; i++) most = fmaxf(most, s->peaks[entries[i] * s->heads + head]);
+    memset(out, 0, s->rank * sizeof(float));
+    for (long i = 0; i < count; i++) {
+        long slot = entries[i] * s->heads + head;
+        float by = expf(s->peaks[slot] - most);
+        const float *part = s->sums + slot * s->rank;
+        sum += by * s->weights[slot];
+        for (long j = 0; j < s->rank; j++) out[j] += by * part[j];
+    }
+    for (long j = 0; j < s->rank; j++) out[j] /= sum;
+}
+
+EXPORT void agentspeed_mla_rows(const float *q, long q_t, long q_h, const float *pool, long page_tokens, long width,
+                                long rank, long heads, long tiles, const int *page_at, const int *pages,
+                                const int *offset, const int *tokens, const int *row_at, const int *rows,
+                                const int *visible, long merges, const int *merge_rows, const int *merge_at,
+                                const int *merge, float scale, float *partials, long entries, float *scratch,
+                                float *out, int threads) {
+    step s = {q, q_t, q_h, pool, page_tokens, width, rank, heads, page_at, pages, offset, tokens, row_at, rows,
+              visible, scale, partials, partials + entries * heads * rank,
+              partials + entries * heads * (rank + 1)};
+    if (tiles == 1 && merges * heads < 2) threads = 1;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        int index = 0;
+#ifdef _OPENMP
+        index = omp_get_thread_num();
+#endif
+        float *mine = scratch + (long)index * GROUP * (width + rank);
+#pragma omp for schedule(dynamic)
+        for (long tile = 0; tile < tiles; tile++)
+            for (long low = 0; low < (row_at[tile + 1] - row_at[tile]) * heads; low += GROUP)
+                pairs_of(&s, tile, low, mine, mine + GROUP * width);
+#pragma omp for schedule(static)
+        for (long job = 0; job < merges * heads; job++) {
+            long m = job / heads, head = job % heads;
+            merge_row(&s, merge + merge_at[m], merge_at[m + 1] - merge_at[m], head,
+                      out + ((long)merge_rows[m] * heads + head) * rank);
+        }
+    }
+}
