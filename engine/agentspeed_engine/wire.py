@@ -46,7 +46,7 @@ class Grammar(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
 
 # ---- commands -----------------------------------------------------------------------------------------------------
-class Hello(Message):
+class Hello(Message, frozen=True, kw_only=True):
     """The first frame on every link."""
 
     request: int
@@ -54,7 +54,7 @@ class Hello(Message):
     client: str = ""
 
 
-class Open(Message):
+class Open(Message, frozen=True, kw_only=True):
     """A new session whose root branch starts with `ids` (perhaps none), at the longest match in the tree."""
 
     request: int
@@ -64,7 +64,7 @@ class Open(Message):
     seed: int = 0
 
 
-class Append(Message):
+class Append(Message, frozen=True, kw_only=True):
     """Ids at the end of a branch at rest; nothing is computed."""
 
     request: int
@@ -72,7 +72,7 @@ class Append(Message):
     ids: bytes
 
 
-class Generate(Message):
+class Generate(Message, frozen=True, kw_only=True):
     """One turn: append `ids`, compute, then draw up to `max_tokens`. `max_tokens=0` only prefills."""
 
     request: int
@@ -87,7 +87,7 @@ class Generate(Message):
     """Overrides the draw key's session seed for this turn, which makes it reproducible."""
 
 
-class Cancel(Message):
+class Cancel(Message, frozen=True, kw_only=True):
     """Ends the running or queued turn of a branch. Answered by `Done` once the branch is at rest.
 
     `cut`: known tokens to go back to after the stop; None keeps all. On a branch at rest it is `Done` at once
@@ -98,7 +98,7 @@ class Cancel(Message):
     cut: int | None = None
 
 
-class Fork(Message):
+class Fork(Message, frozen=True, kw_only=True):
     """`n` children at rest. Legal while a turn runs: the children share the log up to the last committed token."""
 
     request: int
@@ -108,7 +108,7 @@ class Fork(Message):
     """A token position of a branch at rest; None forks at its end."""
 
 
-class Rewind(Message):
+class Rewind(Message, frozen=True, kw_only=True):
     """The log goes back to its first `tokens` ids."""
 
     request: int
@@ -116,7 +116,7 @@ class Rewind(Message):
     tokens: int
 
 
-class Adopt(Message):
+class Adopt(Message, frozen=True, kw_only=True):
     """The trunk takes the child's log and leaf; the child is closed."""
 
     request: int
@@ -124,14 +124,14 @@ class Adopt(Message):
     child: int
 
 
-class Close(Message):
+class Close(Message, frozen=True, kw_only=True):
     """Ends a branch; a root branch's session ends with its last branch."""
 
     request: int
     branch: int
 
 
-class Expect(Message):
+class Expect(Message, frozen=True, kw_only=True):
     """The front expects to use a branch at rest again in `seconds`."""
 
     request: int
@@ -142,14 +142,14 @@ class Expect(Message):
     """Name of the tool that is running, for the learnt distribution of pauses."""
 
 
-class Inspect(Message):
+class Inspect(Message, frozen=True, kw_only=True):
     """State and residence of one branch."""
 
     request: int
     branch: int
 
 
-class GetStats(Message):
+class GetStats(Message, frozen=True, kw_only=True):
     """Counts of the whole engine."""
 
     request: int
@@ -207,7 +207,7 @@ class TopLogprob(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
 
 # ---- replies ------------------------------------------------------------------------------------------------------
-class Welcome(Message):
+class Welcome(Message, frozen=True, kw_only=True):
     """The answer to `Hello`: what this engine is."""
 
     request: int
@@ -223,31 +223,31 @@ class Welcome(Message):
     limits: dict[str, int]
 
 
-class Done(Message):
+class Done(Message, frozen=True, kw_only=True):
     """The command was carried out; `known` is the branch's log length after it."""
 
     request: int
     known: int = 0
 
 
-class Opened(Message):
+class Opened(Message, frozen=True, kw_only=True):
     request: int
     branch: int
     residence: Residence
 
 
-class Forked(Message):
+class Forked(Message, frozen=True, kw_only=True):
     request: int
     branches: tuple[int, ...]
     known: int
 
 
-class LeaseAnswer(Message):
+class LeaseAnswer(Message, frozen=True, kw_only=True):
     request: int
     lease: Lease
 
 
-class Inspected(Message):
+class Inspected(Message, frozen=True, kw_only=True):
     request: int
     state: str
     known: int
@@ -256,7 +256,7 @@ class Inspected(Message):
     waiting_for: str = ""
 
 
-class Stats(Message):
+class Stats(Message, frozen=True, kw_only=True):
     """`counts`: names of the design's owners and states to their numbers (docs/reference)."""
 
     request: int
@@ -264,7 +264,7 @@ class Stats(Message):
     seconds: dict[str, float]
 
 
-class Failed(Message):
+class Failed(Message, frozen=True, kw_only=True):
     """The command was refused; nothing changed."""
 
     request: int
@@ -275,14 +275,14 @@ class Failed(Message):
 
 
 # ---- events -------------------------------------------------------------------------------------------------------
-class TurnStarted(Message):
+class TurnStarted(Message, frozen=True, kw_only=True):
     """The turn was admitted: what was resumed is known now."""
 
     branch: int
     usage: TurnUsage
 
 
-class Tokens(Message):
+class Tokens(Message, frozen=True, kw_only=True):
     """Ids drawn in one step for one branch, in order."""
 
     branch: int
@@ -291,7 +291,7 @@ class Tokens(Message):
     top: tuple[tuple[TopLogprob, ...], ...] = ()
 
 
-class TurnEnded(Message):
+class TurnEnded(Message, frozen=True, kw_only=True):
     """The last event of a turn; the branch is at rest (or closed) with `known` ids in its log."""
 
     branch: int
@@ -301,7 +301,7 @@ class TurnEnded(Message):
     message: str = ""
 
 
-class LeaseChanged(Message):
+class LeaseChanged(Message, frozen=True, kw_only=True):
     """A lease was answered differently later, or rows moved; `why` says what happened."""
 
     branch: int

@@ -6,38 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, final
 
-from agentspeed_engine.ids import BranchId, NodeId, PageId, SlotId, StepSeq, TicketId
-from agentspeed_engine.wire import Grammar, Sampling
-
-
-@final
-@dataclass(frozen=True, slots=True, eq=False)
-class NodeRun:
-    """The rows of one node, as a step reads them. Compared by identity: one object per node and residence, so a
-    consumer may cache what it derives from it."""
-
-    node: NodeId
-    start: int
-    """Position of the first token."""
-    tokens: int
-    pages: tuple[PageId, ...]
-
-
-@final
-@dataclass(frozen=True, slots=True, eq=False)
-class TurnSpec:
-    """What sampling needs to know of a turn; one object per turn, so a worker may key its matcher by `turn`."""
-
-    turn: int
-    """Unique over the engine's life."""
-    branch: BranchId
-    sampling: Sampling
-    draw_key: tuple[int, int, int]
-    """(seed, turn serial, child index)."""
-    stop_strings: tuple[bytes, ...]
-    grammar: Grammar | None
-    prompt_tokens: int
-    """Known ids when the turn was queued: position of the first drawn token."""
+from agentspeed_engine.ids import BranchId, PageId, SlotId, StepSeq, TicketId
+from agentspeed_engine.kv.runs import NodeRun as NodeRun
+from agentspeed_engine.kv.runs import PageCopy as PageCopy
+from agentspeed_engine.kv.runs import TurnSpec as TurnSpec
 
 
 @final
@@ -56,16 +28,6 @@ class Row:
     tail_pages: tuple[PageId, ...]
     sample: TurnSpec | None
     """Draw one token from the logits of the last id; None for a chunk that does not end the prompt."""
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class PageCopy:
-    """The first `rows` rows of `src` go to `dst` before anything of the step is computed."""
-
-    src: PageId
-    dst: PageId
-    rows: int
 
 
 @final

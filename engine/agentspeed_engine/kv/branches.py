@@ -1,0 +1,333 @@
+"""Who may compute: one final class per state of a branch, and the class body is its row of the table.
+
+A verb consumes the object it is called on and returns the successor. What is moved out refuses every further use,
+copy and pickle. `leave` returns `Settling` exactly when rows are in flight: abort-while-in-flight is a type, and
+nothing is released in it. Which successor is legal is static; second use is refused at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TypeAlias, final
+
+from agentspeed_engine.errors import BrokenInvariant
+from agentspeed_engine.ids import BranchId
+from agentspeed_engine.kv.nodes import UseAfterMove, refuse_copy
+from agentspeed_engine.kv.owners import Branch, Kv, Room
+from agentspeed_engine.kv.turns import Turn
+
+
+class Next(IntEnum):
+    """Where a branch that leaves its room goes; a later order may only be stronger."""
+
+    REQUEUE = 0
+    HOLD = 1
+    CLOSE = 2
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Then:
+    """What follows `leave`: children to be born at rest, and the branch's own next state."""
+
+    next: Next
+    children: tuple[BranchId, ...] = ()
+
+    def strengthened(self, other: Then) -> Then:
+        """Both orders at once: all the children, and the stronger of the two next states."""
+        return Then(max(self.next, other.next), self.children + other.children)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class AtRest:
+    """A branch without room, and the children that were waiting for it to come to rest."""
+
+    state: Held | Queued | Closed
+    children: tuple[Held, ...]
+
+
+@final
+class Held:
+    """At rest: it owns no page. Its rows may be kept, moved or lost without asking it."""
+
+    __slots__ = ("_branch",)
+    __copy__ = __deepcopy__ = __reduce__ = refuse_copy
+
+    def __init__(self, branch: Branch) -> None:
+        self._branch: Branch | None = branch
+
+    @property
+    def branch(self) -> Branch:
+        if self._branch is None:
+            raise UseAfterMove("Held")
+        return self._branch
+
+    def _moved(self) -> Branch:
+        branch, self._branch = self.branch, None
+        return branch
+
+    def append(self, ids: Sequence[int]) -> Held:
+        branch = self._moved()
+        branch.log.append(ids)
+        branch.moves += 1
+        return Held(branch)
+
+    def enqueue(self, turn: Turn) -> Queued:
+        branch = self._moved()
+        branch.serial += 1
+        branch.moves += 1
+        return Queued(branch, turn)
+
+    def fork(self, kv: Kv, children: tuple[BranchId, ...]) -> tuple[Held, tuple[Held, ...]]:
+        """Two references a child, whatever the context."""
+        branch = self._moved()
+        return Held(branch), _born(kv, branch, children)
+
+    def rewind(self, kv: Kv, cut: int) -> Held:
+        """The log goes back to its first `cut` ids; nothing is allocated or copied."""
+        branch = self._moved()
+        branch.log.cut(cut)
+        branch.moves += 1
+        branch.computed = min(branch.computed, cut)
+        kv.position(branch, cut)
+        return Held(branch)
+
+    def adopt(self, kv: Kv, child: Held, now: float) -> tuple[Held, Closed]:
+        """Takes the child's log and leaf; the child ends."""
+        branch, other = self._moved(), child._moved()
+        branch.log = other.log
+        branch.computed = other.computed
+        branch.serial = max(branch.serial, other.serial)
+        branch.moves += 1
+        kv.settle_on(branch, other.leaf, other.seed, other.seed_rows)
+        other.private = False  # its rows are the trunk's now
+        kv.release(other, now)
+        return Held(branch), Closed(other.id)
+
+    def close(self, kv: Kv, now: float) -> Closed:
+        branch = self._moved()
+        kv.release(branch, now)
+        return Closed(branch.id)
+
+
+@final
+class Queued:
+    """A turn waits for room, at its age. No room, no pin: everything it resumes from may still be lost."""
+
+    __slots__ = ("_branch", "turn")
+    __copy__ = __deepcopy__ = __reduce__ = refuse_copy
+
+    def __init__(self, branch: Branch, turn: Turn) -> None:
+        self._branch: Branch | None = branch
+        self.turn = turn
+
+    @property
+    def branch(self) -> Branch:
+        if self._branch is None:
+            raise UseAfterMove("Queued")
+        return self._branch
+
+    def _moved(self) -> Branch:
+        branch, self._branch = self.branch, None
+        return branch
+
+    def admit(self, room: Room) -> Prefilling:
+        """The room was made by `Kv.enter`, all or nothing (L2)."""
+        return Prefilling(self._moved(), self.turn, room)
+
+    def fork(self, kv: Kv, children: tuple[BranchId, ...]) -> tuple[Queued, tuple[Held, ...]]:
+        branch = self._moved()
+        return Queued(branch, self.turn), _born(kv, branch, children)
+
+    def abort(self) -> Held:
+        return Held(self._moved())
+
+    def close(self, kv: Kv, now: float) -> Closed:
+        branch = self._moved()
+        kv.release(branch, now)
+        return Closed(branch.id)
+
+
+@final
+class Prefilling:
+    """Active: rows of known ids are being computed. Others that need the same rows wait for them (`fill`)."""
+
+    __slots__ = ("_branch", "room", "turn")
+    __copy__ = __deepcopy__ = __reduce__ = refuse_copy
+
+    def __init__(self, branch: Branch, turn: Turn, room: Room) -> None:
+        self._branch: Branch | None = branch
+        self.turn = turn
+        self.room = room
+
+    @property
+    def branch(self) -> Branch:
+        if self._branch is None:
+            raise UseAfterMove("Prefilling")
+        return self._branch
+
+    def _moved(self) -> Branch:
+        branch, self._branch = self.branch, None
+        return branch
+
+    def issue(self, tokens: int) -> None:
+        _issue(self.branch, self.room, tokens)
+
+    def commit(self, kv: Kv, tokens: int) -> None:
+        _commit(kv, self.branch, self.room, tokens)
+
+    def seal(self, kv: Kv, now: float) -> None:
+        kv.seal(self.branch, self.room, now)
+
+    def filled(self) -> Decoding:
+        return Decoding(self._moved(), self.turn, self.room)
+
+    def leave(self, kv: Kv, then: Then, now: float) -> Settling | AtRest:
+        return _leave(kv, self._moved(), self.turn, self.room, then, now)
+
+
+@final
+class Decoding:
+    """Active: one drawn token after the other."""
+
+    __slots__ = ("_branch", "room", "turn")
+    __copy__ = __deepcopy__ = __reduce__ = refuse_copy
+
+    def __init__(self, branch: Branch, turn: Turn, room: Room) -> None:
+        self._branch: Branch | None = branch
+        self.turn = turn
+        self.room = room
+
+    @property
+    def branch(self) -> Branch:
+        if self._branch is None:
+            raise UseAfterMove("Decoding")
+        return self._branch
+
+    def _moved(self) -> Branch:
+        branch, self._branch = self.branch, None
+        return branch
+
+    def issue(self, tokens: int) -> None:
+        _issue(self.branch, self.room, tokens)
+
+    def commit(self, kv: Kv, tokens: int) -> None:
+        _commit(kv, self.branch, self.room, tokens)
+
+    def seal(self, kv: Kv, now: float) -> None:
+        kv.seal(self.branch, self.room, now)
+
+    def leave(self, kv: Kv, then: Then, now: float) -> Settling | AtRest:
+        return _leave(kv, self._moved(), self.turn, self.room, then, now)
+
+
+@final
+class Settling:
+    """Left while rows were in flight: pins and tail stay until the last of them is acknowledged."""
+
+    __slots__ = ("_branch", "room", "then", "turn")
+    __copy__ = __deepcopy__ = __reduce__ = refuse_copy
+
+    def __init__(self, branch: Branch, turn: Turn, room: Room, then: Then) -> None:
+        self._branch: Branch | None = branch
+        self.turn = turn
+        self.room = room
+        self.then = then
+
+    @property
+    def branch(self) -> Branch:
+        if self._branch is None:
+            raise UseAfterMove("Settling")
+        return self._branch
+
+    def _moved(self) -> Branch:
+        branch, self._branch = self.branch, None
+        return branch
+
+    def ack(self, kv: Kv, tokens: int, now: float) -> Settling | AtRest:
+        """One step's rows came back; the last one lets go of the room."""
+        branch, room = self._moved(), self.room
+        _commit(kv, branch, room, tokens)
+        if room.flight:
+            return Settling(branch, self.turn, room, self.then)
+        return _come_to_rest(kv, branch, self.turn, room, self.then, now)
+
+    def strengthen(self, then: Then) -> Settling:
+        return Settling(self._moved(), self.turn, self.room, self.then.strengthened(then))
+
+
+@final
+class Closed:
+    """Owns nothing."""
+
+    __slots__ = ("id",)
+
+    def __init__(self, branch: BranchId) -> None:
+        self.id = branch
+
+
+BranchState: TypeAlias = Held | Queued | Prefilling | Decoding | Settling
+"""What a branch that exists is; `Closed` ones are forgotten."""
+
+
+def _issue(branch: Branch, room: Room, tokens: int) -> None:
+    if room.issued + tokens > branch.known:
+        raise BrokenInvariant(f"branch {branch.id} issued rows of ids it does not know")
+    room.issued += tokens
+    room.flight += 1
+
+
+def _commit(kv: Kv, branch: Branch, room: Room, tokens: int) -> None:
+    if room.flight == 0 or room.done + tokens > room.issued:
+        raise BrokenInvariant(f"branch {branch.id} acknowledged rows that were not in flight")
+    room.flight -= 1
+    room.done += tokens
+    if room.copy is not None:
+        kv.copied(branch, room)
+
+
+def _leave(kv: Kv, branch: Branch, turn: Turn, room: Room, then: Then, now: float) -> Settling | AtRest:
+    if room.flight:
+        return Settling(branch, turn, room, then)
+    return _come_to_rest(kv, branch, turn, room, then, now)
+
+
+def _come_to_rest(kv: Kv, branch: Branch, turn: Turn, room: Room, then: Then, now: float) -> AtRest:
+    kv.freeze(branch, room, now)
+    children = _born(kv, branch, then.children)
+    match then.next:
+        case Next.REQUEUE:
+            return AtRest(Queued(branch, turn), children)
+        case Next.HOLD:
+            branch.moves += 1
+            return AtRest(Held(branch), children)
+        case Next.CLOSE:
+            kv.release(branch, now)
+            return AtRest(Closed(branch.id), children)
+
+
+def _born(kv: Kv, parent: Branch, children: tuple[BranchId, ...]) -> tuple[Held, ...]:
+    born: list[Held] = []
+    for number in children:
+        parent.forks += 1
+        child = Branch(
+            id=number, session=parent.session, link=parent.link, root=parent.root, private=parent.private,
+            draw_seed=parent.draw_seed, log=parent.log.fork(), leaf=parent.leaf, computed=parent.computed,
+            serial=parent.serial, child_index=_child_index(parent.child_index, parent.forks),
+            trunk=(parent.id, parent.moves), rested_at=parent.rested_at,
+        )
+        kv.branches[number] = child
+        kv.settle_on(child, parent.leaf, parent.seed, parent.seed_rows)
+        born.append(Held(child))
+    return tuple(born)
+
+
+def _child_index(parent: int, fork: int) -> int:
+    """Distinct for every child of a tree with overwhelming likelihood; a number of 62 bits (splitmix64's mixer)."""
+    mixed = (parent * 0x9E3779B97F4A7C15 + fork * 0xBF58476D1CE4E5B9 + 1) & 0xFFFFFFFFFFFFFFFF
+    mixed ^= mixed >> 31
+    mixed = mixed * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+    return (mixed ^ mixed >> 29) >> 2

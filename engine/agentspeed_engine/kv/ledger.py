@@ -1,0 +1,92 @@
+"""The eight invariants of the ownership machines, recounted from the owners themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from agentspeed_engine.errors import BrokenInvariant
+from agentspeed_engine.ids import BranchId, pages_for
+from agentspeed_engine.kv.branches import BranchState, Decoding, Prefilling, Settling
+from agentspeed_engine.kv.nodes import Device
+from agentspeed_engine.kv.owners import Kv
+from agentspeed_engine.kv.tree import Node, upward
+
+
+def check(kv: Kv, states: Mapping[BranchId, BranchState]) -> None:
+    """Raises `BrokenInvariant` naming the rule that does not hold."""
+    _device_pages_are_conserved(kv, states)
+    _nodes_are_sound(kv, states)
+    for number, state in states.items():
+        _branch_is_sound(kv, number, state)
+    if set(kv.rooms) != {n for n, state in states.items() if isinstance(state, Prefilling | Decoding | Settling)}:
+        raise BrokenInvariant("(3) a branch at rest has room")
+
+
+def _device_pages_are_conserved(kv: Kv, states: Mapping[BranchId, BranchState]) -> None:
+    owned: list[int] = list(kv.pages.free_numbers())
+    owned += [page for node in kv.tree.nodes.values() for page in node.pages]
+    owned += [page for room in kv.rooms.values() for page in room.tail]
+    if sorted(owned) != list(range(kv.pages.total)):
+        raise BrokenInvariant("(1) device pages are not conserved: one is owned twice or by nobody")
+
+
+def _nodes_are_sound(kv: Kv, states: Mapping[BranchId, BranchState]) -> None:
+    page_tokens = kv.page_tokens
+    for node in kv.tree.nodes.values():
+        parent = node.parent
+        if node.state is None or parent is None:
+            raise BrokenInvariant(f"(6) {node!r} exists without a copy")
+        if node.start != parent.end or node.start % page_tokens:
+            raise BrokenInvariant(f"{node!r} does not start where {parent!r} ends")
+        if parent.parent is not None and parent.id not in kv.tree.nodes:
+            raise BrokenInvariant(f"{node!r} hangs below a node that is gone")
+        if isinstance(node.state, Device) and len(node.pages) != pages_for(node.tokens, page_tokens):
+            raise BrokenInvariant(f"{node!r} has {len(node.pages)} pages for {node.tokens} tokens")
+        if node.readable and not parent.readable:
+            raise BrokenInvariant(f"(2) {node!r} is on the device below {parent!r}, which is not")
+        if node.tokens % page_tokens and (node.children or node.stubs or node.tokens > page_tokens):
+            raise BrokenInvariant(f"(7) {node!r} is a stub with children")
+        tip = not node.children and not node.stubs
+        if tip != (node.id in kv.tree.tips):
+            raise BrokenInvariant(f"{node!r} is wrongly listed among the tips")
+        for holder in _all(node.leaf_of, node.seed_of, node.pinned_by):
+            if holder not in states:
+                raise BrokenInvariant(f"(5) {node!r} is held by branch {holder}, which is closed")
+
+
+def _branch_is_sound(kv: Kv, number: BranchId, state: BranchState) -> None:
+    branch = state.branch
+    if branch.id != number or kv.branches.get(number) is not branch:
+        raise BrokenInvariant(f"branch {number} is filed under another number")
+    if number not in branch.leaf.leaf_of:
+        raise BrokenInvariant(f"(5) branch {number} is not counted on its leaf")
+    if branch.seed is not None and number not in branch.seed.seed_of:
+        raise BrokenInvariant(f"(5) branch {number} is not counted on its seed")
+    ids = b"".join(node.ids for node in reversed(list(upward(branch.leaf))))
+    if ids != branch.log.packed(0, branch.leaf.end) or branch.leaf.end > branch.known:
+        raise BrokenInvariant(f"branch {number} rests on rows of other ids than its log's")
+    if isinstance(state, Prefilling | Decoding | Settling):
+        room = state.room
+        if kv.rooms.get(number) is not room:
+            raise BrokenInvariant(f"(3) branch {number} has room nobody knows of")
+        if not room.done <= room.issued <= branch.known:
+            raise BrokenInvariant(f"branch {number}: done {room.done}, issued {room.issued}, known {branch.known}")
+        if not isinstance(state, Settling) and room.done > branch.known - 1:
+            raise BrokenInvariant(f"(8) branch {number} has no token left to feed")
+        if room.issued > kv.capacity(room):
+            raise BrokenInvariant(f"(4) branch {number} writes past its tail")
+        for node in upward(branch.leaf):
+            if number not in node.pinned_by or not node.readable:
+                raise BrokenInvariant(f"(4) branch {number} reads {node!r}, which is not pinned or not on the device")
+        if room.tail_start != branch.leaf.end:
+            raise BrokenInvariant(f"(4) branch {number} has a gap between path and tail")
+    elif any(number in node.pinned_by for node in _near(branch.leaf)):
+        raise BrokenInvariant(f"(3) branch {number} is at rest and pins its path")
+
+
+def _near(leaf: Node) -> Iterable[Node]:
+    return upward(leaf)
+
+
+def _all(*sets: set[BranchId]) -> set[BranchId]:
+    return set().union(*sets)

@@ -1,0 +1,333 @@
+"""The hands of the ownership machines: every move of a page, a reference or a pin happens in one of these functions.
+
+`Branch` is what outlives the states of a branch; `Room` is what only an active branch has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import final
+
+from agentspeed_engine.errors import BrokenInvariant
+from agentspeed_engine.ids import BranchId, LinkId, PageId, SessionId, page_floor, pages_for
+from agentspeed_engine.kv.log import Log
+from agentspeed_engine.kv.nodes import Device
+from agentspeed_engine.kv.pool import Pool
+from agentspeed_engine.kv.runs import NodeRun, PageCopy
+from agentspeed_engine.kv.tree import Match, Node, RootKey, Tree, upward
+
+
+@final
+@dataclass(slots=True, kw_only=True, eq=False)
+class Branch:
+    """One path that can be extended. Its state object (`branches`) holds it and is its only writer."""
+
+    id: BranchId
+    session: SessionId
+    link: LinkId
+    root: RootKey
+    private: bool
+    draw_seed: int
+    log: Log
+    leaf: Node
+    """The node this branch at rest ends on; its end is a page boundary."""
+    seed: Node | None = None
+    """Holds `seed_rows` rows right after the leaf, still to be copied when this branch next runs."""
+    seed_rows: int = 0
+    computed: int = 0
+    """Rows of this log that were computed once, wherever they are now. What was dropped is recomputed, not new."""
+    serial: int = 0
+    """Turns begun; never goes back, so that a retry after a rewind draws anew."""
+    child_index: int = 0
+    forks: int = 0
+    epoch: int = 0
+    """Raised whenever room is given back: rows of an older epoch are late."""
+    moves: int = 0
+    """Raised by every change of the log; a child adopted later must find it as it was at the fork."""
+    trunk: tuple[BranchId, int] | None = None
+    """(parent, its `moves` at the fork)."""
+    rested_at: float = 0.0
+
+    @property
+    def known(self) -> int:
+        return len(self.log)
+
+    @property
+    def resident(self) -> int:
+        """Known tokens whose rows are on its path."""
+        return min(self.leaf.end + self.seed_rows, self.known)
+
+
+@final
+@dataclass(slots=True, kw_only=True)
+class Room:
+    """What an active branch holds: pins on its path, and a tail of pages it alone writes."""
+
+    path: tuple[NodeRun, ...]
+    tail_start: int
+    tail: list[PageId]
+    issued: int
+    done: int
+    """Rows acknowledged: `done <= known - 1` while schedulable."""
+    copy: PageCopy | None = None
+    """The seed's rows, copied at the head of the first step; the seed stays pinned until that step is acknowledged."""
+    flight: int = 0
+    """Steps in flight that hold rows of this branch."""
+    stale: bool = field(default=False)
+    """The path was split or merged: `path` must be read anew before the next step."""
+
+
+@final
+class Kv:
+    """Pools, tree, and the moves between them. No method here fails after it has taken something."""
+
+    def __init__(self, *, pages: int, page_tokens: int) -> None:
+        self.page_tokens = page_tokens
+        self.pages: Pool[PageId] = Pool([PageId(number) for number in range(pages)])
+        self.branches: dict[BranchId, Branch] = {}
+        """Every branch that is not closed."""
+        self.rooms: dict[BranchId, Room] = {}
+        """The rooms of active branches, for what a split must tell them. Entries come and go with pins."""
+        self.tree = Tree(page_tokens, self._reshaped)
+
+    # ---- branches at rest -----------------------------------------------------------------------------------------
+    def settle_on(self, branch: Branch, leaf: Node, seed: Node | None, rows: int) -> None:
+        """Moves the leaf and seed references."""
+        branch.leaf.leaf_of.discard(branch.id)
+        if branch.seed is not None:
+            branch.seed.seed_of.discard(branch.id)
+        branch.leaf, branch.seed, branch.seed_rows = leaf, (seed if rows else None), (rows if seed is not None else 0)
+        leaf.leaf_of.add(branch.id)
+        if branch.seed is not None:
+            branch.seed.seed_of.add(branch.id)
+
+    def position(self, branch: Branch, tokens: int) -> None:
+        """Makes the path end at `tokens` at most: leaf at the page floor, the rest a seed. Copies nothing."""
+        leaf = branch.leaf
+        if tokens >= leaf.end:
+            rows = min(branch.seed_rows, tokens - leaf.end)
+            self.settle_on(branch, leaf, branch.seed, rows)
+            return
+        while leaf.start > tokens:
+            if leaf.parent is None:
+                raise BrokenInvariant(f"branch {branch.id} positioned before its root")
+            leaf = leaf.parent
+        cut = page_floor(tokens, self.page_tokens)
+        rows = tokens - cut
+        if cut == leaf.start:
+            if leaf.parent is None:
+                self.settle_on(branch, leaf, None, 0)
+            else:
+                self.settle_on(branch, leaf.parent, leaf, rows)
+            return
+        upper = self.tree.split(leaf, (cut - leaf.start) // self.page_tokens)
+        self.settle_on(branch, upper, leaf, rows)
+
+    def extend(self, branch: Branch) -> None:
+        """Moves a branch at rest onto rows that others computed of what it knows, keeping one token to feed."""
+        last = branch.known - 1
+        if last <= branch.leaf.end:
+            return
+        match = self.tree.match(branch.leaf, branch.log.packed(branch.leaf.end, last))
+        if match.node is branch.leaf and match.rows <= branch.seed_rows:
+            return
+        self.settle_on(branch, match.node, match.seed, match.rows)
+
+    def open_at(self, branch: Branch) -> None:
+        """A new branch settles on the longest match of its whole log."""
+        match: Match = self.tree.match(branch.leaf, branch.log.packed(0, branch.known))
+        self.settle_on(branch, match.node, match.seed, match.rows)
+
+    def release(self, branch: Branch, now: float) -> None:
+        """A branch that ends drops its references; a private one also its rows, as far as nobody shares them."""
+        branch.leaf.leaf_of.discard(branch.id)
+        ends = [branch.leaf]
+        if branch.seed is not None:
+            branch.seed.seed_of.discard(branch.id)
+            ends.insert(0, branch.seed)
+            branch.seed, branch.seed_rows = None, 0
+        if branch.private:
+            for end in ends:
+                self._drop_unreferenced(end)
+        for node in upward(branch.leaf):
+            node.used = now
+
+    def _drop_unreferenced(self, tip: Node) -> None:
+        node = tip
+        while node.parent is not None and not node.referenced and not node.pinned_by and node.id in self.tree.nodes:
+            node = self.drop(node)
+
+    # ---- room -----------------------------------------------------------------------------------------------------
+    def seed_page(self, branch: Branch) -> PageId | None:
+        """The device page that holds the seed's rows; None when there is none to read."""
+        node = branch.seed
+        while node is not None and node.start > branch.leaf.end:
+            node = node.parent  # the segment was split since: its first page belongs to an upper half now
+        if node is None or not node.readable or not node.pages:
+            return None
+        return node.pages[(branch.leaf.end - node.start) // self.page_tokens]
+
+    def sole_stub(self, branch: Branch) -> bool:
+        """The seed is a stub that nobody else refers to: its page can become the tail without a copy."""
+        node = branch.seed
+        return (
+            node is not None
+            and self.tree.is_stub(node)
+            and isinstance(node.state, Device)
+            and node.pinned_by <= {branch.id}
+            and not node.leaf_of
+            and node.seed_of == {branch.id}
+        )
+
+    def pin(self, branch: Branch) -> None:
+        """Holds every node of the path, and the seed's, so that nothing a step reads can move."""
+        for node in upward(branch.leaf):
+            node.pinned_by.add(branch.id)
+        node_or_none = branch.seed
+        while node_or_none is not None and node_or_none.start >= branch.leaf.end and node_or_none is not branch.leaf:
+            node_or_none.pinned_by.add(branch.id)
+            node_or_none = node_or_none.parent
+
+    def unpin(self, branch: Branch) -> None:
+        """The inverse of `pin`."""
+        self.unpin_seed(branch)
+        for node in upward(branch.leaf):
+            node.pinned_by.discard(branch.id)
+
+    def unpin_seed(self, branch: Branch) -> None:
+        node = branch.seed
+        while node is not None and node is not branch.leaf and node.start >= branch.leaf.end:
+            node.pinned_by.discard(branch.id)
+            node = node.parent
+
+    def enter(self, branch: Branch, pages: int) -> Room:
+        """Room for a branch whose path is pinned: `pages` fresh pages, and the seed's rows taken or to be copied."""
+        start = branch.leaf.end
+        rows = branch.seed_rows
+        copy = None
+        if rows and self.sole_stub(branch) is False:
+            source = self.seed_page(branch)
+            if source is None:
+                raise BrokenInvariant(f"branch {branch.id} entered with a seed that is not on the device")
+            tail = list(self.pages.take(pages))
+            copy = PageCopy(source, tail[0], rows)
+        elif rows:
+            tail = [*self._take_stub(branch), *self.pages.take(pages)]
+        else:
+            tail = list(self.pages.take(pages))
+        room = Room(path=self.tree.path(branch.leaf), tail_start=start, tail=tail, issued=start + rows,
+                    done=start + rows, copy=copy)
+        self.rooms[branch.id] = room
+        return room
+
+    def _take_stub(self, branch: Branch) -> tuple[PageId, ...]:
+        stub = branch.seed
+        if stub is None or not isinstance(stub.state, Device):
+            raise BrokenInvariant(f"branch {branch.id} has no stub to take")
+        self.unpin_seed(branch)
+        stub.seed_of.discard(branch.id)
+        branch.seed, branch.seed_rows = None, 0
+        gone = stub.state.drop()
+        self.tree.detach(stub)
+        return gone.pages
+
+    def copied(self, branch: Branch, room: Room) -> None:
+        """The step that copied the seed was acknowledged: the rows are the branch's own now."""
+        room.copy = None
+        self.unpin_seed(branch)
+        self.settle_on(branch, branch.leaf, None, 0)
+
+    def grow(self, room: Room, pages: int) -> None:
+        room.tail.extend(self.pages.take(pages))
+
+    def seal(self, branch: Branch, room: Room, now: float) -> None:
+        """Full pages that are done become a segment others can share; the branch stays active on it."""
+        full = (room.done - room.tail_start) // self.page_tokens
+        if full == 0 or room.copy is not None:
+            return
+        ids = branch.log.packed(room.tail_start, room.tail_start + full * self.page_tokens)
+        if self.tree.match(branch.leaf, ids).node is not branch.leaf:
+            return  # someone else published the same rows first; ours stay in the tail until we leave
+        sealed = tuple(room.tail[:full])
+        node = self.tree.attach(branch.leaf, ids, Device(sealed), now)
+        node.pinned_by.add(branch.id)
+        self.settle_on(branch, node, None, 0)
+        del room.tail[:full]
+        room.tail_start += full * self.page_tokens
+        self.tree.merge_above(node)
+        room.path = self.tree.path(branch.leaf)
+        room.stale = False
+
+    def freeze(self, branch: Branch, room: Room, now: float) -> None:
+        """Room goes back: full pages of the tail become a segment, the rest a stub that is the branch's seed."""
+        del self.rooms[branch.id]
+        branch.epoch += 1
+        branch.rested_at = now
+        if room.copy is not None:  # the first step never came: the seed still holds the rows
+            self.unpin(branch)
+            self.pages.give(room.tail)
+            return
+        self.unpin(branch)
+        branch.computed = max(branch.computed, room.done)
+        full = (room.done - room.tail_start) // self.page_tokens
+        rows = (room.done - room.tail_start) % self.page_tokens
+        leaf, kept = branch.leaf, 0
+        if full:
+            ids = branch.log.packed(room.tail_start, room.tail_start + full * self.page_tokens)
+            leaf = self.tree.match(branch.leaf, ids).node
+            kept = (leaf.end - room.tail_start) // self.page_tokens
+            if kept:
+                self.pages.give(room.tail[:kept])
+            if kept < full:
+                rest = ids[kept * self.page_tokens * 4 :]
+                leaf = self.tree.attach(leaf, rest, Device(tuple(room.tail[kept:full])), now)
+        seed = None
+        if rows:
+            stub_start = room.tail_start + full * self.page_tokens
+            ids = branch.log.packed(stub_start, stub_start + rows)
+            seed = self.tree.attach(leaf, ids, Device((room.tail[full],)), now)
+        self.pages.give(room.tail[full + (1 if rows else 0) :])
+        self.settle_on(branch, leaf, seed, rows)
+        for node in upward(leaf):
+            if node.used >= now:
+                break
+            node.used = now
+        self.tree.merge_above(leaf)
+
+    # ---- eviction -------------------------------------------------------------------------------------------------
+    def drop(self, node: Node) -> Node:
+        """A tip that nobody pins goes; holders at rest move to its parent. Returns the parent."""
+        if node.parent is None or not isinstance(node.state, Device):
+            raise BrokenInvariant(f"{node!r} cannot be dropped")
+        self.orphan(node)
+        self.pages.give(node.state.drop().pages)
+        return self.tree.detach(node)
+
+    def orphan(self, node: Node) -> set[BranchId]:
+        """Takes a tip's holders off it; the caller tells their branches through `moved_off`."""
+        moved = node.leaf_of | node.seed_of
+        for holder in self.holders(node):
+            if holder.seed is node:
+                self.settle_on(holder, holder.leaf, None, 0)
+            if holder.leaf is node and node.parent is not None:
+                self.settle_on(holder, node.parent, None, 0)
+        return moved
+
+    def holders(self, node: Node) -> list[Branch]:
+        """The branches whose leaf or seed `node` is."""
+        return [self.branches[number] for number in sorted(node.leaf_of | node.seed_of)]
+
+    # ---- the border to active branches ----------------------------------------------------------------------------
+    def _reshaped(self, branches: set[BranchId]) -> None:
+        for number in branches:
+            room = self.rooms.get(number)
+            if room is not None:
+                room.stale = True
+
+    def capacity(self, room: Room) -> int:
+        """Position up to which rows fit into the tail."""
+        return room.tail_start + len(room.tail) * self.page_tokens
+
+    def pages_to(self, room: Room, position: int) -> int:
+        """Fresh pages needed before rows up to `position` can be written."""
+        return max(0, pages_for(position - room.tail_start, self.page_tokens) - len(room.tail))

@@ -1,0 +1,52 @@
+"""What a step may know of owned pages: read-only values, never the owners."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from agentspeed_engine.ids import BranchId, NodeId, PageId
+from agentspeed_engine.wire import Grammar, Sampling
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class NodeRun:
+    """The rows of one node, as a step reads them. Compared by identity: one object per node and residence, so a
+    consumer may cache what it derives from it."""
+
+    node: NodeId
+    start: int
+    """Position of the first token."""
+    tokens: int
+    pages: tuple[PageId, ...]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class PageCopy:
+    """The first `rows` rows of `src` go to `dst` before anything of the step is computed."""
+
+    src: PageId
+    dst: PageId
+    rows: int
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class TurnSpec:
+    """What sampling needs to know of a turn; one object per turn, so a worker may key its matcher by `turn`."""
+
+    turn: int
+    """Unique over the engine's life."""
+    branch: BranchId
+    sampling: Sampling
+    draw_key: tuple[int, int, int]
+    """(seed, turn serial, child index)."""
+    stop_strings: tuple[bytes, ...]
+    grammar: Grammar | None
+    consumed_ids: tuple[int, ...]
+    """The last `grammar.consumed` ids of the log when the turn was queued."""
+    prompt_tokens: int
+    """Known ids when the turn was queued: position of the first drawn token."""
+    stop_ids: frozenset[int] = frozenset()

@@ -1,0 +1,59 @@
+"""What the core is told at its start, checked once (L1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.ids import pages_for
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoreConfig:
+    """Limits and quanta. Every queue and table has a bound here."""
+
+    pages: int
+    context_limit: int
+    vocab_size: int
+    model: str = ""
+    adapter: str = ""
+    page_tokens: int = 64
+    prefill_chunk: int = 512
+    """Most tokens of one cold prompt in a step."""
+    extend_tokens: int = 256
+    """Tokens of a step kept for short extends (resumes), so that they do not queue behind cold prompts."""
+    depth: int = 0
+    """Plans in flight beyond the first."""
+    host_slots: int = 0
+    firm_pages: int | None = None
+    """Most pages under firm leases; None: a quarter of what L1 leaves."""
+    max_sessions: int = 1024
+    max_branches: int = 256
+    """Of one session."""
+    max_waiting: int = 4096
+    ticket_deadline: float = 5.0
+    max_lease_seconds: float = 3600.0
+
+    def firm_budget(self) -> int:
+        """F: pages that may be under firm leases at once."""
+        spare = self.pages - pages_for(self.context_limit, self.page_tokens) - 1
+        return spare // 4 if self.firm_pages is None else self.firm_pages
+
+    def check(self) -> None:
+        """Raises `EngineFault` (bad_config) for what would let a turn wait for ever."""
+        for name in ("pages", "context_limit", "vocab_size", "page_tokens", "prefill_chunk", "extend_tokens",
+                     "max_sessions", "max_branches", "max_waiting"):
+            if getattr(self, name) < 1:
+                raise EngineFault("bad_config", f"{name} is {getattr(self, name)}.", "Give at least 1.")
+        if self.depth < 0 or self.host_slots < 0 or (self.firm_pages is not None and self.firm_pages < 0):
+            raise EngineFault("bad_config", "depth, host_slots and firm_pages cannot be negative.")
+        needed = pages_for(self.context_limit, self.page_tokens) + 1
+        if self.pages - self.firm_budget() < needed:
+            raise EngineFault(
+                "bad_config",
+                f"The pool has {self.pages} pages of {self.page_tokens} tokens, {self.firm_budget()} of them for firm "
+                f"leases; one turn of the context limit ({self.context_limit} tokens) needs {needed} (rule L1).",
+                "Give more pages, a smaller context limit, or fewer firm pages.",
+            )

@@ -1,0 +1,119 @@
+"""The core: commands and results in, replies and plans out. It does no I/O and reads no clock."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import final
+
+from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.ids import LinkId, TicketId
+from agentspeed_engine.kv import ledger
+from agentspeed_engine.sched import outcome, step, verbs
+from agentspeed_engine.sched.config import CoreConfig
+from agentspeed_engine.sched.plan import HostCopy, StepPlan, StepResult
+from agentspeed_engine.sched.world import Out, World
+from agentspeed_engine.wire import (
+    Adopt,
+    Append,
+    Cancel,
+    Close,
+    Command,
+    Expect,
+    Failed,
+    Fork,
+    Generate,
+    GetStats,
+    Hello,
+    Inspect,
+    Open,
+    Rewind,
+    Stats,
+)
+
+_VERBS: dict[type, Callable[..., None]] = {
+    Open: verbs.open_session, Append: verbs.append, Generate: verbs.generate, Cancel: verbs.cancel, Fork: verbs.fork,
+    Rewind: verbs.rewind, Adopt: verbs.adopt, Close: verbs.close, Expect: verbs.expect, Inspect: verbs.inspect,
+}
+
+
+@final
+class Core:
+    """One engine's scheduler. `handle` never raises for what a front sent; `BrokenInvariant` is always our bug."""
+
+    def __init__(self, config: CoreConfig) -> None:
+        """Raises `EngineFault` (bad_config) when a turn could wait for ever (L1)."""
+        config.check()
+        self.config = config
+        self.world = World(config)
+
+    def handle(self, link: LinkId, command: Command, now: float) -> Out:
+        """Carries out one command. What it refuses, it refuses whole."""
+        world = self.world
+        if isinstance(command, GetStats):
+            world.out.append((link, Stats(request=command.request, counts=self.counts(), seconds={})))
+        elif isinstance(command, Hello):
+            world.out.append((link, Failed(request=command.request, code="bad_frame",
+                                           message="Hello is the first frame of a link, once.")))
+        else:
+            try:
+                _VERBS[type(command)](world, link, command, now)
+            except EngineFault as fault:
+                world.out.append((link, Failed(request=command.request, code=fault.code, message=fault.message,
+                                               remedy=fault.remedy, retryable=fault.retryable)))
+        return self._taken()
+
+    def drop_link(self, link: LinkId, now: float) -> Out:
+        """The front of this link is gone: its branches close, nothing is sent to it any more."""
+        verbs.drop_link(self.world, link, now)
+        return [(to, message) for to, message in self._taken() if to != link]
+
+    def plan(self, now: float) -> StepPlan | None:
+        """The next step; None when nothing can be computed now. Events it caused come with `events`."""
+        return step.plan(self.world, now)
+
+    def apply(self, result: StepResult, now: float) -> Out:
+        """The outcome of the oldest step in flight."""
+        outcome.apply(self.world, result, now)
+        return self._taken()
+
+    def events(self) -> Out:
+        """What `plan` had to say (turns started, leases changed)."""
+        return self._taken()
+
+    def host_copies(self) -> tuple[HostCopy, ...]:
+        """Tickets to start now, each given out once."""
+        return ()
+
+    def copied(self, ticket: TicketId, ok: bool, now: float) -> Out:
+        """A ticket was carried out, or failed."""
+        return self._taken()
+
+    def wake_at(self, now: float) -> float | None:
+        """When `plan` must be called again though nothing happened."""
+        return None
+
+    def check(self) -> None:
+        """The ledger: raises `BrokenInvariant` naming the rule that does not hold."""
+        ledger.check(self.world.kv, self.world.states)
+
+    def counts(self) -> dict[str, int]:
+        """Owners and states to their numbers."""
+        world, kv = self.world, self.world.kv
+        states = Counter(type(state).__name__.lower() for state in world.states.values())
+        in_tails = sum(len(room.tail) for room in kv.rooms.values())
+        in_nodes = sum(len(node.pages) for node in kv.tree.nodes.values())
+        counts = {f"branches_{name}": states.get(name, 0)
+                  for name in ("held", "queued", "promoting", "prefilling", "decoding", "settling")}
+        return counts | {
+            "pages_total": kv.pages.total, "pages_free": kv.pages.free, "pages_tail": in_tails,
+            "pages_nodes": in_nodes, "nodes": len(kv.tree.nodes), "sessions": len(world.sessions),
+            "branches": len(world.states), "waiting_turns": len(world.queue), "steps_in_flight": len(world.flights),
+            "late_rows_ignored": world.ignored, "pages_evicted": world.evicted_pages,
+            "pages_copied": world.copied_pages, "preemptions": world.preemptions,
+            "pages_firm": sum(pages for _, pages in world.firm.values()),
+        }
+
+    def _taken(self) -> Out:
+        out, self.world.out = self.world.out, []
+        return out

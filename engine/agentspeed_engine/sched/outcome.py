@@ -1,0 +1,105 @@
+"""What a step's result does to its branches: rows are acknowledged, tokens are appended, turns end."""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+from agentspeed_engine.errors import BrokenInvariant
+from agentspeed_engine.ids import BranchId, pack_ids
+from agentspeed_engine.kv.branches import (
+    AtRest,
+    Decoding,
+    Held,
+    Next,
+    Prefilling,
+    Queued,
+    Settling,
+    Then,
+)
+from agentspeed_engine.sched.plan import Drawn, Row, StepResult
+from agentspeed_engine.sched.step import target
+from agentspeed_engine.sched.world import World
+from agentspeed_engine.wire import FinishReason, Tokens, TopLogprob
+
+
+def apply(world: World, result: StepResult, now: float) -> None:
+    """In sequence order only. Rows of an epoch that is over are ignored, and counted."""
+    if not world.flights or result.seq != next(iter(world.flights)):
+        raise BrokenInvariant(f"the result of step {result.seq} came out of order")
+    step = world.flights.pop(result.seq)
+    drawn = {(token.branch, token.epoch): token for token in result.drawn}
+    refused = {(branch, epoch): reason for branch, epoch, reason in result.refused}
+    for row in step.rows:
+        key = (row.branch, row.epoch)
+        _row_came_back(world, row, drawn.get(key), refused.get(key), now)
+
+
+def _row_came_back(world: World, row: Row, token: Drawn | None, refusal: str | None, now: float) -> None:
+    state = world.states.get(row.branch)
+    if state is None or state.branch.epoch != row.epoch:
+        world.ignored += 1
+        return
+    count = len(row.ids)
+    match state:
+        case Settling():
+            turn = state.turn
+            match state.ack(world.kv, count, now):
+                case Settling() as settling:
+                    world.states[row.branch] = settling
+                case AtRest() as landed:
+                    world.land(row.branch, turn, landed, now)
+        case Prefilling():
+            state.commit(world.kv, count)
+            if row.sample is not None:
+                _filled(world, state, token, refusal, now)
+            elif state.turn.max_tokens == 0 and state.room.done >= target(state.turn, state.branch):
+                state.turn.filled_at = now
+                _end(world, state, "max_tokens", now)
+        case Decoding():
+            state.commit(world.kv, count)
+            _draw(world, state, token, refusal, now)
+        case Held() | Queued():
+            world.ignored += 1
+        case never:
+            assert_never(never)
+
+
+def _filled(world: World, state: Prefilling, token: Drawn | None, refusal: str | None, now: float) -> None:
+    """The prompt is computed: what others wait for is published before anything is drawn."""
+    state.seal(world.kv, now)
+    if state.turn.filled_at is None:
+        state.turn.filled_at = now
+    decoding = state.filled()
+    world.states[decoding.branch.id] = decoding
+    _draw(world, decoding, token, refusal, now)
+
+
+def _draw(world: World, state: Decoding, token: Drawn | None, refusal: str | None, now: float) -> None:
+    branch, turn = state.branch, state.turn
+    if refusal is not None:
+        turn.message = refusal
+        _end(world, state, "error", now)
+        return
+    if token is None:
+        raise BrokenInvariant(f"branch {branch.id} was to draw a token and none came")
+    branch.log.append((token.id,))
+    turn.drawn += 1
+    world.tell(branch, Tokens(
+        branch=branch.id, ids=pack_ids((token.id,)),
+        logprobs=() if token.logprob is None else (token.logprob,),
+        top=(tuple(TopLogprob(id=other, logprob=logprob) for other, logprob in token.top),) if token.top else (),
+    ))
+    if token.id in turn.spec.stop_ids:
+        _end(world, state, "stop_id", now)
+    elif token.end is not None:
+        _end(world, state, token.end, now)
+    elif turn.drawn >= turn.max_tokens:
+        _end(world, state, "max_tokens", now)
+
+
+def _end(world: World, state: Prefilling | Decoding, reason: FinishReason, now: float) -> None:
+    state.turn.end = reason
+    world.leave(state, Then(Next.HOLD), now)
+
+
+__all__ = ["BranchId", "apply"]

@@ -1,0 +1,294 @@
+"""Builds the next step: one pass over all turns in age order decides room (L2-L4), budgets decide tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from heapq import merge
+
+from agentspeed_engine.errors import BrokenInvariant
+from agentspeed_engine.ids import BranchId, StepSeq
+from agentspeed_engine.kv.branches import Decoding, Next, Prefilling, Queued, Then
+from agentspeed_engine.kv.owners import Branch, Room
+from agentspeed_engine.kv.turns import Turn
+from agentspeed_engine.sched.plan import PageCopy, Row, StepPlan
+from agentspeed_engine.sched.reclaim import Room as Asked
+from agentspeed_engine.sched.reclaim import obtain, reclaim
+from agentspeed_engine.sched.world import World, usage
+from agentspeed_engine.wire import TurnStarted
+
+
+@dataclass(slots=True)
+class _Pass:
+    """One pass in age order."""
+
+    cold: int
+    """Tokens left for cold chunks."""
+    short: int
+    """Tokens left for short extends."""
+    refused: bool = False
+    """Someone older lacked room: nothing younger is admitted or grows (L3)."""
+    rows: list[Row] = field(default_factory=list)
+    copies: list[PageCopy] = field(default_factory=list)
+
+
+def plan(world: World, now: float) -> StepPlan | None:
+    """The next step, or None when nothing can be computed now."""
+    if len(world.flights) > world.config.depth:
+        return None
+    run = _Pass(world.config.prefill_chunk, world.config.extend_tokens)
+    # The pass moves turns between the two lists, so it walks over what they were.
+    for _, number in merge(list(world.active), _Entrants(world, run)):
+        match world.states.get(number):
+            case Decoding() as state:
+                if not state.room.flight:
+                    _decode(world, run, state, now)
+            case Prefilling() as state:
+                _prefill(world, run, state, now)
+            case Queued() as state:
+                _admit(world, run, state, now)
+            case _:
+                pass  # an older turn took its room in this very pass
+    if not run.rows:
+        return None
+    seq = StepSeq(world.next_seq)
+    world.next_seq += 1
+    step = StepPlan(seq=seq, rows=tuple(run.rows), copies=tuple(run.copies), ended=tuple(world.ended))
+    world.ended.clear()
+    world.flights[seq] = step
+    world.copied_pages += len(run.copies)
+    return step
+
+
+class _Entrants:
+    """The queue in age order, ending at the first refusal: a turn that waits costs nothing."""
+
+    __slots__ = ("_index", "_queue", "_run")
+
+    def __init__(self, world: World, run: _Pass) -> None:
+        self._queue = world.queue
+        self._run = run
+        self._index: tuple[int, BranchId] | None = None
+
+    def __iter__(self) -> _Entrants:
+        return self
+
+    def __next__(self) -> tuple[int, BranchId]:
+        if self._run.refused or (self._run.cold <= 0 and self._run.short <= 0):
+            raise StopIteration
+        queue = self._queue
+        if self._index is None:
+            position = 0
+        else:
+            position = _after(queue, self._index)
+        if position >= len(queue):
+            raise StopIteration
+        self._index = queue[position]
+        return self._index
+
+
+def _after(queue: list[tuple[int, BranchId]], last: tuple[int, BranchId]) -> int:
+    low, high = 0, len(queue)
+    while low < high:
+        middle = (low + high) // 2
+        if queue[middle] <= last:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+# ---- one turn of the pass -----------------------------------------------------------------------------------------
+def _decode(world: World, run: _Pass, state: Decoding, now: float) -> None:
+    room = state.room
+    if world.kv.pages_to(room, room.issued + 1) and not _grow(world, run, state, now):
+        return
+    _row(world, run, state, 1)
+
+
+def _prefill(world: World, run: _Pass, state: Prefilling, now: float) -> None:
+    room, branch = state.room, state.branch
+    wanted = min(target(state.turn, branch) - room.issued, _share(world, run, state))
+    if wanted <= 0:
+        return
+    if world.kv.pages_to(room, room.issued + 1) and not _grow(world, run, state, now):
+        return
+    _stretch(world, room, wanted, now)
+    _row(world, run, state, min(wanted, world.kv.capacity(room) - room.issued))
+
+
+def _grow(world: World, run: _Pass, state: Prefilling | Decoding, now: float) -> bool:
+    """One page more, from younger turns if it must be; else the turn gives its own room back (L4)."""
+    if run.refused:
+        return False
+    match obtain(world, 1, state.turn.age, now):
+        case Asked.GOT:
+            world.kv.grow(state.room, 1)
+            return True
+        case Asked.WAIT:
+            run.refused = True
+            return False
+        case Asked.NONE:
+            run.refused = True
+            if not state.room.flight and world.active[0][1] != state.branch.id:
+                give_back(world, state, now)
+            return False
+
+
+def give_back(world: World, state: Prefilling | Decoding, now: float) -> None:
+    """A turn that cannot grow and has nobody younger to take from waits again, at its old age."""
+    state.turn.preempted += 1
+    state.turn.why = "gave its room back: older turns hold the rest of the pool"
+    world.preemptions += 1
+    world.leave(state, Then(Next.REQUEUE), now)
+
+
+def _stretch(world: World, room: Room, tokens: int, now: float) -> None:
+    """More pages for a longer chunk, as far as nobody has to give up room for them."""
+    missing = world.kv.pages_to(room, room.issued + tokens)
+    if missing:
+        reclaim(world, missing, now)
+        world.kv.grow(room, min(missing, world.kv.pages.free))
+
+
+def _row(world: World, run: _Pass, state: Prefilling | Decoding, tokens: int) -> None:
+    room, branch, turn = state.room, state.branch, state.turn
+    if tokens <= 0:
+        raise BrokenInvariant(f"branch {branch.id} was given a row of {tokens} tokens")
+    if room.stale:
+        room.path, room.stale = world.kv.tree.path(branch.leaf), False
+    position = room.issued
+    if room.copy is not None and room.flight == 0:
+        run.copies.append(room.copy)
+    last = position + tokens == branch.known
+    state.issue(tokens)
+    run.rows.append(Row(
+        branch=branch.id, epoch=branch.epoch, position=position, ids=branch.log.ids(position, position + tokens),
+        path=room.path, tail_start=room.tail_start, tail_pages=tuple(room.tail),
+        sample=turn.spec if last and turn.max_tokens else None,
+    ))
+    if isinstance(state, Prefilling):
+        short = min(tokens, run.short) if _is_short(world, turn, branch, position) else 0
+        run.short -= short
+        run.cold -= tokens - short
+
+
+def _share(world: World, run: _Pass, state: Prefilling) -> int:
+    """Tokens this turn may compute now."""
+    if _is_short(world, state.turn, state.branch, state.room.issued):
+        return run.short + max(0, run.cold)
+    return max(0, run.cold)
+
+
+def _is_short(world: World, turn: Turn, branch: Branch, position: int) -> bool:
+    return target(turn, branch) - position <= world.config.extend_tokens
+
+
+def target(turn: Turn, branch: Branch) -> int:
+    """Rows a turn must compute before it draws; a prefill-only turn leaves one token to feed."""
+    return branch.known if turn.max_tokens else branch.known - 1
+
+
+# ---- entry --------------------------------------------------------------------------------------------------------
+def _admit(world: World, run: _Pass, state: Queued, now: float) -> None:
+    branch, turn, kv = state.branch, state.turn, world.kv
+    if _waits_for_sibling(world, branch):
+        return
+    if branch.resident > branch.known - 1:
+        kv.position(branch, branch.known - 1)
+    kv.extend(branch)
+    if _joins_sibling(world, branch):
+        return
+    if turn.max_tokens == 0 and branch.resident >= branch.known - 1:
+        _nothing_to_fill(world, state, now)
+        return
+    if branch.seed is not None and kv.seed_page(branch) is None:
+        kv.settle_on(branch, branch.leaf, None, 0)
+    short = _is_short(world, turn, branch, branch.resident)
+    if (run.cold if not short else run.short + max(0, run.cold)) <= 0:
+        return
+    kv.pin(branch)
+    asked = obtain(world, _entry_pages(world, branch), turn.age, now)
+    if asked is not Asked.GOT and branch.seed is not None:
+        kv.unpin_seed(branch)
+        kv.settle_on(branch, branch.leaf, None, 0)  # less than a page to recompute, against waiting for ever
+        asked = obtain(world, 1, turn.age, now)
+    if asked is not Asked.GOT:
+        kv.unpin(branch)
+        run.refused = True
+        return
+    _count(turn, branch)
+    world.unlist(world.queue, turn, branch.id)
+    room = kv.enter(branch, _entry_pages(world, branch))
+    prefilling = state.admit(room)
+    world.activate(prefilling)
+    if not turn.admitted:
+        turn.admitted = True
+        turn.started_at = now
+        world.tell(branch, TurnStarted(branch=branch.id, usage=usage(turn, now)))
+    _prefill(world, run, prefilling, now)
+
+
+def _entry_pages(world: World, branch: Branch) -> int:
+    return 0 if branch.seed is not None and world.kv.sole_stub(branch) else 1
+
+
+def _nothing_to_fill(world: World, state: Queued, now: float) -> None:
+    """A prefill-only turn whose rows are all there ends without room."""
+    turn = state.turn
+    _count(turn, state.branch)
+    turn.admitted, turn.started_at, turn.end = True, now, "max_tokens"
+    world.unlist(world.queue, turn, state.branch.id)
+    held = state.abort()
+    world.rest(held)
+    world.tell(held.branch, TurnStarted(branch=held.branch.id, usage=usage(turn, now)))
+    world.finish_turn(held.branch, turn, now)
+
+
+def _count(turn: Turn, branch: Branch) -> None:
+    """What this admission resumes, recomputes and computes anew."""
+    available, computed = branch.resident, min(branch.computed, branch.known)
+    lost = max(0, computed - available)
+    if turn.admitted:
+        turn.recomputed += lost
+        return
+    turn.resumed_device = min(available, computed)
+    turn.shared = max(0, available - computed)
+    turn.recomputed = lost
+    turn.new = branch.known - turn.resumed_device - lost
+    if lost > 1 and not turn.why:
+        turn.why = "evicted while at rest: running turns needed the pages"
+
+
+# ---- one prefill for simultaneous siblings ------------------------------------------------------------------------
+def _waits_for_sibling(world: World, branch: Branch) -> bool:
+    waiting = world.fill_of.get(branch.id)
+    if waiting is None:
+        return False
+    filler = world.states.get(waiting[0])
+    if isinstance(filler, Prefilling) and filler.turn.spec.turn == waiting[1]:
+        return True
+    del world.fill_of[branch.id]
+    return False
+
+
+def _joins_sibling(world: World, branch: Branch) -> bool:
+    """True when an active turn is computing the next page this one needs: it waits instead of computing it again."""
+    page = world.config.page_tokens
+    start = branch.leaf.end
+    if start + page > branch.known - 1:
+        return False
+    wanted = branch.log.packed(start, start + page)
+    for _, number in world.active:
+        filler = world.states[number]
+        if not isinstance(filler, Prefilling) or filler.branch.root != branch.root:
+            continue
+        other = filler.branch
+        if (
+            filler.room.tail_start <= start
+            and other.known >= start + page
+            and other.log.packed(start, start + page) == wanted
+            and other.log.packed(0, start) == branch.log.packed(0, start)
+        ):
+            world.fill_of[branch.id] = (number, filler.turn.spec.turn)
+            return True
+    return False
