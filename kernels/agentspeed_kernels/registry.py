@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib.metadata import entry_points
 from typing import final
 
@@ -43,7 +43,7 @@ class Registry:
     def candidates(self, op: str) -> tuple[KernelSpec, ...]:
         return tuple(self._by_op[op].values())
 
-    def __iter__(self) -> Iterable[KernelSpec]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[KernelSpec]:
         return (spec for held in self._by_op.values() for spec in held.values())
 
 

@@ -10,7 +10,7 @@ from agentspeed_kernels.tiles import Int64s, TilePlan, plan_tiles
 
 from agentspeed_engine.models.inputs import Run
 
-EXTEND_FROM = 256
+EXTEND_FROM = 160
 """From this many new tokens of one branch on, decompressing the context costs less than absorbed attention."""
 FEW_CHUNK, FEW_BLOCK = 512, 32
 MANY_CHUNK, MANY_BLOCK = 512, 512

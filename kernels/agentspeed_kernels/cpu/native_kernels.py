@@ -18,7 +18,7 @@ GROUP = 64
 """`GROUP` of native_mla.c: scratch rows a thread needs."""
 MOST_PRODUCT_ROWS = 8
 """Above this the BLAS of torch is faster; the C code itself takes 16."""
-MOST_ATTENTION_ROWS = 96
+MOST_ATTENTION_ROWS = 512
 
 
 class NotBuilt(RuntimeError):

@@ -17,23 +17,26 @@ typedef struct {
     float *weights; /* [entries][heads] */
 } step;
 
-/* s[i][b] = q[i] . k[b] for 4 rows × 4 tokens. */
-INLINE void scores4(const float *q, const float *const *k, long width, float *s) {
-    vec acc[4][4];
-    for (int i = 0; i < 4; i++)
-        for (int b = 0; b < 4; b++) acc[i][b] = splat(0);
+/* s[i][b] = q[i] . k[b] for 4 rows × 4 tokens. With `ahead` the tokens there are fetched meanwhile: a row of one page is
+   too short a stream for the hardware to run ahead on. */
+INLINE void scores4(const float *q, const float *const *k, const float *const *ahead, long width, float *s) {
+    vec acc[LANES];
+    for (int i = 0; i < LANES; i++) acc[i] = splat(0);
     long j = 0;
     for (; j + LANES <= width; j += LANES) {
         vec keys[4];
         for (int b = 0; b < 4; b++) keys[b] = load(k[b] + j);
+        if (ahead)
+            for (int b = 0; b < 4; b++) __builtin_prefetch(ahead[b] + j, 0, 2);
         for (int i = 0; i < 4; i++) {
             vec row = load(q + i * width + j);
-            for (int b = 0; b < 4; b++) acc[i][b] += row * keys[b];
+            for (int b = 0; b < 4; b++) acc[4 * i + b] += row * keys[b];
         }
     }
+    vec sums = totals(acc);
     for (int i = 0; i < 4; i++)
         for (int b = 0; b < 4; b++) {
-            float sum = total(acc[i][b]);
+            float sum = sums[4 * i + b];
             for (long r = j; r < width; r++) sum += q[i * width + r] * k[b][r];
             s[i * BLOCK + b] = sum;
         }
@@ -115,11 +118,15 @@ static void pairs_of(const step *s, long tile, long low, float *q, float *o) {
     }
     memset(o, 0, padded * s->rank * sizeof(float));
     for (long at = 0; at < s->tokens[tile]; at += BLOCK) {
-        const float *k[BLOCK];
+        const float *k[BLOCK], *next[BLOCK];
         locate(s, tile, at, k);
+        locate(s, tile, at + BLOCK, next);
         for (long i = 0; i < padded; i += 4) {
             float shares[4 * BLOCK], keep[4];
-            for (int b = 0; b < BLOCK; b += 4) scores4(q + i * s->width, k + b, s->width, shares + b);
+            if (i == 0)
+                for (int b = 0; b < BLOCK; b += 4) scores4(q, k + b, next + b, s->width, shares + b);
+            else
+                for (int b = 0; b < BLOCK; b += 4) scores4(q + i * s->width, k + b, 0, s->width, shares + b);
             for (int r = 0; r < 4; r++)
                 keep[r] = soften(shares + r * BLOCK, seen[i + r] - at, s->scale, most + i + r, sum + i + r);
             add_values(o + i * s->rank, s->rank, keep, shares, k);

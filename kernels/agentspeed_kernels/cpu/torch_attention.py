@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,15 +18,15 @@ def mla_rows(q: Tensor, pool: Tensor, tiles: TilePlan, scale: float, workspace: 
     merged = _Merge(workspace, q.shape[0], heads, rank, q.dtype)
     for tile in tiles.tiles:
         latents = _latents(pool, tile, workspace)
-        rows = torch.from_numpy(tile.rows).long()
-        scores = (q[rows].reshape(-1, width) @ latents.T).view(rows.numel(), heads, -1)
+        rows = _rows(tile)
+        scores = (q[rows].reshape(-1, width) @ latents.T).view(tile.rows.size, heads, -1)
         scores = scores.to(merged.dtype).mul_(scale)
         if tile.shape != "full":
             _hide(scores, tile)
         peak = scores.amax(-1, keepdim=True)
         shares = scores.sub_(peak).exp_()
         total = shares.sum(-1, keepdim=True)
-        part = (shares.to(q.dtype).view(-1, tile.tokens) @ latents[:, :rank]).view(rows.numel(), heads, rank)
+        part = (shares.to(q.dtype).view(-1, tile.tokens) @ latents[:, :rank]).view(tile.rows.size, heads, rank)
         merged.add(rows, part / total, peak + total.log())
     out.copy_(merged.sum)
 
@@ -43,14 +44,15 @@ def mla_extend(
     """Keys and values are decompressed a tile at a time; cheaper than absorbed attention once many rows share them."""
     rank, value = key_up.shape[1], out.shape[-1]
     merged = _Merge(workspace, q.shape[0], q.shape[1], value, q.dtype)
+    # Widths must be equal: the narrower of keys and values is padded with zeros.
+    padded = q if q.shape[2] >= value else torch.nn.functional.pad(q, (0, value - q.shape[2]))
     for tile in tiles.tiles:
         latents = _latents(pool, tile, workspace)
         keys, values = _decompress(latents, key_up, value_up, rank, q.shape[2], workspace)
-        rows = torch.from_numpy(tile.rows).long()
-        queries = q[rows].transpose(0, 1).unsqueeze(0)
+        rows = _rows(tile)
+        queries = padded[rows].transpose(0, 1).unsqueeze(0)
         mask = None if tile.shape != "ragged" else _mask(tile, q.dtype)
-        # The public function does not return the log-sum-exp that merging needs. Widths must be equal, hence the
-        # padded values.
+        # The public function does not return the log-sum-exp that merging needs.
         part, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             queries, keys.unsqueeze(0), values.unsqueeze(0), 0.0, tile.shape == "diagonal", attn_mask=mask, scale=scale
         )
@@ -86,6 +88,13 @@ def _latents(pool: Tensor, tile: Tile, workspace: Workspace) -> Tensor:
     return gathered.view(-1, width)[tile.offset : tile.offset + tile.tokens]
 
 
+def _rows(tile: Tile) -> slice | Tensor:
+    """Neighbouring rows as a slice: a view instead of a copy."""
+    if bool((np.diff(tile.rows) == 1).all()):
+        return slice(int(tile.rows[0]), int(tile.rows[-1]) + 1)
+    return torch.from_numpy(tile.rows).long()
+
+
 def _hide(scores: Tensor, tile: Tile) -> None:
     hidden = torch.arange(tile.tokens) >= torch.from_numpy(tile.visible)[:, None]
     scores.masked_fill_(hidden[:, None, :], float("-inf"))
@@ -107,7 +116,7 @@ class _Merge:
         self.sum = workspace.take("merge_sum", (rows, heads, width), self.dtype).zero_()
         self.weight = workspace.take("merge_weight", (rows, heads, 1), self.dtype).fill_(float("-inf"))
 
-    def add(self, rows: Tensor, part: Tensor, weight: Tensor) -> None:
+    def add(self, rows: slice | Tensor, part: Tensor, weight: Tensor) -> None:
         before = self.weight[rows]
         weight = weight.to(self.dtype)
         after = torch.logaddexp(before, weight)
