@@ -1,0 +1,100 @@
+"""The deepseek chain over several logical ranks gives what one rank gives, in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.models.catalog import load, read_config
+from agentspeed_engine.models.checkpoint import Checkpoint
+from agentspeed_engine.models.deepseek import build, check_mesh
+from agentspeed_engine.models.inputs import FlatBatch
+from agentspeed_engine.models.loaded import step_state
+from agentspeed_engine.models.rope import Rope
+from agentspeed_engine.spmd.logical import run_logical
+from agentspeed_engine.spmd.placement import TOKENS, Layout, Mesh, Replicate, Shard
+from agentspeed_engine.spmd.plan import Plan, plan
+from agentspeed_engine.spmd.spec import EVERYWHERE
+from agentspeed_kernels.ops import OPS
+from agentspeed_kernels.platform import detect
+from agentspeed_kernels.registry import standard
+from agentspeed_kernels.select import Kernels
+from agentspeed_kernels.workspace import Workspace
+from tests.paged import CONFIG, Trail, batch
+from tools.random_checkpoint import make_checkpoint
+
+PAGE = 8
+IDS = np.random.default_rng(8).integers(0, 300, 64).tolist()
+TOKENS_OVER_DP = Layout(dp=Shard(TOKENS), tp=Replicate())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(CONFIG | {"attention_bias": True}, tmp_path_factory.mktemp("model"), seed=9, dtype="float64")
+
+
+class Ranks:
+    """N ranks of one model in this process."""
+
+    def __init__(self, folder: Path, mesh: Mesh) -> None:
+        config, _ = read_config(folder)
+        kernels = Kernels(standard(), detect(), "float64", tuple(OPS))
+        weights = Checkpoint(folder, config, torch.float64)
+        self.mesh = mesh
+        self.rope = Rope(config, torch.float64)
+        self.workspaces = [Workspace() for _ in range(mesh.size)]
+        self.chains = [
+            build(config, weights, self._pools(config.layers, config.latent_width), rank, kernels)
+            for rank in mesh.ranks()
+        ]
+        boundaries = [module.boundary for module in self.chains[0]]
+        self.plan: Plan = plan(boundaries, mesh, start=TOKENS_OVER_DP, finish=EVERYWHERE)
+
+    @staticmethod
+    def _pools(layers: int, width: int) -> list[torch.Tensor]:
+        return [torch.zeros(32, PAGE, width, dtype=torch.float64) for _ in range(layers)]
+
+    def forward(self, batches: list[FlatBatch]) -> list[torch.Tensor]:
+        """One batch per dp rank, the same for its tp ranks."""
+        mine = [batches[rank.dp] for rank in self.mesh.ranks()]
+        states = [step_state(b, self.rope, PAGE, w) for b, w in zip(mine, self.workspaces, strict=True)]
+        inputs = [torch.from_numpy(b.ids) for b in mine]
+        return run_logical(self.plan, self.chains, inputs, states, [len(b.ids) for b in batches])
+
+
+@pytest.mark.parametrize("mesh", [Mesh(), Mesh(tp=2), Mesh(tp=4), Mesh(dp=2), Mesh(dp=2, tp=2)], ids=str)
+def test_ranks_together_give_the_logits_of_one(folder: Path, mesh: Mesh) -> None:
+    """Two steps, so that every rank reads the latents it wrote; dp ranks have uneven shares."""
+    prompts = [IDS[:11], IDS[20:50]][: mesh.dp]
+    nexts = [[5], [6, 7]][: mesh.dp]
+    ranks, trails = Ranks(folder, mesh), [Trail(PAGE, list(range(9, 15))) for _ in prompts]
+    alone = load(folder, dtype="float64", pages=64, page_tokens=PAGE)
+    trails_alone = [Trail(PAGE, list(range(10 * i, 10 * i + 6))) for i in range(mesh.dp)]
+    for step in (prompts, nexts):
+        wanted = torch.cat(
+            [alone.forward(batch(PAGE, [(trail, ids)])) for trail, ids in zip(trails_alone, step, strict=True)]
+        )
+        got = ranks.forward([batch(PAGE, [(trail, ids)]) for trail, ids in zip(trails, step, strict=True)])
+        assert all(float((piece - wanted).abs().max()) < 1e-10 for piece in got)
+
+
+def test_attention_and_feed_forward_cost_one_all_reduce_each_under_tp(folder: Path) -> None:
+    found = Ranks(folder, Mesh(tp=2)).plan.collectives
+    kinds = [step.kind for step in found]
+    assert kinds == ["all_reduce"] * (1 + 2 * 3) + ["all_gather"]
+    assert found[-1].between == ("head", "the output")
+
+
+def test_experts_spread_over_dp_gather_tokens_before_and_scatter_sums_after(folder: Path) -> None:
+    found = Ranks(folder, Mesh(dp=2)).plan.collectives
+    assert [step.kind for step in found] == ["all_gather", "reduce_scatter"] * 2 + ["all_gather"]
+
+
+@pytest.mark.parametrize("mesh", [Mesh(tp=3), Mesh(dp=16), Mesh(tp=8)], ids=str)
+def test_a_mesh_that_does_not_divide_the_model_is_refused(folder: Path, mesh: Mesh) -> None:
+    config, _ = read_config(folder)
+    with pytest.raises(EngineFault, match="does not divide by"):
+        check_mesh(config, mesh)
