@@ -1,0 +1,35 @@
+"""Typed functions as tools: what a model is told about them, and how its calls are checked and run."""
+
+from agentspeed.tools.bounds import DEFAULT_BOUNDS, Bounds, bounded
+from agentspeed.tools.context import ToolContext
+from agentspeed.tools.running import (
+    CANCELLED,
+    Approve,
+    CallRequest,
+    ToolBatch,
+    ToolResult,
+    check_arguments,
+    content_of,
+    execute,
+)
+from agentspeed.tools.tool import NeedsApproval, OnError, Tool, tool, tools_from
+
+__all__ = [
+    "CANCELLED",
+    "DEFAULT_BOUNDS",
+    "Approve",
+    "Bounds",
+    "CallRequest",
+    "NeedsApproval",
+    "OnError",
+    "Tool",
+    "ToolBatch",
+    "ToolContext",
+    "ToolResult",
+    "bounded",
+    "check_arguments",
+    "content_of",
+    "execute",
+    "tool",
+    "tools_from",
+]

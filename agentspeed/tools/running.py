@@ -1,0 +1,201 @@
+"""Runs tool calls: checks arguments, asks for approval, keeps time, and leaves a result for every call whatever happens.
+
+The border where user code is called: what a tool raises becomes a result that the model reads. Cancellation is never
+caught; a call that did not finish has a result that says so.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, TypeAlias, final
+
+import anyio
+import anyio.to_thread
+from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticSerializationError, to_json
+
+from agentspeed.errors import BadArguments, ToolDenied, ToolError, ToolFailed, ToolTimeout, UnknownTool
+from agentspeed.tools.context import ToolContext
+from agentspeed.tools.tool import Tool
+
+_LOG: Final = logging.getLogger("agentspeed.tools")
+Approve: TypeAlias = Callable[["CallRequest"], bool | Awaitable[bool]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallRequest:
+    """One call as the model made it: `arguments` is JSON text (or a mapping, when code makes the call)."""
+
+    id: str
+    name: str
+    arguments: str | Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolResult:
+    """What goes back to the model, and the error when the call did not succeed."""
+
+    content: str
+    ok: bool
+    error: ToolError | None = None
+    seconds: float = 0.0
+
+
+CANCELLED: Final = ToolResult(content="error: cancelled before it finished", ok=False)
+
+
+async def execute(
+    tool: Tool, arguments: str | Mapping[str, Any], *, context: ToolContext[Any] | None = None,
+    approve: Approve | None = None,
+) -> ToolResult:
+    """One call. Never raises for what the tool does, only for cancellation; `ToolResult.error` says what went wrong."""
+    started = anyio.current_time()
+    try:
+        checked = check_arguments(tool, arguments)
+        await _approval(tool, checked, arguments, context, approve)
+        content = await _timed(tool, checked, context)
+    except ToolError as error:
+        return ToolResult(content=f"error: {error}", ok=False, error=error, seconds=anyio.current_time() - started)
+    return ToolResult(content=content, ok=True, seconds=anyio.current_time() - started)
+
+
+def check_arguments(tool: Tool, arguments: str | Mapping[str, Any]) -> BaseModel:
+    """Raises `BadArguments` with one line per problem, written for the model to correct itself by."""
+    try:
+        if isinstance(arguments, str):
+            return tool.arguments.model_validate_json(arguments or "{}")
+        return tool.arguments.model_validate(dict(arguments))
+    except ValidationError as error:
+        problems = "; ".join(_problem(item["loc"], item["msg"]) for item in error.errors(include_url=False))
+        raise BadArguments(f"{tool.name}: wrong arguments: {problems}", tool=tool.name) from error
+
+
+def content_of(value: object) -> str:
+    """Text as it is; everything else as compact JSON, which is what the model was trained to read."""
+    if isinstance(value, str):
+        return value
+    return to_json(value).decode()
+
+
+@final
+class ToolBatch:
+    """The calls of one turn, run at once, with their results in call order.
+
+    `results()` is complete at any moment: a call that is not finished has the result "cancelled". So whoever appends
+    results to a log does it in a `finally`, and the log stays well formed when the run is cancelled."""
+
+    def __init__(
+        self, tools: Sequence[Tool], calls: Sequence[CallRequest], *, session: object = None, data: object = None,
+        approve: Approve | None = None, arrived: Callable[[int, ToolResult], None] | None = None,
+    ) -> None:
+        self._tools = {tool.name: tool for tool in tools}
+        self._calls = tuple(calls)
+        self._session = session
+        self._data = data
+        self._approve = approve
+        self._arrived = arrived
+        self._results: list[ToolResult | None] = [None] * len(self._calls)
+
+    async def run(self) -> None:
+        """Ends when every call has its result."""
+        async with anyio.create_task_group() as group:
+            for index in range(len(self._calls)):
+                _ = group.start_soon(self._one, index)
+
+    def results(self) -> tuple[ToolResult, ...]:
+        """One per call, in call order."""
+        return tuple(CANCELLED if result is None else result for result in self._results)
+
+    def to_raise(self) -> ToolError | None:
+        """The first error of a tool whose author asked for it to be raised (`on_error="raise"`)."""
+        for call, result in zip(self._calls, self._results, strict=True):
+            tool = self._tools.get(call.name)
+            if tool is not None and tool.on_error == "raise" and result is not None and result.error is not None:
+                return result.error
+        return None
+
+    async def _one(self, index: int) -> None:
+        call = self._calls[index]
+        tool = self._tools.get(call.name)
+        if tool is None:
+            unknown = UnknownTool(
+                f"there is no tool {call.name!r}; the tools are: {', '.join(self._tools) or 'none'}", tool=call.name
+            )
+            result = ToolResult(content=f"error: {unknown}", ok=False, error=unknown)
+        else:
+            context = ToolContext(call_id=call.id, tool=call.name, session=self._session, data=self._data)
+            result = await execute(tool, call.arguments, context=context, approve=self._approve)
+        self._results[index] = result
+        if self._arrived is not None:
+            self._arrived(index, result)
+
+
+def _problem(place: tuple[int | str, ...], message: str) -> str:
+    where = ".".join(str(part) for part in place)
+    return f"{where}: {message}" if where else message
+
+
+async def _approval(
+    tool: Tool, checked: BaseModel, arguments: str | Mapping[str, Any], context: ToolContext[Any] | None,
+    approve: Approve | None,
+) -> None:
+    """Fails closed: no approver, a predicate that raises and an answer that is not True all deny."""
+    try:
+        needed = await _answer(tool.needs_approval, _passed(checked))
+    except Exception as error:
+        _LOG.warning("needs_approval of tool %s raised; the call is denied", tool.name, exc_info=error)
+        raise ToolDenied(f"{tool.name}: not approved: the check failed", tool=tool.name) from error
+    if needed is False:
+        return
+    if approve is None:
+        raise ToolDenied(f"{tool.name}: not approved: nobody was asked (pass approve= to run)", tool=tool.name)
+    request = CallRequest(id=context.call_id if context else "", name=tool.name, arguments=arguments)
+    try:
+        granted = await _answer(approve, request)
+    except Exception as error:
+        _LOG.warning("approve raised for tool %s; the call is denied", tool.name, exc_info=error)
+        raise ToolDenied(f"{tool.name}: not approved: the approver failed", tool=tool.name) from error
+    if granted is not True:
+        raise ToolDenied(f"{tool.name}: not approved by the user", tool=tool.name)
+
+
+async def _answer(question: bool | Callable[[Any], object], subject: object) -> object:
+    if isinstance(question, bool):
+        return question
+    answer = question(subject)
+    return await answer if inspect.isawaitable(answer) else answer
+
+
+async def _timed(tool: Tool, checked: BaseModel, context: ToolContext[Any] | None) -> str:
+    with anyio.move_on_after(tool.timeout) as scope:
+        return await _call(tool, checked, context)
+    assert scope.cancelled_caught
+    raise ToolTimeout(f"{tool.name}: no result after {tool.timeout} s", tool=tool.name)
+
+
+async def _call(tool: Tool, checked: BaseModel, context: ToolContext[Any] | None) -> str:
+    arguments = _passed(checked)
+    if tool.context_parameter is not None:
+        arguments[tool.context_parameter] = context
+    try:
+        if tool.is_async:
+            value = await tool.fn(**arguments)  # type: ignore[misc]
+        else:
+            value = await anyio.to_thread.run_sync(partial(tool.fn, **arguments), abandon_on_cancel=True)
+            if inspect.isawaitable(value):
+                value = await value
+        return content_of(value)
+    except PydanticSerializationError as error:
+        raise ToolFailed(f"{tool.name}: its result cannot be written as JSON: {error}", tool=tool.name) from error
+    except Exception as error:
+        _LOG.info("tool %s raised", tool.name, exc_info=error)
+        raise ToolFailed(f"{tool.name}: {type(error).__name__}: {error}", tool=tool.name) from error
+
+
+def _passed(checked: BaseModel) -> dict[str, Any]:
+    """Only what the model gave, so that the function's own defaults hold for the rest."""
+    return {name: getattr(checked, name) for name in type(checked).model_fields if name in checked.model_fields_set}

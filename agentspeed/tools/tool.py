@@ -1,0 +1,115 @@
+"""One tool: a function, what a model is told about it, and what may happen when it runs."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, TypeAlias, final, overload
+
+from pydantic import BaseModel
+
+from agentspeed.tools.bounds import Json, Schema
+from agentspeed.tools.signature import read_signature
+
+OnError = Literal["return", "raise"]
+Predicate: TypeAlias = Callable[[Mapping[str, Any]], bool | Awaitable[bool]]
+NeedsApproval: TypeAlias = bool | Predicate
+
+_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Tool:
+    """Made by `tool` or `tools_from`; the schema is what the model sees, `arguments` is what checks it."""
+
+    name: str
+    description: str
+    schema: Schema
+    fn: Callable[..., object]
+    arguments: type[BaseModel]
+    is_async: bool
+    context_parameter: str | None = None
+    timeout: float | None = None
+    on_error: OnError = "return"
+    needs_approval: NeedsApproval = field(default=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise TypeError(f"tool name {self.name!r}: use letters, digits, '_' and '-', at most 64 of them.")
+        if self.timeout is not None and not (math.isfinite(self.timeout) and self.timeout > 0):
+            raise ValueError(f"tool {self.name}: timeout is {self.timeout}; it must be seconds above 0, or None.")
+        if self.on_error not in ("return", "raise"):
+            raise ValueError(f"tool {self.name}: on_error is {self.on_error!r}; it must be 'return' or 'raise'.")
+
+    def __repr__(self) -> str:
+        parameters = self.schema.get("properties")
+        return f"<Tool {self.name}({', '.join(parameters) if isinstance(parameters, dict) else ''})>"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A decorated function stays callable from Python as it was."""
+        return self.fn(*args, **kwargs)
+
+    def definition(self) -> dict[str, Json]:
+        """What a system message says about the tool."""
+        return {"name": self.name, "description": self.description, "parameters": self.schema}
+
+
+@overload
+def tool(fn: Callable[..., object], /) -> Tool: ...
+@overload
+def tool(
+    *,
+    name: str | None = None,
+    description: str | None = None,
+    timeout: float | None = None,
+    on_error: OnError = "return",
+    needs_approval: NeedsApproval = False,
+) -> Callable[[Callable[..., object]], Tool]: ...
+def tool(
+    fn: Callable[..., object] | None = None,
+    /,
+    *,
+    name: str | None = None,
+    description: str | None = None,
+    timeout: float | None = None,
+    on_error: OnError = "return",
+    needs_approval: NeedsApproval = False,
+) -> Tool | Callable[[Callable[..., object]], Tool]:
+    """Makes a tool of a typed function: `@tool`, or `@tool(timeout=5)`."""
+
+    def make(function: Callable[..., object]) -> Tool:
+        read = read_signature(function, name=name, description=description)
+        return Tool(
+            name=read.name,
+            description=read.description,
+            schema=read.schema,
+            fn=function,
+            arguments=read.arguments,
+            is_async=read.is_async,
+            context_parameter=read.context_parameter,
+            timeout=timeout,
+            on_error=on_error,
+            needs_approval=needs_approval,
+        )
+
+    return make if fn is None else make(fn)
+
+
+def tools_from(given: Iterable[Tool | Callable[..., object]]) -> tuple[Tool, ...]:
+    """Tools in the order given. Raises TypeError for what is not a typed function, and for a name used twice."""
+    made: dict[str, Tool] = {}
+    for item in given:
+        if isinstance(item, Tool):
+            one = item
+        elif inspect.isclass(item) or not callable(item):
+            raise TypeError(f"tools: {item!r} is not a function; pass functions with type hints, or Tool objects.")
+        else:
+            one = tool(item)
+        if one.name in made:
+            raise TypeError(f"tools: two tools are named {one.name!r}; give one of them @tool(name=...).")
+        made[one.name] = one
+    return tuple(made.values())
