@@ -1,0 +1,46 @@
+"""The engine loop in a thread of this process: for tests, and for who wants no second process."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from typing import final
+
+from agentspeed_engine.run.loop import EngineLoop
+from agentspeed_engine.run.options import EngineOptions, build
+from agentspeed_engine.run.worker import Worker
+
+
+@final
+class EngineThread:
+    """Started at construction; `close` ends it. A thread link has the frames and rules of a process link."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        """Raises `EngineFault` when the options or the model are refused."""
+        built = build(options)
+        self._loop = EngineLoop(built.core, Worker(built.model, built.vocabulary),
+                                outbox_bytes=options.outbox_bytes, check=options.check_every_step)
+        self._listener, self._address = _listener()
+        self._loop.listen(self._listener)
+        self._thread = threading.Thread(target=self._loop.run, name="agentspeed-engine", daemon=True)
+        self._thread.start()
+
+    def connect(self) -> socket.socket:
+        """A new link to the engine, blocking."""
+        peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        peer.connect(self._address)
+        return peer
+
+    def close(self) -> None:
+        self._loop.stop()
+        self._thread.join(timeout=10.0)
+        self._listener.close()
+
+
+def _listener() -> tuple[socket.socket, str]:
+    """A listening socket nobody else can name: Linux's abstract namespace picks the address."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind("")
+    listener.listen()
+    address: str = listener.getsockname()
+    return listener, address

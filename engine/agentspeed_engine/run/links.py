@@ -1,0 +1,120 @@
+"""One connected front: frames in, frames out, and a bound on what waits to be sent."""
+
+from __future__ import annotations
+
+import socket
+from array import array
+from typing import final
+
+import msgspec
+
+from agentspeed_engine.ids import LinkId
+from agentspeed_engine.wire import MAX_FRAME_BYTES, Command, Outgoing, Tokens, decode_command, encode_outbox
+
+_READ_BYTES = 1 << 18
+_HEADER = 4
+
+
+class BadFrame(Exception):
+    """The peer sent what is no frame of this protocol; its link cannot be read any further."""
+
+
+@final
+class Link:
+    """A non-blocking socket. `greeted` after a good `Hello`."""
+
+    def __init__(self, link_id: LinkId, peer: socket.socket, outbox_bytes: int) -> None:
+        self.id = link_id
+        self.socket = peer
+        self.greeted = False
+        self.closing = False
+        """Close once everything was sent."""
+        self._inbox = bytearray()
+        self._sending = bytearray()
+        self._pending: list[Outgoing] = []
+        self._outbox_bytes = outbox_bytes
+        self._waiting_ids = 0
+
+    def read(self) -> list[Command] | None:
+        """Whole frames that came; None when the peer is gone. Raises `BadFrame`."""
+        try:
+            data = self.socket.recv(_READ_BYTES)
+        except BlockingIOError:
+            return []
+        except ConnectionError:
+            return None
+        if not data:
+            return None
+        self._inbox += data
+        commands: list[Command] = []
+        while len(self._inbox) >= _HEADER:
+            size = int.from_bytes(self._inbox[:_HEADER], "little")
+            if size > MAX_FRAME_BYTES:
+                raise BadFrame(f"a frame of {size} bytes; the limit is {MAX_FRAME_BYTES}")
+            if len(self._inbox) < _HEADER + size:
+                break
+            body = bytes(self._inbox[_HEADER : _HEADER + size])
+            del self._inbox[: _HEADER + size]
+            try:
+                commands.append(decode_command(body))
+            except msgspec.DecodeError as error:
+                raise BadFrame(str(error)) from error
+        return commands
+
+    def put(self, message: Outgoing) -> None:
+        """Takes a message for the next frame. Never blocks; a slow peer's token deltas are coalesced."""
+        self._pending.append(message)
+        if isinstance(message, Tokens):
+            self._waiting_ids += len(message.ids) + 16 * len(message.logprobs)
+            if self._waiting_ids > self._outbox_bytes // 8:
+                self._pending = coalesce(self._pending)
+                self._waiting_ids = 0
+
+    @property
+    def has_output(self) -> bool:
+        return bool(self._sending or self._pending)
+
+    def write(self) -> bool:
+        """Sends what the socket takes; False when the peer is gone. A new frame starts when the last is nearly out."""
+        if self._pending and len(self._sending) < self._outbox_bytes:
+            self._sending += encode_outbox(tuple(self._pending))
+            self._pending.clear()
+            self._waiting_ids = 0
+        try:
+            while self._sending:
+                sent = self.socket.send(self._sending)
+                del self._sending[:sent]
+        except BlockingIOError:
+            return True
+        except ConnectionError:
+            return False
+        return True
+
+
+def coalesce(messages: list[Outgoing]) -> list[Outgoing]:
+    """Joins the deltas of each branch up to its next other message; nothing else is touched or reordered."""
+    joined: list[Outgoing] = []
+    open_at: dict[int, int] = {}
+    parts: dict[int, list[Tokens]] = {}
+    for message in messages:
+        branch = getattr(message, "branch", None)
+        if isinstance(message, Tokens):
+            if message.branch in open_at:
+                parts[open_at[message.branch]].append(message)
+                continue
+            open_at[message.branch] = len(joined)
+            parts[len(joined)] = [message]
+        elif isinstance(branch, int):
+            open_at.pop(branch, None)
+        joined.append(message)
+    for index, tokens in parts.items():
+        if len(tokens) > 1:
+            ids = array("I")
+            for part in tokens:
+                ids.frombytes(part.ids)
+            joined[index] = Tokens(
+                branch=tokens[0].branch, ids=ids.tobytes(),
+                logprobs=tuple(value for part in tokens for value in part.logprobs),
+                top=tuple(value for part in tokens for value in part.top),
+            )
+    return joined

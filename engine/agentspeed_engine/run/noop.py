@@ -1,0 +1,31 @@
+"""A model without weights for benchmarks and tests of everything around a model: each step takes a set time."""
+
+from __future__ import annotations
+
+import time
+from typing import final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agentspeed_engine.models.inputs import FlatBatch
+
+
+@final
+class NoopModel:
+    """Token after id t is t + 1 (mod vocabulary): a wrong row shows at once."""
+
+    def __init__(self, vocab_size: int, step_seconds: float, page_tokens: int) -> None:
+        self.page_tokens = page_tokens
+        self._step_seconds = step_seconds
+        self._vocab_size = vocab_size
+
+    def logits(self, batch: FlatBatch) -> NDArray[np.float64]:
+        if self._step_seconds:
+            time.sleep(self._step_seconds)
+        logits = np.zeros((len(batch.select), self._vocab_size))
+        logits[np.arange(len(batch.select)), (batch.ids[batch.select] + 1) % self._vocab_size] = 10.0
+        return logits
+
+    def copy_rows(self, src_page: int, dst_page: int, rows: int) -> None:
+        """There are no rows."""

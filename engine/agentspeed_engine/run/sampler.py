@@ -1,0 +1,102 @@
+"""Draws one token from one row of logits: Gumbel-max with counter-based noise (Gumbel 1954; Maddison et al. 2014).
+
+Noise is a pure function of (draw key, position, vocabulary id). A branch's tokens therefore never depend on who shares
+its batch, and a turn that is preempted and resumed draws what it would have drawn undisturbed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agentspeed_engine.wire import Sampling
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """The drawn id, and what was asked to be reported of the unmodified distribution."""
+
+    id: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...]
+
+
+def draw(
+    logits: NDArray[np.float64],
+    sampling: Sampling,
+    key: tuple[int, int, int],
+    position: int,
+    allowed: NDArray[np.bool_] | None = None,
+) -> Draw:
+    """`logits` [vocab] float64 are not changed. `position` is that of the token drawn.
+
+    `allowed` [vocab] masks by grammar; the caller makes sure that it allows at least one id."""
+    masked = logits if allowed is None else np.where(allowed, logits, -np.inf)
+    if sampling.temperature == 0.0:
+        chosen = int(masked.argmax())
+    else:
+        candidates = _candidates(masked / sampling.temperature, sampling)
+        scores = masked[candidates] / sampling.temperature + gumbel(key, position, candidates)
+        chosen = int(candidates[int(scores.argmax())])
+    if sampling.logprobs is None:
+        return Draw(chosen, None, ())
+    logprobs = logits - _log_sum_exp(logits)
+    count = min(sampling.logprobs, len(logits))
+    top: tuple[tuple[int, float], ...] = ()
+    if count:
+        best = np.argpartition(-logprobs, count - 1)[:count]
+        best = best[np.lexsort((best, -logprobs[best]))]
+        top = tuple((int(number), float(logprobs[number])) for number in best)
+    return Draw(chosen, float(logprobs[chosen]), top)
+
+
+def gumbel(key: tuple[int, int, int], position: int, ids: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Standard Gumbel noise, one value per vocabulary id (splitmix64 as the counter-based generator)."""
+    with np.errstate(over="ignore"):
+        state = np.zeros(1, dtype=np.uint64)
+        for part in (*key, position):
+            state = _mix(state + np.uint64(part & 0xFFFFFFFFFFFFFFFF) * _GOLDEN + _GOLDEN)
+        bits = _mix(state + (ids.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
+    # 53 bits at the centres of their cells: never 0 and never 1, so both logarithms are finite.
+    uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return -np.log(-np.log(uniform))
+
+
+def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    value = (value ^ (value >> np.uint64(30))) * _MIX_1
+    value = (value ^ (value >> np.uint64(27))) * _MIX_2
+    return value ^ (value >> np.uint64(31))
+
+
+def _candidates(scaled: NDArray[np.float64], sampling: Sampling) -> NDArray[np.int64]:
+    """Ids that survive top-k, then top-p, then min-p; ties at the edge are kept, so that order cannot matter."""
+    ids = np.flatnonzero(np.isfinite(scaled))
+    if sampling.top_k is not None and sampling.top_k < len(ids):
+        edge = np.partition(scaled[ids], len(ids) - sampling.top_k)[len(ids) - sampling.top_k]
+        ids = ids[scaled[ids] >= edge]
+    if sampling.top_p >= 1.0 and sampling.min_p <= 0.0:
+        return ids
+    values = scaled[ids]
+    probabilities = np.exp(values - values.max())
+    probabilities /= probabilities.sum()
+    keep = probabilities >= sampling.min_p * probabilities.max()
+    if sampling.top_p < 1.0:
+        order = np.argsort(-probabilities, kind="stable")
+        before = np.cumsum(probabilities[order]) - probabilities[order]
+        edge = probabilities[order][before < sampling.top_p].min()
+        keep &= probabilities >= edge
+    kept: NDArray[np.int64] = ids[keep]
+    return kept
+
+
+def _log_sum_exp(logits: NDArray[np.float64]) -> float:
+    peak = float(logits.max())
+    return peak + float(np.log(np.exp(logits - peak).sum()))
