@@ -15,8 +15,10 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "kernels")]
@@ -38,7 +40,7 @@ class Side:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     ids: list[int] = field(default_factory=list)
-    logits: list[object] = field(default_factory=list)
+    logits: list[Any] = field(default_factory=list)
     """One [vocab] tensor per drawn token."""
 
     @property
@@ -103,7 +105,7 @@ def run_agentspeed(checkpoint: Path, inputs: list[list[int]], arguments: argpars
     model = load(checkpoint, dtype="float32", pages=len(pages), page_tokens=page_tokens, threads=arguments.threads)
     known = 0
 
-    def forward(ids: list[int]) -> object:
+    def forward(ids: list[int]) -> Any:
         nonlocal known
         positions = np.arange(known, known + len(ids), dtype=np.int64)
         known += len(ids)
@@ -123,8 +125,8 @@ def run_agentspeed(checkpoint: Path, inputs: list[list[int]], arguments: argpars
         )
         return model.forward(batch)[0]
 
-    def prefill(ids: list[int]) -> object:
-        logits: object = None
+    def prefill(ids: list[int]) -> Any:
+        logits: Any = None
         for at in range(0, len(ids), arguments.chunk):
             logits = forward(ids[at : at + arguments.chunk])
         return logits
@@ -140,12 +142,12 @@ def run_transformers(
     import torch
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     cache = transformers.DynamicCache(config=model.config)
 
     @torch.inference_mode()
-    def forward(ids: list[int]) -> object:
+    def forward(ids: list[int]) -> Any:
         return model(torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
 
     with torch.inference_mode():
@@ -153,7 +155,14 @@ def run_transformers(
     return drive("transformers", inputs, arguments.out, forward, lambda token: forward([token]), followed)
 
 
-def drive(name, inputs, out, prefill, decode, followed) -> Side:  # type: ignore[no-untyped-def]
+def drive(
+    name: str,
+    inputs: list[list[int]],
+    out: int,
+    prefill: Callable[[list[int]], Any],
+    decode: Callable[[int], Any],
+    followed: list[int] | None,
+) -> Side:
     """One session: each turn feeds the last drawn token with the new ones, then draws `out` tokens greedily."""
     side = Side()
     pending: list[int] = []
@@ -205,14 +214,14 @@ def compare(ours: Side, theirs: Side) -> tuple[int, int, int, float]:
     compared = ties = unequal = 0
     worst = 0.0
     for mine, reference in zip(ours.logits, theirs.logits, strict=True):
-        best, second = reference.topk(2).values.tolist()  # type: ignore[attr-defined]
-        spread = float(reference.max() - reference.min())  # type: ignore[attr-defined]
-        worst = max(worst, float((mine - reference).abs().max() / reference.abs().max()))  # type: ignore[operator]
+        best, second = reference.topk(2).values.tolist()
+        spread = float(reference.max() - reference.min())
+        worst = max(worst, float((mine - reference).abs().max() / reference.abs().max()))
         if best - second < NEAR_TIE * spread:
             ties += 1
             continue
         compared += 1
-        unequal += int(mine.argmax() != reference.argmax())  # type: ignore[attr-defined]
+        unequal += int(mine.argmax() != reference.argmax())
     return compared, ties, unequal, worst
 
 

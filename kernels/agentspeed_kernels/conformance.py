@@ -5,6 +5,7 @@ A kernel from outside is checked the same way: `worst_error(spec, case)` for eac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, final
@@ -102,7 +103,7 @@ class _Draw:
     def weight(self, *shape: int) -> Tensor:
         """Always ordinary: hostile are the values that come from users and layers before."""
         drawn = torch.randn(*shape, generator=self._noise, dtype=torch.float64)
-        return (drawn / shape[-1] ** 0.5).to(self.kind)
+        return (drawn / math.sqrt(shape[-1])).to(self.kind)
 
     def gain(self, width: int) -> Tensor:
         return (1 + 0.1 * torch.randn(width, generator=self._noise, dtype=torch.float64)).to(self.kind)

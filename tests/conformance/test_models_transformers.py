@@ -58,7 +58,7 @@ def all_in_float64(*modules: ModuleType) -> Iterator[None]:
     for module in modules:
         module.torch = proxy  # type: ignore[attr-defined]
     plain = torch.Tensor.float
-    torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign,assignment]
+    torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
     try:
         yield
     finally:

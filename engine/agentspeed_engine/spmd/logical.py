@@ -62,7 +62,7 @@ def _moved(step: Collective, held: list[Tensor], tokens_per_rank: Sequence[int])
         return [whole.clone() for _ in held]
     source = held if step.kind == "slice" else [whole] * len(held)
     sizes = shard_sizes(whole.shape[step.dim], len(held), step.dim, tokens_per_rank)
-    return [value.split(sizes, dim=step.dim)[index].clone() for index, value in enumerate(source)]
+    return [torch.split(value, sizes, dim=step.dim)[index].clone() for index, value in enumerate(source)]
 
 
 def shard_sizes(extent: int, ranks: int, dim: int, tokens_per_rank: Sequence[int]) -> list[int]:
@@ -80,7 +80,7 @@ def distribute(whole: Tensor, layout: Layout, mesh: Mesh, tokens_per_rank: Seque
             placement, index, extent = layout.on(axis), rank.dp if axis == "dp" else rank.tp, mesh.extent(axis)
             if isinstance(placement, Shard):
                 sizes = shard_sizes(piece.shape[placement.dim], extent, placement.dim, tokens_per_rank)
-                piece = piece.split(sizes, dim=placement.dim)[index]
+                piece = torch.split(piece, sizes, dim=placement.dim)[index]
             elif isinstance(placement, Partial) and index:
                 piece = torch.zeros_like(piece)
         pieces.append(piece.clone())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -107,18 +110,19 @@ def _wide(x: Tensor) -> Tensor:
 
 _FORMATS: frozenset[Dtype] = frozenset({"float32", "float64", "bfloat16"})
 
+_CALLS: dict[str, Callable[..., Any]] = {
+    "linear": linear,
+    "heads_linear": heads_linear,
+    "rms_norm": rms_norm,
+    "add_rms_norm": add_rms_norm,
+    "rope": rope,
+    "latent_append": latent_append,
+    "route": route,
+    "experts": experts,
+    "mla_rows": torch_attention.mla_rows,
+    "mla_extend": torch_attention.mla_extend,
+}
+
 SPECS: tuple[KernelSpec, ...] = tuple(
-    KernelSpec(op=op, name="torch", dtypes=_FORMATS, device="cpu", call=call, priority=0)
-    for op, call in {
-        "linear": linear,
-        "heads_linear": heads_linear,
-        "rms_norm": rms_norm,
-        "add_rms_norm": add_rms_norm,
-        "rope": rope,
-        "latent_append": latent_append,
-        "route": route,
-        "experts": experts,
-        "mla_rows": torch_attention.mla_rows,
-        "mla_extend": torch_attention.mla_extend,
-    }.items()
+    KernelSpec(op=op, name="torch", dtypes=_FORMATS, device="cpu", call=call, priority=0) for op, call in _CALLS.items()
 )
