@@ -1,0 +1,90 @@
+"""What a running turn tells: typed events, in order, the same from every backend."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import msgspec
+
+from agentspeed.messages import ToolCall
+from agentspeed.usage import Lease, Usage
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True):
+    """Base: `seq` counts within the session."""
+
+    seq: int = 0
+    session_id: str = ""
+
+
+class TurnStarted(Event, frozen=True, kw_only=True, tag=True):
+    """The engine admitted the turn: what is resumed is known."""
+
+    usage: Usage
+
+
+class TextDelta(Event, frozen=True, kw_only=True, tag=True):
+    text: str
+
+
+class ReasoningDelta(Event, frozen=True, kw_only=True, tag=True):
+    text: str
+
+
+class ToolCallStarted(Event, frozen=True, kw_only=True, tag=True):
+    """A call was opened; its arguments follow."""
+
+    index: int
+    name: str
+
+
+class ToolCallDelta(Event, frozen=True, kw_only=True, tag=True):
+    """A piece of the arguments' JSON text."""
+
+    index: int
+    arguments: str
+
+
+class ToolCallReady(Event, frozen=True, kw_only=True, tag=True):
+    call: ToolCall
+
+
+class Paused(Event, frozen=True, kw_only=True, tag=True):
+    """Tools run; the branch is held under this lease."""
+
+    lease: Lease
+
+
+class ToolStarted(Event, frozen=True, kw_only=True, tag=True):
+    call: ToolCall
+
+
+class ToolFinished(Event, frozen=True, kw_only=True, tag=True):
+    call: ToolCall
+    content: str
+    ok: bool
+    seconds: float
+
+
+class LeaseChanged(Event, frozen=True, kw_only=True, tag=True):
+    lease: Lease
+
+
+class Resumed(Event, frozen=True, kw_only=True, tag=True):
+    """The first turn after a pause: what was still there."""
+
+    device: int
+    host: int
+    recomputed: int
+    why: str
+
+
+class TurnFinished(Event, frozen=True, kw_only=True, tag=True):
+    reason: str
+    usage: Usage
+
+
+AnyEvent: TypeAlias = (
+    TurnStarted | TextDelta | ReasoningDelta | ToolCallStarted | ToolCallDelta | ToolCallReady | Paused | ToolStarted
+    | ToolFinished | LeaseChanged | Resumed | TurnFinished
+)

@@ -1,0 +1,1 @@
+"""The session's text: template, tokeniser, parser, and the mirror of every id."""

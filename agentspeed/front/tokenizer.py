@@ -1,0 +1,69 @@
+"""Text to ids and back, for one model folder: content never becomes control tokens, characters never break."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, final
+
+from agentspeed.errors import ExtraMissing, ModelBroken
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+@final
+class TextTokenizer:
+    """Two views of one tokenizer.json: template text may name control tokens, content may not."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises `ModelBroken` when the folder has no usable tokenizer.json."""
+        try:
+            from tokenizers import Tokenizer
+        except ImportError as error:
+            raise ExtraMissing("Local models need the tokenizers package.",
+                               remedy="Install agentspeed[engine].") from error
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ModelBroken(f"{folder} has no tokenizer.json.", remedy="Give a complete model folder.")
+        try:
+            self._template: Tokenizer = Tokenizer.from_file(str(path))
+            self._content: Tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception for a malformed file
+            raise ModelBroken(f"{path} is not a tokenizer: {error}.", remedy="Export it anew.") from error
+        self._content.encode_special_tokens = True
+
+    def template_ids(self, text: str) -> list[int]:
+        """Ids of text that a chat template wrote: control tokens are recognised."""
+        return list(self._template.encode(text, add_special_tokens=False).ids)
+
+    def content_ids(self, text: str) -> list[int]:
+        """Ids of what a user, a tool or a document said: control tokens are spelt out as plain text."""
+        return list(self._content.encode_batch([text], add_special_tokens=False)[0].ids) if text else []
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a control token; None when the vocabulary has no such token."""
+        found: int | None = self._template.token_to_id(token)
+        return found
+
+    def decoder(self) -> IncrementalText:
+        """A fresh decoder for one message."""
+        return IncrementalText(self._template)
+
+    def text(self, ids: list[int]) -> str:
+        """All ids at once, control tokens shown."""
+        return str(self._template.decode(ids, skip_special_tokens=False))
+
+
+@final
+class IncrementalText:
+    """Feeds ids, yields whole characters only: bytes of an unfinished one wait for the next id."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=False)
+
+    def feed(self, ids: list[int]) -> str:
+        pieces = [self._stream.step(self._tokenizer, number) for number in ids]
+        return "".join(piece for piece in pieces if piece)

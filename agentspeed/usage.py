@@ -1,0 +1,71 @@
+"""What turns cost, as values that add up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import final
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Tokens and seconds of one turn, or of several added up.
+
+    `new + resumed_device + resumed_host + recomputed` are the tokens known before the first draw of each turn."""
+
+    new: int = 0
+    """Tokens never computed before in this session; `shared` of them someone else had computed."""
+    resumed_device: int = 0
+    resumed_host: int = 0
+    recomputed: int = 0
+    """Tokens whose rows had been lost; `why` says to what."""
+    shared: int = 0
+    drawn: int = 0
+    preempted: int = 0
+    turns: int = 0
+    queue_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    pause_seconds: float = 0.0
+    """Time the branch was held while tools ran."""
+    why: str = ""
+
+    @property
+    def resumed(self) -> int:
+        """Tokens that cost nothing because the session kept them."""
+        return self.resumed_device + self.resumed_host
+
+    @property
+    def computed(self) -> int:
+        """Rows really computed: new ones nobody shared, lost ones, drawn ones."""
+        return self.new - self.shared + self.recomputed + self.drawn
+
+    def __add__(self, other: Usage) -> Usage:
+        numbers = {
+            field.name: getattr(self, field.name) + getattr(other, field.name)
+            for field in fields(self) if field.name != "why"
+        }
+        return Usage(**numbers, why=other.why or self.why)
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Residence:
+    """Where the rows of a session's tokens are."""
+
+    device: int
+    host: int
+    lost: int
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """What the engine promised about a session at rest."""
+
+    keep: str
+    """`soft` may be revoked (LeaseChanged says why); `firm` never is before its end."""
+    seconds: float
+    """Granted from the moment of the answer."""
+    residence: Residence
+    why: str
