@@ -5,7 +5,6 @@ from agentspeed.tools.context import ToolContext
 from agentspeed.tools.running import (
     CANCELLED,
     Approve,
-    CallRequest,
     ToolBatch,
     ToolResult,
     check_arguments,
@@ -19,7 +18,6 @@ __all__ = [
     "DEFAULT_BOUNDS",
     "Approve",
     "Bounds",
-    "CallRequest",
     "NeedsApproval",
     "OnError",
     "Tool",

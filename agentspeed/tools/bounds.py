@@ -69,7 +69,10 @@ class _Walk:
         if not isinstance(schema, dict) or not (rest := _for_the_grammar(schema)):
             raise _refuse(at, "allows any JSON value", "say what it may be, e.g. a type, an enum or a model")
         if refused := sorted(rest.keys() & _REFUSED):
-            raise _refuse(at, f"uses {', '.join(refused)}", "leave the keyword out and check the value afterwards")
+            raise SchemaUnsupported(
+                f"The schema at {at} uses {', '.join(refused)}, which a grammar cannot express.",
+                remedy="Leave the keyword out and check the value afterwards.",
+            )
         if "$ref" in rest:
             return self._ref(rest, at)
         if "const" in rest:

@@ -19,20 +19,12 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticSerializationError, to_json
 
 from agentspeed.errors import BadArguments, ToolDenied, ToolError, ToolFailed, ToolTimeout, UnknownTool
+from agentspeed.messages import ToolCall
 from agentspeed.tools.context import ToolContext
 from agentspeed.tools.tool import Tool
 
 _LOG: Final = logging.getLogger("agentspeed.tools")
-Approve: TypeAlias = Callable[["CallRequest"], bool | Awaitable[bool]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CallRequest:
-    """One call as the model made it: `arguments` is JSON text (or a mapping, when code makes the call)."""
-
-    id: str
-    name: str
-    arguments: str | Mapping[str, Any]
+Approve: TypeAlias = Callable[[ToolCall], bool | Awaitable[bool]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +81,7 @@ class ToolBatch:
     results to a log does it in a `finally`, and the log stays well formed when the run is cancelled."""
 
     def __init__(
-        self, tools: Sequence[Tool], calls: Sequence[CallRequest], *, session: object = None, data: object = None,
+        self, tools: Sequence[Tool], calls: Sequence[ToolCall], *, session: object = None, data: object = None,
         approve: Approve | None = None, arrived: Callable[[int, ToolResult], None] | None = None,
     ) -> None:
         self._tools = {tool.name: tool for tool in tools}
@@ -153,7 +145,8 @@ async def _approval(
         return
     if approve is None:
         raise ToolDenied(f"{tool.name}: not approved: nobody was asked (pass approve= to run)", tool=tool.name)
-    request = CallRequest(id=context.call_id if context else "", name=tool.name, arguments=arguments)
+    text = arguments if isinstance(arguments, str) else content_of(arguments)
+    request = ToolCall(id=context.call_id if context else "", name=tool.name, arguments=text)
     try:
         granted = await _answer(approve, request)
     except Exception as error:

@@ -1,0 +1,176 @@
+"""Writes the grammar of one turn: tool calls, a tool choice, an output shape, in the language llguidance reads.
+
+The engine runs what is written here without knowing what it means. Whitespace is compact and every schema is closed
+(`tools.bounds`), so a constrained part always comes to an end.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Final
+
+from agentspeed.errors import ExtraMissing, InvalidRequest, SchemaUnsupported
+from agentspeed.front.output import Choice, OutputSpec, Regex, Schema
+from agentspeed.front.tags import DEFAULT_TAGS, Tags
+from agentspeed.tools.bounds import DEFAULT_BOUNDS, Bounds, Json, bounded
+from agentspeed.tools.tool import Tool
+
+MAX_PARALLEL_CALLS: Final = 16
+_COMPACT: Final[dict[str, Json]] = {"whitespace_flexible": False}
+
+
+def turn_grammar(
+    *,
+    tools: Sequence[Tool] = (),
+    tool_choice: str = "auto",
+    parallel_calls: int = MAX_PARALLEL_CALLS,
+    output: OutputSpec | None = None,
+    reasoning: bool = False,
+    tags: Tags = DEFAULT_TAGS,
+    bounds: Bounds = DEFAULT_BOUNDS,
+) -> str | None:
+    """The grammar's source, or None when any text will do.
+
+    `tool_choice`: "auto" (free text or an output, or calls), "required", "none", or a tool's name. A call is
+    constrained from its opening mark on. Raises `InvalidRequest` for a choice that cannot be, `SchemaUnsupported` for a
+    shape that cannot be bounded or expressed."""
+    offered = _offered(tools, tool_choice)
+    if not 1 <= parallel_calls <= MAX_PARALLEL_CALLS:
+        raise InvalidRequest(f"parallel_calls is {parallel_calls}; it must be 1 to {MAX_PARALLEL_CALLS}.")
+    if output is None and not tools:
+        return None
+    must_call = tool_choice not in ("auto", "none")
+    rules = _Rules(tags, reasoning)
+    ends: list[str] = []
+    if not must_call:
+        ends.append(rules.free_text() if output is None else rules.output(output))
+    if offered:
+        lead = not must_call and output is None
+        ends.append(rules.calls(offered, parallel_calls, bounds, after_text=lead))
+    source = rules.source(ends)
+    check_grammar(source)
+    return source
+
+
+@lru_cache(maxsize=256)
+def check_grammar(source: str) -> None:
+    """Raises `SchemaUnsupported` with the grammar library's own reason when it cannot express the source."""
+    try:
+        from llguidance import LLMatcher
+    except ImportError as error:
+        raise ExtraMissing("Tools and output= need llguidance.", remedy="Install agentspeed[engine].") from error
+    is_error, messages = LLMatcher.validate_grammar_with_warnings(source)
+    if is_error:
+        reason = " ".join(messages).splitlines()[0]
+        raise SchemaUnsupported(f"This cannot be expressed as a grammar: {reason}", remedy="Simplify the schema or regex.")
+
+
+def _offered(tools: Sequence[Tool], tool_choice: str) -> tuple[Tool, ...]:
+    if tool_choice == "none":
+        return ()
+    if tool_choice in ("auto", "required"):
+        if tool_choice == "required" and not tools:
+            raise InvalidRequest("tool_choice is 'required' but there are no tools.", remedy="Pass tools=[...].")
+        return tuple(tools)
+    chosen = tuple(tool for tool in tools if tool.name == tool_choice)
+    if not chosen:
+        names = ", ".join(tool.name for tool in tools) or "none"
+        raise InvalidRequest(
+            f"tool_choice is {tool_choice!r}, which is not a tool of this turn (they are: {names}).",
+            remedy="Use 'auto', 'required', 'none' or one of these names.",
+        )
+    return chosen
+
+
+class _Rules:
+    """Collects the rules of one turn; each method adds what it needs and names the rule that starts it."""
+
+    def __init__(self, tags: Tags, reasoning: bool) -> None:
+        self._tags = tags
+        self._reasoning = reasoning
+        self._rules: dict[str, str] = {}
+        # Beside a reasoning rule, other text must not begin as reasoning, or a mark inside it would be taken for a call.
+        not_thought = f" & ~/{_literal(tags.think_open)}(?s:.*)/" if reasoning and not self._special(tags.think_open) else ""
+        self._any = f"/(?s:.*)/{not_thought}"
+
+    def free_text(self) -> str:
+        """Any text in which no call is opened."""
+        opened = self._tags.call_open
+        never = "" if self._special(opened) else f" & ~/(?s:.*){_literal(opened)}(?s:.*)/"
+        return self._add("FREE", f"{self._any}{never}")
+
+    def output(self, spec: OutputSpec) -> str:
+        """Exactly one value of the shape."""
+        match spec:
+            case Schema():
+                return self._add("output", _json_rule(spec.closed()))
+            case Regex():
+                return self._add("OUTPUT", f"/{_slashed(spec.pattern)}/ & /(?s:.){{0,{spec.max_chars}}}/")
+            case Choice():
+                return self._add("output", " | ".join(_quoted(option) for option in spec.options))
+
+    def calls(self, tools: Sequence[Tool], most: int, bounds: Bounds, *, after_text: bool) -> str:
+        """One to `most` calls, the first perhaps after some text."""
+        names = [self._add(f"call_{number}", _call_body(tool, bounds)) for number, tool in enumerate(tools)]
+        body = f"({' | '.join(names)}) {self._mark(self._tags.call_close)}"
+        opened = self._mark(self._tags.call_open)
+        _ = self._add("call", f"{opened} {body}")
+        rest = f" call{{0,{most - 1}}}" if most > 1 else ""
+        if not after_text:
+            return self._add("calls", f"call{rest}")
+        _ = self._add("TEXT", self._any)
+        if self._special(self._tags.call_open):
+            return self._add("calls", f"TEXT {opened} {body}{rest}")
+        _ = self._add("opening[lazy]", f"TEXT {opened}")
+        return self._add("calls", f"opening {body}{rest}")
+
+    def source(self, ends: Sequence[str]) -> str:
+        """The whole grammar: reasoning if it is allowed, then one of the ends."""
+        thought = f"{self._thought()}? " if self._reasoning else ""
+        start = f"start: {thought}({' | '.join(ends)})"
+        return "\n".join(["%llguidance {}", start, *(f"{name}: {rule}" for name, rule in self._rules.items())]) + "\n"
+
+    def _thought(self) -> str:
+        closing = self._tags.think_close
+        if self._special(closing):
+            _ = self._add("THOUGHT", "/(?s:.*)/")
+            return self._add("thought", f"{self._mark(self._tags.think_open)} THOUGHT {self._mark(closing)}")
+        _ = self._add("thinking[lazy]", f"/(?s:.*)/ {self._mark(closing)}")
+        return self._add("thought", f"{self._mark(self._tags.think_open)} thinking")
+
+    def _special(self, mark: str) -> bool:
+        return mark in self._tags.ids
+
+    def _mark(self, mark: str) -> str:
+        return f"<[{self._tags.ids[mark]}]>" if self._special(mark) else _quoted(mark)
+
+    def _add(self, name: str, rule: str) -> str:
+        self._rules[name] = rule
+        return name.partition("[")[0]
+
+
+def _call_body(tool: Tool, bounds: Bounds) -> str:
+    head = '{"name":' + json.dumps(tool.name) + ',"arguments":'
+    return f"{_quoted(head)} {_json_rule(bounded(tool.schema, bounds))} {_quoted('}')}"
+
+
+def _json_rule(schema: dict[str, Json]) -> str:
+    return "%json " + json.dumps({**schema, "x-guidance": _COMPACT}, ensure_ascii=False, separators=(",", ":"))
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _literal(text: str) -> str:
+    return re.escape(text).replace("/", r"\/")
+
+
+def _slashed(pattern: str) -> str:
+    """A pattern between slashes: anchors are implied, and a slash of its own is escaped."""
+    bare = pattern.removeprefix("^")
+    bare = bare[:-1] if bare.endswith("$") and not bare.endswith(r"\$") else bare
+    return re.sub(r"\\.|/", lambda found: r"\/" if found[0] == "/" else found[0], bare, flags=re.DOTALL)
