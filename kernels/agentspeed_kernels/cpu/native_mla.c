@@ -2,6 +2,7 @@
 #include "native_common.h"
 
 #define BLOCK 32     /* tokens scored at a time; two vectors of scores a row */
+#define ROWS 8      /* (row, head) pairs whose queries stay in the first cache */
 #define GROUP 64     /* (row, head) pairs that share one pass over a tile */
 #define NEVER -1e30f /* below every finite score, and its difference to itself is 0, not NaN */
 
@@ -17,29 +18,29 @@ typedef struct {
     float *weights; /* [entries][heads] */
 } step;
 
-/* s[i][b] = q[i] . k[b] for 4 rows × 4 tokens. With `ahead` the tokens there are fetched meanwhile: a row of one page is
+/* s[i][b] = q[i] . k[b] for 8 rows × 2 tokens. With `ahead` the tokens there are fetched meanwhile: a row of one page is
    too short a stream for the hardware to run ahead on. */
-INLINE void scores4(const float *q, const float *const *k, const float *const *ahead, long width, float *s) {
+INLINE void scores8(const float *q, const float *const *k, const float *const *ahead, long width, float *s) {
     vec acc[LANES];
     for (int i = 0; i < LANES; i++) acc[i] = splat(0);
     long j = 0;
     for (; j + LANES <= width; j += LANES) {
-        vec keys[4];
-        for (int b = 0; b < 4; b++) keys[b] = load(k[b] + j);
-        if (ahead)
-            for (int b = 0; b < 4; b++) __builtin_prefetch(ahead[b] + j, 0, 2);
-        for (int i = 0; i < 4; i++) {
+        vec first = load(k[0] + j), second = load(k[1] + j);
+        if (ahead) {
+            __builtin_prefetch(ahead[0] + j, 0, 2);
+            __builtin_prefetch(ahead[1] + j, 0, 2);
+        }
+        for (int i = 0; i < ROWS; i++) {
             vec row = load(q + i * width + j);
-            for (int b = 0; b < 4; b++) acc[4 * i + b] += row * keys[b];
+            acc[2 * i] += row * first;
+            acc[2 * i + 1] += row * second;
         }
     }
-    vec sums = totals(acc);
-    for (int i = 0; i < 4; i++)
-        for (int b = 0; b < 4; b++) {
-            float sum = sums[4 * i + b];
-            for (long r = j; r < width; r++) sum += q[i * width + r] * k[b][r];
-            s[i * BLOCK + b] = sum;
-        }
+    float sums[LANES];
+    store(sums, totals(acc));
+    for (; j < width; j++)
+        for (int i = 0; i < LANES; i++) sums[i] += q[(i / 2) * width + j] * k[i % 2][j];
+    for (int i = 0; i < ROWS; i++) memcpy(s + i * BLOCK, sums + 2 * i, 2 * sizeof(float));
 }
 
 /* o[i] = o[i] * keep[i] + sum_b p[i][b] * v[b] for 4 rows and `many` (a constant) vectors of columns. */
@@ -105,7 +106,7 @@ INLINE void locate(const step *s, long tile, long at, const float **k) {
 static void pairs_of(const step *s, long tile, long low, float *q, float *o) {
     long first = s->row_at[tile], pairs = (s->row_at[tile + 1] - first) * s->heads - low;
     if (pairs > GROUP) pairs = GROUP;
-    long padded = (pairs + 3) / 4 * 4, seen[GROUP] = {0};
+    long padded = (pairs + ROWS - 1) / ROWS * ROWS, seen[GROUP] = {0};
     float most[GROUP], sum[GROUP];
     for (long i = 0; i < padded; i++) {
         long entry = first + (low + i) / s->heads, head = (low + i) % s->heads;
@@ -121,15 +122,16 @@ static void pairs_of(const step *s, long tile, long low, float *q, float *o) {
         const float *k[BLOCK], *next[BLOCK];
         locate(s, tile, at, k);
         locate(s, tile, at + BLOCK, next);
-        for (long i = 0; i < padded; i += 4) {
-            float shares[4 * BLOCK], keep[4];
+        for (long i = 0; i < padded; i += ROWS) {
+            float shares[ROWS * BLOCK], keep[ROWS];
             if (i == 0)
-                for (int b = 0; b < BLOCK; b += 4) scores4(q, k + b, next + b, s->width, shares + b);
+                for (int b = 0; b < BLOCK; b += 2) scores8(q, k + b, next + b, s->width, shares + b);
             else
-                for (int b = 0; b < BLOCK; b += 4) scores4(q + i * s->width, k + b, 0, s->width, shares + b);
-            for (int r = 0; r < 4; r++)
+                for (int b = 0; b < BLOCK; b += 2) scores8(q + i * s->width, k + b, 0, s->width, shares + b);
+            for (int r = 0; r < ROWS; r++)
                 keep[r] = soften(shares + r * BLOCK, seen[i + r] - at, s->scale, most + i + r, sum + i + r);
-            add_values(o + i * s->rank, s->rank, keep, shares, k);
+            for (int r = 0; r < ROWS; r += 4)
+                add_values(o + (i + r) * s->rank, s->rank, keep + r, shares + r * BLOCK, k);
         }
     }
     long slot = first * s->heads + low;
