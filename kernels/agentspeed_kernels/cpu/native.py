@@ -41,6 +41,9 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "rope": (P, L, L, P, P, L, L, L, I),
     "latent_append": (P, L, P, F, P, P, P, P, L, L, L, I),
     "route": (P, P, P, P, P, P, P, L, L, L, L, L, L, I, I, I, F),
+    "soften": (P, P, F, P, P, L, L, L, I),
+    "merge": (P, P, P, P, P, P, P, L, L, L, I),
+    "normalise": (P, P, P, P, L, L, L, I),
     "mla_rows": (P, L, L, P, L, L, L, L, L, P, P, P, P, P, P, P, L, P, P, P, F, P, L, P, P, I),
 }
 
@@ -53,7 +56,7 @@ class Unavailable:
 
 @final
 class Library:
-    """The C functions by op name."""
+    """The C functions by name: an op, or a step of one."""
 
     __slots__ = ("functions", "path")
 

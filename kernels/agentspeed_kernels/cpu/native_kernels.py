@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agentspeed_kernels.cpu import native
+from agentspeed_kernels.cpu import native, native_extend
 from agentspeed_kernels.routing import RouteRule
 from agentspeed_kernels.signature import KernelSpec
 from agentspeed_kernels.tiles import TilePlan
@@ -26,11 +26,15 @@ class NotBuilt(RuntimeError):
 
 
 @cache
-def _function(op: str) -> Any:
+def _functions() -> dict[str, Any]:
     library = native.library()
     if isinstance(library, native.Unavailable):
-        raise NotBuilt(f"{op}: {library.reason}")
-    return library.functions[op]
+        raise NotBuilt(library.reason)
+    return library.functions
+
+
+def _function(op: str) -> Any:
+    return _functions()[op]
 
 
 def _rows_packed(*tensors: Tensor) -> bool:
@@ -215,6 +219,10 @@ def mla_rows(q: Tensor, pool: Tensor, tiles: TilePlan, scale: float, workspace: 
     )
 
 
+def mla_extend(*arguments: Any) -> None:
+    native_extend.mla_extend(_functions(), *arguments)
+
+
 SPECS: tuple[KernelSpec, ...] = tuple(
     KernelSpec(
         op=op,
@@ -231,6 +239,7 @@ SPECS: tuple[KernelSpec, ...] = tuple(
         ("heads_linear", heads_linear, MOST_PRODUCT_ROWS),
         ("experts", experts, MOST_PRODUCT_ROWS),
         ("mla_rows", mla_rows, MOST_ATTENTION_ROWS),
+        ("mla_extend", mla_extend, None),
         ("rms_norm", rms_norm, None),
         ("add_rms_norm", add_rms_norm, None),
         ("rope", rope, None),

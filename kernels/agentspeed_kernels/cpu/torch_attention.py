@@ -17,8 +17,8 @@ def mla_rows(q: Tensor, pool: Tensor, tiles: TilePlan, scale: float, workspace: 
     heads, width = q.shape[1], q.shape[2]
     merged = _Merge(workspace, q.shape[0], heads, rank, q.dtype)
     for tile in tiles.tiles:
-        latents = _latents(pool, tile, workspace)
-        rows = _rows(tile)
+        latents = latents_of(pool, tile, workspace)
+        rows = rows_of(tile)
         scores = (q[rows].reshape(-1, width) @ latents.T).view(tile.rows.size, heads, -1)
         scores = scores.to(merged.dtype).mul_(scale)
         if tile.shape != "full":
@@ -47,9 +47,9 @@ def mla_extend(
     # Widths must be equal: the narrower of keys and values is padded with zeros.
     padded = q if q.shape[2] >= value else torch.nn.functional.pad(q, (0, value - q.shape[2]))
     for tile in tiles.tiles:
-        latents = _latents(pool, tile, workspace)
+        latents = latents_of(pool, tile, workspace)
         keys, values = _decompress(latents, key_up, value_up, rank, q.shape[2], workspace)
-        rows = _rows(tile)
+        rows = rows_of(tile)
         queries = padded[rows].transpose(0, 1).unsqueeze(0)
         mask = None if tile.shape != "ragged" else _mask(tile, q.dtype)
         # The public function does not return the log-sum-exp that merging needs.
@@ -77,7 +77,7 @@ def _decompress(
     return keys, values
 
 
-def _latents(pool: Tensor, tile: Tile, workspace: Workspace) -> Tensor:
+def latents_of(pool: Tensor, tile: Tile, workspace: Workspace) -> Tensor:
     """[tokens, width]: a view when the pages are neighbours, else gathered once."""
     page_tokens, width = pool.shape[1], pool.shape[2]
     if tile.contiguous:
@@ -88,7 +88,7 @@ def _latents(pool: Tensor, tile: Tile, workspace: Workspace) -> Tensor:
     return gathered.view(-1, width)[tile.offset : tile.offset + tile.tokens]
 
 
-def _rows(tile: Tile) -> slice | Tensor:
+def rows_of(tile: Tile) -> slice | Tensor:
     """Neighbouring rows as a slice: a view instead of a copy."""
     if bool((np.diff(tile.rows) == 1).all()):
         return slice(int(tile.rows[0]), int(tile.rows[-1]) + 1)
