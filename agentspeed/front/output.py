@@ -23,7 +23,8 @@ MAX_REGEX_CHARS: Final = 4096
 class Schema(Generic[T_co]):
     """Any type that pydantic knows, as JSON: `Schema(list[int])`, `Schema(MyDataclass)`; a model class needs no wrapper.
 
-    `Schema.json({...})` takes a JSON schema as it is and gives plain Python values."""
+    `Schema.json({...})` takes a JSON schema as it is and gives plain Python values. Both raise `SchemaUnsupported` at
+    once for a shape under which output might never end."""
 
     __slots__ = ("_adapter", "_shown", "bounds", "raw")
 
@@ -38,6 +39,7 @@ class Schema(Generic[T_co]):
         self.raw: JsonSchema = cast("JsonSchema", raw)
         self.bounds = bounds
         self._shown = getattr(kind, "__name__", str(kind))
+        _ = self.closed()
 
     @classmethod
     def json(cls, schema: Mapping[str, Json], *, bounds: Bounds = DEFAULT_BOUNDS) -> Schema[Any]:
@@ -47,6 +49,7 @@ class Schema(Generic[T_co]):
         made.raw = dict(schema)
         made.bounds = bounds
         made._shown = "JSON"
+        _ = made.closed()
         return made
 
     def __repr__(self) -> str:

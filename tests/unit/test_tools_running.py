@@ -1,0 +1,189 @@
+"""Every call leaves a result: wrong arguments, denial, timeout, crash and cancellation included."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import anyio
+import pytest
+import sniffio
+
+from agentspeed.errors import BadArguments, ToolDenied, ToolFailed, ToolTimeout, UnknownTool
+from agentspeed.messages import ToolCall
+from agentspeed.tools import ToolBatch, ToolContext, execute, tool
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(params=["asyncio", "trio"])
+def anyio_backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def add(a: int, b: int = 10) -> int:
+    return a + b
+
+
+async def slow(seconds: float) -> str:
+    await anyio.sleep(seconds)
+    return f"slept {seconds}"
+
+
+def crash(text: str) -> str:
+    raise RuntimeError(text)
+
+
+def call(name: str, arguments: str = "{}", number: int = 0) -> ToolCall:
+    return ToolCall(id=f"c{number}", name=name, arguments=arguments)
+
+
+async def test_these_tests_run_on_the_loop_they_name(anyio_backend: str) -> None:
+    assert sniffio.current_async_library() == anyio_backend
+
+
+async def test_a_sync_function_runs_and_its_own_default_holds() -> None:
+    assert (await execute(tool(add), '{"a":1}')).content == "11"
+
+
+async def test_an_async_function_is_awaited() -> None:
+    assert (await execute(tool(slow), {"seconds": 0.0})).content == "slept 0.0"
+
+
+@pytest.mark.parametrize("arguments", ['{"a":"x"}', '{"a":1,"c":2}', "{}", '{"a":', "[1]"])
+async def test_wrong_arguments_are_told_to_the_model_and_nothing_runs(arguments: str) -> None:
+    ran: list[int] = []
+
+    def touch(a: int) -> None:
+        ran.append(a)
+
+    result = await execute(tool(touch), arguments)
+    assert isinstance(result.error, BadArguments)
+    assert not result.ok
+    assert result.content.startswith("error: touch: wrong arguments")
+    assert ran == []
+
+
+async def test_a_timeout_ends_a_slow_tool_and_says_so() -> None:
+    result = await execute(tool(timeout=0.05)(slow), {"seconds": 10})
+    assert isinstance(result.error, ToolTimeout)
+    assert "0.05 s" in result.content
+
+
+async def test_a_timeout_does_not_wait_for_a_sync_function() -> None:
+    def nap(seconds: float) -> None:
+        time.sleep(seconds)
+
+    with anyio.fail_after(0.9):
+        result = await execute(tool(timeout=0.05)(nap), {"seconds": 1.0})
+    assert isinstance(result.error, ToolTimeout)
+
+
+async def test_a_crash_is_a_result_with_its_cause() -> None:
+    result = await execute(tool(crash), {"text": "no disk"})
+    assert isinstance(result.error, ToolFailed)
+    assert isinstance(result.error.__cause__, RuntimeError)
+    assert result.content == "error: crash: RuntimeError: no disk"
+
+
+async def test_a_result_that_json_cannot_carry_is_a_failure() -> None:
+    def thing() -> object:
+        return object()
+
+    assert isinstance((await execute(tool(thing), "{}")).error, ToolFailed)
+
+
+async def test_the_context_reaches_the_tool() -> None:
+    def who(context: ToolContext[str]) -> str:
+        return f"{context.call_id} {context.tool} {context.data}"
+
+    batch = ToolBatch([tool(who)], [call("who", number=7)], data="mine")
+    await batch.run()
+    assert batch.results()[0].content == "c7 who mine"
+
+
+@pytest.mark.parametrize("needs", [True, lambda _: True])
+async def test_a_call_that_needs_approval_is_denied_when_nobody_is_asked(needs: Any) -> None:
+    result = await execute(tool(needs_approval=needs)(add), '{"a":1}')
+    assert isinstance(result.error, ToolDenied)
+
+
+async def test_a_predicate_sees_the_checked_arguments() -> None:
+    def big(arguments: Mapping[str, Any]) -> bool:
+        return bool(arguments["a"] > 5)
+
+    careful = tool(needs_approval=big)(add)
+    assert (await execute(careful, '{"a":1}')).ok
+    assert not (await execute(careful, '{"a":6}')).ok
+
+
+async def test_an_approver_is_asked_and_only_true_grants() -> None:
+    asked: list[str] = []
+
+    async def approve(asked_for: ToolCall) -> bool:
+        asked.append(asked_for.arguments)
+        return asked_for.arguments == '{"a":1}'
+
+    careful = tool(needs_approval=True)(add)
+    assert (await execute(careful, '{"a":1}', approve=approve)).ok
+    assert not (await execute(careful, '{"a":2}', approve=approve)).ok
+    assert asked == ['{"a":1}', '{"a":2}']
+
+
+async def test_approval_fails_closed() -> None:
+    def broken(_: Any) -> bool:
+        raise KeyError("oops")
+
+    def yes(_: ToolCall) -> Any:
+        return "yes"
+
+    assert isinstance((await execute(tool(needs_approval=broken)(add), '{"a":1}')).error, ToolDenied)
+    assert isinstance((await execute(tool(needs_approval=True)(add), '{"a":1}', approve=broken)).error, ToolDenied)
+    assert isinstance((await execute(tool(needs_approval=True)(add), '{"a":1}', approve=yes)).error, ToolDenied)
+
+
+async def test_unparsable_arguments_never_reach_the_approver() -> None:
+    asked: list[ToolCall] = []
+
+    def approve(asked_for: ToolCall) -> bool:
+        asked.append(asked_for)
+        return True
+
+    _ = await execute(tool(needs_approval=True)(add), "{", approve=approve)
+    assert asked == []
+
+
+async def test_calls_run_at_once_and_results_come_in_call_order() -> None:
+    calls = [call("slow", '{"seconds":0.2}'), call("crash", '{"text":"x"}', 1), call("slow", '{"seconds":0.1}', 2)]
+    arrived: list[int] = []
+    batch = ToolBatch([tool(slow), tool(crash)], calls, arrived=lambda index, _: arrived.append(index))
+    started = anyio.current_time()
+    await batch.run()
+    assert anyio.current_time() - started < 0.29
+    assert arrived == [1, 2, 0]
+    assert [result.content for result in batch.results()] == [
+        "slept 0.2", "error: crash: RuntimeError: x", "slept 0.1",
+    ]
+
+
+async def test_an_unknown_tool_is_a_result_that_names_the_tools() -> None:
+    batch = ToolBatch([tool(add)], [call("subtract")])
+    await batch.run()
+    assert isinstance(batch.results()[0].error, UnknownTool)
+    assert batch.results()[0].content == "error: there is no tool 'subtract'; the tools are: add"
+
+
+async def test_a_cancelled_batch_has_a_result_for_every_call() -> None:
+    batch = ToolBatch([tool(slow), tool(add)], [call("slow", '{"seconds":9}'), call("add", '{"a":1}', 1)])
+    with anyio.move_on_after(0.1) as scope:
+        await batch.run()
+    assert scope.cancelled_caught
+    assert [result.content for result in batch.results()] == ["error: cancelled before it finished", "11"]
+
+
+async def test_on_error_raise_is_kept_for_the_caller_after_all_results_are_there() -> None:
+    batch = ToolBatch([tool(on_error="raise")(crash), tool(add)], [call("crash", '{"text":"x"}'), call("add", '{"a":1}')])
+    await batch.run()
+    assert isinstance(batch.to_raise(), ToolFailed)
+    assert batch.results()[1].ok
