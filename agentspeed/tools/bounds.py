@@ -175,7 +175,7 @@ class _Walk:
             raise _refuse(at, "uses patternProperties", "use additionalProperties or a list of key and value")
         if more is False or (more is True and properties):
             return closed
-        key = r'^[^"\\\x00-\x1f]{1,%d}$' % self.bounds.key_chars
+        key = r'^[^"\\\x00-\x1f]{1,' + f"{self.bounds.key_chars}}}$"
         closed["patternProperties"] = {key: self.close({} if more is True else more, f"{at}.*")}
         closed["maxProperties"] = schema.get("maxProperties", self.bounds.map_entries + len(properties))
         if "minProperties" in schema:

@@ -39,7 +39,7 @@ class Signature:
 
 def read_signature(fn: Callable[..., object], *, name: str | None = None, description: str | None = None) -> Signature:
     """Raises TypeError naming the function and the parameter that cannot be described to a model."""
-    called = name or getattr(fn, "__name__", type(fn).__name__)
+    called: str = name or getattr(fn, "__name__", "") or type(fn).__name__
     summary, documented = read_docstring(inspect.getdoc(fn) or "")
     hints = _hints(fn, called)
     context_parameter: str | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
@@ -26,8 +26,8 @@ class Bytes:
 
     eos_token_id = END
     bos_token_id = None
-    tokens = [bytes([number]) for number in range(256)] + [b"<|end|>", b"<tool_call>", b"</tool_call>"]
-    special_token_ids = [END, OPEN_ID, CLOSE_ID]
+    tokens: ClassVar = [bytes([number]) for number in range(256)] + [b"<|end|>", b"<tool_call>", b"</tool_call>"]
+    special_token_ids: ClassVar = [END, OPEN_ID, CLOSE_ID]
 
     def __call__(self, text: str | bytes) -> list[int]:
         return list(text.encode() if isinstance(text, str) else text)

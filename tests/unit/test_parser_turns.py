@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -134,7 +135,7 @@ PARTS = st.sampled_from(
 def test_the_split_never_changes_what_is_read(parts: list[str], cuts: list[int], reasoning: bool) -> None:
     text = "".join(parts)
     places = sorted({min(cut, len(text)) for cut in cuts} | {0, len(text)})
-    chunks = [text[start:end] for start, end in zip(places, places[1:], strict=False)]
+    chunks = [text[start:end] for start, end in pairwise(places)]
     assert summary(parse(chunks, reasoning=reasoning)) == summary(parse([text], reasoning=reasoning))
 
 

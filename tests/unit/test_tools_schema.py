@@ -94,7 +94,7 @@ def test_a_context_parameter_is_never_shown_to_the_model() -> None:
     assert list(tool(who).schema["properties"]) == ["name"]  # type: ignore[arg-type]
 
 
-def no_hint(x) -> None: ...  # type: ignore[no-untyped-def]  # noqa: ANN001
+def no_hint(x) -> None: ...  # type: ignore[no-untyped-def]
 def any_value(x: Any) -> None: ...
 def bare_dict(x: dict) -> None: ...  # type: ignore[type-arg]
 def not_json(x: anyio.Event) -> None: ...
