@@ -1,7 +1,14 @@
 """`python -m agentspeed_engine.run`: one engine process on a Unix socket, ended by end of file on its stdin.
 
-It prints one JSON line `{"ready": ...}` on stdout when it listens. What it refuses at start it says in one JSON line
-`{"code", "message", "remedy"}` on stderr, with exit status 2; a bug of its own ends it with status 70.
+    python -m agentspeed_engine.run --socket /run/user/1000/agentspeed/engine.sock --model FOLDER --pages 4096
+
+Options come as flags, or all at once as JSON with `--options`; `run.options.EngineOptions` lists them. While it loads it
+prints JSON lines {"progress": ...} on stdout, then one line {"ready": ..., "pid": ...} when it listens. What it refuses
+at start it says in one JSON line {"code", "message", "remedy"} on stderr, with exit status 2; a bug of its own ends it
+with status 70 and a traceback on stderr. SIGTERM and end of file on stdin end it with status 0 (`--stay`: only SIGTERM).
+
+It re-executes itself once with glibc's malloc told to keep large blocks, which saves the page faults of every step;
+set AGENTSPEED_MALLOC to anything to run with the environment as it is.
 """
 
 from __future__ import annotations
@@ -11,65 +18,137 @@ import json
 import os
 import signal
 import socket
+import stat
 import sys
 from pathlib import Path
+from typing import Any, NoReturn, final
+
+import msgspec
 
 from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.run.options import EngineOptions, build, options_from, parse_options
 
+_MALLOC_SWITCH = "AGENTSPEED_MALLOC"
 _MALLOC = {
     # glibc hands large freed tensors back to the system and faults every page in again; keeping them is up to 2x.
     "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 36),
     "MALLOC_TOP_PAD_": str(1 << 28),
+    _MALLOC_SWITCH: "tuned",
 }
 REFUSED, BROKEN = 2, 70
+_LONGEST_SOCKET_PATH = 107
+"""Bytes; `sun_path` of Linux without its final zero."""
+
+
+@final
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise EngineFault("bad_config", f"The command line is wrong: {message}.",
+                          "`python -m agentspeed_engine.run --help` lists the options.")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m agentspeed_engine.run", description=__doc__)
-    parser.add_argument("--socket", required=True, help="path of the Unix socket to listen on")
-    parser.add_argument("--options", required=True, help="engine options as JSON (agentspeed_engine.run.options)")
-    parser.add_argument("--keep-malloc", action="store_true", help="do not re-execute with tuned glibc malloc")
-    arguments = parser.parse_args()
-    if not arguments.keep_malloc and any(os.environ.get(name) != value for name, value in _MALLOC.items()):
-        command = [sys.executable, "-m", "agentspeed_engine.run", *sys.argv[1:], "--keep-malloc"]
-        os.execve(sys.executable, command, {**os.environ, **_MALLOC})
+    if _MALLOC_SWITCH not in os.environ:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | _MALLOC)
     try:
-        return serve(Path(arguments.socket), arguments.options)
+        arguments = parse_arguments()
+        return serve(Path(arguments.socket), read_options(arguments), stay=arguments.stay)
     except EngineFault as fault:
         print(json.dumps({"code": fault.code, "message": fault.message, "remedy": fault.remedy}), file=sys.stderr)
         return REFUSED
 
 
-def serve(path: Path, options_text: str) -> int:
-    """Loads, listens and runs until told to stop."""
-    # Imported late: a wrong command line is answered before torch is loaded.
-    from agentspeed_engine.run.loop import EngineLoop
-    from agentspeed_engine.run.options import build, parse_options
-    from agentspeed_engine.run.worker import Worker
+def parse_arguments() -> argparse.Namespace:
+    parser = _Parser(prog="python -m agentspeed_engine.run", description=__doc__,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--socket", required=True, help="path of the Unix socket to listen on")
+    parser.add_argument("--stay", action="store_true", help="do not end at end of file on stdin")
+    parser.add_argument("--options", help="all engine options as one JSON object, instead of flags")
+    for field in msgspec.structs.fields(EngineOptions):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", dest=f"option_{field.name}", metavar="VALUE")
+    return parser.parse_args()
 
-    options = parse_options(options_text)
-    built = build(options)
-    loop = EngineLoop(built.core, Worker(built.model, built.vocabulary), outbox_bytes=options.outbox_bytes,
-                      check=options.check_every_step)
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
-        server.bind(str(path))
-        os.chmod(path, 0o600)
-        server.listen(64)
+
+def read_options(arguments: argparse.Namespace) -> EngineOptions:
+    flags: dict[str, Any] = {
+        name.removeprefix("option_"): value
+        for name, value in vars(arguments).items() if name.startswith("option_") and value is not None
+    }
+    if arguments.options is None:
+        return options_from(flags)
+    if flags:
+        raise EngineFault("bad_config", f"--options and --{next(iter(flags))} are both given.", "Give one of the two.")
+    return parse_options(arguments.options)
+
+
+def serve(path: Path, options: EngineOptions, *, stay: bool) -> int:
+    """Loads, listens and runs until told to stop."""
+    # Imported late: what is wrong with a command line is answered before anything heavy is loaded.
+    from agentspeed_engine.run.loop import EngineLoop
+
+    if not stay and not _ends(sys.stdin.fileno()):
+        raise EngineFault("bad_config", "stdin is neither a pipe, a socket nor a terminal, so its end cannot be seen.",
+                          "Start the engine with a pipe as stdin, or with --stay.")
+    server = listen_at(path)
+    try:
+        loop = EngineLoop(build(options, lambda what: _say(progress=what)), outbox_bytes=options.outbox_bytes,
+                          check=options.check_every_step)
         loop.listen(server)
-        loop.stop_at_eof(sys.stdin.fileno())
+        if not stay:
+            loop.stop_at_eof(sys.stdin.fileno())
         signal.signal(signal.SIGTERM, lambda *_: loop.stop())
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the front's; it ends us by end of file
-        print(json.dumps({"ready": str(path), "pid": os.getpid()}), flush=True)
+        _say(ready=str(path), pid=os.getpid())
         try:
             loop.run()
         except Exception:  # the loop printed it and told every link; the status says that it was our bug
             return BROKEN
-        finally:
-            path.unlink(missing_ok=True)
+    finally:
+        server.close()
+        path.unlink(missing_ok=True)
     return 0
+
+
+def listen_at(path: Path) -> socket.socket:
+    """A socket only its owner can reach. Raises `EngineFault` when the path cannot be used."""
+    if len(os.fsencode(path)) > _LONGEST_SOCKET_PATH:
+        raise EngineFault("bad_config", f"The socket path {path} is longer than {_LONGEST_SOCKET_PATH} bytes.",
+                          "Use a shorter folder.")
+    if path.exists() and _answers(path):
+        raise EngineFault("bad_config", f"An engine is already listening at {path}.", "Use another path.")
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    mask = os.umask(0o177)
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        server.bind(str(path))
+        server.listen(64)
+    except OSError as error:
+        server.close()
+        raise EngineFault("bad_config", f"Cannot listen at {path}: {error}.", "Use a folder of your own.") from error
+    finally:
+        os.umask(mask)
+    return server
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True
+
+
+def _ends(descriptor: int) -> bool:
+    """Whether end of file on it is an event (a regular file and /dev/null are at their end from the start)."""
+    mode = os.fstat(descriptor).st_mode
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or os.isatty(descriptor)
+
+
+def _say(**line: object) -> None:
+    print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

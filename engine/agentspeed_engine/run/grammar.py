@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import final
 
 import numpy as np
@@ -10,10 +11,19 @@ from numpy.typing import NDArray
 
 from agentspeed_engine.kv.runs import TurnSpec
 from agentspeed_engine.run.vocabulary import Vocabulary
+from agentspeed_engine.wire import Grammar
 
 
 class GrammarRefused(Exception):
     """The grammar does not compile or has come to a dead end: the turn ends with this reason, the engine goes on."""
+
+
+@final
+@dataclass(slots=True)
+class _Progress:
+    matcher: LLMatcher
+    consumed: int = 0
+    """Ids of the turn the matcher has seen; its first `consumed_ids` are not among them."""
 
 
 @final
@@ -22,58 +32,66 @@ class Matchers:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
-        self._by_turn: dict[int, LLMatcher] = {}
+        self._by_turn: dict[int, _Progress] = {}
 
-    def allowed(self, spec: TurnSpec) -> NDArray[np.bool_] | None:
-        """[vocab] of the ids that may follow; None for a turn without a grammar. Raises `GrammarRefused`."""
-        if spec.grammar is None:
-            return None
-        matcher = self._matcher(spec)
+    def allowed(self, spec: TurnSpec, grammar: Grammar, drawn: int) -> NDArray[np.bool_]:
+        """[vocab] of the ids that may follow the turn's first `drawn` ids. Raises `GrammarRefused`."""
+        matcher = self._at(spec, grammar, drawn).matcher
         size = self._vocabulary.vocab_size
         if matcher.is_stopped():
             allowed = np.zeros(size, dtype=np.bool_)
         else:
             bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
-            self._refuse_error(matcher)
+            _refuse_error(matcher)
             allowed = np.unpackbits(bits, bitorder="little")[:size].astype(np.bool_)
+        ends = [number for number in spec.stop_ids if number < size]
         if not allowed.any():
-            allowed[[number for number in (*self._vocabulary.eos_ids, *spec.stop_ids) if number < size]] = True
-        elif matcher.is_accepting():  # it may end here: let the turn's own stop ids say so too
-            allowed[[number for number in spec.stop_ids if number < size]] = True
+            allowed[[*ends, *self._vocabulary.eos_ids]] = True
+        elif matcher.is_accepting():  # it may end here: the turn's own stop ids may say so too
+            allowed[ends] = True
         if not allowed.any():
-            raise GrammarRefused("the grammar allows no token and the turn has no stop id to end with")
+            raise GrammarRefused("the grammar allows no token here and the turn has no stop id to end with")
         return allowed
 
     def consume(self, spec: TurnSpec, token: int) -> bool:
-        """True when the grammar is complete with `token`: nothing may follow but the end."""
-        if spec.grammar is None:
-            return False
-        matcher = self._matcher(spec)
+        """True when the grammar is complete with `token`: nothing may follow but the end. Call `allowed` first."""
+        progress = self._by_turn[spec.turn]
         if token in spec.stop_ids or token in self._vocabulary.eos_ids:
             return True
-        if not matcher.consume_token(token):
-            self._refuse_error(matcher)
+        if not progress.matcher.consume_token(token):
+            _refuse_error(progress.matcher)
             raise GrammarRefused(f"the grammar does not accept id {token}")
-        return bool(matcher.is_stopped())
+        progress.consumed += 1
+        return bool(progress.matcher.is_stopped())
 
     def forget(self, turns: tuple[int, ...]) -> None:
         for turn in turns:
             self._by_turn.pop(turn, None)
 
-    def _matcher(self, spec: TurnSpec) -> LLMatcher:
-        matcher = self._by_turn.get(spec.turn)
-        if matcher is None:
-            assert spec.grammar is not None
-            matcher = LLMatcher(self._vocabulary.llguidance, spec.grammar.source, log_level=0)
-            self._refuse_error(matcher)
-            if spec.consumed_ids and not matcher.consume_tokens(list(spec.consumed_ids)):
-                self._refuse_error(matcher)
-                raise GrammarRefused("the ids of the open message do not fit the grammar it is continued with")
-            self._by_turn[spec.turn] = matcher
+    def _at(self, spec: TurnSpec, grammar: Grammar, drawn: int) -> _Progress:
+        progress = self._by_turn.get(spec.turn)
+        if progress is None:
+            progress = self._by_turn[spec.turn] = _Progress(self._compiled(spec, grammar))
+        ahead = progress.consumed - drawn
+        if ahead > 0:  # a draw the core did not take: a live fork or a preemption put the turn back by one step
+            if not progress.matcher.rollback(ahead):
+                raise GrammarRefused(f"the grammar cannot go back {ahead} ids")
+            progress.consumed = drawn
+        return progress
+
+    def _compiled(self, spec: TurnSpec, grammar: Grammar) -> LLMatcher:
+        try:
+            matcher = LLMatcher(self._vocabulary.llguidance, grammar.source, log_level=0)
+        except ValueError as error:
+            raise GrammarRefused(str(error)) from error
+        _refuse_error(matcher)
+        if spec.consumed_ids and not matcher.consume_tokens(list(spec.consumed_ids)):
+            _refuse_error(matcher)
+            raise GrammarRefused("the ids of the open message do not fit the grammar it is continued with")
         return matcher
 
-    @staticmethod
-    def _refuse_error(matcher: LLMatcher) -> None:
-        error = matcher.get_error()
-        if error:
-            raise GrammarRefused(error)
+
+def _refuse_error(matcher: LLMatcher) -> None:
+    error = matcher.get_error()
+    if error:
+        raise GrammarRefused(error)

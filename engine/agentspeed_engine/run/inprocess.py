@@ -8,7 +8,6 @@ from typing import final
 
 from agentspeed_engine.run.loop import EngineLoop
 from agentspeed_engine.run.options import EngineOptions, build
-from agentspeed_engine.run.worker import Worker
 
 
 @final
@@ -17,9 +16,7 @@ class EngineThread:
 
     def __init__(self, options: EngineOptions) -> None:
         """Raises `EngineFault` when the options or the model are refused."""
-        built = build(options)
-        self._loop = EngineLoop(built.core, Worker(built.model, built.vocabulary),
-                                outbox_bytes=options.outbox_bytes, check=options.check_every_step)
+        self._loop = EngineLoop(build(options), outbox_bytes=options.outbox_bytes, check=options.check_every_step)
         self._listener, self._address = _listener()
         self._loop.listen(self._listener)
         self._thread = threading.Thread(target=self._loop.run, name="agentspeed-engine", daemon=True)

@@ -1,4 +1,9 @@
-"""One connected front: frames in, frames out, and a bound on what waits to be sent."""
+"""One connected front: frames in, frames out, and a bound on what waits to be sent.
+
+The engine never waits for a reader. What a slow one has not taken yet is bounded without losing anything: the token
+deltas of a branch are joined into one, so a turn waits as at most its ids (the context limit bounds those) and its two
+events; and while more than the outbox's bound waits, no further command of that link is read, so replies cannot pile up.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +18,8 @@ from agentspeed_engine.wire import MAX_FRAME_BYTES, Command, Outgoing, Tokens, d
 
 _READ_BYTES = 1 << 18
 _HEADER = 4
+_MOST_MESSAGES = 512
+"""Messages that may wait before deltas are joined; a reader that keeps up never has so many."""
 
 
 class BadFrame(Exception):
@@ -33,7 +40,7 @@ class Link:
         self._sending = bytearray()
         self._pending: list[Outgoing] = []
         self._outbox_bytes = outbox_bytes
-        self._waiting_ids = 0
+        self._coalesce_at = _MOST_MESSAGES
 
     def read(self) -> list[Command] | None:
         """Whole frames that came; None when the peer is gone. Raises `BadFrame`."""
@@ -62,26 +69,30 @@ class Link:
         return commands
 
     def put(self, message: Outgoing) -> None:
-        """Takes a message for the next frame. Never blocks; a slow peer's token deltas are coalesced."""
+        """Takes a message for the next frame. Never blocks."""
         self._pending.append(message)
-        if isinstance(message, Tokens):
-            self._waiting_ids += len(message.ids) + 16 * len(message.logprobs)
-            if self._waiting_ids > self._outbox_bytes // 8:
-                self._pending = coalesce(self._pending)
-                self._waiting_ids = 0
+        if len(self._pending) >= self._coalesce_at:
+            self._pending = coalesce(self._pending)
+            # What cannot be joined is not looked at again until as much has come on top of it.
+            self._coalesce_at = max(_MOST_MESSAGES, 2 * len(self._pending))
 
     @property
     def has_output(self) -> bool:
         return bool(self._sending or self._pending)
 
+    @property
+    def behind(self) -> bool:
+        """More than the bound waits: the reader has to catch up before it may ask for more."""
+        return len(self._sending) >= self._outbox_bytes
+
     def write(self) -> bool:
-        """Sends what the socket takes; False when the peer is gone. A new frame starts when the last is nearly out."""
-        if self._pending and len(self._sending) < self._outbox_bytes:
-            self._sending += encode_outbox(tuple(self._pending))
-            self._pending.clear()
-            self._waiting_ids = 0
+        """Sends what the socket takes; False when the peer is gone. Nothing is encoded that would only wait."""
         try:
-            while self._sending:
+            while self._sending or self._pending:
+                if self._pending and len(self._sending) < self._outbox_bytes:
+                    self._sending += encode_outbox(tuple(self._pending))
+                    self._pending.clear()
+                    self._coalesce_at = _MOST_MESSAGES
                 sent = self.socket.send(self._sending)
                 del self._sending[:sent]
         except BlockingIOError:

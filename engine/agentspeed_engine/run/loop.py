@@ -11,13 +11,15 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from typing import final
+from typing import TypeAlias, final
 
 from agentspeed_engine.clock import Clock, MonotonicClock
+from agentspeed_engine.errors import RETRYABLE, Code
 from agentspeed_engine.ids import LinkId
+from agentspeed_engine.run.copies import Copied, Copier
 from agentspeed_engine.run.links import BadFrame, Link
+from agentspeed_engine.run.options import Built
 from agentspeed_engine.run.worker import Worker
-from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.sched.core import Core
 from agentspeed_engine.sched.plan import StepPlan, StepResult
 from agentspeed_engine.sched.world import Out
@@ -25,16 +27,22 @@ from agentspeed_engine.wire import PROTOCOL, Command, Failed, GetStats, Hello, S
 
 _SWITCH_SECONDS = 0.0005
 """How soon a busy worker thread yields the interpreter to the loop thread."""
+_JOIN_SECONDS = 5.0
+"""How long a step in flight may take to end when the engine stops; the process ends anyway."""
+
+_Report: TypeAlias = StepResult | Copied | BaseException
 
 
 @final
 class EngineLoop:
     """One engine: one core, one worker, any number of links."""
 
-    def __init__(self, config: CoreConfig, worker: Worker, *, outbox_bytes: int = 1 << 20, check: bool = False,
+    def __init__(self, built: Built, *, outbox_bytes: int = 1 << 20, check: bool = False,
                  clock: Clock | None = None) -> None:
-        self._core = Core(config)
-        self._worker = worker
+        """`check`: run the ledger after every event."""
+        self._core = Core(built.core)
+        self._worker = Worker(built.model, built.vocabulary)
+        self._copier = Copier(built.model, self._report)
         self._clock: Clock = clock if clock is not None else MonotonicClock()
         self._check = check
         self._outbox_bytes = outbox_bytes
@@ -45,10 +53,12 @@ class EngineLoop:
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
         self._plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
-        self._results: queue.SimpleQueue[StepResult | BaseException] = queue.SimpleQueue()
+        self._reports: queue.SimpleQueue[_Report] = queue.SimpleQueue()
         self._stopping = False
+        self._closed = False
         self._steps = 0
         self._tokens = 0
+        self._planning_seconds = 0.0
         self._thread = threading.Thread(target=self._work, name="agentspeed-worker", daemon=True)
 
     # ---- what the process or a test hands in ----------------------------------------------------------------------
@@ -87,39 +97,52 @@ class EngineLoop:
         self._thread.start()
         try:
             while not self._stopping:
-                for key, _ in self._selector.select():
+                for key, _ in self._selector.select(self._patience()):
                     callback: Callable[[], None] = key.data
                     callback()
                 self._collect()
                 self._plan()
                 self._flush()
+            self._tell_all("engine_stopping", "The engine was told to stop.", "Start another engine.")
         except BaseException as error:
-            self._tell_all(Failed(request=0, code="internal", message=f"{type(error).__name__}: {error}",
-                                  remedy="This is a bug of the engine; it stops."))
+            self._tell_all("internal", f"{type(error).__name__}: {error}", "This is a bug of the engine; it stops.")
             traceback.print_exc()
             raise
         finally:
             self._close()
 
+    def _patience(self) -> float | None:
+        """Seconds to wait for an event before the core wants to be asked again."""
+        now = self._clock.now()
+        wake_at = self._core.wake_at(now)
+        return None if wake_at is None else max(0.0, wake_at - now)
+
     def _collect(self) -> None:
         while True:
             try:
-                result = self._results.get_nowait()
+                report = self._reports.get_nowait()
             except queue.Empty:
                 return
-            if isinstance(result, BaseException):
-                raise result
-            self._tokens += len(result.drawn)
-            self._deliver(self._core.apply(result, self._clock.now()))
+            match report:
+                case StepResult():
+                    self._tokens += len(report.drawn)
+                    self._deliver(self._core.apply(report, self._clock.now()))
+                case Copied():
+                    self._deliver(self._core.copied(report.ticket, report.ok, self._clock.now()))
+                case BaseException():
+                    raise report
 
     def _plan(self) -> None:
-        while True:
-            plan = self._core.plan(self._clock.now())
-            self._deliver(self._core.events())
-            if plan is None:
-                return
+        now = started = self._clock.now()
+        while (plan := self._core.plan(now)) is not None:
             self._steps += 1
             self._plans.put(plan)
+            self._deliver(self._core.events())
+            now = self._clock.now()
+        self._deliver(self._core.events())
+        for copy in self._core.host_copies():
+            self._copier.start(copy)
+        self._planning_seconds += self._clock.now() - started
 
     def _deliver(self, out: Out) -> None:
         if self._check:
@@ -131,18 +154,18 @@ class EngineLoop:
 
     def _flush(self) -> None:
         for link in list(self._links.values()):
-            if not link.has_output:
-                continue
-            if not link.write():
+            if link.has_output and not link.write():
                 self._drop(link)
-            elif link.has_output:
-                self._watch(link, selectors.EVENT_READ | selectors.EVENT_WRITE)
+            elif link.closing and not link.has_output:
+                self._drop(link)
             else:
-                self._watch(link, selectors.EVENT_READ)
-                if link.closing:
-                    self._drop(link)
+                self._watch(link)
 
-    def _watch(self, link: Link, events: int) -> None:
+    def _watch(self, link: Link) -> None:
+        """Reads while the peer keeps up, writes while something waits."""
+        events = 0 if link.closing or link.behind else selectors.EVENT_READ
+        if link.has_output:
+            events |= selectors.EVENT_WRITE
         key = self._selector.get_key(link.socket)
         if key.events != events:
             self._selector.modify(link.socket, events, key.data)
@@ -154,12 +177,12 @@ class EngineLoop:
             self.connect(peer)
 
     def _readable(self, link: Link) -> None:
-        if link.closing:
+        if link.closing or link.behind:
             return
         try:
             commands = link.read()
         except BadFrame as error:
-            self._refuse(link, "bad_frame", str(error))
+            self._refuse(link, "bad_frame", f"This is no frame of the protocol: {error}.")
             return
         if commands is None:
             self._drop(link)
@@ -179,11 +202,11 @@ class EngineLoop:
 
     def _greet(self, link: Link, command: Command) -> None:
         if not isinstance(command, Hello):
-            self._refuse(link, "bad_frame", "the first frame of a link is Hello")
+            self._refuse(link, "bad_frame", "The first frame of a link is Hello.")
             return
         if command.protocol != PROTOCOL:
             self._refuse(link, "protocol_mismatch",
-                         f"the client speaks protocol {command.protocol}, this engine {PROTOCOL}", command.request)
+                         f"The client speaks protocol {command.protocol}, this engine {PROTOCOL}.", command.request)
             return
         link.greeted = True
         config = self._core.config
@@ -195,7 +218,7 @@ class EngineLoop:
                     "firm_pages": config.firm_budget()},
         ))
 
-    def _refuse(self, link: Link, code: str, message: str, request: int = 0) -> None:
+    def _refuse(self, link: Link, code: Code, message: str, request: int = 0) -> None:
         """Tells a link why it is closed, and closes it once that was sent."""
         link.put(Failed(request=request, code=code, message=message,
                         remedy="Use a client of the same version as the engine."))
@@ -212,26 +235,33 @@ class EngineLoop:
 
     def _stats(self, request: int) -> Stats:
         counts = self._core.counts() | {"steps": self._steps, "tokens_drawn": self._tokens, "links": len(self._links)}
-        seconds = {"model": self._worker.model_seconds, "draw": self._worker.draw_seconds}
+        seconds = {"model": self._worker.model_seconds, "sampling": self._worker.sampling_seconds,
+                   "planning": self._planning_seconds, "clock": self._clock.now()}
         return Stats(request=request, counts=counts, seconds=seconds)
 
-    def _tell_all(self, message: Failed) -> None:
+    def _tell_all(self, code: Code, message: str, remedy: str) -> None:
+        """The last words to every link, as far as its socket takes them."""
         for link in list(self._links.values()):
-            link.put(message)
+            link.put(Failed(request=0, code=code, message=message, remedy=remedy, retryable=code in RETRYABLE))
             link.write()
 
-    # ---- the worker thread ----------------------------------------------------------------------------------------
+    # ---- the other threads ----------------------------------------------------------------------------------------
     def _work(self) -> None:
         while (plan := self._plans.get()) is not None:
             try:
-                result: StepResult | BaseException = self._worker.execute(plan)
+                self._report(self._worker.execute(plan))
             except BaseException as error:  # handed to the loop thread, which raises it
-                result = error
-            self._results.put(result)
-            self._wake()
+                self._report(error)
+
+    def _report(self, report: _Report) -> None:
+        self._reports.put(report)
+        self._wake()
 
     def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError, OSError):
+        if self._closed:
+            return
+        # A full pipe wakes the loop as well as one more byte would.
+        with contextlib.suppress(BlockingIOError):
             os.write(self._wake_write, b"\0")
 
     def _woken(self) -> None:
@@ -240,11 +270,13 @@ class EngineLoop:
 
     def _close(self) -> None:
         self._plans.put(None)
-        if self._thread.is_alive():
-            self._thread.join(timeout=5.0)
+        self._thread.join(timeout=_JOIN_SECONDS)
+        self._copier.close(_JOIN_SECONDS)
         for link in self._links.values():
             link.socket.close()
         self._links.clear()
         self._selector.close()
-        os.close(self._wake_read)
-        os.close(self._wake_write)
+        self._closed = True
+        if not self._thread.is_alive():  # else it will still write to the pipe, whose number must not be another's
+            os.close(self._wake_read)
+            os.close(self._wake_write)

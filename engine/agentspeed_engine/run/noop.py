@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import final
 
 import numpy as np
@@ -13,7 +14,7 @@ from agentspeed_engine.models.inputs import FlatBatch
 
 @final
 class NoopModel:
-    """Token after id t is t + 1 (mod vocabulary): a wrong row shows at once."""
+    """After id t comes t + 1 (mod vocabulary): a wrong row shows at once. It has no rows to copy."""
 
     def __init__(self, vocab_size: int, step_seconds: float, page_tokens: int) -> None:
         self.page_tokens = page_tokens
@@ -28,4 +29,13 @@ class NoopModel:
         return logits
 
     def copy_rows(self, src_page: int, dst_page: int, rows: int) -> None:
-        """There are no rows."""
+        del src_page, dst_page, rows
+
+    def reserve_host(self, slots: int) -> None:
+        del slots
+
+    def save(self, pages: Sequence[int], slots: Sequence[int]) -> None:
+        del pages, slots
+
+    def load(self, slots: Sequence[int], pages: Sequence[int]) -> None:
+        del slots, pages

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.ids import pages_for
 from agentspeed_engine.models.catalog import describe, load
-from agentspeed_engine.models.inputs import FlatBatch
-from agentspeed_engine.models.loaded import LoadedModel
+from agentspeed_engine.run.model import Model
 from agentspeed_engine.run.noop import NoopModel
 from agentspeed_engine.run.vocabulary import Vocabulary
-from agentspeed_engine.run.worker import Model
 from agentspeed_engine.sched.config import CoreConfig
 
 _NOOP = "noop:"
+_NOOP_CONTEXT = 65_536
+_LEAST_OUTBOX = 4096
 _MOST_DEFAULT_PAGES = 16_384
 """A default pool never asks for more pages than this: a million tokens is plenty until someone says otherwise."""
 
@@ -38,12 +38,19 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """None: a quarter of the machine's memory."""
     page_tokens: int = 64
     threads: int | None = None
+    """Of the CPU kernels. None: as many as torch takes by itself."""
+    depth: int = 0
+    """Steps planned ahead of the one that runs."""
+    host_slots: int = 0
+    """Pages of host memory that device pages can be saved to."""
     prefill_chunk: int = 512
     extend_tokens: int = 256
     firm_pages: int | None = None
     max_sessions: int = 1024
     max_branches: int = 256
     max_waiting: int = 4096
+    ticket_deadline: float = 5.0
+    """Seconds after which a host copy that has not come back counts as failed."""
     outbox_bytes: int = 1 << 20
     """Unsent bytes per link beyond which token deltas are coalesced."""
     check_every_step: bool = False
@@ -53,10 +60,37 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 def parse_options(text: str) -> EngineOptions:
     """Raises `EngineFault` (bad_config) naming what is wrong."""
     try:
-        return msgspec.json.decode(text, type=EngineOptions)
+        options = msgspec.json.decode(text, type=EngineOptions)
     except msgspec.DecodeError as error:
-        raise EngineFault("bad_config", f"The engine options are wrong: {error}.",
-                          f"Known options: {', '.join(EngineOptions.__struct_fields__)}.") from error
+        raise _wrong(str(error)) from error
+    return _checked(options)
+
+
+def options_from(flags: Mapping[str, Any]) -> EngineOptions:
+    """Options from values that may still be text. Raises `EngineFault` (bad_config) naming what is wrong."""
+    try:
+        options = msgspec.convert(dict(flags), EngineOptions, strict=False)
+    except msgspec.ValidationError as error:
+        raise _wrong(str(error)) from error
+    return _checked(options)
+
+
+def _wrong(what: str) -> EngineFault:
+    return EngineFault("bad_config", f"The engine options are wrong: {what}.",
+                       f"Known options: {', '.join(EngineOptions.__struct_fields__)}.")
+
+
+def _checked(options: EngineOptions) -> EngineOptions:
+    """What no later check looks at; the rest is checked where it is used (`CoreConfig.check`, `catalog.load`)."""
+    if options.page_tokens < 1:
+        raise _wrong(f"page_tokens is {options.page_tokens}, and must be at least 1")
+    if options.threads is not None and options.threads < 1:
+        raise _wrong(f"threads is {options.threads}, and must be at least 1")
+    if options.outbox_bytes < _LEAST_OUTBOX:
+        raise _wrong(f"outbox_bytes is {options.outbox_bytes}, and must be at least {_LEAST_OUTBOX}")
+    if not math.isfinite(options.ticket_deadline) or options.ticket_deadline <= 0:
+        raise _wrong(f"ticket_deadline is {options.ticket_deadline}, and must be above 0")
+    return options
 
 
 @final
@@ -69,19 +103,26 @@ class Built:
     vocabulary: Vocabulary
 
 
-def build(options: EngineOptions) -> Built:
+def build(options: EngineOptions, progress: Callable[[str], None] | None = None) -> Built:
     """Loads the model and sizes its pool. Raises `EngineFault` for whatever cannot be."""
-    if options.page_tokens < 1:
-        raise EngineFault("bad_config", f"page_tokens is {options.page_tokens}.", "Give at least 1.")
     if options.model.startswith(_NOOP):
         return _build_noop(options)
+    say = progress if progress is not None else lambda what: None
     folder = Path(options.model)
     info = describe(folder, dtype=options.dtype, page_tokens=options.page_tokens)
     pages, limit = _sizes(options, info.context_limit, info.bytes_per_page)
     core = _core(options, pages, limit, info.vocab_size, folder.name)
     core.check()
-    model = load(folder, dtype=options.dtype, pages=pages, page_tokens=options.page_tokens, threads=options.threads)
-    return Built(core, TorchModel(model), Vocabulary(folder, info.vocab_size, info.eos_ids))
+    say(f"loading {folder.name}: {info.weight_bytes / 1e6:.0f} MB of weights, "
+        f"{pages * info.bytes_per_page / 1e6:.0f} MB for {pages} pages")
+    loaded = load(folder, dtype=options.dtype, pages=pages, page_tokens=options.page_tokens, threads=options.threads)
+    # Imported late: a no-op engine starts without torch.
+    from agentspeed_engine.run.torch_model import TorchModel
+
+    model = TorchModel(loaded)
+    if options.host_slots:
+        model.reserve_host(options.host_slots)
+    return Built(core, model, Vocabulary(folder, info.vocab_size, info.eos_ids))
 
 
 def _build_noop(options: EngineOptions) -> Built:
@@ -90,8 +131,11 @@ def _build_noop(options: EngineOptions) -> Built:
         size, step = int(vocabulary), float(milliseconds) / 1000
     except ValueError as error:
         raise EngineFault("bad_config", f"{options.model!r} is not noop:VOCABULARY:MILLISECONDS.") from error
-    pages, limit = _sizes(options, 65_536, 1)
+    if size < 1 or not 0 <= step < math.inf:
+        raise EngineFault("bad_config", f"{options.model!r} has no vocabulary or an impossible step time.")
+    pages, limit = _sizes(options, _NOOP_CONTEXT, 1)
     core = _core(options, pages, limit, size, options.model)
+    core.check()
     return Built(core, NoopModel(size, step, options.page_tokens), Vocabulary(Path(options.model), size, ()))
 
 
@@ -100,6 +144,7 @@ def _core(options: EngineOptions, pages: int, limit: int, vocab_size: int, name:
         pages=pages, context_limit=limit, vocab_size=vocab_size, model=name, page_tokens=options.page_tokens,
         prefill_chunk=options.prefill_chunk, extend_tokens=options.extend_tokens, firm_pages=options.firm_pages,
         max_sessions=options.max_sessions, max_branches=options.max_branches, max_waiting=options.max_waiting,
+        depth=options.depth, host_slots=options.host_slots, ticket_deadline=options.ticket_deadline,
     )
 
 
@@ -118,18 +163,3 @@ def _sizes(options: EngineOptions, model_limit: int, bytes_per_page: int) -> tup
     if options.context_limit is None:
         return pages, max(1, min(wanted, fits))
     return pages, wanted
-
-
-@final
-class TorchModel:
-    """A loaded model behind the worker's protocol: logits leave torch as float64."""
-
-    def __init__(self, model: LoadedModel) -> None:
-        self._model = model
-        self.page_tokens = model.page_tokens
-
-    def logits(self, batch: FlatBatch) -> NDArray[np.float64]:
-        return np.asarray(self._model.forward(batch).double().numpy(), dtype=np.float64)
-
-    def copy_rows(self, src_page: int, dst_page: int, rows: int) -> None:
-        self._model.copy_rows(src_page, dst_page, rows)

@@ -7,7 +7,7 @@ its batch, and a turn that is preempted and resumed draws what it would have dra
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,30 +30,33 @@ class Draw:
 
 
 def draw(
-    logits: NDArray[np.float64],
+    logits: NDArray[Any],
     sampling: Sampling,
     key: tuple[int, int, int],
     position: int,
     allowed: NDArray[np.bool_] | None = None,
 ) -> Draw:
-    """`logits` [vocab] float64 are not changed. `position` is that of the token drawn.
+    """`logits` [vocab] of any float dtype are not changed. `position` is that of the token drawn.
 
     `allowed` [vocab] masks by grammar; the caller makes sure that it allows at least one id."""
     masked = logits if allowed is None else np.where(allowed, logits, -np.inf)
     if sampling.temperature == 0.0:
         chosen = int(masked.argmax())
     else:
-        candidates = _candidates(masked / sampling.temperature, sampling)
-        scores = masked[candidates] / sampling.temperature + gumbel(key, position, candidates)
+        scaled = masked.astype(np.float64) / sampling.temperature
+        candidates = _candidates(scaled, sampling)
+        scores = scaled[candidates] + gumbel(key, position, candidates)
         chosen = int(candidates[int(scores.argmax())])
     if sampling.logprobs is None:
         return Draw(chosen, None, ())
-    logprobs = logits - _log_sum_exp(logits)
+    exact = logits.astype(np.float64)
+    logprobs = exact - _log_sum_exp(exact)
     count = min(sampling.logprobs, len(logits))
     top: tuple[tuple[int, float], ...] = ()
     if count:
-        best = np.argpartition(-logprobs, count - 1)[:count]
-        best = best[np.lexsort((best, -logprobs[best]))]
+        edge = np.partition(logprobs, len(logprobs) - count)[len(logprobs) - count]
+        best = np.flatnonzero(logprobs >= edge)  # all that tie at the edge, so that the lowest ids are the ones taken
+        best = best[np.lexsort((best, -logprobs[best]))][:count]
         top = tuple((int(number), float(logprobs[number])) for number in best)
     return Draw(chosen, float(logprobs[chosen]), top)
 

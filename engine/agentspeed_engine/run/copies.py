@@ -1,0 +1,65 @@
+"""Carries out host copies in a thread of their own, so that neither a step nor a command waits for one."""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
+
+from agentspeed_engine.ids import TicketId
+from agentspeed_engine.run.model import CopyFailed, Model
+from agentspeed_engine.sched.plan import HostCopy
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """How one ticket ended."""
+
+    ticket: TicketId
+    ok: bool
+
+
+@final
+class Copier:
+    """One thread, one copy after the other. `report` is called from that thread."""
+
+    def __init__(self, model: Model, report: Callable[[Copied | Exception], None]) -> None:
+        self._model = model
+        self._report = report
+        self._orders: queue.SimpleQueue[HostCopy | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="agentspeed-copies", daemon=True)
+
+    def start(self, copy: HostCopy) -> None:
+        """Returns at once. The thread begins with the first copy: most engines never make one."""
+        if not self._thread.is_alive():
+            self._thread.start()
+        self._orders.put(copy)
+
+    def close(self, seconds: float) -> None:
+        """Ends after the copies that were ordered, waiting at most so long."""
+        self._orders.put(None)
+        if self._thread.is_alive():
+            self._thread.join(timeout=seconds)
+
+    def _run(self) -> None:
+        while (copy := self._orders.get()) is not None:
+            try:
+                done: Copied | Exception = Copied(copy.ticket, self._carry_out(copy))
+            except Exception as error:  # our bug: handed to the loop thread, which raises it
+                done = error
+            self._report(done)
+
+    def _carry_out(self, copy: HostCopy) -> bool:
+        try:
+            if copy.direction == "save":
+                self._model.save(copy.pages, copy.slots)
+            else:
+                self._model.load(copy.slots, copy.pages)
+        except CopyFailed as reason:
+            print(f"host copy {copy.ticket} ({copy.direction}) failed: {reason}", file=sys.stderr)
+            return False
+        return True
