@@ -1,0 +1,53 @@
+"""agentspeed: async agent sessions on a session-aware LLM inference engine.
+
+Importing it never imports torch; names are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from agentspeed.engine import Engine as Engine
+    from agentspeed.front.output import Choice as Choice
+    from agentspeed.front.output import Regex as Regex
+    from agentspeed.front.output import Schema as Schema
+    from agentspeed.messages import Assistant as Assistant
+    from agentspeed.messages import System as System
+    from agentspeed.messages import ToolCall as ToolCall
+    from agentspeed.messages import ToolMessage as ToolMessage
+    from agentspeed.messages import User as User
+    from agentspeed.sampling import Sampling as Sampling
+    from agentspeed.session import Mark as Mark
+    from agentspeed.session import Session as Session
+    from agentspeed.tools import Tool as Tool
+    from agentspeed.tools import ToolContext as ToolContext
+    from agentspeed.tools import tool as tool
+    from agentspeed.turn import Reply as Reply
+    from agentspeed.turn import Turn as Turn
+    from agentspeed.usage import Lease as Lease
+    from agentspeed.usage import Usage as Usage
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Engine": "engine", "Choice": "front.output", "Regex": "front.output", "Schema": "front.output",
+    "Assistant": "messages", "System": "messages", "ToolCall": "messages", "ToolMessage": "messages",
+    "User": "messages", "Sampling": "sampling", "Mark": "session", "Session": "session", "Tool": "tools",
+    "ToolContext": "tools", "tool": "tools", "Reply": "turn", "Turn": "turn", "Lease": "usage", "Usage": "usage",
+}
+_MODULES = ("errors", "events", "messages", "search", "testing", "tools")
+__all__ = sorted([*_HOMES, *_MODULES, "__version__"])  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"agentspeed.{_HOMES[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"agentspeed.{name}")
+    raise AttributeError(f"module 'agentspeed' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,37 @@
+"""The one border where what an engine refuses becomes a public error."""
+
+from __future__ import annotations
+
+from agentspeed import errors
+from agentspeed.errors import AgentspeedError
+
+_CLASSES: dict[str, type[AgentspeedError]] = {
+    "unsupported_model": errors.ModelUnsupported,
+    "bad_config": errors.ModelBroken,
+    "bad_weights": errors.ModelBroken,
+    "bad_tokenizer": errors.ModelBroken,
+    "invalid_request": errors.InvalidRequest,
+    "context_overflow": errors.ContextOverflow,
+    "invalid_sampling": errors.InvalidSampling,
+    "schema_unsupported": errors.SchemaUnsupported,
+    "branch_unknown": errors.SessionClosed,
+    "branch_busy": errors.SessionBusy,
+    "branch_closed": errors.SessionClosed,
+    "trunk_moved": errors.TrunkMoved,
+    "child_unrelated": errors.ChildUnrelated,
+    "position_unknown": errors.MarkNotFound,
+    "bad_frame": errors.InternalError,
+    "protocol_mismatch": errors.ConnectFailed,
+    "overloaded": errors.EngineOverloaded,
+    "too_many_sessions": errors.EngineOverloaded,
+    "too_many_branches": errors.EngineOverloaded,
+    "quota_exceeded": errors.EngineOverloaded,
+    "out_of_memory": errors.EngineOverloaded,
+    "engine_stopping": errors.EngineDied,
+    "internal": errors.InternalError,
+}
+
+
+def public_error(code: str, message: str, remedy: str) -> AgentspeedError:
+    """The public class for an engine's code; an unknown code is a bug of ours and says so."""
+    return _CLASSES.get(code, errors.InternalError)(message, remedy=remedy)

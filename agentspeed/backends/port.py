@@ -1,0 +1,36 @@
+"""What a session needs of an engine, message by message; every backend implements exactly this."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, TypeAlias
+
+from agentspeed_engine import wire
+
+Sink: TypeAlias = Callable[[wire.Event | None], None]
+"""Called on the event loop with each event of a branch, in order; None when the engine is gone."""
+
+
+class Connection(Protocol):
+    """One way to one engine, owned by one event loop."""
+
+    @property
+    def alive(self) -> bool:
+        """False once the engine is gone; a new connection must be made."""
+
+    @property
+    def welcome(self) -> wire.Welcome:
+        """What the engine said of itself."""
+
+    async def call(self, make: Callable[[int], wire.Command]) -> wire.Reply:
+        """Sends `make(request number)` and waits for its reply. Raises the public error of a refusal, and
+        `EngineDied` when the engine goes first."""
+
+    def listen(self, branch: int, sink: Sink) -> None:
+        """Events of `branch` go to `sink` from now on."""
+
+    def unlisten(self, branch: int) -> None:
+        """They no longer do."""
+
+    def close(self) -> None:
+        """Ends the connection; the engine closes its branches."""

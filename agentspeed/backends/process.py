@@ -1,0 +1,226 @@
+"""Engine processes: started by `subprocess`, shared by model and options, ended when nobody needs them."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any, final
+
+from agentspeed import errors
+from agentspeed.backends.faults import public_error
+
+_LOG = logging.getLogger("agentspeed.engine")
+_IDLE_SECONDS = 60.0
+_STOP_SECONDS = 5.0
+ATTACH = "AGENTSPEED_ENGINE"
+"""Environment variable: the socket path of a running engine to use instead of starting one."""
+
+
+@final
+class EngineProcess:
+    """One engine process and the socket it listens on. Starting it blocks; call from a worker thread."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        """Raises `EngineStartFailed`, or the public error of what the engine refused (model, options)."""
+        if importlib.util.find_spec("torch") is None:
+            raise errors.ExtraMissing("A local engine needs PyTorch, which is not installed.",
+                                      remedy="Install agentspeed[engine].")
+        self._folder = Path(tempfile.mkdtemp(prefix="agentspeed-"))
+        self.socket_path = self._folder / "engine.sock"
+        command = [sys.executable, "-m", "agentspeed_engine.run", "--socket", str(self.socket_path),
+                   "--options", json.dumps(dict(options))]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                         stderr=subprocess.PIPE, env=_environment(), text=True)
+        assert self._process.stdout is not None and self._process.stderr is not None
+        self._complaints: list[str] = []
+        self._log_thread = threading.Thread(target=self._log, args=(self._process.stderr,),
+                                            name="agentspeed-engine-log", daemon=True)
+        self._log_thread.start()
+        self._await_readiness(self._process.stdout)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def stop(self) -> None:
+        """Ends the process: end of file, then SIGTERM, then SIGKILL, each given its time."""
+        for end in (self._end_of_file, self._process.terminate, self._process.kill):
+            if self._process.poll() is not None:
+                break
+            end()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_STOP_SECONDS)
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+        self._log_thread.join(_STOP_SECONDS)
+        if self._process.stderr is not None:
+            self._process.stderr.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _end_of_file(self) -> None:
+        if self._process.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+
+    def _await_readiness(self, output: IO[str]) -> None:
+        for line in output:
+            if "ready" in json.loads(line):
+                return
+        status = self._process.wait()
+        self._log_thread.join(_STOP_SECONDS)
+        self.stop()
+        refusal = _refusal(self._complaints)
+        if refusal is not None:
+            raise refusal
+        tail = " | ".join(self._complaints[-3:])
+        raise errors.EngineStartFailed(f"The engine process ended with status {status} before it was ready: {tail}",
+                                       remedy="Its whole output is in the log `agentspeed.engine`.")
+
+    def _log(self, output: IO[str]) -> None:
+        for line in output:
+            text = line.rstrip()
+            self._complaints.append(text)
+            del self._complaints[:-50]
+            _LOG.info("engine %d: %s", self._process.pid, text)
+
+
+def _refusal(complaints: list[str]) -> errors.AgentspeedError | None:
+    """What the engine said when it refused to start, as a public error."""
+    for line in reversed(complaints):
+        if line.startswith("{"):
+            with contextlib.suppress(ValueError):
+                said = json.loads(line)
+                if isinstance(said, dict) and "code" in said:
+                    return public_error(said["code"], said["message"], said.get("remedy", ""))
+    return None
+
+
+def _environment() -> dict[str, str]:
+    """The child finds the engine where this process found it, installed or not."""
+    spec = importlib.util.find_spec("agentspeed_engine")
+    kernels = importlib.util.find_spec("agentspeed_kernels")
+    paths = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
+    for found in (spec, kernels):
+        if found is not None and found.submodule_search_locations:
+            paths.append(str(Path(next(iter(found.submodule_search_locations))).parent))
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+
+
+def open_socket(path: Path) -> socket.socket:
+    """A connected socket. Raises `ConnectFailed` when nobody listens there."""
+    peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        peer.connect(str(path))
+    except OSError as error:
+        peer.close()
+        raise errors.ConnectFailed(f"No engine listens at {path}: {error}.",
+                                   remedy="Start one, or unset AGENTSPEED_ENGINE.") from error
+    return peer
+
+
+@final
+class EngineSlot:
+    """The place of one engine: its process is started on first use and again after a death."""
+
+    def __init__(self, options: Mapping[str, Any], *, attach: Path | None = None) -> None:
+        self.options = dict(options)
+        self._attach = attach
+        self._process: EngineProcess | None = None
+        self._lock = threading.Lock()
+        self.users = 0
+        self.idle_since: float | None = None
+        self._closed = False
+
+    @property
+    def pid(self) -> int | None:
+        """Of the engine process this slot started; None before the first use and for an attached engine."""
+        process = self._process
+        return None if process is None else process.pid
+
+    def open(self) -> socket.socket:
+        """A socket to a living engine; starts one when there is none. Blocks."""
+        if self._attach is not None:
+            return open_socket(self._attach)
+        with self._lock:
+            if self._closed:
+                raise errors.SessionClosed("This engine was closed.", remedy="Make a new Engine.")
+            if self._process is not None and not self._process.alive:
+                self._process.stop()
+                self._process = None
+            if self._process is None:
+                self._process = EngineProcess(self.options)
+            return open_socket(self._process.socket_path)
+
+    def close(self) -> None:
+        """Ends the process, if this slot started one. Blocks."""
+        with self._lock:
+            self._closed = True
+            process, self._process = self._process, None
+        if process is not None:
+            process.stop()
+
+
+_shared: dict[str, EngineSlot] = {}
+_shared_lock = threading.Lock()
+
+
+def acquire(options: Mapping[str, Any]) -> EngineSlot:
+    """The process-wide engine of these options, counted; give it back with `release`."""
+    attach = os.environ.get(ATTACH)
+    key = attach or json.dumps(dict(options), sort_keys=True)
+    with _shared_lock:
+        slot = _shared.get(key)
+        if slot is None:
+            slot = _shared[key] = EngineSlot(options, attach=Path(attach) if attach else None)
+        slot.users += 1
+        slot.idle_since = None
+        return slot
+
+
+def release(slot: EngineSlot) -> None:
+    """The last user's release ends the engine after a minute without use."""
+    with _shared_lock:
+        slot.users -= 1
+        if slot.users == 0:
+            slot.idle_since = time.monotonic()
+            timer = threading.Timer(_IDLE_SECONDS, _end_idle)
+            timer.daemon = True
+            timer.start()
+
+
+def _end_idle() -> None:
+    now = time.monotonic()
+    with _shared_lock:
+        idle = [key for key, slot in _shared.items()
+                if slot.idle_since is not None and now - slot.idle_since >= _IDLE_SECONDS - 0.5]
+        slots = [_shared.pop(key) for key in idle]
+    for slot in slots:
+        slot.close()
+
+
+@atexit.register
+def _end_all() -> None:
+    with _shared_lock:
+        slots = list(_shared.values())
+        _shared.clear()
+    for slot in slots:
+        slot.close()

@@ -1,0 +1,133 @@
+"""An engine as an object: one model served by one process, opened and closed by who made it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, final
+
+import anyio
+import anyio.to_thread
+from agentspeed_engine import wire
+
+from agentspeed import errors
+from agentspeed.backends.local import LocalEngine
+from agentspeed.front.codec import ChatCodec
+
+if TYPE_CHECKING:
+    from agentspeed.backends.link import Link
+    from agentspeed.session import Session
+
+NANO = Path(__file__).parent / "models" / "nano"
+"""The model that ships with the package."""
+
+
+@final
+class Engine:
+    """`async with Engine("model", pages=4096) as engine: async with engine.session() as s: ...`
+
+    `model` is a Hugging Face model folder or a repository id; None is the model that ships with the package. Options
+    are those of `agentspeed_engine.run.options.EngineOptions`; unknown ones are refused when the process starts."""
+
+    def __init__(self, model: str | os.PathLike[str] | None = None, **options: Any) -> None:
+        self.model = NANO if model is None else model
+        self._options = options
+        self._local: LocalEngine | None = None
+        self._codec: ChatCodec | None = None
+        self._shared = False
+
+    @classmethod
+    def shared(cls, model: str | os.PathLike[str] | None, options: dict[str, Any]) -> Engine:
+        """On the process-wide engine of this model and these options; it ends a minute after its last use."""
+        engine = cls(model, **options)
+        engine._shared = True
+        return engine
+
+    async def start(self) -> Self:
+        """Starts the process (or finds the shared one) and loads the tokenizer. Calling it again does nothing."""
+        if self._local is None:
+            folder = await anyio.to_thread.run_sync(resolve, self.model)
+            self._codec = await anyio.to_thread.run_sync(ChatCodec, folder)
+            options = {"model": str(folder), **self._options}
+            self._local = LocalEngine.shared(options) if self._shared else LocalEngine.own(options)
+        try:
+            await self._local.link()
+        except errors.AgentspeedError:
+            await self.close()
+            raise
+        return self
+
+    async def close(self) -> None:
+        """Lets go of the process; one of its own ends."""
+        local, self._local = self._local, None
+        if local is not None:
+            with anyio.CancelScope(shield=True):
+                await local.close()
+
+    async def __aenter__(self) -> Self:
+        return await self.start()
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                        trace: TracebackType | None) -> None:
+        await self.close()
+
+    def session(self, **options: Any) -> Session:
+        """A session on this engine; the options are those of `Session`."""
+        from agentspeed.session import Session
+
+        return Session(self, **options)
+
+    @property
+    def codec(self) -> ChatCodec:
+        """Raises `SessionClosed` before `start`."""
+        if self._codec is None:
+            raise errors.SessionClosed("The engine was not started.", remedy="Use it in `async with`.")
+        return self._codec
+
+    async def link(self) -> Link:
+        """The living link of this event loop; a dead engine is started again."""
+        if self._local is None:
+            raise errors.SessionClosed("The engine is not running.", remedy="Use it in `async with`.")
+        return await self._local.link()
+
+    async def stats(self) -> wire.Stats:
+        """Counts of the whole engine."""
+        link = await self.link()
+        reply = await link.call(lambda number: wire.GetStats(request=number))
+        if not isinstance(reply, wire.Stats):
+            raise errors.InternalError(f"The engine answered GetStats with {type(reply).__name__}.")
+        return reply
+
+    @property
+    def pid(self) -> int | None:
+        """Of the engine process, when this object started one."""
+        opener = None if self._local is None else self._local.opener
+        return getattr(opener, "pid", None)
+
+    def __repr__(self) -> str:
+        return f"<Engine {Path(self.model).name} {'running' if self._local else 'stopped'}>"
+
+
+def resolve(model: str | os.PathLike[str]) -> Path:
+    """A local folder as it is; a repository id through the hub's cache. Raises what to do when there is neither."""
+    text = os.fspath(model)
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        return folder
+    if text.startswith(("http://", "https://")):
+        raise errors.InvalidRequest(f"{text} is a server's address; this version talks to local engines only.",
+                                    remedy="Give a model folder, a repository id, or nothing for the shipped model.")
+    if folder.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1:
+        raise errors.ModelBroken(f"{text} is not a folder.", remedy="Give a Hugging Face model folder or owner/name.")
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise errors.ExtraMissing("Repository ids need the huggingface-hub package.",
+                                  remedy="Install agentspeed[engine].") from error
+    try:
+        return Path(snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise errors.ModelBroken(f"{text} could not be fetched: {error}.",
+                                 remedy="Check the name and the network, or give a local folder.") from error

@@ -1,0 +1,26 @@
+"""A session's tokens as training data: exact ids, who made them, and how likely they were."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self, final
+
+if TYPE_CHECKING:
+    from agentspeed.front.mirror import Mirror
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory:
+    """Three sequences of the same length."""
+
+    ids: tuple[int, ...]
+    made: tuple[bool, ...]
+    """True for ids the model drew, the end ids included; False for prompts, tool results and template ids."""
+    logprobs: tuple[float, ...]
+    """Natural logarithms for drawn ids of sessions with `record_logprobs`; NaN elsewhere."""
+
+    @classmethod
+    def of(cls, mirror: Mirror) -> Self:
+        return cls(ids=tuple(mirror.ids), made=tuple(flag == 1 for flag in mirror.made),
+                   logprobs=tuple(mirror.logprobs))
