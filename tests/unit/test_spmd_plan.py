@@ -108,5 +108,7 @@ def test_the_pure_part_imports_no_torch() -> None:
         "import sys; from agentspeed_engine.spmd import placement, spec, plan, lower;sys.exit('torch' in sys.modules)"
     )
     paths = [path for path in sys.path if path]
-    done = subprocess.run([sys.executable, "-c", f"import sys; sys.path[:0] = {paths!r}; {code}"], timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {paths!r}; {code}"], timeout=60, check=False
+    )
     assert done.returncode == 0

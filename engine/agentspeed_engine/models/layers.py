@@ -9,7 +9,7 @@ from agentspeed_kernels.select import Kernels
 from torch import Tensor
 
 from agentspeed_engine.models.state import StepState
-from agentspeed_engine.spmd.placement import FEATURES, Layout, Partial, Rank, Replicate, Shard, TOKENS
+from agentspeed_engine.spmd.placement import FEATURES, TOKENS, Layout, Rank, Shard
 from agentspeed_engine.spmd.spec import TOKEN_SHARD, TOKEN_SHARD_PARTIAL, Boundary
 
 
@@ -110,6 +110,3 @@ class Head:
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-__all__ = ["AddNorm", "Dense", "Embed", "Head", "Layout", "Partial", "Replicate", "piece"]

@@ -40,8 +40,23 @@ class Mla:
     """One attention layer of one rank: heads are cut over tp, the latent is the same on every tp rank."""
 
     __slots__ = (
-        "_config", "_heads", "_kernels", "_key_up", "_absorb", "_kv_norm", "_o", "_o_bias", "_pool", "_q", "_q_norm",
-        "_q_rank", "_scale", "_value_up", "_down", "_down_bias", "boundary",
+        "_absorb",
+        "_config",
+        "_down",
+        "_down_bias",
+        "_heads",
+        "_kernels",
+        "_key_up",
+        "_kv_norm",
+        "_o",
+        "_o_bias",
+        "_pool",
+        "_q",
+        "_q_norm",
+        "_q_rank",
+        "_scale",
+        "_value_up",
+        "boundary",
     )  # fmt: skip
 
     def __init__(

@@ -37,10 +37,10 @@ class Moe:
         "_first",
         "_gate_up",
         "_kernels",
+        "_router",
         "_rule",
         "_shared_down",
         "_shared_gate_up",
-        "_router",
         "boundary",
     )
 

@@ -10,16 +10,16 @@ from agentspeed_engine.spmd.spec import Boundary
 
 Tensor = Any
 """Opaque here: the pure part never looks inside a value."""
-StateT = TypeVar("StateT", contravariant=True)
+StateT_contra = TypeVar("StateT_contra", contravariant=True)
 
 
-class Module(Protocol[StateT]):
+class Module(Protocol[StateT_contra]):
     """A local module: it sees its rank's piece of everything and never communicates."""
 
     @property
     def boundary(self) -> Boundary: ...
 
-    def __call__(self, x: Tensor, residual: Tensor, state: StateT, /) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, residual: Tensor, state: StateT_contra, /) -> tuple[Tensor, Tensor]:
         """(output, residual); a module that declares no residual returns the one it was given."""
         ...
 

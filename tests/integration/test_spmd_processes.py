@@ -1,0 +1,81 @@
+"""The compiled chain in real processes over gloo gives the logits of one process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from agentspeed_engine.models.catalog import load
+
+from tests.paged import CONFIG, Trail, batch
+from tools.random_checkpoint import make_checkpoint
+
+PAGE = 8
+IDS = np.random.default_rng(3).integers(0, 300, 40).tolist()
+RANK = """
+import sys
+sys.path[:0] = {paths!r}
+import torch, torch.distributed as dist
+from pathlib import Path
+from agentspeed_engine.models.catalog import read_config
+from agentspeed_engine.models.checkpoint import Checkpoint
+from agentspeed_engine.models.deepseek import build
+from agentspeed_engine.models.loaded import step_state
+from agentspeed_engine.models.rope import Rope
+from agentspeed_engine.spmd.distributed import DistributedComm
+from agentspeed_engine.spmd.lower import lower, run
+from agentspeed_engine.spmd.placement import TOKENS, Layout, Mesh, Replicate, Shard
+from agentspeed_engine.spmd.plan import plan
+from agentspeed_engine.spmd.spec import EVERYWHERE
+from agentspeed_kernels.ops import OPS
+from agentspeed_kernels.platform import detect
+from agentspeed_kernels.registry import standard
+from agentspeed_kernels.select import Kernels
+from agentspeed_kernels.workspace import Workspace
+from tests.paged import Trail, batch
+index, out, mesh, shares = int(sys.argv[1]), Path(sys.argv[2]), Mesh(dp=int(sys.argv[3]), tp=int(sys.argv[4])), {shares!r}
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{{out}}/meet", rank=index, world_size=mesh.size)
+rank, kind = mesh.rank(index), torch.float64
+config, _ = read_config(Path({folder!r}))
+pools = [torch.zeros(16, {page}, config.latent_width, dtype=kind) for _ in range(config.layers)]
+kernels = Kernels(standard(), detect(), "float64", tuple(OPS))
+chain = build(config, Checkpoint(Path({folder!r}), config, kind), pools, rank, kernels)
+start = Layout(dp=Shard(TOKENS), tp=Replicate())
+made = plan([module.boundary for module in chain], mesh, start=start, finish=EVERYWHERE)
+mine = batch({page}, [(Trail({page}, list(range(10))), shares[rank.dp])])
+state = step_state(mine, Rope(config, kind), {page}, Workspace())
+steps = lower(made, chain, DistributedComm(rank))
+logits = run(steps, torch.from_numpy(mine.ids), state, [len(share) for share in shares])
+torch.save(logits, out / f"{{index}}.pt")
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize(("dp", "tp"), [(1, 2), (2, 1)])
+def test_two_processes_give_the_logits_of_one(tmp_path: Path, dp: int, tp: int) -> None:
+    folder = make_checkpoint(CONFIG, tmp_path / "model", seed=11, dtype="float64")
+    shares = [IDS[:17]] if dp == 1 else [IDS[:17], IDS[20:25]]
+    paths = [path for path in sys.path if path]
+    code = RANK.format(paths=paths, folder=str(folder), page=PAGE, shares=shares)
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", code, str(index), str(tmp_path), str(dp), str(tp)])
+        for index in range(dp * tp)
+    ]
+    try:
+        assert [rank.wait(timeout=50) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    model = load(folder, dtype="float64", pages=32, page_tokens=PAGE)
+    alone = [Trail(PAGE, list(range(10 * i, 10 * i + 10))) for i in range(dp)]
+    wanted = torch.cat([model.forward(batch(PAGE, [(t, s)])) for t, s in zip(alone, shares, strict=True)])
+    for index in range(dp * tp):
+        got = torch.load(tmp_path / f"{index}.pt")
+        assert float((got - wanted).abs().max()) < 1e-10
