@@ -17,8 +17,8 @@ from torch import Tensor
 from agentspeed_kernels.reference import definitions as define
 from agentspeed_kernels.routing import RouteRule
 from agentspeed_kernels.signature import Dtype, KernelSpec
-from agentspeed_kernels.tolerance import KIND_OF, UNDEFINED
 from agentspeed_kernels.tiles import Int32s, TilePlan, plan_tiles
+from agentspeed_kernels.tolerance import KIND_OF, UNDEFINED
 from agentspeed_kernels.workspace import Workspace
 
 Manner = Literal["random", "zeros", "large", "tiny", "one_peak"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from agentspeed_engine.models.catalog import load
 from agentspeed_engine.models.loaded import LoadedModel
+
 from tests.paged import CONFIG, Trail, batch
 from tools.random_checkpoint import make_checkpoint
 

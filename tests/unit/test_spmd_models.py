@@ -23,6 +23,7 @@ from agentspeed_kernels.platform import detect
 from agentspeed_kernels.registry import standard
 from agentspeed_kernels.select import Kernels
 from agentspeed_kernels.workspace import Workspace
+
 from tests.paged import CONFIG, Trail, batch
 from tools.random_checkpoint import make_checkpoint
 
