@@ -118,17 +118,18 @@ def listen_at(path: Path) -> socket.socket:
     if path.exists() and _answers(path):
         raise EngineFault("bad_config", f"An engine is already listening at {path}.", "Use another path.")
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    mask = os.umask(0o177)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
-        server.bind(str(path))
+        mask = os.umask(0o177)  # from its first moment on, nobody else reaches the socket
+        try:
+            server.bind(str(path))
+        finally:
+            os.umask(mask)
         server.listen(64)
     except OSError as error:
         server.close()
         raise EngineFault("bad_config", f"Cannot listen at {path}: {error}.", "Use a folder of your own.") from error
-    finally:
-        os.umask(mask)
     return server
 
 
