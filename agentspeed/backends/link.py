@@ -17,7 +17,7 @@ from agentspeed_engine import wire
 
 from agentspeed import errors
 from agentspeed.backends.faults import public_error
-from agentspeed.backends.port import Sink
+from agentspeed.backends.port import Sink, Then
 
 _INLINE_BYTES = 32 * 1024
 """A larger frame is sent from a worker thread: the event loop never waits for the engine to read it."""
@@ -28,11 +28,12 @@ _REPLIES = (
 
 @final
 class _Waiter:
-    __slots__ = ("event", "reply")
+    __slots__ = ("event", "reply", "then")
 
-    def __init__(self) -> None:
+    def __init__(self, then: Then | None) -> None:
         self.event = anyio.Event()
         self.reply: wire.Reply | None = None
+        self.then = then
 
 
 @final
@@ -56,9 +57,13 @@ class Link:
     async def connect(cls, peer: socket.socket, client: str) -> Link:
         """Greets the engine. Raises `ConnectFailed` when it speaks another protocol."""
         link = cls(peer)
-        reply = await link.call(lambda number: wire.Hello(request=number, client=client))
-        if not isinstance(reply, wire.Welcome):
-            raise errors.InternalError(f"The engine answered a greeting with {type(reply).__name__}.")
+        try:
+            reply = await link.call(lambda number: wire.Hello(request=number, client=client))
+            if not isinstance(reply, wire.Welcome):
+                raise errors.InternalError(f"The engine answered a greeting with {type(reply).__name__}.")
+        except BaseException:  # cancelled or refused: nobody would own the socket and its thread
+            link.close()
+            raise
         link._welcome = reply
         return link
 
@@ -72,12 +77,12 @@ class Link:
             raise errors.InternalError("The link was used before the engine greeted it.")
         return self._welcome
 
-    async def call(self, make: Callable[[int], wire.Command]) -> wire.Reply:
+    async def call(self, make: Callable[[int], wire.Command], then: Then | None = None) -> wire.Reply:
         """See `port.Connection.call`."""
         if not self._alive:
             raise self._death()
         number = next(self._requests)
-        waiter = self._waiters[number] = _Waiter()
+        waiter = self._waiters[number] = _Waiter(then)
         try:
             frame = wire.encode_command(make(number))
             if len(frame) <= _INLINE_BYTES:
@@ -147,6 +152,8 @@ class Link:
                 waiter = self._waiters.get(message.request)
                 if waiter is not None:
                     waiter.reply = message
+                    if waiter.then is not None and not isinstance(message, wire.Failed):
+                        waiter.then(message)
                     waiter.event.set()
                 elif isinstance(message, wire.Failed) and message.request == 0:
                     self.why_dead = public_error(message.code, message.message, message.remedy)

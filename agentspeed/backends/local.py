@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol, final
 
 import anyio
@@ -17,7 +18,7 @@ from agentspeed.backends.process import EngineSlot, acquire, release
 class Opener(Protocol):
     """Where sockets to an engine come from."""
 
-    def open(self) -> socket.socket: ...
+    def open(self, *, after_death: bool) -> socket.socket: ...
 
     def close(self) -> None: ...
 
@@ -50,7 +51,7 @@ class LocalEngine:
         async with self._opening.setdefault(loop, anyio.Lock()):
             link = self._links.get(loop)
             if link is None or not link.alive:
-                peer = await anyio.to_thread.run_sync(self.opener.open)
+                peer = await anyio.to_thread.run_sync(partial(self.opener.open, after_death=link is not None))
                 link = self._links[loop] = await Link.connect(peer, "agentspeed")
             return link
 

@@ -1,4 +1,8 @@
-"""What a session needs of an engine, message by message; every backend implements exactly this."""
+"""What a session needs of an engine, message by message; every backend implements exactly this.
+
+The words themselves (`wire`, and ids as the wire carries them) are handed on here: nothing above `backends` imports the
+engine's packages.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,15 @@ from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
 from agentspeed_engine import wire
+from agentspeed_engine.ids import pack_ids, unpack_ids
+
+__all__ = ["Connection", "Sink", "Then", "pack_ids", "unpack_ids", "wire"]
 
 Sink: TypeAlias = Callable[[wire.Event | None], None]
 """Called on the event loop with each event of a branch, in order; None when the engine is gone."""
+
+Then: TypeAlias = Callable[[wire.Reply], None]
+"""Called on the event loop with a reply that is no refusal, in order with the events around it."""
 
 
 class Connection(Protocol):
@@ -22,7 +32,7 @@ class Connection(Protocol):
     def welcome(self) -> wire.Welcome:
         """What the engine said of itself."""
 
-    async def call(self, make: Callable[[int], wire.Command]) -> wire.Reply:
+    async def call(self, make: Callable[[int], wire.Command], then: Then | None = None) -> wire.Reply:
         """Sends `make(request number)` and waits for its reply. Raises the public error of a refusal, and
         `EngineDied` when the engine goes first."""
 

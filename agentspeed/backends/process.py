@@ -59,6 +59,11 @@ class EngineProcess:
     def alive(self) -> bool:
         return self._process.poll() is None
 
+    def wait_for_death(self) -> None:
+        """A process whose link broke is likely dying: gives it a moment, so that nobody connects to a corpse."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(1.0)
+
     def stop(self) -> None:
         """Ends the process: end of file, then SIGTERM, then SIGKILL, each given its time."""
         for end in (self._end_of_file, self._process.terminate, self._process.kill):
@@ -156,13 +161,15 @@ class EngineSlot:
         process = self._process
         return None if process is None else process.pid
 
-    def open(self) -> socket.socket:
-        """A socket to a living engine; starts one when there is none. Blocks."""
+    def open(self, *, after_death: bool) -> socket.socket:
+        """A socket to a living engine; starts one when there is none. `after_death`: a link to it just broke. Blocks."""
         if self._attach is not None:
             return open_socket(self._attach)
         with self._lock:
             if self._closed:
                 raise errors.SessionClosed("This engine was closed.", remedy="Make a new Engine.")
+            if after_death and self._process is not None:
+                self._process.wait_for_death()
             if self._process is not None and not self._process.alive:
                 self._process.stop()
                 self._process = None

@@ -1,0 +1,40 @@
+# Every command of the project. Each one sets up what it needs; nothing has to be installed by hand.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+.PHONY: demo test check bench format model model-large clean
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "Setting up $(VENV) (once; a few minutes, most of it torch) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	@$(BIN)/python examples/agents/quickstart.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q
+
+bench: $(STAMP)
+	@for name in sched fork resume cold_siblings sdk turns; do echo "== bench/$$name.py"; $(BIN)/python bench/$$name.py || exit 1; done
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+
+model: $(STAMP)
+	$(BIN)/python -m tests.model --bounds small
+
+model-large: $(STAMP)
+	$(BIN)/python -m tests.model --bounds large
+
+clean:
+	rm -rf $(VENV) .checkpoints
