@@ -12,7 +12,7 @@ import anyio.to_thread
 from agentspeed_engine import wire
 
 from agentspeed import errors
-from agentspeed.backends.local import LocalEngine
+from agentspeed.backends.local import LocalEngine, Opener
 from agentspeed.front.codec import ChatCodec
 
 if TYPE_CHECKING:
@@ -36,6 +36,14 @@ class Engine:
         self._local: LocalEngine | None = None
         self._codec: ChatCodec | None = None
         self._shared = False
+        self._opener: Opener | None = None
+
+    @classmethod
+    def over(cls, opener: Opener, model: str | os.PathLike[str]) -> Engine:
+        """On links from `opener` instead of a process of its own; `model` gives the tokenizer. For `testing`."""
+        engine = cls(model)
+        engine._opener = opener
+        return engine
 
     @classmethod
     def shared(cls, model: str | os.PathLike[str] | None, options: dict[str, Any]) -> Engine:
@@ -50,7 +58,10 @@ class Engine:
             folder = await anyio.to_thread.run_sync(resolve, self.model)
             self._codec = await anyio.to_thread.run_sync(ChatCodec, folder)
             options = {"model": str(folder), **self._options}
-            self._local = LocalEngine.shared(options) if self._shared else LocalEngine.own(options)
+            if self._opener is not None:
+                self._local = LocalEngine(self._opener, on_close=self._opener.close)
+            else:
+                self._local = LocalEngine.shared(options) if self._shared else LocalEngine.own(options)
         try:
             await self._local.link()
         except errors.AgentspeedError:

@@ -1,0 +1,5 @@
+"""For tests of code that uses agentspeed: an engine that says what a script says, below everything else that is real."""
+
+from agentspeed.testing.scripted import ScriptedEngine, Turn, say, tool_call
+
+__all__ = ["ScriptedEngine", "Turn", "say", "tool_call"]

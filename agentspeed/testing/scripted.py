@@ -1,0 +1,80 @@
+"""A stand-in for a model in tests: texts in order, or a function of the log; grammar, tokenizer and parser are real."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeAlias, final
+
+from agentspeed_engine import wire
+
+from agentspeed.backends.scripted import Asked, ScriptedServer, ScriptedText
+from agentspeed.engine import NANO, Engine
+from agentspeed.front.tags import DEFAULT_TAGS
+from agentspeed.session import Session
+
+Turn: TypeAlias = Asked
+"""What a function script is given: `log` (the whole text), `turn` (of the engine), `session_turn`."""
+Writes: TypeAlias = Callable[[Turn], str | ScriptedText]
+
+
+def say(text: str, *, seconds: float = 0.0) -> ScriptedText:
+    """A turn that takes time: `seconds` before each token. For tests of cancelling and timeouts."""
+    return ScriptedText(text=text, seconds=seconds)
+
+
+def tool_call(name: str, /, **arguments: Any) -> str:
+    """The text of one call, as a model writes it: `tool_call("add", a=1, b=2)`. Add them up for parallel calls."""
+    body = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False, separators=(",", ":"))
+    return f"{DEFAULT_TAGS.call_open}{body}{DEFAULT_TAGS.call_close}"
+
+
+@final
+class ScriptedEngine:
+    """`async with ScriptedEngine(["Hello."]) as engine, engine.session(tools=[...]) as s: ...`
+
+    `script`: what each turn writes, in the order in which turns arrive; or a function of the log. A text that the
+    turn's grammar (tools, tool choice, `output=`) does not allow ends the turn in an error that quotes it. `model`
+    gives the tokenizer and the template; None is the model that ships with the package."""
+
+    def __init__(
+        self, script: Sequence[str | ScriptedText] | Writes, *, model: str | os.PathLike[str] | None = None
+    ) -> None:
+        self._server = ScriptedServer(NANO if model is None else Path(model), _script(script))
+        self.engine = Engine.over(self._server, NANO if model is None else model)
+
+    async def __aenter__(self) -> Self:
+        _ = await self.engine.start()
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                        trace: TracebackType | None) -> None:
+        await self.engine.close()
+
+    def session(self, **options: Any) -> Session:
+        """A session on this engine; the options are those of `Session`."""
+        return self.engine.session(**options)
+
+    @property
+    def turns(self) -> tuple[wire.Generate, ...]:
+        """What each turn asked of the engine, in order: sampling, grammar, stop strings, bounds."""
+        return tuple(command for command in tuple(self._server.commands) if isinstance(command, wire.Generate))
+
+    @property
+    def live_branches(self) -> int:
+        """Branches not closed yet: assert that it is 0 when nothing may leak."""
+        return self._server.live_branches
+
+
+def _script(script: Sequence[str | ScriptedText] | Writes) -> Callable[[Asked], ScriptedText | None]:
+    if callable(script):
+        return lambda asked: _as_text(script(asked))
+    texts = [_as_text(item) for item in script]
+    return lambda asked: texts[asked.turn - 1] if asked.turn <= len(texts) else None
+
+
+def _as_text(item: str | ScriptedText) -> ScriptedText:
+    return ScriptedText(text=item) if isinstance(item, str) else item
