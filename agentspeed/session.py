@@ -131,6 +131,10 @@ class Session:
                         trace: TracebackType | None) -> None:
         await self._leave()
 
+    async def close(self) -> None:
+        """Ends the session before its block does: what only it holds is free at once. Calling it again does nothing."""
+        await self._leave()
+
     async def _leave(self) -> None:
         """Bounded, shielded, and silent about an engine that is gone: nothing may hide the body's own exception."""
         if self._state == "closed":

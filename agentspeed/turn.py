@@ -86,6 +86,7 @@ class Turn(Generic[T]):
         self._reasonings: list[str] = []
         self._calls: list[ToolCall] = []
         self._whole: list[str] = []
+        self._continued_chars = 0
         self._ids: list[int] = []
         self._logprobs: list[float] = []
         self._top: list[tuple[tuple[int, float], ...]] = []
@@ -106,6 +107,7 @@ class Turn(Generic[T]):
         if plan.continues:
             self._absorb(plan.continues)
             self._ready.clear()
+            self._continued_chars = len(self.text)
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
@@ -203,7 +205,7 @@ class Turn(Generic[T]):
 
     def _cut_at_stop(self, stops: tuple[str, ...]) -> None:
         text = self.text
-        places = [place for stop in stops if (place := text.find(stop)) >= 0]
+        places = [place for stop in stops if (place := text.find(stop, self._continued_chars)) >= 0]
         if places:
             self._texts = [text[: min(places)]]
 

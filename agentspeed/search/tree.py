@@ -1,0 +1,131 @@
+"""What a search leaves behind: the tree of branches it tried, the best one, and what all of it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, final
+
+from agentspeed.usage import Usage
+
+if TYPE_CHECKING:
+    from rich.tree import Tree
+
+    from agentspeed.session import Session
+
+State = Literal["open", "finished", "pruned", "failed", "cut"]
+"""open: may be gone on with. finished: the message is complete. pruned: given up early or not among the best.
+failed: the attempt raised an error of its own. cut: the budget ended it."""
+
+
+@final
+@dataclass(slots=True, kw_only=True, eq=False)
+class Node:
+    """One branch of a search. `whole` is the assistant's message so far, `text` what this step added."""
+
+    number: int
+    parent: Node | None
+    branch: Session
+    whole: str = ""
+    text: str = ""
+    score: float | None = None
+    state: State = "open"
+    usage: Usage = field(default_factory=Usage)
+    children: list[Node] = field(default_factory=list)
+    visits: int = 0
+    value: float = 0.0
+    """Sum of the scores seen below this node; with `visits`, what a Monte Carlo search goes by."""
+
+    @property
+    def depth(self) -> int:
+        return 0 if self.parent is None else self.parent.depth + 1
+
+    def path(self) -> list[Node]:
+        """From the root to this node."""
+        above = [] if self.parent is None else self.parent.path()
+        return [*above, self]
+
+    def walk(self) -> Iterator[Node]:
+        """This node and everything below it, oldest child first."""
+        yield self
+        for child in self.children:
+            yield from child.walk()
+
+    def __repr__(self) -> str:
+        score = "" if self.score is None else f" {self.score:.3g}"
+        return f"<Node {self.number} {self.state}{score} {self.text[:40]!r}>"
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """Tokens are rows really computed. `tokens_without_fork`: the same turns, each sending its whole context again."""
+
+    branches: int
+    pruned: int
+    tokens: int
+    tokens_without_fork: int
+    seconds: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times more the same search computes without fork."""
+        return self.tokens_without_fork / self.tokens if self.tokens else 1.0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.branches} branches ({self.pruned} pruned), {self.tokens} tokens computed, "
+            f"{self.tokens_without_fork} without fork ({self.ratio:.1f} times), {self.seconds:.2f} s"
+        )
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """`best` is None when nothing was finished or scored. `ended` says why the search stopped."""
+
+    best: Node | None
+    root: Node
+    cost: Cost
+    ended: Literal["solved", "exhausted", "tokens", "seconds", "branches"]
+
+    @property
+    def text(self) -> str:
+        """The best answer; empty when there is none."""
+        return "" if self.best is None else self.best.whole
+
+    @property
+    def score(self) -> float | None:
+        return None if self.best is None else self.best.score
+
+    def tree(self) -> Tree:
+        """For `rich.print`: every branch with its score and tokens, the best path marked."""
+        from rich.text import Text
+        from rich.tree import Tree
+
+        chosen = set() if self.best is None else {node.number for node in self.best.path()}
+
+        def grow(shown: Tree, node: Node) -> None:
+            for child in node.children:
+                style = "bold green" if child.number in chosen else "dim" if child.state in ("pruned", "cut") else ""
+                grow(shown.add(Text(_line(child), style=style)), child)
+
+        top = Tree(Text(f"{self.ended}: {self.cost}"))
+        grow(top, self.root)
+        return top
+
+    def __str__(self) -> str:
+        chosen = set() if self.best is None else {node.number for node in self.best.path()}
+        lines = [f"{self.ended}: {self.cost}"]
+        for node in self.root.walk():
+            if node is not self.root:
+                mark = "*" if node.number in chosen else " "
+                lines.append(f"{mark} {'  ' * (node.depth - 1)}{_line(node)}")
+        return "\n".join(lines)
+
+
+def _line(node: Node) -> str:
+    score = "-" if node.score is None else f"{node.score:.3g}"
+    text = " ".join(node.text.split())
+    shown = text if len(text) <= 56 else f"{text[:55]}…"
+    return f"{score:>5}  {shown}  [{node.state}, {node.usage.computed} tok]"
