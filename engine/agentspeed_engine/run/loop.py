@@ -57,6 +57,7 @@ class EngineLoop:
         self._stopping = False
         self._closed = False
         self._steps = 0
+        self._rows = 0
         self._tokens = 0
         self._planning_seconds = 0.0
         self._thread = threading.Thread(target=self._work, name="agentspeed-worker", daemon=True)
@@ -136,6 +137,7 @@ class EngineLoop:
         now = started = self._clock.now()
         while (plan := self._core.plan(now)) is not None:
             self._steps += 1
+            self._rows += sum(len(row.ids) for row in plan.rows)
             self._plans.put(plan)
             self._deliver(self._core.events())
             now = self._clock.now()
@@ -234,7 +236,8 @@ class EngineLoop:
         self._deliver(self._core.drop_link(link.id, self._clock.now()))
 
     def _stats(self, request: int) -> Stats:
-        counts = self._core.counts() | {"steps": self._steps, "tokens_drawn": self._tokens, "links": len(self._links)}
+        counts = self._core.counts() | {"steps": self._steps, "rows_computed": self._rows,
+                                        "tokens_drawn": self._tokens, "links": len(self._links)}
         seconds = {"model": self._worker.model_seconds, "sampling": self._worker.sampling_seconds,
                    "planning": self._planning_seconds, "clock": self._clock.now()}
         return Stats(request=request, counts=counts, seconds=seconds)
