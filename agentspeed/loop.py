@@ -2,7 +2,7 @@
 
     loop = agent_loop(User("Find the bug."), max_turns=8)
     step = next(loop)
-    while True: step = loop.send(...)        # Generate -> Spoke | Rejected, RunTools -> Ran; StopIteration.value: Outcome
+    while True: step = loop.send(...)    # Generate -> Spoke | Rejected, RunTools -> Ran; StopIteration.value: Outcome
 
 One model call is one turn. Every call of a turn gets its result before the next turn, in call order.
 """

@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, final
 
+from llguidance import LLMatcher
+from tokenizers import Tokenizer
+
 from agentspeed_engine import wire
 from agentspeed_engine.ids import pack_ids, unpack_ids
 from agentspeed_engine.run.vocabulary import Vocabulary
-from llguidance import LLMatcher
-from tokenizers import Tokenizer
 
 _CONTEXT_LIMIT: Final = 1 << 20
 _PAGE_TOKENS: Final = 64

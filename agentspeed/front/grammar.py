@@ -65,7 +65,9 @@ def check_grammar(source: str) -> None:
     is_error, messages = LLMatcher.validate_grammar_with_warnings(source)
     if is_error:
         reason = " ".join(messages).splitlines()[0]
-        raise SchemaUnsupported(f"This cannot be expressed as a grammar: {reason}", remedy="Simplify the schema or regex.")
+        raise SchemaUnsupported(
+            f"This cannot be expressed as a grammar: {reason}", remedy="Simplify the schema or regex."
+        )
 
 
 def _offered(tools: Sequence[Tool], tool_choice: str) -> tuple[Tool, ...]:
@@ -92,8 +94,9 @@ class _Rules:
         self._tags = tags
         self._reasoning = reasoning
         self._rules: dict[str, str] = {}
-        # Beside a reasoning rule, other text must not begin as reasoning, or a mark inside it would be taken for a call.
-        not_thought = f" & ~/{_literal(tags.think_open)}(?s:.*)/" if reasoning and not self._special(tags.think_open) else ""
+        # Beside a reasoning rule other text must not begin as reasoning, or a mark inside it would count as a call.
+        thinks = reasoning and not self._special(tags.think_open)
+        not_thought = f" & ~/{_literal(tags.think_open)}(?s:.*)/" if thinks else ""
         self._any = f"/(?s:.*)/{not_thought}"
 
     def free_text(self) -> str:

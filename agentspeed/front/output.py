@@ -21,7 +21,7 @@ MAX_REGEX_CHARS: Final = 4096
 
 @final
 class Schema(Generic[T_co]):
-    """Any type that pydantic knows, as JSON: `Schema(list[int])`, `Schema(MyDataclass)`; a model class needs no wrapper.
+    """Any type that pydantic knows, as JSON: `Schema(list[int])`, `Schema(MyDataclass)`; a class needs no wrapper.
 
     `Schema.json({...})` takes a JSON schema as it is and gives plain Python values. Both raise `SchemaUnsupported` at
     once for a shape under which output might never end."""
@@ -128,6 +128,7 @@ def output_spec(given: object, *, bounds: Bounds = DEFAULT_BOUNDS) -> OutputSpec
         return Schema.json(cast("Mapping[str, Json]", given), bounds=bounds)
     if isinstance(given, (str, bytes, int, float, list, tuple)):
         raise SchemaUnsupported(
-            f"output={given!r} is a value, not a shape.", remedy="Pass a type, a JSON schema, Regex(...) or Choice(...)."
+            f"output={given!r} is a value, not a shape.",
+            remedy="Pass a type, a JSON schema, Regex(...) or Choice(...).",
         )
     return Schema(given, bounds=bounds)

@@ -225,7 +225,8 @@ class _CallReader:
         if not isinstance(arguments, dict):
             return CallBroken(self._index, self._raw, 'its "arguments" are not an object')
         exact = self._raw[self._arguments_at : self._arguments_end] if self._name is not None else ""
-        return CallReady(self._index, call["name"], exact or json.dumps(arguments, ensure_ascii=False, separators=(",", ":")))
+        written = exact or json.dumps(arguments, ensure_ascii=False, separators=(",", ":"))
+        return CallReady(self._index, call["name"], written)
 
 
 class _JsonDepth:

@@ -4,4 +4,16 @@ from agentspeed.search.growth import Attempt, Budget, Keep, Score
 from agentspeed.search.methods import beam, best_of_n, mcts, tree_of_thought
 from agentspeed.search.tree import Cost, Found, Node
 
-__all__ = ["Attempt", "Budget", "Cost", "Found", "Keep", "Node", "Score", "beam", "best_of_n", "mcts", "tree_of_thought"]
+__all__ = [
+    "Attempt",
+    "Budget",
+    "Cost",
+    "Found",
+    "Keep",
+    "Node",
+    "Score",
+    "beam",
+    "best_of_n",
+    "mcts",
+    "tree_of_thought",
+]

@@ -17,7 +17,7 @@ import anyio
 
 from agentspeed import events
 from agentspeed.errors import ContextOverflow, InvalidRequest, OutputError
-from agentspeed.messages import Message
+from agentspeed.messages import Assistant, Message, System, ToolMessage, User
 from agentspeed.search.tree import Cost, Found, Node
 from agentspeed.session import Session
 from agentspeed.usage import Usage
@@ -86,7 +86,7 @@ class Grower:
         self.root = Node(number=0, parent=None, branch=stem)
         if prompt is None:
             return
-        messages = prompt if isinstance(prompt, list | tuple) else (prompt,)
+        messages = (prompt,) if isinstance(prompt, str | System | User | Assistant | ToolMessage) else tuple(prompt)
         before = (await stem.inspect()).residence
         _ = await stem.add(*messages, prefill=True)
         self._spent += stem.tokens - before.device - before.host
@@ -142,31 +142,29 @@ class Grower:
     # ---- attempts -------------------------------------------------------------------------------------------------
     async def _attempt_all(self, nodes: Sequence[Node], stop: str | None) -> None:
         limiter = anyio.CapacityLimiter(self.plan.at_once)
-        failures: list[Exception] = []
         bound = self._bound(len(nodes))
-        async with anyio.create_task_group() as group:
 
-            async def one(node: Node) -> None:
-                async with limiter:
-                    try:
-                        await self._attempt(node, stop, bound)
-                    except (OutputError, ContextOverflow):
-                        node.state = "failed"
-                        await _close(node)
-                    except Exception as error:  # told to who asked for the search, once the siblings are stopped
-                        failures.append(error)
-                        group.cancel_scope.cancel()
-                    if self.ended == "solved":
-                        group.cancel_scope.cancel()
+        async def one(node: Node) -> None:
+            async with limiter:
+                try:
+                    await self._attempt(node, stop, bound)
+                except (OutputError, ContextOverflow):
+                    node.state = "failed"
+                    await _close(node)
+                if self.ended == "solved":
+                    group.cancel_scope.cancel()
 
-            for node in nodes:
-                _ = group.start_soon(one, node)
+        try:
+            async with anyio.create_task_group() as group:
+                for node in nodes:
+                    _ = group.start_soon(one, node)
+        except ExceptionGroup as failed:
+            # The siblings are stopped by now; who asked for the search is told the error as it was raised.
+            raise failed.exceptions[0] from failed.exceptions[0].__cause__
         for node in nodes:
             if node.state == "open" and node.score is None:
                 node.state = "cut"
                 await _close(node)
-        if failures:
-            raise failures[0]
 
     def _bound(self, attempts: int) -> int | None:
         """Tokens each attempt may draw, so that all of them together stay inside the budget."""

@@ -17,14 +17,14 @@ Prompt = str | Message | Sequence[Message] | None
 
 
 async def best_of_n(
-    session: Session, prompt: Prompt, *, n: int, score: Score, solved_at: float | None = None, keep: Keep | None = None,
-    attempt: Attempt | None = None, budget: Budget | None = None, at_once: int = 16, temperature: float = 1.0,
-    seed: int = 0, adopt: bool = True, **options: Any,
+    session: Session, prompt: Prompt, *, n: int, score: Score, solved_at: float | None = None,
+    keep: Keep | None = None, attempt: Attempt | None = None, budget: Budget | None = None, at_once: int = 16,
+    temperature: float = 1.0, seed: int = 0, adopt: bool = True, **options: Any,
 ) -> Found:
-    """`n` whole answers side by side; the best becomes the session's. The first that reaches `solved_at` ends it."""
+    """`n` whole answers side by side; the best becomes the session's. Reaching `solved_at` ends it at once."""
     _at_least_one(n=n)
-    plan = Plan(score=score, solved_at=solved_at, keep=keep, attempt=attempt, budget=budget or Budget(), at_once=at_once,
-                temperature=temperature, seed=seed, adopt=adopt, options=options)
+    plan = Plan(score=score, solved_at=solved_at, keep=keep, attempt=attempt, budget=budget or Budget(),
+                at_once=at_once, temperature=temperature, seed=seed, adopt=adopt, options=options)
 
     async def grow(grower: Grower) -> None:
         left = n

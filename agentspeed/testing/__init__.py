@@ -1,4 +1,4 @@
-"""For tests of code that uses agentspeed: an engine that says what a script says, below everything else that is real."""
+"""For tests of code that uses agentspeed: an engine that says what a script says, below all that is real."""
 
 from agentspeed.testing.scripted import ScriptedEngine, Turn, say, tool_call
 

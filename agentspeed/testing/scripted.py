@@ -9,12 +9,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeAlias, final
 
-from agentspeed_engine import wire
-
 from agentspeed.backends.scripted import Asked, ScriptedServer, ScriptedText
 from agentspeed.engine import NANO, Engine
 from agentspeed.front.tags import DEFAULT_TAGS
 from agentspeed.session import Session
+from agentspeed_engine import wire
 
 Turn: TypeAlias = Asked
 """What a function script is given: `log` (the whole text), `turn` (of the engine), `session_turn`."""

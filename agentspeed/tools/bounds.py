@@ -184,8 +184,11 @@ class _Walk:
 
 
 def _for_the_grammar(schema: Schema) -> Schema:
-    return {key: value for key, value in schema.items()
-            if key not in _NOT_FOR_THE_GRAMMAR and not key.startswith("x-") and not (key == "uniqueItems" and not value)}
+    def speaks(key: str, value: Json) -> bool:
+        says_nothing = key == "uniqueItems" and not value
+        return not (says_nothing or key in _NOT_FOR_THE_GRAMMAR or key.startswith("x-"))
+
+    return {key: value for key, value in schema.items() if speaks(key, value)}
 
 
 def _without(schema: Schema, key: str) -> Schema:

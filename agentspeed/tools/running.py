@@ -1,4 +1,4 @@
-"""Runs tool calls: checks arguments, asks for approval, keeps time, and leaves a result for every call whatever happens.
+"""Runs tool calls: checks arguments, asks for approval, keeps time, leaves a result for every call whatever happens.
 
 The border where user code is called: what a tool raises becomes a result that the model reads. Cancellation is never
 caught; a call that did not finish has a result that says so.

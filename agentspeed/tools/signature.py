@@ -169,7 +169,7 @@ def _describe(called: str, fields: dict[str, Any], *, parameter: str) -> tuple[t
     except (PydanticSchemaGenerationError, PydanticInvalidForJsonSchema) as error:
         raise TypeError(
             f"tool {called}(): parameter {parameter!r} has a type that JSON cannot carry; use str, int, float, bool, "
-            f"list, dict[str, ...], Literal, an Enum, a dataclass or a pydantic model. ({error.message.splitlines()[0]})"
+            f"list, dict[str, ...], Literal, an Enum, a dataclass or a model. ({error.message.splitlines()[0]})"
         ) from error
     except SchemaUnsupported as error:
         raise TypeError(f"tool {called}(): parameter {parameter!r}: {error}") from error

@@ -94,7 +94,8 @@ def test_arguments_arrive_while_the_call_is_open() -> None:
 
 
 def test_a_call_with_spaces_and_no_arguments_is_read() -> None:
-    assert parse(['<tool_call>\n{ "name": "f", "arguments": {"a": 1} }\n</tool_call>'])[-1] == CallReady(0, "f", '{"a": 1}')
+    spaced = '<tool_call>\n{ "name": "f", "arguments": {"a": 1} }\n</tool_call>'
+    assert parse([spaced])[-1] == CallReady(0, "f", '{"a": 1}')
     assert parse(['<tool_call>{"name":"f"}</tool_call>']) == [CallReady(0, "f", "{}")]
     assert parse(['<tool_call>{"arguments":{"a":1},"name":"f"}</tool_call>']) == [CallReady(0, "f", '{"a":1}')]
 
@@ -126,7 +127,8 @@ def test_a_parser_serves_one_turn() -> None:
 
 
 PARTS = st.sampled_from(
-    ["text ", "<", "<think>", "</think>", "<tool_call>", "</tool_call>", CALL, TRICKY, '{"name":"f"', "é😀", '"', "\\", "}", " \n"]
+    ["text ", "<", "<think>", "</think>", "<tool_call>", "</tool_call>", CALL, TRICKY, '{"name":"f"', "é😀", '"', "\\", "}",
+     " \n"]
 )
 
 

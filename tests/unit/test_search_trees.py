@@ -62,7 +62,8 @@ async def test_without_adopt_the_session_is_as_it_was() -> None:
 
 
 async def test_a_solution_ends_the_search_and_cancels_the_slow_siblings() -> None:
-    async with scripted([say("slow " * 50, seconds=0.05), "try 9", say("slow " * 50, seconds=0.05)]) as (engine, session):
+    slow = say("slow " * 50, seconds=0.05)
+    async with scripted([slow, "try 9", slow]) as (engine, session):
         with anyio.fail_after(2):
             found = await best_of_n(session, "Go.", n=3, score=digits, solved_at=9)
         assert found.ended == "solved"
@@ -193,7 +194,7 @@ async def test_the_tree_shows_every_branch_once() -> None:
 @pytest.mark.parametrize("bound", ["tokens", "seconds", "branches"])
 def test_a_budget_of_nothing_is_refused_by_name(bound: str) -> None:
     with pytest.raises(InvalidRequest, match=bound):
-        _ = Budget(**{bound: 0})  # type: ignore[arg-type]
+        _ = Budget(**{bound: 0})
 
 
 async def test_a_bound_below_one_is_refused_by_name() -> None:

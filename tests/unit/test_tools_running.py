@@ -183,7 +183,8 @@ async def test_a_cancelled_batch_has_a_result_for_every_call() -> None:
 
 
 async def test_on_error_raise_is_kept_for_the_caller_after_all_results_are_there() -> None:
-    batch = ToolBatch([tool(on_error="raise")(crash), tool(add)], [call("crash", '{"text":"x"}'), call("add", '{"a":1}')])
+    calls = [call("crash", '{"text":"x"}'), call("add", '{"a":1}')]
+    batch = ToolBatch([tool(on_error="raise")(crash), tool(add)], calls)
     await batch.run()
     assert isinstance(batch.to_raise(), ToolFailed)
     assert batch.results()[1].ok
