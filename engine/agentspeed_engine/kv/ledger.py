@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 from agentspeed_engine.errors import BrokenInvariant
-from agentspeed_engine.ids import BranchId, pages_for
+from agentspeed_engine.ids import BranchId, PageId, pages_for
 from agentspeed_engine.kv.branches import BranchState, Decoding, Prefilling, Settling
 from agentspeed_engine.kv.nodes import Device
 from agentspeed_engine.kv.owners import Kv
-from agentspeed_engine.kv.tree import Node, upward
+from agentspeed_engine.kv.tree import upward
 
 
 def check(kv: Kv, states: Mapping[BranchId, BranchState]) -> None:
@@ -20,6 +21,28 @@ def check(kv: Kv, states: Mapping[BranchId, BranchState]) -> None:
         _branch_is_sound(kv, number, state)
     if set(kv.rooms) != {n for n, state in states.items() if isinstance(state, Prefilling | Decoding | Settling)}:
         raise BrokenInvariant("(3) a branch at rest has room")
+
+
+class RowInFlight(Protocol):
+    """What the ledger needs of a row of a step that has not come back."""
+
+    @property
+    def branch(self) -> BranchId: ...
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def tail_pages(self) -> tuple[PageId, ...]: ...
+
+
+def check_flights(states: Mapping[BranchId, BranchState], rows: Iterable[RowInFlight]) -> None:
+    """(4): rows in flight mean an active branch that still owns every page they write."""
+    for row in rows:
+        state = states.get(row.branch)
+        if not isinstance(state, Prefilling | Decoding | Settling) or state.branch.epoch != row.epoch:
+            raise BrokenInvariant(f"(4) rows of branch {row.branch} are in flight and it let go of its room")
+        held = {*state.room.tail, *(page for run in state.room.path for page in run.pages)}
+        if not held.issuperset(row.tail_pages):
+            raise BrokenInvariant(f"(4) rows of branch {row.branch} in flight write pages it no longer holds")
 
 
 def _device_pages_are_conserved(kv: Kv, states: Mapping[BranchId, BranchState]) -> None:
@@ -78,14 +101,12 @@ def _branch_is_sound(kv: Kv, number: BranchId, state: BranchState) -> None:
         for node in upward(branch.leaf):
             if number not in node.pinned_by or not node.readable:
                 raise BrokenInvariant(f"(4) branch {number} reads {node!r}, which is not pinned or not on the device")
+        if room.copy is not None and (branch.seed is None or number not in branch.seed.pinned_by):
+            raise BrokenInvariant(f"(4) branch {number} copies rows of a seed it does not pin")
         if room.tail_start != branch.leaf.end:
             raise BrokenInvariant(f"(4) branch {number} has a gap between path and tail")
-    elif any(number in node.pinned_by for node in _near(branch.leaf)):
+    elif any(number in node.pinned_by for node in upward(branch.leaf)):
         raise BrokenInvariant(f"(3) branch {number} is at rest and pins its path")
-
-
-def _near(leaf: Node) -> Iterable[Node]:
-    return upward(leaf)
 
 
 def _all(*sets: set[BranchId]) -> set[BranchId]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import final
 
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.ids import LinkId, TicketId
 from agentspeed_engine.kv import ledger
-from agentspeed_engine.sched import outcome, step, verbs
+from agentspeed_engine.sched import outcome, snapshot, step, verbs
 from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.sched.plan import HostCopy, StepPlan, StepResult
 from agentspeed_engine.sched.world import Out, World
@@ -96,6 +96,19 @@ class Core:
     def check(self) -> None:
         """The ledger: raises `BrokenInvariant` naming the rule that does not hold."""
         ledger.check(self.world.kv, self.world.states)
+        ledger.check_flights(self.world.states, [row for plan in self.world.flights.values() for row in plan.rows])
+
+    def snapshot(self) -> World:
+        """Everything the core knows, copied; give it to `restore` as often as you like."""
+        return snapshot.copied(self.world)
+
+    def restore(self, taken: World) -> None:
+        """Goes back to a snapshot, which stays as it is."""
+        self.world = snapshot.copied(taken)
+
+    def key(self) -> Hashable:
+        """Equal for cores that behave alike."""
+        return snapshot.key(self.world)
 
     def counts(self) -> dict[str, int]:
         """Owners and states to their numbers."""

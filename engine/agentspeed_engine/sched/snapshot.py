@@ -1,0 +1,119 @@
+"""Cheap copies of a whole core, and a canonical key of what it is: what exhaustive search needs from the first day.
+
+Values that never change (plans, rows, specs, wire messages) are shared between copies; everything else is copied
+field by field, with identity kept inside one copy.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Hashable
+from types import MethodType
+from typing import Any
+
+from agentspeed_engine.ids import BranchId
+from agentspeed_engine.kv.branches import Decoding, Held, Prefilling, Settling
+from agentspeed_engine.kv.tree import Node
+from agentspeed_engine.sched.world import World
+
+_SHARED = (int, float, str, bytes, bool, type(None), frozenset)
+_FROZEN_NAMES = frozenset({
+    "NodeRun", "TurnSpec", "PageCopy", "StepPlan", "Row", "HostCopy", "CoreConfig", "Then", "Waiting", "Lease",
+    "Residence", "Next",
+})
+
+
+def copied(world: World) -> World:
+    """A world that shares nothing changeable with `world`."""
+    copy: World = _copy(world, {})
+    return copy
+
+
+def _copy(value: Any, memo: dict[int, Any]) -> Any:
+    kind = type(value)
+    if kind in _SHARED or kind.__name__ in _FROZEN_NAMES:
+        return value
+    known = memo.get(id(value))
+    if known is not None:
+        return known
+    if kind is dict:
+        made: Any = {}
+        memo[id(value)] = made
+        for key, item in value.items():
+            made[_copy(key, memo)] = _copy(item, memo)
+        return made
+    if kind is list:
+        made = []
+        memo[id(value)] = made
+        made.extend(_copy(item, memo) for item in value)
+        return made
+    if kind is tuple:
+        return tuple(_copy(item, memo) for item in value)
+    if kind is set or kind is array or kind is bytearray:
+        made = memo[id(value)] = value.copy() if kind is set else value[:]  # of ids only
+        return made
+    if kind is MethodType:
+        return MethodType(value.__func__, _copy(value.__self__, memo))
+    if not kind.__module__.startswith("agentspeed_engine."):
+        return value  # an immutable struct of the wire
+    made = memo[id(value)] = object.__new__(kind)
+    names = getattr(kind, "__slots__", None)
+    for name in value.__dict__ if names is None else names:
+        if name != "__weakref__" and hasattr(value, name):
+            object.__setattr__(made, name, _copy(getattr(value, name), memo))
+    return made
+
+
+def key(world: World) -> Hashable:
+    """Equal for worlds that behave alike: numbers of pages, nodes, turns and steps are forgotten, order is kept."""
+    branches = sorted(world.states)
+    index = {number: place for place, number in enumerate(branches)}
+    ages = sorted(age for age, _ in (*world.queue, *world.active))
+    settling = sorted(state.turn.age for state in world.states.values() if isinstance(state, Settling))
+    rank = {age: place for place, age in enumerate(sorted({*ages, *settling}))}
+    return (
+        tuple(_branch_key(world, number, index, rank) for number in branches),
+        tuple(sorted(_node_key(node, index) for node in world.kv.tree.nodes.values())),
+        world.kv.pages.free,
+        tuple(tuple((index.get(row.branch, -1), row.position, len(row.ids), row.sample is not None)
+                    for row in plan.rows) for plan in world.flights.values()),
+        tuple(sorted((index[number], index.get(filler, -1)) for number, (filler, _) in world.fill_of.items())),
+    )
+
+
+def _branch_key(world: World, number: BranchId, index: dict[BranchId, int], rank: dict[int, int]) -> Hashable:
+    state = world.states[number]
+    branch = state.branch
+    turn = room = then = None
+    if not isinstance(state, Held):
+        asked = state.turn
+        turn = (rank[asked.age], asked.drawn, asked.max_tokens, asked.end, asked.admitted)
+    if isinstance(state, Prefilling | Decoding | Settling):
+        held = state.room
+        room = (held.tail_start, len(held.tail), held.issued, held.done, held.copy is not None, held.flight)
+    if isinstance(state, Settling):
+        then = (state.then.next, len(state.then.children))
+    parent = world.kv.branches.get(branch.trunk[0]) if branch.trunk else None
+    adoptable = (index[parent.id], parent.moves == branch.trunk[1]) if parent is not None and branch.trunk else None
+    return (
+        type(state).__name__, branch.log.packed(0, branch.known), branch.leaf.end, branch.seed_rows, branch.computed,
+        int(branch.session) == int(number), branch.private, turn, room, then, adoptable, number in world.firm,
+        len(world.waiting.get(number, ())),
+    )
+
+
+def _node_key(node: Node, index: dict[BranchId, int]) -> tuple[Any, ...]:
+    def places(numbers: set[BranchId]) -> tuple[int, ...]:
+        return tuple(sorted(index.get(number, -1) for number in numbers))
+
+    prefix = []
+    above: Node | None = node
+    while above is not None:
+        prefix.append(above.ids)
+        above = above.parent
+    return (
+        node.root, b"".join(reversed(prefix)), node.start, type(node.state).__name__, places(node.leaf_of),
+        places(node.seed_of), places(node.pinned_by),
+    )
+
+

@@ -1,0 +1,83 @@
+"""A device that remembers which ids each row was computed from: a step that reads or writes a wrong row fails at once.
+
+The next token is a function of the whole log, so tokens are right only if every row that was read was right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from agentspeed_engine.ids import PageId
+from agentspeed_engine.sched.plan import Drawn, Row, StepPlan, StepResult
+
+
+class WrongRow(AssertionError):
+    """A step used rows that are not those of its branch's log."""
+
+
+class FakeDevice:
+    """Carries out plans at once. `logs` gives the whole log of a branch, as the test knows it."""
+
+    def __init__(self, page_tokens: int, vocab_size: int) -> None:
+        self.page_tokens = page_tokens
+        self.vocab_size = vocab_size
+        self.pages: dict[PageId, list[tuple[int, ...]]] = {}
+        """Each row as the ids it depends on."""
+        self.tokens_computed = 0
+
+    def execute(self, plan: StepPlan, logs: dict[int, Sequence[int]]) -> StepResult:
+        for copy in plan.copies:
+            self.pages[copy.dst] = list(self.pages[copy.src][: copy.rows])
+        drawn: list[Drawn] = []
+        for row in plan.rows:
+            log = tuple(logs[row.branch])
+            self._check_ids(row, log)
+            self._write(row, log)
+            self._read(row, log)
+            self.tokens_computed += len(row.ids)
+            if row.sample is not None:
+                token = next_token(log[: row.position + len(row.ids)], self.vocab_size)
+                drawn.append(Drawn(row.branch, row.epoch, token))
+        return StepResult(plan.seq, tuple(drawn))
+
+    def _check_ids(self, row: Row, log: tuple[int, ...]) -> None:
+        if tuple(row.ids) != log[row.position : row.position + len(row.ids)]:
+            raise WrongRow(f"branch {row.branch} was fed ids that are not its log's")
+
+    def _write(self, row: Row, log: tuple[int, ...]) -> None:
+        for position in range(row.position, row.position + len(row.ids)):
+            page, offset = self._place(row, position)
+            rows = self.pages.setdefault(page, [])
+            if len(rows) < offset:
+                raise WrongRow(f"branch {row.branch} left a gap before position {position}")
+            del rows[offset:]
+            rows.append(log[: position + 1])
+
+    def _read(self, row: Row, log: tuple[int, ...]) -> None:
+        position = 0
+        for run in row.path:
+            if run.start != position:
+                raise WrongRow(f"the path of branch {row.branch} has a gap at {position}")
+            for index in range(run.tokens):
+                self._expect(run.pages[index // self.page_tokens], index % self.page_tokens, log[: position + 1])
+                position += 1
+        if position != row.tail_start:
+            raise WrongRow(f"the tail of branch {row.branch} starts at {row.tail_start}, its path ends at {position}")
+        for position in range(row.tail_start, row.position):
+            self._expect(*self._place(row, position), log[: position + 1])
+
+    def _expect(self, page: PageId, offset: int, ids: tuple[int, ...]) -> None:
+        rows = self.pages.get(page, [])
+        if len(rows) <= offset or rows[offset] != ids:
+            raise WrongRow(f"row {offset} of page {page} was not computed from the ids it is read for")
+
+    def _place(self, row: Row, position: int) -> tuple[PageId, int]:
+        offset = position - row.tail_start
+        return row.tail_pages[offset // self.page_tokens], offset % self.page_tokens
+
+
+def next_token(log: tuple[int, ...], vocab_size: int) -> int:
+    """A fixed function of the whole log (not `hash`, which differs between processes)."""
+    digest = hashlib.blake2b(bytes(number % 256 for number in log), digest_size=4).digest()
+    return int.from_bytes(digest, "little") % vocab_size

@@ -1,0 +1,177 @@
+"""Random histories of every verb, acknowledgement and death, against a naive model: one list of ids per branch."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from agentspeed_engine import wire
+from agentspeed_engine.ids import LinkId, pack_ids, pages_for, unpack_ids
+from agentspeed_engine.sched.config import CoreConfig
+from agentspeed_engine.sched.core import Core
+from agentspeed_engine.sched.plan import StepResult
+from agentspeed_engine.sched.world import Out
+from tests.fake_device import FakeDevice
+
+VOCABULARY, STOP = 7, 6
+IDS = st.lists(st.integers(0, 2), max_size=9)
+
+
+class Ownership(RuleBasedStateMachine):
+    """The engine's core between a user who does anything at any time and a device that checks every row."""
+
+    @initialize(page=st.sampled_from([2, 3, 4]), limit=st.sampled_from([12, 20]), spare=st.integers(0, 6),
+                chunk=st.sampled_from([3, 8]), depth=st.integers(0, 1))
+    def start(self, page: int, limit: int, spare: int, chunk: int, depth: int) -> None:
+        self.core = Core(CoreConfig(
+            pages=pages_for(limit, page) + 1 + spare, firm_pages=min(1, spare), context_limit=limit,
+            vocab_size=VOCABULARY, page_tokens=page, prefill_chunk=chunk, extend_tokens=2, max_branches=6,
+            max_sessions=4, depth=depth))
+        self.device = FakeDevice(page, VOCABULARY)
+        self.logs: dict[int, list[int]] = {}
+        self.running: set[int] = set()
+        self.flights: list[StepResult] = []
+        self.now = 0.0
+        self.request = 0
+        self.asked: dict[int, wire.Command] = {}
+
+    # ---- what the user does ---------------------------------------------------------------------------------------
+    @rule(ids=IDS, private=st.booleans())
+    def open(self, ids: list[int], private: bool) -> None:
+        self.send(wire.Open(request=self.fresh(), ids=pack_ids(ids), private=private))
+
+    @rule(pick=st.integers(0, 30), ids=IDS, most=st.sampled_from([None, 0, 1, 3]))
+    def generate(self, pick: int, ids: list[int], most: int | None) -> None:
+        self.send(wire.Generate(request=self.fresh(), branch=self.pick(pick), ids=pack_ids(ids), max_tokens=most,
+                                stop_ids=(STOP,)))
+
+    @rule(pick=st.integers(0, 30), ids=IDS)
+    def append(self, pick: int, ids: list[int]) -> None:
+        self.send(wire.Append(request=self.fresh(), branch=self.pick(pick), ids=pack_ids(ids)))
+
+    @rule(pick=st.integers(0, 30), n=st.integers(1, 2), at=st.none() | st.integers(0, 12))
+    def fork(self, pick: int, n: int, at: int | None) -> None:
+        self.send(wire.Fork(request=self.fresh(), branch=self.pick(pick), n=n, at=at))
+
+    @rule(pick=st.integers(0, 30), tokens=st.integers(0, 14))
+    def rewind(self, pick: int, tokens: int) -> None:
+        self.send(wire.Rewind(request=self.fresh(), branch=self.pick(pick), tokens=tokens))
+
+    @rule(pick=st.integers(0, 30), cut=st.none() | st.integers(0, 14))
+    def cancel(self, pick: int, cut: int | None) -> None:
+        self.send(wire.Cancel(request=self.fresh(), branch=self.pick(pick), cut=cut))
+
+    @rule(pick=st.integers(0, 30), child=st.integers(0, 30))
+    def adopt(self, pick: int, child: int) -> None:
+        self.send(wire.Adopt(request=self.fresh(), branch=self.pick(pick), child=self.pick(child)))
+
+    @rule(pick=st.integers(0, 30), keep=st.sampled_from(["soft", "firm"]))
+    def expect(self, pick: int, keep: wire.Keep) -> None:
+        self.send(wire.Expect(request=self.fresh(), branch=self.pick(pick), seconds=2.0, keep=keep))
+
+    @rule(pick=st.integers(0, 30))
+    def close(self, pick: int) -> None:
+        self.send(wire.Close(request=self.fresh(), branch=self.pick(pick)))
+
+    # ---- what the machine does ------------------------------------------------------------------------------------
+    @rule(seconds=st.floats(0, 5))
+    def step(self, seconds: float) -> None:
+        self.now += seconds
+        self.advance()
+
+    @precondition(lambda self: bool(self.flights))
+    @rule()
+    def acknowledge(self) -> None:
+        self.hear(self.core.apply(self.flights.pop(0), self.now))
+
+    def advance(self) -> bool:
+        plan = self.core.plan(self.now)
+        self.hear(self.core.events())
+        if plan is None:
+            return False
+        self.flights.append(self.device.execute(plan, {row.branch: self.logs[row.branch] for row in plan.rows}))
+        return True
+
+    @invariant()
+    def the_ledger_balances(self) -> None:
+        if hasattr(self, "core"):
+            self.core.check()
+
+    def teardown(self) -> None:
+        """Users fall silent: every turn ends. Fronts go: every page is free or cached."""
+        if not hasattr(self, "core"):
+            return
+        for _ in range(2000):
+            moved = self.advance()
+            if self.flights:
+                self.acknowledge()
+            elif not moved:
+                break
+        self.core.check()
+        assert not self.running, f"turns of {self.running} never ended: {self.core.counts()}"
+        assert self.core.drop_link(LinkId(1), self.now) == []
+        counts = self.core.counts()
+        assert counts["branches"] == counts["sessions"] == counts["pages_tail"] == 0
+        assert counts["pages_free"] + counts["pages_nodes"] == counts["pages_total"]
+
+    # ---- the naive model ------------------------------------------------------------------------------------------
+    def fresh(self) -> int:
+        self.request += 1
+        return self.request
+
+    def pick(self, number: int) -> int:
+        branches = sorted(self.logs)
+        return branches[number % len(branches)] if branches else 1
+
+    def send(self, command: wire.Command) -> None:
+        self.asked[self.request] = command
+        self.hear(self.core.handle(LinkId(1), command, self.now))
+
+    def hear(self, out: Out) -> None:
+        for _, message in out:
+            match message:
+                case wire.Opened(branch=branch, request=request):
+                    asked = self.asked[request]
+                    assert isinstance(asked, wire.Open)
+                    self.logs[branch] = list(unpack_ids(asked.ids))
+                case wire.Forked(branches=branches, known=known, request=request):
+                    asked = self.asked[request]
+                    assert isinstance(asked, wire.Fork)
+                    for branch in branches:
+                        self.logs[branch] = self.logs[asked.branch][:known]
+                case wire.Tokens(branch=branch, ids=ids):
+                    self.logs[branch] += unpack_ids(ids)
+                case wire.TurnEnded(branch=branch, known=known):
+                    self.running.discard(branch)
+                    del self.logs[branch][known:]
+                case wire.Done(request=request, known=known):
+                    self.done(self.asked[request], known)
+                case wire.TurnStarted(usage=usage):
+                    assert usage.new >= 0 and usage.recomputed >= 0 and usage.shared <= usage.new
+                case _:
+                    pass
+
+    def done(self, asked: wire.Command, known: int) -> None:
+        match asked:
+            case wire.Generate(branch=branch, ids=ids):
+                self.logs[branch] += unpack_ids(ids)
+                self.running.add(branch)
+            case wire.Append(branch=branch, ids=ids):
+                self.logs[branch] += unpack_ids(ids)
+            case wire.Rewind(branch=branch) | wire.Cancel(branch=branch):
+                del self.logs[branch][known:]
+            case wire.Adopt(branch=branch, child=child):
+                self.logs[branch] = self.logs.pop(child)
+            case wire.Close(branch=branch):
+                del self.logs[branch]
+                self.running.discard(branch)
+                return
+            case _:
+                raise AssertionError(f"Done for {asked}")
+        assert len(self.logs[branch]) == known
+
+
+TestOwnership = Ownership.TestCase
+TestOwnership.settings = settings(max_examples=150, stateful_step_count=60, deadline=None,
+                                  suppress_health_check=list(HealthCheck))

@@ -1,0 +1,89 @@
+"""Every (state, verb) pair, judged by mypy and pyright: what they accept is exactly what the tables say."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from agentspeed_engine.kv.tables import BRANCHES, NODES, Verb
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAD = """
+from agentspeed_engine.ids import BranchId, PageId, SlotId, TicketId
+from agentspeed_engine.kv.branches import AtRest, Closed, Decoding, Held, Prefilling, Queued, Settling, Then
+from agentspeed_engine.kv.nodes import Both, Device, Gone, Host, Loading, Saving
+from agentspeed_engine.kv.owners import Kv, Room
+from agentspeed_engine.kv.turns import Turn
+
+def cells(kv: Kv, room: Room, turn: Turn, then: Then, held: Held, ids: list[int], numbers: tuple[BranchId, ...],
+          now: float, pages: tuple[PageId, ...], slots: tuple[SlotId, ...], ticket: TicketId) -> None:
+"""
+
+
+def matrix() -> tuple[str, dict[int, tuple[str, str]]]:
+    """The generated module, and which cell each of its lines is."""
+    lines = HEAD.strip("\n").split("\n")
+    cells: dict[int, tuple[str, str]] = {}
+    for table in (BRANCHES, NODES):
+        verbs: dict[str, Verb] = {verb.name: verb for row in table.values() for verb in row}
+        for state, row in table.items():
+            legal = {verb.name: verb for verb in row}
+            for name in sorted(verbs):
+                verb = legal.get(name, verbs[name])
+                lines.append(f"    def {state}_{name}(it: {state}) -> {verb.returns}:")
+                lines.append(f"        return it.{name}({verb.arguments})")
+                cells[len(lines)] = (state, name)
+    return "\n".join(lines) + "\n", cells
+
+
+def legal_cells() -> set[tuple[str, str]]:
+    return {(state, verb.name) for table in (BRANCHES, NODES) for state, row in table.items() for verb in row}
+
+
+@pytest.fixture(scope="module")
+def module(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, tuple[str, str]]]:
+    source, cells = matrix()
+    path = tmp_path_factory.mktemp("matrix") / "matrix.py"
+    _ = path.write_text(source)
+    return path, cells
+
+
+def test_mypy_accepts_exactly_the_cells_of_the_tables(module: tuple[Path, dict[int, tuple[str, str]]]) -> None:
+    path, cells = module
+    command = [sys.executable, "-m", "mypy", "--strict", "--no-error-summary",
+               "--config-file=", f"--cache-dir={path.parent / 'cache'}", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=path.parent, check=False,
+                          env={"MYPYPATH": f"{ROOT / 'engine'}:{ROOT / 'kernels'}", "PATH": "/usr/bin:/bin"})
+    assert done.returncode in (0, 1), done.stdout + done.stderr
+    rejected = _rejected(done.stdout, path.name, cells, r":(\d+): error: ")
+    assert set(cells.values()) - rejected == legal_cells()
+
+
+def test_pyright_accepts_exactly_the_cells_of_the_tables(module: tuple[Path, dict[int, tuple[str, str]]]) -> None:
+    path, cells = module
+    _ = (path.parent / "pyrightconfig.json").write_text(
+        f'{{"extraPaths": ["{ROOT / "engine"}", "{ROOT / "kernels"}"], "typeCheckingMode": "standard"}}')
+    done = subprocess.run([sys.executable, "-m", "pyright", "-p", str(path.parent), "--pythonpath", sys.executable],
+                          capture_output=True, text=True, cwd=path.parent, check=False)
+    assert done.returncode in (0, 1), done.stdout + done.stderr
+    rejected = _rejected(done.stdout, path.name, cells, r":(\d+):\d+ - error: ")
+    assert set(cells.values()) - rejected == legal_cells()
+
+
+def _rejected(output: str, name: str, cells: dict[int, tuple[str, str]], pattern: str) -> set[tuple[str, str]]:
+    lines = [int(number) for number in re.findall(re.escape(name) + pattern, output)]
+    strangers = [line for line in lines if line not in cells]
+    assert not strangers, f"errors outside the cells, lines {strangers}:\n{output}"
+    return {cells[line] for line in lines}
+
+
+def test_every_illegal_call_is_still_a_type_error() -> None:
+    path = Path(__file__).with_name("illegal.py")
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--cache-dir=/dev/null", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=path.parent, check=False,
+                          env={"MYPYPATH": f"{ROOT / 'engine'}:{ROOT / 'kernels'}", "PATH": "/usr/bin:/bin"})
+    assert done.returncode == 0, done.stdout + done.stderr
