@@ -1,0 +1,119 @@
+"""The outbox: order, coalescing, bounds."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+from agentspeed_engine.ids import LinkId, pack_ids, unpack_ids
+from agentspeed_engine.run.links import BadFrame, Link, coalesce
+from agentspeed_engine.wire import (
+    Done,
+    GetStats,
+    Hello,
+    Outgoing,
+    Tokens,
+    TopLogprob,
+    TurnEnded,
+    TurnStarted,
+    TurnUsage,
+    decode_outbox,
+    encode_command,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+MESSAGES = st.lists(
+    st.one_of(
+        st.builds(lambda branch, ids: Tokens(branch=branch, ids=pack_ids(ids), logprobs=tuple(map(float, ids))),
+                  st.integers(1, 3), st.lists(st.integers(0, 9), min_size=1, max_size=3)),
+        st.builds(lambda branch: TurnStarted(branch=branch, usage=TurnUsage()), st.integers(1, 3)),
+        st.builds(lambda branch: TurnEnded(branch=branch, reason="stop_id", known=1, usage=TurnUsage()),
+                  st.integers(1, 3)),
+        st.builds(lambda request: Done(request=request), st.integers(1, 9)),
+    ),
+    max_size=30,
+)
+
+
+def story(messages: list[Outgoing], branch: int) -> list[object]:
+    """What one branch's reader learns, in order, whatever the frames."""
+    told: list[object] = []
+    for message in messages:
+        if isinstance(message, Tokens) and message.branch == branch:
+            told += zip(unpack_ids(message.ids), message.logprobs, strict=True)
+        elif getattr(message, "branch", None) == branch:
+            told.append(message)
+    return told
+
+
+@given(MESSAGES)
+def test_coalescing_changes_no_branchs_story_and_loses_no_other_message(messages: list[Outgoing]) -> None:
+    joined = coalesce(messages)
+    for branch in (1, 2, 3):
+        assert story(joined, branch) == story(messages, branch)
+    assert [m for m in joined if not isinstance(m, Tokens)] == [m for m in messages if not isinstance(m, Tokens)]
+
+
+@given(MESSAGES)
+def test_coalescing_leaves_one_delta_between_two_other_messages_of_a_branch(messages: list[Outgoing]) -> None:
+    joined = coalesce(messages)
+    for branch in (1, 2, 3):
+        kinds = [isinstance(m, Tokens) for m in joined if getattr(m, "branch", None) == branch]
+        assert not any(first and second for first, second in zip(kinds, kinds[1:], strict=False))
+
+
+@pytest.fixture
+def pair() -> tuple[Link, socket.socket]:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    return Link(LinkId(1), ours, outbox_bytes=8192), theirs
+
+
+def test_a_reader_that_takes_nothing_costs_a_bounded_number_of_messages(pair: tuple[Link, socket.socket]) -> None:
+    link, theirs = pair
+    with link.socket, theirs:
+        top = (TopLogprob(id=1, logprob=-1.0),)
+        for number in range(100_000):
+            link.put(Tokens(branch=number % 4, ids=pack_ids([number % 512]), logprobs=(-0.5,), top=(top,)))
+            if number % 50 == 0:
+                assert link.write()
+        assert len(link._pending) <= 512
+        assert link.behind
+        got: list[Outgoing] = []
+        theirs.settimeout(5)
+        inbox = b""
+        while link.has_output or inbox:
+            assert link.write()
+            inbox += theirs.recv(1 << 20)
+            while len(inbox) >= 4 and len(inbox) >= 4 + (size := int.from_bytes(inbox[:4], "little")):
+                got += decode_outbox(inbox[4 : 4 + size])
+                inbox = inbox[4 + size :]
+        assert not link.behind
+    for branch in range(4):
+        told = [pair for pair in story(got, branch)]
+        assert told == [(number % 512, -0.5) for number in range(branch, 100_000, 4)]
+
+
+def test_frames_arrive_whole_however_they_are_cut(pair: tuple[Link, socket.socket]) -> None:
+    link, theirs = pair
+    with link.socket, theirs:
+        commands = [Hello(request=1), GetStats(request=2), GetStats(request=3)]
+        data = b"".join(map(encode_command, commands))
+        got = []
+        for start in range(0, len(data), 5):
+            theirs.sendall(data[start : start + 5])
+            got += link.read() or []
+        assert got == commands
+        assert link.read() == []
+        theirs.close()
+        assert link.read() is None
+
+
+@pytest.mark.parametrize("data", [b"\xff\xff\xff\xff", b"\x01\0\0\0\xc1", b"\x02\0\0\0\x91\xa1"])
+def test_what_is_no_frame_is_refused(pair: tuple[Link, socket.socket], data: bytes) -> None:
+    link, theirs = pair
+    with link.socket, theirs:
+        theirs.sendall(data)
+        with pytest.raises(BadFrame):
+            link.read()
