@@ -11,7 +11,7 @@ from agentspeed.tools.running import (
     content_of,
     execute,
 )
-from agentspeed.tools.tool import NeedsApproval, OnError, Tool, tool, tools_from
+from agentspeed.tools.tool import NeedsApproval, OnError, Tool, declared_tool, tool, tools_from
 
 __all__ = [
     "CANCELLED",
@@ -27,6 +27,7 @@ __all__ = [
     "bounded",
     "check_arguments",
     "content_of",
+    "declared_tool",
     "execute",
     "tool",
     "tools_from",

@@ -191,4 +191,5 @@ async def _call(tool: Tool, checked: BaseModel, context: ToolContext[Any] | None
 
 def _passed(checked: BaseModel) -> dict[str, Any]:
     """Only what the model gave, so that the function's own defaults hold for the rest."""
-    return {name: getattr(checked, name) for name in type(checked).model_fields if name in checked.model_fields_set}
+    named = {name: getattr(checked, name) for name in type(checked).model_fields if name in checked.model_fields_set}
+    return {**named, **(checked.model_extra or {})}

@@ -9,9 +9,10 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeAlias, final, overload
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, create_model
 
-from agentspeed.tools.bounds import Json, Schema
+from agentspeed.errors import SchemaUnsupported
+from agentspeed.tools.bounds import Json, Schema, bounded
 from agentspeed.tools.signature import read_signature
 
 OnError = Literal["return", "raise"]
@@ -97,6 +98,28 @@ def tool(
         )
 
     return make if fn is None else make(fn)
+
+
+def declared_tool(definition: Mapping[str, Any], fn: Callable[..., object]) -> Tool:
+    """A tool that comes as `{"name", "description", "parameters"}` instead of a typed function: from a server, a
+    catalogue, another framework. The grammar keeps arguments to the schema; `fn` is given them by name.
+
+    Raises TypeError when the definition is not whole, or its schema cannot be bounded."""
+    name, schema = definition.get("name"), definition.get("parameters", {"type": "object", "properties": {}})
+    if not isinstance(name, str) or not isinstance(schema, Mapping):
+        raise TypeError(f"tool definition {dict(definition)!r}: it needs a 'name' and an object 'parameters'.")
+    try:
+        _ = bounded(schema)
+    except SchemaUnsupported as error:
+        raise TypeError(f"tool {name}: {error}") from error
+    return Tool(
+        name=name,
+        description=str(definition.get("description", "")),
+        schema=dict(schema),
+        fn=fn,
+        arguments=create_model(f"{name}_arguments", __config__=ConfigDict(extra="allow")),
+        is_async=inspect.iscoroutinefunction(inspect.unwrap(fn)),
+    )
 
 
 def tools_from(given: Iterable[Tool | Callable[..., object]]) -> tuple[Tool, ...]:

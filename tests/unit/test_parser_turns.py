@@ -127,7 +127,8 @@ def test_a_parser_serves_one_turn() -> None:
 
 
 PARTS = st.sampled_from(
-    ["text ", "<", "<think>", "</think>", "<tool_call>", "</tool_call>", CALL, TRICKY, '{"name":"f"', "é😀", '"', "\\", "}",
+    ["text ", "<", "<think>", "</think>", "<tool_call>", "</tool_call>", CALL, TRICKY,
+     '{"name":"f"', "é😀", '"', "\\", "}",
      " \n"]
 )
 

@@ -12,7 +12,7 @@ import sniffio
 
 from agentspeed.errors import BadArguments, ToolDenied, ToolFailed, ToolTimeout, UnknownTool
 from agentspeed.messages import ToolCall
-from agentspeed.tools import ToolBatch, ToolContext, execute, tool
+from agentspeed.tools import ToolBatch, ToolContext, declared_tool, execute, tool
 
 pytestmark = pytest.mark.anyio
 
@@ -165,6 +165,19 @@ async def test_calls_run_at_once_and_results_come_in_call_order() -> None:
     assert [result.content for result in batch.results()] == [
         "slept 0.2", "error: crash: RuntimeError: x", "slept 0.1",
     ]
+
+
+async def test_a_declared_tool_is_called_by_name() -> None:
+    def call_it(**arguments: object) -> str:
+        return f"{arguments}"
+
+    parameters = {"type": "object", "properties": {"a": {"type": "null"}}}
+    definition = {"name": "far", "description": "", "parameters": parameters}
+    assert (await execute(declared_tool(definition, call_it), '{"a":1}')).content == "{'a': 1}"
+    with pytest.raises(TypeError, match=r"tool far: .*allows any"):
+        _ = declared_tool({"name": "far", "parameters": {"type": "object", "properties": {"a": {}}}}, call_it)
+    with pytest.raises(TypeError, match="needs a 'name'"):
+        _ = declared_tool({"description": "x"}, call_it)
 
 
 async def test_an_unknown_tool_is_a_result_that_names_the_tools() -> None:
