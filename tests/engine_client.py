@@ -73,7 +73,10 @@ class Front:
 
     # ---- frames ---------------------------------------------------------------------------------------------------
     def send(self, *commands: wire.Command) -> None:
-        self.socket.sendall(b"".join(map(wire.encode_command, commands)))
+        try:
+            self.socket.sendall(b"".join(map(wire.encode_command, commands)))
+        except ConnectionError as error:
+            raise LinkClosed(self.last) from error
 
     def receive(self) -> tuple[wire.Outgoing, ...]:
         """The next frame. Raises `LinkClosed`."""

@@ -37,7 +37,7 @@ class Vocabulary:
             tokenizer = Tokenizer.from_str(self._text)
             raw: dict[str, Any] = json.loads(self._text)
         except Exception as error:  # the library raises plain Exception for a malformed file
-            raise EngineFault("bad_tokenizer", f"{self._path} is not a tokenizer: {error}.") from error
+            raise self._broken(error) from error
         byte_level = "ByteLevel" in json.dumps([raw.get("decoder"), raw.get("pre_tokenizer")])
         special = {token["id"] for token in raw.get("added_tokens", ())}
         table = _byte_level_table()
@@ -55,11 +55,18 @@ class Vocabulary:
                 found[number] = piece.replace("\u2581", " ").encode()
         return found
 
+    def _broken(self, error: Exception) -> EngineFault:
+        return EngineFault("bad_tokenizer", f"{self._path} is not a tokenizer: {error}.",
+                           "Take the tokenizer.json the model was published with.")
+
     @cached_property
     def llguidance(self) -> LLTokenizer:
         """The same vocabulary as llguidance's masks see it."""
         eos = list(self.eos_ids) or None
-        return LLTokenizer(self._text, n_vocab=self.vocab_size, eos_token=eos)
+        try:
+            return LLTokenizer(self._text, n_vocab=self.vocab_size, eos_token=eos)
+        except ValueError as error:
+            raise self._broken(error) from error
 
 
 def _byte_level_table() -> dict[str, bytes]:

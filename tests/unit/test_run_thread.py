@@ -1,0 +1,163 @@
+"""The engine loop in a thread: the same frames and rules; host copies; a bug that must not be swallowed."""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.ids import PageId, SlotId, TicketId
+from agentspeed_engine.models.catalog import load
+from agentspeed_engine.run.copies import Copied, Copier
+from agentspeed_engine.run.inprocess import EngineThread
+from agentspeed_engine.run.model import CopyFailed
+from agentspeed_engine.run.options import EngineOptions, build, options_from, parse_options
+from agentspeed_engine.run.torch_model import TorchModel
+from agentspeed_engine.sched.plan import HostCopy
+from tools.random_checkpoint import make_checkpoint
+
+from tests.engine_client import Front, LinkClosed
+from tests.remembering_model import RememberingModel
+
+NOOP = EngineOptions(model="noop:512:0", pages=100, context_limit=2048, check_every_step=True)
+
+
+def test_a_thread_serves_the_frames_of_a_process() -> None:
+    engine = EngineThread(NOOP)
+    with engine.connect() as first, engine.connect() as second:
+        front, other = Front(first), Front(second)
+        assert front.welcome.vocab_size == 512
+        branch = front.open([1, 2])
+        assert front.generate(branch, max_tokens=3).ids == [3, 4, 5]
+        (child,) = front.fork(branch)
+        assert front.generate(child, [9], max_tokens=1).ids == [10]
+        other.open([1])
+        assert front.counts()["links"] == 2
+        engine.close()
+        with pytest.raises(LinkClosed):
+            front.open([1])
+
+
+def test_a_closed_engine_thread_is_gone() -> None:
+    before = threading.active_count()
+    engine = EngineThread(NOOP)
+    assert threading.active_count() > before
+    engine.close()
+    assert threading.active_count() == before
+
+
+def test_options_that_cannot_be_are_refused_before_a_thread_starts() -> None:
+    before = threading.active_count()
+    with pytest.raises(EngineFault, match="L1"):
+        EngineThread(EngineOptions(model="noop:512:0", pages=2, context_limit=2048))
+    assert threading.active_count() == before
+
+
+# ---- options ------------------------------------------------------------------------------------------------------
+def test_options_come_from_json_and_from_flags_alike() -> None:
+    text = parse_options('{"model": "m", "pages": 7, "dtype": "float64", "check_every_step": true}')
+    flags = options_from({"model": "m", "pages": "7", "dtype": "float64", "check_every_step": "true"})
+    assert text == flags
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"page_tokens": 0}, {"threads": 0}, {"dtype": "float8"}, {"outbox_bytes": 1}, {"ticket_deadline": 0},
+     {"ticket_deadline": "nan"}, {"pages": 1.5}, {"unknown": 1}, {"model": None}],
+)  # fmt: skip
+def test_a_wrong_option_is_named(wrong: dict[str, Any]) -> None:
+    with pytest.raises(EngineFault, match=next(iter(wrong))) as fault:
+        options_from({"model": "noop:64:0"} | wrong)
+    assert fault.value.code == "bad_config"
+
+
+def test_without_a_limit_the_context_is_what_the_pool_can_carry() -> None:
+    core = build(EngineOptions(model="noop:64:0", pages=11, page_tokens=16)).core
+    assert core.context_limit == 160
+    core.check()
+
+
+def test_without_pages_the_pool_is_bounded_and_valid() -> None:
+    core = build(EngineOptions(model="noop:64:0")).core
+    core.check()
+    assert core.context_limit == 65_536
+
+
+# ---- host copies --------------------------------------------------------------------------------------------------
+class Reports:
+    """What the copier's thread said."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[Copied | Exception] = queue.SimpleQueue()
+
+    def __call__(self, report: Copied | Exception) -> None:
+        self._queue.put(report)
+
+    def next(self) -> Copied | Exception:
+        return self._queue.get(timeout=5)
+
+
+def copy(ticket: int, direction: Any, pages: tuple[int, ...], slots: tuple[int, ...]) -> HostCopy:
+    return HostCopy(TicketId(ticket), direction, tuple(map(PageId, pages)), tuple(map(SlotId, slots)))
+
+
+def test_rows_come_back_from_the_host_as_they_were() -> None:
+    model, reports = RememberingModel(pages=8, page_tokens=4, vocab_size=9), Reports()
+    model.reserve_host(4)
+    model.pool[:] = np.arange(64).reshape(32, 2)
+    copier = Copier(model, reports)
+    copier.start(copy(1, "save", (5, 2), (3, 0)))
+    assert reports.next() == Copied(TicketId(1), True)
+    expected = model.pool.reshape(8, 4, 2)[[5, 2]].copy()
+    model.pool[:] = -1
+    copier.start(copy(2, "load", (1, 6), (3, 0)))
+    assert reports.next() == Copied(TicketId(2), True)
+    assert (model.pool.reshape(8, 4, 2)[[1, 6]] == expected).all()
+    copier.close(5)
+
+
+def test_a_failed_copy_is_reported_and_the_next_is_carried_out(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model, reports = RememberingModel(pages=8, page_tokens=4, vocab_size=9), Reports()
+    model.reserve_host(4)
+    copier = Copier(model, reports)
+    with monkeypatch.context() as patched:
+        patched.setattr(model, "save", _fails)
+        copier.start(copy(1, "save", (1,), (1,)))
+        assert reports.next() == Copied(TicketId(1), False)
+    assert "planted" in capfd.readouterr().err
+    copier.start(copy(2, "save", (1,), (1,)))
+    assert reports.next() == Copied(TicketId(2), True)
+    copier.close(5)
+
+
+def test_a_bug_in_a_copy_is_handed_to_the_loop() -> None:
+    model, reports = RememberingModel(pages=8, page_tokens=4, vocab_size=9), Reports()
+    copier = Copier(model, reports)
+    copier.start(copy(1, "save", (100,), (0,)))
+    assert isinstance(reports.next(), IndexError)
+    copier.close(5)
+
+
+def _fails(*_: object) -> None:
+    raise CopyFailed("planted")
+
+
+def test_a_real_models_pages_survive_the_host(tmp_path: Path) -> None:
+    config = json.loads((Path(__file__).parents[2] / "bench/models/tiny.json").read_text())
+    loaded = load(make_checkpoint(config, tmp_path), pages=6, page_tokens=4)
+    model = TorchModel(loaded)
+    with pytest.raises(CopyFailed, match="no host slots"):
+        model.save([1], [0])
+    model.reserve_host(3)
+    loaded.write_pages([1, 2], loaded.read_pages([1, 2]) + 0.5)
+    model.save([2, 1], [0, 2])
+    model.load([2, 0], [4, 5])
+    assert (loaded.read_pages([4, 5]) == loaded.read_pages([1, 2])).all()
+    assert (loaded.read_pages([4]) == 0.5).all()
