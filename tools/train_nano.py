@@ -1,0 +1,206 @@
+"""Trains nano from tasks it generates and writes the model folder; can be stopped and resumed at any time.
+
+    python tools/train_nano.py --minutes 30 --threads 2
+    python tools/train_nano.py --score agentspeed/models/nano
+
+Progress, checkpoints each minute and the best model by held-out score. The same command resumes where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import torch
+from nano_data import batches
+from nano_format import render, train_tokenizer, write_tokenizer
+from nano_model import Nano, Shape, read_model, write_model
+from nano_optim import Muon
+from nano_scoring import HeldOut, Scores, decode, solved
+from nano_tasks import held_out, training_task
+from tokenizers import Tokenizer
+from torch.nn import functional as F
+
+HOME = Path(__file__).resolve().parent.parent
+TOKENIZER_ROWS = 6000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how fast to learn."""
+
+    minutes: float
+    out: Path
+    checkpoints: Path
+    shape: Shape = Shape()
+    muon_rate: float = 0.02
+    adam_rate: float = 3e-3
+    warmup_steps: int = 60
+    cooldown: float = 0.45
+    """The last share of the time, in which the rate falls to nothing."""
+    save_seconds: float = 60.0
+    score_seconds: float = 240.0
+    held_out: int = 60
+    rows: int = 1024
+    budget: int = 3072
+    most_steps: int | None = None
+
+
+def make_tokenizer() -> Tokenizer:
+    """The same one each time."""
+    rng = Random("tokenizer")
+    tasks = (training_task(rng) for _ in range(TOKENIZER_ROWS))
+    return train_tokenizer("".join(text for text, _ in render(task.messages, task.tools)) for task in tasks)
+
+
+class Training:
+    """Everything a checkpoint holds."""
+
+    def __init__(self, plan: Plan) -> None:
+        torch.manual_seed(0)
+        self.plan = plan
+        self.tokenizer = make_tokenizer()
+        self.model = Nano(plan.shape)
+        hidden = [weight for name, weight in self.model.named_parameters() if weight.ndim == 2 and _is_hidden(name)]
+        others = [weight for name, weight in self.model.named_parameters() if weight.ndim != 2 or not _is_hidden(name)]
+        self.optimisers: list[torch.optim.Optimizer] = [
+            Muon(hidden, plan.muon_rate), torch.optim.AdamW(others, plan.adam_rate, betas=(0.9, 0.98), weight_decay=0.0)]
+        self.step, self.round, self.tokens, self.seconds, self.best = 0, 0, 0, 0.0, -1.0
+        self._file = plan.checkpoints / "state.pt"
+        if self._file.is_file():
+            self._load()
+
+    # ---- steps ----------------------------------------------------------------------------------------------------
+    @property
+    def progress(self) -> float:
+        return min(1.0, self.seconds / (60 * self.plan.minutes))
+
+    def rate(self) -> float:
+        """The learning rate as a share of its highest."""
+        cooling = min(1.0, (1 - self.progress) / self.plan.cooldown)
+        return max(0.01, min(1.0, (self.step + 1) / self.plan.warmup_steps, cooling))
+
+    def run(self) -> None:
+        """Until the time is up. Rounds of data are numbered, so a resumed run goes on with fresh ones."""
+        held = HeldOut(self.tokenizer, self.plan.held_out)
+        clock = saved = scored = said = time.monotonic()
+        while self.progress < 1.0 and self.step != self.plan.most_steps:
+            self.round += 1
+            for ids, made in batches(self.tokenizer, self.round, self.progress, rows=self.plan.rows, budget=self.plan.budget):
+                loss = self._learn(ids, made)
+                now = time.monotonic()
+                self.seconds, clock = self.seconds + now - clock, now
+                if now - said > 20:
+                    said = now
+                    self._say(f"loss {loss:.3f} rate {self.rate():.2f}")
+                if now - saved > self.plan.save_seconds:
+                    saved = now
+                    self.save()
+                if now - scored > self.plan.score_seconds:
+                    self._score(held)
+                    scored = clock = time.monotonic()
+                if self.progress >= 1.0 or self.step == self.plan.most_steps:
+                    break
+        self.save()
+        self._score(held)
+
+    def _learn(self, ids: torch.Tensor, made: torch.Tensor) -> float:
+        self.model.train()
+        for optimiser, highest in zip(self.optimisers, (self.plan.muon_rate, self.plan.adam_rate), strict=True):
+            for group in optimiser.param_groups:
+                group["lr"] = highest * self.rate()
+        with torch.autocast("cpu", torch.bfloat16):
+            features = self.model.features(ids[:, :-1])[made[:, 1:]]
+            logits = F.linear(features, self.model.embed_tokens.weight)
+        loss = F.cross_entropy(logits.float(), ids[:, 1:][made[:, 1:]])
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimiser in self.optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        for experts in self.model.experts():
+            experts.even_out()
+        self.step += 1
+        self.tokens += int((ids > 0).sum())
+        return loss.item()
+
+    # ---- scores and files -----------------------------------------------------------------------------------------
+    def _score(self, held: HeldOut) -> None:
+        scores = held.scores(self.model)
+        self._say(line(scores))
+        total = sum(scores[key] for key in ("tool_call", "tool_answer", "refuse", "json"))
+        if total >= self.best:
+            self.best = total
+            write_model(self.model, self.plan.out)
+
+    def _say(self, text: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')} step {self.step} {self.tokens / 1e6:.2f}M tokens "
+              f"{self.seconds / 60:.1f} min: {text}", flush=True)
+
+    def save(self) -> None:
+        """In one move, so that a stop in the middle leaves the last checkpoint whole."""
+        self.plan.checkpoints.mkdir(parents=True, exist_ok=True)
+        fresh = self._file.with_suffix(".new")
+        torch.save({"model": self.model.state_dict(), "optimisers": [one.state_dict() for one in self.optimisers],
+                    "step": self.step, "round": self.round, "tokens": self.tokens, "seconds": self.seconds,
+                    "best": self.best}, fresh)
+        os.replace(fresh, self._file)
+
+    def _load(self) -> None:
+        state = torch.load(self._file, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        self.step, self.round, self.tokens = state["step"], state["round"], state["tokens"]
+        self.seconds, self.best = state["seconds"], state["best"]
+        self._say("resumed")
+
+
+def _is_hidden(name: str) -> bool:
+    return "embed_tokens" not in name and "router" not in name
+
+
+def line(scores: Scores) -> str:
+    return " ".join(f"{key} {value:.3f}" for key, value in scores.items())
+
+
+def score_folder(folder: Path, count: int) -> Scores:
+    """The scores of a finished folder, with puzzles also sampled sixteen times."""
+    model = read_model(folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    scores = HeldOut(tokenizer, count).scores(model)
+    puzzles = held_out("puzzle", count)
+    reached = [False] * count
+    for seed in range(16):
+        texts = decode(model, tokenizer, puzzles, temperature=1.0, seed=seed)
+        reached = [was or solved(task, text) for was, task, text in zip(reached, puzzles, texts, strict=True)]
+        if seed in (3, 7, 15):
+            scores[f"puzzle_best_of_{seed + 1}"] = sum(reached) / count
+    return scores
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--minutes", type=float, default=30.0, help="time to learn, over all resumed runs")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=HOME / "agentspeed" / "models" / "nano")
+    parser.add_argument("--checkpoints", type=Path, default=HOME / ".checkpoints" / "nano")
+    parser.add_argument("--score", type=Path, help="only score this folder on 200 held-out tasks of each kind")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.score is not None:
+        print(line(score_folder(options.score, 200)))
+        return
+    training = Training(Plan(minutes=options.minutes, out=options.out, checkpoints=options.checkpoints))
+    write_tokenizer(training.tokenizer, options.out)
+    if not (options.out / "model.safetensors").is_file():
+        write_model(training.model, options.out)
+    training.run()
+
+
+if __name__ == "__main__":
+    main()
