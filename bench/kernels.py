@@ -3,10 +3,11 @@
     python bench/kernels.py
 
 The limit of a call is the larger of bytes / read bandwidth and FLOPs / product rate, both the best seen on this machine
-with the same threads, before and after the kernels; kernels are medians. Weights and pools rotate over more memory than the caches near the cores hold. Shapes are
-those of one layer of bench/models/v3-50m.json. The last line is JSON.
+with the same threads before and after the kernels; kernels are medians. Weights and pools rotate over more memory than
+the caches near the cores hold. Shapes are those of one layer of bench/models/v3-50m.json. The last line is JSON.
 """
 
+# ruff: noqa: E402 - the packages of the checkout go on the path first
 from __future__ import annotations
 
 import argparse

@@ -1,23 +1,25 @@
 """Eight turns of one session against transformers with its cache: time per session, and whether the tokens agree.
 
-    python bench/turns.py
+    python bench/turns.py                # through the public SDK: Session, engine process, socket, scheduler
+    python bench/turns.py --path runner  # the model runner alone, without an engine around it
 
-A 2048-token system prompt, then 8 turns of +200 tokens in and 50 out, greedy, float32, one session. Both sides keep
-their cache from turn to turn, run in one process after each other with the same threads and the same malloc settings,
-and are timed from ids to ids. transformers is fed the tokens that agentspeed drew (its own draw is compared, not
-followed), so one near-tie does not end the comparison. The last line is JSON.
+A system prompt of 2048 tokens, then 8 turns of +200 tokens in and 50 out, greedy, float32, one session. Both sides keep
+their cache from turn to turn, run after each other with the same threads and the same malloc settings, and are timed
+from prompt to last token. transformers is fed the ids of the session (its own draw is compared, not followed), so one
+near-tie does not end the comparison. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,16 +38,30 @@ NEAR_TIE = 1e-4
 class Side:
     """What one engine did."""
 
-    seconds_by_turn: list[float] = field(default_factory=list)
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    ids: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    """By turn."""
+    first_seconds: list[float] = field(default_factory=list)
+    """By turn, until the first token."""
+    prompts: list[list[int]] = field(default_factory=list)
+    """By turn: the ids that are new to the cache, the last drawn one of the turn before included."""
+    drawn: list[list[int]] = field(default_factory=list)
     logits: list[Any] = field(default_factory=list)
     """One [vocab] tensor per drawn token."""
 
+    def add(self, name: str, prompt: list[int], drawn: list[int], first: float, whole: float) -> None:
+        self.prompts.append(prompt)
+        self.drawn.append(drawn)
+        self.first_seconds.append(first)
+        self.seconds.append(whole)
+        print(
+            f"{name} turn {len(self.seconds)}: {len(prompt)} in, {len(drawn)} out, "
+            f"first token {first:.2f} s, the others {whole - first:.2f} s",
+            flush=True,
+        )
+
     @property
-    def seconds(self) -> float:
-        return sum(self.seconds_by_turn)
+    def decode_rate(self) -> float:
+        return sum(len(ids) - 1 for ids in self.drawn) / (sum(self.seconds) - sum(self.first_seconds))
 
 
 def main() -> None:
@@ -56,15 +72,19 @@ def main() -> None:
 
     torch.set_num_threads(arguments.threads)
     checkpoint = prepare(arguments)
-    inputs = prompts(arguments)
-    ours = run_agentspeed(checkpoint, inputs, arguments)
-    theirs = run_transformers(checkpoint, inputs, ours.ids, arguments)
+    if arguments.path == "sdk":
+        ours = asyncio.run(run_sdk(checkpoint, arguments))
+    else:
+        ours = run_runner(checkpoint, arguments)
+    theirs = run_transformers(checkpoint, ours, arguments)
+    ours.logits = logits_of(checkpoint, ours, arguments)
     report(ours, theirs, arguments)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=ROOT / "bench/models/v3-50m.json")
+    parser.add_argument("--path", choices=("sdk", "runner"), default="sdk")
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--system", type=int, default=2048, help="tokens of the system prompt")
     parser.add_argument("--new", type=int, default=200, help="tokens in per turn")
@@ -85,60 +105,102 @@ def prepare(arguments: argparse.Namespace) -> Path:
     return out
 
 
-def prompts(arguments: argparse.Namespace) -> list[list[int]]:
-    """Ids of byte tokens for every turn; the first holds the system prompt too."""
-    import numpy as np
+def texts(arguments: argparse.Namespace) -> tuple[str, list[str]]:
+    """System prompt and user messages of capitals, each one token; 4 ids a message are the template's."""
+    import random
 
-    draw = np.random.default_rng(arguments.seed)
-    sizes = [arguments.system + arguments.new, *[arguments.new] * (arguments.turns - 1)]
-    return [draw.integers(0, 256, size).tolist() for size in sizes]
+    draw = random.Random(arguments.seed)
+
+    def text(tokens: int) -> str:
+        return "".join(draw.choices(ascii_uppercase, k=tokens))
+
+    return text(arguments.system - 3), [text(arguments.new - 4) for _ in range(arguments.turns)]
 
 
-def run_agentspeed(checkpoint: Path, inputs: list[list[int]], arguments: argparse.Namespace) -> Side:
-    """The model runner alone, with pages handed out in order: the engine's own cost is bench/sched.py's matter."""
-    import numpy as np
-    from agentspeed_engine.models.catalog import load
-    from agentspeed_engine.models.inputs import FlatBatch, Run
+async def run_sdk(checkpoint: Path, arguments: argparse.Namespace) -> Side:
+    """What a user writes, an engine process and its socket included."""
+    from agentspeed import Engine
 
-    page_tokens, context = 64, sum(len(ids) for ids in inputs) + arguments.turns * arguments.out
-    pages = np.arange(context // page_tokens + 1, dtype=np.int32)
-    model = load(checkpoint, dtype="float32", pages=len(pages), page_tokens=page_tokens, threads=arguments.threads)
-    known = 0
+    side = Side()
+    system, messages = texts(arguments)
+    async with Engine(checkpoint, dtype="float32", threads=arguments.threads, prefill_chunk=arguments.chunk) as engine:
+        async with engine.session() as warm:
+            await warm.generate("WARM", max_tokens=2)
+        async with engine.session(system=system) as session:
+            fed = 0
+            for message in messages:
+                started = time.perf_counter()
+                reply = await session.generate(message, max_tokens=arguments.out)
+                whole = time.perf_counter() - started
+                prompt = list(session.ids[fed : session.tokens - len(reply.ids)])
+                side.add("agentspeed", prompt, list(reply.ids), whole - reply.usage.decode_seconds, whole)
+                fed = session.tokens - 1
+    return side
 
-    def forward(ids: list[int]) -> Any:
-        nonlocal known
-        positions = np.arange(known, known + len(ids), dtype=np.int64)
-        known += len(ids)
-        tail = Run(
-            pages=pages[: -(-known // page_tokens)],
-            start=0,
-            tokens=known,
-            queries=np.arange(len(ids), dtype=np.int32),
-            causal=True,
-        )
-        batch = FlatBatch(
-            ids=np.array(ids, dtype=np.int64),
-            positions=positions,
-            slots=positions,
-            runs=(tail,),
-            select=np.array([len(ids) - 1], dtype=np.int64),
-        )
-        return model.forward(batch)[0]
 
-    def prefill(ids: list[int]) -> Any:
+class Runner:
+    """The model runner with pages handed out in order, for one session."""
+
+    def __init__(self, checkpoint: Path, context: int, arguments: argparse.Namespace) -> None:
+        import numpy as np
+
+        from agentspeed_engine.models.catalog import load
+
+        page_tokens = 64
+        self._pages = np.arange(-(-context // page_tokens), dtype=np.int32)
+        self._model = load(checkpoint, dtype="float32", pages=len(self._pages), threads=arguments.threads)
+        self._chunk = arguments.chunk
+        self.known = 0
+
+    def feed(self, ids: list[int], select: list[int]) -> Any:
+        """Logits of the selected rows of the last chunk of `ids`; `select` counts from that chunk's start."""
         logits: Any = None
-        for at in range(0, len(ids), arguments.chunk):
-            logits = forward(ids[at : at + arguments.chunk])
+        for at in range(0, len(ids), self._chunk):
+            chunk = ids[at : at + self._chunk]
+            logits = self._step(chunk, select if at + self._chunk >= len(ids) else [])
         return logits
 
-    prefill(inputs[0][:8])
-    known = 0
-    return drive("agentspeed", inputs, arguments.out, prefill, lambda token: forward([token]), None)
+    def _step(self, ids: list[int], select: list[int]) -> Any:
+        import numpy as np
+
+        from agentspeed_engine.models.inputs import FlatBatch, Run
+
+        positions = np.arange(self.known, self.known + len(ids), dtype=np.int64)
+        self.known += len(ids)
+        queries = np.arange(len(ids), dtype=np.int32)
+        pages = self._pages[: -(-self.known // 64)]
+        tail = Run(pages=pages, start=0, tokens=self.known, queries=queries, causal=True)
+        chosen = np.array([row % len(ids) for row in select], dtype=np.int64)
+        return self._model.forward(
+            FlatBatch(ids=np.array(ids, np.int64), positions=positions, slots=positions, runs=(tail,), select=chosen)
+        )
 
 
-def run_transformers(
-    checkpoint: Path, inputs: list[list[int]], followed: list[int], arguments: argparse.Namespace
-) -> Side:
+def run_runner(checkpoint: Path, arguments: argparse.Namespace) -> Side:
+    """No engine around the model: random ids in, greedy ids out."""
+    import random
+
+    draw = random.Random(arguments.seed)
+    sizes = [arguments.system + arguments.new, *[arguments.new] * (arguments.turns - 1)]
+    runner = Runner(checkpoint, sum(sizes) + arguments.turns * arguments.out, arguments)
+    runner.feed(list(range(8)), [-1])
+    runner.known = 0
+    side = Side()
+    pending: list[int] = []
+    for size in sizes:
+        prompt = [*pending, *(draw.randrange(256) for _ in range(size))]
+        started = time.perf_counter()
+        drawn = [int(runner.feed(prompt, [-1])[0].argmax())]
+        first = time.perf_counter() - started
+        while len(drawn) < arguments.out:
+            drawn.append(int(runner.feed(drawn[-1:], [-1])[0].argmax()))
+        side.add("agentspeed", prompt, drawn, first, time.perf_counter() - started)
+        pending = drawn[-1:]
+    return side
+
+
+def run_transformers(checkpoint: Path, ours: Side, arguments: argparse.Namespace) -> Side:
+    """The same ids turn by turn, with a cache that is kept; draws greedily but follows what the session drew."""
     import torch
     import transformers
 
@@ -151,60 +213,52 @@ def run_transformers(
         return model(torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
 
     with torch.inference_mode():
-        model(torch.tensor([inputs[0][:8]]))
-    return drive("transformers", inputs, arguments.out, forward, lambda token: forward([token]), followed)
-
-
-def drive(
-    name: str,
-    inputs: list[list[int]],
-    out: int,
-    prefill: Callable[[list[int]], Any],
-    decode: Callable[[int], Any],
-    followed: list[int] | None,
-) -> Side:
-    """One session: each turn feeds the last drawn token with the new ones, then draws `out` tokens greedily."""
+        model(torch.tensor([list(range(8))]))
     side = Side()
-    pending: list[int] = []
-    for turn, new in enumerate(inputs):
+    for prompt, followed in zip(ours.prompts, ours.drawn, strict=True):
         started = time.perf_counter()
-        logits = prefill(pending + new)
-        filled = time.perf_counter()
-        for index in range(out):
-            drawn = int(logits.argmax())
-            side.logits.append(logits)
-            side.ids.append(drawn)
-            token = drawn if followed is None else followed[len(side.ids) - 1]
-            if index + 1 < out:
-                logits = decode(token)
-        pending = [token]
-        ended = time.perf_counter()
-        side.prefill_seconds += filled - started
-        side.decode_seconds += ended - filled
-        side.seconds_by_turn.append(ended - started)
-        print(f"{name} turn {turn + 1}: prefill {filled - started:.2f} s, decode {ended - filled:.2f} s", flush=True)
+        side.logits.append(forward(prompt))
+        drawn = [int(side.logits[-1].argmax())]
+        first = time.perf_counter() - started
+        for token in followed[:-1]:
+            side.logits.append(forward([token]))
+            drawn.append(int(side.logits[-1].argmax()))
+        side.add("transformers", prompt, drawn, first, time.perf_counter() - started)
     return side
+
+
+def logits_of(checkpoint: Path, ours: Side, arguments: argparse.Namespace) -> list[Any]:
+    """At every drawn position, computed again in this process and not timed: a session does not give all logits."""
+    turns = list(zip(ours.prompts, ours.drawn, strict=True))
+    runner = Runner(checkpoint, sum(len(prompt) + len(drawn) for prompt, drawn in turns), arguments)
+    logits: list[Any] = []
+    for prompt, drawn in turns:
+        logits.append(runner.feed(prompt, [-1])[0])
+        logits.extend(runner.feed(drawn[:-1], list(range(len(drawn) - 1))))
+    return logits
 
 
 def report(ours: Side, theirs: Side, arguments: argparse.Namespace) -> None:
     compared, ties, unequal, worst = compare(ours, theirs)
-    drawn = arguments.turns * (arguments.out - 1)
     figures = {
         "bench": "turns",
         "config": arguments.config.stem,
-        "path": "model runner",
+        "path": arguments.path,
         "threads": arguments.threads,
-        "seconds": round(ours.seconds, 3),
-        "transformers_seconds": round(theirs.seconds, 3),
-        "speedup_vs_transformers": round(theirs.seconds / ours.seconds, 2),
-        "prefill_seconds": round(ours.prefill_seconds, 3),
-        "transformers_prefill_seconds": round(theirs.prefill_seconds, 3),
-        "decode_tokens_per_second": round(drawn / ours.decode_seconds, 1),
-        "transformers_decode_tokens_per_second": round(drawn / theirs.decode_seconds, 1),
+        "turns": arguments.turns,
+        "tokens_in": sum(len(ids) for ids in ours.prompts),
+        "tokens_out": sum(len(ids) for ids in ours.drawn),
+        "seconds": round(sum(ours.seconds), 3),
+        "transformers_seconds": round(sum(theirs.seconds), 3),
+        "speedup_vs_transformers": round(sum(theirs.seconds) / sum(ours.seconds), 2),
+        "first_token_seconds": round(sum(ours.first_seconds), 3),
+        "transformers_first_token_seconds": round(sum(theirs.first_seconds), 3),
+        "decode_tokens_per_second": round(ours.decode_rate, 1),
+        "transformers_decode_tokens_per_second": round(theirs.decode_rate, 1),
         "tokens_equal": int(unequal == 0),
         "tokens_compared": compared,
         "near_ties": ties,
-        "logits_worst_relative": worst,
+        "logits_worst_relative": float(f"{worst:.2e}"),
     }
     print(json.dumps(figures))
 
@@ -213,7 +267,8 @@ def compare(ours: Side, theirs: Side) -> tuple[int, int, int, float]:
     """(positions compared, near-ties left out, unequal tokens, worst max|d| / max|logit|)"""
     compared = ties = unequal = 0
     worst = 0.0
-    for mine, reference in zip(ours.logits, theirs.logits, strict=True):
+    drawn = [token for turn in ours.drawn for token in turn]
+    for token, mine, reference in zip(drawn, ours.logits, theirs.logits, strict=True):
         best, second = reference.topk(2).values.tolist()
         spread = float(reference.max() - reference.min())
         worst = max(worst, float((mine - reference).abs().max() / reference.abs().max()))
@@ -221,7 +276,7 @@ def compare(ours: Side, theirs: Side) -> tuple[int, int, int, float]:
             ties += 1
             continue
         compared += 1
-        unequal += int(mine.argmax() != reference.argmax())
+        unequal += int(token != int(reference.argmax()))
     return compared, ties, unequal, worst
 
 
