@@ -2,8 +2,8 @@
 
     python bench/cold_siblings.py
 
-Each session is given the 4096 shared tokens and one of its own, all at once, through a real engine process. What counts are
-the rows of all steps, as the engine's loop sent them to the worker. The last line is JSON.
+Each session is given the 4096 shared tokens and one of its own, all at once, through a real engine process.
+What counts are the rows of all steps, as the engine's loop sent them to the worker. The last line is JSON.
 """
 
 from __future__ import annotations

@@ -28,7 +28,6 @@ from agentspeed_engine.run.options import EngineOptions, build  # noqa: E402
 from agentspeed_engine.run.worker import Worker  # noqa: E402
 from agentspeed_engine.sched.core import Core  # noqa: E402
 from agentspeed_engine.wire import Close, Command, Fork, Forked, Generate, Open, Opened, Outgoing  # noqa: E402
-
 from tests.engine_client import engine  # noqa: E402
 from tools.random_checkpoint import make_checkpoint  # noqa: E402
 

@@ -1,4 +1,4 @@
-"""What a pause costs: time to the first token of a resumed session against the same ids in an engine that never saw them.
+"""What a pause costs: time to the first token of a resumed session against that of a session that starts anew.
 
     python bench/resume.py
 
@@ -23,7 +23,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "kernels")]
 
 from agentspeed_engine.wire import TurnUsage  # noqa: E402
-
 from tests.engine_client import Front, engine  # noqa: E402
 from tools.random_checkpoint import make_checkpoint  # noqa: E402
 
@@ -65,7 +64,8 @@ def main() -> None:
         "resume_ms": round(min(resumes) * 1e3, 1), "prefill_ms": round(min(fulls) * 1e3, 1),
         "context": options.context, "new": options.new, "threads": options.threads,
     }
-    print(f"recomputed_tokens {figures['recomputed_tokens']} (must be 0), ttft_ratio {figures['ttft_ratio']} (must be >= 15)")
+    print(f"recomputed_tokens {figures['recomputed_tokens']} (must be 0), "
+          f"ttft_ratio {figures['ttft_ratio']} (must be >= 15)")
     print(json.dumps(figures))
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from agentspeed_engine.models.inputs import FlatBatch
 from numpy.typing import NDArray
+
+from agentspeed_engine.models.inputs import FlatBatch
 
 
 class RememberingModel:

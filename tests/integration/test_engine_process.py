@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from agentspeed_engine import wire
 from agentspeed_engine.ids import pack_ids
-
 from tests.engine_client import EngineProcess, Front, LinkClosed, Refused, engine, environment, until
 
 NOOP = {"model": "noop:512:0", "pages": 200, "context_limit": 4096, "check_every_step": True}

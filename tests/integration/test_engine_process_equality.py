@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from agentspeed_engine import wire
 
+from agentspeed_engine import wire
 from tests.engine_client import EngineProcess, Front, engine
 from tools.random_checkpoint import make_checkpoint
 
@@ -42,7 +42,9 @@ def prompt(draw: random.Random, tokens: int) -> list[int]:
     return [draw.randrange(512) for _ in range(tokens)]
 
 
-def fresh(front: Front, ids: list[int], tokens: int, sampling: wire.Sampling, seed: int) -> tuple[list[int], list[float]]:
+def fresh(
+    front: Front, ids: list[int], tokens: int, sampling: wire.Sampling, seed: int
+) -> tuple[list[int], list[float]]:
     """What a session that shares nothing with any other draws after `ids`, all of them computed anew."""
     branch = front.open(private=True)
     turn = front.generate(branch, ids, max_tokens=tokens, sampling=sampling, seed=seed)

@@ -7,6 +7,9 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from agentspeed_engine.ids import LinkId, pack_ids, unpack_ids
 from agentspeed_engine.run.batch import Batcher
 from agentspeed_engine.run.vocabulary import Vocabulary
@@ -30,9 +33,6 @@ from agentspeed_engine.wire import (
     Tokens,
     TurnEnded,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from tests.remembering_model import RememberingModel, continuation
 
 LINK = LinkId(1)

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from llguidance import LLMatcher
+from tokenizers import Tokenizer, decoders, models
+
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.ids import BranchId, PageId, StepSeq
 from agentspeed_engine.kv.runs import TurnSpec
@@ -16,8 +19,6 @@ from agentspeed_engine.run.vocabulary import Vocabulary
 from agentspeed_engine.run.worker import Worker
 from agentspeed_engine.sched.plan import Row, StepPlan, StepResult
 from agentspeed_engine.wire import Grammar, Sampling
-from llguidance import LLMatcher
-from tokenizers import Tokenizer, decoders, models
 from tools.random_checkpoint import byte_tokenizer
 
 SIZE, END = 512, 257

@@ -6,12 +6,13 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.run.sampler import draw, gumbel
 from agentspeed_engine.sampling_rules import validate_sampling
 from agentspeed_engine.wire import Sampling
-from hypothesis import given
-from hypothesis import strategies as st
 
 KEY = (1, 2, 3)
 LOGITS = np.array([0.0, 2.0, 1.0, -1.0, 2.0])

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.ids import PageId, SlotId, TicketId
 from agentspeed_engine.models.catalog import load
@@ -19,10 +20,9 @@ from agentspeed_engine.run.model import CopyFailed
 from agentspeed_engine.run.options import EngineOptions, build, options_from, parse_options
 from agentspeed_engine.run.torch_model import TorchModel
 from agentspeed_engine.sched.plan import HostCopy
-from tools.random_checkpoint import make_checkpoint
-
 from tests.engine_client import Front, LinkClosed
 from tests.remembering_model import RememberingModel
+from tools.random_checkpoint import make_checkpoint
 
 NOOP = EngineOptions(model="noop:512:0", pages=100, context_limit=2048, check_every_step=True)
 

@@ -2,10 +2,11 @@
 
     python -m agentspeed_engine.run --socket /run/user/1000/agentspeed/engine.sock --model FOLDER --pages 4096
 
-Options come as flags, or all at once as JSON with `--options`; `run.options.EngineOptions` lists them. While it loads it
-prints JSON lines {"progress": ...} on stdout, then one line {"ready": ..., "pid": ...} when it listens. What it refuses
-at start it says in one JSON line {"code", "message", "remedy"} on stderr, with exit status 2; a bug of its own ends it
-with status 70 and a traceback on stderr. SIGTERM and end of file on stdin end it with status 0 (`--stay`: only SIGTERM).
+Options come as flags, or all at once as JSON with `--options`; `run.options.EngineOptions` lists them. While it loads
+it prints JSON lines {"progress": ...} on stdout, then one line {"ready": ..., "pid": ...} when it listens. What it
+refuses at start it says in one JSON line {"code", "message", "remedy"} on stderr, with exit status 2; a bug of its own
+ends it with status 70 and a traceback on stderr. SIGTERM and end of file on stdin end it with status 0 (with `--stay`
+only SIGTERM does).
 
 It re-executes itself once with glibc's malloc told to keep large blocks, which saves the page faults of every step;
 set AGENTSPEED_MALLOC to anything to run with the environment as it is.
@@ -102,7 +103,7 @@ def serve(path: Path, options: EngineOptions, *, stay: bool) -> int:
         _say(ready=str(path), pid=os.getpid())
         try:
             loop.run()
-        except Exception:  # the loop printed it and told every link; the status says that it was our bug
+        except Exception:  # noqa: BLE001 - the loop printed it and told every link; the status says it was our bug
             return BROKEN
     finally:
         server.close()

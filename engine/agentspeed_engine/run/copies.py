@@ -49,7 +49,7 @@ class Copier:
         while (copy := self._orders.get()) is not None:
             try:
                 done: Copied | Exception = Copied(copy.ticket, self._carry_out(copy))
-            except Exception as error:  # our bug: handed to the loop thread, which raises it
+            except Exception as error:  # noqa: BLE001 - our bug: handed to the loop thread, which raises it
                 done = error
             self._report(done)
 

@@ -2,7 +2,8 @@
 
 The engine never waits for a reader. What a slow one has not taken yet is bounded without losing anything: the token
 deltas of a branch are joined into one, so a turn waits as at most its ids (the context limit bounds those) and its two
-events; and while more than the outbox's bound waits, no further command of that link is read, so replies cannot pile up.
+events; and who leaves a thousand replies unread on top of a full outbox has no further command read. (Not earlier: a
+front that blocks while it sends must still find a reader here, even if it is late with its own reading.)
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from typing import final
 import msgspec
 
 from agentspeed_engine.ids import LinkId
-from agentspeed_engine.wire import MAX_FRAME_BYTES, Command, Outgoing, Tokens, decode_command, encode_outbox
+from agentspeed_engine.wire import MAX_FRAME_BYTES, Command, Event, Outgoing, Tokens, decode_command, encode_outbox
 
 _READ_BYTES = 1 << 18
 _HEADER = 4
+_MOST_REPLIES = 1024
+"""Unsent replies beside a full outbox at which a link's commands are no longer read."""
 _MOST_MESSAGES = 512
 """Messages that may wait before deltas are joined; a reader that keeps up never has so many."""
 
@@ -41,6 +44,7 @@ class Link:
         self._pending: list[Outgoing] = []
         self._outbox_bytes = outbox_bytes
         self._coalesce_at = _MOST_MESSAGES
+        self._replies = 0
 
     def read(self) -> list[Command] | None:
         """Whole frames that came; None when the peer is gone. Raises `BadFrame`."""
@@ -71,6 +75,8 @@ class Link:
     def put(self, message: Outgoing) -> None:
         """Takes a message for the next frame. Never blocks."""
         self._pending.append(message)
+        if not isinstance(message, Event):
+            self._replies += 1
         if len(self._pending) >= self._coalesce_at:
             self._pending = coalesce(self._pending)
             # What cannot be joined is not looked at again until as much has come on top of it.
@@ -82,8 +88,8 @@ class Link:
 
     @property
     def behind(self) -> bool:
-        """More than the bound waits: the reader has to catch up before it may ask for more."""
-        return len(self._sending) >= self._outbox_bytes
+        """Too many replies wait: the reader has to catch up before it may ask for more."""
+        return len(self._sending) >= self._outbox_bytes and self._replies >= _MOST_REPLIES
 
     def write(self) -> bool:
         """Sends what the socket takes; False when the peer is gone. Nothing is encoded that would only wait."""
@@ -93,6 +99,7 @@ class Link:
                     self._sending += encode_outbox(tuple(self._pending))
                     self._pending.clear()
                     self._coalesce_at = _MOST_MESSAGES
+                    self._replies = 0
                 sent = self.socket.send(self._sending)
                 del self._sending[:sent]
         except BlockingIOError:

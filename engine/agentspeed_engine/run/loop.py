@@ -156,9 +156,7 @@ class EngineLoop:
 
     def _flush(self) -> None:
         for link in list(self._links.values()):
-            if link.has_output and not link.write():
-                self._drop(link)
-            elif link.closing and not link.has_output:
+            if (link.has_output and not link.write()) or (link.closing and not link.has_output):
                 self._drop(link)
             else:
                 self._watch(link)
@@ -253,7 +251,7 @@ class EngineLoop:
         while (plan := self._plans.get()) is not None:
             try:
                 self._report(self._worker.execute(plan))
-            except BaseException as error:  # handed to the loop thread, which raises it
+            except BaseException as error:  # noqa: BLE001 - handed to the loop thread, which raises it
                 self._report(error)
 
     def _report(self, report: _Report) -> None:
