@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Self, final
 
 import anyio
 import anyio.to_thread
-from agentspeed_engine import wire
 
 from agentspeed import errors
 from agentspeed.backends.local import LocalEngine, Opener
+from agentspeed.backends.port import wire
 from agentspeed.front.codec import ChatCodec
 
 if TYPE_CHECKING:

@@ -169,9 +169,13 @@ class ConnectFailed(TransportError):
 
 
 class TurnTimeout(TransportError):
-    """The turn took longer than its timeout; it was cancelled and the session is usable."""
+    """The turn took longer than its timeout; it was cancelled and the session is usable. `partial`: its text so far."""
 
     retryable = True
+
+    def __init__(self, message: str, *, partial: str = "", remedy: str = "") -> None:
+        super().__init__(message, remedy=remedy)
+        self.partial = partial
 
 
 # ---- our bug --------------------------------------------------------------------------------------------------------

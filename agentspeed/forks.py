@@ -6,9 +6,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, final
 
 import anyio
-from agentspeed_engine import wire
-
-from agentspeed import errors
 
 if TYPE_CHECKING:
     from agentspeed.session import Session
@@ -32,7 +29,7 @@ class Forks:
                         trace: TracebackType | None) -> None:
         with anyio.CancelScope(shield=True):
             for child in self._children:
-                await child._leave()
+                await child.close()
 
 
 async def fork(parent: Session, n: int, at: int | None) -> tuple[Session, ...]:
@@ -42,25 +39,20 @@ async def fork(parent: Session, n: int, at: int | None) -> tuple[Session, ...]:
     parent._must_be_open()
     if at is not None:
         parent._must_be_idle()
-    moves = parent._moves
-    link, branch = await parent._ensure_branch()
-    reply = await link.call(lambda number: wire.Fork(request=number, branch=branch, n=n, at=at))
-    if not isinstance(reply, wire.Forked):
-        raise errors.InternalError(f"The engine answered Fork with {type(reply).__name__}.")
+    defaults, opening, moves = parent.defaults, parent.opening, parent._moves
     children: list[Session] = []
-    for number in reply.branches:
+    for branch in await parent._branch.fork(n, at):
+        number = len(parent._children) + 1
         child = Session(
-            parent.engine, system=parent.system, tools=parent.tools, sampling=parent.sampling,
-            private=parent._private, tenant=parent._tenant, seed=parent._seed, timeout=parent._timeout,
-            record_logprobs=parent._record_logprobs, reasoning=parent._reasoning,
-            close_timeout=parent._close_timeout,
-            name=f"{parent.id}.{next(parent._children)}",
+            parent.engine, system=parent.system, tools=defaults.tools, sampling=defaults.sampling,
+            private=opening.private, tenant=opening.tenant, seed=branch.opening.seed, timeout=defaults.timeout,
+            record_logprobs=defaults.record_logprobs, reasoning=defaults.reasoning,
+            close_timeout=opening.close_timeout, name=f"{parent.id}.{number}",
         )
-        child.parent = parent
-        child._label = f"{parent._label}→{child.id.rsplit('.', 1)[-1]}"
-        child._mirror = parent._mirror.copy(reply.known)
-        child._link, child._branch, child._state = link, number, "open"
-        child._forked_at = moves
-        child._residence = parent._residence
+        child.parent, child._label = parent, f"{parent._label}→b{number}"
+        child._branch, child._state, child._forked_at = branch, "open", moves
+        child._results = dict(parent._results)
+        child._rested_at = parent._rested_at
+        parent._children.append(child)
         children.append(child)
     return tuple(children)

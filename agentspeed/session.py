@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import secrets
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar, final
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, final, overload
 
 import anyio
-from agentspeed_engine import wire
-from agentspeed_engine.ids import pack_ids, unpack_ids
+import anyio.to_thread
+import msgspec
 
 from agentspeed import errors, events
+from agentspeed.asking import Asked, Defaults, Prompt, TurnOptions, ask, check_names, messages_of
+from agentspeed.backends.port import wire
+from agentspeed.branch import Branch, Opening
 from agentspeed.engine import Engine
-from agentspeed.front.mirror import Checkpoint, Mirror, Span
-from agentspeed.front.output import output_spec
-from agentspeed.front.parser import TurnParser
-from agentspeed.messages import Assistant, Message, ToolCall, User
+from agentspeed.front import transcript
+from agentspeed.front.mirror import Checkpoint, Mirror
+from agentspeed.messages import Assistant, Message, ToolCall, ToolMessage
 from agentspeed.sampling import Sampling
-from agentspeed.tools import Tool, tools_from
-from agentspeed.turn import Reply, Turn, TurnPlan, lease_of, residence_of
+from agentspeed.tools import Approve, OnError, Tool, tools_from
+from agentspeed.turn import Reply, Turn, usage_of
 from agentspeed.usage import Lease, Residence, Usage
 
 if TYPE_CHECKING:
-    from agentspeed.backends.link import Link
     from agentspeed.forks import Forks
+    from agentspeed.front.output import Choice, Regex, Schema
+    from agentspeed.running import Pending, Result
     from agentspeed.trajectory import Trajectory
 
 T = TypeVar("T")
-_CLOSE_SECONDS = 5.0
+_LARGE_CHARS = 8192
+"""Longer new messages are tokenised in a worker thread: the event loop never waits for them."""
 
 
 @final
@@ -68,169 +75,157 @@ class Session:
         tools: Sequence[Tool | Callable[..., object]] = (),
         sampling: Sampling | None = None,
         private: bool = False,
-        tenant: str = "",
+        tenant: str | None = None,
         seed: int | None = None,
         name: str | None = None,
         timeout: float | None = None,
         record_logprobs: bool = False,
         reasoning: bool = False,
-        close_timeout: float = _CLOSE_SECONDS,
+        close_timeout: float = 5.0,
         **engine_options: Any,
     ) -> None:
         self.id = name or secrets.token_hex(4)
-        self.system = system
-        self.tools = tools_from(tools)
-        self.sampling = sampling or Sampling()
         self.parent: Session | None = None
+        self.system = system
         if isinstance(model, Engine):
             if engine_options:
-                raise errors.InvalidRequest(f"Unknown options {sorted(engine_options)}.",
+                raise errors.InvalidRequest(f"Unknown options {', '.join(sorted(engine_options))}.",
                                             remedy="Engine options are given to Engine(...).")
             self.engine, self._owns_engine = model, False
         else:
             self.engine, self._owns_engine = Engine.shared(model, engine_options), True
-        self._private, self._tenant = private, tenant
-        self._seed = secrets.randbits(62) if seed is None else seed
-        self._timeout, self._close_timeout = timeout, close_timeout
-        self._record_logprobs, self._reasoning = record_logprobs, reasoning
-        self._mirror = Mirror()
-        self._link: Link | None = None
-        self._branch: int | None = None
-        self._turn: Turn[Any] | None = None
-        self._before_turn: Checkpoint | None = None
-        self._state = "new"
-        self._children = itertools.count(1)
-        self._label = "root"
-        self._events = itertools.count(1)
-        self._call_ids = itertools.count(1)
-        self._trunk_moves = 0
-        self._forked_at: int | None = None
-        self._moves = 0
-        self._residence = Residence(device=0, host=0, lost=0)
-        self._lease: Lease | None = None
+        self.defaults = Defaults(tools=tools_from(tools), sampling=sampling or Sampling(), timeout=timeout,
+                                 record_logprobs=record_logprobs, reasoning=reasoning)
+        self.opening = Opening(tenant=tenant or "", private=private, close_timeout=close_timeout,
+                               seed=secrets.randbits(62) if seed is None else seed)
         self.usage = Usage()
+        self._branch = Branch(self.engine, self.opening, Mirror())
+        self._state: Literal["new", "open", "closed"] = "new"
+        self._busy: Turn[Any] | str | None = None
+        """The running turn, or the verb that is being carried out."""
+        self._reply_at = 0
+        self._label = "root"
+        self._children: list[Session] = []
+        self._moves = 0
+        """Grows with every change of the log; a child remembers it, for `adopt`."""
+        self._forked_at = 0
+        self._events = itertools.count(1)
+        self._rested_at: float | None = None
+        self._paused_at: float | None = None
+        self._resumes = False
+        self._results: dict[str, ToolMessage] = {}
+        self._seconds_of: dict[str, float] = {}
+        """How long each tool took the last time: what `run` expects of its next pause."""
 
     # ---- the block ------------------------------------------------------------------------------------------------
     async def __aenter__(self) -> Self:
         if self._state != "new":
             raise errors.SessionClosed("A session is entered once.", remedy="Make a new one, or restore a snapshot.")
-        if self._owns_engine:
-            await self.engine.start()
-        self._state = "open"
         try:
+            if self._owns_engine:
+                _ = await self.engine.start()
+            self._state = "open"
             if not len(self._mirror):
                 definitions = [tool.definition() for tool in self.tools]
                 self._mirror.append(self.engine.codec.opening(self.system, definitions))
-            await self._ensure_branch()
+            _ = await self._branch.attach()
         except BaseException:
-            await self._leave()
+            await self.close()
             raise
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
                         trace: TracebackType | None) -> None:
-        await self._leave()
+        await self.close()
 
     async def close(self) -> None:
-        """Ends the session before its block does: what only it holds is free at once. Calling it again does nothing."""
-        await self._leave()
+        """Ends the session before its block does: what only it holds is free at once. Calling it again does nothing.
 
-    async def _leave(self) -> None:
-        """Bounded, shielded, and silent about an engine that is gone: nothing may hide the body's own exception."""
+        Bounded, and silent about an engine that is gone: nothing may hide the body's own exception."""
         if self._state == "closed":
             return
         self._state = "closed"
         with anyio.CancelScope(shield=True):
-            await self._close_branch()
+            for child in self._children:
+                await child.close()
+            await self._branch.close()
             if self._owns_engine:
                 await self.engine.close()
 
-    async def _close_branch(self) -> None:
-        link, branch, self._branch = self._link, self._branch, None
-        if link is None or branch is None or not link.alive:
-            return
-        link.unlisten(branch)
-        with anyio.move_on_after(self._close_timeout):
-            try:
-                await link.call(lambda number: wire.Close(request=number, branch=branch))
-            except errors.AgentspeedError:
-                return  # the engine, and with it everything it held for us, is gone already
-
     # ---- turns ----------------------------------------------------------------------------------------------------
-    def stream(
-        self,
-        prompt: str | Message | Sequence[Message] | None = None,
-        *,
-        output: Any = str,
-        tools: Sequence[Tool | Callable[..., object]] | None = None,
-        tool_choice: str = "auto",
-        parallel_calls: int = 16,
-        sampling: Sampling | None = None,
-        temperature: float | None = None,
-        stop: str | Sequence[str] = (),
-        max_tokens: int | None = None,
-        logprobs: int | None = None,
-        seed: int | None = None,
-        keep_on_cancel: bool = False,
-        timeout: float | None = None,
-    ) -> Turn[Any]:
+    @overload
+    def stream(self, prompt: Prompt = None, **options: Unpack[TurnOptions]) -> Turn[str]: ...
+    @overload
+    def stream(self, prompt: Prompt = None, *, output: type[T] | Schema[T],
+               **options: Unpack[TurnOptions]) -> Turn[T]: ...
+    @overload
+    def stream(self, prompt: Prompt = None, *, output: Regex | Choice, **options: Unpack[TurnOptions]) -> Turn[str]: ...
+    @overload
+    def stream(self, prompt: Prompt = None, *, output: Any, **options: Unpack[TurnOptions]) -> Turn[Any]: ...
+    def stream(self, prompt: Prompt = None, *, output: Any = str, **options: Unpack[TurnOptions]) -> Turn[Any]:
         """A turn to iterate over: `async with s.stream("...") as turn: async for event in turn: ...`
 
-        Without a prompt the turn goes on with the open assistant message, if there is one. Raises `SessionBusy` when
-        a turn runs, `InvalidRequest`/`SchemaUnsupported`/`ContextOverflow` for what cannot be; nothing changes then."""
-        offered = self.tools if tools is None else tools_from(tools)
-        base = sampling or self.sampling
-        heat = base.temperature if temperature is None else temperature
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        if any(not text for text in stops):
-            raise errors.InvalidRequest("A stop string is empty.", remedy="Leave it out.")
+        Without a prompt the model goes on with its open message, or answers the last message. Raises `SessionBusy` when
+        a turn runs, and `InvalidRequest`, `SchemaUnsupported` or `ContextOverflow` for what cannot be."""
+        self._must_be_open()
+        check_names(options)
+        return Turn(self, ask(prompt, output, options, self.defaults, self.engine.codec))
 
-        def plan() -> TurnPlan:
-            return self._plan(
-                prompt, output=output, tools=offered, tool_choice=tool_choice, parallel_calls=parallel_calls,
-                stops=stops, max_tokens=max_tokens, seed=seed, keep_on_cancel=keep_on_cancel,
-                timeout=self._timeout if timeout is None else timeout,
-                sampling=wire.Sampling(temperature=heat, top_k=base.top_k, top_p=base.top_p, min_p=base.min_p,
-                                       logprobs=0 if logprobs is None and self._record_logprobs else logprobs),
-            )
-
-        return Turn(self, plan)
-
-    async def generate(self, prompt: str | Message | Sequence[Message] | None = None, *, output: Any = str,
-                       **options: Any) -> Reply[Any]:
+    @overload
+    async def generate(self, prompt: Prompt = None, **options: Unpack[TurnOptions]) -> Reply[str]: ...
+    @overload
+    async def generate(self, prompt: Prompt = None, *, output: type[T] | Schema[T],
+                       **options: Unpack[TurnOptions]) -> Reply[T]: ...
+    @overload
+    async def generate(self, prompt: Prompt = None, *, output: Regex | Choice,
+                       **options: Unpack[TurnOptions]) -> Reply[str]: ...
+    @overload
+    async def generate(self, prompt: Prompt = None, *, output: Any, **options: Unpack[TurnOptions]) -> Reply[Any]: ...
+    async def generate(self, prompt: Prompt = None, *, output: Any = str,
+                       **options: Unpack[TurnOptions]) -> Reply[Any]:
         """One whole turn; the options are those of `stream`. Raises `OutputError` when the text is not an `output`."""
         async with self.stream(prompt, output=output, **options) as turn:
             return await turn.reply()
 
+    async def run(
+        self, prompt: Prompt = None, *, output: Any = str, max_turns: int = 16, output_retries: int = 1,
+        approve: Approve | None = None, tool_data: object = None, expect: float | None = None,
+        on_event: Callable[[events.AnyEvent], None] | None = None, **options: Unpack[TurnOptions],
+    ) -> Result[Any]:
+        """Turns and tools until the model answers, at most `max_turns` turns.
+
+        Each turn is atomic; while tools run the branch is held under a lease, and whatever happens to a tool its call
+        gets a result, in call order. `approve` is asked about tools that need it; without it they are denied.
+        `expect`: seconds the tools will take, if you know better than their last time. `tool_data` is what tools find
+        in their `ToolContext`; `on_event` is called with every event."""
+        from agentspeed.running import Run
+
+        check_names(options)
+        driver = Run(self, output=output, approve=approve, tool_data=tool_data, expect=expect, on_event=on_event,
+                     options=options)
+        return await driver.drive(messages_of(prompt), max_turns, output_retries)
+
+    def tool_call(self, call: ToolCall, *, timeout: float | None = None, expect: float | None = None,
+                  on_error: OnError = "return") -> AbstractAsyncContextManager[Pending]:
+        """`async with s.tool_call(call) as pending: pending.result = await search(**pending.arguments)`
+
+        At the end of the block the result enters the log, in call order, once every call of the turn has one. A block
+        that raises, is cancelled or takes too long leaves a result that says so."""
+        from agentspeed.running import tool_call
+
+        self._must_be_open()
+        return tool_call(self, call, timeout=timeout, expect=expect, on_error=on_error)
+
     async def add(self, *messages: str | Message, prefill: bool = False) -> Mark:
-        """Messages without a turn; a string is a user's. `prefill` computes their rows now, while nobody waits."""
-        self._must_be_idle()
-        link, branch = await self._ensure_branch()
-        point = self._mirror.checkpoint()
-        self._append_messages(_messages(messages))
-        ids = pack_ids(self._mirror.ids[point.tokens :])
-        try:
-            if prefill:
-                await self._prefill(link, branch, ids)
-            else:
-                await link.call(lambda number: wire.Append(request=number, branch=branch, ids=ids))
-        except BaseException:
-            self._mirror.back_to(point)
-            await self._resync(point.tokens)
-            raise
-        self._moves += 1
+        """Messages without a turn; a string is a user's. `prefill` computes their rows now, while nobody waits: when it
+        is cancelled the messages stay."""
+        given = messages_of(messages)
+        with self._doing("add"):
+            await self._branch.append(lambda: transcript.write(self._mirror, self.engine.codec, given))
+            self._moves += 1
+            if prefill and (usage := await self._branch.prefill()) is not None:
+                self.usage = self.usage + dataclasses.replace(usage_of(usage), turns=0)
         return Mark(None, self._mirror.checkpoint())
-
-    async def _prefill(self, link: Link, branch: int, ids: bytes) -> None:
-        done = anyio.Event()
-
-        def sink(event: wire.Event | None) -> None:
-            if event is None or isinstance(event, wire.TurnEnded):
-                done.set()
-
-        link.listen(branch, sink)
-        await link.call(lambda number: wire.Generate(request=number, branch=branch, ids=ids, max_tokens=0))
-        await done.wait()
 
     # ---- branches -------------------------------------------------------------------------------------------------
     def fork(self, n: int = 1, *, at: Mark | str | int | None = None) -> Forks:
@@ -248,28 +243,20 @@ class Session:
 
         Raises `SessionBusy` when either has a turn running, `TrunkMoved` when this session went on since the fork,
         `ChildUnrelated` for anything but a child of this session."""
-        self._must_be_idle()
-        child._must_be_idle()
-        if child.parent is not self:
-            raise errors.ChildUnrelated(f"{child.id} is not a child of {self.id}.",
-                                        remedy="Adopt a child of this session.")
-        if child._forked_at != self._moves:
-            raise errors.TrunkMoved("This session went on after the fork.",
-                                    remedy="Adopt before it goes on, or go on with the child.")
-        link, branch = await self._ensure_branch()
-        child_link, child_branch = await child._ensure_branch()
-        try:
-            await link.call(lambda number: wire.Adopt(request=number, branch=branch, child=child_branch))
-        except (errors.ChildUnrelated, errors.TrunkMoved):
-            # The engine was started anew since the fork and no longer knows the kinship: the branches change places.
-            self._branch, child._branch = child_branch, branch
-            await child._close_branch()
-        child_link.unlisten(child_branch)
-        child._branch = None
-        child._state = "closed"
-        self._mirror = child._mirror
-        self.usage = self.usage + child.usage
-        self._moves += 1
+        with self._doing("adopt"), child._doing("adopt"):
+            if child.parent is not self:
+                raise errors.ChildUnrelated(f"{child.id} is not a child of {self.id}.",
+                                            remedy="Adopt a child of this very session.")
+            if child._forked_at != self._moves:
+                raise errors.TrunkMoved(f"Session {self.id} went on after {child.id} was forked.",
+                                        remedy="Adopt before it goes on, or go on with the child instead.")
+            marks = self._mirror.marks
+            await self._branch.adopt(child._branch)
+            self._mirror.marks = marks | self._mirror.marks
+            child._state = "closed"
+            self.usage = self.usage + child.usage
+            self._results = child._results
+            self._moves += 1
 
     async def mark(self, name: str | None = None) -> Mark:
         """Here, to come back to with `rewind`; a name is remembered and travels to forks."""
@@ -281,12 +268,9 @@ class Session:
 
     async def rewind(self, to: Mark | str | int) -> None:
         """Exactly back to a mark, or to any token position. Rows after it stay cached. Raises `MarkNotFound`."""
-        self._must_be_idle()
-        point = self._point(to)
-        link, branch = await self._ensure_branch()
-        await link.call(lambda number: wire.Rewind(request=number, branch=branch, tokens=point.tokens))
-        self._mirror.back_to(point)
-        self._moves += 1
+        with self._doing("rewind"):
+            await self._branch.rewind(self._point(to))
+            self._moves += 1
 
     def _point(self, to: Mark | str | int) -> Checkpoint:
         if isinstance(to, str):
@@ -301,27 +285,15 @@ class Session:
         return self._mirror.at(tokens) if isinstance(to, int) else to.point
 
     # ---- pauses ---------------------------------------------------------------------------------------------------
-    async def expect(self, seconds: float, *, keep: wire.Keep = "soft", tool: str = "") -> Lease:
+    async def expect(self, seconds: float, *, keep: Literal["soft", "firm"] = "soft", tool: str = "") -> Lease:
         """Says when this session will be used again; the answer says what was granted, until when, and why."""
-        self._must_be_idle()
-        link, branch = await self._ensure_branch()
-        reply = await link.call(
-            lambda number: wire.Expect(request=number, branch=branch, seconds=seconds, keep=keep, tool=tool))
-        if not isinstance(reply, wire.LeaseAnswer):
-            raise errors.InternalError(f"The engine answered Expect with {type(reply).__name__}.")
-        self._lease = lease_of(reply.lease)
-        self._residence = self._lease.residence
-        return self._lease
+        with self._doing("expect"):
+            return await self._branch.expect(seconds, keep, tool)
 
     async def inspect(self) -> wire.Inspected:
         """What the engine says of this branch now; `residence` and `repr` show it afterwards."""
         self._must_be_open()
-        link, branch = await self._ensure_branch()
-        reply = await link.call(lambda number: wire.Inspect(request=number, branch=branch))
-        if not isinstance(reply, wire.Inspected):
-            raise errors.InternalError(f"The engine answered Inspect with {type(reply).__name__}.")
-        self._residence = residence_of(reply.residence)
-        return reply
+        return await self._branch.inspect()
 
     # ---- durable values -------------------------------------------------------------------------------------------
     async def snapshot(self) -> bytes:
@@ -348,8 +320,13 @@ class Session:
 
     # ---- what it is -----------------------------------------------------------------------------------------------
     @property
+    def tools(self) -> tuple[Tool, ...]:
+        """What the model was told about in the session's first message."""
+        return self.defaults.tools
+
+    @property
     def messages(self) -> tuple[Message, ...]:
-        """Whole messages, in order."""
+        """Whole messages, in order; the last may be open."""
         return self._mirror.messages
 
     @property
@@ -365,26 +342,43 @@ class Session:
     @property
     def residence(self) -> Residence:
         """Where the rows were when the engine last said so (turns, `expect`, `inspect`)."""
-        return self._residence
+        return self._branch.residence
 
     @property
     def lease(self) -> Lease | None:
         """The engine's last answer to `expect`; None once a turn has begun."""
-        return self._lease
+        return self._branch.lease
+
+    def tree(self) -> str:
+        """This session and its children that are open, a line each."""
+        lines = [repr(self)]
+        for child in self._children:
+            if child._state == "open":
+                lines += [f"  {line}" for line in child.tree().splitlines()]
+        return "\n".join(lines)
 
     def __repr__(self) -> str:
         turns = f"{self.usage.turns} turn{'' if self.usage.turns == 1 else 's'}"
-        state = {"new": "new", "closed": "closed"}.get(self._state, "held" if self._turn is None else "running")
-        where = f"{self._residence.device} device"
-        lost = self._residence.lost - 1  # the last id of a turn is drawn, and computed when it is fed
-        if self._residence.host:
-            where += f", {self._residence.host} host"
-        if lost > 0:
-            where += f", {lost} lost"
-        kept = f" · {self._lease.keep} lease {self._lease.seconds:g}s" if self._lease is not None else ""
-        return f"<Session {self.id} {self._label} · {turns} · {self.tokens} tok · {state}{kept} · {where}>"
+        rows = self.residence
+        where = f"{self.tokens} tok ({rows.device + rows.host} cached)"
+        return f"<Session {self.id} {self._label} · {turns} · {where} · {self._state_text()}>"
+
+    def _state_text(self) -> str:
+        if self._state != "open":
+            return self._state
+        if self._busy is not None:
+            return "running"
+        kept = f", {self.lease.keep} lease {self.lease.seconds:g}s" if self.lease is not None else ""
+        if self.residence.host:
+            kept += f", {self.residence.host} tok on host"
+        since = "" if self._rested_at is None else f" {time.monotonic() - self._rested_at:.1f}s"
+        return f"held{since}{kept}"
 
     # ---- for Turn, Forks and the agent loop -----------------------------------------------------------------------
+    @property
+    def _mirror(self) -> Mirror:
+        return self._branch.mirror
+
     def _must_be_open(self) -> None:
         if self._state != "open":
             raise errors.SessionClosed(
@@ -393,180 +387,94 @@ class Session:
 
     def _must_be_idle(self) -> None:
         self._must_be_open()
-        if self._turn is not None:
-            raise errors.SessionBusy("A turn of this session is running.",
+        if self._busy is not None:
+            what = self._busy if isinstance(self._busy, str) else "a turn"
+            raise errors.SessionBusy(f"Session {self.id} is busy: {what} has not ended.",
                                      remedy="Wait for it, leave its block, or fork to go two ways at once.")
 
-    async def _ensure_branch(self) -> tuple[Link, int]:
-        """The living link and this session's branch on it; after an engine's death, a new branch with the same ids."""
-        link = await self.engine.link()
-        if self._branch is not None and self._link is link:
-            return link, self._branch
-        ids = pack_ids(self._mirror.ids)
-        reply = await link.call(lambda number: wire.Open(
-            request=number, ids=ids, tenant=self._tenant, private=self._private, seed=self._seed))
-        if not isinstance(reply, wire.Opened):
-            raise errors.InternalError(f"The engine answered Open with {type(reply).__name__}.")
-        self._link, self._branch = link, reply.branch
-        self._residence = residence_of(reply.residence)
-        return link, reply.branch
-
-    def _append_messages(self, messages: Sequence[Message]) -> None:
-        """Closes an open assistant message and appends whole ones to the mirror."""
-        mirror, codec = self._mirror, self.engine.codec
-        if mirror.open_at is not None:
-            mirror.append(codec.closing(None))
-        else:
-            mirror.append(mirror.owed)
-        mirror.open_at, mirror.owed = None, ()
-        for message in messages:
-            start = len(mirror)
-            mirror.append(codec.message(message))
-            mirror.spans.append(Span(message, start, len(mirror)))
-
-    def _plan(self, prompt: str | Message | Sequence[Message] | None, *, output: Any, tools: Sequence[Tool],
-              tool_choice: str, parallel_calls: int, stops: tuple[str, ...], max_tokens: int | None, seed: int | None,
-              keep_on_cancel: bool, timeout: float | None, sampling: wire.Sampling) -> TurnPlan:
-        """Appends what the turn needs to the mirror. The caller cuts it back when anything goes wrong."""
-        mirror = self._mirror
-        spec = output_spec(output)
-        grammar = None
-        if tools or spec is not None:
-            from agentspeed.front.grammar import turn_grammar
-
-            grammar = turn_grammar(tools=tools, tool_choice=tool_choice, parallel_calls=parallel_calls, output=spec,
-                                   reasoning=self._reasoning, tags=self.engine.codec.tags)
-        start = len(mirror)
-        continues: list[int] = []
-        messages = _messages(() if prompt is None else prompt if isinstance(prompt, list | tuple) else (prompt,))
-        if messages or mirror.open_at is None:
-            self._append_messages(messages)
-            mirror.append(self.engine.codec.generation_ids)
-            mirror.open_at = len(mirror)
-        else:
-            continues = list(mirror.ids[mirror.open_at :])
-            if mirror.spans and mirror.spans[-1].end > mirror.open_at:
-                _ = mirror.spans.pop()  # its message was a partial one; the whole one takes its place
-        return TurnPlan(ids=list(mirror.ids[start:]), continues=continues, sampling=sampling, max_tokens=max_tokens,
-                        stop=stops, grammar=grammar, output=spec, parser=TurnParser(reasoning=self._reasoning),
-                        seed=seed, keep_on_cancel=keep_on_cancel, timeout=timeout)
-
-    async def _begin(self, turn: Turn[Any], make: Callable[[], TurnPlan]) -> TurnPlan:
+    @contextmanager
+    def _doing(self, verb: str) -> Iterator[None]:
+        """One thing at a time: whatever else is asked meanwhile is `SessionBusy`, never interleaved."""
         self._must_be_idle()
-        self._turn = turn
-        point = self._before_turn = self._mirror.checkpoint()
+        self._busy = verb
         try:
-            try:
-                plan = await self._send(turn, make)
-            except errors.EngineDied:  # it went while nothing of ours was running: begin once more on a new one
-                self._mirror.back_to(point)
-                plan = await self._send(turn, make)
+            yield
+        finally:
+            self._busy = None
+
+    async def _begin(self, turn: Turn[Any], asked: Asked) -> list[int]:
+        """Queues the turn; gives the ids of the open message that it goes on with."""
+        self._must_be_idle()
+        self._busy = turn
+        codec = self.engine.codec
+        continued: list[int] = []
+
+        def write() -> list[int]:
+            return transcript.open_reply(self._mirror, codec, [*self._due_results(), *asked.messages])
+
+        async def plan() -> wire.Generate:
+            nonlocal continued
+            large = sum(len(message.text) for message in asked.messages) > _LARGE_CHARS
+            continued = await anyio.to_thread.run_sync(write) if large else write()
+            self._reply_at = self._mirror.open_at or 0
+            return asked.command(codec.stop_ids, len(continued))
+
+        def heard(event: wire.Event | None) -> None:
+            if isinstance(event, wire.TurnEnded):
+                transcript.settle(self._mirror, codec, event.reason)
+            turn.sink(event)
+
+        try:
+            await self._branch.begin(plan, heard)
         except BaseException:
-            self._turn = None
-            self._mirror.back_to(point)
-            await self._resync(point.tokens)
+            self._busy = None
             raise
-        self._lease = None
         self._moves += 1
-        return plan
+        return continued
 
-    async def _send(self, turn: Turn[Any], make: Callable[[], TurnPlan]) -> TurnPlan:
-        """Opens the branch if need be, then appends and queues the turn."""
-        link, branch = await self._ensure_branch()
-        plan = make()
-        link.listen(branch, lambda event: self._heard(turn, event))
-        grammar = None if plan.grammar is None else wire.Grammar(source=plan.grammar, consumed=len(plan.continues))
-        await link.call(lambda number: wire.Generate(
-            request=number, branch=branch, ids=pack_ids(plan.ids), max_tokens=plan.max_tokens,
-            sampling=plan.sampling, stop_ids=self.engine.codec.stop_ids,
-            stop_strings=tuple(text.encode() for text in plan.stop), grammar=grammar, seed=plan.seed))
-        return plan
+    def _due_results(self) -> list[ToolMessage]:
+        """Results of `tool_call` blocks that ended while the turn was still running, in call order."""
+        calls = transcript.unanswered(self._mirror)
+        return [self._results[call.id] for call in calls if call.id in self._results]
 
-    def _heard(self, turn: Turn[Any], event: wire.Event | None) -> None:
-        """Events go to the mirror at once, so that a fork of a running turn knows every committed id."""
-        if isinstance(event, wire.Tokens):
-            self._mirror.drew(unpack_ids(event.ids), event.logprobs)
-        turn.sink(event)
+    def _turn_ended(self, turn: Turn[Any], message: Assistant) -> None:
+        transcript.record(self._mirror, message, self._reply_at)
+        self._branch.ended()
+        self._rest(turn)
 
-    def _turn_ended(self, turn: Turn[Any], event: wire.TurnEnded, message: Assistant) -> None:
-        mirror = self._mirror
-        start = mirror.spans[-1].end if mirror.spans else 0
-        if event.reason == "stop_id":
-            mirror.open_at, mirror.owed = None, tuple(self.engine.codec.closing(mirror.ids[-1]))
-        elif event.reason == "grammar_end":
-            mirror.open_at, mirror.owed = None, tuple(self.engine.codec.closing(None))
-        mirror.spans.append(Span(message, start, len(mirror)))
-        self._residence = Residence(device=max(0, event.known - 1), host=0, lost=min(1, event.known))
+    def _rest(self, turn: Turn[Any]) -> None:
         self.usage = self.usage + turn.usage
-        self._turn = None
+        self._busy = None
+        self._rested_at = time.monotonic()
 
-    async def _abort(self, turn: Turn[Any], *, failed: bool) -> None:
+    async def _abort(self, turn: Turn[Any], *, keep: bool) -> None:
         """Stops a turn that was left early; the log goes back to before its messages, or keeps its partial text."""
-        plan, point = turn._plan, self._before_turn
-        assert plan is not None and point is not None
-        keep = plan.keep_on_cancel and self._link is not None and self._link.alive
-        with anyio.CancelScope(shield=True):
-            await self._cancel_branch(None if keep else point.tokens)
-        if keep:
-            codec, mirror = self.engine.codec, self._mirror
-            start = mirror.spans[-1].end if mirror.spans else 0
-            drawn_end = mirror.ids[-1] if mirror.ids[-1] in codec.stop_ids else None
-            mirror.open_at, mirror.owed = None, tuple(codec.closing(drawn_end))
-            mirror.spans.append(Span(Assistant(turn.text), start, len(mirror)))
-        else:
-            self._mirror.back_to(point)
-        turn._finished = True
-        self._turn = None
+        try:
+            if await self._branch.stop(keep=keep):
+                turn.drain()
+                if self._mirror.open_at is not None:
+                    transcript.settle(self._mirror, self.engine.codec, "grammar_end")
+                transcript.record(self._mirror, turn.message, self._reply_at)
+        finally:
+            self._rest(turn)
 
-    async def _cancel_branch(self, cut: int | None) -> None:
-        """Bounded: an engine that does not answer loses the link, and the session opens anew at its next use."""
-        link, branch = self._link, self._branch
-        if link is None or branch is None or not link.alive:
-            return
-        with anyio.move_on_after(self._close_timeout) as scope:
-            try:
-                await link.call(lambda number: wire.Cancel(request=number, branch=branch, cut=cut))
-            except errors.AgentspeedError:
-                self._branch = None
-        if scope.cancelled_caught:
-            link.close()
-        if self._branch is not None:
-            link.unlisten(branch)
+    def _died(self, turn: Turn[Any]) -> None:
+        """The engine went during a turn; the mirror is as it was before it."""
+        self._rest(turn)
 
-    async def _resync(self, tokens: int) -> None:
-        """After a call that failed or was cancelled at an unknown point: the branch is cut back to the mirror."""
-        with anyio.CancelScope(shield=True):
-            await self._cancel_branch(None)
-            link, branch = self._link, self._branch
-            if link is None or branch is None or not link.alive:
-                return
-            with anyio.move_on_after(self._close_timeout):
-                try:
-                    await link.call(lambda number: wire.Rewind(request=number, branch=branch, tokens=tokens))
-                except errors.AgentspeedError:
-                    self._branch = None
-
-    def _engine_died(self, turn: Turn[Any]) -> errors.AgentspeedError:
-        """The engine went during a turn: what was committed before it stays, the next use opens it anew."""
-        assert self._before_turn is not None
-        self._mirror.back_to(self._before_turn)
-        self._branch = None
-        self._turn = None
-        assert self._link is not None
-        return self._link._death()
+    def _resumed(self, usage: Usage) -> events.Resumed | None:
+        """What the first turn after a pause found."""
+        if not self._resumes:
+            return None
+        self._resumes = False
+        return events.Resumed(device=usage.resumed_device, host=usage.resumed_host, recomputed=usage.recomputed,
+                              why=usage.why)
 
     def _stamped(self, event: events.AnyEvent) -> events.AnyEvent:
-        import msgspec
-
-        stamped: events.AnyEvent = msgspec.structs.replace(event, seq=next(self._events), session_id=self.id)
-        return stamped
+        return msgspec.structs.replace(event, seq=next(self._events), session_id=self.id)
 
     def _next_call_id(self) -> str:
-        return f"call_{self.id}_{next(self._call_ids)}"
+        return f"call_{secrets.token_hex(4)}"
 
 
-def _messages(given: Sequence[str | Message]) -> list[Message]:
-    return [User(item) if isinstance(item, str) else item for item in given]
-
-
-__all__ = ["Mark", "Session", "ToolCall"]
+__all__ = ["Mark", "Session"]

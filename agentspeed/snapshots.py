@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -19,18 +20,18 @@ if TYPE_CHECKING:
 VERSION = 1
 
 
-class _Mark(msgspec.Struct, frozen=True, array_like=True):
-    name: str
-    tokens: int
-    spans: int
-    open_at: int | None
-    owed: tuple[int, ...]
-
-
 class _Span(msgspec.Struct, frozen=True, array_like=True):
     message: System | User | Assistant | ToolMessage
     start: int
     end: int
+
+
+class _Mark(msgspec.Struct, frozen=True, array_like=True):
+    name: str
+    tokens: int
+    spans: list[_Span]
+    open_at: int | None
+    owed: tuple[int, ...]
 
 
 class _Snapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,17 +55,17 @@ class _Snapshot(msgspec.Struct, frozen=True, kw_only=True):
 
 def dump(session: Session) -> bytes:
     """msgpack; readable by `load` of the same version."""
-    mirror = session._mirror
-    sampling = session.sampling
+    mirror = session._branch.mirror
+    sampling = session.defaults.sampling
     return msgspec.msgpack.encode(_Snapshot(
         version=VERSION, name=session.id, system=session.system, tools=_digest(session),
         sampling={"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p,
                   "min_p": sampling.min_p},
-        private=session._private, tenant=session._tenant, seed=session._seed,
+        private=session.opening.private, tenant=session.opening.tenant, seed=session.opening.seed,
         ids=mirror.ids.tobytes(), made=bytes(mirror.made), logprobs=mirror.logprobs.tobytes(),
-        spans=[_Span(span.message, span.start, span.end) for span in mirror.spans],
+        spans=_dumped(mirror.spans),
         open_at=mirror.open_at, owed=mirror.owed,
-        marks=[_Mark(name, point.tokens, point.spans, point.open_at, point.owed)
+        marks=[_Mark(name, point.tokens, _dumped(point.spans), point.open_at, point.owed)
                for name, point in mirror.marks.items()],
     ))
 
@@ -90,12 +91,22 @@ def load(data: bytes, model: Any, options: dict[str, Any]) -> Session:
     if _digest(session) != found.tools:
         raise errors.InvalidRequest("The tools are not those of the snapshot.",
                                     remedy="Pass tools=[...] with the same functions: the log describes them.")
-    mirror = session._mirror
+    mirror = session._branch.mirror
     mirror.ids, mirror.logprobs, mirror.made = ids, logprobs, bytearray(found.made)
-    mirror.spans = [Span(span.message, span.start, span.end) for span in found.spans]
+    mirror.spans = list(_loaded(found.spans))
     mirror.open_at, mirror.owed = found.open_at, found.owed
-    mirror.marks = {mark.name: Checkpoint(mark.tokens, mark.spans, mark.open_at, mark.owed) for mark in found.marks}
+    mirror.marks = {
+        mark.name: Checkpoint(mark.tokens, _loaded(mark.spans), mark.open_at, mark.owed) for mark in found.marks
+    }
     return session
+
+
+def _dumped(spans: Sequence[Span]) -> list[_Span]:
+    return [_Span(span.message, span.start, span.end) for span in spans]
+
+
+def _loaded(spans: list[_Span]) -> tuple[Span, ...]:
+    return tuple(Span(span.message, span.start, span.end) for span in spans)
 
 
 def _digest(session: Session) -> str:

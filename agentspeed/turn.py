@@ -8,11 +8,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, final
 
 import anyio
-from agentspeed_engine import wire
-from agentspeed_engine.ids import unpack_ids
 
 from agentspeed import errors, events
-from agentspeed.front.output import OutputSpec
+from agentspeed.asking import Asked
+from agentspeed.backends.port import unpack_ids, wire
+from agentspeed.branch import lease_of
 from agentspeed.front.parser import (
     CallBroken,
     CallDelta,
@@ -21,11 +21,11 @@ from agentspeed.front.parser import (
     Piece,
     ReasoningPiece,
     TextPiece,
-    TurnParser,
 )
+from agentspeed.front.stops import StopFilter
 from agentspeed.front.tokenizer import IncrementalText
 from agentspeed.messages import Assistant, ToolCall
-from agentspeed.usage import Lease, Residence, Usage
+from agentspeed.usage import Usage
 
 if TYPE_CHECKING:
     from agentspeed.session import Session
@@ -52,76 +52,56 @@ class Reply(Generic[T]):
 
 
 @final
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TurnPlan:
-    """What a session settled before the turn: all that the engine and the parser need."""
-
-    ids: list[int]
-    continues: list[int]
-    """Ids of the open assistant message that the turn goes on with."""
-    sampling: wire.Sampling
-    max_tokens: int | None
-    stop: tuple[str, ...]
-    grammar: str | None
-    output: OutputSpec | None
-    parser: TurnParser
-    seed: int | None
-    keep_on_cancel: bool
-    timeout: float | None
-
-
-@final
 class Turn(Generic[T]):
     """Made by `Session.stream`. Leaving the block before the end cancels the turn; the session stays usable."""
 
-    def __init__(self, session: Session, plan_of: Any) -> None:
+    def __init__(self, session: Session, asked: Asked) -> None:
         self._session = session
-        self._plan_of = plan_of
-        self._plan: TurnPlan | None = None
+        self._asked = asked
         self._raw: deque[wire.Event | None] = deque()
         self._ready: deque[events.AnyEvent] = deque()
         self._wake = anyio.Event()
-        self._text: IncrementalText | None = None
+        self._text: IncrementalText = session.engine.codec.tokenizer.decoder()
+        self._stops = StopFilter(asked.stop)
         self._texts: list[str] = []
         self._reasonings: list[str] = []
         self._calls: list[ToolCall] = []
         self._whole: list[str] = []
-        self._continued_chars = 0
         self._ids: list[int] = []
         self._logprobs: list[float] = []
         self._top: list[tuple[tuple[int, float], ...]] = []
         self._ended: wire.TurnEnded | None = None
         self._finished = False
-        self._entered = False
+        self._state = "new"
         self._deadline = float("inf")
         self.usage = Usage()
 
     # ---- entering and leaving -------------------------------------------------------------------------------------
     async def __aenter__(self) -> Self:
-        plan: TurnPlan = await self._session._begin(self, self._plan_of)
-        self._plan = plan
-        self._entered = True
-        self._text = self._session.engine.codec.tokenizer.decoder()
-        if plan.timeout is not None:
-            self._deadline = anyio.current_time() + plan.timeout
-        if plan.continues:
-            self._absorb(plan.continues)
+        if self._state != "new":
+            raise errors.SessionError("A turn is entered once.", remedy="Call stream() again.")
+        self._state = "entered"
+        continued = await self._session._begin(self, self._asked)
+        if self._asked.timeout is not None:
+            self._deadline = anyio.current_time() + self._asked.timeout
+        if continued:
+            self._absorb(self._text.feed(continued))
             self._ready.clear()
-            self._continued_chars = len(self.text)
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
                         trace: TracebackType | None) -> None:
-        self._entered = False
+        self._state = "left"
         if not self._finished:
-            await self._session._abort(self, failed=error is not None)
+            await self._session._abort(self, keep=self._asked.keep_on_cancel)
+            self._finished = True
 
     # ---- reading --------------------------------------------------------------------------------------------------
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> events.AnyEvent:
-        if not self._entered:
+        if self._state != "entered":
             raise errors.SessionError("A turn is read inside its own block.",
                                       remedy="async with session.stream(...) as turn: async for event in turn: ...")
         while not self._ready:
@@ -134,9 +114,8 @@ class Turn(Generic[T]):
             with anyio.move_on_after(self._deadline - anyio.current_time()) as scope:
                 await self._wake.wait()
             if scope.cancelled_caught and not self._raw:
-                assert self._plan is not None
-                raise errors.TurnTimeout(f"The turn took longer than {self._plan.timeout} s and was cancelled.",
-                                         remedy="Give it more time or fewer tokens.")
+                raise errors.TurnTimeout(f"The turn took longer than {self._asked.timeout} s and was cancelled.",
+                                         partial=self.text, remedy="Give it more time or fewer tokens.")
         return self._ready.popleft()
 
     async def reply(self) -> Reply[T]:
@@ -147,7 +126,7 @@ class Turn(Generic[T]):
 
     def result(self) -> Reply[T]:
         """The reply of a turn that was read to its end."""
-        if not self._finished:
+        if self._ended is None or not self._finished:
             raise errors.SessionError("The turn has not ended.", remedy="Read its events to the end first.")
         return self._reply()
 
@@ -166,48 +145,62 @@ class Turn(Generic[T]):
         match event:
             case None:
                 self._finished = True
-                raise self._session._engine_died(self)
+                self._session._died(self)
+                raise errors.EngineDied("The engine ended during the turn; the session is as it was before it.",
+                                        remedy="Ask again: the engine is started anew and opens the session's ids.")
             case wire.TurnStarted():
                 self.usage = usage_of(event.usage)
                 self._emit(events.TurnStarted(usage=self.usage))
+                if (resumed := self._session._resumed(self.usage)) is not None:
+                    self._emit(resumed)
             case wire.Tokens():
                 ids = list(unpack_ids(event.ids))
                 self._ids += ids
                 self._logprobs += event.logprobs
                 self._top += [tuple((other.id, other.logprob) for other in top) for top in event.top]
-                self._absorb([number for number in ids if number not in self._session.engine.codec.stop_ids])
+                stop_ids = self._session.engine.codec.stop_ids
+                fresh = self._text.feed([number for number in ids if number not in stop_ids])
+                if fresh:
+                    self._absorb(self._stops.feed(fresh))
             case wire.LeaseChanged():
                 self._emit(events.LeaseChanged(lease=lease_of(event.lease)))
             case wire.TurnEnded():
                 self._end(event)
 
-    def _absorb(self, ids: list[int]) -> None:
-        assert self._text is not None and self._plan is not None
-        text = self._text.feed(ids)
-        if not text:
-            return
-        self._whole.append(text)
-        self._pieces(self._plan.parser.feed(text))
+    def _absorb(self, text: str) -> None:
+        if text:
+            self._whole.append(text)
+            self._pieces(self._asked.parser.feed(text))
+
+    def _close_text(self) -> None:
+        self._absorb(self._stops.finish())
+        self._pieces(self._asked.parser.finish())
 
     def _end(self, event: wire.TurnEnded) -> None:
-        assert self._plan is not None
         self._ended = event
-        self._pieces(self._plan.parser.finish())
-        if event.reason == "stop_string":
-            self._cut_at_stop(self._plan.stop)
         self.usage = usage_of(event.usage)
-        self._finished = True
-        message = Assistant(self.text, tuple(self._calls), "".join(self._reasonings), "".join(self._whole))
-        self._session._turn_ended(self, event, message)
-        self._emit(events.TurnFinished(reason=event.reason, usage=self.usage))
+        if event.reason == "closed":
+            raise errors.SessionClosed("The session was closed during the turn.")
+        self._close_text()
         if event.reason == "error":
             raise errors.OutputError(f"The turn could not go on: {event.message}", text=self.text)
+        self._finished = True
+        self._session._turn_ended(self, self.message)
+        self._emit(events.TurnFinished(reason=event.reason, usage=self.usage))
 
-    def _cut_at_stop(self, stops: tuple[str, ...]) -> None:
-        text = self.text
-        places = [place for stop in stops if (place := text.find(stop, self._continued_chars)) >= 0]
-        if places:
-            self._texts = [text[: min(places)]]
+    def drain(self) -> None:
+        """Takes in what came before the turn was cancelled, for `keep_on_cancel`."""
+        for event in self._raw:
+            if isinstance(event, wire.Tokens | wire.TurnStarted):
+                self._take(event)
+        self._raw.clear()
+        if self._ended is None:
+            self._close_text()
+
+    @property
+    def message(self) -> Assistant:
+        """The assistant's message so far."""
+        return Assistant(self.text, tuple(self._calls), "".join(self._reasonings), "".join(self._whole))
 
     def _pieces(self, pieces: list[Piece]) -> None:
         for piece in pieces:
@@ -234,9 +227,10 @@ class Turn(Generic[T]):
         self._ready.append(self._session._stamped(event))
 
     def _reply(self) -> Reply[T]:
-        assert self._ended is not None and self._plan is not None
+        if self._ended is None:
+            raise errors.InternalError("A turn without an end was asked for its reply.")
         text = self.text
-        spec = self._plan.output
+        spec = self._asked.output
         output: Any = text if spec is None or self._calls else spec.decode(text)
         return Reply(text=text, output=output, tool_calls=tuple(self._calls), reasoning="".join(self._reasonings),
                      finish_reason="tool_calls" if self._calls else self._ended.reason, usage=self.usage,
@@ -251,12 +245,3 @@ def usage_of(usage: wire.TurnUsage) -> Usage:
         queue_seconds=usage.queue_seconds, prefill_seconds=usage.prefill_seconds,
         decode_seconds=usage.decode_seconds, why=usage.why,
     )
-
-
-def lease_of(lease: wire.Lease) -> Lease:
-    """The engine's lease as a public value."""
-    return Lease(keep=lease.keep, seconds=lease.seconds, why=lease.why, residence=residence_of(lease.residence))
-
-
-def residence_of(residence: wire.Residence) -> Residence:
-    return Residence(device=residence.device, host=residence.host, lost=residence.lost)

@@ -26,6 +26,7 @@ class Usage:
     queue_seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    pauses: int = 0
     pause_seconds: float = 0.0
     """Time the branch was held while tools ran."""
     why: str = ""
@@ -34,6 +35,11 @@ class Usage:
     def resumed(self) -> int:
         """Tokens that cost nothing because the session kept them."""
         return self.resumed_device + self.resumed_host
+
+    @property
+    def prefill_saved(self) -> int:
+        """Tokens of prompts that no turn had to compute: kept by this session or computed by another."""
+        return self.resumed + self.shared
 
     @property
     def computed(self) -> int:
@@ -46,6 +52,15 @@ class Usage:
             for field in fields(self) if field.name != "why"
         }
         return Usage(**numbers, why=other.why or self.why)
+
+
+    def __sub__(self, earlier: Usage) -> Usage:
+        """What came since `earlier`, a former value of the same account."""
+        numbers = {
+            field.name: getattr(self, field.name) - getattr(earlier, field.name)
+            for field in fields(self) if field.name != "why"
+        }
+        return Usage(**numbers, why=self.why)
 
 
 @final

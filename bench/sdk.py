@@ -1,10 +1,10 @@
-"""What the SDK costs a program beside the model: CPU time per token of 64 streaming sessions, and how long commands wait.
+"""What the SDK costs a program beside the model: CPU time per token of 64 streams, and how long commands wait.
 
     python bench/sdk.py [--loop asyncio|uvloop|trio]
 
 The engine is a real process over its real socket with the no-op model (a step of 2 ms). `client_us_per_token` is this
-process's own CPU time, all threads, over the tokens delivered as typed events. While the sessions stream, one more session
-at rest sends commands; `steps_waited_by_commands` is the 99th percentile of their round trips in steps of the engine.
+process's own CPU time, all threads, over the tokens delivered as typed events. While the sessions stream, one more
+session at rest sends commands; `steps_waited_by_commands` is the 99th percentile of their round trips in steps of the engine.
 The last line is JSON.
 """
 
@@ -105,8 +105,8 @@ def report(measured: Measured, loop: str) -> None:
     step = measured.seconds / measured.steps
     per_token = 1e6 * measured.cpu_seconds / measured.tokens
     worst = quantiles(measured.waits, n=100)[98] / step
-    print(f"{loop}: {measured.tokens} tokens in {measured.seconds:.2f} s, {measured.steps} steps of {1e3 * step:.2f} ms, "
-          f"{measured.deltas} text deltas")
+    print(f"{loop}: {measured.tokens} tokens in {measured.seconds:.2f} s, {measured.steps} steps of "
+          f"{1e3 * step:.2f} ms, {measured.deltas} text deltas")
     print(f"client CPU {per_token:.1f} us/token; {len(measured.waits)} commands waited "
           f"{median(measured.waits) / step:.2f} steps (median), {worst:.2f} (p99)")
     print(json.dumps({

@@ -13,11 +13,11 @@ import anyio
 import anyio.from_thread
 import anyio.lowlevel
 import anyio.to_thread
-from agentspeed_engine import wire
 
 from agentspeed import errors
 from agentspeed.backends.faults import public_error
 from agentspeed.backends.port import Sink, Then
+from agentspeed_engine import wire
 
 _INLINE_BYTES = 32 * 1024
 """A larger frame is sent from a worker thread: the event loop never waits for the engine to read it."""

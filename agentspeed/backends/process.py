@@ -162,7 +162,7 @@ class EngineSlot:
         return None if process is None else process.pid
 
     def open(self, *, after_death: bool) -> socket.socket:
-        """A socket to a living engine; starts one when there is none. `after_death`: a link to it just broke. Blocks."""
+        """A socket to a living engine; starts one when there is none. `after_death`: a link to it just broke."""
         if self._attach is not None:
             return open_socket(self._attach)
         with self._lock:

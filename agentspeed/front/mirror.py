@@ -30,7 +30,7 @@ class Checkpoint:
     """Where a mirror can be cut back to."""
 
     tokens: int
-    spans: int
+    spans: tuple[Span, ...]
     open_at: int | None
     owed: tuple[int, ...]
 
@@ -72,14 +72,14 @@ class Mirror:
         self.logprobs.extend(logprobs or [math.nan] * len(ids))
 
     def checkpoint(self) -> Checkpoint:
-        return Checkpoint(len(self.ids), len(self.spans), self.open_at, self.owed)
+        return Checkpoint(len(self.ids), tuple(self.spans), self.open_at, self.owed)
 
     def back_to(self, point: Checkpoint) -> None:
         """Exactly as it was at `point`; later marks are forgotten."""
         del self.ids[point.tokens :]
         del self.made[point.tokens :]
         del self.logprobs[point.tokens :]
-        del self.spans[point.spans :]
+        self.spans = list(point.spans)
         self.open_at, self.owed = point.open_at, point.owed
         self.marks = {name: mark for name, mark in self.marks.items() if mark.tokens <= point.tokens}
 
@@ -92,7 +92,7 @@ class Mirror:
         if cut is not None and tokens > start:
             drawn = self.made.find(1, max(cut.start, start), cut.end)
             open_at = drawn if 0 <= drawn <= tokens else None
-        return Checkpoint(tokens, len(whole), open_at, () if tokens < len(self.ids) else self.owed)
+        return Checkpoint(tokens, tuple(whole), open_at, () if tokens < len(self.ids) else self.owed)
 
     def copy(self, tokens: int) -> Mirror:
         """The first `tokens` of this mirror, sharing nothing."""
@@ -101,7 +101,7 @@ class Mirror:
         other.ids = self.ids[:tokens]
         other.made = self.made[:tokens]
         other.logprobs = self.logprobs[:tokens]
-        other.spans = self.spans[: point.spans]
+        other.spans = list(point.spans)
         other.open_at, other.owed = point.open_at, point.owed
         other.marks = {name: mark for name, mark in self.marks.items() if mark.tokens <= tokens}
         return other

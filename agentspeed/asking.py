@@ -1,0 +1,163 @@
+"""What a turn is asked for: the options of one call, settled into what the engine and the parser need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, final
+
+from agentspeed import errors
+from agentspeed.backends.port import wire
+from agentspeed.front.output import OutputSpec, output_spec
+from agentspeed.front.parser import TurnParser
+from agentspeed.messages import Message, User
+from agentspeed.sampling import Sampling
+from agentspeed.tools import Tool, tools_from
+
+if TYPE_CHECKING:
+    from agentspeed.front.codec import ChatCodec
+
+Prompt: TypeAlias = "str | Message | Sequence[str | Message] | None"
+"""What a turn adds before the model speaks; a string is a user's message."""
+
+
+class TurnOptions(TypedDict, total=False):
+    """Options of `stream`, `generate` and `run`, all by name."""
+
+    tools: Sequence[Tool | Callable[..., object]] | None
+    """Of this turn; by default, the session's. They must be among the session's, which its first message describes."""
+    tool_choice: str
+    """"auto", "required", "none" or a tool's name."""
+    parallel_calls: int
+    sampling: Sampling | None
+    temperature: float | None
+    stop: str | Sequence[str]
+    """Texts that end the turn; they are not part of its text."""
+    max_tokens: int | None
+    logprobs: int | None
+    """0: of each drawn token; k: also of the k most likely ones."""
+    seed: int | None
+    """Makes the turn repeat exactly."""
+    keep_on_cancel: bool
+    """A cancelled turn leaves its partial text in the log instead of nothing."""
+    timeout: float | None
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """One call's options, checked. `TurnTimeout` is raised `timeout` seconds after the turn began."""
+
+    messages: tuple[Message, ...]
+    output: OutputSpec | None
+    grammar: str | None
+    sampling: wire.Sampling
+    max_tokens: int | None
+    stop: tuple[str, ...]
+    seed: int | None
+    keep_on_cancel: bool
+    timeout: float | None
+    parser: TurnParser
+
+    def command(self, stop_ids: tuple[int, ...], continues: int) -> wire.Generate:
+        """All but the ids; `continues`: how many ids of an open message the grammar has to go through first."""
+        grammar = None if self.grammar is None else wire.Grammar(source=self.grammar, consumed=continues)
+        return wire.Generate(
+            request=0, branch=0, max_tokens=self.max_tokens, sampling=self.sampling, stop_ids=stop_ids,
+            stop_strings=tuple(text.encode() for text in self.stop), grammar=grammar, seed=self.seed)
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Defaults:
+    """What a session says where a call says nothing."""
+
+    tools: tuple[Tool, ...]
+    sampling: Sampling
+    timeout: float | None
+    record_logprobs: bool
+    reasoning: bool
+
+
+def check_names(options: TurnOptions) -> None:
+    """Raises `InvalidRequest` for an option that no turn has."""
+    unknown = sorted(options.keys() - TurnOptions.__annotations__.keys())
+    if unknown:
+        raise errors.InvalidRequest(f"Unknown options {', '.join(unknown)}.",
+                                    remedy=f"The options are: {', '.join(sorted(TurnOptions.__annotations__))}.")
+
+
+def ask(prompt: Prompt, output: Any, options: TurnOptions, defaults: Defaults, codec: ChatCodec) -> Asked:
+    """Raises `InvalidRequest`, `SchemaUnsupported` or TypeError for what cannot be asked for."""
+    given = options.get("tools")
+    tools = defaults.tools if given is None else _among(tools_from(given), defaults.tools)
+    spec = output_spec(output)
+    stop = options.get("stop", ())
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(isinstance(text, str) and text for text in stops):
+        raise errors.InvalidRequest(f"stop is {stop!r}; it must be one text or several, none of them empty.")
+    timeout = options.get("timeout")
+    timeout = defaults.timeout if timeout is None else timeout
+    if timeout is not None and not timeout > 0:
+        raise errors.InvalidRequest(f"timeout is {timeout}; it must be seconds above 0, or None.")
+    return Asked(
+        messages=messages_of(prompt), output=spec, grammar=_grammar(spec, tools, options, defaults, codec),
+        sampling=_sampling(options, defaults), max_tokens=_max_tokens(options), stop=stops, seed=_seed(options),
+        keep_on_cancel=options.get("keep_on_cancel", False), timeout=timeout,
+        parser=TurnParser(codec.tags, reasoning=defaults.reasoning),
+    )
+
+
+def messages_of(prompt: Prompt) -> tuple[Message, ...]:
+    """The messages a prompt stands for. Raises `InvalidRequest` for anything that is none."""
+    several = () if prompt is None else prompt if isinstance(prompt, list | tuple) else (prompt,)
+    messages: list[Message] = []
+    for item in several:
+        if not isinstance(item, str | Message):
+            raise errors.InvalidRequest(f"{item!r} is no message.", remedy="Give a text or User(...).")
+        messages.append(User(item) if isinstance(item, str) else item)
+    return tuple(messages)
+
+
+def _among(tools: tuple[Tool, ...], known: tuple[Tool, ...]) -> tuple[Tool, ...]:
+    names = {tool.name for tool in known}
+    if unknown := [tool.name for tool in tools if tool.name not in names]:
+        raise errors.InvalidRequest(
+            f"The session's first message does not describe the tools {', '.join(unknown)}.",
+            remedy="Give them to Session(tools=[...]); a call may offer fewer of them.")
+    return tools
+
+
+def _grammar(spec: OutputSpec | None, tools: tuple[Tool, ...], options: TurnOptions, defaults: Defaults,
+             codec: ChatCodec) -> str | None:
+    choice = options.get("tool_choice", "auto")
+    if not tools and spec is None and choice in ("auto", "none"):
+        return None
+    from agentspeed.front.grammar import turn_grammar
+
+    return turn_grammar(tools=tools, tool_choice=choice, parallel_calls=options.get("parallel_calls", 16), output=spec,
+                        reasoning=defaults.reasoning, tags=codec.tags)
+
+
+def _sampling(options: TurnOptions, defaults: Defaults) -> wire.Sampling:
+    base = options.get("sampling") or defaults.sampling
+    heat, logprobs = options.get("temperature"), options.get("logprobs")
+    if logprobs is None and defaults.record_logprobs:
+        logprobs = 0
+    return wire.Sampling(temperature=base.temperature if heat is None else heat, top_k=base.top_k, top_p=base.top_p,
+                         min_p=base.min_p, logprobs=logprobs)
+
+
+def _max_tokens(options: TurnOptions) -> int | None:
+    most = options.get("max_tokens")
+    if most is not None and (not isinstance(most, int) or most < 1):
+        raise errors.InvalidRequest(f"max_tokens is {most!r}; it must be a whole number above 0, or None.",
+                                    remedy="To compute a prompt without drawing, use add(..., prefill=True).")
+    return most
+
+
+def _seed(options: TurnOptions) -> int | None:
+    seed = options.get("seed")
+    if seed is not None and not isinstance(seed, int):
+        raise errors.InvalidRequest(f"seed is {seed!r}; it must be a whole number, or None.")
+    return seed

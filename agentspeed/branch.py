@@ -1,0 +1,314 @@
+"""One branch of an engine, seen from the front: its mirror here, its number there, and the way back after a death.
+
+Whatever is sent is answered before anything else happens to the branch: commands are short, so they are shielded and
+bounded, and what they change in the mirror changes in the order in which the engine did it.
+"""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeVar, final
+
+import anyio
+from msgspec.structs import replace
+
+from agentspeed import errors
+from agentspeed.backends.port import Connection, Sink, Then, pack_ids, unpack_ids, wire
+from agentspeed.front.mirror import Checkpoint, Mirror
+from agentspeed.usage import Lease, Residence
+
+if TYPE_CHECKING:
+    from agentspeed.engine import Engine
+
+T = TypeVar("T")
+_LOG = logging.getLogger("agentspeed.session")
+
+
+class Make(Protocol):
+    """A command, given its request number and the branch's number."""
+
+    def __call__(self, request: int, branch: int, /) -> wire.Command: ...
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opening:
+    """How a branch is opened, at first and after an engine's death."""
+
+    tenant: str
+    private: bool
+    seed: int
+    close_timeout: float
+
+    def of_child(self, number: int) -> Opening:
+        """A child that must be opened anew draws other tokens than its siblings."""
+        return Opening(tenant=self.tenant, private=self.private, seed=zlib.crc32(f"{self.seed}.{number}".encode()),
+                       close_timeout=self.close_timeout)
+
+
+@final
+class Branch:
+    """Belongs to one event loop. `mirror` is the truth about its ids whatever happens to the engine."""
+
+    def __init__(self, engine: Engine, opening: Opening, mirror: Mirror) -> None:
+        self.engine = engine
+        self.opening = opening
+        self.mirror = mirror
+        self.residence = Residence(device=0, host=0, lost=len(mirror))
+        self.lease: Lease | None = None
+        self._link: Connection | None = None
+        self._number = 0
+        self._born: tuple[Connection, int] | None = None
+        """The link and the parent's number at birth: while both hold, the engine knows the kinship too."""
+        self._attaching = anyio.Lock()
+        self._opened = 0
+        self._sink: Sink | None = None
+        self._base: Checkpoint | None = None
+        """Where the running turn began: what the engine's death leaves of it."""
+
+    @property
+    def attached(self) -> bool:
+        """Whether an engine that lives has this branch."""
+        return self._link is not None and self._link.alive
+
+    # ---- the way to the engine ------------------------------------------------------------------------------------
+    async def attach(self) -> Connection:
+        """The living link with this branch open on it; after a death a new branch with the mirrored ids."""
+        async with self._attaching:
+            link = await self.engine.link()
+            if self._link is not link:
+                await self._open(link)
+            return link
+
+    async def _open(self, link: Connection) -> None:
+        # Draws are keyed by the engine's count of turns, which starts anew: another seed keeps them from repeating.
+        again = f"{self.opening.seed}/{self._opened}".encode()
+        seed = self.opening.seed if not self._opened else zlib.crc32(again)
+
+        def opened(reply: wire.Reply) -> None:
+            if isinstance(reply, wire.Opened):
+                self._settle(link, reply.branch)
+                self.residence = residence_of(reply.residence)
+                self._opened += 1
+
+        _ = await self._bounded(link, lambda request: wire.Open(
+            request=request, ids=pack_ids(self.mirror.ids), tenant=self.opening.tenant, private=self.opening.private,
+            seed=seed), opened)
+
+    def _settle(self, link: Connection, number: int) -> None:
+        self._link, self._number = link, number
+        link.listen(number, self._heard)
+
+    async def command(self, make: Make, then: Then | None = None) -> wire.Reply:
+        """One command, answered. Raises the public error of a refusal."""
+        return await self._again(lambda: self._attempt(make, then))
+
+    async def _again(self, once: Callable[[], Awaitable[T]]) -> T:
+        """An engine that died while nothing ran is started again and asked once more."""
+        try:
+            return await once()
+        except errors.EngineDied as death:
+            _LOG.info("asking again after: %s", death)
+            return await once()
+
+    async def _attempt(self, make: Make, then: Then | None) -> wire.Reply:
+        link = await self.attach()
+        return await self._bounded(link, lambda request: make(request, self._number), then)
+
+    async def _bounded(self, link: Connection, make: Callable[[int], wire.Command], then: Then | None) -> wire.Reply:
+        with anyio.move_on_after(self.opening.close_timeout, shield=True):
+            return await link.call(make, then)
+        link.close()
+        raise errors.EngineDied(f"The engine did not answer for {self.opening.close_timeout:g} s; its link was closed.",
+                                remedy="Use the session again: it is opened anew from its ids.")
+
+    def _heard(self, event: wire.Event | None) -> None:
+        """On the event loop, in the engine's order: the mirror first, so that a live fork finds every committed id."""
+        if event is None:
+            self._link = None
+            self._born = None
+            if self._base is not None:
+                self.mirror.back_to(self._base)
+                self._base = None
+        elif isinstance(event, wire.Tokens):
+            self.mirror.drew(unpack_ids(event.ids), event.logprobs)
+        elif isinstance(event, wire.LeaseChanged):
+            self._leased(event.lease)
+        sink = self._sink
+        if event is None:
+            self._sink = None
+        if sink is not None:
+            sink(event)
+
+    # ---- at rest --------------------------------------------------------------------------------------------------
+    async def append(self, write: Callable[[], None]) -> None:
+        """`write` appends to the mirror; the engine follows. Nothing is appended when this raises."""
+
+        async def once() -> None:
+            link = await self.attach()
+            point = self.mirror.checkpoint()
+            try:
+                write()
+                ids = pack_ids(self.mirror.ids[point.tokens :])
+                _ = await self._bounded(
+                    link, lambda request: wire.Append(request=request, branch=self._number, ids=ids), None)
+            except BaseException:
+                self.mirror.back_to(point)
+                raise
+
+        await self._again(once)
+
+    async def rewind(self, point: Checkpoint) -> None:
+        """Engine and mirror go back to `point`."""
+        _ = await self.command(
+            lambda request, branch: wire.Rewind(request=request, branch=branch, tokens=point.tokens),
+            lambda _: self.mirror.back_to(point))
+
+    async def fork(self, n: int, at: int | None) -> list[Branch]:
+        """Children of what is committed when the engine forks, which a running turn goes on beyond."""
+        born: list[Branch] = []
+
+        def forked(reply: wire.Reply) -> None:
+            if isinstance(reply, wire.Forked) and self._link is not None:
+                for number in reply.branches:
+                    child = Branch(self.engine, self.opening.of_child(number), self.mirror.copy(reply.known))
+                    child._settle(self._link, number)
+                    child._opened = 1
+                    child._born = (self._link, self._number)
+                    child.residence = self.residence
+                    born.append(child)
+
+        _ = await self.command(lambda request, branch: wire.Fork(request=request, branch=branch, n=n, at=at), forked)
+        return born
+
+    async def adopt(self, child: Branch) -> None:
+        """This branch takes the child's log; the child ends."""
+        link = await self.attach()
+        _ = await child.attach()
+        ended = child._number
+        if child._born == (link, self._number):
+            _ = await self._bounded(
+                link, lambda request: wire.Adopt(request=request, branch=self._number, child=ended), None)
+        else:  # an engine was started anew since the fork and does not know the kinship: one takes the other's place
+            await self.close()
+            self._settle(link, ended)
+            child._link = None
+        if child._link is not None:
+            link.unlisten(ended)
+            child._link = None
+        self.mirror = child.mirror
+        self.residence = child.residence
+
+    async def expect(self, seconds: float, keep: wire.Keep, tool: str) -> Lease:
+        reply = await self.command(
+            lambda request, branch: wire.Expect(request=request, branch=branch, seconds=seconds, keep=keep, tool=tool))
+        if not isinstance(reply, wire.LeaseAnswer):
+            raise errors.InternalError(f"The engine answered Expect with {type(reply).__name__}.")
+        return self._leased(reply.lease)
+
+    def _leased(self, lease: wire.Lease) -> Lease:
+        self.lease = lease_of(lease)
+        self.residence = self.lease.residence
+        return self.lease
+
+    async def inspect(self) -> wire.Inspected:
+        reply = await self.command(lambda request, branch: wire.Inspect(request=request, branch=branch))
+        if not isinstance(reply, wire.Inspected):
+            raise errors.InternalError(f"The engine answered Inspect with {type(reply).__name__}.")
+        self.residence = residence_of(reply.residence)
+        return reply
+
+    async def close(self) -> None:
+        """Silent about an engine that is gone: it holds nothing any more."""
+        link, self._link = self._link, None
+        if link is None or not link.alive:
+            return
+        link.unlisten(self._number)
+        try:
+            _ = await self._bounded(link, lambda request: wire.Close(request=request, branch=self._number), None)
+        except errors.AgentspeedError as error:
+            _LOG.info("closing a branch: %s", error)
+
+    # ---- turns ----------------------------------------------------------------------------------------------------
+    async def begin(self, plan: Callable[[], Awaitable[wire.Generate]], sink: Sink) -> None:
+        """Queues a turn whose events go to `sink`. `plan` appends to the mirror and gives the command; its request,
+        branch and ids are filled in here. Nothing has changed when this raises."""
+
+        async def once() -> None:
+            link = await self.attach()
+            self._base = point = self.mirror.checkpoint()
+            try:
+                turn = await plan()
+                ids = pack_ids(self.mirror.ids[point.tokens :])
+                _ = await self._bounded(
+                    link, lambda request: replace(turn, request=request, branch=self._number, ids=ids), queued)
+            except BaseException:
+                self._base = self._sink = None
+                self.mirror.back_to(point)
+                raise
+
+        def queued(_: wire.Reply) -> None:
+            self._sink = sink  # only now: the end of an engine that never queued the turn is not the turn's end
+
+        await self._again(once)
+        self.lease = None
+
+    async def prefill(self) -> wire.TurnUsage | None:
+        """Computes the rows of what was appended, while nobody waits. None when the engine went meanwhile."""
+        done = anyio.Event()
+        usage: wire.TurnUsage | None = None
+
+        def sink(event: wire.Event | None) -> None:
+            nonlocal usage
+            if isinstance(event, wire.TurnEnded):
+                usage = event.usage
+            if event is None or isinstance(event, wire.TurnEnded):
+                done.set()
+
+        async def plan() -> wire.Generate:
+            return wire.Generate(request=0, branch=0, max_tokens=0)
+
+        await self.begin(plan, sink)
+        try:
+            await done.wait()
+        except BaseException:
+            _ = await self.stop(keep=True)
+            raise
+        self.ended()
+        return usage
+
+    def ended(self) -> None:
+        """The turn's last event was read: what it drew is committed."""
+        self._base = self._sink = None
+        known = len(self.mirror)
+        self.residence = Residence(device=max(0, known - 1), host=0, lost=min(1, known))
+
+    async def stop(self, *, keep: bool) -> bool:
+        """Ends a running turn. True when what it drew stayed, as `keep` asked; else the log is as before it."""
+        link, base = self._link, self._base
+        if link is not None and base is not None:
+            cut = None if keep else base.tokens
+            try:
+                _ = await self._bounded(
+                    link, lambda request: wire.Cancel(request=request, branch=self._number, cut=cut),
+                    None if keep else lambda _: self.mirror.back_to(base))
+            except errors.AgentspeedError as error:
+                _LOG.info("cancelling a turn: %s", error)
+        kept = keep and self._base is not None and self.attached
+        if not kept and self._base is not None:
+            self.mirror.back_to(self._base)
+        self._base = self._sink = None
+        return kept
+
+
+def lease_of(lease: wire.Lease) -> Lease:
+    """The engine's lease as a public value."""
+    return Lease(keep=lease.keep, seconds=lease.seconds, why=lease.why, residence=residence_of(lease.residence))
+
+
+def residence_of(residence: wire.Residence) -> Residence:
+    """Where rows are, as a public value."""
+    return Residence(device=residence.device, host=residence.host, lost=residence.lost)
