@@ -13,6 +13,7 @@
 #endif
 
 #define LANES 16
+#define WORTH_A_TEAM (1L << 16) /* multiply-adds below which waking the other threads costs more than they save */
 #define INLINE static inline __attribute__((always_inline))
 #define EXPORT __attribute__((visibility("default")))
 

@@ -29,7 +29,7 @@ EXPORT void agentspeed_linear(const float *x, long x_stride, const float *w, con
     const float *rows[MOST_ROWS];
     float *outs[MOST_ROWS];
     for (long t = 0; t < tokens; t++) rows[t] = x + t * x_stride, outs[t] = out + t * out_stride;
-    if (n * k < 1 << 14) threads = 1;
+    if (tokens * n * k < WORTH_A_TEAM) threads = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         int index = 0, count = 1;
@@ -45,7 +45,7 @@ EXPORT void agentspeed_linear(const float *x, long x_stride, const float *w, con
 /* x[t * x_t + h * x_h], w[h][n][k], out[t * out_t + h * out_h]. */
 EXPORT void agentspeed_heads_linear(const float *x, long x_t, long x_h, const float *w, float *out, long out_t,
                                     long out_h, long tokens, long heads, long n, long k, int threads) {
-    if (heads * n * k < 1 << 14) threads = 1;
+    if (tokens * heads * n * k < WORTH_A_TEAM) threads = 1;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (long h = 0; h < heads; h++) {
         const float *rows[MOST_ROWS];
@@ -74,6 +74,7 @@ EXPORT void agentspeed_experts(const float *x, const float *gate_up, const float
                                const float *weights, float *act, int *order, int *start, float *out, long tokens,
                                long top, long experts, long inner, long hidden, int threads) {
     by_expert(ids, tokens * top, experts, order, start);
+    if (3 * tokens * top * inner * hidden < WORTH_A_TEAM) threads = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         int index = 0, count = 1;

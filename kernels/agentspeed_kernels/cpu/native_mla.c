@@ -164,7 +164,9 @@ EXPORT void agentspeed_mla_rows(const float *q, long q_t, long q_h, const float 
     step s = {q, q_t, q_h, pool, page_tokens, width, rank, heads, page_at, pages, offset, tokens, row_at, rows,
               visible, scale, partials, partials + entries * heads * rank,
               partials + entries * heads * (rank + 1)};
-    if (tiles == 1 && merges * heads < 2) threads = 1;
+    long pairs = 0;
+    for (long tile = 0; tile < tiles; tile++) pairs += (long)(row_at[tile + 1] - row_at[tile]) * tokens[tile];
+    if (pairs * heads * (width + rank) < WORTH_A_TEAM) threads = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         int index = 0;
