@@ -31,10 +31,10 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 model: $(STAMP)
-	$(BIN)/python -m tests.model --bounds small
+	PYTHONPATH=engine:kernels $(BIN)/python -m tests.model --bounds small
 
 model-large: $(STAMP)
-	$(BIN)/python -m tests.model --bounds large
+	PYTHONPATH=engine:kernels $(BIN)/python -m tests.model --bounds large
 
 clean:
 	rm -rf $(VENV) .checkpoints

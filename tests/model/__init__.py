@@ -1,0 +1,1 @@
+"""Exhaustive search over the production ownership machines and scheduler at small bounds."""

@@ -1,0 +1,66 @@
+"""`python -m tests.model --bounds small|large`: explores, then requires that every mutant is caught."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+
+from tests.model.explorer import Bounds, Explored, explore
+from tests.model.mutants import MUTANTS
+
+SMALL = (
+    Bounds(verbs=4),
+    Bounds(verbs=4, depth=1),
+    Bounds(verbs=3, branches=3, pages=5, depth=1),
+    Bounds(verbs=4, firm_pages=1, pages=5),
+    Bounds(verbs=2, setup=((1,), (2, 1, 1)), depth=1),
+)
+LARGE = (
+    Bounds(verbs=6),
+    Bounds(verbs=6, depth=1),
+    Bounds(verbs=5, branches=3, pages=5, depth=1),
+    Bounds(verbs=6, firm_pages=1, pages=5, depth=1),
+)
+
+
+def catch(index: int) -> tuple[str, Explored]:
+    mutant = MUTANTS[index]
+    with mutant.applied():
+        return mutant.name, explore(mutant.bounds)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bounds", choices=("small", "large"), default="small")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--skip-mutants", action="store_true")
+    options = parser.parse_args()
+    failed, states = False, 0
+    with ProcessPoolExecutor(options.processes) as pool:
+        started = time.monotonic()
+        bounds = SMALL if options.bounds == "small" else LARGE
+        for one, found in zip(bounds, pool.map(explore, bounds), strict=True):
+            states += found.states
+            verdict = "complete" if found.complete else "CUT SHORT"
+            print(f"{found.states:>9} states {found.transitions:>10} transitions  {verdict}  {one}", flush=True)
+            if found.finding is not None or not found.complete:
+                print(f"VIOLATION: {found.finding}")
+                failed = True
+        print(f"{states:>9} states in {time.monotonic() - started:.0f} s: "
+              f"{'FAILED' if failed else 'safe, and every turn ends'}", flush=True)
+        if not options.skip_mutants:
+            caught = 0
+            for name, found in pool.map(catch, range(len(MUTANTS))):
+                caught += found.finding is not None
+                what = found.finding.rule if found.finding else "NOT CAUGHT"
+                length = f", {len(found.finding.trace)} steps" if found.finding else ""
+                print(f"  mutant {name:26} {what[:80]} ({found.states} states{length})", flush=True)
+            print(f"{caught} of {len(MUTANTS)} mutants caught")
+            failed |= caught < len(MUTANTS)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""Breadth-first search over every interleaving of user verbs, plans and acknowledgements, on production code.
+
+Safety: the ledger is recounted in every state. Liveness: from every state, when users fall silent, the machine alone
+(plan when it can, else acknowledge) must come to a state in which no turn runs. That walk is deterministic, so it is a
+graph with one edge a state, and one pass over it proves or refutes liveness for all states at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from agentspeed_engine import wire
+from agentspeed_engine.errors import BrokenInvariant
+from agentspeed_engine.ids import LinkId, StepSeq, pack_ids
+from agentspeed_engine.kv.branches import Held
+from agentspeed_engine.sched.config import CoreConfig
+from agentspeed_engine.sched.core import Core
+from agentspeed_engine.sched.plan import Drawn, StepResult
+from agentspeed_engine.sched.world import World
+
+LINK = LinkId(1)
+STOP = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """What is explored."""
+
+    pages: int = 4
+    page_tokens: int = 2
+    context_limit: int = 6
+    depth: int = 0
+    firm_pages: int = 0
+    branches: int = 2
+    """Branches that may exist at once."""
+    verbs: int = 5
+    """User verbs in a history."""
+    setup: tuple[tuple[int, ...], ...] = ()
+    """Sessions opened before the search begins, by their ids."""
+    max_states: int = 10_000_000
+
+    def config(self) -> CoreConfig:
+        return CoreConfig(pages=self.pages, page_tokens=self.page_tokens, context_limit=self.context_limit,
+                          vocab_size=4, prefill_chunk=3, extend_tokens=2, depth=self.depth,
+                          firm_pages=self.firm_pages, max_branches=self.branches, max_sessions=self.branches)
+
+
+@dataclass(slots=True)
+class Finding:
+    """A rule that does not hold, and the shortest history that shows it."""
+
+    rule: str
+    trace: list[str]
+
+    def __str__(self) -> str:
+        return f"{self.rule}\n" + "\n".join(f"  {number:2}. {action}" for number, action in enumerate(self.trace, 1))
+
+
+@dataclass(slots=True)
+class Explored:
+    states: int = 0
+    transitions: int = 0
+    complete: bool = True
+    finding: Finding | None = None
+
+
+@dataclass(slots=True)
+class _State:
+    parent: int
+    action: str
+    verbs: int
+    silent: int = -1
+    """Where the machine alone goes from here; -1: nowhere, it is quiet."""
+    busy: bool = False
+    world: World | None = field(default=None)
+
+
+def explore(bounds: Bounds) -> Explored:
+    """Every state within the bounds, or the first finding."""
+    core = Core(bounds.config())
+    for ids in bounds.setup:
+        _ = core.handle(LINK, wire.Open(request=1, ids=pack_ids(ids)), 0.0)
+    found = Explored()
+    states: list[_State] = [_State(-1, "", 0, world=core.snapshot())]
+    index: dict[Hashable, int] = {(core.key(), 0): 0}
+    cursor = 0
+    while cursor < len(states):
+        here = states[cursor]
+        world, here.world = here.world, None
+        assert world is not None
+        for action in _actions(world, bounds, here.verbs):
+            core.restore(world)
+            try:
+                oldest = _oldest(core.world)
+                _carry_out(core, action)
+                core.check()
+                _check_oldest(core.world, oldest)
+            except (BrokenInvariant, LookupError, ValueError) as broken:
+                rule = str(broken) if isinstance(broken, BrokenInvariant) else f"crash: {broken!r}"
+                found.finding = Finding(rule, [*_trace(states, cursor), _name(action)])
+                found.states = len(states)
+                return found
+            found.transitions += 1
+            verbs = here.verbs + (0 if isinstance(action, str) else 1)
+            key = (core.key(), verbs)
+            number = index.get(key)
+            if number is None:
+                if len(states) >= bounds.max_states:
+                    found.complete = False
+                    continue
+                number = index[key] = len(states)
+                states.append(_State(cursor, _name(action), verbs, world=core.snapshot(), busy=_busy(core.world)))
+            if isinstance(action, str) and here.silent < 0 and number != cursor:
+                here.silent = number
+        cursor += 1
+    found.states = len(states)
+    if found.complete:
+        found.finding = _not_live(states)
+    return found
+
+
+def _actions(world: World, bounds: Bounds, verbs: int) -> Iterator[Any]:
+    """The machine's moves first, in the order in which it takes them when nobody interferes."""
+    if len(world.flights) <= bounds.depth:
+        yield "plan"
+    if world.flights:
+        yield "acknowledge"
+    if verbs >= bounds.verbs:
+        return
+    if len(world.states) < bounds.branches:
+        for ids in ((1,), (1, 1, 1)):
+            yield wire.Open(request=1, ids=pack_ids(ids))
+    for number in sorted(world.states):
+        yield from _verbs(world, number, len(world.states) < bounds.branches, bounds)
+
+
+def _verbs(world: World, number: Any, room: bool, bounds: Bounds) -> Iterator[Any]:
+    state = world.states[number]
+    if isinstance(state, Held):
+        known = state.branch.known
+        for ids, most in (((), 1), ((1, 2), 3), ((2,), 0)):
+            if known + len(ids):
+                yield wire.Generate(request=1, branch=number, ids=pack_ids(ids), max_tokens=most, stop_ids=(STOP,))
+        for cut in {0, known // 2, known - 1} - {known, -1}:
+            yield wire.Rewind(request=1, branch=number, tokens=cut)
+        for other in sorted(world.states):
+            if other != number:
+                yield wire.Adopt(request=1, branch=number, child=other)
+        if bounds.firm_pages:
+            yield wire.Expect(request=1, branch=number, seconds=9.0, keep="firm")
+    else:
+        yield wire.Cancel(request=1, branch=number)
+        yield wire.Cancel(request=1, branch=number, cut=0)
+    if room:
+        yield wire.Fork(request=1, branch=number, n=1)
+    yield wire.Close(request=1, branch=number)
+
+
+def _carry_out(core: Core, action: Any) -> None:
+    if action == "plan":
+        _ = core.plan(0.0)
+        _ = core.events()
+    elif action == "acknowledge":
+        seq = StepSeq(min(core.world.flights))
+        drawn = tuple(Drawn(row.branch, row.epoch, 1) for row in core.world.flights[seq].rows if row.sample is not None)
+        _ = core.apply(StepResult(seq, drawn), 0.0)
+    else:
+        _ = core.handle(LINK, action, 0.0)
+
+
+def _oldest(world: World) -> tuple[int, int] | None:
+    """(age, times preempted) of the oldest unfinished turn."""
+    turns = [state.turn for state in world.states.values() if not isinstance(state, Held)]
+    return min(((turn.age, turn.preempted) for turn in turns), default=None)
+
+
+def _check_oldest(world: World, before: tuple[int, int] | None) -> None:
+    """The heart of the theorem: nobody takes room from the oldest unfinished turn."""
+    turns = [state.turn for state in world.states.values() if not isinstance(state, Held)]
+    if before is not None and any(turn.age == before[0] and turn.preempted > before[1] for turn in turns):
+        raise BrokenInvariant("(L4) the oldest turn was preempted")
+
+
+def _busy(world: World) -> bool:
+    return any(not isinstance(state, Held) for state in world.states.values())
+
+
+def _not_live(states: list[_State]) -> Finding | None:
+    """The first state from which the machine alone never comes to rest."""
+    settled = bytearray(len(states))
+    for start in range(len(states)):
+        path: list[int] = []
+        number = start
+        while not settled[number]:
+            settled[number] = 2
+            path.append(number)
+            following = states[number].silent
+            if following < 0:
+                if states[number].busy:
+                    return Finding("a turn never ends: the machine is stuck", _trace(states, number))
+                break
+            if settled[following] == 2 and following in path:
+                return Finding("a turn never ends: the machine goes in circles",
+                               [*_trace(states, number), f"and back to step {len(_trace(states, following))}"])
+            number = following
+        for passed in path:
+            settled[passed] = 1
+    return None
+
+
+def _trace(states: list[_State], number: int) -> list[str]:
+    actions: list[str] = []
+    while number > 0:
+        actions.append(states[number].action)
+        number = states[number].parent
+    return actions[::-1]
+
+
+def _name(action: Any) -> str:
+    return action if isinstance(action, str) else repr(action).replace("request=1, ", "")

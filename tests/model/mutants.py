@@ -1,0 +1,129 @@
+"""Faults put into the production machines one at a time: the search must find each, or it proves nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+from agentspeed_engine.kv import branches, owners
+from agentspeed_engine.kv.branches import Held, Next, Queued, Then
+from agentspeed_engine.kv.nodes import Device
+from agentspeed_engine.kv.owners import Kv
+from agentspeed_engine.sched import reclaim, step, verbs
+from agentspeed_engine.sched.reclaim import Room
+from tests.model.explorer import Bounds
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """One fault: what is replaced by what, and bounds small enough to find it fast."""
+
+    name: str
+    why: str
+    patches: tuple[tuple[Any, str, Any], ...]
+    bounds: Bounds = field(default_factory=lambda: Bounds(verbs=4))
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        with mock.patch.multiple(self.patches[0][0], **{name: new for _, name, new in self.patches}):
+            yield
+
+
+def _rest_at_once(kv: Any, branch: Any, turn: Any, room: Any, then: Any, now: float) -> Any:
+    return branches._come_to_rest(kv, branch, turn, room, then, now)
+
+
+def _only_held_is_evictable(world: Any, tip: Any, now: float) -> bool:
+    if tip.pinned_by or not isinstance(tip.state, Device):
+        return False
+    return all(isinstance(world.states[number], Held) for number in (*tip.leaf_of, *tip.seed_of))
+
+
+def _room_for_forks_at_rest(world: Any, pages: int, age: int, now: float) -> Room:
+    reserved = sum(1 for state in world.states.values() if isinstance(state, Held) and state.branch.trunk is not None)
+    return Room.GOT if reclaim.reclaim(world, pages + 2 * reserved, now) else Room.NONE
+
+
+def _take_from_anyone(world: Any, pages: int, age: int, now: float) -> Room:
+    while not reclaim.reclaim(world, pages, now):
+        others = [entry for entry in world.active if entry[0] != age]
+        if not others:
+            return Room.WAIT if reclaim._settling(world) else Room.NONE
+        state = world.states[others[0][1]]
+        state.turn.preempted += 1
+        world.leave(state, Then(Next.REQUEUE), now)
+    return Room.GOT
+
+
+def _firm_without_bound(world: Any, branch: Any, pages: int, now: float) -> str:
+    return ""
+
+
+def _pin_without_seed(self: Any, branch: Any) -> None:
+    for node in owners.upward(branch.leaf):
+        node.pinned_by.add(branch.id)
+
+
+def _rewind_keeps_the_leaf(self: Any, branch: Any, tokens: int) -> None:
+    """The log is cut, the references stay."""
+
+
+def _seal_what_is_issued(original: Any) -> Any:
+    def seal(self: Any, branch: Any, room: Any, now: float) -> None:
+        done, room.done = room.done, room.issued + 1
+        original(self, branch, room, now)
+        room.done = done
+
+    return seal
+
+
+def _never_give_back(world: Any, state: Any, now: float) -> None:
+    """A turn that cannot grow keeps its room."""
+
+
+def _release_keeps_the_leaf(self: Any, branch: Any, now: float) -> None:
+    """A closed branch stays counted on its leaf."""
+
+
+
+def _copy_is_forgotten(self: Any, branch: Any, room: Any) -> None:
+    room.copy = None
+
+
+def _waits_for_anyone(world: Any, branch: Any) -> bool:
+    """Waiting for a sibling that is itself only queued."""
+    return any(isinstance(state, Queued) and state.branch is not branch for state in world.states.values())
+
+
+_TWO = Bounds(verbs=2, setup=((1,), (2, 1, 1)))
+"""Two sessions whose turns do not fit at once: the older must get its room."""
+
+MUTANTS = (
+    Mutant("held-with-rows-in-flight", "a branch lets go of its room while a step still writes it",
+           ((branches, "_leave", _rest_at_once),)),
+    Mutant("only-held-reclaimable", "rows of queued turns hold the pool against an older turn",
+           ((reclaim, "_evictable", _only_held_is_evictable),), _TWO),
+    Mutant("room-for-forks-at-rest", "forks at rest reserve room that running turns need",
+           ((step, "obtain", _room_for_forks_at_rest),)),
+    Mutant("preempt-anyone", "a younger turn takes room from an older one, which takes it back",
+           ((step, "obtain", _take_from_anyone),), _TWO),
+    Mutant("firm-past-the-bound", "firm leases may hold what a turn of the context limit needs (L1)",
+           ((verbs, "_no_firm", _firm_without_bound),), Bounds(verbs=3, firm_pages=1, pages=5, setup=((1,), (2,)))),
+    Mutant("seed-not-pinned", "the page that is copied may be evicted before the step",
+           ((Kv, "pin", _pin_without_seed),), Bounds(verbs=3, setup=((1,),))),
+    Mutant("rewind-keeps-the-leaf", "a branch rests on rows its log no longer has",
+           ((Kv, "position", _rewind_keeps_the_leaf),)),
+    Mutant("seal-before-done", "rows are published before they are computed",
+           ((Kv, "seal", _seal_what_is_issued(Kv.seal)),), Bounds(verbs=4, depth=1)),
+    Mutant("release-keeps-the-leaf", "a closed branch keeps its rows from being freed",
+           ((Kv, "release", _release_keeps_the_leaf),), Bounds(verbs=3)),
+    Mutant("copy-forgets-the-seed", "the seed stays pinned after its rows were copied",
+           ((Kv, "copied", _copy_is_forgotten),), Bounds(verbs=3, setup=((1,),))),
+    Mutant("wait-for-the-queued", "a turn waits for one that is not computing what it needs",
+           ((step, "_waits_for_sibling", _waits_for_anyone),), Bounds(verbs=4)),
+)
+
+__all__ = ["MUTANTS", "Mutant"]

@@ -1,0 +1,27 @@
+"""The smallest search, on every run: no violation within the bounds, and every mutant caught."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.model.explorer import Bounds, explore
+from tests.model.mutants import MUTANTS, Mutant
+
+
+@pytest.mark.parametrize("bounds", [
+    Bounds(verbs=3), Bounds(verbs=3, depth=1), Bounds(verbs=3, firm_pages=1, pages=5),
+    Bounds(verbs=2, setup=((1,), (2, 1, 1)), depth=1),
+])
+def test_every_state_is_sound_and_every_turn_ends(bounds: Bounds) -> None:
+    found = explore(bounds)
+    assert found.complete
+    assert found.finding is None, str(found.finding)
+    assert found.states > 100
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_the_search_finds_the_mutant(mutant: Mutant) -> None:
+    with mutant.applied():
+        found = explore(mutant.bounds)
+    assert found.finding is not None, f"{mutant.why}: not found in {found.states} states"
+    assert found.finding.trace
