@@ -9,7 +9,7 @@ import numpy as np
 
 from agentspeed_engine.ids import pages_for
 from agentspeed_engine.kv.runs import NodeRun
-from agentspeed_engine.models.inputs import FlatBatch, Int32s, Int64s, Run
+from agentspeed_engine.models.inputs import FlatBatch, Int32s, Run
 from agentspeed_engine.sched.plan import Row, StepPlan
 
 
@@ -23,46 +23,46 @@ class Batcher:
 
     def flatten(self, plan: StepPlan) -> FlatBatch:
         """One token axis over all rows of the plan, in the plan's order."""
-        ids: list[Int64s] = []
-        positions: list[Int64s] = []
-        slots: list[Int64s] = []
+        axis = np.arange(sum(len(row.ids) for row in plan.rows), dtype=np.int32)
+        # Plain lists until the end: most rows of a step are one token, and an array costs more than it holds.
+        ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        select: list[int] = []
         readers: dict[NodeRun, list[Int32s]] = {}
         tails: list[Run] = []
-        select: list[int] = []
-        start = 0
         for row in plan.rows:
-            count = len(row.ids)
-            at = np.arange(row.position, row.position + count, dtype=np.int64)
-            queries = np.arange(start, start + count, dtype=np.int32)
-            ids.append(np.asarray(row.ids, dtype=np.int64))
-            positions.append(at)
-            tail, rows_at = self._tail(row, at, queries)
-            tails.append(tail)
-            slots.append(rows_at)
+            start = len(ids)
+            ids.extend(row.ids)
+            positions.extend(range(row.position, row.position + len(row.ids)))
+            self._write(slots, row)
+            queries = axis[start : len(ids)]
+            tails.append(self._tail(row, queries))
             for run in row.path:
                 readers.setdefault(run, []).append(queries)
-            start += count
             if row.sample is not None:
-                select.append(start - 1)
+                select.append(len(ids) - 1)
         nodes = (
             Run(pages=self._pages_of(run), start=run.start, tokens=run.tokens, queries=_joined(queries), causal=False)
             for run, queries in readers.items()
         )
         return FlatBatch(
-            ids=np.concatenate(ids), positions=np.concatenate(positions), slots=np.concatenate(slots),
-            runs=(*nodes, *tails), select=np.asarray(select, dtype=np.int64),
+            ids=np.array(ids, dtype=np.int64), positions=np.array(positions, dtype=np.int64),
+            slots=np.array(slots, dtype=np.int64), runs=(*nodes, *tails), select=np.array(select, dtype=np.int64),
         )
 
-    def _tail(self, row: Row, at: Int64s, queries: Int32s) -> tuple[Run, Int64s]:
-        """The branch's own rows, the new ones among them, and where the new ones are written."""
-        size = self._page_tokens
-        pages = np.asarray(row.tail_pages, dtype=np.int32)
-        offset = at - row.tail_start
-        slots = pages[offset // size].astype(np.int64) * size + offset % size
-        tokens = row.position + len(at) - row.tail_start
-        run = Run(pages=pages[: pages_for(tokens, size)], start=row.tail_start, tokens=tokens, queries=queries,
-                  causal=True)
-        return run, slots
+    def _write(self, slots: list[int], row: Row) -> None:
+        """Adds the pool rows the new tokens are written to."""
+        size, pages = self._page_tokens, row.tail_pages
+        first = row.position - row.tail_start
+        for offset in range(first, first + len(row.ids)):
+            slots.append(pages[offset // size] * size + offset % size)
+
+    def _tail(self, row: Row, queries: Int32s) -> Run:
+        """The branch's own rows, the new ones among them."""
+        tokens = row.position + len(row.ids) - row.tail_start
+        pages = np.array(row.tail_pages[: pages_for(tokens, self._page_tokens)], dtype=np.int32)
+        return Run(pages=pages, start=row.tail_start, tokens=tokens, queries=queries, causal=True)
 
     def _pages_of(self, run: NodeRun) -> Int32s:
         pages = self._pages.get(run)
