@@ -1,0 +1,30 @@
+"""Fixtures that every kind of test may use: the event loops the SDK promises to run on, and a small checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools.random_checkpoint import make_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+LOOPS = {
+    "asyncio": ("asyncio", {"use_uvloop": False}), "uvloop": ("asyncio", {"use_uvloop": True}), "trio": ("trio", {}),
+}
+
+
+@pytest.fixture(params=LOOPS.values(), ids=LOOPS.keys())
+def anyio_backend(request: pytest.FixtureRequest) -> Any:
+    """Every `@pytest.mark.anyio` test runs on each of these."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A random `deepseek_v3` folder with two small layers: real ids, meaningless text."""
+    config = json.loads((ROOT / "bench/models/tiny.json").read_text())
+    yield make_checkpoint(config, tmp_path_factory.mktemp("tiny") / "model")
