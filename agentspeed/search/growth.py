@@ -87,9 +87,8 @@ class Grower:
         if prompt is None:
             return
         messages = (prompt,) if isinstance(prompt, str | System | User | Assistant | ToolMessage) else tuple(prompt)
-        before = (await stem.inspect()).residence
         _ = await stem.add(*messages, prefill=True)
-        self._spent += stem.tokens - before.device - before.host
+        self._spent += stem.usage.computed
 
     def may_grow(self) -> bool:
         """False once the search is solved or a bound is reached."""

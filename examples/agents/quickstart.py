@@ -1,4 +1,4 @@
-"""A session in one minute: generate, fork, adopt, rewind, and a table of what was computed, reused and forked.
+"""An agent in one minute: it calls a tool, pauses, resumes, goes back, branches on a puzzle and keeps the winner.
 
 Run: `python examples/agents/quickstart.py [MODEL FOLDER]`
 """
@@ -6,100 +6,102 @@ Run: `python examples/agents/quickstart.py [MODEL FOLDER]`
 from __future__ import annotations
 
 import sys
+import textwrap
 import time
-from dataclasses import dataclass
-from pathlib import Path
 
 import anyio
 
-from agentspeed import Session, Usage
-from agentspeed.engine import NANO
+from agentspeed import Engine, Usage, events, tool
+from agentspeed.search import Node, best_of_n
+
+PUZZLE, TARGET = "Reach 14 from 2 5 4.", 14
+LINES: list[tuple[str, Usage]] = []
 
 
-@dataclass(frozen=True)
-class Line:
-    """One row of the closing table."""
-
-    what: str
-    usage: Usage
-    pages_copied: int
+@tool
+async def get_weather(city: str) -> dict[str, str | int]:
+    """Get the weather for a city."""
+    await anyio.sleep(0.3)
+    return {"sky": "clear", "temp": 21 if city == "Oslo" else 28}
 
 
-def model_folder() -> Path:
-    """The folder named on the command line, else the shipped model, else a small random one made now."""
-    if len(sys.argv) > 1:
-        return Path(sys.argv[1])
-    if (NANO / "model.safetensors").is_file():
-        return NANO
-    root = Path(__file__).resolve().parents[2]
-    folder = root / ".checkpoints" / "quickstart"
-    if not (folder / "model.safetensors").is_file():
-        print("Writing a small random model (its words mean nothing; its KV is real) ...", flush=True)
-        sys.path.insert(0, str(root / "tools"))
-        import json
-
-        from random_checkpoint import make_checkpoint
-
-        config = json.loads((root / "bench" / "models" / "tiny.json").read_text())
-        _ = make_checkpoint(config, folder)
-    return folder
+@tool
+def add(a: int, b: int) -> int:
+    """Add two numbers."""
+    return a + b
 
 
-async def main() -> None:
-    folder = model_folder()
-    lines: list[Line] = []
-    print(f"Starting an engine process for {folder.name} ...", flush=True)
-    started = time.perf_counter()
-    async with Session(folder, system="You are a brief and friendly assistant.") as s:
-        print(f"  ready after {time.perf_counter() - started:.1f} s: {s!r}", flush=True)
+def show(event: events.AnyEvent) -> None:
+    """What the agent does between question and answer."""
+    match event:
+        case events.ToolCallReady(call=call):
+            print(f"    calls {call.name}({short(call.arguments)})")
+        case events.Paused(lease=lease):
+            print(f"    pauses; {lease.residence.device} tokens are kept under a {lease.keep} lease")
+        case events.ToolFinished(call=call, content=content, seconds=seconds):
+            print(f"    {call.name} took {seconds:.2f} s: {short(content)}")
+        case events.Resumed(device=device, recomputed=recomputed):
+            print(f"    resumes with {device} tokens, {recomputed} recomputed")
+        case _:
+            return
 
-        async def copied() -> int:
-            return (await s.engine.stats()).counts["pages_copied"]
 
-        async def note(what: str, usage: Usage, before: int) -> None:
-            lines.append(Line(what, usage, await copied() - before))
+def short(text: str) -> str:
+    """One line of at most 60 characters."""
+    return textwrap.shorten(text, 60, placeholder=" ...") or "(nothing)"
 
-        before = await copied()
-        print("\nFirst turn, streamed: ", end="", flush=True)
-        async with s.stream("Hello! Who are you?", max_tokens=48) as turn:
-            async for event in turn:
-                if type(event).__name__ == "TextDelta":
-                    print(event.text, end="", flush=True)
-        print()
-        await note("first turn", turn.usage, before)
-        mark = await s.mark("introduced")
 
-        before = await copied()
-        reply = await s.generate("What can you do?", max_tokens=48)
-        print(f"Second turn: {reply.text}")
-        await note("second turn: the first is resumed", reply.usage, before)
-
-        before = await copied()
-        async with s.fork(4) as branches:
-            total = Usage()
-            replies = []
-            for branch in branches:
-                replies.append(await branch.generate("Thanks!", max_tokens=16, temperature=1.0))
-                total = total + replies[-1].usage
-            print(f"Four branches from there: {[answer.text for answer in replies]}")
-            await note("4 forks, one turn each", total, before)
-            best = max(range(4), key=lambda index: len(replies[index].text))
-            await s.adopt(branches[best])
-            print(f"Adopted branch {best}: {s!r}")
-
+async def tools(engine: Engine) -> None:
+    """A tool loop, then the same session taken back to before its second question."""
+    async with engine.session(tools=[get_weather, add]) as s:
+        for index, ask in enumerate(("What is the weather in Oslo?", "What is 17 plus 25?")):
+            print(f"\n> {ask}")
+            if index == 1:
+                mark = await s.mark("after the weather")
+            result = await s.run(ask, max_tokens=96, max_turns=3, on_event=show)
+            print(f"< {short(result.text)}")
+            LINES.append((ask, result.usage))
         await s.rewind(mark)
-        print(f"Rewound to {mark}: {s!r}")
-        before = await copied()
-        reply = await s.generate("Goodbye.", max_tokens=16)
-        await note("a turn after rewinding", reply.usage, before)
+        ask = "What is the weather in Lima?"
+        print(f"\nTaken back to '{mark.name}' ({mark.tokens} tokens).\n> {ask}")
+        result = await s.run(ask, max_tokens=96, max_turns=3, on_event=show)
+        print(f"< {short(result.text)}")
+        LINES.append((f"{ask} (after rewinding)", result.usage))
 
-    print(f"\n{'':36}{'computed':>10}{'resumed':>10}{'recomputed':>12}{'drawn':>8}{'pages copied':>14}")
-    for line in lines:
-        usage = line.usage
-        print(f"{line.what:36}{usage.new - usage.shared:>10}{usage.resumed:>10}{usage.recomputed:>12}"
-              f"{usage.drawn:>8}{line.pages_copied:>14}")
-    print("\nA fork copies at most the one page it goes on writing; what was computed once is never computed again.")
+
+def reaches(node: Node) -> float:
+    """1 for a branch whose last step gives the target: a cheap check is enough to pick a winner."""
+    return float(node.whole.strip().endswith(f"={TARGET}"))
+
+
+async def branches(engine: Engine) -> None:
+    """One puzzle, eight forks; the first that solves it becomes the session, the others are closed at once."""
+    async with engine.session(seed=3) as s:
+        print(f"\n> {PUZZLE}")
+        greedy = await s.generate(PUZZLE, max_tokens=48)
+        print(f"< {short(greedy.text)}  (one greedy try)")
+    async with engine.session(seed=3) as s:
+        found = await best_of_n(s, PUZZLE, n=8, score=reaches, solved_at=1.0, max_tokens=48)
+        print(f"< {short(found.text)}  (best of {found.cost.branches} branches, {found.ended})")
+        print(f"  {found.cost.tokens} tokens computed; {found.cost.tokens_without_fork} without fork, "
+              f"{found.cost.ratio:.1f} times as many")
+        LINES.append((f"{PUZZLE} (the winner)", s.usage))
+
+
+async def main(model: str | Engine | None = None) -> list[tuple[str, Usage]]:
+    """Returns what each step cost."""
+    LINES.clear()
+    started = time.perf_counter()
+    async with (model if isinstance(model, Engine) else Engine(model)) as engine:
+        print(f"Engine ready after {time.perf_counter() - started:.1f} s.")
+        await tools(engine)
+        await branches(engine)
+    print(f"\n{'':48}{'computed':>10}{'resumed':>9}{'recomputed':>12}{'drawn':>7}")
+    for what, usage in LINES:
+        print(f"{what:48}{usage.new - usage.shared:>10}{usage.resumed:>9}{usage.recomputed:>12}{usage.drawn:>7}")
+    print("What was computed once is resumed, forked or rewound to; it is not computed again.")
+    return LINES
 
 
 if __name__ == "__main__":
-    anyio.run(main)
+    _ = anyio.run(main, *sys.argv[1:2])

@@ -1,0 +1,114 @@
+"""What an agent costs beside its model and its tools: eight agents with slow tools at once on the shipped model.
+
+    python bench/agents.py [--model FOLDER] [--agents 8] [--rounds 4]
+
+Each agent asks for two tools per request, which sleep for different times, and reads their results. A turn's overhead
+is its time on the clock less what the engine reports for it (queue, prefill, decode) and less the slowest of its tools:
+rendering, tokenising, grammars, the link, parsing, checking arguments, the event loop. `leaks` counts what the engine
+still owns when every session is closed. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "kernels")]
+
+import anyio  # noqa: E402
+
+from agentspeed import Engine, tool  # noqa: E402
+
+MUST_MS = 5.0
+CITIES = ("Oslo", "Lima", "Rome", "Cairo", "Paris", "Delhi", "Quito", "Seoul")
+AT_REST = ("branches", "sessions", "pages_tail", "pages_firm", "waiting_turns", "steps_in_flight")
+"""Counts of the engine that are 0 when nobody holds anything."""
+
+
+@tool
+async def get_weather(city: str) -> dict[str, int | str]:
+    """Get the weather for a city."""
+    await anyio.sleep(0.2)
+    return {"sky": "clear", "temp": len(city)}
+
+
+@tool
+async def get_time(city: str) -> str:
+    """Current time in a city."""
+    await anyio.sleep(0.1)
+    return f"{len(city)} o'clock"
+
+
+@dataclass(frozen=True)
+class Round:
+    """One request of one agent."""
+
+    turns: int
+    calls: int
+    seconds: float
+    model_seconds: float
+    tool_seconds: float
+
+    @property
+    def overhead_seconds(self) -> float:
+        return self.seconds - self.model_seconds - self.tool_seconds
+
+
+async def agent(engine: Engine, number: int, rounds: int, done: list[Round]) -> None:
+    async with engine.session(tools=[get_weather, get_time]) as s:
+        for index in range(rounds):
+            city, other = CITIES[(number + index) % 8], CITIES[(number + 3 * index + 1) % 8]
+            started = time.perf_counter()
+            result = await s.run(f"What is the weather in {city} and what time is it in {other}?", max_tokens=96,
+                                 max_turns=3)
+            seconds = time.perf_counter() - started
+            usage = result.usage
+            done.append(Round(
+                turns=usage.turns, calls=usage.pauses, seconds=seconds, tool_seconds=usage.pause_seconds,
+                model_seconds=usage.queue_seconds + usage.prefill_seconds + usage.decode_seconds))
+
+
+async def measure(model: Path | None, agents: int, rounds: int) -> dict[str, object]:
+    done: list[Round] = []
+    async with Engine(model) as engine:
+        async with engine.session() as first:  # loads and warms what the first session of a process pays for
+            _ = await first.generate("Hello", max_tokens=4)
+        started = time.perf_counter()
+        async with anyio.create_task_group() as group:
+            for number in range(agents):
+                _ = group.start_soon(agent, engine, number, rounds, done)
+        seconds = time.perf_counter() - started
+        left = (await engine.stats()).counts
+        leaks = {name: left[name] for name in AT_REST if left[name]}
+        if lost := left["pages_total"] - left["pages_free"] - left["pages_nodes"]:
+            leaks["pages"] = lost
+    turns = sum(one.turns for one in done)
+    overhead = sum(one.overhead_seconds for one in done) / turns
+    return {
+        "overhead_ms_per_turn": round(1000 * overhead, 3), "leaks": sum(leaks.values()), "leaked": leaks,
+        "agents": agents, "turns": turns, "pauses": sum(one.calls for one in done), "seconds": round(seconds, 2),
+        "tool_seconds": round(sum(one.tool_seconds for one in done), 2),
+        "model_seconds": round(sum(one.model_seconds for one in done), 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Overhead per turn of agents with slow tools, and what they leak.")
+    _ = parser.add_argument("--model", type=Path, default=None, help="a model folder instead of the shipped model")
+    _ = parser.add_argument("--agents", type=int, default=8)
+    _ = parser.add_argument("--rounds", type=int, default=4, help="requests of each agent")
+    options = parser.parse_args()
+    figures = anyio.run(measure, options.model, options.agents, options.rounds)
+    met = float(str(figures["overhead_ms_per_turn"])) <= MUST_MS and figures["leaks"] == 0
+    print(json.dumps({"bench": "agents", **figures, "met": met}))
+
+
+if __name__ == "__main__":
+    main()

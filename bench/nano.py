@@ -1,0 +1,212 @@
+"""What the shipped model can do, on held-out tasks, through the public SDK; and what branching buys it.
+
+    python bench/nano.py [--model FOLDER] [--count 200] [--tries 16]
+
+Held-out tasks come from other seeds, words, tools and surface forms than training. Greedy unless said otherwise.
+
+    tool_call_exact       every call of a request has the right tool and exactly the right arguments
+    tool_answer_exact     ... and the answer made of the tools' results is exactly right
+    refuse_exact          says that no tool fits, and calls none
+    json_valid            replies under output=<schema> that are whole JSON of that schema
+    json_exact            ... with exactly the values of the request
+    puzzle_greedy         puzzles solved by one greedy try
+    puzzle_search         puzzles solved by best_of_n with at most --tries branches
+    search_tokens_ratio   tokens the same searches compute without fork, divided by those with it
+
+The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "kernels"), str(ROOT / "tools")]
+
+import anyio  # noqa: E402
+from nano_tasks import NO_TOOL, Task, check_answer, check_calls, check_json, check_puzzle, held_out  # noqa: E402
+
+from agentspeed import Engine, Schema  # noqa: E402
+from agentspeed.errors import OutputError  # noqa: E402
+from agentspeed.messages import ToolMessage  # noqa: E402
+from agentspeed.search import Found, best_of_n  # noqa: E402
+from agentspeed.tools import Bounds, Tool, declared_tool  # noqa: E402
+
+MUST = {"tool_call_exact": 0.95, "tool_answer_exact": 0.9, "json_valid": 1.0, "search_tokens_ratio": 2.0}
+GREEDY_BAND = (0.2, 0.5)
+SEARCH_GAIN = 1.5
+AT_ONCE = 16
+SHORT = Bounds(string_chars=40)
+"""Short enough that any reply, however bad, ends inside the context."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Shares of tasks, from 0 to 1, and one ratio of tokens."""
+
+    tool_call_exact: float
+    tool_answer_exact: float
+    refuse_exact: float
+    json_valid: float
+    json_exact: float
+    puzzle_greedy: float
+    puzzle_search: float
+    search_tokens_ratio: float
+    tasks: int
+    tries: int
+    seconds: float
+
+    def met(self) -> dict[str, bool]:
+        """Each figure that must be reached, and whether it is."""
+        met = {name: getattr(self, name) >= least for name, least in MUST.items()}
+        met["puzzle_greedy"] = GREEDY_BAND[0] <= self.puzzle_greedy <= GREEDY_BAND[1]
+        met["puzzle_search"] = self.puzzle_search >= SEARCH_GAIN * self.puzzle_greedy
+        return met
+
+
+def offered(task: Task) -> list[Tool]:
+    """The task's tools; their results are in the task, so nothing is ever run."""
+    return [declared_tool(definition, lambda **_: "") for definition in task.tools]
+
+
+def system_of(task: Task) -> str | None:
+    first = task.messages[0]
+    return str(first["content"]) if first["role"] == "system" else None
+
+
+def asked(task: Task) -> str:
+    return next(str(message["content"]) for message in task.messages if message["role"] == "user")
+
+
+async def each(tasks: Sequence[Task], one: Callable[[Task], Awaitable[Any]], at_once: int) -> list[Any]:
+    """`one` of every task, so many at once."""
+    results: list[Any] = [None] * len(tasks)
+    limiter = anyio.CapacityLimiter(at_once)
+
+    async def run(index: int) -> None:
+        async with limiter:
+            results[index] = await one(tasks[index])
+
+    async with anyio.create_task_group() as group:
+        for index in range(len(tasks)):
+            _ = group.start_soon(run, index)
+    return results
+
+
+async def tool_task(engine: Engine, task: Task) -> tuple[bool, bool]:
+    """Whether the calls are exact, and whether the answer is too."""
+    async with engine.session(system=system_of(task), tools=offered(task)) as s:
+        reply = await s.generate(asked(task), max_tokens=256)
+        calls = [{"name": call.name, "arguments": json.loads(call.arguments)} for call in reply.tool_calls]
+        if not calls or reply.text or not check_calls(calls, task):
+            return False, False
+        said = [str(message["content"]) for message in task.messages if message["role"] == "tool"]
+        results = [ToolMessage(call_id=call.id, name=call.name, text=text)
+                   for call, text in zip(reply.tool_calls, said, strict=True)]
+        answer = await s.generate(results, max_tokens=256)
+        return True, check_answer(answer.text, task)
+
+
+async def refusal(engine: Engine, task: Task) -> bool:
+    async with engine.session(system=system_of(task), tools=offered(task)) as s:
+        reply = await s.generate(asked(task), max_tokens=256)
+        return not reply.tool_calls and reply.text.strip() == NO_TOOL
+
+
+async def json_task(engine: Engine, task: Task) -> tuple[bool, bool]:
+    """Whether the reply is whole JSON of the schema, and whether its values are right."""
+    told = system_of(task) or asked(task)
+    schema = json.loads(told[told.index('{"properties"') :])
+    async with engine.session(system=system_of(task)) as s:
+        try:
+            reply = await s.generate(asked(task), output=Schema.json(schema, bounds=SHORT))
+        except OutputError:
+            return False, False
+    return fits(reply.output, schema), check_json(reply.text, task)
+
+
+def fits(value: Any, schema: dict[str, Any]) -> bool:
+    """Whether a value has exactly the schema's keys and types: checked without the grammar that made it."""
+    kinds: dict[str, tuple[type, ...]] = {
+        "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,),
+    }
+    if not isinstance(value, dict) or set(value) != set(schema["properties"]):
+        return False
+    return all(
+        isinstance(value[key], kinds[shape["type"]]) and (shape["type"] == "boolean") == isinstance(value[key], bool)
+        for key, shape in schema["properties"].items()
+    )
+
+
+def solves(text: str, task: Task) -> bool:
+    assert task.puzzle is not None
+    return bool(check_puzzle(text, task.puzzle.numbers, task.puzzle.target))
+
+
+async def greedy(engine: Engine, task: Task) -> bool:
+    async with engine.session() as s:
+        return solves((await s.generate(asked(task), max_tokens=64)).text, task)
+
+
+async def search(engine: Engine, task: Task, tries: int) -> Found:
+    async with engine.session(seed=0) as s:
+        return await best_of_n(
+            s, asked(task), n=tries, score=lambda node: float(solves(node.whole, task)), temperature=1.0,
+            solved_at=1.0, max_tokens=64,
+        )
+
+
+def share(hits: Sequence[bool]) -> float:
+    return round(sum(hits) / len(hits), 4)
+
+
+def ratio(found: Sequence[Found]) -> float:
+    return round(sum(one.cost.tokens_without_fork for one in found) / sum(one.cost.tokens for one in found), 3)
+
+
+async def measure(model: Path | None, count: int, tries: int) -> Scores:
+    started = time.perf_counter()
+    async with Engine(model) as engine:
+        tools = await each(held_out("tool", count), lambda task: tool_task(engine, task), AT_ONCE)
+        print(f"tools: {share([calls for calls, _ in tools])} calls, {share([both for _, both in tools])} answers",
+              flush=True)
+        refused = await each(held_out("refuse", count), lambda task: refusal(engine, task), AT_ONCE)
+        shaped = await each(held_out("json", count), lambda task: json_task(engine, task), AT_ONCE)
+        print(f"refusals: {share(refused)}, json: {share([ok for ok, _ in shaped])} valid, "
+              f"{share([ok for _, ok in shaped])} exact", flush=True)
+        puzzles = held_out("puzzle", count)
+        once = await each(puzzles, lambda task: greedy(engine, task), AT_ONCE)
+        found = await each(puzzles, lambda task: search(engine, task, tries), 4)
+        print(f"puzzles: {share(once)} greedy, {share([one.score == 1.0 for one in found])} searched", flush=True)
+    return Scores(
+        tool_call_exact=share([calls for calls, _ in tools]), tool_answer_exact=share([both for _, both in tools]),
+        refuse_exact=share(refused), json_valid=share([ok for ok, _ in shaped]),
+        json_exact=share([ok for _, ok in shaped]), puzzle_greedy=share(once),
+        puzzle_search=share([one.score == 1.0 for one in found]), search_tokens_ratio=ratio(found),
+        tasks=count, tries=tries, seconds=round(time.perf_counter() - started, 1),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Held-out scores of the shipped model through the public SDK.")
+    _ = parser.add_argument("--model", type=Path, default=None, help="a model folder instead of the shipped model")
+    _ = parser.add_argument("--count", type=int, default=200, help="tasks of each kind")
+    _ = parser.add_argument("--tries", type=int, default=16, help="branches a puzzle search may use")
+    options = parser.parse_args()
+    scores = anyio.run(measure, options.model, options.count, options.tries)
+    for name, ok in scores.met().items():
+        print(f"{'ok  ' if ok else 'MISS'} {name} {getattr(scores, name)}")
+    print(json.dumps({"bench": "nano", **asdict(scores), "met": all(scores.met().values())}))
+
+
+if __name__ == "__main__":
+    main()

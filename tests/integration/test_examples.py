@@ -1,0 +1,139 @@
+"""Each example does what it says: with a scripted model below it, and as one line with the shipped model."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from agentspeed.testing import ScriptedEngine, Turn, tool_call
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples" / "agents"
+
+
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def results(turn: Turn) -> list[str]:
+    """The tool results in the log, in order."""
+    return re.findall(r"<\|tool\|>(.*?)<\|end\|>", turn.log, re.DOTALL)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_parallel_tools_pauses_once_and_reads_results_in_call_order(capsys: pytest.CaptureFixture[str]) -> None:
+    def model(turn: Turn) -> str:
+        if not (found := results(turn)):
+            return tool_call("get_weather", city="Oslo") + tool_call("get_time", city="Lima")
+        return " | ".join(found)
+
+    async with ScriptedEngine(model) as engine:
+        answer = await example("parallel_tools").main(engine.engine)
+    assert answer == '{"sky":"clear","temp":21} | error: get_time: LookupError: no clock in Lima'
+    shown = capsys.readouterr().out
+    assert shown.index("get_time after 0.0") < shown.index("get_weather after 0.5")
+    assert shown.count("paused:") == 1
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_quickstart_pauses_rewinds_branches_and_tells_what_it_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    script = [
+        tool_call("get_weather", city="Oslo"), "21 and clear.", tool_call("add", a=17, b=25), "42.",
+        tool_call("get_weather", city="Lima"), "28 and clear.", "2+5=7", *["2*5=10,10+4=14"] * 8,
+    ]
+    async with ScriptedEngine(script) as engine:
+        costs = await example("quickstart").main(engine.engine)
+        assert engine.live_branches == 0
+    shown = capsys.readouterr().out
+    assert [line for line in shown.splitlines() if line.startswith("<")] == [
+        "< 21 and clear.", "< 42.", "< 28 and clear.", "< 2+5=7  (one greedy try)",
+        "< 2*5=10,10+4=14  (best of 8 branches, solved)",
+    ]
+    assert all(usage.recomputed == 0 for _, usage in costs)
+    assert costs[2][1].resumed >= costs[0][1].resumed
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_puzzles_are_solved_by_the_branch_that_scores(capsys: pytest.CaptureFixture[str]) -> None:
+    def model(turn: Turn) -> str:
+        numbers = re.findall(r"\d+", turn.log.rsplit("from", 1)[-1])
+        one, two, three = (int(number) for number in numbers[:3])
+        if turn.turn % 5:
+            return "1+1=3"
+        signs = {"+": one + two, "*": one * two}
+        target = int(re.findall(r"Reach (\d+)", turn.log)[-1])
+        for sign, value in signs.items():
+            for second, end in (("+", value + three), ("-", value - three), ("*", value * three)):
+                if end == target:
+                    return f"{one}{sign}{two}={value},{value}{second}{three}={end}"
+        return "0"
+
+    async with ScriptedEngine(model) as engine:
+        greedy, searched = await example("puzzles").main(engine.engine, 6)
+    assert searched == 6
+    assert greedy < 6
+    assert "without" in capsys.readouterr().out
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_rewind_leaves_no_trace_of_a_failed_attempt(capsys: pytest.CaptureFixture[str]) -> None:
+    async with ScriptedEngine(["3+5=8,8+7=15", "5*7=35,35+3=38", "5+7=12,12*3=36"]) as engine:
+        attempts = await example("rewind").main(engine.engine)
+        assert engine.live_branches == 0
+    assert attempts == 3
+    assert "has 2 messages and no trace of the 2 failures" in capsys.readouterr().out
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
+async def test_sixteen_agents_with_an_agent_inside_each_all_end_and_nothing_leaks(anyio_backend: str) -> None:
+    def model(turn: Turn) -> str:
+        if found := results(turn):
+            return found[-1]
+        city = re.findall(r"(?:for|in) (\w+)[.?]", turn.log)[-1]
+        if "Search the web for" in turn.log:
+            return tool_call("search", query=city)
+        return tool_call("get_weather", city=city)
+
+    subagents = example("subagents")
+    async with ScriptedEngine(model) as engine:
+        answers = await subagents.main(engine.engine)
+        assert engine.live_branches == 0
+    assert answers == [f"{len(city) + 10} degrees" for city in subagents.CITIES]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["trio"])
+async def test_the_same_agent_runs_under_trio(anyio_backend: str, capsys: pytest.CaptureFixture[str]) -> None:
+    async with ScriptedEngine([tool_call("add", a=17, b=25), "42"]) as engine:
+        assert await example("under_trio").main(engine.engine) == "42"
+    assert "running on trio" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
+def test_every_example_is_one_line_to_run_and_takes_seconds(name: str) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(
+        str(ROOT / part) for part in (".", "engine", "kernels"))}
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", str(EXAMPLES / f"{name}.py")], env=environment, cwd=ROOT, timeout=100,
+        capture_output=True, text=True, check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert len(ran.stdout.splitlines()) >= 2
+    assert max(map(len, ran.stdout.splitlines())) <= 100
