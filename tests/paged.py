@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
 from agentspeed_engine.models.inputs import FlatBatch, Run
 
 CONFIG: dict[str, Any] = {

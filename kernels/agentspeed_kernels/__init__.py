@@ -1,1 +1,1 @@
-"""Kernels behind pure selection: each op has one definition, any number of implementations, and a row in the conformance suite."""
+"""Kernels behind pure selection: each op has one definition and any number of implementations that conform to it."""

@@ -97,7 +97,7 @@ OPS: dict[str, Op] = {
         ),
         Op(
             name="mla_extend",
-            call="q[T,H,nope+rope], pool, key_up[H,R,nope], value_up[H,value,R], tiles, scale, workspace, out[T,H,value]",
+            call="q[T,H,nope+rope], pool, key_up[H,R,nope], value_up[H,value,R], tiles, scale, workspace, out",
             cost=_mla_extend,
         ),
         Op(name="route", call="x[T,D], weight[E,D], bias[E]|None, rule -> ids[T,top], weights[T,top]", cost=_route),

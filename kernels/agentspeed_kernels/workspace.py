@@ -1,4 +1,4 @@
-"""Named scratch memory that grows once and is then reused: page faults of fresh tensors cost more than small kernels."""
+"""Named scratch memory that grows once and is reused: page faults of fresh tensors cost more than small kernels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @final
 class Workspace:
-    """Not thread-safe: one per worker. A name is one buffer, so a second `take` of a name ends the first view's life."""
+    """Not thread-safe: one per worker. A name is one buffer: a second `take` of a name ends the first view's life."""
 
     __slots__ = ("_buffers",)
 

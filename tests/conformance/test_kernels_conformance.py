@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from agentspeed_kernels import conformance
 from agentspeed_kernels.ops import OPS
 from agentspeed_kernels.platform import detect

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from agentspeed_engine.models.catalog import load
 
+from agentspeed_engine.models.catalog import load
 from tests.paged import CONFIG, Trail, batch
 from tools.random_checkpoint import make_checkpoint
 

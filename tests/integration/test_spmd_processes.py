@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from agentspeed_engine.models.catalog import load
 
+from agentspeed_engine.models.catalog import load
 from tests.paged import CONFIG, Trail, batch
 from tools.random_checkpoint import make_checkpoint
 
@@ -37,7 +37,8 @@ from agentspeed_kernels.registry import standard
 from agentspeed_kernels.select import Kernels
 from agentspeed_kernels.workspace import Workspace
 from tests.paged import Trail, batch
-index, out, mesh, shares = int(sys.argv[1]), Path(sys.argv[2]), Mesh(dp=int(sys.argv[3]), tp=int(sys.argv[4])), {shares!r}
+index, out, shares = int(sys.argv[1]), Path(sys.argv[2]), {shares!r}
+mesh = Mesh(dp=int(sys.argv[3]), tp=int(sys.argv[4]))
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{{out}}/meet", rank=index, world_size=mesh.size)
 rank, kind = mesh.rank(index), torch.float64

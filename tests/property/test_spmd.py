@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
 from agentspeed_engine.spmd.logical import distribute, run_logical
 from agentspeed_engine.spmd.lower import lower, run
 from agentspeed_engine.spmd.placement import FEATURES, TOKENS, Layout, Mesh, Partial, Rank, Replicate, Shard
 from agentspeed_engine.spmd.plan import plan
 from agentspeed_engine.spmd.spec import EVERYWHERE, Boundary
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
 
 WIDTH = 12
 R, P = Replicate(), Partial()
@@ -46,7 +47,7 @@ Kind = str
 
 
 def build(kinds: Sequence[Kind], dp_tokens: bool, rank: Rank, seed: int) -> list[Any]:
-    """One rank's modules. `rows`: S(features)@tp -> P. `columns`: R -> S(features)@tp. `add`: residual. `wide`: P over both."""
+    """One rank's modules: rows S(features)@tp -> P, columns R -> S(features)@tp, wide R -> P over both."""
     noise = torch.Generator().manual_seed(seed)
     dp = Shard(TOKENS) if dp_tokens else R
     modules: list[Any] = []

@@ -6,9 +6,10 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
-from agentspeed_kernels.tiles import Align, Int32s, Int64s, TilePlan, plan_tiles
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from agentspeed_kernels.tiles import Align, Int32s, Int64s, TilePlan, plan_tiles
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 
 import pytest
+
 from agentspeed_kernels.cpu import native
 from agentspeed_kernels.ops import OPS
 from agentspeed_kernels.platform import Platform, detect

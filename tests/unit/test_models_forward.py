@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from agentspeed_engine.models.catalog import load
 from agentspeed_engine.models.loaded import LoadedModel
-
 from tests.paged import CONFIG, Trail, batch
 from tools.random_checkpoint import make_checkpoint
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from agentspeed_engine.errors import EngineFault
-from agentspeed_engine.models.catalog import describe, load
 from safetensors.torch import load_file, save_file
 
+from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.models.catalog import describe, load
 from tests.paged import CONFIG, Trail, batch
 from tools.random_checkpoint import make_checkpoint
 

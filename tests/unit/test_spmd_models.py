@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.models.catalog import load, read_config
 from agentspeed_engine.models.checkpoint import Checkpoint
@@ -23,7 +24,6 @@ from agentspeed_kernels.platform import detect
 from agentspeed_kernels.registry import standard
 from agentspeed_kernels.select import Kernels
 from agentspeed_kernels.workspace import Workspace
-
 from tests.paged import CONFIG, Trail, batch
 from tools.random_checkpoint import make_checkpoint
 

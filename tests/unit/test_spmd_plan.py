@@ -7,6 +7,7 @@ import sys
 from itertools import product
 
 import pytest
+
 from agentspeed_engine.spmd.placement import FEATURES, TOKENS, Layout, Mesh, Partial, Placement, Replicate, Shard
 from agentspeed_engine.spmd.plan import Call, Collective, PlanError, plan
 from agentspeed_engine.spmd.spec import EVERYWHERE, Boundary

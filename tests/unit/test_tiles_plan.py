@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from agentspeed_engine.models.inputs import Run
 from agentspeed_kernels.tiles import plan_tiles
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from agentspeed_kernels.tiles import Int64s, TilePlan, plan_tiles
 
 from agentspeed_engine.models.inputs import Run
+from agentspeed_kernels.tiles import Int64s, TilePlan, plan_tiles
 
 EXTEND_FROM = 160
 """From this many new tokens of one branch on, decompressing the context costs less than absorbed attention."""

@@ -1,4 +1,4 @@
-"""Safetensors shards as one checked mapping of names to tensors; what is absent, cut short or misshapen is refused here."""
+"""Safetensors shards as one checked mapping of names to tensors; what is absent, cut short or misshapen is refused."""
 
 from __future__ import annotations
 

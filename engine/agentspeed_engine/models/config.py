@@ -1,4 +1,4 @@
-"""Reads a model folder's config.json strictly: what contradicts itself or is unknown is refused before any weight is read."""
+"""Reads a model folder's config.json strictly: contradictions are refused before any weight is read."""
 
 from __future__ import annotations
 

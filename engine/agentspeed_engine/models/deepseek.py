@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from agentspeed_kernels.routing import RouteRule
-from agentspeed_kernels.select import Kernels
 from torch import Tensor
 
 from agentspeed_engine.errors import EngineFault
@@ -18,6 +16,8 @@ from agentspeed_engine.models.moe import FeedForward, Moe, own_experts
 from agentspeed_engine.models.state import StepState
 from agentspeed_engine.spmd.lower import Module
 from agentspeed_engine.spmd.placement import Mesh, Rank
+from agentspeed_kernels.routing import RouteRule
+from agentspeed_kernels.select import Kernels
 
 Chain = list[Module[StepState]]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import final
 
 import torch
-from agentspeed_kernels.select import Kernels
 from torch import Tensor
 
 from agentspeed_engine.models.state import StepState
 from agentspeed_engine.spmd.placement import FEATURES, TOKENS, Layout, Rank, Shard
 from agentspeed_engine.spmd.spec import TOKEN_SHARD, TOKEN_SHARD_PARTIAL, Boundary
+from agentspeed_kernels.select import Kernels
 
 
 def piece(weight: Tensor, dim: int, index: int, count: int) -> Tensor:

@@ -8,11 +8,6 @@ from typing import final
 
 import numpy as np
 import torch
-from agentspeed_kernels.ops import OPS
-from agentspeed_kernels.platform import detect
-from agentspeed_kernels.registry import standard
-from agentspeed_kernels.select import Kernels
-from agentspeed_kernels.workspace import Workspace
 from torch import Tensor
 
 from agentspeed_engine.models.attention_plan import plan_attention
@@ -27,6 +22,11 @@ from agentspeed_engine.spmd.lower import lower, run
 from agentspeed_engine.spmd.placement import ONE
 from agentspeed_engine.spmd.plan import Plan, plan
 from agentspeed_engine.spmd.spec import EVERYWHERE
+from agentspeed_kernels.ops import OPS
+from agentspeed_kernels.platform import detect
+from agentspeed_kernels.registry import standard
+from agentspeed_kernels.select import Kernels
+from agentspeed_kernels.workspace import Workspace
 
 TORCH_DTYPES: dict[Dtype, torch.dtype] = {
     "float32": torch.float32,

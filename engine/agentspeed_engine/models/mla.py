@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from agentspeed_kernels.select import Kernels
 from torch import Tensor
 
 from agentspeed_engine.models.config import LAYER_NORM_EPS, ModelConfig
@@ -15,6 +14,7 @@ from agentspeed_engine.models.rope import half_order, score_scale
 from agentspeed_engine.models.state import StepState
 from agentspeed_engine.spmd.placement import Rank
 from agentspeed_engine.spmd.spec import TOKEN_SHARD, TOKEN_SHARD_PARTIAL, Boundary
+from agentspeed_kernels.select import Kernels
 
 
 @final

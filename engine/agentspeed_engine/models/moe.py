@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from agentspeed_kernels.routing import RouteRule
-from agentspeed_kernels.select import Kernels
 from torch import Tensor
 
 from agentspeed_engine.models.layers import piece
 from agentspeed_engine.models.state import StepState
 from agentspeed_engine.spmd.placement import Rank
 from agentspeed_engine.spmd.spec import EVERYWHERE, PARTIAL_EVERYWHERE, Boundary
+from agentspeed_kernels.routing import RouteRule
+from agentspeed_kernels.select import Kernels
 
 
 @final

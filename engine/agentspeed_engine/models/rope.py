@@ -13,7 +13,7 @@ from agentspeed_engine.models.config import ModelConfig, Yarn
 
 @final
 class Rope:
-    """Cosines and sines [T, rope / 2]. Frequencies are float32 numbers by definition: trained models have seen no others."""
+    """Cosines and sines [T, rope / 2]. Frequencies are float32 numbers by definition: models are trained so."""
 
     __slots__ = ("_cos", "_dtype", "_sin")
 

@@ -1,4 +1,4 @@
-"""Every tensor a checkpoint of these families must hold, by name, with its shape. Torch-free, so sizing needs no weights."""
+"""Every tensor a checkpoint of these families must hold: names and shapes. Torch-free: sizing needs no weights."""
 
 from __future__ import annotations
 

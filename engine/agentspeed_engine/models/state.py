@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
+from torch import Tensor
+
 from agentspeed_kernels.tiles import TilePlan
 from agentspeed_kernels.workspace import Workspace
-from torch import Tensor
 
 
 @final

@@ -28,6 +28,7 @@ class DistributedComm:
                 # Every rank takes part in making every group, also in those it is not a member of.
                 made = dist.new_group(members)
                 if rank.index in members:
+                    assert isinstance(made, dist.ProcessGroup)
                     self._group[axis] = made
 
     def apply(self, step: Collective, value: Tensor, tokens_per_rank: Sequence[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Turns a plan and its modules into the flat list of callables a step runs. Imports no torch: ranks bring collectives."""
+"""Turns a plan and its modules into the flat list of callables a step runs. No torch here: ranks bring collectives."""
 
 from __future__ import annotations
 

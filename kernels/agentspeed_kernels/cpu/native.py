@@ -31,20 +31,20 @@ FLAGS = (
     "-fopenmp", "-fPIC", "-shared", "-fvisibility=hidden", "-Wno-psabi",
 )  # fmt: skip
 
-P, L, I, F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+P, L, N, F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
-    "linear": (P, L, P, P, P, L, L, L, L, I),
-    "heads_linear": (P, L, L, P, P, L, L, L, L, L, L, I),
-    "experts": (P, P, P, P, P, P, P, P, P, L, L, L, L, L, I),
-    "rms_norm": (P, L, P, F, P, L, L, L, I),
-    "add_rms_norm": (P, P, P, F, P, L, L, I),
-    "rope": (P, L, L, P, P, L, L, L, I),
-    "latent_append": (P, L, P, F, P, P, P, P, L, L, L, I),
-    "route": (P, P, P, P, P, P, P, L, L, L, L, L, L, I, I, I, F),
-    "soften": (P, P, F, P, P, L, L, L, I),
-    "merge": (P, P, P, P, P, P, P, L, L, L, I),
-    "normalise": (P, P, P, P, L, L, L, I),
-    "mla_rows": (P, L, L, P, L, L, L, L, L, P, P, P, P, P, P, P, L, P, P, P, F, P, L, P, P, I),
+    "linear": (P, L, P, P, P, L, L, L, L, N),
+    "heads_linear": (P, L, L, P, P, L, L, L, L, L, L, N),
+    "experts": (P, P, P, P, P, P, P, P, P, L, L, L, L, L, N),
+    "rms_norm": (P, L, P, F, P, L, L, L, N),
+    "add_rms_norm": (P, P, P, F, P, L, L, N),
+    "rope": (P, L, L, P, P, L, L, L, N),
+    "latent_append": (P, L, P, F, P, P, P, P, L, L, L, N),
+    "route": (P, P, P, P, P, P, P, L, L, L, L, L, L, N, N, N, F),
+    "soften": (P, P, F, P, P, L, L, L, N),
+    "merge": (P, P, P, P, P, P, P, L, L, L, N),
+    "normalise": (P, P, P, P, L, L, L, N),
+    "mla_rows": (P, L, L, P, L, L, L, L, L, P, P, P, P, P, P, P, L, P, P, P, F, P, L, P, P, N),
 }
 
 

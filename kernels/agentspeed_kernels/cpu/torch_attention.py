@@ -1,4 +1,4 @@
-"""Attention over paged latents on torch: two matrix products a tile and a log-sum-exp merge that keeps a running result."""
+"""Attention over paged latents on torch: two matrix products a tile and a running log-sum-exp merge."""
 
 from __future__ import annotations
 
