@@ -110,13 +110,20 @@ class Turn(Generic[T]):
             if self._raw:
                 self._take(self._raw.popleft())
                 continue
-            self._wake = anyio.Event()
-            with anyio.move_on_after(self._deadline - anyio.current_time()) as scope:
-                await self._wake.wait()
-            if scope.cancelled_caught and not self._raw:
-                raise errors.TurnTimeout(f"The turn took longer than {self._asked.timeout} s and was cancelled.",
-                                         partial=self.text, remedy="Give it more time or fewer tokens.")
+            await self._more()
         return self._ready.popleft()
+
+    async def _more(self) -> None:
+        """Waits for the engine; with a scope of its own only where there is a deadline, since scopes are not free."""
+        self._wake = anyio.Event()
+        if self._asked.timeout is None:
+            await self._wake.wait()
+            return
+        with anyio.move_on_after(self._deadline - anyio.current_time()) as scope:
+            await self._wake.wait()
+        if scope.cancelled_caught and not self._raw:
+            raise errors.TurnTimeout(f"The turn took longer than {self._asked.timeout} s and was cancelled.",
+                                     partial=self.text, remedy="Give it more time or fewer tokens.")
 
     async def reply(self) -> Reply[T]:
         """Reads to the end. Raises `OutputError` when `output=` was asked for and the text is not that."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import select
+import socket
 import statistics
 import subprocess
 import sys
@@ -21,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "kernels"), str(ROOT / "tools")]
 
 import anyio
+from agentspeed_engine import wire
 from random_checkpoint import make_checkpoint
 
 from agentspeed import Session
@@ -35,28 +38,46 @@ async def client(folder: Path, turns: int, tokens: list[int]) -> None:
             tokens.append(turn.usage.drawn)
 
 
-async def commands(folder: Path, waited: list[int], over: anyio.Event) -> None:
-    async with Session(folder) as session:
-        while not over.is_set():
-            first = (await session.engine.stats()).counts["steps"]
-            waited.append((await session.engine.stats()).counts["steps"] - first)
-            await anyio.sleep(0.01)
+def probe(path: str) -> None:
+    """A front of its own process that only sends commands, one as soon as the last was answered, until stdin ends."""
+    peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    peer.connect(path)
+    buffer = bytearray()
+
+    def ask(command: wire.Command) -> wire.Outgoing:
+        peer.sendall(wire.encode_command(command))
+        while len(buffer) < 4 or len(buffer) < 4 + int.from_bytes(buffer[:4], "little"):
+            buffer.extend(peer.recv(1 << 16))
+        size = 4 + int.from_bytes(buffer[:4], "little")
+        reply = wire.decode_outbox(bytes(buffer[4:size]))[0]
+        del buffer[:size]
+        return reply
+
+    def steps() -> int:
+        reply = ask(wire.GetStats(request=1))
+        assert isinstance(reply, wire.Stats)
+        return reply.counts["steps"]
+
+    _ = ask(wire.Hello(request=1))
+    waited: list[int] = []
+    while not select.select([sys.stdin], [], [], 0.01)[0]:
+        first = steps()
+        waited.append(steps() - first)
+    print(json.dumps(waited))
 
 
-async def measure(folder: Path, sessions: int, turns: int) -> dict[str, float]:
+async def measure(folder: Path, sessions: int, turns: int, path: Path) -> dict[str, float]:
     async with Session(folder):  # the engine is up, tokenizers are loaded
         pass
     tokens: list[int] = []
-    waited: list[int] = []
-    over = anyio.Event()
+    commands = subprocess.Popen([sys.executable, __file__, "--probe", str(path)], text=True,
+                                stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     cpu, wall = time.process_time(), time.perf_counter()
-    async with anyio.create_task_group() as everyone:
-        everyone.start_soon(commands, folder, waited, over)
-        async with anyio.create_task_group() as group:
-            for _ in range(sessions):
-                group.start_soon(client, folder, turns, tokens)
-        over.set()
+    async with anyio.create_task_group() as group:
+        for _ in range(sessions):
+            group.start_soon(client, folder, turns, tokens)
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    waited: list[int] = json.loads(commands.communicate("over\n", timeout=10)[0])
     return {
         "client_us_per_token": round(cpu / sum(tokens) * 1e6, 1),
         "steps_waited_by_commands": statistics.median(waited), "steps_waited_max": max(waited),
@@ -69,12 +90,16 @@ def main() -> None:
     parser.add_argument("--sessions", type=int, default=64)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--backend", default="asyncio", choices=("asyncio", "trio"))
+    parser.add_argument("--probe", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.probe:
+        probe(options.probe)
+        return
     with tempfile.TemporaryDirectory() as scratch:
         folder = make_checkpoint(json.loads((ROOT / "bench/models/tiny.json").read_text()), Path(scratch) / "tiny")
-        socket = Path(scratch) / "engine.sock"
+        socket_path = Path(scratch) / "engine.sock"
         engine = subprocess.Popen(
-            [sys.executable, "-m", "agentspeed_engine.run", "--socket", str(socket),
+            [sys.executable, "-m", "agentspeed_engine.run", "--socket", str(socket_path),
              "--options", json.dumps({"model": "noop:512:2", "pages": 4096, "context_limit": 4096})],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env={**os.environ, "PYTHONPATH": f"{ROOT / 'engine'}:{ROOT / 'kernels'}"})
@@ -82,8 +107,8 @@ def main() -> None:
             assert engine.stdout is not None
             while "ready" not in (line := engine.stdout.readline()):
                 assert line, "the engine did not start"
-            os.environ["AGENTSPEED_ENGINE"] = str(socket)
-            figures = anyio.run(measure, folder, options.sessions, options.turns, backend=options.backend)
+            os.environ["AGENTSPEED_ENGINE"] = str(socket_path)
+            figures = anyio.run(measure, folder, options.sessions, options.turns, socket_path, backend=options.backend)
         finally:
             assert engine.stdin is not None
             engine.stdin.close()
