@@ -257,3 +257,11 @@ def until(what: str, true: Any, seconds: float = 10.0) -> None:
         if time.monotonic() > deadline:
             raise AssertionError(f"still not after {seconds} s: {what}")
         time.sleep(0.01)
+
+
+def alive(pid: int) -> bool:
+    """False for a zombie as well: whoever inherits orphans may be slow to reap them."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

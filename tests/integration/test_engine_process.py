@@ -17,7 +17,7 @@ import pytest
 
 from agentspeed_engine import wire
 from agentspeed_engine.ids import pack_ids
-from tests.engine_client import EngineProcess, Front, LinkClosed, Refused, engine, environment, until
+from tests.engine_client import EngineProcess, Front, LinkClosed, Refused, alive, engine, environment, until
 
 NOOP = {"model": "noop:512:0", "pages": 200, "context_limit": 4096, "check_every_step": True}
 SLOW = NOOP | {"model": "noop:512:2"}
@@ -134,14 +134,6 @@ sys.stdin.read()
         os.kill(pid, 0)
         parent.kill()
     until("the engine is gone", lambda: not alive(pid))
-
-
-def alive(pid: int) -> bool:
-    """False for a zombie as well: whoever inherits orphans may be slow to reap them."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_sigterm_ends_it_cleanly(running: EngineProcess) -> None:
