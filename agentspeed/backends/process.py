@@ -27,6 +27,13 @@ _IDLE_SECONDS = 60.0
 _STOP_SECONDS = 5.0
 ATTACH = "AGENTSPEED_ENGINE"
 """Environment variable: the socket path of a running engine to use instead of starting one."""
+_MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 36),
+    "MALLOC_TOP_PAD_": str(1 << 28),
+}
+"""glibc then keeps large tensors instead of giving their pages back and faulting them in again at every step; it reads
+these once, at process start. What the user's environment says goes first."""
 
 
 @final
@@ -127,7 +134,7 @@ def _environment() -> dict[str, str]:
     for found in (spec, kernels):
         if found is not None and found.submodule_search_locations:
             paths.append(str(Path(next(iter(found.submodule_search_locations))).parent))
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+    return {**_MALLOC, **os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
 
 
 def open_socket(path: Path) -> socket.socket:
