@@ -55,4 +55,4 @@ def show(event: events.AnyEvent) -> None:
 
 
 if __name__ == "__main__":
-    _ = anyio.run(main, *sys.argv[1:2])
+    _ = anyio.run(main, sys.argv[1] if sys.argv[1:] else None)

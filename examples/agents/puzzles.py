@@ -86,4 +86,4 @@ def opened(model: str | Engine | None) -> Engine:
 
 
 if __name__ == "__main__":
-    _ = anyio.run(main, *sys.argv[1:2])
+    _ = anyio.run(main, sys.argv[1] if sys.argv[1:] else None)

@@ -44,4 +44,4 @@ async def main(model: str | Engine | None = None) -> int:
 
 
 if __name__ == "__main__":
-    _ = anyio.run(main, *sys.argv[1:2])
+    _ = anyio.run(main, sys.argv[1] if sys.argv[1:] else None)

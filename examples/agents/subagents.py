@@ -59,4 +59,4 @@ async def main(model: str | Engine | None = None) -> list[str]:
 
 
 if __name__ == "__main__":
-    _ = anyio.run(main, *sys.argv[1:2])
+    _ = anyio.run(main, sys.argv[1] if sys.argv[1:] else None)

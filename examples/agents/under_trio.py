@@ -30,4 +30,4 @@ async def main(model: str | Engine | None = None) -> str:
 
 
 if __name__ == "__main__":
-    _ = anyio.run(main, *sys.argv[1:2], backend="trio")
+    _ = anyio.run(main, sys.argv[1] if sys.argv[1:] else None, backend="trio")
