@@ -42,13 +42,18 @@ _LARGE_CHARS = 8192
 
 @final
 class Mark:
-    """A token position of one session that can be returned to."""
+    """A token position that can be returned to, in the session that made it and in what was forked from it since."""
 
-    __slots__ = ("name", "point")
+    __slots__ = ("_digest", "name", "point")
 
-    def __init__(self, name: str | None, point: Checkpoint) -> None:
+    def __init__(self, name: str | None, mirror: Mirror) -> None:
         self.name = name
-        self.point = point
+        self.point = mirror.checkpoint()
+        self._digest = mirror.digest(self.tokens)
+
+    def fits(self, mirror: Mirror) -> bool:
+        """Whether the log still begins with the ids that it had here."""
+        return self.tokens <= len(mirror) and mirror.digest(self.tokens) == self._digest
 
     @property
     def tokens(self) -> int:
@@ -225,7 +230,7 @@ class Session:
             self._moves += 1
             if prefill and (usage := await self._branch.prefill()) is not None:
                 self.usage = self.usage + dataclasses.replace(usage_of(usage), turns=0)
-        return Mark(None, self._mirror.checkpoint())
+        return Mark(None, self._mirror)
 
     # ---- branches -------------------------------------------------------------------------------------------------
     def fork(self, n: int = 1, *, at: Mark | str | int | None = None) -> Forks:
@@ -261,7 +266,7 @@ class Session:
     async def mark(self, name: str | None = None) -> Mark:
         """Here, to come back to with `rewind`; a name is remembered and travels to forks."""
         self._must_be_idle()
-        mark = Mark(name, self._mirror.checkpoint())
+        mark = Mark(name, self._mirror)
         if name is not None:
             self._mirror.marks[name] = mark.point
         return mark
@@ -278,11 +283,14 @@ class Session:
                 known = ", ".join(self._mirror.marks) or "none"
                 raise errors.MarkNotFound(f"There is no mark {to!r}; the marks are: {known}.")
             return self._mirror.marks[to]
-        tokens = to if isinstance(to, int) else to.tokens
-        if not 0 <= tokens <= len(self._mirror):
-            raise errors.MarkNotFound(f"Position {tokens} is not in a session of {len(self._mirror)} tokens.",
-                                      remedy="It was rewound to before that point.")
-        return self._mirror.at(tokens) if isinstance(to, int) else to.point
+        if isinstance(to, Mark):
+            if not to.fits(self._mirror):
+                raise errors.MarkNotFound(f"{to!r} is not in this session any more.",
+                                          remedy="It was rewound to before the mark; make a new one.")
+            return to.point
+        if not 0 <= to <= len(self._mirror):
+            raise errors.MarkNotFound(f"Position {to} is not in a session of {len(self._mirror)} tokens.")
+        return self._mirror.at(to)
 
     # ---- pauses ---------------------------------------------------------------------------------------------------
     async def expect(self, seconds: float, *, keep: Literal["soft", "firm"] = "soft", tool: str = "") -> Lease:
