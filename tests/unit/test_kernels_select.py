@@ -6,13 +6,16 @@ import logging
 from collections.abc import Iterator
 
 import pytest
+import torch
 
+from agentspeed_kernels import registry
 from agentspeed_kernels.cpu import native
 from agentspeed_kernels.ops import OPS
 from agentspeed_kernels.platform import Platform, detect
 from agentspeed_kernels.registry import Registry, RegistryError, standard
 from agentspeed_kernels.select import Kernels, NoKernel, select
 from agentspeed_kernels.signature import KernelSpec, Need
+from agentspeed_kernels.workspace import Workspace
 
 BARE = Platform(device="cpu", arch="x86_64", features=frozenset(), absent={native.FEATURE: "no C compiler found"})
 FULL = Platform(device="cpu", arch="x86_64", features=frozenset({native.FEATURE}))
@@ -76,6 +79,20 @@ def test_two_kernels_of_equal_rank_are_refused() -> None:
         Registry([spec("a", 0), spec("b", 0)])
 
 
+def test_installed_packages_add_kernels_through_the_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    extra = spec("theirs", 50)
+
+    class Point:
+        def load(self) -> object:
+            return lambda: (extra,)
+
+    def entry_points(group: str) -> tuple[Point, ...]:
+        return (Point(),) if group == "agentspeed.kernels" else ()
+
+    monkeypatch.setattr(registry, "entry_points", entry_points)
+    assert select(Need(op="rope", dtype="float32", rows=1), standard().candidates("rope"), FULL).kernel is extra
+
+
 def test_an_unknown_op_is_refused() -> None:
     with pytest.raises(RegistryError, match="unknown op"):
         Registry([spec("a", 0, op="rpoe")])
@@ -125,3 +142,28 @@ def test_costs_count_the_context_once_whatever_the_number_of_rows() -> None:
     assert eight.flops == 8 * one.flops
     assert eight.bytes < 1.03 * one.bytes
     assert one.limit_seconds(bytes_per_second=one.bytes, flops_per_second=10 * one.flops) == 1.0
+
+
+@pytest.mark.usefixtures("fresh_library")
+def test_the_native_kernels_are_built_once_a_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    first = native.library()
+    if isinstance(first, native.Unavailable):
+        pytest.skip(f"the native kernels cannot be built here: {first.reason}")
+    built = first.path.stat().st_mtime_ns
+    native.library.cache_clear()
+    second = native.library()
+    assert isinstance(second, native.Library)
+    assert (second.path, second.path.stat().st_mtime_ns) == (first.path, built)
+    assert [path.name for path in first.path.parent.iterdir()] == [first.path.name]
+
+
+def test_a_workspace_grows_once_and_keeps_names_apart() -> None:
+    workspace = Workspace()
+    large = workspace.take("a", (4, 8), torch.float32)
+    small = workspace.take("a", (2, 2), torch.float32)
+    other = workspace.take("b", (2, 2), torch.float32)
+    assert small.data_ptr() == large.data_ptr() != other.data_ptr()
+    assert workspace.bytes == 4 * (32 + 4)
