@@ -221,6 +221,12 @@ class EngineProcess:
                 pipe.close()
         return status
 
+    def disconnect(self) -> None:
+        """Closes every link made here."""
+        for link in self.links:
+            link.close()
+        self.links.clear()
+
     def kill(self) -> int:
         self.process.kill()
         return self.wait()
@@ -246,8 +252,7 @@ def engine(folder: Path, **options: Any) -> Iterator[EngineProcess]:
     finally:
         if process.process.returncode is None:
             process.close()
-        for link in process.links:
-            link.close()
+        process.disconnect()
 
 
 def until(what: str, true: Any, seconds: float = 10.0) -> None:

@@ -35,7 +35,6 @@ _MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 36),
     "MALLOC_TOP_PAD_": str(1 << 28),
-    _MALLOC_SWITCH: "tuned",
 }
 REFUSED, BROKEN = 2, 70
 _LONGEST_SOCKET_PATH = 107
@@ -50,8 +49,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main() -> int:
-    if _MALLOC_SWITCH not in os.environ:
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | _MALLOC)
+    # Whoever starts engines may have set these already: then one start is enough.
+    if _MALLOC_SWITCH not in os.environ and any(name not in os.environ for name in _MALLOC):
+        environment = {**_MALLOC, **os.environ, _MALLOC_SWITCH: "tuned"}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
     try:
         arguments = parse_arguments()
         return serve(Path(arguments.socket), read_options(arguments), stay=arguments.stay)
