@@ -10,7 +10,7 @@ import pytest
 from agentspeed import Session
 from agentspeed.errors import OutputError, SessionBusy, TrunkMoved, TurnTimeout
 from agentspeed.messages import Assistant, ToolCall, User
-from agentspeed.testing import ScriptedEngine, Turn, say, tool_call
+from agentspeed.testing import ScriptedEngine, ScriptedText, Turn, say, tool_call
 
 pytestmark = pytest.mark.anyio
 
@@ -108,7 +108,7 @@ async def test_a_slow_turn_can_be_cancelled_and_times_out() -> None:
 
 
 async def test_a_slow_turn_is_busy_and_can_be_forked_alive() -> None:
-    script = [say("one two three four", seconds=0.02), " and more"]
+    script: list[str | ScriptedText] = [say("one two three four", seconds=0.02), " and more"]
     async with ScriptedEngine(script) as engine, engine.session() as s, s.stream("Count.") as turn:
         while not turn.text:
             _ = await anext(turn)
