@@ -10,9 +10,11 @@ from typing import Any, Protocol, final
 import anyio
 import anyio.lowlevel
 import anyio.to_thread
+import msgspec
 
 from agentspeed.backends.link import Link
 from agentspeed.backends.process import EngineSlot, acquire, release
+from agentspeed.errors import ExtraMissing
 
 
 class Opener(Protocol):
@@ -61,3 +63,14 @@ class LocalEngine:
             link.close()
         self._links.clear()
         await anyio.to_thread.run_sync(self._on_close)
+
+
+def engine_defaults() -> dict[str, str]:
+    """Every engine option with its default, as text. Raises `ExtraMissing` without the engine's packages."""
+    try:
+        from agentspeed_engine.run.options import EngineOptions
+    except ModuleNotFoundError as error:
+        raise ExtraMissing(f"The engine needs {error.name}, which is not installed.",
+                           remedy="Install agentspeed[engine].") from error
+    fields = msgspec.structs.fields(EngineOptions)
+    return {field.name: "required" if field.required else repr(field.default) for field in fields}

@@ -1,0 +1,86 @@
+"""The commands and their options; what they do is in the modules beside this one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Annotated
+
+import anyio
+import typer
+
+from agentspeed import errors
+
+EXIT_REFUSED, EXIT_BUG = 2, 70
+app = typer.Typer(
+    name="agentspeed", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Agent sessions on a session-aware inference engine.\n\n"
+         "Examples:  agentspeed chat  ·  agentspeed chat ./model --tools tools.py  ·  agentspeed env",
+)
+Model = Annotated[str | None, typer.Argument(help="A model folder or repository id; nothing: the shipped model.")]
+
+
+def run(call: Callable[[], Awaitable[None]]) -> None:
+    """Runs a command. Exit status: 0 done, 2 refused (your input or the world), 70 a bug of ours, 130 interrupted."""
+    try:
+        anyio.run(call)
+    except errors.InternalError as error:
+        typer.echo(f"{type(error).__name__}: {error}\nThis is a bug of agentspeed.", err=True)
+        raise typer.Exit(EXIT_BUG) from error
+    except errors.AgentspeedError as error:
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        raise typer.Exit(EXIT_REFUSED) from error
+    except KeyboardInterrupt as error:
+        raise typer.Exit(130) from error
+
+
+@app.command()
+def chat(
+    model: Model = None,
+    tools: Annotated[Path | None, typer.Option(help="A Python file; its typed public functions become tools.")] = None,
+    system: Annotated[str | None, typer.Option(help="System text.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one answer.")] = 512,
+) -> None:
+    """Talk to a model; each answer shows what was resumed and computed. Ctrl-C cancels the answer, Ctrl-D ends."""
+    from agentspeed.cli.chatting import Chat
+
+    run(Chat(model, tools=tools, system=system, temperature=temperature, max_tokens=max_tokens).run)
+
+
+@app.command()
+def demo(model: Model = None) -> None:
+    """A session in half a minute: a turn, four forks, an adoption, a rewind, and what each of them cost."""
+    from agentspeed.cli.demonstration import demonstrate
+
+    run(lambda: demonstrate(model))
+
+
+@app.command()
+def env(model: Model = None) -> None:
+    """Versions, the machine, and every engine option with its default."""
+    from agentspeed.cli.environment import describe
+
+    async def show() -> None:
+        typer.echo(describe(model))
+
+    run(show)
+
+
+@app.command()
+def bench(
+    name: Annotated[str | None, typer.Argument(help="Name of a benchmark; nothing: list them.")] = None,
+    options: Annotated[list[str] | None, typer.Argument(help="Passed on to the benchmark.")] = None,
+) -> None:
+    """Run a benchmark of the repository; its last line is JSON."""
+    from agentspeed.cli.benchmarks import names, start
+
+    if name is None:
+        typer.echo("\n".join(names()) or "No benchmarks here: they are in the repository, not in the wheel.")
+        return
+    if name not in names():
+        typer.echo(f"There is no benchmark {name!r}. Known: {', '.join(names()) or 'none outside the repository'}.",
+                   err=True)
+        raise typer.Exit(EXIT_REFUSED)
+    sys.exit(start(name, options or []))

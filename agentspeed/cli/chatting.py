@@ -1,0 +1,107 @@
+"""What `agentspeed chat` does: lines in, streamed answers out, Ctrl-C cancels an answer and keeps the chat."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import final
+
+import anyio
+import anyio.to_thread
+from rich.console import Console
+
+from agentspeed import Session, Usage, errors, events
+
+
+def tools_of(path: Path) -> list[Callable[..., object]]:
+    """The typed public functions a Python file defines itself. Raises `InvalidRequest` when there are none."""
+    if not path.is_file():
+        raise errors.InvalidRequest(f"{path} is not a file.", remedy="Give a Python file with typed functions.")
+    spec = importlib.util.spec_from_file_location("agentspeed_chat_tools", path)
+    if spec is None or spec.loader is None:
+        raise errors.InvalidRequest(f"{path} is not a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    found: list[Callable[..., object]] = [
+        item for name, item in vars(module).items()
+        if inspect.isfunction(item) and item.__module__ == spec.name and not name.startswith("_")
+    ]
+    if not found:
+        raise errors.InvalidRequest(f"{path} defines no public functions.")
+    return found
+
+
+@final
+class Chat:
+    """One chat in a terminal."""
+
+    def __init__(self, model: str | None, *, tools: Path | None, system: str | None, temperature: float,
+                 max_tokens: int) -> None:
+        self._model = model
+        self._tools = tools_of(tools) if tools is not None else []
+        self._system = system
+        self._temperature = temperature
+        self._max_tokens = max_tokens
+        self._console = Console()
+
+    async def run(self) -> None:
+        """Until end of input."""
+        self._console.print("Starting the engine ...", style="dim")
+        async with Session(self._model, system=self._system, tools=self._tools) as session:
+            self._console.print("Ctrl-C cancels an answer, Ctrl-D ends.", style="dim")
+            while (line := await anyio.to_thread.run_sync(_line, abandon_on_cancel=True)) is not None:
+                if line.strip():
+                    await self._answer(session, line)
+
+    async def _answer(self, session: Session, line: str) -> None:
+        async with anyio.create_task_group() as group:
+            _ = group.start_soon(self._cancel_on_interrupt, group.cancel_scope)
+            try:
+                result = await session.run(line, temperature=self._temperature, max_tokens=self._max_tokens,
+                                           on_event=self._show)
+                self._console.print()
+                self._report(result.usage)
+            except errors.RequestError as error:
+                self._console.print(f"\n{error}", style="red", highlight=False)
+            finally:
+                group.cancel_scope.cancel()
+        if self._interrupted:
+            self._interrupted = False
+            self._console.print("\n(cancelled; the chat goes on as if you had not asked)", style="dim")
+
+    _interrupted = False
+
+    async def _cancel_on_interrupt(self, scope: anyio.CancelScope) -> None:
+        with anyio.open_signal_receiver(signal.SIGINT) as signals:
+            async for _ in signals:
+                self._interrupted = True
+                scope.cancel()
+                return
+
+    def _show(self, event: events.AnyEvent) -> None:
+        match event:
+            case events.TextDelta(text=text):
+                self._console.print(text, end="", markup=False, highlight=False)
+            case events.ToolStarted(call=call):
+                self._console.print(f"[{call.name} {call.arguments}]", style="cyan", markup=False, highlight=False)
+            case events.ToolFinished(content=content):
+                self._console.print(f"[= {content}]", style="cyan", markup=False, highlight=False)
+            case _:
+                pass
+
+    def _report(self, usage: Usage) -> None:
+        again = f", {usage.recomputed} again ({usage.why})" if usage.recomputed > 1 else ""
+        self._console.print(f"{usage.resumed} tokens resumed, {usage.new - usage.shared} computed{again}, "
+                            f"{usage.drawn} drawn", style="dim")
+
+
+def _line() -> str | None:
+    try:
+        return input("> ")
+    except EOFError:
+        return None

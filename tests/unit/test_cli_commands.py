@@ -1,0 +1,60 @@
+"""The command line as its user meets it: output, refusals, exit statuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from agentspeed import errors
+from agentspeed.cli.app import EXIT_BUG, EXIT_REFUSED, app, run
+from agentspeed.cli.benchmarks import names
+from agentspeed.cli.chatting import tools_of
+
+RUNNER = CliRunner()
+
+
+def test_help_names_every_command_with_examples() -> None:
+    done = RUNNER.invoke(app, ["--help"])
+    assert done.exit_code == 0
+    for name in ("chat", "demo", "env", "bench"):
+        assert name in done.output
+    assert "agentspeed chat" in done.output
+
+
+def test_env_prints_versions_and_every_option() -> None:
+    done = RUNNER.invoke(app, ["env"])
+    assert done.exit_code == 0, done.output
+    for fact in ("torch", "page_tokens", "prefill_chunk", "cores"):
+        assert fact in done.output
+
+
+def test_bench_lists_its_names_and_refuses_others() -> None:
+    assert {"sched", "fork", "turns"} <= set(names())
+    assert RUNNER.invoke(app, ["bench"]).output.split() == names()
+    assert RUNNER.invoke(app, ["bench", "nothing"]).exit_code == EXIT_REFUSED
+
+
+def test_a_wrong_model_ends_with_a_sentence_and_status_2(tmp_path: Path) -> None:
+    done = RUNNER.invoke(app, ["demo", str(tmp_path)])
+    assert done.exit_code == EXIT_REFUSED
+    assert "tokenizer.json" in done.output
+
+
+def test_our_bug_has_a_status_of_its_own() -> None:
+    async def broken() -> None:
+        raise errors.InternalError("a rule was broken")
+
+    with pytest.raises(Exception) as raised:
+        run(broken)
+    assert getattr(raised.value, "exit_code", None) == EXIT_BUG
+
+
+def test_tools_are_the_public_functions_a_file_defines(tmp_path: Path) -> None:
+    path = tmp_path / "tools.py"
+    _ = path.write_text("from json import dumps\ndef add(a: int) -> int:\n    return a\ndef _no() -> int: ...\n")
+    assert [tool.__name__ for tool in tools_of(path)] == ["add"]
+    _ = path.write_text("x = 1\n")
+    with pytest.raises(errors.InvalidRequest, match="no public functions"):
+        tools_of(path)
