@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeAlias, TypeVar, cast, final
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import PydanticUserError, TypeAdapter, ValidationError
 from pydantic.errors import PydanticInvalidForJsonSchema, PydanticSchemaGenerationError
 
 from agentspeed.errors import OutputError, SchemaUnsupported
@@ -32,9 +32,10 @@ class Schema(Generic[T_co]):
         try:
             self._adapter: TypeAdapter[Any] | None = TypeAdapter(kind)
             raw = strip_titles(cast("Json", self._adapter.json_schema()))
-        except (PydanticSchemaGenerationError, PydanticInvalidForJsonSchema) as error:
+        except (PydanticUserError, PydanticSchemaGenerationError, PydanticInvalidForJsonSchema) as error:
             raise SchemaUnsupported(
-                f"output={kind!r} has no JSON schema.", remedy="Use a pydantic model, a dataclass or a JSON type."
+                f"output={kind!r} has no JSON schema: {str(error).splitlines()[0]}",
+                remedy="Use a pydantic model, a dataclass or a JSON type.",
             ) from error
         self.raw: JsonSchema = cast("JsonSchema", raw)
         self.bounds = bounds

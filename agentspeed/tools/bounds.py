@@ -142,7 +142,9 @@ class _Walk:
     def _string(self, schema: Schema) -> Schema:
         if schema.get("format") in _FIXED_FORMATS and "maxLength" not in schema and "pattern" not in schema:
             return dict(schema)
-        return {**schema, "maxLength": schema.get("maxLength", self.bounds.string_chars)}
+        least = schema.get("minLength", 0)
+        default = max(self.bounds.string_chars, least if isinstance(least, int) else 0)
+        return {**schema, "maxLength": schema.get("maxLength", default)}
 
     def _array(self, schema: Schema, at: str) -> Schema:
         closed = dict(schema)
@@ -211,4 +213,4 @@ def _with_limits(schema: Schema, least: float, most: float) -> Schema:
 
 
 def _refuse(at: str, what: str, remedy: str) -> SchemaUnsupported:
-    return SchemaUnsupported(f"The schema at {at} {what}, so output under it might never end.", remedy=f"{remedy}.")
+    return SchemaUnsupported(f"The schema at {at} {what}, so output under it might never end.", remedy=f"{remedy[0].upper()}{remedy[1:]}.")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import random
-from typing import Any, ClassVar, Literal
+import uuid
+from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, TypeAdapter
 
 from agentspeed.errors import InvalidRequest, OutputError, SchemaUnsupported
 from agentspeed.front.grammar import turn_grammar
@@ -181,6 +183,23 @@ def test_text_cut_short_is_an_output_error_that_keeps_the_text() -> None:
         with pytest.raises(OutputError) as caught:
             _ = spec.decode(text)
         assert caught.value.text == text
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (datetime.datetime, '"2026-01-02T03:04:05Z"'),
+        (uuid.UUID, '"12345678-1234-5678-1234-567812345678"'),
+        (tuple[int, str], '[1,"a"]'),
+        (Annotated[str, Field(min_length=2000)], f'"{"a" * 2000}"'),
+        (dict[str, list[int]], '{"a":[1]}'),
+        (Literal["p", 3], "3"),
+    ],
+)
+def test_everyday_types_have_a_grammar_and_decode(kind: Any, text: str) -> None:
+    spec = Schema(kind)
+    assert accepts(turn_grammar(output=spec), text)
+    assert spec.decode(text) == TypeAdapter(kind).validate_json(text)
 
 
 SMALL = Bounds(string_chars=6, array_items=3, map_entries=2, key_chars=4)
