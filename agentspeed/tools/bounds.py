@@ -213,4 +213,6 @@ def _with_limits(schema: Schema, least: float, most: float) -> Schema:
 
 
 def _refuse(at: str, what: str, remedy: str) -> SchemaUnsupported:
-    return SchemaUnsupported(f"The schema at {at} {what}, so output under it might never end.", remedy=f"{remedy[0].upper()}{remedy[1:]}.")
+    return SchemaUnsupported(
+        f"The schema at {at} {what}, so output under it might never end.", remedy=f"{remedy[0].upper()}{remedy[1:]}."
+    )
