@@ -15,6 +15,7 @@ set AGENTSPEED_MALLOC to anything to run with the environment as it is.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import signal
@@ -101,6 +102,8 @@ def serve(path: Path, options: EngineOptions, *, stay: bool) -> int:
             loop.stop_at_eof(sys.stdin.fileno())
         signal.signal(signal.SIGTERM, lambda *_: loop.stop())
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the front's; it ends us by end of file
+        gc.collect()
+        gc.freeze()  # what is loaded stays: no later collection walks over it in the middle of a step
         _say(ready=str(path), pid=os.getpid())
         try:
             loop.run()

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
 
+from agentspeed_engine.clock import Clock, MonotonicClock
 from agentspeed_engine.ids import TicketId
 from agentspeed_engine.run.model import CopyFailed, Model
 from agentspeed_engine.sched.plan import HostCopy
@@ -27,8 +28,10 @@ class Copied:
 class Copier:
     """One thread, one copy after the other. `report` is called from that thread."""
 
-    def __init__(self, model: Model, report: Callable[[Copied | Exception], None]) -> None:
+    def __init__(self, model: Model, report: Callable[[Copied | Exception], None],
+                 clock: Clock | None = None) -> None:
         self._model = model
+        self._clock = MonotonicClock() if clock is None else clock
         self._report = report
         self._orders: queue.SimpleQueue[HostCopy | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="agentspeed-copies", daemon=True)
@@ -54,6 +57,9 @@ class Copier:
             self._report(done)
 
     def _carry_out(self, copy: HostCopy) -> bool:
+        if self._clock.now() > copy.begin_by:
+            print(f"host copy {copy.ticket} ({copy.direction}) came too late to begin", file=sys.stderr)
+            return False
         try:
             if copy.direction == "save":
                 self._model.save(copy.pages, copy.slots)

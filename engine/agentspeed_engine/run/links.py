@@ -57,19 +57,25 @@ class Link:
         if not data:
             return None
         self._inbox += data
+        return self._frames()
+
+    def _frames(self) -> list[Command]:
+        """Takes the whole frames out of the inbox."""
         commands: list[Command] = []
-        while len(self._inbox) >= _HEADER:
-            size = int.from_bytes(self._inbox[:_HEADER], "little")
+        inbox, at = self._inbox, 0
+        while len(inbox) - at >= _HEADER:
+            start = at + _HEADER
+            size = int.from_bytes(inbox[at:start], "little")
             if size > MAX_FRAME_BYTES:
                 raise BadFrame(f"a frame of {size} bytes; the limit is {MAX_FRAME_BYTES}")
-            if len(self._inbox) < _HEADER + size:
+            if len(inbox) < start + size:
                 break
-            body = bytes(self._inbox[_HEADER : _HEADER + size])
-            del self._inbox[: _HEADER + size]
             try:
-                commands.append(decode_command(body))
+                commands.append(decode_command(bytes(inbox[start : start + size])))
             except msgspec.DecodeError as error:
                 raise BadFrame(str(error)) from error
+            at = start + size
+        del inbox[:at]
         return commands
 
     def put(self, message: Outgoing) -> None:
