@@ -151,7 +151,7 @@ class EngineLoop:
             self._core.check()
         for to, message in out:
             link = self._links.get(to)
-            if link is not None:
+            if link is not None and not link.closing:  # why it is closed is the last thing it hears
                 link.put(message)
 
     def _flush(self) -> None:
