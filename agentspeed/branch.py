@@ -59,6 +59,8 @@ class Branch:
         self.mirror = mirror
         self.residence = Residence(device=0, host=0, lost=len(mirror))
         self.lease: Lease | None = None
+        self.death: errors.AgentspeedError | None = None
+        """What the engine said before it ended, if it said anything."""
         self._link: Connection | None = None
         self._number = 0
         self._born: tuple[Connection, int] | None = None
@@ -128,6 +130,7 @@ class Branch:
     def _heard(self, event: wire.Event | None) -> None:
         """On the event loop, in the engine's order: the mirror first, so that a live fork finds every committed id."""
         if event is None:
+            self.death = None if self._link is None else self._link.why_dead
             self._link = None
             self._born = None
             if self._base is not None:

@@ -466,9 +466,12 @@ class Session:
         finally:
             self._rest(turn)
 
-    def _died(self, turn: Turn[Any]) -> None:
+    def _died(self, turn: Turn[Any]) -> errors.AgentspeedError:
         """The engine went during a turn; the mirror is as it was before it."""
         self._rest(turn)
+        return self._branch.death or errors.EngineDied(
+            "The engine ended during the turn; the session is as it was before it.",
+            remedy="Ask again: the engine is started anew and opens the session's ids.")
 
     def _resumed(self, usage: Usage) -> events.Resumed | None:
         """What the first turn after a pause found."""

@@ -152,9 +152,7 @@ class Turn(Generic[T]):
         match event:
             case None:
                 self._finished = True
-                self._session._died(self)
-                raise errors.EngineDied("The engine ended during the turn; the session is as it was before it.",
-                                        remedy="Ask again: the engine is started anew and opens the session's ids.")
+                raise self._session._died(self)
             case wire.TurnStarted():
                 self.usage = usage_of(event.usage)
                 self._emit(events.TurnStarted(usage=self.usage))

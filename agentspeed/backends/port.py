@@ -12,6 +12,8 @@ from typing import Protocol, TypeAlias
 from agentspeed_engine import wire
 from agentspeed_engine.ids import pack_ids, unpack_ids
 
+from agentspeed.errors import AgentspeedError
+
 __all__ = ["Connection", "Sink", "Then", "pack_ids", "unpack_ids", "wire"]
 
 Sink: TypeAlias = Callable[[wire.Event | None], None]
@@ -27,6 +29,10 @@ class Connection(Protocol):
     @property
     def alive(self) -> bool:
         """False once the engine is gone; a new connection must be made."""
+
+    @property
+    def why_dead(self) -> AgentspeedError | None:
+        """The engine's last words, if it had any."""
 
     @property
     def welcome(self) -> wire.Welcome:
