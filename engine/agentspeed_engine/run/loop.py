@@ -42,8 +42,8 @@ class EngineLoop:
         """`check`: run the ledger after every event."""
         self._core = Core(built.core)
         self._worker = Worker(built.model, built.vocabulary)
-        self._copier = Copier(built.model, self._report, self._clock)
         self._clock: Clock = clock if clock is not None else MonotonicClock()
+        self._copier = Copier(built.model, self._report, self._clock)
         self._check = check
         self._outbox_bytes = outbox_bytes
         self._selector = selectors.DefaultSelector()
