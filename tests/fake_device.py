@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from agentspeed_engine.ids import PageId
-from agentspeed_engine.sched.plan import Drawn, Row, StepPlan, StepResult
+from agentspeed_engine.ids import PageId, SlotId
+from agentspeed_engine.sched.plan import Drawn, HostCopy, Row, StepPlan, StepResult
 
 
 class WrongRow(AssertionError):
@@ -24,6 +24,7 @@ class FakeDevice:
         self.vocab_size = vocab_size
         self.pages: dict[PageId, list[tuple[int, ...]]] = {}
         """Each row as the ids it depends on."""
+        self.slots: dict[SlotId, list[tuple[int, ...]]] = {}
         self.tokens_computed = 0
 
     def execute(self, plan: StepPlan, logs: dict[int, Sequence[int]]) -> StepResult:
@@ -40,6 +41,14 @@ class FakeDevice:
                 token = next_token(log[: row.position + len(row.ids)], self.vocab_size)
                 drawn.append(Drawn(row.branch, row.epoch, token))
         return StepResult(plan.seq, tuple(drawn))
+
+    def copy(self, order: HostCopy) -> None:
+        """Carries out one ticket."""
+        for page, slot in zip(order.pages, order.slots, strict=True):
+            if order.direction == "save":
+                self.slots[slot] = list(self.pages[page])
+            else:
+                self.pages[page] = list(self.slots[slot])
 
     def _check_ids(self, row: Row, log: tuple[int, ...]) -> None:
         if tuple(row.ids) != log[row.position : row.position + len(row.ids)]:

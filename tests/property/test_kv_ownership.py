@@ -10,7 +10,7 @@ from agentspeed_engine import wire
 from agentspeed_engine.ids import LinkId, pack_ids, pages_for, unpack_ids
 from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.sched.core import Core
-from agentspeed_engine.sched.plan import StepResult
+from agentspeed_engine.sched.plan import HostCopy, StepResult
 from agentspeed_engine.sched.world import Out
 from tests.fake_device import FakeDevice
 
@@ -22,16 +22,18 @@ class Ownership(RuleBasedStateMachine):
     """The engine's core between a user who does anything at any time and a device that checks every row."""
 
     @initialize(page=st.sampled_from([2, 3, 4]), limit=st.sampled_from([12, 20]), spare=st.integers(0, 6),
-                chunk=st.sampled_from([3, 8]), depth=st.integers(0, 1))
-    def start(self, page: int, limit: int, spare: int, chunk: int, depth: int) -> None:
+                chunk=st.sampled_from([3, 8]), depth=st.integers(0, 1), slots=st.sampled_from([0, 2, 5, 40]),
+                policy=st.sampled_from(["next_use", "lru", "ttl", "min_waste"]))
+    def start(self, page: int, limit: int, spare: int, chunk: int, depth: int, slots: int, policy: str) -> None:
         self.core = Core(CoreConfig(
             pages=pages_for(limit, page) + 1 + spare, firm_pages=min(1, spare), context_limit=limit,
             vocab_size=VOCABULARY, page_tokens=page, prefill_chunk=chunk, extend_tokens=2, max_branches=6,
-            max_sessions=4, depth=depth))
+            max_sessions=4, depth=depth, host_slots=slots, policy=policy))
         self.device = FakeDevice(page, VOCABULARY)
         self.logs: dict[int, list[int]] = {}
         self.running: set[int] = set()
         self.flights: list[StepResult] = []
+        self.orders: list[HostCopy] = []
         self.now = 0.0
         self.request = 0
         self.asked: dict[int, wire.Command] = {}
@@ -85,9 +87,19 @@ class Ownership(RuleBasedStateMachine):
     def acknowledge(self) -> None:
         self.hear(self.core.apply(self.flights.pop(0), self.now))
 
+    @precondition(lambda self: bool(self.orders))
+    @rule(pick=st.integers(0, 3), ok=st.sampled_from([True, True, False]))
+    def copied(self, pick: int, ok: bool) -> None:
+        """Copies end in any order. One that comes after its deadline may not have begun."""
+        order = self.orders.pop(pick % len(self.orders))
+        if ok and self.now < order.begin_by:
+            self.device.copy(order)
+        self.hear(self.core.copied(order.ticket, ok and self.now < order.begin_by, self.now))
+
     def advance(self) -> bool:
         plan = self.core.plan(self.now)
         self.hear(self.core.events())
+        self.orders += self.core.host_copies()
         if plan is None:
             return False
         self.flights.append(self.device.execute(plan, {row.branch: self.logs[row.branch] for row in plan.rows}))
@@ -107,13 +119,17 @@ class Ownership(RuleBasedStateMachine):
             if self.flights:
                 self.acknowledge()
             elif not moved:
-                break
+                wake = self.core.wake_at(self.now)  # copies nobody carries out fail by their deadlines
+                if wake is None:
+                    break
+                self.now = wake
         self.core.check()
         assert not self.running, f"turns of {self.running} never ended: {self.core.counts()}"
         assert self.core.drop_link(LinkId(1), self.now) == []
         counts = self.core.counts()
         assert counts["branches"] == counts["sessions"] == counts["pages_tail"] == 0
         assert counts["pages_free"] + counts["pages_nodes"] == counts["pages_total"]
+        assert counts["tickets"] == 0
 
     # ---- the naive model ------------------------------------------------------------------------------------------
     def fresh(self) -> int:

@@ -14,7 +14,7 @@ from agentspeed_engine.kv.tables import BRANCHES, NODES, Verb
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = """
 from agentspeed_engine.ids import BranchId, PageId, SlotId, TicketId
-from agentspeed_engine.kv.branches import AtRest, Closed, Decoding, Held, Prefilling, Queued, Settling, Then
+from agentspeed_engine.kv.branches import AtRest, Closed, Decoding, Held, Prefilling, Promoting, Queued, Settling, Then
 from agentspeed_engine.kv.nodes import Both, Device, Gone, Host, Loading, Saving
 from agentspeed_engine.kv.owners import Kv, Room
 from agentspeed_engine.kv.turns import Turn

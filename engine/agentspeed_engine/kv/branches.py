@@ -134,9 +134,12 @@ class Queued:
         branch, self._branch = self.branch, None
         return branch
 
-    def admit(self, room: Room) -> Prefilling:
-        """The room was made by `Kv.enter`, all or nothing (L2)."""
-        return Prefilling(self._moved(), self.turn, room)
+    def admit(self, kv: Kv, room: Room) -> Promoting | Prefilling:
+        """The room was made by `Kv.enter`, all or nothing (L2). Promoting while rows are still on their way."""
+        branch = self._moved()
+        if kv.unreadable(branch):
+            return Promoting(branch, self.turn, room)
+        return Prefilling(branch, self.turn, room)
 
     def fork(self, kv: Kv, children: tuple[BranchId, ...]) -> tuple[Queued, tuple[Held, ...]]:
         branch = self._moved()
@@ -149,6 +152,44 @@ class Queued:
         branch = self._moved()
         kv.release(branch, now)
         return Closed(branch.id)
+
+
+@final
+class Promoting:
+    """Active: it has its pins and its tail, and waits for nodes of its path to be loaded. No row is in flight."""
+
+    __slots__ = ("_branch", "room", "turn")
+    __copy__ = __deepcopy__ = __reduce__ = refuse_copy
+
+    def __init__(self, branch: Branch, turn: Turn, room: Room) -> None:
+        self._branch: Branch | None = branch
+        self.turn = turn
+        self.room = room
+
+    @property
+    def branch(self) -> Branch:
+        if self._branch is None:
+            raise UseAfterMove("Promoting")
+        return self._branch
+
+    def _moved(self) -> Branch:
+        branch, self._branch = self.branch, None
+        return branch
+
+    def landed(self) -> Prefilling:
+        """Every node of the path is readable."""
+        self.room.stale = True
+        return Prefilling(self._moved(), self.turn, self.room)
+
+    def lost(self, kv: Kv, now: float) -> Queued:
+        """A node of the path did not come: the room goes back, the turn waits at its age and enters with less."""
+        branch = self._moved()
+        kv.freeze(branch, self.room, now)
+        return Queued(branch, self.turn)
+
+    def leave(self, kv: Kv, then: Then, now: float) -> AtRest:
+        """Loads in flight are the nodes' own and go on."""
+        return _come_to_rest(kv, self._moved(), self.turn, self.room, then, now)
 
 
 @final
@@ -269,7 +310,7 @@ class Closed:
         self.id = branch
 
 
-BranchState: TypeAlias = Held | Queued | Prefilling | Decoding | Settling
+BranchState: TypeAlias = Held | Queued | Promoting | Prefilling | Decoding | Settling
 """What a branch that exists is; `Closed` ones are forgotten."""
 
 

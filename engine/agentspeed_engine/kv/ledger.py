@@ -7,8 +7,8 @@ from typing import Protocol
 
 from agentspeed_engine.errors import BrokenInvariant
 from agentspeed_engine.ids import BranchId, PageId, pages_for
-from agentspeed_engine.kv.branches import BranchState, Decoding, Prefilling, Settling
-from agentspeed_engine.kv.nodes import Device
+from agentspeed_engine.kv.branches import BranchState, Decoding, Prefilling, Promoting, Settling
+from agentspeed_engine.kv.nodes import Both, Host, Loading, Saving
 from agentspeed_engine.kv.owners import Kv
 from agentspeed_engine.kv.tree import upward
 
@@ -19,7 +19,8 @@ def check(kv: Kv, states: Mapping[BranchId, BranchState]) -> None:
     _nodes_are_sound(kv, states)
     for number, state in states.items():
         _branch_is_sound(kv, number, state)
-    if set(kv.rooms) != {n for n, state in states.items() if isinstance(state, Prefilling | Decoding | Settling)}:
+    active = {n for n, state in states.items() if isinstance(state, Promoting | Prefilling | Decoding | Settling)}
+    if set(kv.rooms) != active:
         raise BrokenInvariant("(3) a branch at rest has room")
 
 
@@ -51,6 +52,12 @@ def _device_pages_are_conserved(kv: Kv, states: Mapping[BranchId, BranchState]) 
     owned += [page for room in kv.rooms.values() for page in room.tail]
     if sorted(owned) != list(range(kv.pages.total)):
         raise BrokenInvariant("(1) device pages are not conserved: one is owned twice or by nobody")
+    slots: list[int] = list(kv.slots.free_numbers())
+    for node in kv.tree.nodes.values():
+        if isinstance(node.state, Saving | Both | Host | Loading):
+            slots += node.state.slots
+    if sorted(slots) != list(range(kv.slots.total)):
+        raise BrokenInvariant("(1) host slots are not conserved: one is owned twice or by nobody")
 
 
 def _nodes_are_sound(kv: Kv, states: Mapping[BranchId, BranchState]) -> None:
@@ -63,13 +70,24 @@ def _nodes_are_sound(kv: Kv, states: Mapping[BranchId, BranchState]) -> None:
             raise BrokenInvariant(f"{node!r} does not start where {parent!r} ends")
         if parent.parent is not None and parent.id not in kv.tree.nodes:
             raise BrokenInvariant(f"{node!r} hangs below a node that is gone")
-        if isinstance(node.state, Device) and len(node.pages) != pages_for(node.tokens, page_tokens):
+        if node.owns_pages and len(node.pages) != pages_for(node.tokens, page_tokens):
             raise BrokenInvariant(f"{node!r} has {len(node.pages)} pages for {node.tokens} tokens")
+        if node.owns_pages != bool(node.pages):
+            raise BrokenInvariant(f"{node!r} is wrongly filed as owning pages")
         if node.readable and not parent.readable:
             raise BrokenInvariant(f"(2) {node!r} is on the device below {parent!r}, which is not")
+        if node.owns_pages and parent.parent is not None and not parent.owns_pages:
+            raise BrokenInvariant(f"(2) {node!r} has device pages below {parent!r}, which has none")
+        if isinstance(node.state, Saving | Loading) and node not in kv.tree.in_copy.get(node.state.ticket, ()):
+            raise BrokenInvariant(f"{node!r} waits for a ticket that does not know it")
         if node.tokens % page_tokens and (node.children or node.stubs or node.tokens > page_tokens):
             raise BrokenInvariant(f"(7) {node!r} is a stub with children")
-        tip = not node.children and not node.stubs
+        below = (*node.children.values(), *node.stubs.values())
+        tip = node.owns_pages and not any(child.owns_pages for child in below)
+        if node.pages_below != sum(child.owns_pages for child in below):
+            raise BrokenInvariant(f"{node!r} counts {node.pages_below} nodes with pages below it")
+        if (not below and not node.owns_pages) != (node.id in kv.tree.host_tips):
+            raise BrokenInvariant(f"{node!r} is wrongly listed among the host's tips")
         if tip != (node.id in kv.tree.tips):
             raise BrokenInvariant(f"{node!r} is wrongly listed among the tips")
         for holder in _all(node.leaf_of, node.seed_of, node.pinned_by):
@@ -88,7 +106,7 @@ def _branch_is_sound(kv: Kv, number: BranchId, state: BranchState) -> None:
     ids = b"".join(node.ids for node in reversed(list(upward(branch.leaf))))
     if ids != branch.log.packed(0, branch.leaf.end) or branch.leaf.end > branch.known:
         raise BrokenInvariant(f"branch {number} rests on rows of other ids than its log's")
-    if isinstance(state, Prefilling | Decoding | Settling):
+    if isinstance(state, Promoting | Prefilling | Decoding | Settling):
         room = state.room
         if kv.rooms.get(number) is not room:
             raise BrokenInvariant(f"(3) branch {number} has room nobody knows of")
@@ -99,7 +117,8 @@ def _branch_is_sound(kv: Kv, number: BranchId, state: BranchState) -> None:
         if room.issued > kv.capacity(room):
             raise BrokenInvariant(f"(4) branch {number} writes past its tail")
         for node in upward(branch.leaf):
-            if number not in node.pinned_by or not node.readable:
+            coming = isinstance(state, Promoting) and isinstance(node.state, Loading)
+            if number not in node.pinned_by or not (node.readable or coming):
                 raise BrokenInvariant(f"(4) branch {number} reads {node!r}, which is not pinned or not on the device")
         if room.copy is not None and (branch.seed is None or number not in branch.seed.pinned_by):
             raise BrokenInvariant(f"(4) branch {number} copies rows of a seed it does not pin")
@@ -110,4 +129,4 @@ def _branch_is_sound(kv: Kv, number: BranchId, state: BranchState) -> None:
 
 
 def _all(*sets: set[BranchId]) -> set[BranchId]:
-    return set().union(*sets)
+    return {number for some in sets for number in some}

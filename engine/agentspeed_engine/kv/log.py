@@ -67,8 +67,8 @@ class Log:
         """Ids [start, stop) as a fresh array."""
         stop = min(stop, self._length)
         part: _Part | None = self._part
-        if part is not None and part.start <= start:
-            return part.ids[start - part.start : stop - part.start]
+        if self._part.start <= start:
+            return self._part.ids[start - self._part.start : stop - self._part.start]
         pieces: list[array[int]] = []
         while part is not None and stop > start:
             if part.start < stop:

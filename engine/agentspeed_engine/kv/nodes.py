@@ -151,6 +151,12 @@ class Both:
             Both(pages[upper_pages:], self.slots[upper_pages:]),
         )
 
+    def joined(self, below: Both) -> Both:
+        """The inverse of `split`."""
+        pages, self._pages = self.pages, None
+        lower, below._pages = below.pages, None
+        return Both(pages + lower, self.slots + below.slots)
+
 
 @final
 class Host:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import final
 
 from agentspeed_engine.errors import BrokenInvariant
-from agentspeed_engine.ids import BranchId, LinkId, PageId, SessionId, page_floor, pages_for
+from agentspeed_engine.ids import BranchId, LinkId, PageId, SessionId, SlotId, TicketId, page_floor, pages_for
 from agentspeed_engine.kv.log import Log
-from agentspeed_engine.kv.nodes import Device
+from agentspeed_engine.kv.nodes import Both, Device, Host
 from agentspeed_engine.kv.pool import Pool
 from agentspeed_engine.kv.runs import NodeRun, PageCopy
 from agentspeed_engine.kv.tree import Match, Node, RootKey, Tree, upward
@@ -54,7 +54,7 @@ class Branch:
 
     @property
     def resident(self) -> int:
-        """Known tokens whose rows are on its path."""
+        """Known tokens whose rows are on its path, on the device or on the host."""
         return min(self.leaf.end + self.seed_rows, self.known)
 
 
@@ -81,8 +81,9 @@ class Room:
 class Kv:
     """Pools, tree, and the moves between them. No method here fails after it has taken something."""
 
-    def __init__(self, *, pages: int, page_tokens: int) -> None:
+    def __init__(self, *, pages: int, page_tokens: int, slots: int = 0) -> None:
         self.page_tokens = page_tokens
+        self.slots: Pool[SlotId] = Pool([SlotId(number) for number in range(slots)])
         self.pages: Pool[PageId] = Pool([PageId(number) for number in range(pages)])
         self.branches: dict[BranchId, Branch] = {}
         """Every branch that is not closed."""
@@ -155,6 +156,8 @@ class Kv:
     def _drop_unreferenced(self, tip: Node) -> None:
         node = tip
         while node.parent is not None and not node.referenced and not node.pinned_by and node.id in self.tree.nodes:
+            if not isinstance(node.state, Device | Both | Host):
+                return  # a copy is in flight: it goes when that ends
             node = self.drop(node)
 
     # ---- room -----------------------------------------------------------------------------------------------------
@@ -227,9 +230,8 @@ class Kv:
         self.unpin_seed(branch)
         stub.seed_of.discard(branch.id)
         branch.seed, branch.seed_rows = None, 0
-        gone = stub.state.drop()
-        self.tree.detach(stub)
-        return gone.pages
+        _ = self.tree.detach(stub)
+        return stub.state.drop().pages
 
     def copied(self, branch: Branch, room: Room) -> None:
         """The step that copied the seed was acknowledged: the rows are the branch's own now."""
@@ -274,19 +276,19 @@ class Kv:
         leaf, kept = branch.leaf, 0
         if full:
             ids = branch.log.packed(room.tail_start, room.tail_start + full * self.page_tokens)
-            leaf = self.tree.match(branch.leaf, ids).node
-            kept = (leaf.end - room.tail_start) // self.page_tokens
-            if kept:
-                self.pages.give(room.tail[:kept])
-            if kept < full:
+            leaf, kept = self._published(branch, room, ids)
+            if kept < full and leaf.readable:
                 rest = ids[kept * self.page_tokens * 4 :]
                 leaf = self.tree.attach(leaf, rest, Device(tuple(room.tail[kept:full])), now)
+                kept = full
         seed = None
-        if rows:
+        if rows and kept == full and leaf.readable:
             stub_start = room.tail_start + full * self.page_tokens
             ids = branch.log.packed(stub_start, stub_start + rows)
             seed = self.tree.attach(leaf, ids, Device((room.tail[full],)), now)
-        self.pages.give(room.tail[full + (1 if rows else 0) :])
+            self.pages.give(room.tail[full + 1 :])
+        else:
+            self.pages.give(room.tail[kept:])
         self.settle_on(branch, leaf, seed, rows)
         for node in upward(leaf):
             if node.used >= now:
@@ -294,14 +296,77 @@ class Kv:
             node.used = now
         self.tree.merge_above(leaf)
 
+    def _published(self, branch: Branch, room: Room, ids: bytes) -> tuple[Node, int]:
+        """How far others have published the same full pages. Rows they have on the host alone come back to the
+        device with ours; elsewhere ours are free again. Returns the node and the pages it covers."""
+        leaf = self.tree.match(branch.leaf, ids).node
+        chain: list[Node] = []
+        node = leaf
+        while node is not branch.leaf and node.parent is not None:
+            chain.append(node)
+            node = node.parent
+        kept = 0
+        for node in reversed(chain):
+            pages = tuple(room.tail[kept : kept + node.tokens // self.page_tokens])
+            kept += len(pages)
+            if isinstance(node.state, Host) and node.parent is not None and node.parent.readable:
+                self.tree.change(node, node.state.load(pages, TicketId(0)).acked())
+            else:
+                self.pages.give(pages)
+        return leaf, kept
+
     # ---- eviction -------------------------------------------------------------------------------------------------
     def drop(self, node: Node) -> Node:
-        """A tip that nobody pins goes; holders at rest move to its parent. Returns the parent."""
-        if node.parent is None or not isinstance(node.state, Device):
+        """A node that nobody pins and with none below goes; holders at rest move to its parent. Returns the parent."""
+        if node.parent is None or not isinstance(node.state, Device | Both | Host):
             raise BrokenInvariant(f"{node!r} cannot be dropped")
-        self.orphan(node)
-        self.pages.give(node.state.drop().pages)
-        return self.tree.detach(node)
+        _ = self.orphan(node)
+        parent = self.tree.detach(node)
+        gone = node.state.drop()
+        self.pages.give(gone.pages)
+        self.slots.give(gone.slots)
+        return parent
+
+    def drop_with_all_below(self, node: Node) -> Node:
+        """`drop`, after everything that hangs below it (which is on the host alone)."""
+        for child in (*node.children.values(), *node.stubs.values()):
+            _ = self.drop_with_all_below(child)
+        return self.drop(node)
+
+    def evict(self, node: Node) -> None:
+        """The device copy of a clean node goes, at once."""
+        if not isinstance(node.state, Both) or node.pinned_by or node.pages_below:
+            raise BrokenInvariant(f"{node!r} cannot be evicted")
+        host, pages = node.state.evict()
+        self.tree.change(node, host)
+        self.pages.give(pages)
+
+    def forget(self, node: Node) -> None:
+        """The host copy of a clean node goes."""
+        if not isinstance(node.state, Both):
+            raise BrokenInvariant(f"{node!r} has no host copy to forget")
+        device, slots = node.state.forget()
+        self.tree.change(node, device)
+        self.slots.give(slots)
+
+    def on_device(self, branch: Branch) -> int:
+        """Rows of a branch at rest that a step could read now."""
+        rows = branch.seed_rows if branch.seed is not None and branch.seed.readable else 0
+        return self.readable_end(branch) + (rows if branch.leaf.readable else 0)
+
+    def readable_end(self, branch: Branch) -> int:
+        """Where the readable part of its path ends."""
+        end = branch.leaf.end
+        for node in upward(branch.leaf):
+            if not node.readable:
+                end = node.start
+        return end
+
+    def unreadable(self, branch: Branch) -> list[Node]:
+        """The nodes of its path that no step may read yet, root first."""
+        chain = [node for node in upward(branch.leaf) if not node.readable]
+        chain.reverse()
+        return chain
 
     def orphan(self, node: Node) -> set[BranchId]:
         """Takes a tip's holders off it; the caller tells their branches through `moved_off`."""

@@ -37,23 +37,30 @@ BRANCHES: Final[dict[str, tuple[Verb, ...]]] = {
         Verb("close", ("Closed",), "kv, now", "Closed"),
     ),
     "Queued": (
-        Verb("admit", ("Prefilling",), "room", "Prefilling", "all or nothing (L2)"),
+        Verb("admit", ("Promoting", "Prefilling"), "kv, room", "Promoting | Prefilling", "all or nothing (L2)"),
         Verb("fork", ("Queued",), "kv, numbers", "tuple[Queued, tuple[Held, ...]]", "plus n children, Held"),
         Verb("abort", ("Held",), "", "Held"),
         Verb("close", ("Closed",), "kv, now", "Closed"),
+    ),
+    "Promoting": (
+        Verb("landed", ("Prefilling",), "", "Prefilling", "every node of the path is readable"),
+        Verb("lost", ("Queued",), "kv, now", "Queued", "a load failed"),
+        Verb("leave", ("Held", "Queued", "Closed"), "kv, then, now", "AtRest", "loads go on, unpinned"),
     ),
     "Prefilling": (
         Verb("issue", ("Prefilling",), "1", "None", "rows go into a step"),
         Verb("commit", ("Prefilling",), "kv, 1", "None", "rows are acknowledged"),
         Verb("seal", ("Prefilling",), "kv, now", "None", "full pages become a segment"),
         Verb("filled", ("Decoding",), "", "Decoding"),
-        Verb("leave", ("Settling", "Held", "Queued", "Closed"), "kv, then, now", _THEN, "Settling while rows are in flight"),
+        Verb("leave", ("Settling", "Held", "Queued", "Closed"), "kv, then, now", _THEN,
+             "Settling while rows are in flight"),
     ),
     "Decoding": (
         Verb("issue", ("Decoding",), "1", "None"),
         Verb("commit", ("Decoding",), "kv, 1", "None"),
         Verb("seal", ("Decoding",), "kv, now", "None"),
-        Verb("leave", ("Settling", "Held", "Queued", "Closed"), "kv, then, now", _THEN, "Settling while rows are in flight"),
+        Verb("leave", ("Settling", "Held", "Queued", "Closed"), "kv, then, now", _THEN,
+             "Settling while rows are in flight"),
     ),
     "Settling": (
         Verb("ack", ("Settling", "Held", "Queued", "Closed"), "kv, 1, now", _THEN, "the last one gives the room back"),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeAlias, final
 
 from agentspeed_engine.errors import BrokenInvariant
-from agentspeed_engine.ids import BranchId, NodeId, PageId
+from agentspeed_engine.ids import BranchId, NodeId, PageId, TicketId
 from agentspeed_engine.kv.nodes import Both, Device, Host, Loading, NodeState, Saving
 from agentspeed_engine.kv.runs import NodeRun
 
@@ -28,8 +28,8 @@ class Node:
     """One segment or stub. Mutated by `Tree` alone."""
 
     __slots__ = (
-        "children", "id", "ids", "leaf_of", "parent", "pinned_by", "root", "run", "seed_of", "start", "state", "stubs",
-        "used",
+        "children", "failures", "id", "ids", "leaf_of", "owns_pages", "pages_below", "parent", "pinned_by", "root",
+        "run", "seed_of", "start", "state", "stubs", "used",
     )
 
     def __init__(self, node_id: NodeId, root: RootKey, parent: Node | None, start: int, ids: bytes,
@@ -50,6 +50,11 @@ class Node:
         self.run: NodeRun | None = None
         self.used = 0.0
         """When a branch last computed on it."""
+        self.pages_below = 0
+        """Nodes right below that own device pages: while there are any, this one keeps its own (2)."""
+        self.owns_pages = state is not None and not isinstance(state, Host)
+        self.failures = 0
+        """Host copies of it that failed: a second failed load loses it, a failed save is not tried again."""
 
     @property
     def tokens(self) -> int:
@@ -99,7 +104,12 @@ class Tree:
         self.nodes: dict[NodeId, Node] = {}
         """Every node with rows."""
         self.tips: dict[NodeId, Node] = {}
-        """Nodes with no node below: the only ones that may go. Insertion ordered, so that runs repeat."""
+        """Nodes with device pages and none with pages below: the only ones whose pages may go. Insertion ordered, so
+        that runs repeat."""
+        self.host_tips: dict[NodeId, Node] = {}
+        """Nodes on the host alone with no node below: the only ones whose slots may go."""
+        self.in_copy: dict[TicketId, list[Node]] = {}
+        """The nodes that wait for a ticket, those above first."""
         self._next = 0
         self._page_bytes = page_tokens * _ID_BYTES
         self._reshaped = reshaped
@@ -170,8 +180,18 @@ class Tree:
         node.used = now
         self._link(parent, node)
         self.nodes[node.id] = node
-        self.tips[node.id] = node
+        self._list(node)
         return node
+
+    def change(self, node: Node, state: NodeState) -> None:
+        """Files a node under the state that a verb returned. Every transition of a node passes here."""
+        had, node.state = node.owns_pages, state
+        node.run = None
+        if node.parent is not None and had != bool(node.pages):
+            node.parent.pages_below += 1 if node.pages else -1
+            self._list(node.parent)
+        node.owns_pages = bool(node.pages)
+        self._list(node)
 
     def child(self, parent: Node, ids: bytes) -> Node | None:
         """The segment below `parent` that starts with the first page of `ids`."""
@@ -193,28 +213,45 @@ class Tree:
         self._link(parent, upper)
         node.state, node.ids, node.start, node.parent, node.run = below, node.ids[cut:], upper.end, upper, None
         upper.children[node.ids[: self._page_bytes]] = node
+        upper.pages_below = 1 if node.owns_pages else 0
+        upper.failures = node.failures
         self.nodes[upper.id] = upper
+        self._list(upper)
+        self._list(node)
+        if isinstance(above, Saving | Loading):
+            waiting = self.in_copy[above.ticket]
+            waiting.insert(waiting.index(node), upper)
         self._reshaped(node.pinned_by)
         return upper
 
-    def merge_above(self, node: Node) -> None:
-        """Joins `node` with its parent while the parent's only reference is `node` and both are on the device."""
-        while True:
-            parent = node.parent
-            if parent is None or parent.parent is None or len(parent.children) != 1 or parent.stubs:
-                return
-            if parent.leaf_of or parent.seed_of or parent.pinned_by != node.pinned_by or self.is_stub(node):
-                return
-            above, below = parent.state, node.state
-            if not isinstance(above, Device) or not isinstance(below, Device):
-                return
-            grandparent = parent.parent
-            self._unlink(grandparent, parent)
-            node.state = above.joined(below)
-            node.ids, node.start, node.parent, node.run = parent.ids + node.ids, parent.start, grandparent, None
-            self._link(grandparent, node)
-            del self.nodes[parent.id]
-            self._reshaped(node.pinned_by)
+    def merge_above(self, leaf: Node) -> None:
+        """Joins nodes of the path with their parents while a parent's only reference is that one child and both are
+        in the same place."""
+        node = leaf
+        while node.parent is not None and node.parent.parent is not None:
+            if not self._merged(node, node.parent, node.parent.parent):
+                node = node.parent
+
+    def _merged(self, node: Node, parent: Node, above: Node) -> bool:
+        if len(parent.children) != 1 or parent.stubs or parent.leaf_of or parent.seed_of:
+            return False
+        if parent.pinned_by != node.pinned_by or self.is_stub(node):
+            return False
+        upper, lower = parent.state, node.state
+        self._unlink(above, parent)
+        match upper, lower:
+            case Device(), Device():
+                node.state = upper.joined(lower)
+            case Both(), Both():
+                node.state = upper.joined(lower)
+            case _:
+                self._link(above, parent)
+                return False
+        node.ids, node.start, node.parent, node.run = parent.ids + node.ids, parent.start, above, None
+        self._link(above, node)
+        del self.nodes[parent.id]
+        self._reshaped(node.pinned_by)
+        return True
 
     def shrink(self, node: Node, pages: int) -> tuple[PageId, ...]:
         """Takes the last pages off a tip that nobody pins; its holders stay and have less."""
@@ -232,10 +269,9 @@ class Tree:
         parent = node.parent
         self._unlink(parent, node)
         del self.nodes[node.id]
-        del self.tips[node.id]
+        _ = self.tips.pop(node.id, None)
+        _ = self.host_tips.pop(node.id, None)
         node.parent = None
-        if parent.parent is not None and not parent.children and not parent.stubs:
-            self.tips[parent.id] = parent
         return parent
 
     def is_stub(self, node: Node) -> bool:
@@ -249,13 +285,29 @@ class Tree:
             if key in parent.children:
                 raise BrokenInvariant(f"two segments below {parent!r} start with the same page")
             parent.children[key] = node
-        self.tips.pop(parent.id, None)
+        parent.pages_below += node.owns_pages
+        self._list(parent)
 
     def _unlink(self, parent: Node, node: Node) -> None:
         if len(node.ids) < self._page_bytes:
             del parent.stubs[node.id]
         else:
             del parent.children[node.ids[: self._page_bytes]]
+        parent.pages_below -= node.owns_pages
+        self._list(parent)
+
+    def _list(self, node: Node) -> None:
+        """Keeps `tips` and `host_tips`."""
+        if node.parent is None or node.id not in self.nodes:
+            return
+        if node.owns_pages and not node.pages_below:
+            self.tips[node.id] = node
+        else:
+            _ = self.tips.pop(node.id, None)
+        if node.owns_pages or node.children or node.stubs:
+            _ = self.host_tips.pop(node.id, None)
+        else:
+            self.host_tips[node.id] = node
 
     def _fresh_id(self) -> NodeId:
         self._next += 1
@@ -264,10 +316,11 @@ class Tree:
 
 def upward(leaf: Node) -> Iterator[Node]:
     """The nodes with rows from `leaf` to the root."""
-    node: Node | None = leaf
-    while node is not None and node.parent is not None:
+    node = leaf
+    while node.parent is not None:
+        above = node.parent  # read before the caller may detach the node
         yield node
-        node = node.parent
+        node = above
 
 
 def _below(node: Node) -> Iterator[Node]:

@@ -7,6 +7,7 @@ from typing import final
 
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.ids import pages_for
+from agentspeed_engine.sched.policy import POLICIES
 
 
 @final
@@ -35,6 +36,15 @@ class CoreConfig:
     max_waiting: int = 4096
     ticket_deadline: float = 5.0
     max_lease_seconds: float = 3600.0
+    tenant_pages: int | None = None
+    """Most device pages under the branches of one tenant; None: no quota."""
+    tenant_sessions: int | None = None
+    policy: str = "next_use"
+    """Who loses rows first (`sched.policy`); all but the default are there to compare with."""
+    copy_seconds_per_token: float = 0.0
+    """Measured at start: one token's rows to the host or back. 0: not measured."""
+    recompute_seconds_per_token: float = 0.0
+    """Measured at start: one token of cold prefill. 0: not measured."""
 
     def firm_budget(self) -> int:
         """F: pages that may be under firm leases at once."""
@@ -49,6 +59,10 @@ class CoreConfig:
                 raise EngineFault("bad_config", f"{name} is {getattr(self, name)}.", "Give at least 1.")
         if self.depth < 0 or self.host_slots < 0 or (self.firm_pages is not None and self.firm_pages < 0):
             raise EngineFault("bad_config", "depth, host_slots and firm_pages cannot be negative.")
+        if self.policy not in POLICIES:
+            raise EngineFault("bad_config", f"There is no policy {self.policy!r}.", f"One of: {', '.join(POLICIES)}.")
+        if self.ticket_deadline <= 0 or self.copy_seconds_per_token < 0 or self.recompute_seconds_per_token < 0:
+            raise EngineFault("bad_config", "ticket_deadline must be above 0, and costs cannot be negative.")
         needed = pages_for(self.context_limit, self.page_tokens) + 1
         if self.pages - self.firm_budget() < needed:
             raise EngineFault(

@@ -9,7 +9,7 @@ from typing import final
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.ids import LinkId, TicketId
 from agentspeed_engine.kv import ledger
-from agentspeed_engine.sched import outcome, snapshot, step, verbs
+from agentspeed_engine.sched import outcome, snapshot, step, tickets, verbs
 from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.sched.plan import HostCopy, StepPlan, StepResult
 from agentspeed_engine.sched.world import Out, World
@@ -83,15 +83,20 @@ class Core:
 
     def host_copies(self) -> tuple[HostCopy, ...]:
         """Tickets to start now, each given out once."""
-        return ()
+        orders, self.world.orders = tuple(self.world.orders), []
+        return orders
 
     def copied(self, ticket: TicketId, ok: bool, now: float) -> Out:
         """A ticket was carried out, or failed."""
+        tickets.copied(self.world, ticket, ok, now)
         return self._taken()
 
     def wake_at(self, now: float) -> float | None:
-        """When `plan` must be called again though nothing happened."""
-        return None
+        """When `plan` must be called again though nothing happened: a ticket's deadline, or rows to bring back."""
+        times = [ticket.deadline for ticket in self.world.tickets.values()]
+        if self.world.prefetch:
+            times.append(self.world.prefetch[0][0])
+        return max(now, min(times)) if times else None
 
     def check(self) -> None:
         """The ledger: raises `BrokenInvariant` naming the rule that does not hold."""
@@ -123,7 +128,9 @@ class Core:
             "pages_nodes": in_nodes, "nodes": len(kv.tree.nodes), "sessions": len(world.sessions),
             "branches": len(world.states), "waiting_turns": len(world.queue), "steps_in_flight": len(world.flights),
             "late_rows_ignored": world.ignored, "pages_evicted": world.evicted_pages,
-            "pages_copied": world.copied_pages, "preemptions": world.preemptions,
+            "pages_copied": world.copied_pages, "slots_total": kv.slots.total, "slots_free": kv.slots.free,
+            "pages_saved": world.saved_pages, "pages_loaded": world.loaded_pages, "prefetches": world.prefetched,
+            "tickets": len(world.tickets), "tickets_late": world.late_tickets, "preemptions": world.preemptions,
             "pages_firm": sum(pages for _, pages in world.firm.values()),
         }
 

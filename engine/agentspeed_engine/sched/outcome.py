@@ -12,6 +12,7 @@ from agentspeed_engine.kv.branches import (
     Held,
     Next,
     Prefilling,
+    Promoting,
     Queued,
     Settling,
     Then,
@@ -58,10 +59,10 @@ def _row_came_back(world: World, row: Row, token: Drawn | None, refusal: str | N
         case Decoding():
             state.commit(world.kv, count)
             _draw(world, state, token, refusal, now)
-        case Held() | Queued():
+        case Held() | Queued() | Promoting():
             world.ignored += 1
-        case never:
-            assert_never(never)
+        case _:
+            assert_never(state)
 
 
 def _filled(world: World, state: Prefilling, token: Drawn | None, refusal: str | None, now: float) -> None:

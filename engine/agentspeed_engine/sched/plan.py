@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, final
@@ -39,6 +40,9 @@ class HostCopy:
     direction: Literal["save", "load"]
     pages: tuple[PageId, ...]
     slots: tuple[SlotId, ...]
+    begin_by: float = math.inf
+    """By the engine's clock: a copy that has not begun by then may not begin any more, because its pages or slots may
+    soon have another owner."""
 
 
 @final

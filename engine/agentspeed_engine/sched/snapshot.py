@@ -9,17 +9,17 @@ from __future__ import annotations
 from array import array
 from collections.abc import Hashable
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 from agentspeed_engine.ids import BranchId
-from agentspeed_engine.kv.branches import Decoding, Held, Prefilling, Settling
+from agentspeed_engine.kv.branches import Decoding, Held, Prefilling, Promoting, Settling
 from agentspeed_engine.kv.tree import Node
 from agentspeed_engine.sched.world import World
 
 _SHARED = (int, float, str, bytes, bool, type(None), frozenset)
 _FROZEN_NAMES = frozenset({
     "NodeRun", "TurnSpec", "PageCopy", "StepPlan", "Row", "HostCopy", "CoreConfig", "Then", "Waiting", "Lease",
-    "Residence", "Next",
+    "Residence", "Next", "Ticket",
 })
 
 
@@ -30,7 +30,7 @@ def copied(world: World) -> World:
 
 
 def _copy(value: Any, memo: dict[int, Any]) -> Any:
-    kind = type(value)
+    kind = cast(type[Any], type(value))
     if kind in _SHARED or kind.__name__ in _FROZEN_NAMES:
         return value
     known = memo.get(id(value))
@@ -57,8 +57,9 @@ def _copy(value: Any, memo: dict[int, Any]) -> Any:
     if not kind.__module__.startswith("agentspeed_engine."):
         return value  # an immutable struct of the wire
     made = memo[id(value)] = object.__new__(kind)
-    names = getattr(kind, "__slots__", None)
-    for name in value.__dict__ if names is None else names:
+    slots: tuple[str, ...] | None = getattr(kind, "__slots__", None)
+    names: list[str] = list(vars(value)) if slots is None else list(slots)
+    for name in names:
         if name != "__weakref__" and hasattr(value, name):
             object.__setattr__(made, name, _copy(getattr(value, name), memo))
     return made
@@ -75,6 +76,9 @@ def key(world: World) -> Hashable:
         tuple(_branch_key(world, number, index, rank) for number in branches),
         tuple(sorted(_node_key(node, index) for node in world.kv.tree.nodes.values())),
         world.kv.pages.free,
+        world.kv.slots.free,
+        len(world.orders),
+        len(world.prefetch),
         tuple(tuple((index.get(row.branch, -1), row.position, len(row.ids), row.sample is not None)
                     for row in plan.rows) for plan in world.flights.values()),
         tuple(sorted((index[number], index.get(filler, -1)) for number, (filler, _) in world.fill_of.items())),
@@ -88,7 +92,7 @@ def _branch_key(world: World, number: BranchId, index: dict[BranchId, int], rank
     if not isinstance(state, Held):
         asked = state.turn
         turn = (rank[asked.age], asked.drawn, asked.max_tokens, asked.end, asked.admitted)
-    if isinstance(state, Prefilling | Decoding | Settling):
+    if isinstance(state, Promoting | Prefilling | Decoding | Settling):
         held = state.room
         room = (held.tail_start, len(held.tail), held.issued, held.done, held.copy is not None, held.flight)
     if isinstance(state, Settling):
@@ -106,14 +110,14 @@ def _node_key(node: Node, index: dict[BranchId, int]) -> tuple[Any, ...]:
     def places(numbers: set[BranchId]) -> tuple[int, ...]:
         return tuple(sorted(index.get(number, -1) for number in numbers))
 
-    prefix = []
+    prefix: list[bytes] = []
     above: Node | None = node
     while above is not None:
         prefix.append(above.ids)
         above = above.parent
     return (
-        node.root, b"".join(reversed(prefix)), node.start, type(node.state).__name__, places(node.leaf_of),
-        places(node.seed_of), places(node.pinned_by),
+        node.root, b"".join(reversed(prefix)), node.start, type(node.state).__name__, node.failures,
+        places(node.leaf_of), places(node.seed_of), places(node.pinned_by),
     )
 
 

@@ -7,12 +7,14 @@ from heapq import merge
 
 from agentspeed_engine.errors import BrokenInvariant
 from agentspeed_engine.ids import BranchId, StepSeq
-from agentspeed_engine.kv.branches import Decoding, Next, Prefilling, Queued, Then
+from agentspeed_engine.kv.branches import Decoding, Next, Prefilling, Promoting, Queued, Then
+from agentspeed_engine.kv.nodes import Host
 from agentspeed_engine.kv.owners import Branch, Room
 from agentspeed_engine.kv.turns import Turn
+from agentspeed_engine.sched import prefetch, tickets
 from agentspeed_engine.sched.plan import PageCopy, Row, StepPlan
 from agentspeed_engine.sched.reclaim import Room as Asked
-from agentspeed_engine.sched.reclaim import obtain, reclaim
+from agentspeed_engine.sched.reclaim import obtain, reclaim, save_early
 from agentspeed_engine.sched.world import World, usage
 from agentspeed_engine.wire import TurnStarted
 
@@ -27,12 +29,14 @@ class _Pass:
     """Tokens left for short extends."""
     refused: bool = False
     """Someone older lacked room: nothing younger is admitted or grows (L3)."""
-    rows: list[Row] = field(default_factory=list)
-    copies: list[PageCopy] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list[Row])
+    copies: list[PageCopy] = field(default_factory=list[PageCopy])
 
 
 def plan(world: World, now: float) -> StepPlan | None:
     """The next step, or None when nothing can be computed now."""
+    tickets.expire(world, now)
+    prefetch.due(world, now)
     if len(world.flights) > world.config.depth:
         return None
     run = _Pass(world.config.prefill_chunk, world.config.extend_tokens)
@@ -46,8 +50,12 @@ def plan(world: World, now: float) -> StepPlan | None:
                 _prefill(world, run, state, now)
             case Queued() as state:
                 _admit(world, run, state, now)
+            case Promoting():
+                pass  # it waits for its loads
             case _:
                 pass  # an older turn took its room in this very pass
+    if not run.refused:
+        save_early(world, now)
     if not run.rows:
         return None
     seq = StepSeq(world.next_seq)
@@ -146,7 +154,7 @@ def _stretch(world: World, room: Room, tokens: int, now: float) -> None:
     """More pages for a longer chunk, as far as nobody has to give up room for them."""
     missing = world.kv.pages_to(room, room.issued + tokens)
     if missing:
-        reclaim(world, missing, now)
+        _ = reclaim(world, missing, now)
         world.kv.grow(room, min(missing, world.kv.pages.free))
 
 
@@ -201,31 +209,44 @@ def _admit(world: World, run: _Pass, state: Queued, now: float) -> None:
     if turn.max_tokens == 0 and branch.resident >= branch.known - 1:
         _nothing_to_fill(world, state, now)
         return
-    if branch.seed is not None and kv.seed_page(branch) is None:
+    chain = kv.unreadable(branch)
+    if not all(isinstance(node.state, Host) for node in chain):
+        return  # rows it needs are on their way: they come, or their ticket fails by its deadline (L6)
+    if branch.seed is not None and (chain or kv.seed_page(branch) is None):
         kv.settle_on(branch, branch.leaf, None, 0)
     short = _is_short(world, turn, branch, branch.resident)
     if (run.cold if not short else run.short + max(0, run.cold)) <= 0:
         return
+    loads = tickets.pages_of(chain)
     kv.pin(branch)
-    asked = obtain(world, _entry_pages(world, branch), turn.age, now)
+    asked = obtain(world, loads + _entry_pages(world, branch), turn.age, now)
     if asked is not Asked.GOT and branch.seed is not None:
         kv.unpin_seed(branch)
         kv.settle_on(branch, branch.leaf, None, 0)  # less than a page to recompute, against waiting for ever
-        asked = obtain(world, 1, turn.age, now)
+        asked = obtain(world, loads + 1, turn.age, now)
     if asked is not Asked.GOT:
         kv.unpin(branch)
         run.refused = True
         return
-    _count(turn, branch)
+    _enter(world, run, state, now)
+
+
+def _enter(world: World, run: _Pass, state: Queued, now: float) -> None:
+    """All or nothing (L2): the loads, the copy and the first quantum have their pages."""
+    branch, turn, kv = state.branch, state.turn, world.kv
+    _count(world, turn, branch)
     world.unlist(world.queue, turn, branch.id)
-    room = kv.enter(branch, _entry_pages(world, branch))
-    prefilling = state.admit(room)
-    world.activate(prefilling)
+    chain = kv.unreadable(branch)
+    if chain:
+        tickets.load(world, chain, now)
+    entered = state.admit(kv, kv.enter(branch, _entry_pages(world, branch)))
+    world.activate(entered)
     if not turn.admitted:
         turn.admitted = True
         turn.started_at = now
         world.tell(branch, TurnStarted(branch=branch.id, usage=usage(turn, now)))
-    _prefill(world, run, prefilling, now)
+    if isinstance(entered, Prefilling):
+        _prefill(world, run, entered, now)
 
 
 def _entry_pages(world: World, branch: Branch) -> int:
@@ -235,7 +256,7 @@ def _entry_pages(world: World, branch: Branch) -> int:
 def _nothing_to_fill(world: World, state: Queued, now: float) -> None:
     """A prefill-only turn whose rows are all there ends without room."""
     turn = state.turn
-    _count(turn, state.branch)
+    _count(world, turn, state.branch)
     turn.admitted, turn.started_at, turn.end = True, now, "max_tokens"
     world.unlist(world.queue, turn, state.branch.id)
     held = state.abort()
@@ -244,17 +265,18 @@ def _nothing_to_fill(world: World, state: Queued, now: float) -> None:
     world.finish_turn(held.branch, turn, now)
 
 
-def _count(turn: Turn, branch: Branch) -> None:
+def _count(world: World, turn: Turn, branch: Branch) -> None:
     """What this admission resumes, recomputes and computes anew."""
     available, computed = branch.resident, min(branch.computed, branch.known)
     lost = max(0, computed - available)
     if turn.admitted:
         turn.recomputed += lost
         return
-    turn.resumed_device = min(available, computed)
+    turn.resumed_device = min(world.kv.on_device(branch), computed)
+    turn.resumed_host = min(available, computed) - turn.resumed_device
     turn.shared = max(0, available - computed)
     turn.recomputed = lost
-    turn.new = branch.known - turn.resumed_device - lost
+    turn.new = branch.known - turn.resumed_device - turn.resumed_host - lost
     if lost > 1 and not turn.why:
         turn.why = "evicted while at rest: running turns needed the pages"
 

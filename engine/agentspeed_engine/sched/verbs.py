@@ -14,6 +14,7 @@ from agentspeed_engine.kv.branches import (
     Held,
     Next,
     Prefilling,
+    Promoting,
     Queued,
     Settling,
     Then,
@@ -23,6 +24,8 @@ from agentspeed_engine.kv.owners import Branch
 from agentspeed_engine.kv.runs import TurnSpec
 from agentspeed_engine.kv.turns import Turn
 from agentspeed_engine.sampling_rules import validate_sampling
+from agentspeed_engine.sched import prefetch, quotas
+from agentspeed_engine.sched.pauses import PauseLaw
 from agentspeed_engine.sched.world import Session, Waiting, World
 from agentspeed_engine.wire import (
     Adopt,
@@ -45,6 +48,8 @@ from agentspeed_engine.wire import (
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_BYTES = 1024
+MAX_TOOLS = 256
+"""Tools whose pauses are learnt apart; a front may name any number."""
 
 
 def open_session(world: World, link: LinkId, command: Open, now: float) -> None:
@@ -54,6 +59,7 @@ def open_session(world: World, link: LinkId, command: Open, now: float) -> None:
     ids = _ids(world, command.ids)
     if len(ids) > config.context_limit:
         raise _overflow(world, len(ids))
+    quotas.check_session(world, command.tenant)
     number = world.fresh_branch()
     key = (config.model, config.adapter, f"{command.tenant}\0{number if command.private else ''}")
     log = Log()
@@ -94,6 +100,7 @@ def generate(world: World, link: LinkId, command: Generate, now: float) -> None:
     if len(world.queue) >= config.max_waiting:
         raise EngineFault("overloaded", f"{config.max_waiting} turns are waiting.", "Try again later.")
     validate_sampling(command.sampling)
+    quotas.check_pages(world, branch, known)
     if len(command.stop_strings) > MAX_STOP_STRINGS or sum(map(len, command.stop_strings)) > MAX_STOP_BYTES:
         raise EngineFault("invalid_request", "Too many or too long stop strings.",
                           f"At most {MAX_STOP_STRINGS} of {MAX_STOP_BYTES} bytes together.")
@@ -142,7 +149,7 @@ def cancel(world: World, link: LinkId, command: Cancel, now: float) -> None:
             world.rest(held)
             world.finish_turn(held.branch, state.turn, now)
             world.tell(held.branch, Done(request=command.request, known=held.branch.known))
-        case Prefilling() | Decoding():
+        case Promoting() | Prefilling() | Decoding():
             state.turn.end = "cancelled"
             world.waiting.setdefault(state.branch.id, []).append(wait)
             world.leave(state, Then(Next.HOLD), now)
@@ -151,8 +158,8 @@ def cancel(world: World, link: LinkId, command: Cancel, now: float) -> None:
             number = state.branch.id
             world.waiting.setdefault(number, []).append(wait)
             world.states[number] = state.strengthen(Then(Next.HOLD))
-        case never:
-            assert_never(never)
+        case _:
+            assert_never(state)
 
 
 def fork(world: World, link: LinkId, command: Fork, now: float) -> None:
@@ -187,14 +194,14 @@ def fork(world: World, link: LinkId, command: Fork, now: float) -> None:
                 world.adopt_child(child)
             world.enqueue(state)
             world.tell(branch, Forked(request=command.request, branches=children, known=branch.known))
-        case Prefilling() | Decoding():
+        case Promoting() | Prefilling() | Decoding():
             world.waiting.setdefault(number, []).append(Waiting(link, command.request, None, children))
             world.leave(state, Then(Next.REQUEUE, children), now)
         case Settling():
             world.waiting.setdefault(number, []).append(Waiting(link, command.request, None, children))
             world.states[number] = state.strengthen(Then(Next.REQUEUE, children))
-        case never:
-            assert_never(never)
+        case _:
+            assert_never(state)
 
 
 def rewind(world: World, link: LinkId, command: Rewind, now: float) -> None:
@@ -239,15 +246,15 @@ def _close(world: World, state: BranchState, wait: Waiting | None, now: float) -
     number, known = branch.id, branch.known
     match state:
         case Held():
-            state.close(world.kv, now)
+            _ = state.close(world.kv, now)
             world.forget(branch)
         case Queued():
             state.turn.end = "closed"
             world.unlist(world.queue, state.turn, number)
-            state.close(world.kv, now)
+            _ = state.close(world.kv, now)
             world.finish_turn(branch, state.turn, now)
             world.forget(branch)
-        case Prefilling() | Decoding():
+        case Promoting() | Prefilling() | Decoding():
             if wait is not None:
                 world.waiting.setdefault(number, []).append(wait)
             state.turn.end = "closed"
@@ -259,8 +266,8 @@ def _close(world: World, state: BranchState, wait: Waiting | None, now: float) -
             state.turn.end = "closed"
             world.states[number] = state.strengthen(Then(Next.CLOSE))
             return
-        case never:
-            assert_never(never)
+        case _:
+            assert_never(state)
     if wait is not None:
         world.out.append((wait.link, Done(request=wait.request, known=known)))
 
@@ -274,7 +281,9 @@ def expect(world: World, link: LinkId, command: Expect, now: float) -> None:
     seconds = min(command.seconds, limit)
     why = [] if seconds == command.seconds else [f"clipped to the longest lease, {limit:g} s"]
     world.end_lease(branch.id)
-    pages = pages_for(branch.resident, world.config.page_tokens)
+    if command.tool:
+        world.tools[branch.id] = command.tool
+    pages = _pages_kept(world, branch)
     keep = command.keep
     if keep == "firm":
         refusal = _no_firm(world, branch, pages, now)
@@ -289,14 +298,21 @@ def expect(world: World, link: LinkId, command: Expect, now: float) -> None:
     lease = Lease(keep=keep, until=now + seconds, seconds=seconds, residence=world.residence(branch),
                   why="; ".join(why))
     world.leases[branch.id] = lease
+    prefetch.expect(world, branch, seconds, now)
     world.tell(branch, LeaseAnswer(request=command.request, lease=lease))
+
+
+def _pages_kept(world: World, branch: Branch) -> int:
+    """Pages that stay on the device with a branch: its path's, and all of the node its seed is in."""
+    seed = () if branch.seed is None else branch.seed.pages
+    return pages_for(branch.leaf.end, world.config.page_tokens) + len(seed)
 
 
 def _no_firm(world: World, branch: Branch, pages: int, now: float) -> str:
     """Why a firm lease cannot be granted; empty when it can."""
     for number in [number for number, (until, _) in world.firm.items() if until <= now]:
         del world.firm[number]
-    if branch.resident < branch.computed:
+    if world.kv.on_device(branch) < branch.computed:
         return "firm refused: not all rows are on the device"
     used = sum(counted for _, counted in world.firm.values())
     budget = world.config.firm_budget()
@@ -311,6 +327,8 @@ def inspect(world: World, link: LinkId, command: Inspect, now: float) -> None:
     if isinstance(state, Queued):
         filler = world.fill_of.get(state.branch.id)
         waiting_for = f"branch {filler[0]} to compute the prefix both need" if filler else "room"
+    elif isinstance(state, Promoting):
+        waiting_for = "rows from the host"
     elif isinstance(state, Settling):
         waiting_for = "rows in flight"
     world.tell(state.branch, Inspected(
@@ -358,6 +376,9 @@ def _unborn(world: World, branch: Branch) -> int:
 
 def _learn_pause(world: World, branch: Branch, now: float) -> None:
     """A branch that had a turn before was paused until now."""
+    tool = world.tools.pop(branch.id, "")
     if branch.serial:
         world.law.observe(max(0.0, now - branch.rested_at))
+        if tool and (tool in world.tool_laws or len(world.tool_laws) < MAX_TOOLS):
+            world.tool_laws.setdefault(tool, PauseLaw()).observe(max(0.0, now - branch.rested_at))
     world.end_lease(branch.id)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias, final
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, final
 
 from agentspeed_engine.errors import BrokenInvariant
 from agentspeed_engine.ids import BranchId, LinkId, SessionId, StepSeq, TicketId
@@ -16,6 +17,7 @@ from agentspeed_engine.kv.branches import (
     Held,
     Next,
     Prefilling,
+    Promoting,
     Queued,
     Settling,
     Then,
@@ -25,8 +27,11 @@ from agentspeed_engine.kv.tree import Node
 from agentspeed_engine.kv.turns import Turn
 from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.sched.pauses import PauseLaw
-from agentspeed_engine.sched.plan import StepPlan
+from agentspeed_engine.sched.plan import HostCopy, StepPlan
 from agentspeed_engine.wire import Done, Forked, Lease, LeaseChanged, Outgoing, Residence, TurnEnded, TurnUsage
+
+if TYPE_CHECKING:
+    from agentspeed_engine.sched.tickets import Ticket
 
 Out: TypeAlias = list[tuple[LinkId, Outgoing]]
 
@@ -45,7 +50,7 @@ class Waiting(NamedTuple):
 class Session:
     link: LinkId
     tenant: str
-    branches: set[BranchId] = field(default_factory=set)
+    branches: set[BranchId]
 
 
 @final
@@ -54,13 +59,13 @@ class World:
 
     def __init__(self, config: CoreConfig) -> None:
         self.config = config
-        self.kv = Kv(pages=config.pages, page_tokens=config.page_tokens)
+        self.kv = Kv(pages=config.pages, page_tokens=config.page_tokens, slots=config.host_slots)
         self.states: dict[BranchId, BranchState] = {}
         self.sessions: dict[SessionId, Session] = {}
         self.queue: list[tuple[int, BranchId]] = []
         """Queued turns by age."""
         self.active: list[tuple[int, BranchId]] = []
-        """Prefilling and Decoding turns by age."""
+        """Promoting, Prefilling and Decoding turns by age."""
         self.flights: dict[StepSeq, StepPlan] = {}
         self.waiting: dict[BranchId, list[Waiting]] = {}
         self.fill_of: dict[BranchId, tuple[BranchId, int]] = {}
@@ -69,12 +74,27 @@ class World:
         self.firm: dict[BranchId, tuple[float, int]] = {}
         """Firm leases: until when, and the pages counted for them (shared ones count for each)."""
         self.law = PauseLaw()
+        self.tool_laws: dict[str, PauseLaw] = {}
+        self.tools: dict[BranchId, str] = {}
+        """The tool that a branch at rest waits for, as its front told."""
+        self.oracle: Callable[[BranchId, float], float] | None = None
+        """The true seconds until a branch runs again, in offline runs that know them."""
+        self.tickets: dict[TicketId, Ticket] = {}
+        self.orders: list[HostCopy] = []
+        """Tickets not yet handed out."""
+        self.prefetch: list[tuple[float, BranchId, int]] = []
+        """A heap of (when, branch, its turns begun): rows to be brought back then."""
+        self.early_seen: tuple[int, ...] = ()
         self.ended: list[int] = []
         self.victim: Node | None = None
         self.ignored = 0
         self.evicted_pages = 0
         self.copied_pages = 0
         self.preemptions = 0
+        self.saved_pages = 0
+        self.loaded_pages = 0
+        self.prefetched = 0
+        self.late_tickets = 0
         self.next_branch = 0
         self.next_turn = 0
         self.next_age = 0
@@ -89,10 +109,11 @@ class World:
     def residence(self, branch: Branch) -> Residence:
         """Where the rows of the known tokens are."""
         state = self.states.get(branch.id)
-        device = branch.resident
         if isinstance(state, Prefilling | Decoding | Settling):
-            device = min(state.room.done, branch.known)
-        return Residence(device=device, host=0, lost=branch.known - device)
+            device = available = min(state.room.done, branch.known)
+        else:
+            device, available = self.kv.on_device(branch), branch.resident
+        return Residence(device=device, host=available - device, lost=branch.known - available)
 
     def fresh_branch(self) -> BranchId:
         self.next_branch += 1
@@ -111,7 +132,7 @@ class World:
         self.states[number] = state
         insort(self.queue, (state.turn.age, number))
 
-    def activate(self, state: Prefilling | Decoding) -> None:
+    def activate(self, state: Promoting | Prefilling | Decoding) -> None:
         self.states[state.branch.id] = state
         insort(self.active, (state.turn.age, state.branch.id))
 
@@ -121,9 +142,9 @@ class World:
         if index == len(listed) or listed[index] != (turn.age, number):
             raise BrokenInvariant(f"branch {number} is not listed where its state says")
         del listed[index]
-        self.fill_of.pop(number, None)
+        _ = self.fill_of.pop(number, None)
 
-    def leave(self, state: Prefilling | Decoding, then: Then, now: float) -> None:
+    def leave(self, state: Promoting | Prefilling | Decoding, then: Then, now: float) -> None:
         """An active branch goes back to rest, at once or when its rows are acknowledged."""
         number = state.branch.id
         self.unlist(self.active, state.turn, number)
@@ -172,17 +193,18 @@ class World:
 
     def forget(self, branch: Branch) -> None:
         """A closed branch leaves the tables; its session with the last of them."""
-        self.states.pop(branch.id, None)
-        self.kv.branches.pop(branch.id, None)
+        _ = self.states.pop(branch.id, None)
+        _ = self.kv.branches.pop(branch.id, None)
         self.end_lease(branch.id)
+        _ = self.tools.pop(branch.id, None)
         session = self.sessions[branch.session]
         session.branches.discard(branch.id)
         if not session.branches:
             del self.sessions[branch.session]
 
     def end_lease(self, number: BranchId) -> None:
-        self.leases.pop(number, None)
-        self.firm.pop(number, None)
+        _ = self.leases.pop(number, None)
+        _ = self.firm.pop(number, None)
 
     def change_lease(self, branch: Branch, why: str) -> None:
         """Tells the holder of a lease that its rows moved."""

@@ -1,0 +1,80 @@
+"""Which rows go first when a running turn needs pages: pure functions over measured costs, one per policy.
+
+A policy turns what is known of a victim into a number; the largest goes first, None never goes. Ours is "furthest next
+use". The others exist to be compared with it (`bench/retention.py`, `bench/pauses.py`); `pin` can starve a turn by
+design, which is what it is there to show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final, TypeAlias, final
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of the branches that would lose rows."""
+
+    tokens: int
+    """Rows that go."""
+    rested: float
+    """Seconds since one of them last computed."""
+    expected: float
+    """Seconds until the first of them is expected to run again: a hint, else the learnt law of pauses."""
+    copy_seconds: float
+    """Per token, to the host or back."""
+    recompute_seconds: float
+    """Per token."""
+    oracle: float | None = None
+    """The true seconds until next use, where somebody knows them (offline runs alone)."""
+
+
+Policy: TypeAlias = Callable[[Facts], float | None]
+
+TTL_SECONDS: Final = 60.0
+
+
+def next_use(facts: Facts) -> float | None:
+    """Ours: who is needed last goes first."""
+    return facts.expected
+
+
+def lru(facts: Facts) -> float | None:
+    """Who rested longest goes first."""
+    return facts.rested
+
+
+def ttl(facts: Facts) -> float | None:
+    """Whose time to live is over goes first, oldest first; the others only after them, so that nobody starves."""
+    return facts.rested if facts.rested > TTL_SECONDS else facts.rested - 1e9
+
+
+def pin(facts: Facts) -> float | None:
+    """A paused branch keeps everything for ever."""
+    return None
+
+
+def min_waste(facts: Facts) -> float | None:
+    """Memory held for nothing (tokens x pause) against what it costs to have the rows again, the cheaper way back."""
+    back = facts.recompute_seconds
+    if facts.copy_seconds:
+        back = min(back, 2 * facts.copy_seconds)
+    return facts.tokens * facts.expected - facts.tokens * facts.tokens * back
+
+
+def oracle(facts: Facts) -> float | None:
+    """Belady's choice; without knowledge of the future it is ours."""
+    return facts.expected if facts.oracle is None else facts.oracle
+
+
+POLICIES: Final = MappingProxyType[str, Policy]({
+    "next_use": next_use, "lru": lru, "ttl": ttl, "pin": pin, "min_waste": min_waste, "oracle": oracle,
+})
+
+
+def worth_saving(copy_seconds: float, recompute_seconds: float) -> bool:
+    """A copy out and back costs less than computing the rows again. Unmeasured costs count as equal to nothing."""
+    return 2 * copy_seconds <= recompute_seconds or recompute_seconds == 0.0

@@ -1,0 +1,168 @@
+"""Host copies in flight: begun, carried out elsewhere, and acknowledged or failed by a deadline (L6)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, final
+
+from agentspeed_engine.errors import BrokenInvariant
+from agentspeed_engine.ids import BranchId, PageId, SlotId, TicketId
+from agentspeed_engine.kv.branches import Promoting
+from agentspeed_engine.kv.nodes import Device, Host, Loading, Saving
+from agentspeed_engine.kv.tree import Node
+from agentspeed_engine.sched.plan import HostCopy
+from agentspeed_engine.sched.world import World
+
+MOST_FAILURES = 2
+"""Loads of a node that may fail before its rows count as lost."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """Its nodes stand in `Tree.in_copy`, because a split must find them."""
+
+    direction: Literal["save", "load"]
+    deadline: float
+
+
+def save(world: World, node: Node, now: float) -> int:
+    """Begins to copy a node to the host, whose slots are free. Returns its pages."""
+    if not isinstance(node.state, Device):
+        raise BrokenInvariant(f"{node!r} cannot be saved")
+    count = len(node.pages)
+    ticket = _begin(world, "save", [node], now)
+    world.kv.tree.change(node, node.state.save(world.kv.slots.take(count), ticket))
+    _order(world, ticket, "save", [node], now)
+    return count
+
+
+def load(world: World, chain: list[Node], now: float) -> None:
+    """Begins to bring a chain of nodes back, whose pages are free; the one above them is readable."""
+    if not chain or chain[0].parent is None or not chain[0].parent.readable:
+        raise BrokenInvariant("a load begins below what is readable")
+    ticket = _begin(world, "load", chain, now)
+    for node in chain:
+        if not isinstance(node.state, Host):
+            raise BrokenInvariant(f"{node!r} cannot be loaded")
+        world.kv.tree.change(node, node.state.load(world.kv.pages.take(len(node.state.slots)), ticket))
+    _order(world, ticket, "load", chain, now)
+
+
+def pages_of(chain: list[Node]) -> int:
+    """Device pages that loading takes."""
+    return sum(len(node.state.slots) for node in chain if isinstance(node.state, Host))
+
+
+def copied(world: World, number: TicketId, ok: bool, now: float) -> None:
+    """A copy was carried out, or failed. One that comes after its deadline is over already."""
+    ticket = world.tickets.pop(number, None)
+    if ticket is None:
+        world.ignored += 1
+        return
+    nodes = world.kv.tree.in_copy.pop(number)
+    if ticket.direction == "save":
+        for node in nodes:
+            _saved(world, node, ok)
+    else:
+        _loaded(world, nodes, ok, now)
+    for node in reversed(nodes):
+        _drop_if_ownerless(world, node)
+
+
+def expire(world: World, now: float) -> None:
+    """Tickets past their deadline fail: nothing waits for a copy for ever."""
+    for number in [number for number, ticket in world.tickets.items() if ticket.deadline <= now]:
+        world.late_tickets += 1
+        copied(world, number, False, now)
+
+
+def saving(world: World) -> int:
+    """Pages whose eviction waits for a copy to end."""
+    return sum(
+        len(node.pages)
+        for number, ticket in world.tickets.items() if ticket.direction == "save"
+        for node in world.kv.tree.in_copy[number] if not node.pinned_by and not node.pages_below
+    )
+
+
+def _begin(world: World, direction: Literal["save", "load"], nodes: list[Node], now: float) -> TicketId:
+    number = world.fresh_ticket()
+    world.tickets[number] = Ticket(direction, now + world.config.ticket_deadline)
+    world.kv.tree.in_copy[number] = list(nodes)
+    return number
+
+
+def _order(world: World, number: TicketId, direction: Literal["save", "load"], nodes: list[Node], now: float) -> None:
+    pages: list[PageId] = []
+    slots: list[SlotId] = []
+    for node in nodes:
+        if not isinstance(node.state, Saving | Loading):
+            raise BrokenInvariant(f"{node!r} waits for no copy")
+        pages += node.state.pages
+        slots += node.state.slots
+    world.orders.append(HostCopy(number, direction, tuple(pages), tuple(slots),
+                                 begin_by=now + world.config.ticket_deadline / 2))
+
+
+def _saved(world: World, node: Node, ok: bool) -> None:
+    if not isinstance(node.state, Saving):
+        raise BrokenInvariant(f"{node!r} was not being saved")
+    if ok:
+        world.saved_pages += len(node.pages)
+        world.kv.tree.change(node, node.state.acked())
+        return
+    device, slots = node.state.failed()
+    world.kv.tree.change(node, device)
+    world.kv.slots.give(slots)
+    node.failures += 1  # not tried again: when its pages are needed it is dropped
+
+
+def _loaded(world: World, nodes: list[Node], ok: bool, now: float) -> None:
+    waiting = {number for node in nodes for number in node.pinned_by}
+    for node in nodes:
+        if not isinstance(node.state, Loading):
+            raise BrokenInvariant(f"{node!r} was not being loaded")
+        if ok:
+            world.loaded_pages += len(node.pages)
+            node.failures = 0
+            world.kv.tree.change(node, node.state.acked())
+            continue
+        node.failures += 1
+        host, pages = node.state.failed()
+        world.kv.tree.change(node, host)
+        world.kv.pages.give(pages)
+    for number in sorted(waiting):
+        state = world.states[number]
+        if not isinstance(state, Promoting):
+            raise BrokenInvariant(f"branch {number} pins rows that were being loaded and does not wait for them")
+        if ok:
+            if not world.kv.unreadable(state.branch):
+                world.states[number] = state.landed()
+            continue
+        world.unlist(world.active, state.turn, number)
+        state.turn.why = "a copy from the host failed"
+        world.enqueue(state.lost(world.kv, now))
+    if not ok and nodes[0].failures >= MOST_FAILURES:
+        _lose(world, nodes[0])
+
+
+def _lose(world: World, node: Node) -> None:
+    holders = _holders_below(world, node)
+    _ = world.kv.drop_with_all_below(node)
+    for number in sorted(holders):
+        world.change_lease(world.states[number].branch, "its rows on the host could not be read twice")
+
+
+def _holders_below(world: World, node: Node) -> set[BranchId]:
+    found = node.leaf_of | node.seed_of
+    for child in (*node.children.values(), *node.stubs.values()):
+        found |= _holders_below(world, child)
+    return found
+
+
+def _drop_if_ownerless(world: World, node: Node) -> None:
+    """Rows of a private session that closed meanwhile do not outlive it."""
+    private = node.root[2].partition("\0")[2]
+    if private and node.id in world.kv.tree.nodes and not node.referenced and not node.pinned_by:
+        _ = world.kv.drop(node)
