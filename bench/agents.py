@@ -23,9 +23,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "kernels")]
 
-import anyio  # noqa: E402
+import anyio
 
-from agentspeed import Engine, tool  # noqa: E402
+from agentspeed import Engine, tool
 
 MUST_MS = 5.0
 CITIES = ("Oslo", "Lima", "Rome", "Cairo", "Paris", "Delhi", "Quito", "Seoul")

@@ -10,7 +10,9 @@ Held-out tasks come from other seeds, words, tools and surface forms than traini
     json_valid            replies under output=<schema> that are whole JSON of that schema
     json_exact            ... with exactly the values of the request
     puzzle_greedy         puzzles solved by one greedy try
-    puzzle_search         puzzles solved by best_of_n with at most --tries branches
+    puzzle_best_of_n      puzzles solved by the best of --tries whole answers
+    puzzle_search         puzzles solved by tree_of_thought, step by step, with at most --tries branches in all: a step
+                          that breaks the rules or repeats a sibling is closed at once
     search_tokens_ratio   tokens the same searches compute without fork, divided by those with it
 
 The last line is JSON.
@@ -21,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -32,19 +35,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "kernels"), str(ROOT / "tools")]
 
-import anyio  # noqa: E402
-from nano_tasks import NO_TOOL, Task, check_answer, check_calls, check_json, check_puzzle, held_out  # noqa: E402
+import anyio
+from nano_tasks import NO_TOOL, Task, check_answer, check_calls, check_json, check_puzzle, held_out
 
-from agentspeed import Engine, Schema  # noqa: E402
-from agentspeed.errors import OutputError  # noqa: E402
-from agentspeed.messages import ToolMessage  # noqa: E402
-from agentspeed.search import Found, best_of_n  # noqa: E402
-from agentspeed.tools import Bounds, Tool, declared_tool  # noqa: E402
+from agentspeed import Engine, Schema
+from agentspeed.errors import OutputError
+from agentspeed.messages import ToolMessage
+from agentspeed.search import Budget, Found, Node, best_of_n, tree_of_thought
+from agentspeed.tools import Bounds, Tool, declared_tool
 
 MUST = {"tool_call_exact": 0.95, "tool_answer_exact": 0.9, "json_valid": 1.0, "search_tokens_ratio": 2.0}
 GREEDY_BAND = (0.2, 0.5)
 SEARCH_GAIN = 1.5
 AT_ONCE = 16
+STEP = re.compile(r"(\d+)([-+*])(\d+)=(\d+)")
 SHORT = Bounds(string_chars=40)
 """Short enough that any reply, however bad, ends inside the context."""
 
@@ -59,6 +63,8 @@ class Scores:
     json_valid: float
     json_exact: float
     puzzle_greedy: float
+    puzzle_best_of_n: float
+    best_of_n_tokens_ratio: float
     puzzle_search: float
     search_tokens_ratio: float
     tasks: int
@@ -157,12 +163,46 @@ async def greedy(engine: Engine, task: Task) -> bool:
         return solves((await s.generate(asked(task), max_tokens=64)).text, task)
 
 
-async def search(engine: Engine, task: Task, tries: int) -> Found:
+async def whole_answers(engine: Engine, task: Task, tries: int) -> Found:
     async with engine.session(seed=0) as s:
-        return await best_of_n(
-            s, asked(task), n=tries, score=lambda node: float(solves(node.whole, task)), temperature=1.0,
-            solved_at=1.0, max_tokens=64,
-        )
+        return await best_of_n(s, asked(task), n=tries, score=lambda node: float(solves(node.whole, task)),
+                               solved_at=1.0, max_tokens=64)
+
+
+async def step_by_step(engine: Engine, task: Task, tries: int) -> Found:
+    """First a handful of first steps, then the sound ones go on: a verifier of steps spares most of the branches."""
+    seen: set[str] = set()
+
+    def score(node: Node) -> float:
+        if node.state == "finished":
+            return float(solves(node.whole, task))
+        if node.whole in seen or not sound(node.whole, task):
+            return 0.0
+        seen.add(node.whole)
+        return 0.5
+
+    async with engine.session(seed=0) as s:
+        return await tree_of_thought(s, asked(task), branching=4, depth=3, score=score, least=0.5, stop=",",
+                                     solved_at=1.0, budget=Budget(branches=tries), max_tokens=32)
+
+
+def sound(text: str, task: Task) -> bool:
+    """Whether every step so far is right and uses numbers that are left."""
+    assert task.puzzle is not None
+    left = list(task.puzzle.numbers)
+    for step in text.split(","):
+        found = STEP.fullmatch(step)
+        if found is None:
+            return False
+        one, two, value = int(found[1]), int(found[3]), int(found[4])
+        if value != {"+": one + two, "-": one - two, "*": one * two}[found[2]]:
+            return False
+        for used in (one, two):
+            if used not in left:
+                return False
+            left.remove(used)
+        left.append(value)
+    return True
 
 
 def share(hits: Sequence[bool]) -> float:
@@ -185,13 +225,16 @@ async def measure(model: Path | None, count: int, tries: int) -> Scores:
               f"{share([ok for _, ok in shaped])} exact", flush=True)
         puzzles = held_out("puzzle", count)
         once = await each(puzzles, lambda task: greedy(engine, task), AT_ONCE)
-        found = await each(puzzles, lambda task: search(engine, task, tries), 4)
-        print(f"puzzles: {share(once)} greedy, {share([one.score == 1.0 for one in found])} searched", flush=True)
+        wide = await each(puzzles, lambda task: whole_answers(engine, task, tries), 4)
+        deep = await each(puzzles, lambda task: step_by_step(engine, task, tries), 4)
+        print(f"puzzles: {share(once)} greedy, {share([one.score == 1.0 for one in wide])} best of {tries}, "
+              f"{share([one.score == 1.0 for one in deep])} step by step", flush=True)
     return Scores(
         tool_call_exact=share([calls for calls, _ in tools]), tool_answer_exact=share([both for _, both in tools]),
         refuse_exact=share(refused), json_valid=share([ok for ok, _ in shaped]),
         json_exact=share([ok for _, ok in shaped]), puzzle_greedy=share(once),
-        puzzle_search=share([one.score == 1.0 for one in found]), search_tokens_ratio=ratio(found),
+        puzzle_best_of_n=share([one.score == 1.0 for one in wide]), best_of_n_tokens_ratio=ratio(wide),
+        puzzle_search=share([one.score == 1.0 for one in deep]), search_tokens_ratio=ratio(deep),
         tasks=count, tries=tries, seconds=round(time.perf_counter() - started, 1),
     )
 

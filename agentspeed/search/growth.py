@@ -49,11 +49,13 @@ class Plan:
     """What all searches have in common.
 
     `score`: how good a branch is, higher is better. `solved_at`: the first finished branch that scores this much ends
-    the search at once. `keep`: asked with the text as it grows; False closes the branch there. `attempt`: makes the
-    branch's answer itself (for agents with tools) instead of one turn. `options` go to every turn."""
+    the search at once. `least`: a step that scores less is closed at once. `keep`: asked with the text as it grows;
+    False closes the branch there. `attempt`: makes the branch's answer itself (for agents with tools) instead of one
+    turn. `options` go to every turn."""
 
     score: Score
     solved_at: float | None = None
+    least: float | None = None
     keep: Keep | None = None
     attempt: Attempt | None = None
     budget: Budget = field(default_factory=Budget)
@@ -187,6 +189,8 @@ class Grower:
         scored = self.plan.score(node)
         node.score = float(await scored if inspect.isawaitable(scored) else scored)
         self._judge(node)
+        if node.state == "pruned":
+            await _close(node)
 
     async def _turn(self, node: Node, stop: str | None, bound: int | None) -> bool:
         """One turn of the branch; True when `keep` gave it up. Counts what was computed, however the turn ends."""
@@ -235,6 +239,8 @@ class Grower:
         if math.isnan(node.score):
             raise InvalidRequest(f"score gave NaN for {node.whole!r}.", remedy="Give a number; higher is better.")
         if node.state != "finished":
+            if self.plan.least is not None and node.score < self.plan.least:
+                node.state = "pruned"
             return
         if self.best is None or self.best.score is None or node.score > self.best.score:
             self.best = node

@@ -38,12 +38,13 @@ async def best_of_n(
 
 async def beam(
     session: Session, prompt: Prompt, *, width: int, branching: int, depth: int, score: Score, stop: str = "\n",
-    solved_at: float | None = None, keep: Keep | None = None, budget: Budget | None = None, at_once: int = 16,
-    temperature: float = 1.0, seed: int = 0, adopt: bool = True, **options: Any,
+    solved_at: float | None = None, least: float | None = None, keep: Keep | None = None,
+    budget: Budget | None = None, at_once: int = 16, temperature: float = 1.0, seed: int = 0, adopt: bool = True,
+    **options: Any,
 ) -> Found:
     """Step by step (a step ends at `stop`): every kept branch forks `branching` ways, the best `width` go on."""
     _at_least_one(width=width, branching=branching, depth=depth)
-    plan = Plan(score=score, solved_at=solved_at, keep=keep, budget=budget or Budget(), at_once=at_once,
+    plan = Plan(score=score, solved_at=solved_at, least=least, keep=keep, budget=budget or Budget(), at_once=at_once,
                 temperature=temperature, seed=seed, adopt=adopt, options=options)
 
     async def grow(grower: Grower) -> None:
@@ -63,13 +64,14 @@ async def beam(
 
 async def tree_of_thought(
     session: Session, prompt: Prompt, *, branching: int, depth: int, score: Score, stop: str = "\n",
-    solved_at: float | None = None, keep: Keep | None = None, budget: Budget | None = None, at_once: int = 16,
-    temperature: float = 1.0, seed: int = 0, adopt: bool = True, **options: Any,
+    solved_at: float | None = None, least: float | None = None, keep: Keep | None = None,
+    budget: Budget | None = None, at_once: int = 16, temperature: float = 1.0, seed: int = 0, adopt: bool = True,
+    **options: Any,
 ) -> Found:
     """Best first: the most promising open branch anywhere in the tree forks next. Bound it by `budget` and `depth`."""
     _at_least_one(branching=branching, depth=depth)
-    plan = Plan(score=score, solved_at=solved_at, keep=keep, budget=budget or Budget(branches=64), at_once=at_once,
-                temperature=temperature, seed=seed, adopt=adopt, options=options)
+    plan = Plan(score=score, solved_at=solved_at, least=least, keep=keep, budget=budget or Budget(branches=64),
+                at_once=at_once, temperature=temperature, seed=seed, adopt=adopt, options=options)
 
     async def grow(grower: Grower) -> None:
         frontier: list[tuple[float, int, Node]] = [(0.0, 0, grower.root)]
@@ -88,15 +90,17 @@ async def tree_of_thought(
 
 async def mcts(
     session: Session, prompt: Prompt, *, iterations: int, score: Score, branching: int = 3, stop: str = "\n",
-    exploration: float = 1.4, solved_at: float | None = None, keep: Keep | None = None, budget: Budget | None = None,
-    temperature: float = 1.0, seed: int = 0, adopt: bool = True, **options: Any,
+    exploration: float = 1.4, solved_at: float | None = None, least: float | None = None,
+    keep: Keep | None = None, budget: Budget | None = None, temperature: float = 1.0, seed: int = 0,
+    adopt: bool = True, **options: Any,
 ) -> Found:
     """Monte Carlo tree search: walk down by UCT, add one step, play it to the end, and tell the path its score.
 
     Scores should lie between 0 and 1, which `exploration` is measured against."""
     _at_least_one(iterations=iterations, branching=branching)
-    plan = Plan(score=score, solved_at=solved_at, keep=keep, budget=budget or Budget(branches=4 * iterations),
-                temperature=temperature, seed=seed, adopt=adopt, options=options)
+    plan = Plan(score=score, solved_at=solved_at, least=least, keep=keep,
+                budget=budget or Budget(branches=4 * iterations), temperature=temperature, seed=seed, adopt=adopt,
+                options=options)
 
     async def grow(grower: Grower) -> None:
         for _ in range(iterations):

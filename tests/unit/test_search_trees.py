@@ -134,6 +134,15 @@ async def test_tree_of_thought_goes_on_with_the_most_promising_branch_anywhere()
         assert (len(worse.children), len(better.children)) == (0, 2)
 
 
+async def test_a_step_under_the_least_score_is_closed_at_once_and_never_gone_on_with() -> None:
+    async with scripted(steps(1)) as (engine, session):
+        found = await tree_of_thought(session, "Go.", branching=3, depth=3, score=digits, least=3, adopt=False)
+        good = [node for node in found.root.children if node.state == "open"]
+        assert [digits(node) for node in good] == [3]
+        assert all(not node.children for node in found.root.children if node not in good)
+        assert engine.live_branches == 1
+
+
 async def test_mcts_plays_to_the_end_and_tells_the_path_its_score() -> None:
     async with scripted(steps(2)) as (engine, session):
         found = await mcts(session, "Go.", iterations=6, branching=2, score=lambda node: (node.number % 5) / 5)
