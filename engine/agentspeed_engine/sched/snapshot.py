@@ -58,7 +58,7 @@ def _copy(value: Any, memo: dict[int, Any]) -> Any:
         return value  # an immutable struct of the wire
     made = memo[id(value)] = object.__new__(kind)
     slots: tuple[str, ...] | None = getattr(kind, "__slots__", None)
-    names: list[str] = list(vars(value)) if slots is None else list(slots)
+    names: list[str] = list(cast(dict[str, Any], vars(value))) if slots is None else list(slots)
     for name in names:
         if name != "__weakref__" and hasattr(value, name):
             object.__setattr__(made, name, _copy(getattr(value, name), memo))
