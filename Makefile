@@ -25,7 +25,7 @@ check: $(STAMP)
 	$(BIN)/python -m pytest -q
 
 bench: $(STAMP)
-	@for name in sched fork resume cold_siblings sdk turns; do echo "== bench/$$name.py"; $(BIN)/python bench/$$name.py || exit 1; done
+	@for name in sched fork resume cold_siblings sdk turns agents nano; do echo "== bench/$$name.py"; $(BIN)/python bench/$$name.py || exit 1; done
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
