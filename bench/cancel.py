@@ -28,11 +28,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "kernels")]
 
-from agentspeed_engine.wire import Sampling  # noqa: E402
-from tests.engine_client import EngineProcess, Front, LinkClosed, TurnRecord, alive, engine, until  # noqa: E402
-from tools.random_checkpoint import make_checkpoint  # noqa: E402
+from agentspeed_engine.wire import Sampling
+from tests.engine_client import EngineProcess, Front, LinkClosed, TurnRecord, alive, engine, until
+from tools.random_checkpoint import make_checkpoint
 
-PAGES, PAGE_TOKENS = 400, 16
+PAGES, PAGE_TOKENS, HOST_SLOTS = 90, 16, 200
+"""Too few pages for all chats at once, so that turns are preempted and sessions moved to host memory meanwhile."""
 CONTEXT = (PAGES - 1) * PAGE_TOKENS
 CHAT_TOKENS = 160
 """Tokens a chat draws before it begins anew."""
@@ -83,7 +84,7 @@ def main() -> None:
         folder = Path(scratch)
         checkpoint = make_checkpoint(json.loads(options.config.read_text()), folder / "model", dtype="float64")
         settings = {"model": str(checkpoint), "dtype": "float64", "pages": PAGES, "page_tokens": PAGE_TOKENS,
-                    "context_limit": CONTEXT, "threads": 1, "firm_pages": 0}
+                    "context_limit": CONTEXT, "host_slots": HOST_SLOTS, "threads": 1, "firm_pages": 0}
         chats = [Chat([draw.randrange(512) for _ in range(draw.randrange(20, 90))], seed=number)
                  for number in range(options.chats)]
         tally = Tally()
@@ -210,8 +211,11 @@ def pump(front: Front) -> None:
 
 def leaked_pages(front: Front) -> int:
     """After everyone left: pages of nobody, and whether one turn can still have the whole pool."""
-    until("every branch is closed", lambda: front.counts()["branches"] == 0)
+    until("every branch is closed and no copy in flight",
+          lambda: front.counts()["branches"] == 0 and front.counts()["tickets"] == 0)
     counts = front.counts()
+    moved = ("preemptions", "pages_evicted", "pages_saved", "pages_loaded")
+    print(", ".join(f"{name} {counts[name]}" for name in moved))
     leaked = counts["pages_total"] - counts["pages_free"] - counts["pages_nodes"] + counts["pages_tail"]
     branch = front.open(private=True)
     turn = front.generate(branch, [7] * (CONTEXT - 1), max_tokens=1)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import queue
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from agentspeed_engine.clock import VirtualClock
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.ids import PageId, SlotId, TicketId
 from agentspeed_engine.models.catalog import load
@@ -134,6 +136,22 @@ def test_a_failed_copy_is_reported_and_the_next_is_carried_out(
     assert "planted" in capfd.readouterr().err
     copier.start(copy(2, "save", (1,), (1,)))
     assert reports.next() == Copied(TicketId(2), True)
+    copier.close(5)
+
+
+def test_a_copy_that_comes_too_late_is_not_begun(capfd: pytest.CaptureFixture[str]) -> None:
+    model, reports = RememberingModel(pages=8, page_tokens=4, vocab_size=9), Reports()
+    model.reserve_host(4)
+    model.pool[:] = 3
+    clock = VirtualClock(10.0)
+    copier = Copier(model, reports, clock)
+    late, timely = copy(1, "save", (1,), (1,)), copy(2, "save", (1,), (2,))
+    copier.start(replace(late, begin_by=9.0))
+    copier.start(replace(timely, begin_by=10.0))
+    assert [reports.next(), reports.next()] == [Copied(TicketId(1), False), Copied(TicketId(2), True)]
+    assert (model.host[1] == 0).all(), "its slot may have another owner"
+    assert (model.host[2] == 3).all()
+    assert "too late" in capfd.readouterr().err
     copier.close(5)
 
 
