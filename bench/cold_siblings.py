@@ -18,8 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "kernels")]
 
-from tests.engine_client import TurnRecord, engine  # noqa: E402
-from tools.random_checkpoint import make_checkpoint  # noqa: E402
+from tests.engine_client import TurnRecord, engine
+from tools.random_checkpoint import make_checkpoint
 
 
 def main() -> None:

@@ -23,13 +23,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "kernels")]
 
-from agentspeed_engine.ids import LinkId, pack_ids, pages_for  # noqa: E402
-from agentspeed_engine.run.options import EngineOptions, build  # noqa: E402
-from agentspeed_engine.run.worker import Worker  # noqa: E402
-from agentspeed_engine.sched.core import Core  # noqa: E402
-from agentspeed_engine.wire import Close, Command, Fork, Forked, Generate, Open, Opened, Outgoing  # noqa: E402
-from tests.engine_client import engine  # noqa: E402
-from tools.random_checkpoint import make_checkpoint  # noqa: E402
+from agentspeed_engine.ids import LinkId, pack_ids, pages_for
+from agentspeed_engine.run.options import EngineOptions, build
+from agentspeed_engine.run.worker import Worker
+from agentspeed_engine.sched.core import Core
+from agentspeed_engine.wire import Close, Command, Fork, Forked, Generate, Open, Opened, Outgoing
+from tests.engine_client import engine
+from tools.random_checkpoint import make_checkpoint
 
 LINK = LinkId(1)
 SHORT, LONG = 1024, 32 * 1024

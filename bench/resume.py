@@ -22,9 +22,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "kernels")]
 
-from agentspeed_engine.wire import TurnUsage  # noqa: E402
-from tests.engine_client import Front, engine  # noqa: E402
-from tools.random_checkpoint import make_checkpoint  # noqa: E402
+from agentspeed_engine.wire import TurnUsage
+from tests.engine_client import Front, engine
+from tools.random_checkpoint import make_checkpoint
 
 
 def main() -> None:
