@@ -12,6 +12,7 @@ from nano_tasks import Task, training_task
 from tokenizers import Tokenizer
 from torch import Tensor
 
+
 @dataclass(frozen=True)
 class Row:
     """`replies`: from the first id of each reply to behind its end."""
@@ -42,8 +43,9 @@ def collate(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
     return ids, made
 
 
-def batches(tokenizer: Tokenizer, seed: int, progress: float, *, rows: int = 1024, budget: int = 6144,
-            longest: int = 512) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(
+    tokenizer: Tokenizer, seed: int, progress: float, *, rows: int = 1024, budget: int = 6144, longest: int = 512
+) -> Iterator[tuple[Tensor, Tensor]]:
     """One round of training data: `rows` conversations in batches of at most `budget` ids."""
     rng = Random(f"training {seed}")
     made = (row_of(training_task(rng, progress), tokenizer) for _ in range(rows))

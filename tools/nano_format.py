@@ -11,8 +11,19 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 VOCAB_SIZE = 1024
 CONTEXT = 4096
-SPECIALS = ("<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>",
-            "<tool_call>", "</tool_call>", "<think>", "</think>")
+SPECIALS = (
+    "<|pad|>",
+    "<|bos|>",
+    "<|end|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|tool|>",
+    "<tool_call>",
+    "</tool_call>",
+    "<think>",
+    "</think>",
+)
 """Ids 0, 1, 2, ...: padding is 0, bos is 1, the end of a message (and of a turn) is 2."""
 
 CHAT_TEMPLATE = """{%- set ns = namespace(system='', rest=messages) -%}
@@ -45,9 +56,14 @@ CHAT_TEMPLATE = """{%- set ns = namespace(system='', rest=messages) -%}
 {%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"""
 
 _SCHEMA_PIECES = (
-    r"""\{"name":\"""", r"""","description":\"""", r"""","parameters":\{"properties":\{\"?""",
-    r"""","arguments":\{\"?""", r"""":\{"type":"(?:string|integer|number|boolean)"\}""", r"""\},"required":\[\"?""",
-    r""""?\],"type":"object"\}+""", r"""","type":"(?:string|integer|number|boolean)"\}""",
+    r"""\{"name":\"""",
+    r"""","description":\"""",
+    r"""","parameters":\{"properties":\{\"?""",
+    r"""","arguments":\{\"?""",
+    r"""":\{"type":"(?:string|integer|number|boolean)"\}""",
+    r"""\},"required":\[\"?""",
+    r""""?\],"type":"object"\}+""",
+    r"""","type":"(?:string|integer|number|boolean)"\}""",
 )
 """What every tool definition and call repeats: one piece each, so that conversations are short."""
 
@@ -71,8 +87,9 @@ def render(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[
     system = messages[0]["content"] if first else ""
     pieces = [("<|bos|>", False)]
     if system or tools:
-        lines = "".join("\n" + compact({key: tool[key] for key in ("name", "description", "parameters")})
-                        for tool in tools)
+        lines = "".join(
+            "\n" + compact({key: tool[key] for key in ("name", "description", "parameters")}) for tool in tools
+        )
         pieces.append((f"<|system|>{system}{lines}<|end|>", False))
     for message in messages[1 if first else 0 :]:
         calls = "".join(call_text(call["name"], call["arguments"]) for call in message.get("tool_calls", ()))
@@ -85,14 +102,19 @@ def render(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     """A byte-level BPE of exactly `VOCAB_SIZE` tokens; every string encodes and decodes to itself."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE, special_tokens=[AddedToken(text, special=True, normalized=False) for text in SPECIALS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[AddedToken(text, special=True, normalized=False) for text in SPECIALS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() != VOCAB_SIZE:
         raise ValueError(f"the corpus gave {tokenizer.get_vocab_size()} tokens, not {VOCAB_SIZE}; give more text.")
@@ -104,8 +126,13 @@ def write_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out / "tokenizer.json"))
     settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|bos|>", "eos_token": "<|end|>",
-        "pad_token": "<|pad|>", "model_max_length": CONTEXT, "clean_up_tokenization_spaces": False,
-        "add_bos_token": False, "chat_template": CHAT_TEMPLATE,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|bos|>",
+        "eos_token": "<|end|>",
+        "pad_token": "<|pad|>",
+        "model_max_length": CONTEXT,
+        "clean_up_tokenization_spaces": False,
+        "add_bos_token": False,
+        "chat_template": CHAT_TEMPLATE,
     }
     (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -164,11 +164,11 @@ class Nano(nn.Module):
         self.layers = nn.ModuleList(Layer(shape, index) for index in range(shape.layers))
         self.norm = Norm(shape.hidden)
         steps = torch.arange(0, shape.rope, 2, dtype=torch.float32) / shape.rope
-        self.register_buffer("frequencies", shape.theta ** -steps, persistent=False)
+        self.register_buffer("frequencies", shape.theta**-steps, persistent=False)
         self.apply(_initialise)
         for name, weight in self.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight", "down.weight")):
-                weight.data.mul_((2 * shape.layers) ** -0.5)
+                nn.init.zeros_(weight)
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.linear(self.features(ids), self.embed_tokens.weight)
@@ -188,7 +188,7 @@ class Nano(nn.Module):
 
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=module.in_features ** -0.5)
+        nn.init.normal_(module.weight, std=module.in_features**-0.5)
     elif isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.05)
 
@@ -197,23 +197,53 @@ def _initialise(module: nn.Module) -> None:
 def config_of(shape: Shape) -> dict[str, Any]:
     """config.json."""
     return {
-        "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "vocab_size": shape.vocab,
-        "hidden_size": shape.hidden, "intermediate_size": shape.inner, "moe_intermediate_size": shape.expert_inner,
-        "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads, "num_key_value_heads": shape.heads,
-        "n_shared_experts": 1, "n_routed_experts": shape.experts, "num_experts_per_tok": shape.top,
-        "routed_scaling_factor": shape.scale, "norm_topk_prob": True, "scoring_func": "sigmoid",
-        "topk_method": "noaux_tc", "n_group": 1, "topk_group": 1, "first_k_dense_replace": shape.first_dense,
-        "kv_lora_rank": shape.kv_rank, "q_lora_rank": None, "qk_rope_head_dim": shape.rope,
-        "qk_nope_head_dim": shape.nope, "v_head_dim": shape.value, "hidden_act": "silu",
-        "max_position_embeddings": CONTEXT, "rms_norm_eps": NORM_EPS, "rope_theta": shape.theta, "rope_scaling": None,
-        "rope_interleave": True, "attention_bias": False, "attention_dropout": 0.0, "tie_word_embeddings": True,
-        "num_nextn_predict_layers": 0, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "dtype": "float32",
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "vocab_size": shape.vocab,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.inner,
+        "moe_intermediate_size": shape.expert_inner,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.heads,
+        "n_shared_experts": 1,
+        "n_routed_experts": shape.experts,
+        "num_experts_per_tok": shape.top,
+        "routed_scaling_factor": shape.scale,
+        "norm_topk_prob": True,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": shape.first_dense,
+        "kv_lora_rank": shape.kv_rank,
+        "q_lora_rank": None,
+        "qk_rope_head_dim": shape.rope,
+        "qk_nope_head_dim": shape.nope,
+        "v_head_dim": shape.value,
+        "hidden_act": "silu",
+        "max_position_embeddings": CONTEXT,
+        "rms_norm_eps": NORM_EPS,
+        "rope_theta": shape.theta,
+        "rope_scaling": None,
+        "rope_interleave": True,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": True,
+        "num_nextn_predict_layers": 0,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "dtype": "float32",
     }
 
 
 def folder_weights(model: Nano) -> dict[str, Tensor]:
     """The model's weights under the names of the format."""
-    shape, found = model.shape, {"model.embed_tokens.weight": model.embed_tokens.weight, "model.norm.weight": model.norm.weight}
+    shape, found = (
+        model.shape,
+        {"model.embed_tokens.weight": model.embed_tokens.weight, "model.norm.weight": model.norm.weight},
+    )
     for index, layer in enumerate(model.layers):
         at = f"model.layers.{index}."
         for name, weight in layer.state_dict().items():
@@ -254,17 +284,26 @@ def read_model(folder: Path) -> Nano:
     model = Nano(shape)
     state = {}
     for name in model.state_dict():
-        at = name if name.startswith(("embed_tokens", "norm")) else name
-        state[name] = _read_weight(weights, "model." + at, shape)
+        state[name] = _read_weight(weights, f"model.{name}", shape)
     model.load_state_dict(state)
     return model.eval()
 
 
 _KEYS = {
-    "vocab": "vocab_size", "hidden": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
-    "kv_rank": "kv_lora_rank", "nope": "qk_nope_head_dim", "rope": "qk_rope_head_dim", "value": "v_head_dim",
-    "inner": "intermediate_size", "experts": "n_routed_experts", "top": "num_experts_per_tok",
-    "expert_inner": "moe_intermediate_size", "first_dense": "first_k_dense_replace", "scale": "routed_scaling_factor",
+    "vocab": "vocab_size",
+    "hidden": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_rank": "kv_lora_rank",
+    "nope": "qk_nope_head_dim",
+    "rope": "qk_rope_head_dim",
+    "value": "v_head_dim",
+    "inner": "intermediate_size",
+    "experts": "n_routed_experts",
+    "top": "num_experts_per_tok",
+    "expert_inner": "moe_intermediate_size",
+    "first_dense": "first_k_dense_replace",
+    "scale": "routed_scaling_factor",
     "theta": "rope_theta",
 }
 _RENAMED = {"router.weight": "gate.weight", "bias": "gate.e_score_correction_bias"}

@@ -1,4 +1,4 @@
-"""Muon for the hidden matrices of nano: momentum steps made orthogonal, which learn copying in fewer steps than AdamW."""
+"""Muon for the hidden matrices of nano: momentum steps made orthogonal, which need fewer steps than AdamW."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 class Muon(torch.optim.Optimizer):
     """For two-dimensional weights only; everything else goes to AdamW."""
 
-    def __init__(self, weights: Iterable[nn.Parameter], lr: float = 0.02, momentum: float = 0.95, decay: float = 0.01) -> None:
+    def __init__(
+        self, weights: Iterable[nn.Parameter], lr: float = 0.02, momentum: float = 0.95, decay: float = 0.01
+    ) -> None:
         super().__init__(weights, {"lr": lr, "momentum": momentum, "decay": decay})
 
     @torch.no_grad()
@@ -39,12 +41,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
-    """Roughly the nearest matrix whose singular values are all 1, by Newton-Schulz steps in bfloat16."""
+    """Roughly the nearest matrix whose singular values are all 1, by Newton-Schulz steps."""
     a, b, c = _COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.T if tall else matrix).bfloat16()
+    x: Tensor = matrix.T if tall else matrix
     x = x / (x.norm() + 1e-7)
     for _ in range(steps):
         square = x @ x.T
         x = a * x + (b * square + c * square @ square) @ x
-    return (x.T if tall else x).float()
+    return x.T if tall else x

@@ -46,12 +46,31 @@ class Call:
 
 
 _STRINGS: dict[str, Callable[[Random, Pool], str]] = {
-    "city": place, "place": place, "country": place, "person": person, "name": person, "guest": person, "owner": person,
-    "title": phrase, "topic": phrase, "query": phrase, "subject": phrase, "color": phrase, "text": phrase, "code": code,
-    "id": code, "reference": code,
+    "city": place,
+    "place": place,
+    "country": place,
+    "person": person,
+    "name": person,
+    "guest": person,
+    "owner": person,
+    "title": phrase,
+    "topic": phrase,
+    "query": phrase,
+    "subject": phrase,
+    "color": phrase,
+    "text": phrase,
+    "code": code,
+    "id": code,
+    "reference": code,
 }
 _HELD_STRINGS: dict[str, Callable[[Random, Pool], str]] = {
-    "town": place, "region": place, "client": person, "sender": person, "label": phrase, "theme": phrase, "key": code,
+    "town": place,
+    "region": place,
+    "client": person,
+    "sender": person,
+    "label": phrase,
+    "theme": phrase,
+    "key": code,
 }
 _INTEGERS = ("count", "days", "amount", "age", "hour", "year", "size", "level", "pages", "seats", "number", "minutes")
 _HELD_INTEGERS = ("nights", "floor", "weeks", "points")
@@ -97,7 +116,11 @@ def _other_verb(rng: Random, words: Pool, verb: str) -> str:
 def _worded_tool(rng: Random, words: Pool, held: bool, verb: str, what: str) -> NamedTool:
     name = rng.choice((f"{verb}_{what}",) * 4 + (f"{what}_{verb}", what))
     verb = verb if verb in name else ""
-    said = f"{verb} {what}".strip() if held else rng.choice((f"{verb} a {what}", f"{verb} the {what}", f"{verb} {what}", what)).strip()
+    said = (
+        f"{verb} {what}".strip()
+        if held
+        else rng.choice((f"{verb} a {what}", f"{verb} the {what}", f"{verb} {what}", what)).strip()
+    )
     described = f"{said[0].upper()}{said[1:]}" + rng.choice((".", "", ".", " for the user.", " now."))
     properties = _properties(rng, words, held)
     required = list(properties)
@@ -125,11 +148,17 @@ def _properties(rng: Random, words: Pool, held: bool) -> dict[str, Any]:
         elif kind < 0.85:
             found[rng.choice(_HELD_NUMBERS if held else _NUMBERS)] = {"type": "number"}
         else:
-            options = [rng.choice(words.things) if rng.random() < 0.7 else made_up(rng, words) for _ in range(rng.choice((2, 3)))]
+            options = [
+                rng.choice(words.things) if rng.random() < 0.7 else made_up(rng, words)
+                for _ in range(rng.choice((2, 3)))
+            ]
             found[rng.choice(_HELD_CHOICES if held else _CHOICES)] = {"enum": sorted(set(options)), "type": "string"}
     for key in found:
         if rng.random() < 0.1:
-            found[key] = {"description": rng.choice((f"The {key}.", f"Name of the {key}", f"which {key}", f"{key} to use")), **found[key]}
+            found[key] = {
+                "description": rng.choice((f"The {key}.", f"Name of the {key}", f"which {key}", f"{key} to use")),
+                **found[key],
+            }
     return found
 
 
@@ -145,16 +174,27 @@ def _asked(rng: Random, words: Pool, tool: NamedTool, held: bool) -> tuple[str, 
         values = {key: _value(rng, words, key, shape) for key, shape in tool.properties.items()}
         return rng.choice(tool.spoken.forms).format(**values), Call(tool.name, values)
     required = tool.definition["parameters"]["required"]
-    values = {key: _value(rng, words, key, shape) for key, shape in tool.properties.items()
-              if key in required or rng.random() < 0.5}
+    values = {
+        key: _value(rng, words, key, shape)
+        for key, shape in tool.properties.items()
+        if key in required or rng.random() < 0.5
+    }
     return f"{_head(rng, tool, held)}{_arguments(rng, values, held)}", Call(tool.name, values)
 
 
 def _head(rng: Random, tool: NamedTool, held: bool) -> str:
     if not tool.verb:
-        forms = ("do the {n}", "give me the {n}") if held else ("show me the {n}", "use {n}", "I need the {n}", "run {n}", "the {n}")
+        forms = (
+            ("do the {n}", "give me the {n}")
+            if held
+            else ("show me the {n}", "use {n}", "I need the {n}", "run {n}", "the {n}")
+        )
     else:
-        forms = ("{v} my {n}", "{v} that {n}") if held else ("{v} a {n}", "{v} the {n}", "{v} {n}", "{v} one {n}", "{v} this {n}")
+        forms = (
+            ("{v} my {n}", "{v} that {n}")
+            if held
+            else ("{v} a {n}", "{v} the {n}", "{v} {n}", "{v} one {n}", "{v} this {n}")
+        )
     return rng.choice(forms).format(v=tool.verb, n=tool.noun)
 
 
@@ -176,10 +216,28 @@ def _arguments(rng: Random, values: dict[str, Any], held: bool) -> str:
     if rng.random() < 0.4:
         rng.shuffle(items)
     if len(items) == 1 and not held and rng.random() < 0.45:
-        return rng.choice((" for {}", " in {}", " {}", ": {}", " at {}", " of {}", " called {}", " from {}")).format(items[0][1])
-    forms = ("having {k} {v}", "whose {k} should be {v}", "{k} being {v}") if held else (
-        "with {k} {v}", "{k} {v}", "{k}: {v}", "where {k} is {v}", "with {v} as {k}", "{v} as the {k}", "{k}={v}",
-        "using {k} {v}", "for {k} {v}", "set {k} to {v}", "{v} for the {k}", "the {k} is {v}", '{k} "{v}"')
+        return rng.choice((" for {}", " in {}", " {}", ": {}", " at {}", " of {}", " called {}", " from {}")).format(
+            items[0][1]
+        )
+    forms = (
+        ("having {k} {v}", "whose {k} should be {v}", "{k} being {v}")
+        if held
+        else (
+            "with {k} {v}",
+            "{k} {v}",
+            "{k}: {v}",
+            "where {k} is {v}",
+            "with {v} as {k}",
+            "{v} as the {k}",
+            "{k}={v}",
+            "using {k} {v}",
+            "for {k} {v}",
+            "set {k} to {v}",
+            "{v} for the {k}",
+            "the {k} is {v}",
+            '{k} "{v}"',
+        )
+    )
     form = rng.choice(forms)
     joint = rng.choice((", ", " and ", ", and ") if not held else (" and ", ", "))
     parts = [(form if rng.random() < 0.8 else rng.choice(forms)).format(k=key, v=value) for key, value in items]
@@ -189,21 +247,43 @@ def _arguments(rng: Random, values: dict[str, Any], held: bool) -> str:
 def _polite(rng: Random, said: str, held: bool, question: bool) -> str:
     if question:
         return said + rng.choice(("?", "?", "")) if not held else said + "?"
-    before = ("I'd like you to ", "Kindly ", "") if held else (
-        "", "", "Please ", "Can you ", "Could you ", "Could you please ", "I want you to ", "I need you to ", "Now ", "Hey, ", "Next, ", "Help me: ")
+    before = (
+        ("I'd like you to ", "Kindly ", "")
+        if held
+        else (
+            "",
+            "",
+            "Please ",
+            "Can you ",
+            "Could you ",
+            "Could you please ",
+            "I want you to ",
+            "I need you to ",
+            "Now ",
+            "Hey, ",
+            "Next, ",
+            "Help me: ",
+        )
+    )
     after = (".", "", ", if you can.") if held else ("", ".", ".", "?", " please.", "!", " now.", ", thanks.")
     text = rng.choice(before) + said
     return f"{text[0].upper()}{text[1:]}{rng.choice(after)}"
 
 
-def join_requests(rng: Random, words: Pool, pool: ToolPool, many: int, *, held: bool) -> tuple[str, list[dict[str, Any]]]:
+def join_requests(
+    rng: Random, words: Pool, pool: ToolPool, many: int, *, held: bool
+) -> tuple[str, list[dict[str, Any]]]:
     """One request for several calls: of one tool with different values, or of different tools."""
-    single = [tool for tool in pool.tools if tool.spoken is not None and tool.spoken.lists and len(tool.properties) == 1]
+    single = [
+        tool for tool in pool.tools if tool.spoken is not None and tool.spoken.lists and len(tool.properties) == 1
+    ]
     if single and rng.random() < 0.6:
         return _listed(rng, words, rng.choice(single), many, held)
     tools = [rng.choice(pool.tools) for _ in range(many)]
     asked = [_asked(rng, words, tool, held) for tool in tools]
-    joint = rng.choice((" and also ", ". Then ") if held else (" and ", ", then ", "; ", ". Also ", " and then ", ", and ", ". And "))
+    joint = rng.choice(
+        (" and also ", ". Then ") if held else (" and ", ", then ", "; ", ". Also ", " and then ", ", and ", ". And ")
+    )
     text = _polite(rng, joint.join(said[0].lower() + said[1:] for said, _ in asked), held, question=False)
     return text, [{"name": call.name, "arguments": call.values} for _, call in asked]
 

@@ -25,7 +25,9 @@ class HeldOut:
     def __init__(self, tokenizer: Tokenizer, count: int) -> None:
         self.tokenizer = tokenizer
         kinds = ("tool", "refuse", "json")
-        self.rows: dict[str, list[Row]] = {kind: [row_of(task, tokenizer) for task in held_out(kind, count)] for kind in kinds}
+        self.rows: dict[str, list[Row]] = {
+            kind: [row_of(task, tokenizer) for task in held_out(kind, count)] for kind in kinds
+        }
         self.puzzles = held_out("puzzle", count)
 
     def scores(self, model: Nano) -> Scores:
@@ -65,8 +67,15 @@ def exact_replies(model: Nano, rows: Sequence[Row], at_once: int = 25) -> list[l
 
 
 @torch.no_grad()
-def decode(model: Nano, tokenizer: Tokenizer, tasks: Sequence[Task], *, longest: int = 48, temperature: float = 0.0,
-           seed: int = 0) -> list[str]:
+def decode(
+    model: Nano,
+    tokenizer: Tokenizer,
+    tasks: Sequence[Task],
+    *,
+    longest: int = 48,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[str]:
     """The first reply to each task, without a KV cache; for short conversations."""
     prompts = [row_of(task, tokenizer) for task in tasks]
     starts = [row.replies[0][0] for row in prompts]
@@ -83,7 +92,9 @@ def decode(model: Nano, tokenizer: Tokenizer, tasks: Sequence[Task], *, longest:
         alive &= drawn != END
         if not alive.any():
             break
-    return [tokenizer.decode(row[start:end].tolist()) for row, start, end in zip(ids, starts, ends.tolist(), strict=True)]
+    return [
+        tokenizer.decode(row[start:end].tolist()) for row, start, end in zip(ids, starts, ends.tolist(), strict=True)
+    ]
 
 
 def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:

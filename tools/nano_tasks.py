@@ -49,8 +49,10 @@ def tool_task(rng: Random, *, held: bool, rounds: int = 1, most_tools: int = 4, 
     for _ in range(rounds):
         if rng.random() < unfit:
             stranger = random_tool(rng, words, held=held, avoid={tool.noun for tool in pool.tools})
-            messages += [_user(request_for(rng, words, stranger, held=held)[0]),
-                         {"role": "assistant", "content": NO_TOOL}]
+            messages += [
+                _user(request_for(rng, words, stranger, held=held)[0]),
+                {"role": "assistant", "content": NO_TOOL},
+            ]
         elif not held and rng.random() < 0.06:
             messages += _chat(rng)
         else:
@@ -98,11 +100,18 @@ def _result(rng: Random, words: Pool) -> str:
     if kind < 0.2:
         return str(rng.randint(0, 10 ** rng.randint(1, 4)))
     if kind < 0.4:
-        keys = rng.sample(("status", "count", "temp", "sky", "price", "code", "id", "time", "seats", "name"), rng.choice((1, 2, 2, 3)))
-        return json.dumps({key: rng.choice((rng.randint(0, 500), phrase(rng, words))) for key in keys},
-                          ensure_ascii=False, separators=(",", ":"))
+        keys = rng.sample(
+            ("status", "count", "temp", "sky", "price", "code", "id", "time", "seats", "name"), rng.choice((1, 2, 2, 3))
+        )
+        return json.dumps(
+            {key: rng.choice((rng.randint(0, 500), phrase(rng, words))) for key in keys},
+            ensure_ascii=False,
+            separators=(",", ":"),
+        )
     if kind < 0.5:
-        return "error: " + rng.choice(("not found", "no result after 5 s", f"unknown {noun(rng, words)}", "out of stock"))
+        return "error: " + rng.choice(
+            ("not found", "no result after 5 s", f"unknown {noun(rng, words)}", "out of stock")
+        )
     if kind < 0.6:
         return rng.choice(("done", "ok", "saved", "booked", "sent", code(rng, words)))
     if kind < 0.8:
@@ -118,7 +127,7 @@ def check_calls(calls: list[Message], task: Task, reply: int = 0) -> bool:
 
 def check_answer(text: str, task: Task, reply: int = 1) -> bool:
     """Whether the final answer is exactly the expected one."""
-    return text.strip() == task.expected(reply)["content"]
+    return bool(text.strip() == task.expected(reply)["content"])
 
 
 # ---- answers in a schema ------------------------------------------------------------------------------------------
@@ -126,23 +135,34 @@ def json_task(rng: Random, *, held: bool) -> Task:
     """Facts in a request, to be given back as JSON in a schema that the request or the system message shows."""
     words = HELD_OUT if held else TRAIN
     pool: list[tuple[str, str, Any]] = [
-        ("name", "string", person(rng, words)), ("city", "string", place(rng, words)),
-        ("age", "integer", rng.randint(1, 99)), ("title", "string", phrase(rng, words)),
-        ("price", "number", round(rng.uniform(1, 99), 1)), ("count", "integer", rng.randint(0, 999)),
-        ("code", "string", code(rng, words)), ("color", "string", phrase(rng, words)),
-        ("open", "boolean", rng.random() < 0.5), (made_up(rng, words), "string", phrase(rng, words)),
+        ("name", "string", person(rng, words)),
+        ("city", "string", place(rng, words)),
+        ("age", "integer", rng.randint(1, 99)),
+        ("title", "string", phrase(rng, words)),
+        ("price", "number", round(rng.uniform(1, 99), 1)),
+        ("count", "integer", rng.randint(0, 999)),
+        ("code", "string", code(rng, words)),
+        ("color", "string", phrase(rng, words)),
+        ("open", "boolean", rng.random() < 0.5),
+        (made_up(rng, words), "string", phrase(rng, words)),
         (noun(rng, words), "integer", rng.randint(0, 99)),
     ]
     chosen = {key: (kind, value) for key, kind, value in rng.sample(pool, rng.randint(1, 4))}
-    schema = {"properties": {key: {"type": kind} for key, (kind, _) in chosen.items()},
-              "required": list(chosen), "type": "object"}
+    schema = {
+        "properties": {key: {"type": kind} for key, (kind, _) in chosen.items()},
+        "required": list(chosen),
+        "type": "object",
+    }
     facts = list(chosen.items())
     if rng.random() < 0.4:
         rng.shuffle(facts)
     said = _facts(rng, [(key, _spoken(value)) for key, (_, value) in facts], held)
     shape = json.dumps(schema, separators=(",", ":"))
-    asking = "Return JSON for this schema: " if held else rng.choice(
-        ("Answer in JSON with this schema: ", "Answer as JSON: ", "Use this schema: ", "JSON schema: "))
+    asking = (
+        "Return JSON for this schema: "
+        if held
+        else rng.choice(("Answer in JSON with this schema: ", "Answer as JSON: ", "Use this schema: ", "JSON schema: "))
+    )
     if rng.random() < 0.5:
         messages = [{"role": "system", "content": asking + shape}, _user(said)]
     elif held or rng.random() < 0.6:
@@ -158,8 +178,11 @@ def _spoken(value: object) -> str:
 
 
 def _facts(rng: Random, facts: list[tuple[str, str]], held: bool) -> str:
-    forms = ("{k} should be {v}", "{k} = {v}") if held else (
-        "{k} is {v}", "{k}: {v}", "{k} {v}", "the {k} is {v}", "with {k} {v}", "{v} as {k}")
+    forms = (
+        ("{k} should be {v}", "{k} = {v}")
+        if held
+        else ("{k} is {v}", "{k}: {v}", "{k} {v}", "the {k} is {v}", "with {k} {v}", "{v} as {k}")
+    )
     form, joint = rng.choice(forms), rng.choice((", ", " and ", "; ") if not held else (", ", ". "))
     text = joint.join(form.format(k=key, v=value) for key, value in facts)
     return f"{text[0].upper()}{text[1:]}." if rng.random() < 0.5 else f"{text}."
@@ -179,23 +202,53 @@ def puzzle_task(rng: Random, *, held: bool, size: int | None = None) -> Task:
     puzzle = make_puzzle(rng, held=held, size=size or rng.choice((3, 3, 4)))
     numbers = [str(number) for number in puzzle.numbers]
     spaced, listed = " ".join(numbers), ", ".join(numbers)
-    forms = (f"Get to {puzzle.target} from {spaced}.", f"The numbers are {spaced}. Reach {puzzle.target}.") if held else (
-        f"Reach {puzzle.target} from {spaced}.", f"Make {puzzle.target} with {listed}.", f"Reach {puzzle.target} from {spaced} using + - *.",
-        f"Use {listed} to get {puzzle.target}.", f"Numbers: {spaced}. Target: {puzzle.target}.")
+    forms = (
+        (f"Get to {puzzle.target} from {spaced}.", f"The numbers are {spaced}. Reach {puzzle.target}.")
+        if held
+        else (
+            f"Reach {puzzle.target} from {spaced}.",
+            f"Make {puzzle.target} with {listed}.",
+            f"Reach {puzzle.target} from {spaced} using + - *.",
+            f"Use {listed} to get {puzzle.target}.",
+            f"Numbers: {spaced}. Target: {puzzle.target}.",
+        )
+    )
     return Task("puzzle", [_user(rng.choice(forms)), {"role": "assistant", "content": puzzle.solution}], puzzle=puzzle)
 
 
 _TALK = (
-    (("Hello", "Hi", "Hello!", "Hi there", "Hey", "Good morning", "hello", "hi"),
-     "Hello! I am nano. Ask me to use a tool, fill in JSON or reach a number."),
-    (("Who are you?", "What are you?", "What is your name?", "Who is this?", "Tell me about yourself."),
-     "I am nano, a small model with latent attention and experts. I call tools, write JSON and try number puzzles."),
+    (
+        ("Hello", "Hi", "Hello!", "Hi there", "Hey", "Good morning", "hello", "hi"),
+        "Hello! I am nano. Ask me to use a tool, fill in JSON or reach a number.",
+    ),
+    (
+        ("Who are you?", "What are you?", "What is your name?", "Who is this?", "Tell me about yourself."),
+        "I am nano, a small model with latent attention and experts. I call tools, write JSON and try number puzzles.",
+    ),
     (("Thanks", "Thank you", "Thanks!", "Thank you!", "Great, thanks.", "thanks a lot"), "You are welcome."),
-    (("What can you do?", "Help", "help", "What are you good at?", "How can you help me?"),
-     "I can call tools, read their results, answer in JSON and reach a number from others."),
+    (
+        ("What can you do?", "Help", "help", "What are you good at?", "How can you help me?"),
+        "I can call tools, read their results, answer in JSON and reach a number from others.",
+    ),
     (("How are you?", "How are you doing?", "Are you well?"), "I am well. What shall I do?"),
     (("Bye", "Goodbye", "See you", "Bye!", "That is all."), "Goodbye!"),
 )
+
+
+def copy_task(rng: Random) -> Task:
+    """Say a text again, or say the value of one of several names: what every call and answer is made of."""
+    draws = (phrase, person, place, code, noun, lambda rng, _: str(rng.randint(0, 999)))
+    if rng.random() < 0.5:
+        text = " ".join(rng.choice(draws)(rng, TRAIN) for _ in range(rng.randint(1, 8)))
+        asking = rng.choice(("Say {}", "Repeat: {}", "Repeat {}", "Echo {}", "Say this: {}")).format(text)
+        return Task("copy", [_user(asking), {"role": "assistant", "content": text}])
+    facts = {noun(rng, TRAIN): rng.choice(draws)(rng, TRAIN) for _ in range(rng.randint(2, 6))}
+    messages = []
+    said = _facts(rng, list(facts.items()), held=False) + " "
+    for key in rng.sample(list(facts), min(len(facts), 3)):
+        messages += [_user(f"{said}What is {key}?"), {"role": "assistant", "content": facts[key]}]
+        said = ""
+    return Task("copy", messages)
 
 
 def chat_task(rng: Random) -> Task:
@@ -216,8 +269,18 @@ def _chat(rng: Random) -> list[Message]:
 def _system(rng: Random, held: bool) -> str:
     if held:
         return "Be brief and exact."
-    return rng.choice(("You are nano.", "You are a helpful assistant.", "Be brief.", "Use the tools.", "You call tools.",
-                       "You are nano, a small agent.", "Answer briefly.", "You help with tools."))
+    return rng.choice(
+        (
+            "You are nano.",
+            "You are a helpful assistant.",
+            "Be brief.",
+            "Use the tools.",
+            "You call tools.",
+            "You are nano, a small agent.",
+            "Answer briefly.",
+            "You help with tools.",
+        )
+    )
 
 
 def _user(text: str) -> Message:
@@ -226,10 +289,17 @@ def _user(text: str) -> Message:
 
 # ---- mixes --------------------------------------------------------------------------------------------------------
 def training_task(rng: Random, progress: float = 1.0) -> Task:
-    """One conversation to learn from; `progress` from 0 to 1 makes conversations longer."""
+    """One conversation to learn from; `progress` from 0 to 1: copying comes first, long conversations come last."""
+    if rng.random() < max(0.05, 0.4 - 0.8 * progress):
+        return copy_task(rng)
+    return skill_task(rng, progress)
+
+
+def skill_task(rng: Random, progress: float = 1.0) -> Task:
+    """One conversation of those that nano is for."""
     kind = rng.random()
     if kind < 0.64:
-        early = rng.random() > 4 * progress + 0.1
+        early = rng.random() > 1.6 * progress + 0.1
         return tool_task(rng, held=False, rounds=1 if early else rng.choice((1, 1, 1, 2)), most_tools=2 if early else 4)
     if kind < 0.78:
         return json_task(rng, held=False)
@@ -250,5 +320,20 @@ def held_out(kind: str, count: int, seed: int = 1) -> list[Task]:
     return [makers[kind]() for _ in range(count)]
 
 
-__all__ = ["NO_TOOL", "Task", "answer", "chat_task", "check_answer", "check_calls", "check_json", "check_puzzle", "held_out",
-           "json_task", "puzzle_task", "tool_task", "training_task"]
+__all__ = [
+    "NO_TOOL",
+    "Task",
+    "answer",
+    "chat_task",
+    "check_answer",
+    "check_calls",
+    "check_json",
+    "check_puzzle",
+    "copy_task",
+    "held_out",
+    "json_task",
+    "puzzle_task",
+    "skill_task",
+    "tool_task",
+    "training_task",
+]

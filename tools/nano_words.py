@@ -6,6 +6,7 @@ them from the conversation.
 
 from __future__ import annotations
 
+# ruff: noqa: SIM905 (lists of words read best as text)
 from dataclasses import dataclass
 from random import Random
 
@@ -19,7 +20,7 @@ _NOUNS = (
     "weather flight hotel train ticket room table song movie email message note task event meeting alarm timer order "
     "invoice product price stock recipe word file folder photo map route taxi bus lamp door heater oven camera printer "
     "parcel package book course lesson exam student teacher doctor patient pill garden tree flower dog cat horse boat "
-    "bike car truck engine battery light fan window wall roof bridge road park museum museum shop bank card account loan "
+    "bike car truck engine battery light fan window wall roof bridge road park museum shop bank card account loan "
     "budget tax bill report chart poll vote game score team player coach match race prize gift cake pizza coffee tea "
     "soup salad bread cheese fruit farm field river lake island beach hill forest star planet moon satellite rocket "
     "robot sensor server database backup password user group channel forum blog page link image video podcast album "
@@ -59,14 +60,25 @@ def _every(words: list[str], held: bool, step: int = 6) -> tuple[str, ...]:
 
 
 def _pool(held: bool) -> Pool:
-    endings = ("bu dal fen gor hin jat kel lum nar pok").split() if held else (
-        "ba be bi bo ca co da de di do fa fi fo ga ge gi ka ki ko la le li lo lu ma me mi mo na ne ni no pa pe pi po "
-        "ra re ri ro ru sa se si so ta te ti to tu va ve vi vo za ze zi zo bar bel ber bin cor den dor far fin gan "
-        "hal ker lan lek lin lor man mer min nel nor pan per rak ran rem rik rin ros sal sen sin sol tal tan tek ter "
-        "tin tor val van ver vik xon zak zen"
-    ).split()
-    return Pool(_every(_VERBS, held, 8), _every(_NOUNS, held), _every(_PLACES, held), _every(_PEOPLE, held),
-                _every(_THINGS, held), tuple(endings))
+    endings = (
+        ("bu dal fen gor hin jat kel lum nar pok").split()
+        if held
+        else (
+            "ba be bi bo ca co da de di do fa fi fo ga ge gi ka ki ko la le li lo lu ma me mi mo na ne ni no pa pe "
+            "pi po "
+            "ra re ri ro ru sa se si so ta te ti to tu va ve vi vo za ze zi zo bar bel ber bin cor den dor far fin gan "
+            "hal ker lan lek lin lor man mer min nel nor pan per rak ran rem rik rin ros sal sen sin sol tal tan tek "
+            "ter tin tor val van ver vik xon zak zen"
+        ).split()
+    )
+    return Pool(
+        _every(_VERBS, held, 8),
+        _every(_NOUNS, held),
+        _every(_PLACES, held),
+        _every(_PEOPLE, held),
+        _every(_THINGS, held),
+        tuple(endings),
+    )
 
 
 TRAIN = _pool(held=False)
@@ -95,7 +107,9 @@ def person(rng: Random, pool: Pool) -> str:
 
 def phrase(rng: Random, pool: Pool) -> str:
     """One or two words."""
-    words = [rng.choice(pool.things) if rng.random() < 0.5 else made_up(rng, pool) for _ in range(rng.choice((1, 1, 2)))]
+    words = [
+        rng.choice(pool.things) if rng.random() < 0.5 else made_up(rng, pool) for _ in range(rng.choice((1, 1, 2)))
+    ]
     return " ".join(words)
 
 

@@ -1,6 +1,6 @@
 """Trains nano from tasks it generates and writes the model folder; can be stopped and resumed at any time.
 
-    python tools/train_nano.py --minutes 30 --threads 2
+    python tools/train_nano.py --minutes 30 --processes 2
     python tools/train_nano.py --score agentspeed/models/nano
 
 Progress, checkpoints each minute and the best model by held-out score. The same command resumes where it stopped.
@@ -11,18 +11,22 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from tempfile import TemporaryDirectory
 
 import torch
 from nano_data import batches
 from nano_format import render, train_tokenizer, write_tokenizer
 from nano_model import Nano, Shape, read_model, write_model
 from nano_optim import Muon
+from nano_peers import Peers
 from nano_scoring import HeldOut, Scores, decode, solved
-from nano_tasks import held_out, training_task
+from nano_start import start_with_copying
+from nano_tasks import held_out, skill_task
 from tokenizers import Tokenizer
+from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
 HOME = Path(__file__).resolve().parent.parent
@@ -36,14 +40,14 @@ class Plan:
     minutes: float
     out: Path
     checkpoints: Path
-    shape: Shape = Shape()
+    shape: Shape = field(default_factory=Shape)
     muon_rate: float = 0.02
     adam_rate: float = 3e-3
     warmup_steps: int = 60
-    cooldown: float = 0.45
+    cooldown: float = 0.3
     """The last share of the time, in which the rate falls to nothing."""
     save_seconds: float = 60.0
-    score_seconds: float = 240.0
+    score_seconds: float = 150.0
     held_out: int = 60
     rows: int = 1024
     budget: int = 3072
@@ -53,22 +57,26 @@ class Plan:
 def make_tokenizer() -> Tokenizer:
     """The same one each time."""
     rng = Random("tokenizer")
-    tasks = (training_task(rng) for _ in range(TOKENIZER_ROWS))
+    tasks = (skill_task(rng) for _ in range(TOKENIZER_ROWS))
     return train_tokenizer("".join(text for text, _ in render(task.messages, task.tools)) for task in tasks)
 
 
 class Training:
     """Everything a checkpoint holds."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, peers: Peers | None = None) -> None:
         torch.manual_seed(0)
         self.plan = plan
+        self.peers = peers or Peers()
         self.tokenizer = make_tokenizer()
         self.model = Nano(plan.shape)
+        start_with_copying(self.model)
         hidden = [weight for name, weight in self.model.named_parameters() if weight.ndim == 2 and _is_hidden(name)]
         others = [weight for name, weight in self.model.named_parameters() if weight.ndim != 2 or not _is_hidden(name)]
         self.optimisers: list[torch.optim.Optimizer] = [
-            Muon(hidden, plan.muon_rate), torch.optim.AdamW(others, plan.adam_rate, betas=(0.9, 0.98), weight_decay=0.0)]
+            Muon(hidden, plan.muon_rate),
+            torch.optim.AdamW(others, plan.adam_rate, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
         self.step, self.round, self.tokens, self.seconds, self.best = 0, 0, 0, 0.0, -1.0
         self._file = plan.checkpoints / "state.pt"
         if self._file.is_file():
@@ -87,22 +95,27 @@ class Training:
     def run(self) -> None:
         """Until the time is up. Rounds of data are numbered, so a resumed run goes on with fresh ones."""
         held = HeldOut(self.tokenizer, self.plan.held_out)
-        clock = saved = scored = said = time.monotonic()
+        clock = saved = said = time.monotonic()
+        scored = self.seconds
         while self.progress < 1.0 and self.step != self.plan.most_steps:
             self.round += 1
-            for ids, made in batches(self.tokenizer, self.round, self.progress, rows=self.plan.rows, budget=self.plan.budget):
+            seed = self.round * self.peers.count + self.peers.rank
+            for ids, made in batches(
+                self.tokenizer, seed, self.progress, rows=self.plan.rows, budget=self.plan.budget // self.peers.count
+            ):
                 loss = self._learn(ids, made)
                 now = time.monotonic()
-                self.seconds, clock = self.seconds + now - clock, now
+                self.seconds, clock = self.peers.agreed(self.seconds + now - clock), now
                 if now - said > 20:
                     said = now
                     self._say(f"loss {loss:.3f} rate {self.rate():.2f}")
                 if now - saved > self.plan.save_seconds:
                     saved = now
                     self.save()
-                if now - scored > self.plan.score_seconds:
+                if self.seconds - scored > self.plan.score_seconds:
+                    scored = self.seconds
                     self._score(held)
-                    scored = clock = time.monotonic()
+                    clock = time.monotonic()
                 if self.progress >= 1.0 or self.step == self.plan.most_steps:
                     break
         self.save()
@@ -113,11 +126,14 @@ class Training:
         for optimiser, highest in zip(self.optimisers, (self.plan.muon_rate, self.plan.adam_rate), strict=True):
             for group in optimiser.param_groups:
                 group["lr"] = highest * self.rate()
-        with torch.autocast("cpu", torch.bfloat16):
-            features = self.model.features(ids[:, :-1])[made[:, 1:]]
-            logits = F.linear(features, self.model.embed_tokens.weight)
-        loss = F.cross_entropy(logits.float(), ids[:, 1:][made[:, 1:]])
+        features = self.model.features(ids[:, :-1])[made[:, 1:]]
+        logits = F.linear(features, self.model.embed_tokens.weight)
+        loss = F.cross_entropy(logits, ids[:, 1:][made[:, 1:]])
         loss.backward()  # type: ignore[no-untyped-call]
+        self.peers.average(
+            [weight.grad for weight in self.model.parameters() if weight.grad is not None]
+            + [experts.load for experts in self.model.experts()]
+        )
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimiser in self.optimisers:
             optimiser.step()
@@ -125,11 +141,13 @@ class Training:
         for experts in self.model.experts():
             experts.even_out()
         self.step += 1
-        self.tokens += int((ids > 0).sum())
+        self.tokens += int((ids > 0).sum()) * self.peers.count
         return loss.item()
 
     # ---- scores and files -----------------------------------------------------------------------------------------
     def _score(self, held: HeldOut) -> None:
+        if not self.peers.leads:
+            return
         scores = held.scores(self.model)
         self._say(line(scores))
         total = sum(scores[key] for key in ("tool_call", "tool_answer", "refuse", "json"))
@@ -138,16 +156,32 @@ class Training:
             write_model(self.model, self.plan.out)
 
     def _say(self, text: str) -> None:
-        print(f"{time.strftime('%H:%M:%S')} step {self.step} {self.tokens / 1e6:.2f}M tokens "
-              f"{self.seconds / 60:.1f} min: {text}", flush=True)
+        if not self.peers.leads:
+            return
+        print(
+            f"{time.strftime('%H:%M:%S')} step {self.step} {self.tokens / 1e6:.2f}M tokens "
+            f"{self.seconds / 60:.1f} min: {text}",
+            flush=True,
+        )
 
     def save(self) -> None:
         """In one move, so that a stop in the middle leaves the last checkpoint whole."""
+        if not self.peers.leads:
+            return
         self.plan.checkpoints.mkdir(parents=True, exist_ok=True)
         fresh = self._file.with_suffix(".new")
-        torch.save({"model": self.model.state_dict(), "optimisers": [one.state_dict() for one in self.optimisers],
-                    "step": self.step, "round": self.round, "tokens": self.tokens, "seconds": self.seconds,
-                    "best": self.best}, fresh)
+        torch.save(
+            {
+                "model": self.model.state_dict(),
+                "optimisers": [one.state_dict() for one in self.optimisers],
+                "step": self.step,
+                "round": self.round,
+                "tokens": self.tokens,
+                "seconds": self.seconds,
+                "best": self.best,
+            },
+            fresh,
+        )
         os.replace(fresh, self._file)
 
     def _load(self) -> None:
@@ -186,19 +220,27 @@ def score_folder(folder: Path, count: int) -> Scores:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--minutes", type=float, default=30.0, help="time to learn, over all resumed runs")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=2, help="each learns with one thread")
     parser.add_argument("--out", type=Path, default=HOME / "agentspeed" / "models" / "nano")
     parser.add_argument("--checkpoints", type=Path, default=HOME / ".checkpoints" / "nano")
     parser.add_argument("--score", type=Path, help="only score this folder on 200 held-out tasks of each kind")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     if options.score is not None:
         print(line(score_folder(options.score, 200)))
         return
-    training = Training(Plan(minutes=options.minutes, out=options.out, checkpoints=options.checkpoints))
-    write_tokenizer(training.tokenizer, options.out)
-    if not (options.out / "model.safetensors").is_file():
-        write_model(training.model, options.out)
+    plan = Plan(minutes=options.minutes, out=options.out, checkpoints=options.checkpoints)
+    with TemporaryDirectory() as folder:
+        spawn(learn, args=(plan, options.processes, Path(folder) / "meeting"), nprocs=options.processes)
+
+
+def learn(rank: int, plan: Plan, count: int, meeting: Path) -> None:
+    """One process of a training run."""
+    torch.set_num_threads(1)
+    training = Training(plan, Peers(rank, count, meeting))
+    if training.peers.leads:
+        write_tokenizer(training.tokenizer, plan.out)
+        if not (plan.out / "model.safetensors").is_file():
+            write_model(training.model, plan.out)
     training.run()
 
 
