@@ -1,8 +1,8 @@
 """How much of paused sessions is still there when they come back: the scheduler alone, room for 12 sessions of 50 K.
 
-Run: `python bench/retention.py [--seeds N]`. Sessions start at 45 K tokens and grow by 1000 a turn (800 sent, 200
-drawn), six turns each, one request at a time, in turn or in a fresh permutation per round. hit = tokens resumed / tokens
-sent, first turns excluded; with everything kept it is 0.983, because what a turn adds was never there before. Beside
+Run: `python bench/retention.py [--seeds N]`. Sessions start at 45 K tokens and grow by 1000 a turn (800 sent and 200
+drawn), six turns each, one request at a time, in turn or in a fresh permutation per round. hit = tokens resumed by
+tokens sent, first turns excluded; with everything kept it is 0.983, because what a turn adds was never there before. Beside
 ours: LRU in the same core, and a simulated whole-session Belady that knows the future. The clock is virtual: a request
 every 20 s, 0.1 ms a computed token, 20 ms a step, 2 us a copied token. The last line is JSON. Published comparison: a
 C++ scheduler with LRU keeps 6.8 % of 14 sessions in turn and 0 % of 16.

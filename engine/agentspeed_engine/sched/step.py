@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from heapq import merge
 
@@ -18,6 +19,8 @@ from agentspeed_engine.sched.reclaim import obtain, reclaim, save_early
 from agentspeed_engine.sched.world import World, usage
 from agentspeed_engine.wire import TurnStarted
 
+_PASSED_OVER = 32
+
 
 @dataclass(slots=True)
 class _Pass:
@@ -29,6 +32,8 @@ class _Pass:
     """Tokens left for short extends."""
     refused: bool = False
     """Someone older lacked room: nothing younger is admitted or grows (L3)."""
+    passed_over: int = 0
+    """Cold prompts that found no tokens left; behind a few of them nobody looks for a short extend."""
     rows: list[Row] = field(default_factory=list[Row])
     copies: list[PageCopy] = field(default_factory=list[PageCopy])
 
@@ -81,7 +86,8 @@ class _Entrants:
         return self
 
     def __next__(self) -> tuple[int, BranchId]:
-        if self._run.refused or (self._run.cold <= 0 and self._run.short <= 0):
+        run = self._run
+        if run.refused or run.passed_over >= _PASSED_OVER or (run.cold <= 0 and run.short <= 0):
             raise StopIteration
         queue = self._queue
         if self._index is None:
@@ -201,6 +207,9 @@ def _admit(world: World, run: _Pass, state: Queued, now: float) -> None:
     branch, turn, kv = state.branch, state.turn, world.kv
     if _waits_for_sibling(world, branch):
         return
+    if run.cold <= 0 and not _is_short(world, turn, branch, branch.resident):
+        run.passed_over += 1
+        return
     if branch.resident > branch.known - 1:
         kv.position(branch, branch.known - 1)
     kv.extend(branch)
@@ -217,7 +226,8 @@ def _admit(world: World, run: _Pass, state: Queued, now: float) -> None:
     short = _is_short(world, turn, branch, branch.resident)
     if (run.cold if not short else run.short + max(0, run.cold)) <= 0:
         return
-    loads = tickets.pages_of(chain)
+    # A page for each older turn stays free, or the turn would be let in to be preempted at their next page.
+    loads = tickets.pages_of(chain) + bisect_left(world.active, (turn.age, branch.id))
     kv.pin(branch)
     asked = obtain(world, loads + _entry_pages(world, branch), turn.age, now)
     if asked is not Asked.GOT and branch.seed is not None:
