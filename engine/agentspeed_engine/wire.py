@@ -283,7 +283,7 @@ class TurnStarted(Message, frozen=True, kw_only=True):
 
 
 class Tokens(Message, frozen=True, kw_only=True):
-    """Ids drawn in one step for one branch, in order."""
+    """Ids drawn for one branch, in order: of one step, or of several when the link's reader is late."""
 
     branch: int
     ids: bytes
