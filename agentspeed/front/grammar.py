@@ -95,15 +95,12 @@ class _Rules:
         self._reasoning = reasoning
         self._rules: dict[str, str] = {}
         # Beside a reasoning rule other text must not begin as reasoning, or a mark inside it would count as a call.
-        thinks = reasoning and not self._special(tags.think_open)
-        not_thought = f" & ~/{_literal(tags.think_open)}(?s:.*)/" if thinks else ""
+        not_thought = f" & ~/{_literal(tags.think_open)}(?s:.*)/" if reasoning else ""
         self._any = f"/(?s:.*)/{not_thought}"
 
     def free_text(self) -> str:
         """Any text in which no call is opened."""
-        opened = self._tags.call_open
-        never = "" if self._special(opened) else f" & ~/(?s:.*){_literal(opened)}(?s:.*)/"
-        return self._add("FREE", f"{self._any}{never}")
+        return self._add("FREE", f"{self._any}{_without(self._tags.call_open)}")
 
     def output(self, spec: OutputSpec) -> str:
         """Exactly one value of the shape."""
@@ -124,9 +121,10 @@ class _Rules:
         rest = f" call{{0,{most - 1}}}" if most > 1 else ""
         if not after_text:
             return self._add("calls", f"call{rest}")
-        _ = self._add("TEXT", self._any)
         if self._special(self._tags.call_open):
+            _ = self._add("TEXT", f"{self._any}{_without(self._tags.call_open)}")
             return self._add("calls", f"TEXT {opened} {body}{rest}")
+        _ = self._add("TEXT", self._any)
         _ = self._add("opening[lazy]", f"TEXT {opened}")
         return self._add("calls", f"opening {body}{rest}")
 
@@ -139,7 +137,7 @@ class _Rules:
     def _thought(self) -> str:
         closing = self._tags.think_close
         if self._special(closing):
-            _ = self._add("THOUGHT", "/(?s:.*)/")
+            _ = self._add("THOUGHT", f"/(?s:.*)/{_without(closing)}")
             return self._add("thought", f"{self._mark(self._tags.think_open)} THOUGHT {self._mark(closing)}")
         _ = self._add("thinking[lazy]", f"/(?s:.*)/ {self._mark(closing)}")
         return self._add("thought", f"{self._mark(self._tags.think_open)} thinking")
@@ -153,6 +151,12 @@ class _Rules:
     def _add(self, name: str, rule: str) -> str:
         self._rules[name] = rule
         return name.partition("[")[0]
+
+
+def _without(mark: str) -> str:
+    """Text in which a mark is spelt out is forbidden even where the mark is a special token: who reads the text, the
+    parser too, could not tell them apart."""
+    return f" & ~/(?s:.*){_literal(mark)}(?s:.*)/"
 
 
 def _call_body(tool: Tool, bounds: Bounds) -> str:

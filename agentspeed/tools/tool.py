@@ -19,6 +19,7 @@ OnError = Literal["return", "raise"]
 Predicate: TypeAlias = Callable[[Mapping[str, Any]], bool | Awaitable[bool]]
 NeedsApproval: TypeAlias = bool | Predicate
 
+_CHOICES: Final = ("auto", "required", "none")
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 
 
@@ -41,6 +42,8 @@ class Tool:
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
             raise TypeError(f"tool name {self.name!r}: use letters, digits, '_' and '-', at most 64 of them.")
+        if self.name in _CHOICES:
+            raise TypeError(f"tool name {self.name!r} is a tool_choice; give the tool another with @tool(name=...).")
         if self.timeout is not None and not (math.isfinite(self.timeout) and self.timeout > 0):
             raise ValueError(f"tool {self.name}: timeout is {self.timeout}; it must be seconds above 0, or None.")
         if self.on_error not in ("return", "raise"):

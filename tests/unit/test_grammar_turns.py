@@ -121,6 +121,14 @@ def test_marks_that_are_special_tokens_are_named_by_id() -> None:
     assert matcher.is_accepting()
 
 
+def test_a_special_mark_spelt_out_in_ordinary_tokens_is_no_text_either() -> None:
+    tags = Tags(ids={"<tool_call>": OPEN_ID, "</tool_call>": CLOSE_ID})
+    for choice in ("auto", "none"):
+        source = turn_grammar(tools=TOOLS, tool_choice=choice, tags=tags)
+        assert accepts(source, "a <tool_call")
+        assert not accepts(source, "a <tool_call> b")
+
+
 def test_nothing_to_constrain_is_no_grammar() -> None:
     assert turn_grammar() is None
 

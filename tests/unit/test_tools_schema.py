@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel, Field
 
 from agentspeed.errors import SchemaUnsupported
-from agentspeed.tools import Bounds, Tool, ToolContext, bounded, tool, tools_from
+from agentspeed.tools import Bounds, Tool, ToolContext, bounded, declared_tool, tool, tools_from
 
 
 class Colour(enum.Enum):
@@ -115,6 +115,12 @@ def test_what_cannot_be_described_is_a_type_error_that_names_the_parameter(funct
 def test_two_tools_of_one_name_are_refused() -> None:
     with pytest.raises(TypeError, match="two tools are named 'find'"):
         _ = tools_from([find, tool(name="find")(find)])
+
+
+@pytest.mark.parametrize("name", ["auto", "none", "a b", ""])
+def test_a_name_that_is_no_name_is_refused(name: str) -> None:
+    with pytest.raises(TypeError, match="tool name"):
+        _ = declared_tool({"name": name}, find)
 
 
 @pytest.mark.parametrize("wrong", [3, "find", Point])
