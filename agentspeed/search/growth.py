@@ -162,9 +162,12 @@ class Grower:
         except ExceptionGroup as failed:
             # The siblings are stopped by now; who asked for the search is told the error as it was raised.
             raise failed.exceptions[0] from failed.exceptions[0].__cause__
+        finally:
+            for node in nodes:
+                if node.state == "open" and node.score is None:
+                    node.state = "cut"
         for node in nodes:
-            if node.state == "open" and node.score is None:
-                node.state = "cut"
+            if node.state == "cut":
                 await _close(node)
 
     def _bound(self, attempts: int) -> int | None:

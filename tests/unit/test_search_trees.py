@@ -104,6 +104,7 @@ async def test_a_budget_ends_the_search_and_leaves_nothing_open(budget: Budget, 
         found = await best_of_n(session, "Go.", n=40, at_once=1, score=lambda _: 1.0, budget=budget)
         assert found.ended == ended
         assert found.cost.branches < 40
+        assert [node.state for node in found.root.children][-1] == ("cut" if ended == "seconds" else "finished")
         assert engine.live_branches == 1
 
 
