@@ -179,3 +179,13 @@ def test_a_real_models_pages_survive_the_host(tmp_path: Path) -> None:
     model.load([2, 0], [4, 5])
     assert (loaded.read_pages([4, 5]) == loaded.read_pages([1, 2])).all()
     assert (loaded.read_pages([4]) == 0.5).all()
+
+
+def test_costs_are_measured_where_there_are_host_slots(tmp_path: Path) -> None:
+    config = json.loads((Path(__file__).parents[2] / "bench/models/tiny.json").read_text())
+    folder = str(make_checkpoint(config, tmp_path))
+    plain = build(EngineOptions(model=folder, pages=8, page_tokens=16)).core
+    assert plain.copy_seconds_per_token == plain.recompute_seconds_per_token == 0
+    measured = build(EngineOptions(model=folder, pages=8, page_tokens=16, host_slots=3)).core
+    assert 0 < measured.copy_seconds_per_token < 0.01
+    assert 0 < measured.recompute_seconds_per_token < 0.1

@@ -14,6 +14,7 @@ import msgspec
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.ids import pages_for
 from agentspeed_engine.models.catalog import describe, load
+from agentspeed_engine.run.calibrate import calibrated
 from agentspeed_engine.run.model import Model
 from agentspeed_engine.run.noop import NoopModel
 from agentspeed_engine.run.vocabulary import Vocabulary
@@ -32,11 +33,13 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     model: str
     """A Hugging Face model folder; `noop:VOCABULARY:MILLISECONDS` for benchmarks of everything around a model."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    """Of weights, activations and cache."""
     context_limit: int | None = None
     """None: the model's own, as far as the pool allows it."""
     pages: int | None = None
     """None: a quarter of the machine's memory."""
     page_tokens: int = 64
+    """Rows of a page; what is shared between branches is shared in whole pages."""
     threads: int | None = None
     """Of the CPU kernels. None: as many as torch takes by itself."""
     depth: int = 0
@@ -44,15 +47,29 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     host_slots: int = 0
     """Pages of host memory that device pages can be saved to."""
     prefill_chunk: int = 512
+    """Most tokens of cold prompts in a step."""
     extend_tokens: int = 256
+    """Tokens of a step kept for short extends, so that a resumed session does not queue behind cold prompts."""
     firm_pages: int | None = None
+    """Most pages under firm leases. None: a quarter of what one turn of the context limit leaves."""
     max_sessions: int = 1024
+    """Open at once; more are refused by name, as for the limits below."""
     max_branches: int = 256
+    """Of one session."""
     max_waiting: int = 4096
+    """Turns in the queue."""
+    max_lease_seconds: float = 3600.0
+    """The longest lease that is granted."""
+    tenant_pages: int | None = None
+    """Most device pages under the branches of one tenant. None: no quota."""
+    tenant_sessions: int | None = None
+    """Most sessions of one tenant. None: no quota."""
+    policy: str = "next_use"
+    """Who loses rows first under pressure; the others are there to compare with (`sched.policy`)."""
     ticket_deadline: float = 5.0
     """Seconds after which a host copy that has not come back counts as failed."""
     outbox_bytes: int = 1 << 20
-    """Unsent bytes per link beyond which token deltas are coalesced."""
+    """Bytes per link encoded ahead of a late reader; what comes on top waits with its token deltas joined."""
     check_every_step: bool = False
     """Run the ledger after every event (tests; it costs time in proportion to the pool)."""
 
@@ -122,6 +139,8 @@ def build(options: EngineOptions, progress: Callable[[str], None] | None = None)
     model = TorchModel(loaded)
     if options.host_slots:
         model.reserve_host(options.host_slots)
+        say("measuring what copies and prefill cost")
+        core = calibrated(core, model)
     return Built(core, model, Vocabulary(folder, info.vocab_size, info.eos_ids))
 
 
@@ -145,6 +164,8 @@ def _core(options: EngineOptions, pages: int, limit: int, vocab_size: int, name:
         prefill_chunk=options.prefill_chunk, extend_tokens=options.extend_tokens, firm_pages=options.firm_pages,
         max_sessions=options.max_sessions, max_branches=options.max_branches, max_waiting=options.max_waiting,
         depth=options.depth, host_slots=options.host_slots, ticket_deadline=options.ticket_deadline,
+        max_lease_seconds=options.max_lease_seconds, tenant_pages=options.tenant_pages,
+        tenant_sessions=options.tenant_sessions, policy=options.policy,
     )
 
 
