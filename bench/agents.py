@@ -2,11 +2,11 @@
 
     python bench/agents.py [--model FOLDER] [--agents 8] [--rounds 4]
 
-Each agent asks for two tools per request, which sleep for different times, and reads their results. A turn's overhead
-is its time on the clock less what the engine reports for it (queue, prefill, decode) and less the slowest of its tools:
-rendering, tokenising, grammars, the link, parsing, checking arguments, the event loop. `cpu_ms_per_turn` is what this
-process computed for a turn: the part of the overhead that a busy machine cannot blow up. `leaks` counts what the engine
-still owns when every session is closed. The last line is JSON.
+Each agent's first turn must call tools, at most two, which sleep for different times; the second reads their results.
+A turn's overhead is its time on the clock less what the engine reports for it (queue, prefill, decode) and less the
+slowest of its tools: rendering, tokenising, grammars, the link, parsing, checking arguments, the event loop.
+`cpu_ms_per_turn` is what this process computed for a turn: the part of the overhead that a busy machine cannot blow up.
+`leaks` counts what the engine still owns when every session is closed. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class Round:
     seconds: float
     model_seconds: float
     tool_seconds: float
+    drawn: int
 
     @property
     def overhead_seconds(self) -> float:
@@ -68,11 +69,12 @@ async def agent(engine: Engine, number: int, rounds: int, done: list[Round]) -> 
             city, other = CITIES[(number + index) % 8], CITIES[(number + 3 * index + 1) % 8]
             started = time.perf_counter()
             result = await s.run(f"What is the weather in {city} and what time is it in {other}?", max_tokens=96,
-                                 max_turns=3)
+                                 max_turns=3, tool_choice="required", parallel_calls=2)
             seconds = time.perf_counter() - started
             usage = result.usage
             done.append(Round(
                 turns=usage.turns, calls=usage.pauses, seconds=seconds, tool_seconds=usage.pause_seconds,
+                drawn=usage.drawn,
                 model_seconds=usage.queue_seconds + usage.prefill_seconds + usage.decode_seconds))
 
 
@@ -94,7 +96,8 @@ async def measure(model: Path | None, agents: int, rounds: int) -> dict[str, obj
     return {
         "overhead_ms_per_turn": round(1000 * overhead, 3), "cpu_ms_per_turn": round(1000 * cpu / turns, 3),
         "leaks": sum(leaks.values()), "leaked": leaks,
-        "agents": agents, "turns": turns, "pauses": sum(one.calls for one in done), "seconds": round(seconds, 2),
+        "agents": agents, "turns": turns, "drawn_per_turn": round(sum(one.drawn for one in done) / turns, 1),
+        "pauses": sum(one.calls for one in done), "seconds": round(seconds, 2),
         "tool_seconds": round(sum(one.tool_seconds for one in done), 2),
         "model_seconds": round(sum(one.model_seconds for one in done), 2),
     }
