@@ -38,7 +38,7 @@ _HOMES = {
     "ToolContext": "tools", "tool": "tools", "Reply": "turn", "Turn": "turn", "Lease": "usage", "Usage": "usage",
 }
 _MODULES = ("errors", "events", "messages", "search", "testing", "tools")
-__all__ = sorted([*_HOMES, *_MODULES, "__version__"])  # noqa: PLE0605
+__all__ = sorted([*_HOMES, *_MODULES, "__version__"])
 
 
 def __getattr__(name: str) -> Any:

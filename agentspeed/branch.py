@@ -189,21 +189,22 @@ class Branch:
 
     async def adopt(self, child: Branch) -> None:
         """This branch takes the child's log; the child ends."""
+        await self._again(lambda: self._adopt(child))
+        self.mirror = child.mirror
+        self.residence = child.residence
+
+    async def _adopt(self, child: Branch) -> None:
         link = await self.attach()
         _ = await child.attach()
         ended = child._number
         if child._born == (link, self._number):
             _ = await self._bounded(
                 link, lambda request: wire.Adopt(request=request, branch=self._number, child=ended), None)
+            link.unlisten(ended)
         else:  # an engine was started anew since the fork and does not know the kinship: one takes the other's place
             await self.close()
             self._settle(link, ended)
-            child._link = None
-        if child._link is not None:
-            link.unlisten(ended)
-            child._link = None
-        self.mirror = child.mirror
-        self.residence = child.residence
+        child._link = None
 
     async def expect(self, seconds: float, keep: wire.Keep, tool: str) -> Lease:
         reply = await self.command(

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
+from agentspeed.errors import AgentspeedError
 from agentspeed_engine import wire
 from agentspeed_engine.ids import pack_ids, unpack_ids
-
-from agentspeed.errors import AgentspeedError
 
 __all__ = ["Connection", "Sink", "Then", "pack_ids", "unpack_ids", "wire"]
 

@@ -22,6 +22,10 @@ _OPENERS: tuple[dict[str, Any], ...] = (
     {"role": "user", "content": "a"},
     {"role": "assistant", "content": "b"},
 )
+_CONVERSATION: list[dict[str, Any]] = [
+    {"role": "user", "content": "Some words, and more."},
+    {"role": "assistant", "content": "<think>Hm.</think>Other words, and more."},
+] * 2 + [{"role": "user", "content": "The end."}]
 
 
 class Render(Protocol):
@@ -57,6 +61,7 @@ class ChatCodec:
                 remedy="Generated ids could not stay in the log as they are; fix the template.")
         self._user = self._frame("user")
         self._check_stable("user", self._user)
+        self._check_prefixes()
         self.generation_ids = tuple(self.tokenizer.template_ids(self._generation))
         self._end_ids = tuple(self.tokenizer.template_ids(self._assistant.after))
         self.stop_ids = self._stop_ids(folder)
@@ -131,6 +136,16 @@ class ChatCodec:
                 raise TemplateUnstable(
                     f"The template writes a {role} message differently after {len(history)} messages.",
                     remedy="Use a template whose messages only append.")
+
+    def _check_prefixes(self) -> None:
+        """What was rendered stays as it was when later messages come, whatever it contains."""
+        for number in range(1, len(_CONVERSATION)):
+            before, after = self._render(_CONVERSATION[:number]), self._render(_CONVERSATION[: number + 1])
+            if not after.startswith(before):
+                role = _CONVERSATION[number]["role"]
+                raise TemplateUnstable(
+                    f"The template writes {number} earlier messages differently once a {role} message follows.",
+                    remedy="Use a template that neither cuts nor drops what was said, reasoning included.")
 
     def _filled(self, text: str, content: str) -> list[int]:
         if _SLOT not in text:

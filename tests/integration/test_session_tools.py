@@ -188,15 +188,14 @@ async def test_output_that_no_grammar_can_check_is_asked_for_again() -> None:
 
 async def test_calls_can_be_served_by_hand_while_the_turn_still_runs() -> None:
     calls = tool_call("add", a=1, b=2) + tool_call("add", a=3, b=4)
-    async with ScriptedEngine([say(calls, seconds=0.001), "3 and 7."]) as engine:
-        async with engine.session(tools=[add]) as s:
-            async with s.stream("Go.") as turn:
-                async for event in turn:
-                    if isinstance(event, events.ToolCallReady):
-                        async with s.tool_call(event.call) as pending:
-                            pending.result = pending.arguments["a"] + pending.arguments["b"]
-            assert (await s.generate()).text == "3 and 7."
-            assert texts(s)[2:4] == [("ToolMessage", "3"), ("ToolMessage", "7")]
+    async with ScriptedEngine([say(calls, seconds=0.001), "3 and 7."]) as engine, engine.session(tools=[add]) as s:
+        async with s.stream("Go.") as turn:
+            async for event in turn:
+                if isinstance(event, events.ToolCallReady):
+                    async with s.tool_call(event.call) as pending:
+                        pending.result = pending.arguments["a"] + pending.arguments["b"]
+        assert (await s.generate()).text == "3 and 7."
+        assert texts(s)[2:4] == [("ToolMessage", "3"), ("ToolMessage", "7")]
 
 
 async def test_calls_served_by_hand_enter_in_call_order_whenever_they_end() -> None:

@@ -1,0 +1,131 @@
+"""What is left when an engine process is killed, and who may share one."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import anyio
+import pytest
+
+from agentspeed import Engine, Session, errors
+from agentspeed.backends.process import ATTACH, EngineProcess, EngineSlot
+
+pytestmark = pytest.mark.anyio
+
+
+def counting(checkpoint: Path) -> Engine:
+    """A process that starts at once: its model counts, a millisecond a step."""
+    return Engine.over(EngineSlot({"model": "noop:512:1", "pages": 256}), checkpoint)
+
+
+def kill(engine: Engine) -> int:
+    assert engine.pid is not None
+    os.kill(engine.pid, signal.SIGKILL)
+    return engine.pid
+
+
+async def test_the_use_after_a_death_goes_on_with_every_committed_token(checkpoint: Path) -> None:
+    async with Engine(checkpoint) as engine, engine.session() as s, engine.session() as undisturbed:
+        for session in (s, undisturbed):
+            _ = await session.generate("One.", max_tokens=6)
+        said = (await undisturbed.generate("Two.", max_tokens=6)).ids
+        killed = kill(engine)
+        reply = await s.generate("Two.", max_tokens=6)
+        assert reply.ids == said
+        assert engine.pid != killed
+        assert s.ids == undisturbed.ids
+        await undisturbed.rewind(0)
+        assert undisturbed.tokens == 0
+
+
+async def test_a_turn_that_the_engine_dies_in_raises_and_leaves_no_trace(checkpoint: Path) -> None:
+    async with counting(checkpoint) as engine, engine.session() as s:
+        _ = await s.generate("One.", max_tokens=4)
+        before = s.ids, s.messages
+        with pytest.raises(errors.EngineDied) as caught:
+            async with s.stream("Speak.", max_tokens=5000) as turn:
+                seen = 0
+                async for _ in turn:
+                    seen += 1
+                    if seen == 4:
+                        _ = kill(engine)
+        assert caught.value.retryable
+        assert (s.ids, s.messages) == before
+        assert (await s.generate("Two.", max_tokens=3)).usage.drawn == 3
+        assert (await s.inspect()).known == s.tokens
+
+
+@pytest.mark.parametrize("verb", ["fork", "rewind", "add", "expect", "adopt", "close"])
+async def test_every_verb_works_after_a_death(checkpoint: Path, verb: str) -> None:
+    async with counting(checkpoint) as engine, engine.session() as s:
+        _ = await s.generate("One.", max_tokens=4)
+        mark = await s.mark()
+        async with s.fork(1) as (child,):
+            said = (await child.generate("Child.", max_tokens=4)).ids
+            ids = child.ids
+            _ = kill(engine)
+            match verb:
+                case "fork":
+                    async with s.fork(2) as (other, _):
+                        assert (await other.generate("Child.", max_tokens=4)).ids == said
+                case "rewind":
+                    await s.rewind(mark)
+                case "add":
+                    _ = await s.add("More.")
+                case "expect":
+                    assert (await s.expect(1.0)).residence.device == 0
+                case "adopt":
+                    await s.adopt(child)
+                    assert s.ids == ids
+                    _ = await s.generate("On.", max_tokens=2)
+                case _:
+                    pass
+        if verb != "close":
+            assert (await s.inspect()).known == s.tokens
+    assert engine.pid is None
+
+
+async def test_sessions_of_one_model_share_a_process_and_sessions_with_other_options_do_not(checkpoint: Path) -> None:
+    async with Session(checkpoint, pages=64) as one, Session(checkpoint, pages=64) as two:
+        async with Session(checkpoint, pages=65) as other:
+            assert one.engine.pid == two.engine.pid != other.engine.pid
+
+
+async def test_a_named_engine_is_attached_to_and_outlives_its_sessions(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = await anyio.to_thread.run_sync(EngineProcess, {"model": "noop:512:0"})
+    try:
+        monkeypatch.setenv(ATTACH, str(process.socket_path))
+        async with Session(checkpoint) as s:
+            assert (await s.generate("One.", max_tokens=2)).usage.drawn == 2
+            assert s.engine.pid is None
+        assert process.alive
+        monkeypatch.setenv(ATTACH, "/nowhere/engine.sock")
+        with pytest.raises(errors.ConnectFailed, match="nowhere"):
+            async with Session(checkpoint):
+                raise AssertionError("a session was opened on an engine that is not there")
+    finally:
+        process.stop()
+
+
+async def test_a_folder_that_is_no_model_is_refused_with_what_to_do(tmp_path: Path, checkpoint: Path) -> None:
+    with pytest.raises(errors.ModelBroken, match="not a folder"):
+        async with Session(tmp_path / "nothing"):
+            raise AssertionError("opened")
+    with pytest.raises(errors.ModelBroken, match=r"tokenizer\.json"):
+        async with Session(tmp_path):
+            raise AssertionError("opened")
+    with pytest.raises(errors.InvalidRequest, match="server"):
+        async with Session("http://localhost:8000"):
+            raise AssertionError("opened")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        _ = (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
+    with pytest.raises(errors.ModelBroken, match=r"config\.json"):
+        async with Session(tmp_path):
+            raise AssertionError("opened")
+    with pytest.raises(errors.ModelBroken, match="pagez"):
+        async with Session(checkpoint, pagez=3):
+            raise AssertionError("opened")
