@@ -2,10 +2,10 @@
 
 Run: `python bench/retention.py [--seeds N]`. Sessions start at 45 K tokens and grow by 1000 a turn (800 sent and 200
 drawn), six turns each, one request at a time, in turn or in a fresh permutation per round. hit = tokens resumed by
-tokens sent, first turns excluded; with everything kept it is 0.983, because what a turn adds was never there before. Beside
-ours: LRU in the same core, and a simulated whole-session Belady that knows the future. The clock is virtual: a request
-every 20 s, 0.1 ms a computed token, 20 ms a step, 2 us a copied token. The last line is JSON. Published comparison: a
-C++ scheduler with LRU keeps 6.8 % of 14 sessions in turn and 0 % of 16.
+tokens sent, first turns excluded; with everything kept it is 0.983, because what a turn adds was never there before.
+Beside ours: LRU in the same core, and a simulated whole-session Belady that knows the future. The clock is virtual: a
+request every 20 s, 0.1 ms a computed token, 20 ms a step, 2 us a copied token. The last line is JSON. Published
+comparison: a C++ scheduler with LRU keeps 6.8 % of 14 sessions in turn and 0 % of 16.
 """
 
 from __future__ import annotations

@@ -9,8 +9,9 @@ from typing import final
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.ids import LinkId, TicketId
 from agentspeed_engine.kv import ledger
-from agentspeed_engine.sched import outcome, snapshot, step, tickets, verbs
+from agentspeed_engine.sched import describe, outcome, snapshot, step, tickets, verbs
 from agentspeed_engine.sched.config import CoreConfig
+from agentspeed_engine.sched.describe import SessionView
 from agentspeed_engine.sched.plan import HostCopy, StepPlan, StepResult
 from agentspeed_engine.sched.world import Out, World
 from agentspeed_engine.wire import (
@@ -114,6 +115,10 @@ class Core:
     def key(self) -> Hashable:
         """Equal for cores that behave alike."""
         return snapshot.key(self.world)
+
+    def describe(self) -> tuple[SessionView, ...]:
+        """Sessions, their trees of branches, states, residence, leases, and why something waits."""
+        return describe.describe(self.world)
 
     def counts(self) -> dict[str, int]:
         """Owners and states to their numbers."""

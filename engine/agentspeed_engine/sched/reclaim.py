@@ -149,10 +149,9 @@ def save_early(world: World, now: float) -> None:
         return
     if not worth_saving(config.copy_seconds_per_token, config.recompute_seconds_per_token):
         return
-    seen = (world.evicted_pages, world.next_ticket, len(world.active), len(world.queue), len(kv.tree.tips))
-    if seen == world.early_seen:
+    if world.early_seen == world.pressure():
         return
-    world.early_seen = seen
+    world.early_seen = world.pressure()
     best: Node | None = None
     best_key = (-1, -float("inf"))
     clean = kv.pages.free

@@ -78,6 +78,8 @@ def key(world: World) -> Hashable:
         world.kv.pages.free,
         world.kv.slots.free,
         len(world.orders),
+        world.early_seen == world.pressure(),
+        tuple(ticket.direction for ticket in world.tickets.values()),
         len(world.prefetch),
         tuple(tuple((index.get(row.branch, -1), row.position, len(row.ids), row.sample is not None)
                     for row in plan.rows) for plan in world.flights.values()),

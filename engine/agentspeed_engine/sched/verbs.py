@@ -25,6 +25,7 @@ from agentspeed_engine.kv.runs import TurnSpec
 from agentspeed_engine.kv.turns import Turn
 from agentspeed_engine.sampling_rules import validate_sampling
 from agentspeed_engine.sched import prefetch, quotas
+from agentspeed_engine.sched.describe import waiting_for
 from agentspeed_engine.sched.pauses import PauseLaw
 from agentspeed_engine.sched.world import Session, Waiting, World
 from agentspeed_engine.wire import (
@@ -323,17 +324,10 @@ def _no_firm(world: World, branch: Branch, pages: int, now: float) -> str:
 
 def inspect(world: World, link: LinkId, command: Inspect, now: float) -> None:
     state = _state(world, link, command.branch)
-    waiting_for = ""
-    if isinstance(state, Queued):
-        filler = world.fill_of.get(state.branch.id)
-        waiting_for = f"branch {filler[0]} to compute the prefix both need" if filler else "room"
-    elif isinstance(state, Promoting):
-        waiting_for = "rows from the host"
-    elif isinstance(state, Settling):
-        waiting_for = "rows in flight"
     world.tell(state.branch, Inspected(
         request=command.request, state=type(state).__name__, known=state.branch.known,
-        residence=world.residence(state.branch), lease=world.leases.get(state.branch.id), waiting_for=waiting_for,
+        residence=world.residence(state.branch), lease=world.leases.get(state.branch.id),
+        waiting_for=waiting_for(world, state),
     ))
 
 

@@ -115,6 +115,10 @@ class World:
             device, available = self.kv.on_device(branch), branch.resident
         return Residence(device=device, host=available - device, lost=branch.known - available)
 
+    def pressure(self) -> tuple[int, ...]:
+        """Changes whenever a search for rows to save early could find something new."""
+        return (self.evicted_pages, self.next_ticket, len(self.active), len(self.queue), len(self.kv.tree.tips))
+
     def fresh_branch(self) -> BranchId:
         self.next_branch += 1
         return BranchId(self.next_branch)

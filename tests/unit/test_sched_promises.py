@@ -1,0 +1,142 @@
+"""Leases, quotas and the policy: what the engine promises, and what it refuses by name."""
+
+from __future__ import annotations
+
+import pytest
+
+from agentspeed_engine import wire
+from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.sched.config import CoreConfig
+from agentspeed_engine.sched.core import Core
+from agentspeed_engine.sched.policy import POLICIES, Facts, worth_saving
+from tests.scheduled import LINK, Scheduled
+
+FIRST, SECOND = range(1, 25), range(30, 54)
+
+
+def lease(world: Scheduled, branch: int, keep: wire.Keep, seconds: float = 50.0) -> wire.Lease:
+    answer = world.send(wire.Expect(request=1, branch=branch, seconds=seconds, keep=keep))
+    assert isinstance(answer, wire.LeaseAnswer)
+    return answer.lease
+
+
+def test_a_firm_lease_keeps_every_row_while_others_need_the_pool() -> None:
+    world = Scheduled(pages=17, firm_pages=8)
+    first = world.open(FIRST)
+    _ = world.turn(first)
+    granted = lease(world, first, "firm")
+    assert granted.keep == "firm" and granted.residence.device == 24
+    for number in range(3):
+        _ = world.turn(world.open(range(30 + 10 * number, 54 + 10 * number)))
+    assert world.residence(first).device == 24
+    assert world.turn(first, (7,)).recomputed <= 1
+
+
+def test_a_soft_lease_is_revoked_for_a_running_turn_and_its_holder_is_told_why() -> None:
+    world = Scheduled(pages=9)
+    first = world.open(FIRST)
+    _ = world.turn(first)
+    assert lease(world, first, "soft").keep == "soft"
+    _ = world.turn(world.open(SECOND))
+    changed = [said for said in world.heard if isinstance(said, wire.LeaseChanged)]
+    assert changed and changed[-1].branch == first and changed[-1].lease.why
+    assert world.residence(first).device < 24
+
+
+def test_a_firm_lease_past_the_budget_is_answered_soft_with_the_reason() -> None:
+    world = Scheduled(pages=12, firm_pages=3)
+    first = world.open(FIRST)
+    _ = world.turn(first)
+    answer = lease(world, first, "firm")
+    assert answer.keep == "soft" and "firm budget" in answer.why
+
+
+def test_the_firm_budget_counts_the_whole_segment_that_a_rewound_branch_starts_in() -> None:
+    world = Scheduled(pages=17, firm_pages=5)
+    first = world.open(FIRST)
+    _ = world.turn(first)
+    _ = world.send(wire.Rewind(request=1, branch=first, tokens=2))
+    assert lease(world, first, "firm").keep == "soft"  # two rows, but a segment of six pages would be held
+
+
+def test_a_pool_too_small_for_one_turn_beside_firm_leases_is_refused_at_the_start() -> None:
+    with pytest.raises(EngineFault) as refused:
+        _ = Core(CoreConfig(pages=10, context_limit=32, vocab_size=9, page_tokens=4, firm_pages=2))
+    assert refused.value.code == "bad_config" and "L1" in refused.value.message and refused.value.remedy
+
+
+def test_a_tenant_past_its_sessions_is_refused_and_others_are_not() -> None:
+    world = Scheduled(tenant_sessions=1)
+    _ = world.open(tenant="a")
+    refused = world.send(wire.Open(request=1, tenant="a"))
+    assert isinstance(refused, wire.Failed) and refused.code == "quota_exceeded" and refused.retryable
+    _ = world.open(tenant="b")
+
+
+def test_a_tenant_past_its_pages_is_refused_at_the_call() -> None:
+    world = Scheduled(tenant_pages=7)
+    first, second = world.open(FIRST, tenant="a"), world.open(SECOND, tenant="a")
+    _ = world.turn(first)
+    refused = world.start(second)
+    assert isinstance(refused, wire.Failed) and refused.code == "quota_exceeded"
+    _ = world.send(wire.Close(request=1, branch=first))
+    assert world.turn(second).drawn == 1
+
+
+def test_tenants_never_share_rows() -> None:
+    world = Scheduled(pages=20)
+    _ = world.turn(world.open(FIRST, tenant="a"))
+    assert world.turn(world.open(FIRST, tenant="b")).shared == 0
+    assert world.turn(world.open(FIRST, tenant="a")).shared == 23
+
+
+def test_eight_cold_siblings_compute_their_common_prefix_once() -> None:
+    world = Scheduled(pages=40)
+    branches = [world.open(FIRST) for _ in range(8)]
+    for branch in branches:
+        assert isinstance(world.start(branch, (50 + branch,)), wire.Done)
+    world.run()
+    assert world.device.tokens_computed == 24 + 8
+
+
+def test_the_core_describes_its_branches_as_a_tree_with_the_reason_for_waiting() -> None:
+    world = Scheduled()
+    trunk = world.open(FIRST)
+    forked = world.send(wire.Fork(request=1, branch=trunk, n=1))
+    assert isinstance(forked, wire.Forked)
+    _ = world.start(trunk)
+    (session,) = world.core.describe()
+    assert [(view.branch, view.parent, view.state, view.waiting_for) for view in session.branches] == [
+        (trunk, None, "Queued", "room"), (forked.branches[0], trunk, "Held", "")]
+
+
+def facts(**known: float) -> Facts:
+    chosen: dict[str, float] = {"tokens": 100, "rested": 1.0, "expected": 1.0, "copy_seconds": 0.0,
+                                "recompute_seconds": 1e-4} | known
+    return Facts(**chosen)  # type: ignore[arg-type]
+
+
+def test_policies_order_the_same_two_branches_by_their_own_rule() -> None:
+    soon_but_old, late_but_fresh = facts(rested=100.0, expected=1.0), facts(rested=1.0, expected=100.0)
+
+    def first_out(name: str) -> Facts | None:
+        ranks = [(rank, one) for one in (soon_but_old, late_but_fresh) if (rank := POLICIES[name](one)) is not None]
+        return max(ranks, key=lambda pair: pair[0])[1] if ranks else None
+
+    assert first_out("next_use") is late_but_fresh and first_out("min_waste") is late_but_fresh
+    assert first_out("lru") is soon_but_old and first_out("ttl") is soon_but_old
+    assert first_out("pin") is None
+
+
+def test_rows_are_copied_only_where_two_copies_are_cheaper_than_computing() -> None:
+    assert worth_saving(1e-6, 1e-4) and not worth_saving(1e-4, 1e-4)
+
+
+def test_late_and_unknown_commands_are_refused_by_name() -> None:
+    world = Scheduled()
+    branch = world.open(FIRST)
+    _ = world.start(branch)
+    busy = world.send(wire.Generate(request=1, branch=branch))
+    assert isinstance(busy, wire.Failed) and busy.code == "branch_busy"
+    unknown = world.core.handle(LINK, wire.Close(request=1, branch=99), 0.0)[0][1]
+    assert isinstance(unknown, wire.Failed) and unknown.code == "branch_unknown"
