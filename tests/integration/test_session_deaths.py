@@ -88,9 +88,9 @@ async def test_every_verb_works_after_a_death(checkpoint: Path, verb: str) -> No
 
 
 async def test_sessions_of_one_model_share_a_process_and_sessions_with_other_options_do_not(checkpoint: Path) -> None:
-    async with Session(checkpoint, pages=64) as one, Session(checkpoint, pages=64) as two:
-        async with Session(checkpoint, pages=65) as other:
-            assert one.engine.pid == two.engine.pid != other.engine.pid
+    one, two, other = (Session(checkpoint, pages=pages) for pages in (64, 64, 65))
+    async with one, two, other:
+        assert one.engine.pid == two.engine.pid != other.engine.pid
 
 
 async def test_a_named_engine_is_attached_to_and_outlives_its_sessions(

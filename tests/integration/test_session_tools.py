@@ -1,4 +1,4 @@
-"""What a session promises about tools, on every event loop: real tokenizer, grammar and parser under a scripted model."""
+"""What a session promises about tools, on every event loop: a scripted model under the real grammar and parser."""
 
 from __future__ import annotations
 
@@ -89,11 +89,11 @@ async def test_parallel_calls_run_at_once_and_their_results_are_in_call_order() 
 
 
 async def test_a_tool_that_takes_too_long_is_told_to_the_model() -> None:
-    async with ScriptedEngine([tool_call("slow", city="Lima"), "Too slow."]) as engine:
-        async with engine.session(tools=[slow]) as s:
-            result = await s.run("Go.")
-            assert result.tools[0].text.startswith("error: slow: no result after 0.05 s")
-            assert result.text == "Too slow."
+    script = [tool_call("slow", city="Lima"), "Too slow."]
+    async with ScriptedEngine(script) as engine, engine.session(tools=[slow]) as s:
+        result = await s.run("Go.")
+        assert result.tools[0].text.startswith("error: slow: no result after 0.05 s")
+        assert result.text == "Too slow."
 
 
 async def test_wrong_arguments_are_told_to_the_model_which_may_try_again() -> None:
@@ -113,10 +113,10 @@ async def test_wrong_arguments_are_told_to_the_model_which_may_try_again() -> No
     (lambda call: 1 / 0, "the approver failed"), (lambda call: True, "deleted x"),
 ])
 async def test_approval_fails_closed(approve: Any, told: str) -> None:
-    async with ScriptedEngine([tool_call("delete", path="x"), "Well."]) as engine:
-        async with engine.session(tools=[delete]) as s:
-            result = await s.run("Delete x.", approve=approve)
-            assert told in result.tools[0].text
+    script = [tool_call("delete", path="x"), "Well."]
+    async with ScriptedEngine(script) as engine, engine.session(tools=[delete]) as s:
+        result = await s.run("Delete x.", approve=approve)
+        assert told in result.tools[0].text
 
 
 async def test_a_cancelled_run_leaves_a_result_for_every_call_and_the_session_goes_on() -> None:
@@ -178,12 +178,12 @@ async def test_output_that_no_grammar_can_check_is_asked_for_again() -> None:
                 raise ValueError("must be small")
             return value
 
-    async with ScriptedEngine(['{"value":99}', '{"value":9}', '{"value":98}', '{"value":97}']) as engine:
-        async with engine.session() as s:
-            result = await s.run("A number.", output=Answer)
-            assert result.output == Answer(value=9)
-            with pytest.raises(errors.OutputError, match="must be small"):
-                _ = await s.run("Another.", output=Answer)
+    script = ['{"value":99}', '{"value":9}', '{"value":98}', '{"value":97}']
+    async with ScriptedEngine(script) as engine, engine.session() as s:
+        result = await s.run("A number.", output=Answer)
+        assert result.output == Answer(value=9)
+        with pytest.raises(errors.OutputError, match="must be small"):
+            _ = await s.run("Another.", output=Answer)
 
 
 async def test_calls_can_be_served_by_hand_while_the_turn_still_runs() -> None:
@@ -227,7 +227,8 @@ async def test_a_call_nobody_served_gets_a_result_that_says_so() -> None:
         _ = await s.add(ToolMessage(call_id=reply.tool_calls[0].id, name="add", text="3"))
         _ = await s.generate("And now?")
         assert [text for kind, text in texts(s) if kind == "ToolMessage"] == ["3", NO_RESULT]
-        assert [kind for kind, _ in texts(s)] == ["User", "Assistant", "ToolMessage", "ToolMessage", "User", "Assistant"]
+        kinds = [kind for kind, _ in texts(s)]
+        assert kinds == ["User", "Assistant", "ToolMessage", "ToolMessage", "User", "Assistant"]
 
 
 async def test_a_tool_the_session_was_not_given_cannot_be_offered() -> None:
