@@ -5,6 +5,7 @@ Run: `python examples/agents/quickstart.py [MODEL FOLDER]`
 
 from __future__ import annotations
 
+import re
 import sys
 import textwrap
 import time
@@ -14,7 +15,8 @@ import anyio
 from agentspeed import Engine, Usage, events, tool
 from agentspeed.search import Node, best_of_n
 
-PUZZLE, TARGET = "Reach 14 from 2 5 4.", 14
+NUMBERS, TARGET = (2, 5, 4), 14
+PUZZLE = f"Reach {TARGET} from {' '.join(map(str, NUMBERS))}."
 LINES: list[tuple[str, Usage]] = []
 
 
@@ -69,9 +71,21 @@ async def tools(engine: Engine) -> None:
         LINES.append((f"{ask} (after rewinding)", result.usage))
 
 
-def reaches(node: Node) -> float:
-    """1 for a branch whose last step gives the target: a cheap check is enough to pick a winner."""
-    return float(node.whole.strip().endswith(f"={TARGET}"))
+def solves(node: Node) -> float:
+    """1 when every step is right, uses numbers that are left and uses them up, and the last one gives the target."""
+    left = list(NUMBERS)
+    for step in node.whole.strip().split(","):
+        found = re.fullmatch(r"(\d+)([-+*])(\d+)=(\d+)", step)
+        if found is None:
+            return 0.0
+        one, two, value = int(found[1]), int(found[3]), int(found[4])
+        right = {"+": one + two, "-": one - two, "*": one * two}[found[2]] == value
+        for used in (one, two):
+            if not right or used not in left:
+                return 0.0
+            left.remove(used)
+        left.append(value)
+    return float(left == [TARGET])
 
 
 async def branches(engine: Engine) -> None:
@@ -81,7 +95,7 @@ async def branches(engine: Engine) -> None:
         greedy = await s.generate(PUZZLE, max_tokens=48)
         print(f"< {short(greedy.text)}  (one greedy try)")
     async with engine.session(seed=3) as s:
-        found = await best_of_n(s, PUZZLE, n=8, score=reaches, solved_at=1.0, max_tokens=48)
+        found = await best_of_n(s, PUZZLE, n=8, score=solves, solved_at=1.0, max_tokens=48)
         print(f"< {short(found.text)}  (best of {found.cost.branches} branches, {found.ended})")
         print(f"  {found.cost.tokens} tokens computed; {found.cost.tokens_without_fork} without fork, "
               f"{found.cost.ratio:.1f} times as many")
