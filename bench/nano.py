@@ -75,7 +75,7 @@ class Scores:
         """Each figure that must be reached, and whether it is."""
         met = {name: getattr(self, name) >= least for name, least in MUST.items()}
         met["puzzle_greedy"] = GREEDY_BAND[0] <= self.puzzle_greedy <= GREEDY_BAND[1]
-        met["puzzle_search"] = self.puzzle_search >= SEARCH_GAIN * self.puzzle_greedy
+        met["puzzle_search"] = self.puzzle_search >= max(SEARCH_GAIN * self.puzzle_greedy, 0.01)
         return met
 
 
