@@ -38,7 +38,11 @@ _HOMES = {
     "ToolContext": "tools", "tool": "tools", "Reply": "turn", "Turn": "turn", "Lease": "usage", "Usage": "usage",
 }
 _MODULES = ("errors", "events", "messages", "search", "testing", "tools")
-__all__ = sorted([*_HOMES, *_MODULES, "__version__"])
+__all__ = [
+    "Assistant", "Choice", "Engine", "Lease", "Mark", "Regex", "Reply", "Sampling", "Schema", "Session", "System",
+    "Tool", "ToolCall", "ToolContext", "ToolMessage", "Turn", "Usage", "User", "__version__", "errors", "events",
+    "messages", "search", "testing", "tool", "tools",
+]
 
 
 def __getattr__(name: str) -> Any:

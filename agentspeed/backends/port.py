@@ -28,24 +28,31 @@ class Connection(Protocol):
     @property
     def alive(self) -> bool:
         """False once the engine is gone; a new connection must be made."""
+        ...
 
     @property
     def why_dead(self) -> AgentspeedError | None:
         """The engine's last words, if it had any."""
+        ...
 
     @property
     def welcome(self) -> wire.Welcome:
         """What the engine said of itself."""
+        ...
 
     async def call(self, make: Callable[[int], wire.Command], then: Then | None = None) -> wire.Reply:
         """Sends `make(request number)` and waits for its reply. Raises the public error of a refusal, and
         `EngineDied` when the engine goes first."""
+        ...
 
     def listen(self, branch: int, sink: Sink) -> None:
         """Events of `branch` go to `sink` from now on."""
+        ...
 
     def unlisten(self, branch: int) -> None:
         """They no longer do."""
+        ...
 
     def close(self) -> None:
         """Ends the connection; the engine closes its branches."""
+        ...

@@ -42,6 +42,7 @@ def test_the_session_class_needs_no_part_of_the_engine_but_its_words() -> None:
 
 def test_every_public_name_can_be_had_and_is_listed() -> None:
     code = ("import agentspeed; assert set(agentspeed.__all__) <= set(dir(agentspeed)); "
+            "assert {*agentspeed._HOMES, *agentspeed._MODULES} < set(agentspeed.__all__); "
             "[getattr(agentspeed, name) for name in agentspeed.__all__]")
     loaded, _ = modules_after(code)
     assert "torch" not in loaded
