@@ -15,6 +15,7 @@ SMALL = (
     Bounds(verbs=4, depth=1),
     Bounds(verbs=3, branches=3, pages=5, depth=1),
     Bounds(verbs=4, firm_pages=1, pages=5),
+    Bounds(verbs=3, host_slots=4, setup=((1, 1, 1), (2, 1, 1, 1))),
     Bounds(verbs=2, setup=((1,), (2, 1, 1)), depth=1),
 )
 LARGE = (
@@ -22,6 +23,7 @@ LARGE = (
     Bounds(verbs=6, depth=1),
     Bounds(verbs=5, branches=3, pages=5, depth=1),
     Bounds(verbs=6, firm_pages=1, pages=5, depth=1),
+    Bounds(verbs=5, host_slots=4, depth=1, setup=((1, 1, 1), (2, 1, 1, 1))),
 )
 
 

@@ -33,6 +33,8 @@ class Bounds:
     context_limit: int = 6
     depth: int = 0
     firm_pages: int = 0
+    host_slots: int = 0
+    """With any, every copy may end well or fail, at any moment."""
     branches: int = 2
     """Branches that may exist at once."""
     verbs: int = 5
@@ -44,7 +46,8 @@ class Bounds:
     def config(self) -> CoreConfig:
         return CoreConfig(pages=self.pages, page_tokens=self.page_tokens, context_limit=self.context_limit,
                           vocab_size=4, prefill_chunk=3, extend_tokens=2, depth=self.depth,
-                          firm_pages=self.firm_pages, max_branches=self.branches, max_sessions=self.branches)
+                          firm_pages=self.firm_pages, host_slots=self.host_slots,
+                          max_branches=self.branches, max_sessions=self.branches)
 
 
 @dataclass(slots=True)
@@ -127,6 +130,10 @@ def _actions(world: World, bounds: Bounds, verbs: int) -> Iterator[Any]:
         yield "plan"
     if world.flights:
         yield "acknowledge"
+    for index in range(len(world.tickets)):
+        yield f"copied {index}"
+    for index in range(len(world.tickets)):
+        yield f"failed {index}"
     if verbs >= bounds.verbs:
         return
     if len(world.states) < bounds.branches:
@@ -162,10 +169,14 @@ def _carry_out(core: Core, action: Any) -> None:
     if action == "plan":
         _ = core.plan(0.0)
         _ = core.events()
+        _ = core.host_copies()
     elif action == "acknowledge":
         seq = StepSeq(min(core.world.flights))
         drawn = tuple(Drawn(row.branch, row.epoch, 1) for row in core.world.flights[seq].rows if row.sample is not None)
         _ = core.apply(StepResult(seq, drawn), 0.0)
+    elif isinstance(action, str):
+        how, index = action.split()
+        _ = core.copied(list(core.world.tickets)[int(index)], how == "copied", 0.0)
     else:
         _ = core.handle(LINK, action, 0.0)
 

@@ -10,9 +10,9 @@ from unittest import mock
 
 from agentspeed_engine.kv import branches, owners
 from agentspeed_engine.kv.branches import Held, Next, Queued, Then
-from agentspeed_engine.kv.nodes import Device
+from agentspeed_engine.kv.nodes import Device, Saving
 from agentspeed_engine.kv.owners import Kv
-from agentspeed_engine.sched import reclaim, step, verbs
+from agentspeed_engine.sched import reclaim, step, tickets, verbs
 from agentspeed_engine.sched.reclaim import Room
 from tests.model.explorer import Bounds
 
@@ -101,11 +101,40 @@ def _waits_for_anyone(world: Any, branch: Any) -> bool:
 _TWO = Bounds(verbs=2, setup=((1,), (2, 1, 1)))
 """Two sessions whose turns do not fit at once: the older must get its room."""
 
+def _failed_save_keeps_slots(self: Any) -> Any:
+    pages, self._pages = self.pages, None
+    return Device(pages), ()
+
+
+def _failed_load_keeps_waiting(world: Any, nodes: Any, ok: bool, now: float) -> None:
+    for node in nodes:
+        if ok:
+            world.kv.tree.change(node, node.state.acked())
+            continue
+        host, pages = node.state.failed()
+        world.kv.tree.change(node, host)
+        world.kv.pages.give(pages)
+
+
+def _saving_is_evictable(world: Any, tip: Any, now: float) -> bool:
+    return not tip.pinned_by
+
+
+def _drop_what_is_saved(world: Any, victim: Any, missing: int) -> None:
+    pages = victim.pages
+    world.kv.orphan(victim)
+    world.victim = world.kv.tree.detach(victim)
+    world.kv.pages.give(pages)
+
+
+HOST = Bounds(verbs=3, host_slots=4, setup=((1, 1, 1), (2, 1, 1, 1)))
+
 MUTANTS = (
     Mutant("held-with-rows-in-flight", "a branch lets go of its room while a step still writes it",
            ((branches, "_leave", _rest_at_once),)),
     Mutant("only-held-reclaimable", "rows of queued turns hold the pool against an older turn",
-           ((reclaim, "_evictable", _only_held_is_evictable),), _TWO),
+           ((reclaim, "_evictable", _only_held_is_evictable),),
+           Bounds(verbs=2, pages=5, context_limit=8, setup=((1, 1, 1), (2, 1, 1)))),
     Mutant("room-for-forks-at-rest", "forks at rest reserve room that running turns need",
            ((step, "obtain", _room_for_forks_at_rest),)),
     Mutant("preempt-anyone", "a younger turn takes room from an older one, which takes it back",
@@ -122,6 +151,12 @@ MUTANTS = (
            ((Kv, "release", _release_keeps_the_leaf),), Bounds(verbs=3)),
     Mutant("copy-forgets-the-seed", "the seed stays pinned after its rows were copied",
            ((Kv, "copied", _copy_is_forgotten),), Bounds(verbs=3, setup=((1,),))),
+    Mutant("failed-save-keeps-slots", "host slots of a copy that failed belong to nobody",
+           ((Saving, "failed", _failed_save_keeps_slots),), HOST),
+    Mutant("failed-load-keeps-waiting", "a branch goes on waiting for rows whose load failed",
+           ((tickets, "_loaded", _failed_load_keeps_waiting),), HOST),
+    Mutant("evict-before-the-copy", "device pages go while the host has no copy yet",
+           ((reclaim, "_evictable", _saving_is_evictable), (reclaim, "_drop", _drop_what_is_saved)), HOST),
     Mutant("wait-for-the-queued", "a turn waits for one that is not computing what it needs",
            ((step, "_waits_for_sibling", _waits_for_anyone),), Bounds(verbs=4)),
 )
