@@ -272,6 +272,7 @@ def write_model(model: Nano, out: Path) -> None:
     (out / "config.json").write_text(json.dumps(config_of(model.shape), indent=2) + "\n", encoding="utf-8")
     (out / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n", encoding="utf-8")
     save_file(folder_weights(model), str(out / "model.safetensors"), metadata={"format": "pt"})
+    (out / "model.safetensors").chmod(0o644)  # the writer keeps it to its owner; a package is for everyone
 
 
 def read_model(folder: Path) -> Nano:

@@ -72,7 +72,7 @@ def decode(
     tokenizer: Tokenizer,
     tasks: Sequence[Task],
     *,
-    longest: int = 48,
+    longest: int = 32,
     temperature: float = 0.0,
     seed: int = 0,
 ) -> list[str]:

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 HOME = Path(__file__).resolve().parent.parent
 TOKENIZER_ROWS = 6000
+SAMPLED_PUZZLES = 50
 
 
 @dataclass(frozen=True)
@@ -207,13 +208,12 @@ def score_folder(folder: Path, count: int) -> Scores:
     model = read_model(folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     scores = HeldOut(tokenizer, count).scores(model)
-    puzzles = held_out("puzzle", count)
-    reached = [False] * count
+    puzzles = held_out("puzzle", min(count, SAMPLED_PUZZLES))
+    reached = [False] * len(puzzles)
     for seed in range(16):
-        texts = decode(model, tokenizer, puzzles, temperature=1.0, seed=seed)
+        texts = decode(model, tokenizer, puzzles, longest=24, temperature=1.0, seed=seed)
         reached = [was or solved(task, text) for was, task, text in zip(reached, puzzles, texts, strict=True)]
-        if seed in (3, 7, 15):
-            scores[f"puzzle_best_of_{seed + 1}"] = sum(reached) / count
+    scores["puzzle_best_of_16"] = sum(reached) / len(puzzles)
     return scores
 
 
@@ -230,7 +230,7 @@ def main() -> None:
         return
     plan = Plan(minutes=options.minutes, out=options.out, checkpoints=options.checkpoints)
     with TemporaryDirectory() as folder:
-        spawn(learn, args=(plan, options.processes, Path(folder) / "meeting"), nprocs=options.processes)
+        spawn(learn, args=(plan, options.processes, Path(folder) / "meeting"), nprocs=options.processes)  # type: ignore[no-untyped-call]
 
 
 def learn(rank: int, plan: Plan, count: int, meeting: Path) -> None:
