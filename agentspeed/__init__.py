@@ -9,6 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from agentspeed import errors as errors
+    from agentspeed import events as events
+    from agentspeed import messages as messages
+    from agentspeed import search as search
+    from agentspeed import testing as testing
+    from agentspeed import tools as tools
     from agentspeed.engine import Engine as Engine
     from agentspeed.front.output import Choice as Choice
     from agentspeed.front.output import Regex as Regex
@@ -18,12 +24,14 @@ if TYPE_CHECKING:
     from agentspeed.messages import ToolCall as ToolCall
     from agentspeed.messages import ToolMessage as ToolMessage
     from agentspeed.messages import User as User
+    from agentspeed.running import Result as Result
     from agentspeed.sampling import Sampling as Sampling
     from agentspeed.session import Mark as Mark
     from agentspeed.session import Session as Session
     from agentspeed.tools import Tool as Tool
     from agentspeed.tools import ToolContext as ToolContext
     from agentspeed.tools import tool as tool
+    from agentspeed.trajectory import Trajectory as Trajectory
     from agentspeed.turn import Reply as Reply
     from agentspeed.turn import Turn as Turn
     from agentspeed.usage import Lease as Lease
@@ -35,13 +43,14 @@ _HOMES = {
     "Engine": "engine", "Choice": "front.output", "Regex": "front.output", "Schema": "front.output",
     "Assistant": "messages", "System": "messages", "ToolCall": "messages", "ToolMessage": "messages",
     "User": "messages", "Sampling": "sampling", "Mark": "session", "Session": "session", "Tool": "tools",
-    "ToolContext": "tools", "tool": "tools", "Reply": "turn", "Turn": "turn", "Lease": "usage", "Usage": "usage",
+    "ToolContext": "tools", "tool": "tools", "Reply": "turn", "Result": "running", "Trajectory": "trajectory",
+    "Turn": "turn", "Lease": "usage", "Usage": "usage",
 }
 _MODULES = ("errors", "events", "messages", "search", "testing", "tools")
 __all__ = [
-    "Assistant", "Choice", "Engine", "Lease", "Mark", "Regex", "Reply", "Sampling", "Schema", "Session", "System",
-    "Tool", "ToolCall", "ToolContext", "ToolMessage", "Turn", "Usage", "User", "__version__", "errors", "events",
-    "messages", "search", "testing", "tool", "tools",
+    "Assistant", "Choice", "Engine", "Lease", "Mark", "Regex", "Reply", "Result", "Sampling", "Schema", "Session",
+    "System", "Tool", "ToolCall", "ToolContext", "ToolMessage", "Trajectory", "Turn", "Usage", "User", "__version__",
+    "errors", "events", "messages", "search", "testing", "tool", "tools",
 ]
 
 
