@@ -29,8 +29,12 @@ def copied(world: World) -> World:
     return copy
 
 
+def _kind(value: object) -> type[Any]:
+    return type(value)
+
+
 def _copy(value: Any, memo: dict[int, Any]) -> Any:
-    kind = cast(type[Any], type(value))
+    kind = _kind(value)
     if kind in _SHARED or kind.__name__ in _FROZEN_NAMES:
         return value
     known = memo.get(id(value))
