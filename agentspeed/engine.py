@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, final
@@ -56,7 +57,7 @@ class Engine:
         """Starts the process (or finds the shared one) and loads the tokenizer. Calling it again does nothing."""
         if self._local is None:
             folder = await anyio.to_thread.run_sync(resolve, self.model)
-            self._codec = await anyio.to_thread.run_sync(ChatCodec, folder)
+            self._codec = await anyio.to_thread.run_sync(_codec_of, folder)
             options = {"model": str(folder), **self._options}
             if self._opener is not None:
                 self._local = LocalEngine(self._opener, on_close=self._opener.close)
@@ -142,3 +143,16 @@ def resolve(model: str | os.PathLike[str]) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise errors.ModelBroken(f"{text} could not be fetched: {error}.",
                                  remedy="Check the name and the network, or give a local folder.") from error
+
+
+def _codec_of(folder: Path) -> ChatCodec:
+    """The folder's codec, made once as long as its files stay as they are: sessions come by the thousand."""
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json", "generation_config.json")
+    files = (folder / name for name in names)
+    stamps = tuple((path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None for path in files)
+    return _cached_codec(folder.resolve(), stamps)
+
+
+@lru_cache(maxsize=8)
+def _cached_codec(folder: Path, stamps: tuple[tuple[int, int] | None, ...]) -> ChatCodec:
+    return ChatCodec(folder)
