@@ -89,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sessions", type=int, default=64)
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--backend", default="asyncio", choices=("asyncio", "trio"))
+    parser.add_argument("--backend", default="asyncio", choices=("asyncio", "uvloop", "trio"))
     parser.add_argument("--probe", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.probe:
@@ -108,7 +108,10 @@ def main() -> None:
             while "ready" not in (line := engine.stdout.readline()):
                 assert line, "the engine did not start"
             os.environ["AGENTSPEED_ENGINE"] = str(socket_path)
-            figures = anyio.run(measure, folder, options.sessions, options.turns, socket_path, backend=options.backend)
+            figures = anyio.run(
+                measure, folder, options.sessions, options.turns, socket_path,
+                backend="trio" if options.backend == "trio" else "asyncio",
+                backend_options={"use_uvloop": True} if options.backend == "uvloop" else {})
         finally:
             assert engine.stdin is not None
             engine.stdin.close()

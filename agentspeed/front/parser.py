@@ -87,8 +87,11 @@ class TurnParser:
         """The pieces that are certain after this much text."""
         if self._done:
             raise InvalidRequest("feed() after finish(): a parser serves one turn.", remedy="Make a new TurnParser.")
-        self._held += text
         pieces: list[Piece] = []
+        if self._call is None and not self._held and not any(mark[0] in text for mark in self._marks()):
+            self._emit(text, pieces)  # nearly every delta: nothing in it can be part of a mark
+            return pieces
+        self._held += text
         while self._step(pieces):
             pass
         return _joined(pieces)
