@@ -7,7 +7,7 @@ with the same threads before and after the kernels; kernels are medians. Weights
 the caches near the cores hold. Shapes are those of one layer of bench/models/v3-50m.json. The last line is JSON.
 """
 
-# ruff: noqa: E402 - the packages of the checkout go on the path first
+
 from __future__ import annotations
 
 import argparse

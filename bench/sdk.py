@@ -23,10 +23,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "kernels"), str(ROOT / "tools")]
 
 import anyio
-from agentspeed_engine import wire
 from random_checkpoint import make_checkpoint
 
 from agentspeed import Session
+from agentspeed_engine import wire
 
 
 async def client(folder: Path, turns: int, tokens: list[int]) -> None:
