@@ -66,12 +66,16 @@ def probe(path: str) -> None:
     print(json.dumps(waited))
 
 
+def started_probe(path: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, __file__, "--probe", str(path)], text=True,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
 async def measure(folder: Path, sessions: int, turns: int, path: Path) -> dict[str, float]:
     async with Session(folder):  # the engine is up, tokenizers are loaded
         pass
     tokens: list[int] = []
-    commands = subprocess.Popen([sys.executable, __file__, "--probe", str(path)], text=True,
-                                stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    commands = started_probe(path)
     cpu, wall = time.process_time(), time.perf_counter()
     async with anyio.create_task_group() as group:
         for _ in range(sessions):

@@ -15,7 +15,9 @@ Code = Literal[
     "internal",
 ]
 
-RETRYABLE: frozenset[str] = frozenset({"overloaded", "too_many_sessions", "too_many_branches", "quota_exceeded", "engine_stopping"})
+RETRYABLE: frozenset[str] = frozenset(
+    {"overloaded", "too_many_sessions", "too_many_branches", "quota_exceeded", "engine_stopping"}
+)
 
 
 class EngineFault(Exception):
