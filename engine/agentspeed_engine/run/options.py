@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Literal, TypeVar, final
 
 import msgspec
 
@@ -20,6 +22,7 @@ from agentspeed_engine.run.noop import NoopModel
 from agentspeed_engine.run.vocabulary import Vocabulary
 from agentspeed_engine.sched.config import CoreConfig
 
+T = TypeVar("T")
 _NOOP = "noop:"
 _NOOP_CONTEXT = 65_536
 _LEAST_OUTBOX = 4096
@@ -132,7 +135,8 @@ def build(options: EngineOptions, progress: Callable[[str], None] | None = None)
     core.check()
     say(f"loading {folder.name}: {info.weight_bytes / 1e6:.0f} MB of weights, "
         f"{pages * info.bytes_per_page / 1e6:.0f} MB for {pages} pages")
-    loaded = load(folder, dtype=options.dtype, pages=pages, page_tokens=options.page_tokens, threads=options.threads)
+    loaded = _aside(lambda: load(folder, dtype=options.dtype, pages=pages, page_tokens=options.page_tokens,
+                                 threads=options.threads))
     # Imported late: a no-op engine starts without torch.
     from agentspeed_engine.run.torch_model import TorchModel
 
@@ -140,8 +144,16 @@ def build(options: EngineOptions, progress: Callable[[str], None] | None = None)
     if options.host_slots:
         model.reserve_host(options.host_slots)
         say("measuring what copies and prefill cost")
-        core = calibrated(core, model)
+        core = _aside(partial(calibrated, core, model))
     return Built(core, model, Vocabulary(folder, info.vocab_size, info.eos_ids))
+
+
+def _aside(call: Callable[[], T]) -> T:
+    """Runs `call` in a thread that ends with it. Whatever thread computes in parallel keeps a team of its own as long
+    as it lives, and OpenMP stops spinning once there are more of them than cores: a step of one row takes half as long
+    again. So the loop's thread must never have had a team; only the worker's has one."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()
 
 
 def _build_noop(options: EngineOptions) -> Built:
