@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -28,7 +28,9 @@ class Mutant:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        with mock.patch.multiple(self.patches[0][0], **{name: new for _, name, new in self.patches}):
+        with ExitStack() as stack:
+            for owner, name, new in self.patches:
+                stack.enter_context(mock.patch.object(owner, name, new))
             yield
 
 
