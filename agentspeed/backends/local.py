@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Protocol, final
+from typing import Any, Protocol, TypeAlias, final
+from weakref import WeakKeyDictionary
 
 import anyio
 import anyio.lowlevel
@@ -26,20 +28,38 @@ class Opener(Protocol):
 
 
 @final
+class _LoopLink:
+    """The one link of one event loop to one engine, and how many `LocalEngine`s use it."""
+
+    def __init__(self) -> None:
+        self.users = 0
+        self.opening = anyio.Lock()
+        self.link: Link | None = None
+
+
+_Loops: TypeAlias = dict[Any, _LoopLink]
+_shared_loops: WeakKeyDictionary[EngineSlot, _Loops] = WeakKeyDictionary()
+"""Sessions of one process-wide engine share the link of their loop: one frame and one wake-up a step for all."""
+_counting = threading.Lock()
+
+
+@final
 class LocalEngine:
     """Sockets from an opener, links by event loop. A dead link is replaced at the next use."""
 
-    def __init__(self, opener: Opener, *, on_close: Callable[[], None]) -> None:
+    def __init__(self, opener: Opener, *, on_close: Callable[[], None], loops: _Loops | None = None) -> None:
         self.opener = opener
-        self._links: dict[Any, Link] = {}
-        self._opening: dict[Any, anyio.Lock] = {}
+        self._loops: _Loops = {} if loops is None else loops
+        self._joined: dict[Any, _LoopLink] = {}
         self._on_close = on_close
 
     @classmethod
     def shared(cls, options: Mapping[str, Any]) -> LocalEngine:
         """On the process-wide engine of these options."""
         slot = acquire(options)
-        return cls(slot, on_close=lambda: release(slot))
+        with _counting:
+            loops = _shared_loops.setdefault(slot, {})
+        return cls(slot, on_close=lambda: release(slot), loops=loops)
 
     @classmethod
     def own(cls, options: Mapping[str, Any]) -> LocalEngine:
@@ -49,20 +69,38 @@ class LocalEngine:
 
     async def link(self) -> Link:
         """The living link of the running event loop. Raises what starting or greeting an engine raises."""
-        loop = anyio.lowlevel.current_token()
-        async with self._opening.setdefault(loop, anyio.Lock()):
-            link = self._links.get(loop)
+        place = self._place(anyio.lowlevel.current_token())
+        async with place.opening:
+            link = place.link
             if link is None or not link.alive:
                 peer = await anyio.to_thread.run_sync(partial(self.opener.open, after_death=link is not None))
-                link = self._links[loop] = await Link.connect(peer, "agentspeed")
+                link = place.link = await Link.connect(peer, "agentspeed")
             return link
 
     async def close(self) -> None:
-        """Closes this loop's links and lets go of the engine."""
-        for link in self._links.values():
-            link.close()
-        self._links.clear()
+        """Lets go of the links, closing those that nobody else uses, and of the engine."""
+        with _counting:
+            left = [(loop, place) for loop, place in self._joined.items()]
+            self._joined.clear()
+            for loop, place in left:
+                place.users -= 1
+                if place.users == 0 and self._loops.get(loop) is place:
+                    del self._loops[loop]
+        for _, place in left:
+            if place.users == 0 and place.link is not None:
+                place.link.close()
         await anyio.to_thread.run_sync(self._on_close)
+
+    def _place(self, loop: Any) -> _LoopLink:
+        place = self._joined.get(loop)
+        if place is None:
+            with _counting:
+                place = self._loops.get(loop)
+                if place is None:
+                    place = self._loops[loop] = _LoopLink()
+                place.users += 1
+                self._joined[loop] = place
+        return place
 
 
 def engine_defaults() -> dict[str, str]:

@@ -93,6 +93,16 @@ async def test_sessions_of_one_model_share_a_process_and_sessions_with_other_opt
         assert one.engine.pid == two.engine.pid != other.engine.pid
 
 
+async def test_sessions_of_one_shared_engine_use_one_link_and_the_last_to_close_closes_it(checkpoint: Path) -> None:
+    async with Session(checkpoint, pages=64) as first:
+        async with Session(checkpoint, pages=64) as second:
+            link = await first.engine.link()
+            assert await second.engine.link() is link
+        assert (await first.engine.stats()).counts["branches"] == 1
+        assert (await first.generate("One.", max_tokens=2)).usage.drawn == 2
+    assert not link.alive
+
+
 async def test_a_named_engine_is_attached_to_and_outlives_its_sessions(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
