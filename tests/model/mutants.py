@@ -100,8 +100,8 @@ def _waits_for_anyone(world: Any, branch: Any) -> bool:
     return any(isinstance(state, Queued) and state.branch is not branch for state in world.states.values())
 
 
-_TWO = Bounds(verbs=2, setup=((1,), (2, 1, 1)))
-"""Two sessions whose turns do not fit at once: the older must get its room."""
+_TWO = Bounds(verbs=2, pages=5, context_limit=8, setup=((1,), (2, 1)))
+"""Two sessions whose prompts fit at once and whose answers do not: the older must get its room."""
 
 def _failed_save_keeps_slots(self: Any) -> Any:
     pages, self._pages = self.pages, None
@@ -136,7 +136,7 @@ MUTANTS = (
            ((branches, "_leave", _rest_at_once),)),
     Mutant("only-held-reclaimable", "rows of queued turns hold the pool against an older turn",
            ((reclaim, "_evictable", _only_held_is_evictable),),
-           Bounds(verbs=2, pages=5, context_limit=8, setup=((1, 1, 1), (2, 1, 1)))),
+           Bounds(verbs=3, pages=5, context_limit=8, setup=((1,), (2, 1)))),
     Mutant("room-for-forks-at-rest", "forks at rest reserve room that running turns need",
            ((step, "obtain", _room_for_forks_at_rest),)),
     Mutant("preempt-anyone", "a younger turn takes room from an older one, which takes it back",

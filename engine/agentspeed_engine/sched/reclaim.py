@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 
 from agentspeed_engine.ids import BranchId
-from agentspeed_engine.kv.branches import Decoding, Held, Next, Prefilling, Promoting, Then
+from agentspeed_engine.kv.branches import Decoding, Held, Next, Prefilling, Promoting, Queued, Then
 from agentspeed_engine.kv.nodes import Both, Device, Host
 from agentspeed_engine.kv.owners import Branch
 from agentspeed_engine.kv.tree import Node, upward
@@ -229,6 +229,7 @@ def _key(world: World, node: Node, now: float) -> tuple[int, float]:
         return _UNREFERENCED, now - node.used
     soonest, rested = float("inf"), float("inf")
     truth: float | None = None
+    oldest: int | None = None
     for number in holders:
         match world.states[number]:
             case Held() as held:
@@ -238,8 +239,13 @@ def _key(world: World, node: Node, now: float) -> tuple[int, float]:
                 if world.oracle is not None:
                     told = world.oracle(branch.id, now)
                     truth = told if truth is None else min(told, truth)
+            case Queued() as queued:
+                oldest = queued.turn.age if oldest is None else min(oldest, queued.turn.age)
             case _:
-                return _REFERENCED, _NEEDED_NOW
+                return _REFERENCED, 2 * _NEEDED_NOW
+    if oldest is not None:
+        # Turns enter in age order: of the rows that wait for it, those of the youngest are needed last.
+        return _REFERENCED, _NEEDED_NOW + oldest
     config = world.config
     rank = POLICIES[config.policy](Facts(
         tokens=node.tokens, rested=rested, expected=soonest, copy_seconds=config.copy_seconds_per_token,

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from heapq import merge
 
 from agentspeed_engine.errors import BrokenInvariant
-from agentspeed_engine.ids import BranchId, StepSeq
+from agentspeed_engine.ids import BranchId, NodeId, StepSeq, pages_for
 from agentspeed_engine.kv.branches import Decoding, Next, Prefilling, Promoting, Queued, Then
 from agentspeed_engine.kv.nodes import Host
 from agentspeed_engine.kv.owners import Branch, Room
+from agentspeed_engine.kv.tree import Node, upward
 from agentspeed_engine.kv.turns import Turn
 from agentspeed_engine.sched import prefetch, tickets
 from agentspeed_engine.sched.plan import PageCopy, Row, StepPlan
@@ -228,6 +229,9 @@ def _admit(world: World, run: _Pass, state: Queued, now: float) -> None:
         return
     # A page for each older turn stays free, or the turn would be let in to be preempted at their next page.
     loads = tickets.pages_of(chain) + bisect_left(world.active, (turn.age, branch.id))
+    if not _whole_prompt_fits(world, branch, turn, tickets.pages_of(chain)):
+        run.refused = True
+        return
     kv.pin(branch)
     asked = obtain(world, loads + _entry_pages(world, branch), turn.age, now)
     if asked is not Asked.GOT and branch.seed is not None:
@@ -239,6 +243,35 @@ def _admit(world: World, run: _Pass, state: Queued, now: float) -> None:
         run.refused = True
         return
     _enter(world, run, state, now)
+
+
+def _whole_prompt_fits(world: World, branch: Branch, turn: Turn, loads: int) -> bool:
+    """Beside what the older turns hold and still need for their prompts there is room for all of this one's. Else it
+    would be let in to be preempted half way, and what it computed would be lost. The oldest is always let in."""
+    older = world.active[: bisect_left(world.active, (turn.age, branch.id))]
+    if not older:
+        return True
+    kv, config = world.kv, world.config
+    free = config.pages - sum(pages for _, pages in world.firm.values())
+    seen: set[NodeId] = set()
+    for _, number in older:
+        state = world.states[number]
+        assert isinstance(state, Promoting | Prefilling | Decoding)
+        free -= _path_pages(state.branch.leaf, seen) + len(state.room.tail) + 1
+        free -= kv.pages_to(state.room, target(state.turn, state.branch))
+    free -= _path_pages(branch.leaf, seen) + loads
+    return free >= pages_for(target(turn, branch) - branch.leaf.end, config.page_tokens)
+
+
+def _path_pages(leaf: Node, seen: set[NodeId]) -> int:
+    """Device pages on a path, those already `seen` left out."""
+    pages = 0
+    for node in upward(leaf):
+        if node.id in seen:
+            break
+        seen.add(node.id)
+        pages += len(node.pages)
+    return pages
 
 
 def _enter(world: World, run: _Pass, state: Queued, now: float) -> None:

@@ -1,0 +1,38 @@
+"""Who is let in and whose rows go when turns wait for room: nothing is computed only to be thrown away."""
+
+from __future__ import annotations
+
+from agentspeed_engine import wire
+from tests.scheduled import Scheduled
+
+
+def test_a_prompt_that_does_not_fit_beside_the_older_one_waits_and_is_computed_once() -> None:
+    world = Scheduled(pages=12, context_limit=40, prefill_chunk=8)
+    older, younger = world.open(range(1, 29)), world.open(range(30, 58))
+    for branch in (older, younger):
+        assert isinstance(world.start(branch, (), 2), wire.Done)
+    world.run()
+    assert world.core.counts()["preemptions"] == 0
+    assert world.device.tokens_computed == 2 * 28 + 2
+
+
+def test_two_prompts_that_fit_together_are_computed_together() -> None:
+    world = Scheduled(pages=12, context_limit=40, prefill_chunk=16)
+    branches = [world.open(range(1, 9)), world.open(range(30, 38))]
+    for branch in branches:
+        assert isinstance(world.start(branch, (), 2), wire.Done)
+    _ = world.step()
+    assert world.core.counts()["branches_decoding"] == 2
+
+
+def test_of_the_rows_that_wait_for_their_turn_the_youngest_turns_go_first() -> None:
+    world = Scheduled(pages=16, context_limit=48)
+    second, third = world.open(range(30, 46)), world.open(range(50, 66))
+    for branch in (second, third):
+        _ = world.turn(branch)
+    first = world.open(range(1, 30))
+    for branch in (first, second, third):
+        assert isinstance(world.start(branch, (70 + branch,), 1), wire.Done)
+    while world.core.counts()["pages_evicted"] == 0:
+        assert world.step()
+    assert world.residence(second).device >= 16 > world.residence(third).device
