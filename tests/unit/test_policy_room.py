@@ -36,3 +36,20 @@ def test_of_the_rows_that_wait_for_their_turn_the_youngest_turns_go_first() -> N
     while world.core.counts()["pages_evicted"] == 0:
         assert world.step()
     assert world.residence(second).device >= 16 > world.residence(third).device
+
+
+def test_a_few_rows_copied_from_another_session_do_not_disturb_its_load_from_the_host() -> None:
+    world = Scheduled(pages=12, context_limit=40, host_slots=16)
+    first = world.open(range(1, 25))
+    _ = world.turn(first)
+    second = world.open([*range(1, 7), 50, 51])  # shares a page, and two rows of the next one
+    third = world.open(range(30, 58))
+    _ = world.turn(third)
+    _ = world.send(wire.Close(request=1, branch=third))
+    where = world.residence(first)
+    assert where.host > 0 and where.device >= 8
+    for branch in (first, second):
+        assert isinstance(world.start(branch, (7,), 3), wire.Done)
+    world.run()
+    assert world.core.counts()["pages_loaded"] > 0
+    assert [len(world.logs[branch]) for branch in (first, second)] == [29, 12]

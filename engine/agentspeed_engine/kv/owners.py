@@ -162,9 +162,12 @@ class Kv:
 
     # ---- room -----------------------------------------------------------------------------------------------------
     def seed_page(self, branch: Branch) -> PageId | None:
-        """The device page that holds the seed's rows; None when there is none to read."""
+        """The device page that holds the seed's rows; None when there is none to read, or when the rest of the seed's
+        segment is on the host: an entry pins all of it, and what is pinned may not be waiting for a copy."""
         node = branch.seed
         while node is not None and node.start > branch.leaf.end:
+            if not node.readable:
+                return None
             node = node.parent  # the segment was split since: its first page belongs to an upper half now
         if node is None or not node.readable or not node.pages:
             return None
