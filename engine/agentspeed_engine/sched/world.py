@@ -163,23 +163,24 @@ class World:
         for child in landed.children:
             self.adopt_child(child)
         waiting = self.waiting.pop(number, [])
+        self._answer_forks(waiting, self.kv.branches[number].known)  # before anything is cut off the parent
         match landed.state:
             case Queued() as queued:
                 self.enqueue(queued)
-                self._answer(waiting, queued.branch.known, now)
+                self._answer(waiting, queued.branch.known)
             case Held() as held:
                 cuts = [wait.cut for wait in waiting if wait.cut is not None]
                 if cuts and min(cuts) < held.branch.known:
                     held = held.rewind(self.kv, min(cuts))
                 self.rest(held)
                 self.finish_turn(held.branch, turn, now)
-                self._answer(waiting, held.branch.known, now)
+                self._answer(waiting, held.branch.known)
             case Closed():
                 branch = self.kv.branches[number]
                 turn.end = turn.end or "closed"
                 self.finish_turn(branch, turn, now)
                 self.forget(branch)
-                self._answer(waiting, branch.known, now)
+                self._answer(waiting, branch.known)
 
     def adopt_child(self, child: Held) -> None:
         """Registers a newborn child with its session."""
@@ -220,11 +221,14 @@ class World:
         self.leases[branch.id] = changed
         self.tell(branch, LeaseChanged(branch=branch.id, lease=changed))
 
-    def _answer(self, waiting: list[Waiting], known: int, now: float) -> None:
+    def _answer_forks(self, waiting: list[Waiting], known: int) -> None:
         for wait in waiting:
             if wait.children:
                 self.out.append((wait.link, Forked(request=wait.request, branches=wait.children, known=known)))
-            else:
+
+    def _answer(self, waiting: list[Waiting], known: int) -> None:
+        for wait in waiting:
+            if not wait.children:
                 self.out.append((wait.link, Done(request=wait.request, known=known)))
 
 

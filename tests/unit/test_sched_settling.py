@@ -1,0 +1,28 @@
+"""What several orders to one branch in flight come to when its last row is acknowledged."""
+
+from __future__ import annotations
+
+from agentspeed_engine import wire
+from agentspeed_engine.ids import pack_ids
+from tests.scheduled import LINK, Scheduled
+
+
+def test_children_of_a_turn_that_is_then_cut_back_are_told_what_they_know() -> None:
+    scheduled = Scheduled(depth=1)
+    trunk = scheduled.open([1, 2, 3])
+    _ = scheduled.start(trunk, [4, 5], most=3)
+    plan = scheduled.core.plan(0.0)
+    assert plan is not None
+    scheduled.hear(scheduled.core.events())
+    assert scheduled.core.handle(LINK, wire.Fork(request=2, branch=trunk, n=1), 0.0) == []
+    assert scheduled.core.handle(LINK, wire.Cancel(request=3, branch=trunk, cut=3), 0.0) == []
+    result = scheduled.device.execute(plan, {trunk: scheduled.logs[trunk]})
+    said = [message for _, message in scheduled.core.apply(result, 0.0)]
+    forked = next(message for message in said if isinstance(message, wire.Forked))
+    ended = next(message for message in said if isinstance(message, wire.TurnEnded))
+    cancelled = next(message for message in said if isinstance(message, wire.Done))
+    child = scheduled.send(wire.Append(request=4, branch=forked.branches[0], ids=pack_ids([])))
+    assert isinstance(child, wire.Done)
+    assert forked.known == child.known == 5
+    assert ended.known == cancelled.known == 3
+    assert said.index(forked) < said.index(ended), "a front cuts its mirror at the end of the turn"
