@@ -150,6 +150,7 @@ class Kv:
         if branch.private:
             for end in ends:
                 self._drop_unreferenced(end)
+            self.drop_private(branch.root, branch)
         for node in upward(branch.leaf):
             node.used = now
 
@@ -159,6 +160,22 @@ class Kv:
             if not isinstance(node.state, Device | Both | Host):
                 return  # a copy is in flight: it goes when that ends
             node = self.drop(node)
+
+    def drop_private(self, key: RootKey, ending: Branch | None = None) -> None:
+        """With the last branch of a private root all its rows end, also those a branch went back from; what is being
+        copied ends with its copy."""
+        root = self.tree.roots.get(key)
+        if root is None or any(other.root == key for other in self.branches.values() if other is not ending):
+            return
+        self._drop_below(root)
+        if not root.referenced:
+            del self.tree.roots[key]
+
+    def _drop_below(self, node: Node) -> None:
+        for child in (*node.children.values(), *node.stubs.values()):
+            self._drop_below(child)
+            if not child.referenced and isinstance(child.state, Device | Both | Host):
+                _ = self.drop(child)
 
     # ---- room -----------------------------------------------------------------------------------------------------
     def seed_page(self, branch: Branch) -> PageId | None:

@@ -166,3 +166,5 @@ def _drop_if_ownerless(world: World, node: Node) -> None:
     private = node.root[2].partition("\0")[2]
     if private and node.id in world.kv.tree.nodes and not node.referenced and not node.pinned_by:
         _ = world.kv.drop(node)
+    if private:
+        world.kv.drop_private(node.root)
