@@ -1,0 +1,58 @@
+"""`python -m tests.simulation [WORKLOAD ...] --seed N --seeds K`: runs workloads and says what came of them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import Counter
+
+from tests.simulation.marks import MARKS
+from tests.simulation.runner import Report, run_seeds
+from tests.simulation.workload import WorkloadError, load, names
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
+    parser.add_argument("workloads", nargs="*", help=f"names or .toml files; all of {', '.join(names())} when left out")
+    parser.add_argument("--seed", type=int, default=0, help="the first seed")
+    parser.add_argument("--seeds", type=int, default=20, help="how many seeds")
+    parser.add_argument("--marks", action="store_true", help="print every mark with its count")
+    options = parser.parse_args()
+    try:
+        workloads = [load(name) for name in options.workloads or names()]
+    except WorkloadError as error:
+        print(error, file=sys.stderr)
+        return 2
+    marks: Counter[str] = Counter()
+    failed = False
+    for workload in workloads:
+        started = time.monotonic()
+        report = run_seeds(workload, range(options.seed, options.seed + options.seeds))
+        marks.update(report.marks)
+        failed |= _told(report, time.monotonic() - started)
+    if options.marks:
+        for mark, why in MARKS.items():
+            print(f"  {marks[mark]:7}  {mark:28} {why}")
+    unseen = [mark for mark in MARKS if not marks[mark]]
+    print(f"{len(MARKS) - len(unseen)} of {len(MARKS)} marks hit"
+          + (f"; never: {', '.join(unseen)}" if unseen else ""))
+    return 1 if failed else 0
+
+
+def _told(report: Report, seconds: float) -> bool:
+    """Prints what came of one workload; True when it failed."""
+    faults = ", ".join(f"{kind} {count}" for kind, count in sorted(report.faults.items())) or "no faults"
+    print(f"{report.workload.name:26} {report.outcomes:4} seeds {report.turns:7} turns {report.events:8} events "
+          f"{report.compared:6} compared  longest turn {report.longest_turn:6.1f} s  {faults}  ({seconds:.1f} s)")
+    for outcome in report.failures:
+        print(f"FAILED: {outcome}")
+        print(f"again: python -m tests.simulation {outcome.workload} --seed {outcome.seed} --seeds 1")
+    missed = [] if report.failures else [*report.never_hit(), *report.never_struck()]
+    if missed:
+        print(f"FAILED: {report.workload.name} never reached: {', '.join(missed)} (give it more seeds)")
+    return bool(report.failures or missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

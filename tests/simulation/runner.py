@@ -1,0 +1,79 @@
+"""Runs a workload over seeds: each seed once with its faults and once in peace, and compares what agents heard."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import final
+
+from tests.simulation import checkers
+from tests.simulation.checkers import Violation
+from tests.simulation.workload import Workload
+from tests.simulation.world import Outcome, Simulation
+
+
+@final
+@dataclass(slots=True)
+class Report:
+    """Many seeds of one workload."""
+
+    workload: Workload
+    outcomes: int = 0
+    events: int = 0
+    turns: int = 0
+    compared: int = 0
+    """Turns whose tokens were compared with those of an undisturbed run."""
+    marks: Counter[str] = field(default_factory=Counter[str])
+    faults: Counter[str] = field(default_factory=Counter[str])
+    refusals: Counter[str] = field(default_factory=Counter[str])
+    ends: Counter[str] = field(default_factory=Counter[str])
+    longest_turn: float = 0.0
+    firm_granted: int = 0
+    failures: list[Outcome] = field(default_factory=list[Outcome])
+
+    def never_hit(self) -> list[str]:
+        """Marks this workload is there for and no seed reached."""
+        return [mark for mark in self.workload.expect.marks if not self.marks[mark]]
+
+    def never_struck(self) -> list[str]:
+        """Faults it composes that no seed met."""
+        return sorted({fault.kind for fault in self.workload.faults} - set(self.faults))
+
+
+def run_seeds(workload: Workload, seeds: Iterable[int], *, ledger: bool = True, stop_at: int = 1) -> Report:
+    """Ends early after `stop_at` failures."""
+    report = Report(workload)
+    for seed in seeds:
+        outcome, compared = run_one(workload, seed, ledger=ledger)
+        report.outcomes += 1
+        report.events += outcome.events
+        report.turns += outcome.turns
+        report.compared += compared
+        report.marks.update(outcome.marks)
+        report.faults.update(outcome.faults)
+        report.longest_turn = max(report.longest_turn, outcome.longest_turn)
+        report.firm_granted += outcome.firm_granted
+        for agent in outcome.agents.values():
+            report.refusals.update(agent.refused)
+            report.ends[agent.state] += 1
+        if outcome.violation is not None:
+            report.failures.append(outcome)
+            if len(report.failures) >= stop_at:
+                break
+    return report
+
+
+def run_one(workload: Workload, seed: int, *, ledger: bool = True) -> tuple[Outcome, int]:
+    """One seed, and how many of its turns were compared."""
+    outcome = Simulation(workload, seed, ledger=ledger).run()
+    if outcome.violation is not None:
+        return outcome, 0
+    peaceful = Simulation(workload.undisturbed(), seed, ledger=False).run()
+    try:
+        if peaceful.violation is not None:
+            raise Violation(f"the undisturbed run fails: {peaceful.violation}")
+        return outcome, checkers.tokens_are_undisturbed(outcome.agents, peaceful.agents)
+    except Violation as broken:
+        outcome.violation = str(broken)
+        return outcome, 0

@@ -1,0 +1,494 @@
+"""One simulated run: production `kv` and `sched`, a virtual clock, a device that takes its time, agents and faults.
+
+Everything happens in the order of one heap of moments; chance comes from named streams of one seed. So a seed is a
+run, and the same seed is the same run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from typing import final
+
+import msgspec
+
+from agentspeed_engine import wire
+from agentspeed_engine.clock import VirtualClock
+from agentspeed_engine.errors import BrokenInvariant
+from agentspeed_engine.ids import BranchId, LinkId, unpack_ids
+from agentspeed_engine.sched.core import Core
+from agentspeed_engine.sched.plan import HostCopy, StepPlan, StepResult
+from agentspeed_engine.sched.world import Out
+from tests.simulation import checkers
+from tests.simulation.agents import Agent, Ending, Refused, cast, hog
+from tests.simulation.checkers import Checkers, Violation
+from tests.simulation.device import Device, Order, WrongRow
+from tests.simulation.faults import Faults
+from tests.simulation.front import Alone, Answer, Ask, Died, Ends, Handle, Join, Sleep, Start, Tool
+from tests.simulation.marks import Event, Glance, marks_of
+from tests.simulation.workload import VOCABULARY, Workload
+
+_LAST = 25
+_BY_THEMSELVES = frozenset({"clock_jumps", "abort", "client_gone", "famine", "engine_killed"})
+"""Faults that strike between events; the others wait for a step, a copy or a tool."""
+_SPINS = 1000
+"""Wake-ups at one moment without anything moving."""
+
+
+@final
+@dataclass(slots=True)
+class Outcome:
+    """What came of a run."""
+
+    workload: str
+    seed: int
+    violation: str | None
+    last: list[str]
+    """The last events, for people."""
+    trace: str
+    """A digest of all events: equal runs have equal ones."""
+    marks: Counter[str]
+    faults: Counter[str]
+    events: int
+    steps: int
+    turns: int
+    seconds: float
+    """Virtual."""
+    longest_turn: float
+    firm_granted: int
+    agents: dict[str, Agent] = field(default_factory=dict[str, Agent])
+
+    @property
+    def wedged(self) -> bool:
+        return self.violation is not None and self.violation.startswith("wedged")
+
+    @property
+    def leaked(self) -> bool:
+        return self.violation is not None and self.violation.startswith("leak")
+
+    @property
+    def broke_a_lease(self) -> bool:
+        return self.violation is not None and self.violation.startswith("firm lease broken")
+
+    def __str__(self) -> str:
+        return f"{self.workload} --seed {self.seed}: {self.violation}\n" + "\n".join(f"  {line}" for line in self.last)
+
+
+@final
+class Simulation:
+    """The world around one core. `run` once."""
+
+    def __init__(self, workload: Workload, seed: int, *, ledger: bool = True) -> None:
+        self.workload = workload
+        self.seed = seed
+        self.clock = VirtualClock()
+        self.faults = Faults.of(workload, seed)
+        self.checkers = Checkers(ledger)
+        self._pace = random.Random(f"{workload.name}/device/{seed}")
+        self._moments: list[tuple[float, int, Callable[[], None]]] = []
+        self._serial = 0
+        self._life = 0
+        self._request = 0
+        self._hogs = 0
+        self._asked: dict[int, tuple[Agent | None, Handle, wire.Command]] = {}
+        self._handles: dict[BranchId, Handle] = {}
+        self._agents: dict[str, Agent] = {}
+        self._busy: dict[str, Agent] = {}
+        """Those that are neither done nor stuck."""
+        self._kinds = {fault.kind for fault in workload.faults}
+        self._joining: list[tuple[Agent, tuple[Agent, ...]]] = []
+        self._last: deque[str] = deque(maxlen=_LAST)
+        self._trace = hashlib.blake2b(digest_size=16)
+        self._marks: Counter[str] = Counter()
+        self._events = self._steps = self._turns = 0
+        self._longest_turn = 0.0
+        self._links = 0
+        self._gone: set[LinkId] = set()
+        self._boot()
+
+    def run(self) -> Outcome:
+        """To the end of all agents, then of all sessions."""
+        violation: str | None = None
+        try:
+            self._begin()
+            self._live()
+            checkers.everybody_came_to_an_end(list(self._agents.values()), list(self._handles.values()))
+            self._close()
+        except (Violation, WrongRow) as broken:
+            violation = str(broken)
+        except BrokenInvariant as broken:
+            violation = f"ledger: {broken}"
+        except (LookupError, ValueError, AssertionError) as crash:
+            violation = f"crash: {crash!r}"
+        return Outcome(
+            self.workload.name, self.seed, violation, list(self._last), self._trace.hexdigest(), self._marks,
+            self.faults.counts, self._events, self._steps, self._turns, self.clock.now(), self._longest_turn,
+            self.checkers.granted, self._agents)
+
+    # ---- time -----------------------------------------------------------------------------------------------------
+    def _at(self, when: float, action: Callable[[], None]) -> None:
+        self._serial += 1
+        heappush(self._moments, (when, self._serial, action))
+
+    def _in_this_life(self, when: float, action: Callable[[], None]) -> None:
+        """Something of the engine that runs now: it dies with it."""
+        life = self._life
+
+        def unless_dead() -> None:
+            if self._life == life:
+                action()
+
+        self._at(when, unless_dead)
+
+    def _live(self) -> None:
+        """Moment after moment, until nothing is left that could happen."""
+        spins = 0
+        while True:
+            self._pump()
+            self._strike()
+            wake = self.core.wake_at(self.clock.now())
+            following = self._moments[0][0] if self._moments else None
+            if following is None and wake is None:
+                return
+            if following is None or (wake is not None and wake < following):
+                assert wake is not None
+                spins = spins + 1 if wake <= self.clock.now() else 0
+                if spins > _SPINS:
+                    raise Violation("wedged: the core wants to be asked again and again and does nothing")
+                self._forward(wake)
+                continue
+            spins = 0
+            when, _, action = heappop(self._moments)
+            self._forward(when)
+            action()
+            self._strike()
+
+    def _forward(self, when: float) -> None:
+        self.clock.advance(max(0.0, when - self.clock.now()))
+        if self.clock.now() > self.workload.horizon:
+            raise Violation(f"wedged: after {self.workload.horizon:g} s these are not done: {', '.join(self._busy)}")
+        bound = self.workload.expect.longest_turn
+        if bound is not None:
+            for handle in self._handles.values():
+                if handle.running and self.clock.now() - handle.started_at > bound:
+                    raise Violation(f"starved: a turn of branch {handle.number} runs for more than {bound:g} s")
+
+    # ---- the engine -----------------------------------------------------------------------------------------------
+    def _boot(self) -> None:
+        config = self.workload.engine.config()
+        self.core = Core(config)
+        self._device = Device(config.pages, config.host_slots, config.page_tokens, VOCABULARY)
+        self._device_free_at = self._copier_free_at = self.clock.now()
+
+    def _call(self, call: str, what: str, action: Callable[[], Out], branch: int = 0) -> None:
+        """One call of the core, looked at from both sides."""
+        before = Glance.at(self.core)
+        out = action()
+        said = tuple(message for to, message in out if to not in self._gone)
+        event = Event(self.clock.now(), call, what, branch, before, Glance.at(self.core), said)
+        self._events += 1
+        self._record(event)
+        for message in said:
+            self._hear(message)
+        self.checkers.after(self.core, event)
+
+    def _record(self, event: Event) -> None:
+        line = str(event)
+        self._trace.update(line.encode())
+        self._marks.update(marks_of(event))
+        if event.call != "plan" or not line.endswith("plan"):  # one that found nothing to do says nothing
+            self._last.append(line)
+
+    def _pump(self) -> None:
+        """Plans as long as there is something to plan, as the engine's loop does after every event."""
+        while (plan := self._plan()) is not None:
+            self._launch(plan)
+        for copy in self.core.host_copies():
+            self._copy(copy)
+
+    def _plan(self) -> StepPlan | None:
+        found: list[StepPlan | None] = []
+
+        def plan() -> Out:
+            found.append(self.core.plan(self.clock.now()))
+            return self.core.events()
+
+        self._call("plan", "", plan)
+        return found[0]
+
+    def _launch(self, plan: StepPlan) -> None:
+        self._steps += 1
+        rows: list[list[int]] = []
+        for row in plan.rows:
+            mirror, end = self._handles[row.branch].mirror, row.position + len(row.ids)
+            if list(row.ids) != mirror.ids[row.position : end]:
+                raise Violation(f"wrong ids: branch {row.branch} is fed ids that its front does not know")
+            rows.append(mirror.rows[:end])
+        order = Order(plan, tuple(rows))
+        step = self.workload.device.step
+        begins = max(self.clock.now(), self._device_free_at)
+        self._device_free_at = ends = begins + self._pace.uniform(step.low, step.high)
+        dies = self.faults.strikes("rank_dies") is not None
+        self._in_this_life(begins, lambda: self._device.begin(order))
+        self._in_this_life(ends, lambda: self._reopen("a rank died in a step") if dies else self._done(order))
+
+    def _done(self, order: Order) -> None:
+        result = self._device.end(order)
+        if result.drawn and self.faults.strikes("turn_refused") is not None:
+            token = result.drawn[0]
+            refusal = (token.branch, token.epoch, "its grammar admits no token")
+            result = StepResult(result.seq, result.drawn[1:], (refusal,))
+        self._call("apply", f"step {result.seq}", lambda: self.core.apply(result, self.clock.now()))
+
+    def _copy(self, order: HostCopy) -> None:
+        """One copy after the other, in a thread of its own; one whose time to begin has passed does not begin."""
+        pace = self.workload.device.copy
+        late = self.faults.strikes("copy_late") or 0.0
+        ok = self.faults.strikes("copy_fails") is None
+        begins = max(self.clock.now(), self._copier_free_at) + late
+        takes = self._pace.uniform(pace.low, pace.high)
+        self._copier_free_at = begins + takes
+
+        def begin() -> None:
+            if self.clock.now() > order.begin_by:
+                self._copied(order, False)
+            else:
+                self._in_this_life(self.clock.now() + takes, lambda: carry_out(ok))
+
+        def carry_out(ok: bool) -> None:
+            self._device.copy(order, ok=ok)
+            self._copied(order, ok)
+
+        self._in_this_life(begins, begin)
+
+    def _copied(self, order: HostCopy, ok: bool) -> None:
+        what = f"{order.direction} {'done' if ok else 'failed'}"
+        self._call("copied", what, lambda: self.core.copied(order.ticket, ok, self.clock.now()))
+
+    def _reopen(self, why: str) -> None:
+        """The engine is gone with all it held. Another one starts; fronts open their sessions again when they need
+        them, with the ids they mirrored."""
+        self._life += 1
+        before = Glance.at(self.core)
+        self._boot()
+        self.checkers.forget()
+        self._record(Event(self.clock.now(), "reopen", why, 0, before, Glance.at(self.core)))
+        for handle in self._handles.values():
+            handle.number, handle.running = None, False
+        self._handles.clear()
+        asked, self._asked = self._asked, {}
+        for agent, _, _ in asked.values():
+            if agent is not None:
+                self._resume(agent, Died())
+        for agent in self._busy.values():
+            if isinstance(agent.on, Ends):
+                self._resume(agent, Died())
+
+    # ---- what the core says ---------------------------------------------------------------------------------------
+    def _hear(self, message: wire.Outgoing) -> None:
+        match message:
+            case wire.Tokens(branch=branch, ids=ids):
+                mirror = self._handles[BranchId(branch)].mirror
+                for token in unpack_ids(ids):
+                    if token != mirror.following(VOCABULARY):
+                        raise Violation(f"wrong token: branch {branch} was given {token} at {len(mirror.ids)}, "
+                                        "which an undisturbed model does not draw there")
+                    mirror.extend((token,))
+            case wire.TurnEnded(branch=branch, known=known):
+                self._turn_ended(message, BranchId(branch), known)
+            case wire.TurnStarted() | wire.LeaseChanged():
+                pass
+            case _:
+                self._answered(message)
+
+    def _turn_ended(self, message: wire.TurnEnded, branch: BranchId, known: int) -> None:
+        handle = self._handles[branch]
+        handle.mirror.cut(known)
+        if not handle.running:
+            raise Violation(f"a turn of branch {branch} ended twice")
+        handle.running, handle.ended = False, message
+        self._turns += 1
+        self._longest_turn = max(self._longest_turn, self.clock.now() - handle.started_at)
+        for agent in self._busy.values():
+            if isinstance(agent.on, Ends) and agent.on.handle is handle:
+                self._resume(agent, message)
+
+    def _answered(self, reply: wire.Outgoing) -> None:
+        assert not isinstance(reply, wire.Tokens | wire.TurnStarted | wire.TurnEnded | wire.LeaseChanged)
+        agent, handle, command = self._asked.pop(reply.request)
+        self._take_effect(handle, command, reply)
+        if agent is not None:
+            self._resume(agent, reply)
+
+    def _take_effect(self, handle: Handle, command: wire.Command, reply: wire.Outgoing) -> None:
+        """What a reply means for the front's mirror."""
+        match command, reply:
+            case _, wire.Failed():
+                pass
+            case wire.Open(), wire.Opened(branch=branch):
+                handle.number = BranchId(branch)
+                self._handles[handle.number] = handle
+            case wire.Generate(ids=ids), wire.Done(known=known):
+                handle.before, handle.ended, handle.running = handle.known, None, True
+                handle.started_at = self.clock.now()
+                handle.mirror.extend(unpack_ids(ids))
+                self._same_length(handle, known)
+            case wire.Rewind() | wire.Cancel(), wire.Done(known=known):
+                handle.mirror.cut(known)
+                self._same_length(handle, known)
+            case wire.Fork(), wire.Forked(branches=branches, known=known):
+                handle.born = [Handle(handle.link, handle.mirror.copy(known), BranchId(number), handle.private,
+                                      handle.tenant) for number in branches]
+                self._handles.update((child.number, child) for child in handle.born if child.number is not None)
+            case wire.Adopt(child=number), wire.Done(known=known):
+                child = self._handles.pop(BranchId(number))
+                handle.mirror, child.number = child.mirror, None
+                self._same_length(handle, known)
+            case wire.Close(branch=number), wire.Done():
+                _ = self._handles.pop(BranchId(number), None)
+                handle.number = None
+            case wire.Expect(branch=number), wire.LeaseAnswer(lease=lease):
+                self.checkers.leased(number, lease)
+            case _:
+                raise Violation(f"{type(command).__name__} was answered by {type(reply).__name__}")
+
+    def _same_length(self, handle: Handle, known: int) -> None:
+        if handle.known != known:
+            raise Violation(f"branch {handle.number} knows {known} ids, its front {handle.known}")
+
+    # ---- agents ---------------------------------------------------------------------------------------------------
+    def _begin(self) -> None:
+        for when, agent in cast(self.workload, self.seed):
+            self._links = max(self._links, agent.link)
+            self._join_in(agent, when)
+
+    def _join_in(self, agent: Agent, when: float) -> None:
+        self._agents[agent.label] = self._busy[agent.label] = agent
+        self._at(when, lambda: self._step(agent, agent.waits, None))
+
+    def _resume(self, agent: Agent, answer: Answer, after: float = 0.0) -> None:
+        """Its script goes on a moment later, when everything that was said with the answer has been heard."""
+        agent.on = None
+        waits = agent.waits
+        self._at(self.clock.now() + after, lambda: self._step(agent, waits, answer))
+
+    def _step(self, agent: Agent, waits: int, answer: Answer) -> None:
+        if agent.state != "running" or agent.waits != waits:
+            return
+        agent.waits += 1
+        script = agent.script
+        assert script is not None
+        try:
+            effect = next(script) if answer is None and agent.waits == 1 else script.send(answer)
+        except StopIteration:
+            self._over(agent, "finished")
+            return
+        except Refused as refused:
+            agent.refused.append(refused.code)
+            self._over(agent, "refused")
+            return
+        agent.on = effect
+        match effect:
+            case Ask():
+                self._ask(agent, effect.handle, effect.command)
+            case Ends(handle=handle):
+                if handle.ended is not None or not handle.running:
+                    self._resume(agent, handle.ended if handle.ended is not None else Died())
+            case Sleep(seconds=seconds):
+                self._resume(agent, None, seconds)
+            case Tool(seconds=seconds):
+                if self.faults.strikes("tool_never_returns") is None:
+                    self._resume(agent, None, seconds)
+                else:
+                    self._over(agent, "stuck")
+            case Start(agent=other):
+                self._join_in(other, self.clock.now())
+                self._resume(agent, None)
+            case Join(agents=agents):
+                self._joining.append((agent, agents))
+                self._look_for_joins()
+            case Alone():
+                self._resume(agent, all(one.spec.kind == agent.spec.kind for one in self._busy.values()))
+
+    def _over(self, agent: Agent, state: Ending) -> None:
+        agent.state = state
+        del self._busy[agent.label]
+        self._look_for_joins()
+
+    def _look_for_joins(self) -> None:
+        """Who waited for agents that are all done goes on; who waits for one that is stuck is stuck."""
+        waiting, self._joining = self._joining, []
+        while waiting:
+            agent, others = waiting.pop(0)
+            states = {other.state for other in others}
+            if agent.state != "running":
+                continue
+            if "running" in states:
+                self._joining.append((agent, others))
+            elif "stuck" in states:
+                self._over(agent, "stuck")
+            else:
+                self._resume(agent, None)
+
+    def _ask(self, agent: Agent | None, handle: Handle, command: wire.Command) -> None:
+        if handle.number is None and not isinstance(command, wire.Open):
+            assert agent is not None
+            self._resume(agent, Died())
+            return
+        self._request += 1
+        command = msgspec.structs.replace(command, request=self._request)
+        self._asked[self._request] = (agent, handle, command)
+        self.checkers.told(self.core, handle, command)
+        self._call("handle", type(command).__name__,
+                   lambda: self.core.handle(handle.link, command, self.clock.now()), handle.number or 0)
+
+    # ---- faults ---------------------------------------------------------------------------------------------------
+    def _strike(self) -> None:
+        """The points at which something may go wrong by itself: after every event, and after every plan."""
+        if self._kinds.isdisjoint(_BY_THEMSELVES):
+            return
+        jump = self.faults.strikes("clock_jumps")
+        if jump is not None:
+            self._forward(self.clock.now() + jump)
+        running = [handle for handle in self._handles.values() if handle.running]
+        if running and self.faults.strikes("abort") is not None:
+            handle = running[self.faults.one_of(len(running))]
+            self._ask(None, handle, wire.Cancel(request=0, branch=handle.number or 0, cut=handle.before))
+        busy = list(self._busy.values())
+        if not busy:
+            return
+        if self.faults.strikes("client_gone") is not None:
+            self._client_gone(busy[self.faults.one_of(len(busy))].link)
+        if self.faults.strikes("famine") is not None:
+            self._hogs += 1
+            self._links += 1
+            self._join_in(hog(self.workload, self._hogs, LinkId(self._links)), self.clock.now())
+        if self.faults.strikes("engine_killed") is not None:
+            self._reopen("the engine was killed")
+
+    def _client_gone(self, link: LinkId) -> None:
+        self._gone.add(link)
+        for agent in [agent for agent in self._busy.values() if agent.link == link]:
+            agent.state = "gone"
+            del self._busy[agent.label]
+        for number, (_, handle, _) in list(self._asked.items()):
+            if handle.link == link:
+                del self._asked[number]
+        self._call("drop_link", f"link {link}", lambda: self.core.drop_link(link, self.clock.now()))
+        for branch, handle in list(self._handles.items()):
+            if handle.link == link:
+                handle.number, handle.running = None, False
+                del self._handles[branch]
+        self._look_for_joins()
+
+    def _close(self) -> None:
+        """Whatever is still open closes; then nothing may be left."""
+        for link in sorted({handle.link for handle in self._handles.values()}):
+            self._client_gone(link)
+        self.faults.sources.clear()
+        self._live()
+        checkers.nothing_is_left(self.core, self.clock.now())
