@@ -188,6 +188,7 @@ def brancher(agent: Agent, workload: Workload) -> Script[None]:
         yield from agent.turn(trunk, ids, most, f"turn-{turn}", branch if spec.live else None)
         if not spec.live:
             yield from branch()
+            yield from agent.expect(trunk, agent.seconds(spec.pause))
         said, end = trunk.mirror.ids[mark : mark + len(ids)], trunk.known
         started: list[Agent] = []
         for index, child in enumerate(children):

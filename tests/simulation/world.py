@@ -11,7 +11,7 @@ import random
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import final
 
 import msgspec
@@ -89,7 +89,8 @@ class Simulation:
         self.faults = Faults.of(workload, seed)
         self.checkers = Checkers(ledger)
         self._pace = random.Random(f"{workload.name}/device/{seed}")
-        self._moments: list[tuple[float, int, Callable[[], None]]] = []
+        self._moments: list[tuple[float, int, bool, Callable[[], None]]] = []
+        """When, in which order, whether it is work of the machine, what."""
         self._serial = 0
         self._life = 0
         self._request = 0
@@ -130,9 +131,9 @@ class Simulation:
             self.checkers.granted, self._agents)
 
     # ---- time -----------------------------------------------------------------------------------------------------
-    def _at(self, when: float, action: Callable[[], None]) -> None:
+    def _at(self, when: float, action: Callable[[], None], *, work: bool = False) -> None:
         self._serial += 1
-        heappush(self._moments, (when, self._serial, action))
+        heappush(self._moments, (when, self._serial, work, action))
 
     def _in_this_life(self, when: float, action: Callable[[], None]) -> None:
         """Something of the engine that runs now: it dies with it."""
@@ -142,7 +143,16 @@ class Simulation:
             if self._life == life:
                 action()
 
-        self._at(when, unless_dead)
+        self._at(when, unless_dead, work=True)
+
+    def _stand_still(self, seconds: float) -> None:
+        """The machine stops and goes on: clocks and tools have moved, its own work is where it was."""
+        self._moments = [(when + seconds if work else when, serial, work, action)
+                         for when, serial, work, action in self._moments]
+        heapify(self._moments)
+        self._device_free_at += seconds
+        self._copier_free_at += seconds
+        self._forward(self.clock.now() + seconds)
 
     def _live(self) -> None:
         """Moment after moment, until nothing is left that could happen."""
@@ -162,7 +172,7 @@ class Simulation:
                 self._forward(wake)
                 continue
             spins = 0
-            when, _, action = heappop(self._moments)
+            when, _, _, action = heappop(self._moments)
             self._forward(when)
             action()
             self._strike()
@@ -257,6 +267,7 @@ class Simulation:
             if self.clock.now() > order.begin_by:
                 self._copied(order, False)
             else:
+                self.core.begun(order.ticket)
                 self._in_this_life(self.clock.now() + takes, lambda: carry_out(ok))
 
         def carry_out(ok: bool) -> None:
@@ -453,7 +464,7 @@ class Simulation:
             return
         jump = self.faults.strikes("clock_jumps")
         if jump is not None:
-            self._forward(self.clock.now() + jump)
+            self._stand_still(jump)
         running = [handle for handle in self._handles.values() if handle.running]
         if running and self.faults.strikes("abort") is not None:
             handle = running[self.faults.one_of(len(running))]

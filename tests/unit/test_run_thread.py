@@ -155,6 +155,24 @@ def test_a_copy_that_comes_too_late_is_not_begun(capfd: pytest.CaptureFixture[st
     copier.close(5)
 
 
+def test_a_copy_says_that_it_begins_before_it_looks_at_the_clock() -> None:
+    model, reports = RememberingModel(pages=8, page_tokens=4, vocab_size=9), Reports()
+    model.reserve_host(4)
+    heard: list[list[TicketId]] = []
+
+    class Watched:
+        def now(self) -> float:
+            heard.append(copier.begun())
+            return 10.0
+
+    copier = Copier(model, reports, Watched())
+    copier.start(replace(copy(1, "save", (1,), (1,)), begin_by=11.0))
+    assert reports.next() == Copied(TicketId(1), True)
+    assert heard == [[TicketId(1)]]
+    assert copier.begun() == []
+    copier.close(5)
+
+
 def test_a_bug_in_a_copy_is_handed_to_the_loop() -> None:
     model, reports = RememberingModel(pages=8, page_tokens=4, vocab_size=9), Reports()
     copier = Copier(model, reports)

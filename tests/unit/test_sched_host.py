@@ -78,6 +78,26 @@ def test_a_late_report_of_an_expired_copy_is_ignored() -> None:
     world.core.check()
 
 
+def test_a_copy_that_has_begun_keeps_its_pages_past_its_deadline() -> None:
+    world, first, _ = two_sessions_and_room_for_one()
+    _ = world.start(first, (7,))
+    while not world.core.counts()["branches_promoting"]:
+        _ = world.step()
+        if not world.core.counts()["branches_promoting"]:
+            world.settle_copies()  # what must be saved first to make room
+    (order,) = world.copies
+    assert order.direction == "load"
+    world.core.begun(order.ticket)
+    world.now += 1000.0
+    _ = world.core.plan(world.now)
+    assert world.core.counts()["tickets_late"] == 0
+    assert world.core.counts()["branches_promoting"] == 1, "it still writes: nobody else may have its pages"
+    assert world.core.wake_at(world.now) is None
+    world.settle_copies()
+    world.run()
+    assert world.core.counts()["branches_held"] == 2
+
+
 def test_a_branch_that_waits_for_its_rows_can_be_cancelled_at_once() -> None:
     world, first, _ = two_sessions_and_room_for_one()
     _ = world.start(first, (7,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import sys
 import threading
@@ -33,6 +34,7 @@ class Copier:
         self._model = model
         self._clock = MonotonicClock() if clock is None else clock
         self._report = report
+        self._begun: queue.SimpleQueue[TicketId] = queue.SimpleQueue()
         self._orders: queue.SimpleQueue[HostCopy | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="agentspeed-copies", daemon=True)
 
@@ -41,6 +43,14 @@ class Copier:
         if not self._thread.is_alive():
             self._thread.start()
         self._orders.put(copy)
+
+    def begun(self) -> list[TicketId]:
+        """Tickets that began, or looked at the clock in order to, since this was last asked."""
+        found: list[TicketId] = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                found.append(self._begun.get_nowait())
+        return found
 
     def close(self, seconds: float) -> None:
         """Ends after the copies that were ordered, waiting at most so long."""
@@ -57,6 +67,7 @@ class Copier:
             self._report(done)
 
     def _carry_out(self, copy: HostCopy) -> bool:
+        self._begun.put(copy.ticket)  # before the clock is read: who reads a later time has heard of it
         if self._clock.now() > copy.begin_by:
             print(f"host copy {copy.ticket} ({copy.direction}) came too late to begin", file=sys.stderr)
             return False

@@ -101,8 +101,9 @@ class EngineLoop:
                 for key, _ in self._selector.select(self._patience()):
                     callback: Callable[[], None] = key.data
                     callback()
+                now = self._clock.now()  # before `_collect`: a copy that began by then has said so
                 self._collect()
-                self._plan()
+                self._plan(now)
                 self._flush()
             self._tell_all("engine_stopping", "The engine was told to stop.", "Start another engine.")
         except BaseException as error:
@@ -119,6 +120,8 @@ class EngineLoop:
         return None if wake_at is None else max(0.0, wake_at - now)
 
     def _collect(self) -> None:
+        for ticket in self._copier.begun():
+            self._core.begun(ticket)
         while True:
             try:
                 report = self._reports.get_nowait()
@@ -133,14 +136,13 @@ class EngineLoop:
                 case BaseException():
                     raise report
 
-    def _plan(self) -> None:
-        now = started = self._clock.now()
+    def _plan(self, now: float) -> None:
+        started = self._clock.now()
         while (plan := self._core.plan(now)) is not None:
             self._steps += 1
             self._rows += sum(len(row.ids) for row in plan.rows)
             self._plans.put(plan)
             self._deliver(self._core.events())
-            now = self._clock.now()
         self._deliver(self._core.events())
         for copy in self._core.host_copies():
             self._copier.start(copy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Hashable
 from typing import final
@@ -87,6 +88,11 @@ class Core:
         orders, self.world.orders = tuple(self.world.orders), []
         return orders
 
+    def begun(self, ticket: TicketId) -> None:
+        """A ticket is about to be carried out, its `begin_by` not yet passed: from now on it has no deadline. To be
+        told before a `plan` whose `now` is past that moment."""
+        tickets.begun(self.world, ticket)
+
     def copied(self, ticket: TicketId, ok: bool, now: float) -> Out:
         """A ticket was carried out, or failed."""
         tickets.copied(self.world, ticket, ok, now)
@@ -94,7 +100,7 @@ class Core:
 
     def wake_at(self, now: float) -> float | None:
         """When `plan` must be called again though nothing happened: a ticket's deadline, or rows to bring back."""
-        times = [ticket.deadline for ticket in self.world.tickets.values()]
+        times = [ticket.deadline for ticket in self.world.tickets.values() if ticket.deadline < math.inf]
         if self.world.prefetch:
             times.append(self.world.prefetch[0][0])
         return max(now, min(times)) if times else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -70,8 +71,15 @@ def copied(world: World, number: TicketId, ok: bool, now: float) -> None:
         _drop_if_ownerless(world, node)
 
 
+def begun(world: World, number: TicketId) -> None:
+    """The copy has begun to touch its pages and slots: until it ends they are nobody else's, however long it takes."""
+    ticket = world.tickets.get(number)
+    if ticket is not None:
+        world.tickets[number] = Ticket(ticket.direction, math.inf)
+
+
 def expire(world: World, now: float) -> None:
-    """Tickets past their deadline fail: nothing waits for a copy for ever."""
+    """Tickets past their deadline fail: nothing waits for ever for a copy that does not begin."""
     for number in [number for number, ticket in world.tickets.items() if ticket.deadline <= now]:
         world.late_tickets += 1
         copied(world, number, False, now)
