@@ -22,7 +22,8 @@ from agentspeed_engine import wire
 _INLINE_BYTES = 32 * 1024
 """A larger frame is sent from a worker thread: the event loop never waits for the engine to read it."""
 _REPLIES = (
-    wire.Welcome, wire.Done, wire.Opened, wire.Forked, wire.LeaseAnswer, wire.Inspected, wire.Stats, wire.Failed,
+    wire.Welcome, wire.Done, wire.Opened, wire.Forked, wire.LeaseAnswer, wire.Inspected, wire.Stats, wire.Picture,
+    wire.Failed,
 )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -16,15 +17,17 @@ EXIT_REFUSED, EXIT_BUG = 2, 70
 app = typer.Typer(
     name="agentspeed", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Agent sessions on a session-aware inference engine.\n\n"
-         "Examples:  agentspeed chat  ·  agentspeed chat ./model --tools tools.py  ·  agentspeed env",
+         "Examples:  agentspeed chat  ·  agentspeed chat ./model --tools tools.py  ·  agentspeed top",
 )
 Model = Annotated[str | None, typer.Argument(help="A model folder or repository id; nothing: the shipped model.")]
 
 
-def run(call: Callable[[], Awaitable[None]]) -> None:
-    """Runs a command. Exit status: 0 done, 2 refused (your input or the world), 70 a bug of ours, 130 interrupted."""
+@contextmanager
+def reported() -> Iterator[None]:
+    """What a command raises, as a sentence and a status: 2 refused (your input or the world), 70 a bug of ours, 130
+    interrupted."""
     try:
-        anyio.run(call)
+        yield
     except errors.InternalError as error:
         typer.echo(f"{type(error).__name__}: {error}\nThis is a bug of agentspeed.", err=True)
         raise typer.Exit(EXIT_BUG) from error
@@ -33,6 +36,12 @@ def run(call: Callable[[], Awaitable[None]]) -> None:
         raise typer.Exit(EXIT_REFUSED) from error
     except KeyboardInterrupt as error:
         raise typer.Exit(130) from error
+
+
+def run(call: Callable[[], Awaitable[None]]) -> None:
+    """Runs a command on an event loop."""
+    with reported():
+        anyio.run(call)
 
 
 @app.command()
@@ -66,6 +75,27 @@ def env(model: Model = None) -> None:
         typer.echo(describe(model))
 
     run(show)
+
+
+@app.command()
+def top(
+    socket: Annotated[Path | None, typer.Argument(help="An engine's socket; nothing: every engine of yours.")] = None,
+    once: Annotated[bool, typer.Option("--once", help="One frame, then end.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a frame, for programs.")] = False,
+    branches: Annotated[int | None, typer.Option(min=0, help="Most branches shown of each engine.")] = None,
+) -> None:
+    """Watch running engines: sessions, branches, where their rows are, leases, pages, and why something waits.
+
+    Ends at Ctrl-C with status 0; with 2 when no engine runs, with 3 when all that were watched have ended."""
+    from agentspeed.cli.watching import Top
+
+    watch = Top(socket, branches=branches, as_json=as_json)
+    with reported():
+        if once:
+            watch.once()
+            return
+        status = watch.watch()
+    raise typer.Exit(status)
 
 
 @app.command()

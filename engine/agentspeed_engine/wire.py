@@ -2,8 +2,8 @@
 
 Frames are a 4-byte little-endian length and one msgpack body. A front sends `Command`s; each carries a `request`
 number of the front's own and is answered by exactly one reply that repeats it (`Done`, `Opened`, `Forked`,
-`LeaseAnswer`, `Inspected`, `Stats` or `Failed`). `Generate` is answered by `Done` when the turn is queued; its tokens
-and its end follow as events. The engine sends `Outbox` frames: all messages of one step for one link.
+`LeaseAnswer`, `Inspected`, `Stats`, `Picture` or `Failed`). `Generate` is answered by `Done` when the turn is queued;
+its tokens and its end follow as events. The engine sends `Outbox` frames: all messages of one step for one link.
 Ids travel as little-endian uint32 (`ids.pack_ids`).
 """
 
@@ -155,8 +155,18 @@ class GetStats(Message, frozen=True, kw_only=True):
     request: int
 
 
+class Look(Message, frozen=True, kw_only=True):
+    """The whole engine for a person who watches it: a bounded picture, never a token."""
+
+    request: int
+    branches: int = 200
+    """Most branches described; busy ones come first, the others are counted (`MAX_LOOK` at most)."""
+
+
+MAX_LOOK = 1000
+
 Command = (
-    Hello | Open | Append | Generate | Cancel | Fork | Rewind | Adopt | Close | Expect | Inspect | GetStats
+    Hello | Open | Append | Generate | Cancel | Fork | Rewind | Adopt | Close | Expect | Inspect | GetStats | Look
 )
 
 
@@ -179,6 +189,49 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """Seconds granted, from the moment of the answer."""
     residence: Residence
     why: str
+
+
+class Places(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """The rows of a branch's known tokens by where they are, in tokens; the five add up to the tokens known."""
+
+    device: int = 0
+    both: int = 0
+    """On the device, with a copy on the host."""
+    host: int = 0
+    loading: int = 0
+    lost: int = 0
+    """Never computed, or dropped since."""
+
+
+class BranchView(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """One branch as a person sees it."""
+
+    branch: int
+    parent: int | None
+    """The branch it was forked from, while that exists."""
+    state: str
+    known: int
+    places: Places
+    lease: Lease | None
+    tool: str
+    """The tool a branch at rest waits for, as its front said."""
+    tail_pages: int
+    age: int | None
+    """Of its turn; None at rest."""
+    drawn: int
+    """Tokens drawn in the running turn."""
+    since: float
+    """Seconds since its turn was queued, or since it came to rest."""
+    waiting_for: str
+
+
+class SessionView(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """One session and those of its branches that are described, oldest first."""
+
+    session: int
+    tenant: str
+    branches: tuple[BranchView, ...]
+    branches_total: int
 
 
 class TurnUsage(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -221,6 +274,8 @@ class Welcome(Message, frozen=True, kw_only=True):
     host_slots: int
     pid: int
     limits: dict[str, int]
+    source: str = ""
+    """Where the model came from: its folder, all links followed."""
 
 
 class Done(Message, frozen=True, kw_only=True):
@@ -262,6 +317,19 @@ class Stats(Message, frozen=True, kw_only=True):
     request: int
     counts: dict[str, int]
     seconds: dict[str, float]
+
+
+class Picture(Message, frozen=True, kw_only=True):
+    """The answer to `Look`."""
+
+    request: int
+    clock: float
+    """The engine's monotonic clock when it was taken; leases end by it."""
+    sessions: tuple[SessionView, ...]
+    pages: dict[str, int]
+    """Device pages by owner; they add up to the pool (docs/how-to/watching.md)."""
+    slots: dict[str, int]
+    counts: dict[str, int]
 
 
 class Failed(Message, frozen=True, kw_only=True):
@@ -308,7 +376,7 @@ class LeaseChanged(Message, frozen=True, kw_only=True):
     lease: Lease
 
 
-Reply = Welcome | Done | Opened | Forked | LeaseAnswer | Inspected | Stats | Failed
+Reply = Welcome | Done | Opened | Forked | LeaseAnswer | Inspected | Stats | Picture | Failed
 Event = TurnStarted | Tokens | TurnEnded | LeaseChanged
 Outgoing = Reply | Event
 

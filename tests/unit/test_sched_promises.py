@@ -107,7 +107,7 @@ def test_the_core_describes_its_branches_as_a_tree_with_the_reason_for_waiting()
     _ = world.start(trunk)
     (session,) = world.core.describe()
     assert [(view.branch, view.parent, view.state, view.waiting_for) for view in session.branches] == [
-        (trunk, None, "Queued", "room"), (forked.branches[0], trunk, "Held", "")]
+        (trunk, None, "Queued", "the next step"), (forked.branches[0], trunk, "Held", "")]
 
 
 def facts(**known: float) -> Facts:

@@ -15,6 +15,7 @@ set AGENTSPEED_MALLOC to anything to run with the environment as it is.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -22,12 +23,14 @@ import signal
 import socket
 import stat
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn, final
 
 import msgspec
 
 from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.run import registry
 from agentspeed_engine.run.options import EngineOptions, build, options_from, parse_options
 
 _MALLOC_SWITCH = "AGENTSPEED_MALLOC"
@@ -96,7 +99,7 @@ def serve(path: Path, options: EngineOptions, *, stay: bool) -> int:
     server = listen_at(path)
     try:
         loop = EngineLoop(build(options, lambda what: _say(progress=what)), outbox_bytes=options.outbox_bytes,
-                          check=options.check_every_step)
+                          check=options.check_every_step, idle_seconds=options.idle_seconds)
         loop.listen(server)
         if not stay:
             loop.stop_at_eof(sys.stdin.fileno())
@@ -104,15 +107,27 @@ def serve(path: Path, options: EngineOptions, *, stay: bool) -> int:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the front's; it ends us by end of file
         gc.collect()
         gc.freeze()  # what is loaded stays: no later collection walks over it in the middle of a step
-        _say(ready=str(path), pid=os.getpid())
-        try:
-            loop.run()
-        except Exception:  # noqa: BLE001 - the loop printed it and told every link; the status says it was our bug
-            return BROKEN
+        with _listed(path, options.model):
+            _say(ready=str(path), pid=os.getpid())
+            try:
+                loop.run()
+            except Exception:  # noqa: BLE001 - the loop printed it and told every link; the status says it was our bug
+                return BROKEN
     finally:
         server.close()
         path.unlink(missing_ok=True)
     return 0
+
+
+@contextlib.contextmanager
+def _listed(path: Path, model: str) -> Iterator[None]:
+    """In the user's registry meanwhile. An engine that cannot be listed serves all the same."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(registry.entered(registry.folder(os.environ), registry.Entry(os.getpid(), path, model)))
+        except OSError as error:
+            _say(progress=f"not listed for `agentspeed top`: {error}")
+        yield
 
 
 def listen_at(path: Path) -> socket.socket:
@@ -120,7 +135,7 @@ def listen_at(path: Path) -> socket.socket:
     if len(os.fsencode(path)) > _LONGEST_SOCKET_PATH:
         raise EngineFault("bad_config", f"The socket path {path} is longer than {_LONGEST_SOCKET_PATH} bytes.",
                           "Use a shorter folder.")
-    if path.exists() and _answers(path):
+    if path.exists() and registry.answers(path):
         raise EngineFault("bad_config", f"An engine is already listening at {path}.", "Use another path.")
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -136,15 +151,6 @@ def listen_at(path: Path) -> socket.socket:
         server.close()
         raise EngineFault("bad_config", f"Cannot listen at {path}: {error}.", "Use a folder of your own.") from error
     return server
-
-
-def _answers(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(str(path))
-        except OSError:
-            return False
-    return True
 
 
 def _ends(descriptor: int) -> bool:

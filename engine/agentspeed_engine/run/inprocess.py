@@ -16,7 +16,8 @@ class EngineThread:
 
     def __init__(self, options: EngineOptions) -> None:
         """Raises `EngineFault` when the options or the model are refused."""
-        self._loop = EngineLoop(build(options), outbox_bytes=options.outbox_bytes, check=options.check_every_step)
+        self._loop = EngineLoop(build(options), outbox_bytes=options.outbox_bytes, check=options.check_every_step,
+                                idle_seconds=options.idle_seconds)
         self._listener, self._address = _listener()
         self._loop.listen(self._listener)
         self._thread = threading.Thread(target=self._loop.run, name="agentspeed-engine", daemon=True)

@@ -15,7 +15,16 @@ from typing import final
 import msgspec
 
 from agentspeed_engine.ids import LinkId
-from agentspeed_engine.wire import MAX_FRAME_BYTES, Command, Event, Outgoing, Tokens, decode_command, encode_outbox
+from agentspeed_engine.wire import (
+    MAX_FRAME_BYTES,
+    Command,
+    Event,
+    Outgoing,
+    Picture,
+    Tokens,
+    decode_command,
+    encode_outbox,
+)
 
 _READ_BYTES = 1 << 18
 _HEADER = 4
@@ -91,6 +100,11 @@ class Link:
     @property
     def has_output(self) -> bool:
         return bool(self._sending or self._pending)
+
+    @property
+    def owes_picture(self) -> bool:
+        """One was taken and its reader has not made place for it."""
+        return any(isinstance(message, Picture) for message in self._pending)
 
     @property
     def behind(self) -> bool:

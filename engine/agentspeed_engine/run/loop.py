@@ -13,6 +13,8 @@ import traceback
 from collections.abc import Callable
 from typing import TypeAlias, final
 
+from msgspec.structs import replace
+
 from agentspeed_engine.clock import Clock, MonotonicClock
 from agentspeed_engine.errors import RETRYABLE, Code
 from agentspeed_engine.ids import LinkId
@@ -23,7 +25,7 @@ from agentspeed_engine.run.worker import Worker
 from agentspeed_engine.sched.core import Core
 from agentspeed_engine.sched.plan import StepPlan, StepResult
 from agentspeed_engine.sched.world import Out
-from agentspeed_engine.wire import PROTOCOL, Command, Failed, GetStats, Hello, Stats, Welcome
+from agentspeed_engine.wire import PROTOCOL, Command, Failed, GetStats, Hello, Look, Stats, Welcome
 
 _SWITCH_SECONDS = 0.0005
 """How soon a busy worker thread yields the interpreter to the loop thread."""
@@ -38,8 +40,12 @@ class EngineLoop:
     """One engine: one core, one worker, any number of links."""
 
     def __init__(self, built: Built, *, outbox_bytes: int = 1 << 20, check: bool = False,
-                 clock: Clock | None = None) -> None:
-        """`check`: run the ledger after every event."""
+                 clock: Clock | None = None, idle_seconds: float | None = None) -> None:
+        """`check`: run the ledger after every event. `idle_seconds` without a session end the loop."""
+        self._source = built.source
+        self._idle_seconds = idle_seconds
+        self._idle_since: float | None = None
+        self._last_words = "The engine was told to stop."
         self._core = Core(built.core)
         self._worker = Worker(built.model, built.vocabulary)
         self._clock: Clock = clock if clock is not None else MonotonicClock()
@@ -105,7 +111,8 @@ class EngineLoop:
                 self._collect()
                 self._plan(now)
                 self._flush()
-            self._tell_all("engine_stopping", "The engine was told to stop.", "Start another engine.")
+                self._end_if_idle()
+            self._tell_all("engine_stopping", self._last_words, "Start another engine.")
         except BaseException as error:
             self._tell_all("internal", f"{type(error).__name__}: {error}", "This is a bug of the engine; it stops.")
             traceback.print_exc()
@@ -116,8 +123,23 @@ class EngineLoop:
     def _patience(self) -> float | None:
         """Seconds to wait for an event before the core wants to be asked again."""
         now = self._clock.now()
-        wake_at = self._core.wake_at(now)
-        return None if wake_at is None else max(0.0, wake_at - now)
+        wishes = [self._core.wake_at(now)]
+        if self._idle_seconds is not None and self._idle_since is not None:
+            wishes.append(self._idle_since + self._idle_seconds)
+        times = [wish for wish in wishes if wish is not None]
+        return max(0.0, min(times) - now) if times else None
+
+    def _end_if_idle(self) -> None:
+        """Links without a session do not count: a watcher keeps nothing alive."""
+        if self._idle_seconds is None or not self._core.idle:
+            self._idle_since = None
+            return
+        now = self._clock.now()
+        if self._idle_since is None:
+            self._idle_since = now
+        if now - self._idle_since >= self._idle_seconds:
+            self._stopping = True
+            self._last_words = f"The engine had no session for {self._idle_seconds:g} s (idle_seconds) and ended."
 
     def _collect(self) -> None:
         for ticket in self._copier.begun():
@@ -199,6 +221,8 @@ class EngineLoop:
             self._greet(link, command)
         elif isinstance(command, GetStats):
             link.put(self._stats(command.request))
+        elif isinstance(command, Look):
+            self._look(link, command)
         else:
             self._deliver(self._core.handle(link.id, command, self._clock.now()))
 
@@ -218,6 +242,7 @@ class EngineLoop:
             pages=config.pages, host_slots=config.host_slots, pid=os.getpid(),
             limits={"sessions": config.max_sessions, "branches": config.max_branches, "waiting": config.max_waiting,
                     "firm_pages": config.firm_budget()},
+            source=self._source,
         ))
 
     def _refuse(self, link: Link, code: Code, message: str, request: int = 0) -> None:
@@ -241,6 +266,14 @@ class EngineLoop:
         seconds = {"model": self._worker.model_seconds, "sampling": self._worker.sampling_seconds,
                    "planning": self._planning_seconds, "clock": self._clock.now()}
         return Stats(request=request, counts=counts, seconds=seconds)
+
+    def _look(self, link: Link, command: Look) -> None:
+        if link.owes_picture:  # whoever does not read them must not pile them up here
+            link.put(Failed(request=command.request, code="overloaded", retryable=True,
+                            message="The last picture was not read yet.", remedy="Read it first."))
+            return
+        picture = self._core.picture(command, self._clock.now())
+        link.put(replace(picture, counts=picture.counts | {"steps": self._steps, "tokens_drawn": self._tokens}))
 
     def _tell_all(self, code: Code, message: str, remedy: str) -> None:
         """The last words to every link, as far as its socket takes them."""

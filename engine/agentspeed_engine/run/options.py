@@ -73,6 +73,9 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Seconds after which a host copy that has not come back counts as failed."""
     outbox_bytes: int = 1 << 20
     """Bytes per link encoded ahead of a late reader; what comes on top waits with its token deltas joined."""
+    idle_seconds: float | None = None
+    """Seconds without any session after which the engine ends by itself; who only watches does not count. None: never
+    (an engine that was started for a session still ends with who started it)."""
     check_every_step: bool = False
     """Run the ledger after every event (tests; it costs time in proportion to the pool)."""
 
@@ -110,6 +113,8 @@ def _checked(options: EngineOptions) -> EngineOptions:
         raise _wrong(f"outbox_bytes is {options.outbox_bytes}, and must be at least {_LEAST_OUTBOX}")
     if not math.isfinite(options.ticket_deadline) or options.ticket_deadline <= 0:
         raise _wrong(f"ticket_deadline is {options.ticket_deadline}, and must be above 0")
+    if options.idle_seconds is not None and not options.idle_seconds > 0:
+        raise _wrong(f"idle_seconds is {options.idle_seconds}, and must be above 0")
     return options
 
 
@@ -121,6 +126,8 @@ class Built:
     core: CoreConfig
     model: Model
     vocabulary: Vocabulary
+    source: str
+    """Where the model came from: its folder, all links followed."""
 
 
 def build(options: EngineOptions, progress: Callable[[str], None] | None = None) -> Built:
@@ -145,7 +152,7 @@ def build(options: EngineOptions, progress: Callable[[str], None] | None = None)
         model.reserve_host(options.host_slots)
         say("measuring what copies and prefill cost")
         core = _aside(partial(calibrated, core, model))
-    return Built(core, model, Vocabulary(folder, info.vocab_size, info.eos_ids))
+    return Built(core, model, Vocabulary(folder, info.vocab_size, info.eos_ids), str(folder.resolve()))
 
 
 def _aside(call: Callable[[], T]) -> T:
@@ -167,7 +174,8 @@ def _build_noop(options: EngineOptions) -> Built:
     pages, limit = _sizes(options, _NOOP_CONTEXT, 1)
     core = _core(options, pages, limit, size, options.model)
     core.check()
-    return Built(core, NoopModel(size, step, options.page_tokens), Vocabulary(Path(options.model), size, ()))
+    return Built(core, NoopModel(size, step, options.page_tokens), Vocabulary(Path(options.model), size, ()),
+                 options.model)
 
 
 def _core(options: EngineOptions, pages: int, limit: int, vocab_size: int, name: str) -> CoreConfig:

@@ -12,7 +12,6 @@ from agentspeed_engine.ids import LinkId, TicketId
 from agentspeed_engine.kv import ledger
 from agentspeed_engine.sched import describe, outcome, snapshot, step, tickets, verbs
 from agentspeed_engine.sched.config import CoreConfig
-from agentspeed_engine.sched.describe import SessionView
 from agentspeed_engine.sched.plan import HostCopy, StepPlan, StepResult
 from agentspeed_engine.sched.world import Out, World
 from agentspeed_engine.wire import (
@@ -28,8 +27,11 @@ from agentspeed_engine.wire import (
     GetStats,
     Hello,
     Inspect,
+    Look,
     Open,
+    Picture,
     Rewind,
+    SessionView,
     Stats,
 )
 
@@ -54,6 +56,8 @@ class Core:
         world = self.world
         if isinstance(command, GetStats):
             world.out.append((link, Stats(request=command.request, counts=self.counts(), seconds={})))
+        elif isinstance(command, Look):
+            world.out.append((link, self.picture(command, now)))
         elif isinstance(command, Hello):
             world.out.append((link, Failed(request=command.request, code="bad_frame",
                                            message="Hello is the first frame of a link, once.")))
@@ -105,6 +109,11 @@ class Core:
             times.append(self.world.prefetch[0][0])
         return max(now, min(times)) if times else None
 
+    @property
+    def idle(self) -> bool:
+        """No session is open."""
+        return not self.world.sessions
+
     def check(self) -> None:
         """The ledger: raises `BrokenInvariant` naming the rule that does not hold."""
         ledger.check(self.world.kv, self.world.states)
@@ -122,9 +131,13 @@ class Core:
         """Equal for cores that behave alike."""
         return snapshot.key(self.world)
 
-    def describe(self) -> tuple[SessionView, ...]:
+    def describe(self, now: float = 0.0) -> tuple[SessionView, ...]:
         """Sessions, their trees of branches, states, residence, leases, and why something waits."""
-        return describe.describe(self.world)
+        return describe.describe(self.world, now)
+
+    def picture(self, command: Look, now: float) -> Picture:
+        """As much of it as was asked for, and who owns the pages: bounded, whatever is open."""
+        return describe.picture(self.world, command, now)
 
     def counts(self) -> dict[str, int]:
         """Owners and states to their numbers."""

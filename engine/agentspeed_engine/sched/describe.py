@@ -1,70 +1,199 @@
-"""A frozen view of every session and branch, for people: what it is, where its rows are, why it waits."""
+"""A picture of every session and branch, for people: what it is, where its rows are, why it waits.
+
+Taken between two steps. It reads and never moves anything, and what it looks at is bounded: a picture of a full engine
+costs the loop a few milliseconds, whatever is open or cached.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import final
+from collections import Counter
+from itertools import islice
+from typing import Final
 
-from agentspeed_engine.ids import BranchId, SessionId
-from agentspeed_engine.kv.branches import BranchState, Held, Promoting, Queued, Settling
+from agentspeed_engine.ids import BranchId, NodeId, SessionId
+from agentspeed_engine.kv.branches import BranchState, Decoding, Held, Prefilling, Promoting, Queued, Settling
+from agentspeed_engine.kv.nodes import Both, Device, Host, Loading, Saving
+from agentspeed_engine.kv.tree import Node, upward
+from agentspeed_engine.sched import step
 from agentspeed_engine.sched.world import World
-from agentspeed_engine.wire import Lease, Residence
+from agentspeed_engine.wire import MAX_LOOK, BranchView, Look, Picture, Places, SessionView
+
+MOST_WALKED = 2048
+"""Nodes looked at to say who owns the pages; those of others are `unsorted`."""
+_PLACES: Final[dict[type[object], str]] = {
+    Device: "device", Saving: "device", Both: "both", Host: "host", Loading: "loading",
+}
+_NEXT_STEP = "the next step"
+_BUDGET = "token budget of the next step"
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class BranchView:
-    """One branch."""
-
-    branch: BranchId
-    parent: BranchId | None
-    """The branch it was forked from, while that exists."""
-    state: str
-    known: int
-    residence: Residence
-    lease: Lease | None
-    drawn: int
-    """Tokens drawn in the running turn."""
-    waiting_for: str
+def describe(world: World, now: float) -> tuple[SessionView, ...]:
+    """All sessions with all their branches, oldest first. Unbounded: for tests and records."""
+    return _sessions(world, set(world.states), now)
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class SessionView:
-    """One session and its branches, oldest first."""
-
-    session: SessionId
-    tenant: str
-    branches: tuple[BranchView, ...]
-
-
-def describe(world: World) -> tuple[SessionView, ...]:
-    """All sessions, oldest first."""
-    return tuple(
-        SessionView(number, session.tenant, tuple(_branch(world, branch) for branch in sorted(session.branches)))
-        for number, session in sorted(world.sessions.items())
+def picture(world: World, command: Look, now: float) -> Picture:
+    """What `Look` is answered with."""
+    chosen = _chosen(world, max(0, min(command.branches, MAX_LOOK)))
+    return Picture(
+        request=command.request, clock=now, sessions=_sessions(world, chosen, now), pages=pages_by_owner(world),
+        slots={"total": world.kv.slots.total, "free": world.kv.slots.free}, counts=_counts(world),
     )
 
 
 def waiting_for(world: World, state: BranchState) -> str:
     """Why a branch does not move; empty when it does or has nothing to do."""
+    return _why(world, state, _without_room(world) if isinstance(state, Queued) else None)
+
+
+def _why(world: World, state: BranchState, stuck: BranchId | None) -> str:
     match state:
         case Queued():
-            filler = world.fill_of.get(state.branch.id)
-            return f"branch {filler[0]} to compute the prefix both need" if filler else "room"
+            return _why_queued(world, state, stuck)
         case Promoting():
             return "rows from the host"
+        case Prefilling() | Decoding():
+            if state.room.flight or not world.flights:
+                return ""
+            if world.kv.pages_to(state.room, state.room.issued + 1) > world.kv.pages.free:
+                return "room to grow"
+            return _BUDGET if isinstance(state, Prefilling) else ""
         case Settling():
             return "rows in flight"
         case _:
             return ""
 
 
-def _branch(world: World, number: BranchId) -> BranchView:
+def pages_by_owner(world: World) -> dict[str, int]:
+    """Who owns the device pages; the numbers add up to the pool.
+
+    `tails`: active branches write there. Pages of nodes: `loading` from the host, `pinned` by active branches, `held`
+    by branches at rest or waiting, `cached` (nobody needs them: first victims). `unsorted`: beyond what is walked."""
+    kv = world.kv
+    tails = sum(len(room.tail) for room in kv.rooms.values())
+    owners = {"free": kv.pages.free, "tails": tails, "loading": 0, "pinned": 0, "held": 0, "cached": 0}
+    in_nodes = kv.pages.total - kv.pages.free - tails
+    nodes = list(islice(kv.tree.nodes.values(), MOST_WALKED))
+    wanted = _wanted(nodes)
+    for node in nodes:
+        owners[_owner(node, wanted)] += len(node.pages)
+    seen = sum(owners[name] for name in ("loading", "pinned", "held", "cached"))
+    return owners | {"unsorted": in_nodes - seen}
+
+
+# ---- which branches -----------------------------------------------------------------------------------------------
+def _chosen(world: World, most: int) -> set[BranchId]:
+    """Busy branches first, by age; then the oldest at rest."""
+    chosen = {number for _, number in islice(world.active, most)}
+    for listed in (
+        (number for plan in world.flights.values() for number in (row.branch for row in plan.rows)),
+        (number for _, number in world.queue),
+        (number for session in world.sessions.values() for number in sorted(session.branches)),
+    ):
+        for number in listed:
+            if len(chosen) >= most:
+                return chosen
+            if number in world.states:
+                chosen.add(number)
+    return chosen
+
+
+def _sessions(world: World, chosen: set[BranchId], now: float) -> tuple[SessionView, ...]:
+    by_session: dict[SessionId, list[BranchId]] = {}
+    for number in sorted(chosen):
+        by_session.setdefault(world.states[number].branch.session, []).append(number)
+    views: list[SessionView] = []
+    stuck = _without_room(world)
+    for opened, branches in sorted(by_session.items()):
+        session = world.sessions[opened]
+        views.append(SessionView(
+            session=opened, tenant=session.tenant, branches_total=len(session.branches),
+            branches=tuple(_branch(world, branch, now, stuck) for branch in branches),
+        ))
+    return tuple(views)
+
+
+# ---- one branch ---------------------------------------------------------------------------------------------------
+def _branch(world: World, number: BranchId, now: float, stuck: BranchId | None) -> BranchView:
     state = world.states[number]
     branch = state.branch
     parent = branch.trunk[0] if branch.trunk is not None and branch.trunk[0] in world.states else None
+    room = None if isinstance(state, Held | Queued) else state.room
+    turn = None if isinstance(state, Held) else state.turn
     return BranchView(
-        number, parent, type(state).__name__, branch.known, world.residence(branch), world.leases.get(number),
-        0 if isinstance(state, Held) else state.turn.drawn, waiting_for(world, state),
+        branch=number, parent=parent, state=type(state).__name__, known=branch.known, places=_places(state),
+        lease=world.leases.get(number), tool=world.tools.get(number, ""),
+        tail_pages=0 if room is None else len(room.tail), age=None if turn is None else turn.age,
+        drawn=0 if turn is None else turn.drawn,
+        since=max(0.0, now - (branch.rested_at if turn is None else turn.queued_at)),
+        waiting_for=_why(world, state, stuck),
     )
+
+
+def _places(state: BranchState) -> Places:
+    branch = state.branch
+    rows: dict[str, int] = {"device": 0, "both": 0, "host": 0, "loading": 0}
+    for node in upward(branch.leaf):
+        rows[_PLACES[type(node.state)]] += node.tokens
+    if not isinstance(state, Held | Queued):
+        rows["device"] += state.room.done - state.room.tail_start
+    elif branch.seed is not None:
+        rows[_PLACES[type(branch.seed.state)]] += branch.seed_rows
+    return Places(**rows, lost=max(0, branch.known - sum(rows.values())))
+
+
+def _without_room(world: World) -> BranchId | None:
+    """The oldest turn that could enter, if it lacks room: then nothing younger enters either (L3)."""
+    for _, number in islice(world.queue, MOST_WALKED):
+        state = world.states[number]
+        if number not in world.fill_of and isinstance(state, Queued):
+            return None if step.fits(world, state) else number
+    return None
+
+
+def _why_queued(world: World, state: Queued, stuck: BranchId | None) -> str:
+    branch = state.branch
+    filler = world.fill_of.get(branch.id)
+    if filler is not None:
+        return f"branch {filler[0]} to compute the prefix both need"
+    if any(isinstance(node.state, Loading) for node in upward(branch.leaf)):
+        return "rows from the host"
+    if stuck is not None:
+        return "room" if stuck == branch.id else f"room, after branch {stuck}"
+    return _BUDGET if world.flights else _NEXT_STEP
+
+
+# ---- the whole ----------------------------------------------------------------------------------------------------
+def _wanted(nodes: list[Node]) -> set[NodeId]:
+    """Those on the path of some branch."""
+    wanted: set[NodeId] = set()
+    for end in nodes:
+        if end.leaf_of or end.seed_of:
+            for node in upward(end):
+                if node.id in wanted:
+                    break
+                wanted.add(node.id)
+    return wanted
+
+
+def _owner(node: Node, wanted: set[NodeId]) -> str:
+    if isinstance(node.state, Loading):
+        return "loading"
+    if node.pinned_by:
+        return "pinned"
+    return "held" if node.id in wanted else "cached"
+
+
+def _counts(world: World) -> dict[str, int]:
+    active = Counter(type(world.states[number]).__name__.lower() for _, number in world.active)
+    settling = sum(isinstance(world.states.get(number), Settling)
+                   for number in {row.branch for plan in world.flights.values() for row in plan.rows})
+    states = {name: active[name] for name in ("promoting", "prefilling", "decoding")} | {
+        "queued": len(world.queue), "settling": settling,
+    }
+    return states | {
+        "held": len(world.states) - sum(states.values()),
+        "sessions": len(world.sessions), "branches": len(world.states), "preemptions": world.preemptions,
+        "tickets": len(world.tickets), "firm_pages": sum(pages for _, pages in world.firm.values()),
+        "firm_budget": world.config.firm_budget(),
+    }

@@ -245,6 +245,12 @@ def _admit(world: World, run: _Pass, state: Queued, now: float) -> None:
     _enter(world, run, state, now)
 
 
+def fits(world: World, state: Queued) -> bool:
+    """Whether room is no reason for this turn to wait (L3)."""
+    loads = tickets.pages_of(world.kv.unreadable(state.branch))
+    return _whole_prompt_fits(world, state.branch, state.turn, loads)
+
+
 def _whole_prompt_fits(world: World, branch: Branch, turn: Turn, loads: int) -> bool:
     """Beside what the older turns hold and still need for their prompts there is room for all of this one's. Else it
     would be let in to be preempted half way, and what it computed would be lost. The oldest is always let in."""

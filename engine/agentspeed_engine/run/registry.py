@@ -1,0 +1,104 @@
+"""Where running engines of one user write down that they run, so that `agentspeed top` finds them.
+
+One JSON file per process in a folder that only its owner can write. A killed engine leaves its file behind; whoever
+reads the folder and finds nobody at the socket takes it away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import stat
+import tempfile
+import zlib
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+FOLDER = "AGENTSPEED_RUNTIME_DIR"
+"""Environment variable: the folder to use instead of the user's runtime folder."""
+
+_PROBE_SECONDS = 1.0
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One engine that said it runs."""
+
+    pid: int
+    socket: Path
+    model: str
+
+
+def folder(environment: Mapping[str, str]) -> Path:
+    """Of this user: in the system's runtime folder where there is one, else beside the temporary files."""
+    if environment.get(FOLDER):
+        return Path(environment[FOLDER])
+    if environment.get("XDG_RUNTIME_DIR"):
+        return Path(environment["XDG_RUNTIME_DIR"]) / "agentspeed"
+    return Path(tempfile.gettempdir()) / f"agentspeed-{os.getuid()}"
+
+
+@contextlib.contextmanager
+def entered(place: Path, entry: Entry) -> Iterator[None]:
+    """Listed while the block runs. Raises `OSError` when the folder cannot be used or is somebody else's."""
+    place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not _ours(place):
+        raise PermissionError(f"{place} belongs to somebody else, or others may write there")
+    address = str(entry.socket.resolve())
+    # Process numbers repeat across containers that share a folder; sockets do not.
+    path = place / f"{entry.pid}-{zlib.crc32(address.encode()):08x}.json"
+    draft = path.with_suffix(".new")
+    _ = draft.write_text(json.dumps({"pid": entry.pid, "socket": address, "model": entry.model}))
+    _ = draft.replace(path)  # a reader finds a whole entry or none
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def running(place: Path, *, known: Container[Path] = ()) -> list[Entry]:
+    """Engines that answer at their sockets, lowest process number first; what nobody answers for is removed.
+
+    Sockets in `known` are not asked."""
+    if not place.is_dir() or not _ours(place):
+        return []
+    found: list[Entry] = []
+    for path in place.glob("*.json"):
+        entry = _read(path)
+        if entry is not None and (entry.socket in known or answers(entry.socket)):
+            found.append(entry)
+        else:
+            path.unlink(missing_ok=True)
+    return sorted(found, key=lambda entry: entry.pid)
+
+
+def answers(path: Path) -> bool:
+    """Whether somebody listens there, even if too busy to answer now."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(_PROBE_SECONDS)
+        try:
+            probe.connect(str(path))
+        except (BlockingIOError, TimeoutError):
+            return True
+        except OSError:
+            return False
+    return True
+
+
+def _ours(place: Path) -> bool:
+    facts = place.stat()
+    return facts.st_uid == os.getuid() and not facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _read(path: Path) -> Entry | None:
+    """None for what is no entry, or is gone meanwhile."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return Entry(int(data["pid"]), Path(data["socket"]), str(data["model"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,219 @@
+"""`agentspeed top` against real engine processes: what it shows, whom it finds, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentspeed_engine import wire
+from tests.engine_client import EngineProcess, Front, engine, environment, until
+
+OPTIONS: dict[str, Any] = {"model": "noop:512:4", "pages": 40, "page_tokens": 16, "context_limit": 400,
+                           "firm_pages": 10, "check_every_step": True}
+COMMAND = [sys.executable, "-c", "from agentspeed.cli import main; main()", "top"]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A registry of this test alone."""
+    monkeypatch.setenv("AGENTSPEED_RUNTIME_DIR", str(tmp_path / "run"))
+    monkeypatch.delenv("AGENTSPEED_ENGINE", raising=False)
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def running(tmp_path: Path, place: Path) -> Iterator[EngineProcess]:
+    with engine(tmp_path, **OPTIONS) as process:
+        yield process
+
+
+def top(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=50, check=False,
+                          env=environment() | {"COLUMNS": "100"})
+
+
+def shown(*arguments: str) -> dict[str, Any]:
+    """The one engine of `top --once --json`."""
+    done = top("--once", "--json", *arguments)
+    assert done.returncode == 0, done.stderr
+    (one,) = json.loads(done.stdout)["engines"]
+    assert isinstance(one, dict)
+    return one
+
+
+def busy(front: Front) -> dict[str, int]:
+    """Sessions with a fork, a firm lease, a running turn, and one that waits for its room."""
+    trunk = front.open(range(100), tenant="acme")
+    _ = front.generate(trunk, max_tokens=1)
+    child, _ = front.fork(trunk, 2)
+    (grandchild,) = front.fork(child, 1)
+    lease = front.ask(wire.Expect(request=front.number(), branch=trunk, seconds=60.0, keep="firm", tool="search"),
+                      wire.LeaseAnswer).lease
+    assert lease.keep == "firm", lease
+    runs = front.open(range(200, 500))
+    _ = front.start(runs, max_tokens=90)
+    until("the first turn runs", lambda: front.inspect(runs).state == "Decoding")
+    waits = front.open(range(300))
+    _ = front.start(waits, max_tokens=90)
+    return {"trunk": trunk, "child": child, "grandchild": grandchild, "runs": runs, "waits": waits}
+
+
+def test_sessions_forks_a_lease_and_a_waiting_turn_are_seen(running: EngineProcess) -> None:
+    names = busy(running.connect())
+    seen = shown()
+    assert (seen["pid"], seen["model"]) == (running.pid, OPTIONS["model"])
+    branches = {one["branch"]: one for session in seen["sessions"] for one in session["branches"]}
+    assert branches[names["child"]]["parent"] == names["trunk"]
+    assert branches[names["grandchild"]]["parent"] == names["child"]
+    assert branches[names["trunk"]]["lease"]["keep"] == "firm" and branches[names["trunk"]]["tool"] == "search"
+    assert branches[names["runs"]]["state"] == "Decoding" and branches[names["runs"]]["tail_pages"] >= 1
+    assert (branches[names["waits"]]["state"], branches[names["waits"]]["waiting_for"]) == ("Queued", "room")
+    assert [session["tenant"] for session in seen["sessions"]] == ["acme", "", ""]
+    assert sum(seen["pages"].values()) == OPTIONS["pages"]
+    for one in branches.values():
+        assert sum(one["places"].values()) == one["known"]
+
+
+def test_a_frame_for_people_names_the_same_within_100_columns(running: EngineProcess) -> None:
+    names = busy(running.connect())
+    done = top("--once")
+    assert done.returncode == 0, done.stderr
+    assert all(len(line) <= 100 for line in done.stdout.splitlines())
+    for words in (f"process {running.pid}", "session 1 acme", "for search", "firm 5", "waits for room",
+                  f"queue, oldest first: {names['waits']}"):
+        assert words in done.stdout, done.stdout
+
+
+def test_of_many_branches_the_busy_ones_are_shown_and_the_rest_counted(running: EngineProcess) -> None:
+    front = running.connect()
+    _ = front.fork(front.open([1, 2, 3]), 50)
+    turn = front.start(front.open([4, 5]), max_tokens=300)
+    done = top("--once", "--branches", "5")
+    assert "+ 47 more" in done.stdout and "Decoding" in done.stdout
+    assert turn.ended is None
+
+
+def test_a_watcher_owns_nothing_and_closes_nothing(running: EngineProcess) -> None:
+    front = running.connect()
+    branch = front.open([1, 2, 3])
+    for _ in range(3):
+        _ = shown()
+    assert front.inspect(branch).state == "Held"
+    counts = front.counts()
+    assert (counts["sessions"], counts["branches"]) == (1, 1)
+    until("the watchers' links are gone", lambda: front.counts()["links"] == 1)
+
+
+def test_without_an_engine_it_says_so_and_ends_with_status_2(place: Path) -> None:
+    for arguments in ((), ("--once",), ("--once", "--json")):
+        done = top(*arguments)
+        assert done.returncode == 2
+        assert "No engine of yours is running" in done.stderr and "Start one" in done.stderr
+        assert done.stdout == ""
+
+
+def test_a_socket_nobody_listens_at_is_named(tmp_path: Path, place: Path) -> None:
+    done = top("--once", str(tmp_path / "none.sock"))
+    assert done.returncode == 2
+    assert "none.sock" in done.stderr
+
+
+def test_every_engine_of_the_user_is_found_and_killed_ones_are_forgotten(tmp_path: Path, place: Path) -> None:
+    with engine(tmp_path / "a", **OPTIONS) as first, engine(tmp_path / "b", **OPTIONS) as second:
+        both = json.loads(top("--once", "--json").stdout)["engines"]
+        assert {one["pid"] for one in both} == {first.pid, second.pid}
+        assert shown(str(second.path))["pid"] == second.pid
+        _ = first.kill()
+        assert shown()["pid"] == second.pid
+        assert len(list(place.glob("*.json"))) == 1
+    assert list(place.iterdir()) == []
+
+
+def test_the_engine_it_is_told_to_attach_to_is_found_too(running: EngineProcess, tmp_path: Path,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGENTSPEED_RUNTIME_DIR", str(tmp_path / "empty"))
+    monkeypatch.setenv("AGENTSPEED_ENGINE", str(running.path))
+    assert shown()["pid"] == running.pid
+
+
+def test_an_engine_killed_while_it_is_watched_ends_the_watch_with_status_3(running: EngineProcess) -> None:
+    with subprocess.Popen([*COMMAND, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          env=environment()) as watch:
+        assert watch.stdout is not None and watch.stderr is not None
+        assert json.loads(watch.stdout.readline())["engines"][0]["pid"] == running.pid
+        _ = running.kill()
+        said = watch.stderr.read()
+        assert watch.wait(20) == 3
+    assert f"process {running.pid}" in said and "ended" in said
+    assert "Traceback" not in said
+
+
+def test_a_stopped_engine_does_not_hang_the_watch(running: EngineProcess) -> None:
+    os.kill(running.pid, signal.SIGSTOP)
+    try:
+        done = top("--once", str(running.path))
+    finally:
+        os.kill(running.pid, signal.SIGCONT)
+    assert done.returncode == 2
+    assert "has not answered" in done.stderr
+
+
+def test_in_a_terminal_it_refreshes_and_ctrl_c_ends_it_cleanly(running: EngineProcess) -> None:
+    front = running.connect()
+    _ = front.start(front.open([1]), max_tokens=390)
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(COMMAND, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+                          env=environment() | {"COLUMNS": "100", "LINES": "30", "TERM": "xterm"}) as watch:
+        os.close(theirs)
+        screen = until_seen(ours, "tokens/s")
+        assert "session 1" in screen
+        watch.send_signal(signal.SIGINT)
+        rest = until_seen(ours, None)
+        assert watch.wait(20) == 0
+    os.close(ours)
+    assert "Traceback" not in screen + rest
+
+
+def until_seen(terminal: int, words: str | None, seconds: float = 20.0) -> str:
+    """What the terminal shows until some words come; None: until its other side is closed."""
+    seen, deadline = "", time.monotonic() + seconds
+    while words is None or words not in seen:
+        ready, _, _ = select.select([terminal], [], [], max(0.0, deadline - time.monotonic()))
+        assert ready, f"not seen in {seconds} s: {words}\n{seen}"
+        try:
+            data = os.read(terminal, 1 << 16)
+        except OSError:  # Linux says so when nobody has the other side open any more
+            data = b""
+        if not data:
+            assert words is None, f"it ended before {words!r}:\n{seen}"
+            break
+        seen += data.decode(errors="replace")
+    return seen
+
+
+def test_an_engine_without_sessions_ends_after_its_idle_time_though_it_is_watched(tmp_path: Path, place: Path) -> None:
+    with engine(tmp_path, **OPTIONS | {"idle_seconds": 1.5}) as process:
+        front = process.connect()
+        branch = front.open([1, 2])
+        time.sleep(2.0)
+        assert front.generate(branch, max_tokens=2).ended is not None  # a session at rest keeps it
+        _ = front.end(branch)
+        begun = time.monotonic()
+        done = subprocess.run([*COMMAND, "--json"], capture_output=True, text=True, timeout=50, check=False,
+                              env=environment())
+        assert done.returncode == 3
+        assert "idle_seconds" in done.stderr
+        assert process.wait() == 0
+        assert 0.5 < time.monotonic() - begun < 15
+    assert list(place.iterdir()) == []

@@ -1,0 +1,111 @@
+"""What `agentspeed top` draws of a picture: names, trees, counts of what is left out, within 100 columns."""
+
+from __future__ import annotations
+
+import io
+import json
+
+from rich.console import Console
+
+from agentspeed.backends.port import wire
+from agentspeed.cli.picturing import Frame, as_data, drawn, left_out, rows_of
+
+WELCOME = wire.Welcome(request=1, protocol=1, engine="agentspeed", model="nano", vocab_size=512, context_limit=4096,
+                       page_tokens=16, pages=100, host_slots=20, pid=77, limits={}, source="/models/nano")
+STATES = ("held", "queued", "promoting", "prefilling", "decoding", "settling")
+
+
+def branch(number: int, parent: int | None = None, state: str = "Held", **facts: object) -> wire.BranchView:
+    chosen: dict[str, object] = {
+        "known": 320, "places": wire.Places(device=200, both=100, host=19, lost=1), "lease": None, "tool": "",
+        "tail_pages": 0, "age": None, "drawn": 0, "since": 2.0, "waiting_for": "",
+    } | facts
+    return wire.BranchView(branch=number, parent=parent, state=state, **chosen)  # type: ignore[arg-type]
+
+
+def picture(*sessions: wire.SessionView, clock: float = 50.0, **counts: int) -> wire.Picture:
+    chosen = dict.fromkeys(STATES, 0) | {
+        "sessions": len(sessions), "branches": sum(session.branches_total for session in sessions), "preemptions": 0,
+        "tickets": 0, "firm_pages": 4, "firm_budget": 10, "steps": 100, "tokens_drawn": 1000,
+    } | counts
+    pages = {"free": 30, "tails": 10, "loading": 0, "pinned": 20, "held": 25, "cached": 15, "unsorted": 0}
+    return wire.Picture(request=1, clock=clock, sessions=sessions, pages=pages, slots={"total": 20, "free": 12},
+                        counts=chosen)
+
+
+def session(*branches: wire.BranchView, number: int = 1, tenant: str = "",
+            total: int | None = None) -> wire.SessionView:
+    return wire.SessionView(session=number, tenant=tenant, branches=branches, branches_total=total or len(branches))
+
+
+def text_of(frame: Frame, width: int = 100) -> str:
+    console = Console(width=width, file=io.StringIO(), force_terminal=False)
+    console.print(drawn(frame))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_branches_stand_below_the_branch_they_were_forked_from() -> None:
+    rows = rows_of(picture(session(branch(1), branch(2, 1), branch(3, 1), branch(4, 2), tenant="acme")))
+    assert [row.name for row in rows] == ["session 1 acme", "├ 2", "│ └ 4", "└ 3"]
+
+
+def test_children_whose_parent_is_closed_stand_below_their_session() -> None:
+    rows = rows_of(picture(session(branch(5), branch(6, 5), number=1)))
+    assert [row.name for row in rows] == ["session 1", "└ 5", "  └ 6"]
+
+
+def test_what_is_left_out_is_counted() -> None:
+    shown = picture(session(branch(1), branch(2, 1), total=9), sessions=4, branches=29)
+    assert [row.name for row in rows_of(shown)] == ["session 1", "├ 2", "└ + 7 more"]
+    assert left_out(shown) == "+ 3 sessions with 20 branches more"
+    assert left_out(picture()) == "no sessions"
+
+
+def test_a_row_says_where_the_rows_are_and_how_long_the_lease_lasts() -> None:
+    lease = wire.Lease(keep="firm", until=62.5, seconds=30.0, residence=wire.Residence(), why="")
+    (row,) = rows_of(picture(session(branch(1, lease=lease, tool="search"))))
+    assert (row.rows, row.lease, row.note) == ("device 200 both 100 host 19", "firm 12.5s", "rests 2.0s for search")
+    (row,) = rows_of(picture(session(branch(1, lease=lease)), clock=63.0))
+    assert row.lease == "firm over"
+
+
+def test_the_one_token_that_is_always_fed_last_does_not_count_as_lost() -> None:
+    (row,) = rows_of(picture(session(branch(1, places=wire.Places(device=317, lost=3)))))
+    assert row.rows == "device 317 lost 3"
+    (row,) = rows_of(picture(session(branch(1, places=wire.Places(device=319, lost=1)))))
+    assert row.rows == "device 319"
+
+
+def test_a_frame_of_a_busy_engine_fits_into_100_columns() -> None:
+    waiting = branch(3, 1, "Queued", age=7, waiting_for="branch 2 to compute the prefix both need", known=1_048_576)
+    text = text_of(Frame("/run/engine.sock", WELCOME, picture(
+        session(branch(1), branch(2, 1, "Decoding", drawn=12, tail_pages=11), waiting), queued=1, decoding=1, held=1)))
+    assert all(len(line) <= 100 for line in text.splitlines())
+    joined = " ".join(text.split())
+    for words in ("nano process 77", "1 session, 3 branches: 1 held, 1 queued, 1 decoding", "queue, oldest first: 3",
+                  "12 drawn", "firm leases 4 of 10 pages", "host 8 of 20", "30 free", "prefix both need"):
+        assert words in joined, text
+
+
+def test_the_bar_of_pages_has_the_same_length_whatever_is_rounded() -> None:
+    line = text_of(Frame("s", WELCOME, picture())).splitlines()[2]
+    assert sum(line.count(mark) for mark in "█▓▒░") == 24
+    assert line.startswith("100 pages")
+
+
+def test_rates_come_from_two_pictures() -> None:
+    before = picture(clock=50.0)
+    now = picture(clock=52.0, steps=180, tokens_drawn=1300)
+    assert "40 steps/s  150 tokens/s" in text_of(Frame("s", WELCOME, now, before))
+    assert "100 steps  1000 tokens drawn" in text_of(Frame("s", WELCOME, before))
+
+
+def test_programs_get_every_value_by_name() -> None:
+    lease = wire.Lease(keep="soft", until=51.0, seconds=9.0, residence=wire.Residence(device=320), why="asked")
+    data = json.loads(json.dumps(as_data(Frame("s", WELCOME, picture(session(branch(1, lease=lease)))))))
+    (shown,) = data["sessions"][0]["branches"]
+    assert shown["lease"] == {"keep": "soft", "until": 51.0, "seconds": 9.0, "why": "asked",
+                              "residence": {"device": 320, "host": 0, "lost": 0}}
+    assert shown["places"]["both"] == 100
+    assert (data["pid"], data["source"], data["pages"]["cached"]) == (77, "/models/nano", 15)
