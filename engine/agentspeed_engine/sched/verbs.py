@@ -228,6 +228,7 @@ def adopt(world: World, link: LinkId, command: Adopt, now: float) -> None:
     world.rest(held)
     world.forget(gone)
     world.tell(held.branch, Done(request=command.request, known=held.branch.known))
+    _recount_firm(world, held.branch, now)
 
 
 def close(world: World, link: LinkId, command: Close, now: float) -> None:
@@ -304,9 +305,25 @@ def expect(world: World, link: LinkId, command: Expect, now: float) -> None:
 
 
 def _pages_kept(world: World, branch: Branch) -> int:
-    """Pages that stay on the device with a branch: its path's, and all of the node its seed is in."""
-    seed = () if branch.seed is None else branch.seed.pages
-    return pages_for(branch.leaf.end, world.config.page_tokens) + len(seed)
+    """Pages that stay on the device with a branch: all up to the end of its leaf, or of the node its seed is in."""
+    end = branch.leaf.end if branch.seed is None else branch.seed.end
+    return pages_for(end, world.config.page_tokens)
+
+
+def _recount_firm(world: World, branch: Branch, now: float) -> None:
+    """A firm lease goes on over the rows its branch took over, if the budget has room for them."""
+    firm = world.firm.pop(branch.id, None)
+    if firm is None:
+        return
+    pages = _pages_kept(world, branch)
+    refusal = _no_firm(world, branch, pages, now)
+    if not refusal:
+        world.firm[branch.id] = (firm[0], pages)
+        return
+    lease = world.leases[branch.id]
+    world.leases[branch.id] = Lease(keep="soft", until=lease.until, seconds=lease.seconds, residence=lease.residence,
+                                    why=refusal)
+    world.change_lease(branch, f"soft since it took over a child's rows; {refusal}")
 
 
 def _no_firm(world: World, branch: Branch, pages: int, now: float) -> str:
