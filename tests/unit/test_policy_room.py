@@ -60,3 +60,15 @@ def test_a_few_rows_copied_from_another_session_do_not_disturb_its_load_from_the
     world.hear(world.core.apply(result, 0.0))
     world.run()
     assert [len(world.logs[branch]) for branch in (first, second)] == [29, 12]
+
+
+def test_nothing_is_copied_to_the_host_while_rows_that_nobody_would_miss_can_go_for_nothing() -> None:
+    world = Scheduled(pages=20, context_limit=40, host_slots=24)
+    gone = world.open(range(1, 33))
+    _ = world.turn(gone)
+    _ = world.send(wire.Close(request=1, branch=gone))
+    first, second = world.open(range(40, 64)), world.open(range(65, 89))
+    for branch in (first, second, first, second):
+        _ = world.turn(branch, (7,))
+    counts = world.core.counts()
+    assert counts["pages_evicted"] > 0 and counts["pages_saved"] == counts["tickets"] == 0

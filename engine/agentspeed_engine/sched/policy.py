@@ -1,7 +1,7 @@
 """Which rows go first when a running turn needs pages: pure functions over measured costs, one per policy.
 
 A policy turns what is known of a victim into a number; the largest goes first, None never goes. Ours is "furthest next
-use". The others exist to be compared with it (`bench/retention.py`, `bench/pauses.py`); `pin` can starve a turn by
+use". The others exist to be compared with it (`bench/retention.py`, `bench/pauses.py`); `pin` can wedge the pool by
 design, which is what it is there to show.
 """
 
@@ -30,20 +30,25 @@ class Facts:
     """Per token."""
     oracle: float | None = None
     """The true seconds until next use, where somebody knows them (offline runs alone)."""
+    waiting: int | None = None
+    """The age of the oldest turn that waits for room and has some of these rows (then `expected` is 0); None: all of
+    the branches are paused."""
 
 
 Policy: TypeAlias = Callable[[Facts], float | None]
 
 TTL_SECONDS: Final = 60.0
+_BEFORE_ANY_PAUSE_ENDS: Final = -1e12
 
 
 def next_use(facts: Facts) -> float | None:
-    """Ours: who is needed last goes first."""
-    return facts.expected
+    """Ours: who is needed last goes first. Turns that wait come before branches that pause, and among themselves enter
+    in the order of their age, so the youngest is needed last."""
+    return facts.expected if facts.waiting is None else _BEFORE_ANY_PAUSE_ENDS + facts.waiting
 
 
 def lru(facts: Facts) -> float | None:
-    """Who rested longest goes first."""
+    """Who computed longest ago goes first, whether it pauses or waits for its turn."""
     return facts.rested
 
 
@@ -53,7 +58,7 @@ def ttl(facts: Facts) -> float | None:
 
 
 def pin(facts: Facts) -> float | None:
-    """A paused branch keeps everything for ever."""
+    """Whoever is not done keeps everything for ever."""
     return None
 
 
@@ -67,7 +72,7 @@ def min_waste(facts: Facts) -> float | None:
 
 def oracle(facts: Facts) -> float | None:
     """Belady's choice; without knowledge of the future it is ours."""
-    return facts.expected if facts.oracle is None else facts.oracle
+    return next_use(facts) if facts.oracle is None or facts.waiting is not None else facts.oracle
 
 
 POLICIES: Final = MappingProxyType[str, Policy]({

@@ -15,7 +15,6 @@ from agentspeed_engine.sched.world import World
 
 _UNREFERENCED = 1
 _REFERENCED = 0
-_NEEDED_NOW = -1e12
 _SAVE_PAGES = 64
 """Most pages of one save that somebody waits for: room comes back in portions, not after a whole context."""
 
@@ -156,7 +155,12 @@ def save_early(world: World, now: float) -> None:
     best_key = (-1, -float("inf"))
     clean = kv.pages.free
     for tip in kv.tree.tips.values():
-        if tip.pinned_by or not _held_below(tip) or not _evictable(world, tip, now):
+        if clean >= low:
+            return
+        if tip.pinned_by or not _evictable(world, tip, now):
+            continue
+        if not _held_below(tip):
+            clean += _unheld_pages(tip)  # nobody would miss them: to drop them costs nothing either
             continue
         key = _key(world, tip, now)
         for node in upward(tip):
@@ -173,6 +177,16 @@ def save_early(world: World, now: float) -> None:
     if count < len(best.pages):
         _ = kv.tree.split(best, len(best.pages) - count)
     _ = tickets.save(world, best, now)
+
+
+def _unheld_pages(tip: Node) -> int:
+    """Pages of a tip and the nodes above it that no branch would lose."""
+    pages = 0
+    for node in upward(tip):
+        if _held_below(node):
+            break
+        pages += len(node.pages)
+    return pages
 
 
 def _clean_below(node: Node) -> bool:
@@ -241,14 +255,12 @@ def _key(world: World, node: Node, now: float) -> tuple[int, float]:
                     truth = told if truth is None else min(told, truth)
             case Queued() as queued:
                 oldest = queued.turn.age if oldest is None else min(oldest, queued.turn.age)
+                soonest, rested = 0.0, min(rested, now - queued.branch.rested_at)
             case _:
-                return _REFERENCED, 2 * _NEEDED_NOW
-    if oldest is not None:
-        # Turns enter in age order: of the rows that wait for it, those of the youngest are needed last.
-        return _REFERENCED, _NEEDED_NOW + oldest
+                return _REFERENCED, -float("inf")
     config = world.config
     rank = POLICIES[config.policy](Facts(
         tokens=node.tokens, rested=rested, expected=soonest, copy_seconds=config.copy_seconds_per_token,
-        recompute_seconds=config.recompute_seconds_per_token, oracle=truth,
+        recompute_seconds=config.recompute_seconds_per_token, oracle=truth, waiting=oldest,
     ))
     return _REFERENCED, -float("inf") if rank is None else rank
