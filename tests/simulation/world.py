@@ -60,19 +60,13 @@ class Outcome:
     """Virtual."""
     longest_turn: float
     firm_granted: int
+    broken_firm_leases: int
+    leaked_pages: int
     agents: dict[str, Agent] = field(default_factory=dict[str, Agent])
 
     @property
     def wedged(self) -> bool:
         return self.violation is not None and self.violation.startswith("wedged")
-
-    @property
-    def leaked(self) -> bool:
-        return self.violation is not None and self.violation.startswith("leak")
-
-    @property
-    def broke_a_lease(self) -> bool:
-        return self.violation is not None and self.violation.startswith("firm lease broken")
 
     def __str__(self) -> str:
         return f"{self.workload} --seed {self.seed}: {self.violation}\n" + "\n".join(f"  {line}" for line in self.last)
@@ -128,7 +122,7 @@ class Simulation:
         return Outcome(
             self.workload.name, self.seed, violation, list(self._last), self._trace.hexdigest(), self._marks,
             self.faults.counts, self._events, self._steps, self._turns, self.clock.now(), self._longest_turn,
-            self.checkers.granted, self._agents)
+            self.checkers.granted, self.checkers.broken, self.checkers.leaked_pages, self._agents)
 
     # ---- time -----------------------------------------------------------------------------------------------------
     def _at(self, when: float, action: Callable[[], None], *, work: bool = False) -> None:
@@ -502,4 +496,7 @@ class Simulation:
             self._client_gone(link)
         self.faults.sources.clear()
         self._live()
+        left = self.checkers.leaked_pages = checkers.pages_nobody_can_have(self.core, self.clock.now())
+        if left:
+            raise Violation(f"leak: {left} pages cannot be had by anybody after all sessions closed")
         checkers.nothing_is_left(self.core, self.clock.now())
