@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias, final
 from weakref import WeakKeyDictionary
 
@@ -15,8 +16,8 @@ import anyio.to_thread
 import msgspec
 
 from agentspeed.backends.link import Link
-from agentspeed.backends.process import EngineSlot, acquire, release
-from agentspeed.errors import ExtraMissing
+from agentspeed.backends.process import ATTACH, EngineSlot, acquire, release
+from agentspeed.errors import ExtraMissing, InvalidRequest
 
 
 class Opener(Protocol):
@@ -47,8 +48,11 @@ _counting = threading.Lock()
 class LocalEngine:
     """Sockets from an opener, links by event loop. A dead link is replaced at the next use."""
 
-    def __init__(self, opener: Opener, *, on_close: Callable[[], None], loops: _Loops | None = None) -> None:
+    def __init__(self, opener: Opener, *, on_close: Callable[[], None], loops: _Loops | None = None,
+                 model: str | None = None) -> None:
+        """`model`: the folder that the engine must serve; None takes what it serves."""
         self.opener = opener
+        self._model = None if model is None else str(Path(model).resolve())
         self._loops: _Loops = {} if loops is None else loops
         self._joined: dict[Any, _LoopLink] = {}
         self._on_close = on_close
@@ -59,23 +63,32 @@ class LocalEngine:
         slot = acquire(options)
         with _counting:
             loops = _shared_loops.setdefault(slot, {})
-        return cls(slot, on_close=lambda: release(slot), loops=loops)
+        return cls(slot, on_close=lambda: release(slot), loops=loops, model=options["model"])
 
     @classmethod
     def own(cls, options: Mapping[str, Any]) -> LocalEngine:
         """On an engine of its own, ended by `close`."""
         slot = EngineSlot(options)
-        return cls(slot, on_close=slot.close)
+        return cls(slot, on_close=slot.close, model=options["model"])
 
     async def link(self) -> Link:
-        """The living link of the running event loop. Raises what starting or greeting an engine raises."""
+        """The living link of the running event loop. Raises what starting or greeting an engine raises, and
+        `InvalidRequest` when a running engine that was attached to serves another model."""
         place = self._place(anyio.lowlevel.current_token())
         async with place.opening:
             link = place.link
             if link is None or not link.alive:
                 peer = await anyio.to_thread.run_sync(partial(self.opener.open, after_death=link is not None))
                 link = place.link = await Link.connect(peer, "agentspeed")
+            self._check_model(link.welcome.source)
             return link
+
+    def _check_model(self, served: str) -> None:
+        """Ids of one model mean nothing to another. An engine that names none computes nothing and takes any."""
+        if served and self._model is not None and served != self._model:
+            raise InvalidRequest(
+                f"{ATTACH} names an engine that serves {served}; this session asks for {self._model}.",
+                remedy=f"Ask for {served}, unset {ATTACH}, or attach to an engine of the model you want.")
 
     async def close(self) -> None:
         """Lets go of the links, closing those that nobody else uses, and of the engine."""

@@ -275,7 +275,7 @@ class Welcome(Message, frozen=True, kw_only=True):
     pid: int
     limits: dict[str, int]
     source: str = ""
-    """Where the model came from: its folder, all links followed."""
+    """The model's folder, all links followed; empty for an engine without one, which takes any ids."""
 
 
 class Done(Message, frozen=True, kw_only=True):

@@ -86,6 +86,7 @@ def test_options_may_be_flags(tmp_path: Path) -> None:
         (["--options", "{"], "bad_config", "truncated"),
         (["--model", "noop:64:0", "--pages", "many"], "bad_config", "pages"),
         (["--model", "noop:64:0", "--pages", "0"], "bad_config", "pages"),
+        (["--model", "noop:64:0", "--idle-seconds", "0"], "bad_config", "idle_seconds"),
         (["--model", "noop:64"], "bad_config", "noop:VOCABULARY:MILLISECONDS"),
         (["--model", "noop:64:0", "--context-limit", "100000"], "bad_config", "context_limit"),
         (["--model", "noop:64:0", "--pages", "3", "--context-limit", "4096"], "bad_config", "L1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -117,6 +118,31 @@ async def test_a_named_engine_is_attached_to_and_outlives_its_sessions(
         with pytest.raises(errors.ConnectFailed, match="nowhere"):
             async with Session(checkpoint):
                 raise AssertionError("a session was opened on an engine that is not there")
+    finally:
+        process.stop()
+
+
+def copied(checkpoint: Path, folder: Path) -> tuple[Path, Path]:
+    """The same files as another model, and another name for that."""
+    other, link = folder / "other", folder / "link"
+    _ = shutil.copytree(checkpoint, other)
+    link.symlink_to(other)
+    return other, link
+
+
+async def test_an_attached_engine_of_another_model_is_refused_and_both_are_named(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, link = copied(checkpoint, tmp_path)
+    process = await anyio.to_thread.run_sync(EngineProcess, {"model": str(other), "pages": 64})
+    try:
+        monkeypatch.setenv(ATTACH, str(process.socket_path))
+        with pytest.raises(errors.InvalidRequest, match="AGENTSPEED_ENGINE") as refused:
+            async with Session(checkpoint):
+                raise AssertionError("ids of one model were given to another")
+        assert str(other) in str(refused.value) and str(checkpoint) in str(refused.value)
+        async with Session(link) as s:
+            assert (await s.generate("One.", max_tokens=2)).usage.drawn == 2
     finally:
         process.stop()
 

@@ -127,7 +127,7 @@ class Built:
     model: Model
     vocabulary: Vocabulary
     source: str
-    """Where the model came from: its folder, all links followed."""
+    """The model's folder, all links followed; empty where there is no model."""
 
 
 def build(options: EngineOptions, progress: Callable[[str], None] | None = None) -> Built:
@@ -174,8 +174,7 @@ def _build_noop(options: EngineOptions) -> Built:
     pages, limit = _sizes(options, _NOOP_CONTEXT, 1)
     core = _core(options, pages, limit, size, options.model)
     core.check()
-    return Built(core, NoopModel(size, step, options.page_tokens), Vocabulary(Path(options.model), size, ()),
-                 options.model)
+    return Built(core, NoopModel(size, step, options.page_tokens), Vocabulary(Path(options.model), size, ()), "")
 
 
 def _core(options: EngineOptions, pages: int, limit: int, vocab_size: int, name: str) -> CoreConfig:
