@@ -26,3 +26,18 @@ def test_children_of_a_turn_that_is_then_cut_back_are_told_what_they_know() -> N
     assert forked.known == child.known == 5
     assert ended.known == cancelled.known == 3
     assert said.index(forked) < said.index(ended), "a front cuts its mirror at the end of the turn"
+
+
+def test_children_that_are_due_when_their_client_dies_are_not_born() -> None:
+    scheduled = Scheduled(depth=1)
+    trunk = scheduled.open([1, 2, 3])
+    _ = scheduled.start(trunk, [4, 5], most=3)
+    plan = scheduled.core.plan(0.0)
+    assert plan is not None
+    scheduled.hear(scheduled.core.events())
+    assert scheduled.core.handle(LINK, wire.Fork(request=2, branch=trunk, n=2), 0.0) == []
+    assert scheduled.core.drop_link(LINK, 0.0) == []
+    _ = scheduled.core.apply(scheduled.device.execute(plan, {trunk: scheduled.logs[trunk]}), 0.0)
+    scheduled.core.check()
+    counts = scheduled.core.counts()
+    assert counts["branches"] == counts["sessions"] == 0

@@ -239,6 +239,7 @@ def close(world: World, link: LinkId, command: Close, now: float) -> None:
 def drop_link(world: World, link: LinkId, now: float) -> None:
     """The front died: all its branches close, as fast as their rows in flight allow."""
     for session in [session for session in world.sessions.values() if session.link == link]:
+        session.orphaned = True
         for number in sorted(session.branches):
             _close(world, world.states[number], None, now)
 

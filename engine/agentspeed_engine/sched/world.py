@@ -51,6 +51,8 @@ class Session:
     link: LinkId
     tenant: str
     branches: set[BranchId]
+    orphaned: bool = False
+    """Its front died: what is still to be born ends at once."""
 
 
 @final
@@ -162,6 +164,10 @@ class World:
         """A branch came to rest: its children are born, its turn ends or waits again, replies go out."""
         for child in landed.children:
             self.adopt_child(child)
+            if self.sessions[child.branch.session].orphaned:
+                gone = child.branch
+                _ = child.close(self.kv, now)
+                self.forget(gone)
         waiting = self.waiting.pop(number, [])
         self._answer_forks(waiting, self.kv.branches[number].known)  # before anything is cut off the parent
         match landed.state:
