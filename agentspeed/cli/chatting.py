@@ -12,9 +12,12 @@ from typing import final
 
 import anyio
 import anyio.to_thread
+from anyio.abc import TaskStatus
 from rich.console import Console
 
-from agentspeed import Session, Usage, errors, events
+from agentspeed import Engine, Session, Usage, errors, events
+
+_PROMPT = "> "
 
 
 def tools_of(path: Path) -> list[Callable[..., object]]:
@@ -40,7 +43,7 @@ def tools_of(path: Path) -> list[Callable[..., object]]:
 class Chat:
     """One chat in a terminal."""
 
-    def __init__(self, model: str | None, *, tools: Path | None, system: str | None, temperature: float,
+    def __init__(self, model: str | Engine | None, *, tools: Path | None, system: str | None, temperature: float,
                  max_tokens: int) -> None:
         self._model = model
         self._tools = tools_of(tools) if tools is not None else []
@@ -48,40 +51,52 @@ class Chat:
         self._temperature = temperature
         self._max_tokens = max_tokens
         self._console = Console()
+        self._answering: anyio.CancelScope | None = None
+        """What a Ctrl-C cancels."""
 
     async def run(self) -> None:
         """Until end of input."""
-        self._console.print("Starting the engine ...", style="dim")
+        self._console.print("Starting the engine ...", style="dim", highlight=False)
         async with Session(self._model, system=self._system, tools=self._tools) as session:
             self._console.print("Ctrl-C cancels an answer, Ctrl-D ends.", style="dim")
-            while (line := await anyio.to_thread.run_sync(_line, abandon_on_cancel=True)) is not None:
-                if line.strip():
-                    await self._answer(session, line)
+            try:
+                async with anyio.create_task_group() as group:
+                    await group.start(self._mind_interrupts)
+                    await self._talk(session)
+                    group.cancel_scope.cancel()
+            except BaseExceptionGroup as raised:  # of one: the other task only waits for signals
+                raise raised.exceptions[0] from raised
+
+    async def _talk(self, session: Session) -> None:
+        while (line := await anyio.to_thread.run_sync(_line, abandon_on_cancel=True)) is not None:
+            if line.strip():
+                await self._answer(session, line)
 
     async def _answer(self, session: Session, line: str) -> None:
-        async with anyio.create_task_group() as group:
-            _ = group.start_soon(self._cancel_on_interrupt, group.cancel_scope)
+        with anyio.CancelScope() as self._answering:
             try:
                 result = await session.run(line, temperature=self._temperature, max_tokens=self._max_tokens,
                                            on_event=self._show)
                 self._console.print()
                 self._report(result.usage)
-            except errors.RequestError as error:
-                self._console.print(f"\n{error}", style="red", highlight=False)
-            finally:
-                group.cancel_scope.cancel()
-        if self._interrupted:
-            self._interrupted = False
-            self._console.print("\n(cancelled; the chat goes on as if you had not asked)", style="dim")
+            except errors.InternalError:
+                raise
+            except errors.AgentspeedError as error:  # the session is as it was before the line: ask again, or else
+                self._console.print(f"\n{error}", style="red", markup=False, highlight=False)
+        cancelled, self._answering = self._answering.cancelled_caught, None
+        if cancelled:
+            self._console.print("\n(cancelled; the chat goes on as if you had not asked)", style="dim",
+                                highlight=False)
 
-    _interrupted = False
-
-    async def _cancel_on_interrupt(self, scope: anyio.CancelScope) -> None:
+    async def _mind_interrupts(self, *, task_status: TaskStatus[None]) -> None:
+        """Ctrl-C is for the answer that runs. At the prompt the terminal has dropped the line: it is asked for anew."""
         with anyio.open_signal_receiver(signal.SIGINT) as signals:
+            task_status.started()
             async for _ in signals:
-                self._interrupted = True
-                scope.cancel()
-                return
+                if self._answering is not None:
+                    self._answering.cancel()
+                else:
+                    print(f"\n{_PROMPT}", end="", flush=True)
 
     def _show(self, event: events.AnyEvent) -> None:
         match event:
@@ -97,11 +112,11 @@ class Chat:
     def _report(self, usage: Usage) -> None:
         again = f", {usage.recomputed} again ({usage.why})" if usage.recomputed > 1 else ""
         self._console.print(f"{usage.resumed} tokens resumed, {usage.new - usage.shared} computed{again}, "
-                            f"{usage.drawn} drawn", style="dim")
+                            f"{usage.drawn} drawn", style="dim", highlight=False)
 
 
 def _line() -> str | None:
     try:
-        return input("> ")
+        return input(_PROMPT)
     except EOFError:
         return None

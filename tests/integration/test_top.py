@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pty
-import select
 import signal
 import subprocess
 import sys
@@ -18,6 +16,7 @@ import pytest
 
 from agentspeed_engine import wire
 from tests.engine_client import EngineProcess, Front, engine, environment, until
+from tests.terminal import Terminal, terminal
 
 OPTIONS: dict[str, Any] = {"model": "noop:512:4", "pages": 40, "page_tokens": 16, "context_limit": 400,
                            "firm_pages": 10, "check_every_step": True}
@@ -172,34 +171,12 @@ def test_a_stopped_engine_does_not_hang_the_watch(running: EngineProcess) -> Non
 def test_in_a_terminal_it_refreshes_and_ctrl_c_ends_it_cleanly(running: EngineProcess) -> None:
     front = running.connect()
     _ = front.start(front.open([1]), max_tokens=390)
-    ours, theirs = pty.openpty()
-    with subprocess.Popen(COMMAND, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-                          env=environment() | {"COLUMNS": "100", "LINES": "30", "TERM": "xterm"}) as watch:
-        os.close(theirs)
-        screen = until_seen(ours, "tokens/s")
-        assert "session 1" in screen
-        watch.send_signal(signal.SIGINT)
-        rest = until_seen(ours, None)
-        assert watch.wait(20) == 0
-    os.close(ours)
-    assert "Traceback" not in screen + rest
-
-
-def until_seen(terminal: int, words: str | None, seconds: float = 20.0) -> str:
-    """What the terminal shows until some words come; None: until its other side is closed."""
-    seen, deadline = "", time.monotonic() + seconds
-    while words is None or words not in seen:
-        ready, _, _ = select.select([terminal], [], [], max(0.0, deadline - time.monotonic()))
-        assert ready, f"not seen in {seconds} s: {words}\n{seen}"
-        try:
-            data = os.read(terminal, 1 << 16)
-        except OSError:  # Linux says so when nobody has the other side open any more
-            data = b""
-        if not data:
-            assert words is None, f"it ended before {words!r}:\n{seen}"
-            break
-        seen += data.decode(errors="replace")
-    return seen
+    with terminal(COMMAND, environment()) as watch:
+        _ = watch.until("session 1")
+        _ = watch.until("tokens/s")
+        watch.type(Terminal.CTRL_C)
+        assert watch.end() == 0
+    assert "Traceback" not in watch.seen
 
 
 def test_an_engine_without_sessions_ends_after_its_idle_time_though_it_is_watched(tmp_path: Path, place: Path) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from agentspeed import errors
+from agentspeed import Session, errors
 from agentspeed.cli.app import EXIT_BUG, EXIT_REFUSED, app, run
 from agentspeed.cli.benchmarks import names
-from agentspeed.cli.chatting import tools_of
+from agentspeed.cli.chatting import Chat, tools_of
+from agentspeed.testing import ScriptedEngine
 
 RUNNER = CliRunner()
 
@@ -18,7 +19,7 @@ RUNNER = CliRunner()
 def test_help_names_every_command_with_examples() -> None:
     done = RUNNER.invoke(app, ["--help"])
     assert done.exit_code == 0
-    for name in ("chat", "demo", "env", "bench"):
+    for name in ("chat", "demo", "env", "top", "bench"):
         assert name in done.output
     assert "agentspeed chat" in done.output
 
@@ -48,6 +49,22 @@ def test_our_bug_has_a_status_of_its_own() -> None:
 
     with pytest.raises(Exception) as raised:
         run(broken)
+    assert getattr(raised.value, "exit_code", None) == EXIT_BUG
+
+
+def test_a_bug_during_a_chat_is_reported_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(chat: Chat, session: Session, line: str) -> None:
+        raise errors.InternalError("a rule was broken")
+
+    monkeypatch.setattr(Chat, "_answer", broken)
+    monkeypatch.setattr("builtins.input", lambda prompt: "Hello.")
+
+    async def chat() -> None:
+        async with ScriptedEngine([]) as engine:
+            await Chat(engine.engine, tools=None, system=None, temperature=0.0, max_tokens=4).run()
+
+    with pytest.raises(Exception) as raised:
+        run(chat)
     assert getattr(raised.value, "exit_code", None) == EXIT_BUG
 
 
