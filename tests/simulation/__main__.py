@@ -6,24 +6,30 @@ import argparse
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 
 from tests.simulation.marks import MARKS
-from tests.simulation.runner import Report, run_seeds
-from tests.simulation.workload import WorkloadError, load, names
+from tests.simulation.runner import Report, at_every_point, run_seeds
+from tests.simulation.workload import FAULT_KINDS, Workload, WorkloadError, load, names
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
     parser.add_argument("workloads", nargs="*", help=f"names or .toml files; all of {', '.join(names())} when left out")
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument("--seeds", type=int, default=20, help="how many seeds")
     parser.add_argument("--marks", action="store_true", help="print every mark with its count")
-    options = parser.parse_args()
+    parser.add_argument("--every", choices=FAULT_KINDS, metavar="FAULT", help="instead of the workload's own faults: "
+                        f"one run for each point at which this one may strike ({', '.join(FAULT_KINDS)})")
+    options = parser.parse_args(arguments)
     try:
         workloads = [load(name) for name in options.workloads or names()]
     except WorkloadError as error:
         print(error, file=sys.stderr)
         return 2
+    if options.every:
+        failures = [_at_every_point(workload, options.seed, options.every) for workload in workloads]
+        return 1 if any(failures) else 0
     marks: Counter[str] = Counter()
     failed = False
     for workload in workloads:
@@ -38,6 +44,18 @@ def main() -> int:
     print(f"{len(MARKS) - len(unseen)} of {len(MARKS)} marks hit"
           + (f"; never: {', '.join(unseen)}" if unseen else ""))
     return 1 if failed else 0
+
+
+def _at_every_point(workload: Workload, seed: int, kind: str) -> bool:
+    """Runs one workload once for each point of a fault; True when one run failed."""
+    runs = failures = 0
+    for outcome in at_every_point(workload, seed, kind):
+        runs += 1
+        if outcome.violation is not None:
+            failures += 1
+            print(f"FAILED with {kind} at point {runs - 1}: {outcome}", flush=True)
+    print(f"{workload.name:26} --seed {seed}: {kind} at each of {runs} points, {failures} failed", flush=True)
+    return failures > 0
 
 
 def _told(report: Report, seconds: float) -> bool:

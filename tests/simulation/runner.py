@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from typing import final
 
 from tests.simulation import checkers
 from tests.simulation.checkers import Violation
-from tests.simulation.workload import Workload
+from tests.simulation.workload import Expectations, FaultSpec, Workload
 from tests.simulation.world import Outcome, Simulation
 
 
@@ -64,12 +66,31 @@ def run_seeds(workload: Workload, seeds: Iterable[int], *, ledger: bool = True, 
     return report
 
 
-def run_one(workload: Workload, seed: int, *, ledger: bool = True) -> tuple[Outcome, int]:
+def at_every_point(workload: Workload, seed: int, kind: str, stride: int = 1) -> Iterator[Outcome]:
+    """One run for each point (or each `stride`th) at which a fault of this kind may strike, and nothing else goes wrong.
+    Ends when a run comes to its end before its point."""
+    peaceful = in_peace(workload, seed)
+    for point in count(step=stride):
+        fault = FaultSpec(kind=kind, at=(point,))
+        outcome, _ = run_one(dataclasses.replace(workload, faults=(fault,), expect=Expectations()), seed,
+                             peaceful=peaceful)
+        if not outcome.faults[kind] and outcome.violation is None:
+            return
+        yield outcome
+
+
+def in_peace(workload: Workload, seed: int) -> Outcome:
+    """The same agents with room for everybody and no faults."""
+    return Simulation(workload.undisturbed(), seed, ledger=False).run()
+
+
+def run_one(workload: Workload, seed: int, *, ledger: bool = True,
+            peaceful: Outcome | None = None) -> tuple[Outcome, int]:
     """One seed, and how many of its turns were compared."""
     outcome = Simulation(workload, seed, ledger=ledger).run()
     if outcome.violation is not None:
         return outcome, 0
-    peaceful = Simulation(workload.undisturbed(), seed, ledger=False).run()
+    peaceful = in_peace(workload, seed) if peaceful is None else peaceful
     try:
         if peaceful.violation is not None:
             raise Violation(f"the undisturbed run fails: {peaceful.violation}")

@@ -10,7 +10,7 @@ from tests.simulation.mutants import with_leases_that_are_never_broken
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_parents_that_wait_wedge_nothing_leak_nothing_and_break_no_promise(shape: str) -> None:
-    found = race(shape, range(5))
+    found = race(shape, range(3))
     assert (found.wedges, found.leaked_pages, found.broken_firm_leases, found.other_violations) == (0, 0, 0, 0)
     assert found.resumed_after_eviction > 0, "the pool was never short: the race did not take place"
 
