@@ -162,7 +162,6 @@ def pages_nobody_can_have(core: Core, now: float) -> int:
     while not reclaim(world, world.kv.pages.total, now) and world.tickets:
         for ticket in list(world.tickets):
             _ = core.copied(ticket, True, now)
-    core.check()
     return world.kv.pages.total - world.kv.pages.free
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 from agentspeed_engine.kv import branches
-from agentspeed_engine.sched import reclaim
+from agentspeed_engine.kv.nodes import Both, Device
+from agentspeed_engine.kv.pool import Pool
+from agentspeed_engine.sched import reclaim, tickets
 from agentspeed_engine.sched.world import World
 
 
@@ -34,4 +36,41 @@ def with_leases_that_are_never_broken() -> Iterator[None]:
         return evictable(world, tip, now)
 
     with mock.patch.object(reclaim, "_evictable", unless_leased):
+        yield
+
+
+@contextmanager
+def with_firm_leases_that_do_not_hold() -> Iterator[None]:
+    """Eviction looks at no lease."""
+
+    def unless_pinned(world: World, tip: Any, now: float) -> bool:
+        return not tip.pinned_by and isinstance(tip.state, Device | Both)
+
+    with mock.patch.object(reclaim, "_evictable", unless_pinned):
+        yield
+
+
+@contextmanager
+def with_a_page_lost_now_and_then() -> Iterator[None]:
+    """Of several pages given back at once the last is forgotten."""
+    give = Pool.give
+
+    def forgetful(self: Any, numbers: Sequence[int]) -> None:
+        give(self, numbers[:-1] if len(numbers) > 2 else numbers)
+
+    with mock.patch.object(Pool, "give", forgetful):
+        yield
+
+
+@contextmanager
+def with_copies_acknowledged_before_they_are_made() -> Iterator[None]:
+    """A copy to the host counts as done when it is ordered, so what comes back was never there."""
+    order = tickets._order
+
+    def done_at_once(world: World, number: Any, direction: Any, nodes: Any, now: float) -> None:
+        order(world, number, direction, nodes, now)
+        if direction == "save":
+            tickets.copied(world, number, True, now)
+
+    with mock.patch.object(tickets, "_order", done_at_once):
         yield

@@ -11,8 +11,9 @@ from typing import final
 
 from tests.simulation import checkers
 from tests.simulation.checkers import Violation
+from tests.simulation.outcome import Outcome
 from tests.simulation.workload import Expectations, FaultSpec, Workload
-from tests.simulation.world import Outcome, Simulation
+from tests.simulation.world import Simulation
 
 
 @final
@@ -67,7 +68,7 @@ def run_seeds(workload: Workload, seeds: Iterable[int], *, ledger: bool = True, 
 
 
 def at_every_point(workload: Workload, seed: int, kind: str, stride: int = 1) -> Iterator[Outcome]:
-    """One run for each point (or each `stride`th) at which a fault of this kind may strike, and nothing else goes wrong.
+    """One run for each point (or each `stride`th) at which a fault of this kind may strike, with nothing else wrong.
     Ends when a run comes to its end before its point."""
     peaceful = in_peace(workload, seed)
     for point in count(step=stride):

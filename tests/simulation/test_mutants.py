@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
-from tests.simulation.mutants import with_leases_that_are_never_broken, without_settling
+from tests.simulation.mutants import (
+    with_a_page_lost_now_and_then,
+    with_copies_acknowledged_before_they_are_made,
+    with_firm_leases_that_do_not_hold,
+    with_leases_that_are_never_broken,
+    without_settling,
+)
 from tests.simulation.runner import run_seeds
 from tests.simulation.test_workloads import INCIDENTS
 from tests.simulation.workload import load
@@ -31,3 +39,39 @@ def test_a_hold_without_a_bound_wedges_the_pool(name: str) -> None:
         report = run_seeds(load(name), range(6))
     assert report.failures
     assert report.failures[0].wedged, report.failures[0].violation
+
+
+def test_a_firm_lease_that_is_broken_is_seen() -> None:
+    with with_firm_leases_that_do_not_hold():
+        report = run_seeds(load("sub-agents"), range(6))
+    assert report.failures
+    assert "firm lease broken" in str(report.failures[0].violation)
+    assert report.failures[0].broken_firm_leases == 1
+
+
+def test_a_page_that_is_lost_is_seen_at_once_by_the_ledger() -> None:
+    with with_a_page_lost_now_and_then():
+        report = run_seeds(load("chat"), range(3))
+    assert report.failures and "(1) device pages are not conserved" in str(report.failures[0].violation)
+
+
+def test_a_page_that_is_lost_is_counted_at_the_end_without_the_ledger() -> None:
+    workload = load("chat")
+    roomy = dataclasses.replace(workload, engine=dataclasses.replace(workload.engine, pages=200, host_slots=0))
+    with with_a_page_lost_now_and_then():
+        report = run_seeds(roomy, range(3), ledger=False)
+    assert report.failures and report.failures[0].leaked_pages > 0, report.failures
+
+
+def test_rows_that_come_back_from_a_copy_that_was_not_made_yet_are_seen_by_their_reader() -> None:
+    with with_copies_acknowledged_before_they_are_made():
+        report = run_seeds(load("abort-while-copying"), range(6), ledger=False)
+    assert report.failures
+    assert "finds rows of another history" in str(report.failures[0].violation)
+
+
+def test_a_turn_that_waits_longer_than_it_may_is_called_starved() -> None:
+    workload = load("younger-arrivals")
+    strict = dataclasses.replace(workload, expect=dataclasses.replace(workload.expect, longest_turn=0.3))
+    report = run_seeds(strict, range(1))
+    assert report.failures and str(report.failures[0].violation).startswith("starved: ")

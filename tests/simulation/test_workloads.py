@@ -59,9 +59,3 @@ def test_the_same_seed_is_the_same_run_and_another_seed_is_not() -> None:
 
 def test_the_five_incidents_are_among_the_workloads() -> None:
     assert set(INCIDENTS) <= set(names())
-
-
-def test_a_turn_that_takes_too_long_is_called_starved() -> None:
-    with_bound = load("younger-arrivals")
-    assert with_bound.expect.longest_turn is not None
-    assert report("younger-arrivals").longest_turn < with_bound.expect.longest_turn

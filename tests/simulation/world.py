@@ -10,7 +10,6 @@ import hashlib
 import random
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from typing import final
 
@@ -30,6 +29,7 @@ from tests.simulation.device import Device, Order, WrongRow
 from tests.simulation.faults import Faults
 from tests.simulation.front import Alone, Answer, Ask, Died, Ends, Handle, Join, Sleep, Start, Tool
 from tests.simulation.marks import Event, Glance, marks_of
+from tests.simulation.outcome import Outcome
 from tests.simulation.workload import VOCABULARY, Workload
 
 _LAST = 25
@@ -37,39 +37,6 @@ _BY_THEMSELVES = frozenset({"clock_jumps", "abort", "client_gone", "famine", "en
 """Faults that strike between events; the others wait for a step, a copy or a tool."""
 _SPINS = 1000
 """Wake-ups at one moment without anything moving."""
-
-
-@final
-@dataclass(slots=True)
-class Outcome:
-    """What came of a run."""
-
-    workload: str
-    seed: int
-    violation: str | None
-    last: list[str]
-    """The last events, for people."""
-    trace: str
-    """A digest of all events: equal runs have equal ones."""
-    marks: Counter[str]
-    faults: Counter[str]
-    events: int
-    steps: int
-    turns: int
-    seconds: float
-    """Virtual."""
-    longest_turn: float
-    firm_granted: int
-    broken_firm_leases: int
-    leaked_pages: int
-    agents: dict[str, Agent] = field(default_factory=dict[str, Agent])
-
-    @property
-    def wedged(self) -> bool:
-        return self.violation is not None and self.violation.startswith("wedged")
-
-    def __str__(self) -> str:
-        return f"{self.workload} --seed {self.seed}: {self.violation}\n" + "\n".join(f"  {line}" for line in self.last)
 
 
 @final
