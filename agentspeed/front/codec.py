@@ -7,9 +7,10 @@ control tokens count; what replaces the placeholder is content, where they do no
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, final
+from typing import Any, Protocol, TypeAlias, final
 
 from agentspeed.errors import ExtraMissing, InvalidRequest, ModelBroken, TemplateUnstable
 from agentspeed.front.tags import DEFAULT_TAGS, Tags
@@ -22,6 +23,17 @@ _OPENERS: tuple[dict[str, Any], ...] = (
     {"role": "user", "content": "a"},
     {"role": "assistant", "content": "b"},
 )
+_TOOL: dict[str, Any] = {
+    "name": "look_up_probe", "description": "Looks something up.",
+    "parameters": {"type": "object", "properties": {"probe_word": {"type": "string"}}, "required": ["probe_word"]},
+}
+"""A definition whose name no template writes by itself."""
+_Shape: TypeAlias = Callable[[dict[str, Any]], dict[str, Any]]
+_SHAPES: tuple[_Shape, ...] = (
+    lambda definition: {"type": "function", "function": definition},
+    lambda definition: definition,
+)
+"""How templates expect tools: wrapped as most do (and as models were trained with them), or plain."""
 _CONVERSATION: list[dict[str, Any]] = [
     {"role": "user", "content": "Some words, and more."},
     {"role": "assistant", "content": "<think>Hm.</think>Other words, and more."},
@@ -51,6 +63,7 @@ class ChatCodec:
     def __init__(self, folder: Path) -> None:
         """Raises `ModelBroken` without a template, `TemplateUnstable` when its messages are not append-only."""
         self.tokenizer = TextTokenizer(folder)
+        self._shape: _Shape | None = None
         self._render = load_template(folder)
         self._generation = self._generation_prompt()
         self._assistant = self._frame("assistant")
@@ -73,9 +86,10 @@ class ChatCodec:
     def opening(self, system: str | None, tools: list[dict[str, Any]]) -> list[int]:
         """The log's first ids: what stands before the first message, with system text and tool definitions."""
         messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": _SLOT}]
-        probe = dict(_OPENERS[0])
+        messages.append(dict(_OPENERS[0]))
+        shape = self._shape_of_tools(messages) if tools else None
         try:
-            text = self._render([*messages, probe], tools=tools or None)
+            text = self._render(messages, tools=None if shape is None else [shape(tool) for tool in tools])
         except ValueError as error:
             raise InvalidRequest(f"This model's template refuses a system message or tools: {error}.") from error
         tail = self._user.before + "a" + self._user.after
@@ -102,6 +116,25 @@ class ChatCodec:
         if drawn_end in self._end_ids:
             return list(self._end_ids[self._end_ids.index(drawn_end) + 1 :])
         return []
+
+    def _shape_of_tools(self, messages: list[dict[str, Any]]) -> _Shape:
+        """The first one with which the template writes a tool's name; templates leave out what they do not find."""
+        if self._shape is not None:
+            return self._shape
+        why = "it writes no tool's name"
+        for shape in _SHAPES:
+            try:
+                text = self._render(messages, tools=[shape(_TOOL)])
+            except ValueError as error:
+                why = str(error)
+                continue
+            if _TOOL["name"] in text:
+                self._shape = shape
+                return shape
+        raise InvalidRequest(
+            f"This model's chat template does not show tools to the model: {why}.",
+            remedy="Use a template that writes `tools` (as tool.function.name or tool.name), or describe them in the "
+                   "system text and parse the answer yourself.")
 
     # ---- deriving -------------------------------------------------------------------------------------------------
     def _frame(self, role: str) -> _Frame:
@@ -172,6 +205,7 @@ def load_template(folder: Path) -> Render:
     """The folder's chat template in a sandbox. Raises `ModelBroken` when there is none or it does not parse."""
     try:
         from jinja2 import TemplateError
+        from jinja2.ext import loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError as error:
         raise ExtraMissing("Local models need the jinja2 package.", remedy="Install agentspeed[engine].") from error
@@ -185,7 +219,7 @@ def load_template(folder: Path) -> Render:
     if not isinstance(source, str):
         raise ModelBroken(f"{folder} has no chat template.",
                           remedy="Put one into chat_template.jinja or tokenizer_config.json.")
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = refuse
     try:
@@ -198,7 +232,8 @@ def load_template(folder: Path) -> Render:
                generate: bool = False) -> str:
         try:
             return template.render(messages=messages, tools=tools, add_generation_prompt=generate, **constants)
-        except TemplateError as error:
+        except (TemplateError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+            # What a template's own expressions do with values they did not expect.
             raise ValueError(str(error)) from error
 
     return render
