@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-.PHONY: demo test check bench format model model-large clean
+.PHONY: demo test check bench format model model-large simulate clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (once; a few minutes, most of it torch) ..."
@@ -35,6 +35,9 @@ model: $(STAMP)
 
 model-large: $(STAMP)
 	PYTHONPATH=engine:kernels $(BIN)/python -m tests.model --bounds large
+
+simulate: $(STAMP)
+	PYTHONPATH=engine:kernels $(BIN)/python -m tests.simulation --seeds 25 --marks
 
 clean:
 	rm -rf $(VENV) .checkpoints

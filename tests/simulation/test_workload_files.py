@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from tests.simulation.__main__ import main
 from tests.simulation.mutants import without_settling
-from tests.simulation.workload import Span, WorkloadError, load, parsed
+from tests.simulation.runner import run_seeds
+from tests.simulation.workload import FAULT_KINDS, Span, WorkloadError, load, names, parsed
 
 GOOD = """
 name = "good"
@@ -61,6 +63,19 @@ def test_what_is_wrong_is_named_with_its_remedy(old: str, new: str, key: str, re
     assert refused.value.key == key
     assert remedy in refused.value.remedy
     assert str(refused.value).startswith(f"bad.toml: {key}: ")
+
+
+def test_the_workload_of_the_documentation_runs_and_reaches_what_it_promises() -> None:
+    page = Path(__file__).parents[2] / "docs" / "how-to" / "simulate.md"
+    (text,) = re.findall(r"^```toml\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    report = run_seeds(parsed(text, "night.toml"), range(4))
+    assert not report.failures, str(report.failures[0])
+    assert not report.never_hit() and not report.never_struck()
+
+
+def test_every_workload_and_fault_is_in_the_documentation() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "simulate.md").read_text(encoding="utf-8")
+    assert [name for name in (*names(), *FAULT_KINDS) if f"`{name}`" not in page] == []
 
 
 def test_an_unknown_workload_is_answered_with_those_there_are() -> None:
