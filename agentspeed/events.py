@@ -24,10 +24,14 @@ class TurnStarted(Event, frozen=True, kw_only=True, tag=True):
 
 
 class TextDelta(Event, frozen=True, kw_only=True, tag=True):
+    """A piece of the answer; characters are never broken."""
+
     text: str
 
 
 class ReasoningDelta(Event, frozen=True, kw_only=True, tag=True):
+    """A piece of what the model thinks before it answers."""
+
     text: str
 
 
@@ -46,6 +50,8 @@ class ToolCallDelta(Event, frozen=True, kw_only=True, tag=True):
 
 
 class ToolCallReady(Event, frozen=True, kw_only=True, tag=True):
+    """A call is whole."""
+
     call: ToolCall
 
 
@@ -56,10 +62,14 @@ class Paused(Event, frozen=True, kw_only=True, tag=True):
 
 
 class ToolStarted(Event, frozen=True, kw_only=True, tag=True):
+    """A tool runs."""
+
     call: ToolCall
 
 
 class ToolFinished(Event, frozen=True, kw_only=True, tag=True):
+    """A tool ended, well or not; `content` is what the model is told."""
+
     call: ToolCall
     content: str
     ok: bool
@@ -67,6 +77,8 @@ class ToolFinished(Event, frozen=True, kw_only=True, tag=True):
 
 
 class LeaseChanged(Event, frozen=True, kw_only=True, tag=True):
+    """The engine promises something else than it did; `lease.why` says what happened."""
+
     lease: Lease
 
 
@@ -80,6 +92,8 @@ class Resumed(Event, frozen=True, kw_only=True, tag=True):
 
 
 class TurnFinished(Event, frozen=True, kw_only=True, tag=True):
+    """The last event of a turn."""
+
     reason: str
     usage: Usage
 
@@ -88,3 +102,4 @@ AnyEvent: TypeAlias = (
     TurnStarted | TextDelta | ReasoningDelta | ToolCallStarted | ToolCallDelta | ToolCallReady | Paused | ToolStarted
     | ToolFinished | LeaseChanged | Resumed | TurnFinished
 )
+"""All of them: what `match` has to cover."""

@@ -16,10 +16,14 @@ class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class System(msgspec.Struct, frozen=True, tag="system"):
+    """What stands above the conversation."""
+
     text: str
 
 
 class User(msgspec.Struct, frozen=True, tag="user"):
+    """What you say."""
+
     text: str
 
 
@@ -42,7 +46,9 @@ class ToolMessage(msgspec.Struct, frozen=True, tag="tool", kw_only=True):
 
 
 Message: TypeAlias = System | User | Assistant | ToolMessage
+"""What a history is made of."""
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
+"""Who speaks, as chat templates name it."""
 
 
 def role_of(message: Message) -> Role:

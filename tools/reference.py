@@ -1,4 +1,4 @@
-"""Writes the generated pages of docs/: state diagrams and tables, the module map, the error tree, engine options.
+"""Writes the generated pages of docs/: the API, state diagrams and tables, the module map, errors, engine options.
 
     python tools/reference.py          # write
     python tools/reference.py --check  # exit 1 when a page would change (a test does this)
@@ -10,10 +10,14 @@ import argparse
 import ast
 import inspect
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "kernels")]
+
+import api_pages
 
 from agentspeed import errors
 from agentspeed_engine.kv.tables import BRANCHES, NODES, Verb
@@ -74,8 +78,14 @@ def error_tree() -> str:
 def options() -> str:
     """The engine's options with their defaults, from the class itself."""
     path = ROOT / "engine/agentspeed_engine/run/options.py"
-    lines = [NOTE + "# Engine options", "", "Given to `Engine(model, ...)` and `Session(model, ...)`.", "",
-             "| option | type | default | |", "|---|---|---|---|"]
+    lines = [
+        NOTE + "# Engine options",
+        "",
+        "Given to `Engine(model, ...)` and `Session(model, ...)`.",
+        "",
+        "| option | type | default | |",
+        "|---|---|---|---|",
+    ]
     tree = ast.parse(path.read_text(encoding="utf-8"))
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "EngineOptions")
     for node, after in zip(body, [*body[1:], None], strict=True):
@@ -90,7 +100,29 @@ def options() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"states.md": states, "modules.md": modules, "errors.md": error_tree, "engine-options.md": options}
+API = {
+    "agentspeed": "api.md", "agentspeed.search": "api-search.md", "agentspeed.tools": "api-tools.md",
+    "agentspeed.testing": "api-testing.md", "agentspeed.messages": "api-messages.md",
+    "agentspeed.events": "api-events.md",
+}
+
+
+MET = {
+    "agentspeed": {"TurnOptions": "agentspeed.asking", "Forks": "agentspeed.forks", "Pending": "agentspeed.running",
+                   "Residence": "agentspeed.usage"},
+}
+
+
+def api(module: str) -> str:
+    """Every public name of a module."""
+    others = API | {"agentspeed.errors": "errors.md"}
+    return f"{NOTE}{api_pages.page(module, others, MET.get(module, {}))}"
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "states.md": states, "modules.md": modules, "errors.md": error_tree, "engine-options.md": options,
+}
+PAGES |= {name: partial(api, module) for module, name in API.items()}
 
 
 def main() -> int:

@@ -23,8 +23,11 @@ from agentspeed.session import Session
 from agentspeed.usage import Usage
 
 Score: TypeAlias = Callable[[Node], float | Awaitable[float]]
+"""How good an attempt is; the largest wins."""
 Keep: TypeAlias = Callable[[str], bool]
+"""Asked about the text as it grows; False ends the attempt at once."""
 Attempt: TypeAlias = Callable[[Session], Awaitable[str]]
+"""One try on a branch, in your own words; what it returns is scored."""
 Ended: TypeAlias = Literal["solved", "exhausted", "tokens", "seconds", "branches"]
 
 

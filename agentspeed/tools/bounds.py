@@ -31,6 +31,7 @@ class Bounds:
 
 
 DEFAULT_BOUNDS: Final = Bounds()
+"""What applies unless you say otherwise."""
 
 _NOT_FOR_THE_GRAMMAR: Final = frozenset(
     {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "discriminator", "$comment"}

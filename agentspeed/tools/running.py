@@ -25,6 +25,7 @@ from agentspeed.tools.tool import Tool
 
 _LOG: Final = logging.getLogger("agentspeed.tools")
 Approve: TypeAlias = Callable[[ToolCall], bool | Awaitable[bool]]
+"""Asked about each call that needs approval."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,7 @@ class ToolResult:
 
 
 CANCELLED: Final = ToolResult(content="error: cancelled before it finished", ok=False)
+"""The result of a call that was cancelled."""
 
 
 async def execute(

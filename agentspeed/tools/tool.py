@@ -16,8 +16,10 @@ from agentspeed.tools.bounds import Json, Schema, bounded
 from agentspeed.tools.signature import read_signature
 
 OnError = Literal["return", "raise"]
+"""A tool's error: told to the model alone, or raised to you as well."""
 Predicate: TypeAlias = Callable[[Mapping[str, Any]], bool | Awaitable[bool]]
 NeedsApproval: TypeAlias = bool | Predicate
+"""Whether a call must be approved: always, never, or by its arguments."""
 
 _CHOICES: Final = ("auto", "required", "none")
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
