@@ -20,9 +20,14 @@ _ANSWER_SECONDS = 5.0
 """An engine answers between two callbacks of its loop, which never waits for a step."""
 
 
+def registry_folder() -> Path:
+    """Where this user's engines list themselves."""
+    return registry.folder(os.environ)
+
+
 def sockets(*, known: Container[Path] = ()) -> list[Path]:
     """Of this user's running engines, the one in AGENTSPEED_ENGINE first. Those in `known` are not asked again."""
-    found = [entry.socket for entry in registry.running(registry.folder(os.environ), known=known)]
+    found = [entry.socket for entry in registry.running(registry_folder(), known=known)]
     attach = os.environ.get(ATTACH)
     first = [Path(attach).resolve()] if attach else []
     return list(dict.fromkeys([*first, *found]))

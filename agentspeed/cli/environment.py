@@ -9,6 +9,7 @@ import sys
 
 import agentspeed
 from agentspeed.backends.local import engine_defaults
+from agentspeed.backends.watching import registry_folder
 from agentspeed.engine import NANO
 
 _PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "llguidance", "anyio", "msgspec", "pydantic")
@@ -23,7 +24,7 @@ def describe(model: str | None) -> str:
         f"machine      {os.cpu_count()} cores, {memory:.0f} GiB",
         f"model        {model or f'the shipped one ({NANO.name})'}",
         f"attached to  {os.environ.get('AGENTSPEED_ENGINE', 'nothing: engines are started when needed')}",
-        "", "packages",
+        f"listed in    {registry_folder()}", "", "packages",
     ]
     lines += [f"  {name:12} {_version(name)}" for name in _PACKAGES]
     lines += ["", "engine options and their defaults"]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from agentspeed_engine import wire
-from tests.engine_client import EngineProcess, Front, engine, environment, until
+from tests.engine_client import EngineProcess, Front, Refused, engine, environment, until
 from tests.terminal import Terminal, terminal
 
 OPTIONS: dict[str, Any] = {"model": "noop:512:4", "pages": 40, "page_tokens": 16, "context_limit": 400,
@@ -112,6 +112,23 @@ def test_a_watcher_owns_nothing_and_closes_nothing(running: EngineProcess) -> No
     counts = front.counts()
     assert (counts["sessions"], counts["branches"]) == (1, 1)
     until("the watchers' links are gone", lambda: front.counts()["links"] == 1)
+
+
+def test_who_asks_without_reading_gets_one_picture_and_refusals(running: EngineProcess) -> None:
+    front = running.connect()
+    _ = front.open([1, 2, 3])
+    asked = [wire.Look(request=front.number()) for _ in range(20)]
+    front.send(*asked)
+    pictures = refused = 0
+    for look in asked:
+        try:
+            _ = front.answer(look.request, wire.Picture)
+            pictures += 1
+        except Refused as error:
+            assert error.code == "overloaded" and error.failed.retryable
+            refused += 1
+    assert pictures >= 1 and pictures + refused == 20
+    assert front.ask(wire.Look(request=front.number()), wire.Picture).counts["branches"] == 1
 
 
 def test_without_an_engine_it_says_so_and_ends_with_status_2(place: Path) -> None:
