@@ -31,7 +31,7 @@ import msgspec
 
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.run import registry
-from agentspeed_engine.run.options import EngineOptions, build, options_from, parse_options
+from agentspeed_engine.run.options import EngineOptions, build, options_from, parse_options, recording_of
 
 _MALLOC_SWITCH = "AGENTSPEED_MALLOC"
 _MALLOC = {
@@ -99,7 +99,10 @@ def serve(path: Path, options: EngineOptions, *, stay: bool) -> int:
     server = listen_at(path)
     try:
         loop = EngineLoop(build(options, lambda what: _say(progress=what)), outbox_bytes=options.outbox_bytes,
-                          check=options.check_every_step, idle_seconds=options.idle_seconds)
+                          check=options.check_every_step, idle_seconds=options.idle_seconds,
+                          recording=recording_of(options))
+        if loop.recording is not None:
+            print(f"recording into {loop.recording}", file=sys.stderr, flush=True)
         loop.listen(server)
         if not stay:
             loop.stop_at_eof(sys.stdin.fileno())

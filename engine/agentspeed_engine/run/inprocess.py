@@ -7,7 +7,7 @@ import threading
 from typing import final
 
 from agentspeed_engine.run.loop import EngineLoop
-from agentspeed_engine.run.options import EngineOptions, build
+from agentspeed_engine.run.options import EngineOptions, build, recording_of
 
 
 @final
@@ -17,7 +17,7 @@ class EngineThread:
     def __init__(self, options: EngineOptions) -> None:
         """Raises `EngineFault` when the options or the model are refused."""
         self._loop = EngineLoop(build(options), outbox_bytes=options.outbox_bytes, check=options.check_every_step,
-                                idle_seconds=options.idle_seconds)
+                                idle_seconds=options.idle_seconds, recording=recording_of(options))
         self._listener, self._address = _listener()
         self._loop.listen(self._listener)
         self._thread = threading.Thread(target=self._loop.run, name="agentspeed-engine", daemon=True)

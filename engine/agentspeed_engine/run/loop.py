@@ -11,6 +11,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeAlias, final
 
 from msgspec.structs import replace
@@ -21,9 +22,11 @@ from agentspeed_engine.ids import LinkId
 from agentspeed_engine.run.copies import Copied, Copier
 from agentspeed_engine.run.links import BadFrame, Link
 from agentspeed_engine.run.options import Built
+from agentspeed_engine.run.recording import RecordingOrder, Tape
 from agentspeed_engine.run.worker import Worker
 from agentspeed_engine.sched.core import Core
 from agentspeed_engine.sched.plan import StepPlan, StepResult
+from agentspeed_engine.sched.recorder import RecordedCore
 from agentspeed_engine.sched.world import Out
 from agentspeed_engine.wire import PROTOCOL, Command, Failed, GetStats, Hello, Look, Stats, Welcome
 
@@ -40,15 +43,19 @@ class EngineLoop:
     """One engine: one core, one worker, any number of links."""
 
     def __init__(self, built: Built, *, outbox_bytes: int = 1 << 20, check: bool = False,
-                 clock: Clock | None = None, idle_seconds: float | None = None) -> None:
-        """`check`: run the ledger after every event. `idle_seconds` without a session end the loop."""
+                 clock: Clock | None = None, idle_seconds: float | None = None,
+                 recording: RecordingOrder | None = None) -> None:
+        """`check`: run the ledger after every event. `idle_seconds` without a session end the loop. Raises
+        `EngineFault` when the recording cannot be begun."""
         self._source = built.source
         self._idle_seconds = idle_seconds
         self._idle_since: float | None = None
         self._last_words = "The engine was told to stop."
-        self._core = Core(built.core)
-        self._worker = Worker(built.model, built.vocabulary)
         self._clock: Clock = clock if clock is not None else MonotonicClock()
+        core = Core(built.core)
+        self._tape = None if recording is None else Tape(core, recording, began=self._clock.now())
+        self._core: Core | RecordedCore = core if self._tape is None else self._tape.core
+        self._worker = Worker(built.model, built.vocabulary)
         self._copier = Copier(built.model, self._report, self._clock)
         self._check = check
         self._outbox_bytes = outbox_bytes
@@ -67,6 +74,11 @@ class EngineLoop:
         self._tokens = 0
         self._planning_seconds = 0.0
         self._thread = threading.Thread(target=self._work, name="agentspeed-worker", daemon=True)
+
+    @property
+    def recording(self) -> Path | None:
+        """Where this run is recorded."""
+        return None if self._tape is None else self._tape.path
 
     # ---- what the process or a test hands in ----------------------------------------------------------------------
     def listen(self, server: socket.socket) -> None:
@@ -111,14 +123,26 @@ class EngineLoop:
                 self._collect()
                 self._plan(now)
                 self._flush()
+                if self._tape is not None:
+                    self._tape.flush()
                 self._end_if_idle()
             self._tell_all("engine_stopping", self._last_words, "Start another engine.")
         except BaseException as error:
-            self._tell_all("internal", f"{type(error).__name__}: {error}", "This is a bug of the engine; it stops.")
-            traceback.print_exc()
+            self._broke(error)
             raise
         finally:
             self._close()
+
+    def _broke(self, error: BaseException) -> None:
+        """Every link hears it, and where to look."""
+        where = ""
+        if self._tape is not None:
+            self._tape.close(error)
+            where = f" What led to it: `agentspeed replay {self._tape.path}`."
+        self._tell_all("internal", f"{type(error).__name__}: {error}", f"This is a bug of the engine; it stops.{where}")
+        traceback.print_exc()
+        if where:
+            print(where.strip(), file=sys.stderr, flush=True)
 
     def _patience(self) -> float | None:
         """Seconds to wait for an event before the core wants to be asked again."""
@@ -308,6 +332,8 @@ class EngineLoop:
         self._plans.put(None)
         self._thread.join(timeout=_JOIN_SECONDS)
         self._copier.close(_JOIN_SECONDS)
+        if self._tape is not None:
+            self._tape.close()
         for link in self._links.values():
             link.socket.close()
         self._links.clear()

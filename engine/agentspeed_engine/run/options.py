@@ -19,6 +19,7 @@ from agentspeed_engine.models.catalog import describe, load
 from agentspeed_engine.run.calibrate import calibrated
 from agentspeed_engine.run.model import Model
 from agentspeed_engine.run.noop import NoopModel
+from agentspeed_engine.run.recording import LEAST_BYTES, RecordingOrder
 from agentspeed_engine.run.vocabulary import Vocabulary
 from agentspeed_engine.sched.config import CoreConfig
 
@@ -76,6 +77,14 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     idle_seconds: float | None = None
     """Seconds without any session after which the engine ends by itself; who only watches does not count. None: never
     (an engine that was started for a session still ends with who started it)."""
+    record: str | None = None
+    """A folder for recordings, which `agentspeed replay` runs again step by step (docs/how-to/replaying.md). None: the
+    engine records nothing."""
+    record_bytes: int = 64 << 20
+    """Most bytes of this engine's recording; the oldest part goes when it is full."""
+    record_content: bool = False
+    """Record token ids and names of tenants and tools as they are, instead of stand-ins that tell only what equals
+    what."""
     check_every_step: bool = False
     """Run the ledger after every event (tests; it costs time in proportion to the pool)."""
 
@@ -115,7 +124,19 @@ def _checked(options: EngineOptions) -> EngineOptions:
         raise _wrong(f"ticket_deadline is {options.ticket_deadline}, and must be above 0")
     if options.idle_seconds is not None and not options.idle_seconds > 0:
         raise _wrong(f"idle_seconds is {options.idle_seconds}, and must be above 0")
+    if options.record_bytes < LEAST_BYTES:
+        raise _wrong(f"record_bytes is {options.record_bytes}, and must be at least {LEAST_BYTES}")
+    if options.record == "":
+        raise _wrong("record is empty, and must be a folder")
     return options
+
+
+def recording_of(options: EngineOptions) -> RecordingOrder | None:
+    """Where and what to record; None when nothing is."""
+    if options.record is None:
+        return None
+    return RecordingOrder(folder=Path(options.record), most_bytes=options.record_bytes,
+                          content=options.record_content)
 
 
 @final

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Literal, TypeAlias, final
 
 from agentspeed_engine.ids import BranchId, PageId, SlotId, StepSeq, TicketId
 from agentspeed_engine.kv.runs import NodeRun as NodeRun
 from agentspeed_engine.kv.runs import PageCopy as PageCopy
 from agentspeed_engine.kv.runs import TurnSpec as TurnSpec
+
+DrawnEnd: TypeAlias = Literal["stop_id", "stop_string", "grammar_end"]
 
 
 @final
@@ -67,8 +69,8 @@ class Drawn:
     id: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
-    end: Literal["stop_string", "grammar_end"] | None = None
-    """Set by the worker's automata: the turn ends with this token."""
+    end: DrawnEnd | None = None
+    """Set by the worker's automata: the turn ends with this token. `stop_id` only by a replay without the real ids."""
 
 
 @final

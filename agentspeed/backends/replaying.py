@@ -1,0 +1,72 @@
+"""The border to recordings of engines: what the engine refuses to replay becomes a public error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import final
+
+from agentspeed.backends.faults import public_error
+from agentspeed_engine import wire
+from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.run.replay import NodeLine, Replay, ReplayDiffers, Step, nodes_of
+
+__all__ = ["NodeLine", "Recording", "ReplayDiffers", "Step"]
+
+
+@final
+class Recording:
+    """A recording that is replayed once."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises `InvalidRequest` when there is none at `path` that this version can read."""
+        with _converted():
+            self._replay = Replay(path)
+
+    def steps(self) -> Iterator[Step]:
+        """Raises `ReplayDiffers` where the replay is not the recorded run, and `InvalidRequest` where it is damaged."""
+        with _converted():
+            yield from self._replay.steps()
+
+    def about(self) -> str:
+        """What was recorded, in one line."""
+        header = self._replay.header
+        names = "with real ids and names" if header.content else "without content"
+        return f"{header.model}, process {header.pid}, agentspeed {header.engine}, {names}"
+
+    def picture(self) -> wire.Picture:
+        """The replayed engine as it stands now."""
+        return self._replay.core.picture(wire.Look(request=0, branches=wire.MAX_LOOK), self._replay.now)
+
+    def nodes(self) -> list[NodeLine]:
+        """Every node of the tree, as it stands now."""
+        return nodes_of(self._replay.core.world)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader must know: a torn end, missing inputs."""
+        return self._replay.notes
+
+    @property
+    def compared(self) -> int:
+        """Digests found equal."""
+        return self._replay.compared
+
+    @property
+    def broke(self) -> str:
+        """How the recorded engine broke; empty when it did not."""
+        replay = self._replay
+        if not replay.broke:
+            return ""
+        where = ("the replayed core breaks at the same input" if replay.reproduced else
+                 "outside of the scheduling core, which replays without it")
+        return f"The recorded engine broke with {replay.broke}: {where}."
+
+
+@contextmanager
+def _converted() -> Iterator[None]:
+    try:
+        yield
+    except EngineFault as fault:
+        raise public_error(fault.code, fault.message, fault.remedy) from fault

@@ -1,0 +1,128 @@
+"""A digest of each part of the core's state, so that a replay can say where it differs.
+
+It covers everything that moves (who owns which page, in which order lists stand, every counter) and no token: ids show
+in it only through the shape of the tree, so it is the same over ids and over their stand-ins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from hashlib import blake2b
+from typing import Any, Final
+
+import msgspec
+
+from agentspeed_engine.kv.branches import BranchState, Held, Queued
+from agentspeed_engine.kv.nodes import Both, Host, Loading, Saving
+from agentspeed_engine.kv.owners import Room
+from agentspeed_engine.kv.tree import Node
+from agentspeed_engine.kv.turns import Turn
+from agentspeed_engine.sched.world import World
+
+_BYTES = 8
+_ENCODER = msgspec.msgpack.Encoder()
+_COUNTERS = (
+    "ignored", "evicted_pages", "copied_pages", "preemptions", "saved_pages", "loaded_pages", "prefetched",
+    "late_tickets", "next_branch", "next_turn", "next_age", "next_seq", "next_ticket", "early_seen", "ended",
+)
+
+
+def digests(world: World) -> tuple[bytes, ...]:
+    """Of every part, in the order of `PARTS`."""
+    return tuple(blake2b(_ENCODER.encode(part(world)), digest_size=_BYTES).digest() for part in PARTS.values())
+
+
+def whole(world: World) -> str:
+    """One short text for the whole state."""
+    return blake2b(b"".join(digests(world)), digest_size=_BYTES).hexdigest()
+
+
+def _branches(world: World) -> Any:
+    return [_branch(world.states[number]) for number in sorted(world.states)]
+
+
+def _branch(state: BranchState) -> Any:
+    branch = state.branch
+    turn = None if isinstance(state, Held) else _turn(state.turn)
+    room = None if isinstance(state, Held | Queued) else _room(state.room)
+    return (
+        branch.id, type(state).__name__, branch.session, branch.link, branch.private, branch.draw_seed, branch.known,
+        branch.leaf.id, None if branch.seed is None else branch.seed.id, branch.seed_rows, branch.computed,
+        branch.serial, branch.child_index, branch.forks, branch.epoch, branch.moves, branch.trunk, branch.rested_at,
+        turn, room,
+    )
+
+
+def _turn(turn: Turn) -> Any:
+    return (
+        turn.spec.turn, turn.age, turn.max_tokens, turn.queued_at, turn.drawn, turn.end, turn.admitted, turn.new,
+        turn.shared, turn.resumed_device, turn.resumed_host, turn.recomputed, turn.preempted, turn.why,
+        turn.started_at, turn.filled_at,
+    )
+
+
+def _room(room: Room) -> Any:
+    copy = None if room.copy is None else (room.copy.src, room.copy.dst, room.copy.rows)
+    return room.tail_start, room.tail, room.issued, room.done, room.flight, room.stale, copy
+
+
+def _nodes(world: World) -> Any:
+    return [_node(node) for node in world.kv.tree.nodes.values()]
+
+
+def _node(node: Node) -> Any:
+    slots = node.state.slots if isinstance(node.state, Saving | Both | Host | Loading) else ()
+    return (
+        node.id, node.start, node.end, None if node.parent is None else node.parent.id, type(node.state).__name__,
+        node.pages, slots, sorted(node.leaf_of), sorted(node.seed_of), sorted(node.pinned_by), node.used,
+        node.failures, node.pages_below, [child.id for child in node.children.values()], list(node.stubs),
+    )
+
+
+def _tips(world: World) -> Any:
+    tree = world.kv.tree
+    return list(tree.tips), list(tree.host_tips), None if world.victim is None else world.victim.id
+
+
+def _leases(world: World) -> Any:
+    return list(world.leases.items()), list(world.firm.items())
+
+
+def _tickets(world: World) -> Any:
+    tickets = [(number, ticket.direction, ticket.deadline) for number, ticket in world.tickets.items()]
+    copies = [(number, [node.id for node in waiting]) for number, waiting in world.kv.tree.in_copy.items()]
+    return tickets, copies, [order.ticket for order in world.orders], world.prefetch
+
+
+def _flights(world: World) -> Any:
+    return [(seq, [(row.branch, row.epoch, row.position, len(row.ids), row.tail_pages) for row in plan.rows])
+            for seq, plan in world.flights.items()]
+
+
+def _sessions(world: World) -> Any:
+    return [(number, session.link, sorted(session.branches)) for number, session in world.sessions.items()]
+
+
+def _waits(world: World) -> Any:
+    return list(world.waiting.items()), list(world.fill_of.items())
+
+
+def _pauses(world: World) -> Any:
+    return world.law.snapshot(), [law.snapshot() for law in world.tool_laws.values()], list(world.tools)
+
+
+PARTS: Final[dict[str, Callable[[World], Any]]] = {
+    "branches": _branches,
+    "nodes": _nodes,
+    "tips": _tips,
+    "free pages": lambda world: world.kv.pages.free_numbers(),
+    "free slots": lambda world: world.kv.slots.free_numbers(),
+    "queue": lambda world: (world.queue, world.active),
+    "flights": _flights,
+    "leases": _leases,
+    "tickets": _tickets,
+    "sessions": _sessions,
+    "waits": _waits,
+    "pauses": _pauses,
+    "counters": lambda world: [getattr(world, name) for name in _COUNTERS],
+}

@@ -1,0 +1,87 @@
+"""Any history of verbs, acknowledgements and deaths, recorded and replayed: the same state after every input."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import initialize, rule
+
+from agentspeed_engine import wire
+from agentspeed_engine.ids import LinkId, pack_ids, pages_for
+from agentspeed_engine.run.recording import SUFFIX, RecordingOrder, Tape
+from agentspeed_engine.run.replay import Replay
+from agentspeed_engine.sched.config import CoreConfig
+from agentspeed_engine.sched.core import Core
+from agentspeed_engine.sched.digest import digests
+from tests.fake_device import FakeDevice
+from tests.property.test_kv_ownership import IDS, VOCABULARY, Ownership
+
+
+class Recorded(Ownership):
+    """The histories of the ownership test, through a recorded core. A digest is noted after every step."""
+
+    @initialize(page=st.sampled_from([2, 3, 4]), limit=st.sampled_from([12, 20]), spare=st.integers(0, 6),
+                chunk=st.sampled_from([3, 8]), depth=st.integers(0, 1), slots=st.sampled_from([0, 2, 5, 40]),
+                policy=st.sampled_from(["next_use", "lru"]), content=st.booleans())
+    def start(  # type: ignore[override]
+        self, page: int, limit: int, spare: int, chunk: int, depth: int, slots: int, policy: str, content: bool,
+    ) -> None:
+        self.inner = Core(CoreConfig(
+            pages=pages_for(limit, page) + 1 + spare, firm_pages=min(1, spare), context_limit=limit,
+            vocab_size=VOCABULARY, page_tokens=page, prefill_chunk=chunk, extend_tokens=2, max_branches=6,
+            max_sessions=4, depth=depth, host_slots=slots, policy=policy))
+        self.folder = Path(tempfile.mkdtemp(prefix="agentspeed-recorder-"))
+        order = RecordingOrder(folder=self.folder, most_bytes=1 << 20, content=content, every=1)
+        self.tape = Tape(self.inner, order, began=0.0)
+        self.core = self.tape.core  # type: ignore[assignment]
+        self.device = FakeDevice(page, VOCABULARY)
+        self.logs, self.running, self.flights, self.orders = {}, set(), [], []
+        self.now, self.request, self.asked = 0.0, 0, {}
+
+    @rule()
+    def the_loop_comes_round(self) -> None:
+        self.tape.flush()
+
+    @rule()
+    def a_segment_begins(self) -> None:
+        self.tape.flush()
+        self.tape._begin_segment(gap=False)
+
+    @rule(pick=st.integers(0, 30), seconds=st.floats(0, 5), tool=st.sampled_from(["", "search", "build"]))
+    def a_tool_is_named(self, pick: int, seconds: float, tool: str) -> None:
+        self.send(wire.Expect(request=self.fresh(), branch=self.pick(pick), seconds=seconds, tool=tool))
+
+    @rule(ids=st.lists(st.integers(0, 9), max_size=30), broken=st.booleans())
+    def ids_that_are_refused(self, ids: list[int], broken: bool) -> None:
+        self.send(wire.Append(request=self.fresh(), branch=self.pick(0), ids=b"\0" if broken else pack_ids(ids)))
+
+    @rule(tenant=st.sampled_from(["a", "b", "a\0b"]), private=st.booleans(), ids=IDS)
+    def a_tenant_opens(self, tenant: str, private: bool, ids: list[int]) -> None:
+        self.send(wire.Open(request=self.fresh(), ids=pack_ids(ids), private=private, tenant=tenant))
+
+    def teardown(self) -> None:
+        if not hasattr(self, "core"):
+            return
+        try:
+            self.a_segment_begins()
+            assert self.core.drop_link(LinkId(9), self.now) == []
+            self.tape.close()
+            for path in (self.tape.path, *self.tape.path.glob(f"*{SUFFIX}")):
+                replay = Replay(path)
+                for _ in replay.steps():
+                    pass
+                assert (replay.notes, replay.broke) == ([], "")
+                if path.is_dir():
+                    assert digests(replay.core.world) == digests(self.inner.world)
+                    replay.core.check()
+        finally:
+            shutil.rmtree(self.folder)
+
+
+TestRecorded = Recorded.TestCase
+TestRecorded.settings = settings(max_examples=60, stateful_step_count=50, deadline=None,
+                                 suppress_health_check=list(HealthCheck))
