@@ -26,7 +26,7 @@ class Shape:
 
     vocab: int = VOCAB_SIZE
     hidden: int = 192
-    layers: int = 4
+    layers: int = 6
     heads: int = 6
     kv_rank: int = 96
     nope: int = 32
@@ -122,7 +122,7 @@ class Experts(nn.Module):
         return self.down(inner * spread) + self.shared(x)  # type: ignore[no-any-return]
 
     def _weights(self, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             scores = F.linear(x.float(), self.router.weight).sigmoid()
         chosen = torch.topk(scores.detach() + self.bias, self.shape.top, dim=-1).indices
         mask = torch.zeros_like(scores).scatter_(-1, chosen, 1.0)
@@ -175,12 +175,16 @@ class Nano(nn.Module):
 
     def features(self, ids: Tensor) -> Tensor:
         """What the output matrix is multiplied with."""
-        angles = torch.arange(ids.shape[1], dtype=torch.float32)[:, None] * self.frequencies
+        angles = torch.arange(ids.shape[1], dtype=torch.float32, device=ids.device)[:, None] * self.frequencies
         cos, sin = angles.cos(), angles.sin()
         x = self.embed_tokens(ids)
         for layer in self.layers:
             x = layer(x, cos, sin)
         return self.norm(x)  # type: ignore[no-any-return]
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
 
     def experts(self) -> list[Experts]:
         return [module for module in self.modules() if isinstance(module, Experts)]

@@ -24,29 +24,35 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("Muon takes no closure.")
         for group in self.param_groups:
+            alike: dict[torch.Size, list[nn.Parameter]] = {}
             for weight in group["params"]:
                 if weight.grad is not None:
-                    self._move(weight, group)
+                    alike.setdefault(weight.shape, []).append(weight)
+            for weights in alike.values():
+                self._move(weights, group)
 
-    def _move(self, weight: nn.Parameter, group: dict[str, Any]) -> None:
-        state = self.state[weight]
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(weight)
-        moving: Tensor = state["momentum"]
-        moving.lerp_(weight.grad, 1 - group["momentum"])  # type: ignore[arg-type]
-        ahead = weight.grad.lerp(moving, group["momentum"])  # type: ignore[union-attr]
-        rows, columns = weight.shape
-        weight.mul_(1 - group["lr"] * group["decay"])
-        weight.add_(orthogonal(ahead), alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+    def _move(self, weights: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """All weights of one shape in one go: few large operations instead of many small ones."""
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        for weight in weights:
+            if "momentum" not in self.state[weight]:
+                self.state[weight]["momentum"] = torch.zeros_like(weight)
+        moving: list[Tensor] = [self.state[weight]["momentum"] for weight in weights]
+        torch._foreach_lerp_(moving, gradients, 1 - group["momentum"])
+        ahead = torch._foreach_lerp(gradients, moving, group["momentum"])
+        rows, columns = weights[0].shape
+        steps = orthogonal(torch.stack(list(ahead))) * (-group["lr"] * max(1.0, rows / columns) ** 0.5)
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["decay"])
+        torch._foreach_add_(weights, list(steps))
 
 
-def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
-    """Roughly the nearest matrix whose singular values are all 1, by Newton-Schulz steps."""
+def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Roughly the nearest matrices whose singular values are all 1, by Newton-Schulz steps; any leading dimensions."""
     a, b, c = _COEFFICIENTS
-    tall = matrix.shape[0] > matrix.shape[1]
-    x: Tensor = matrix.T if tall else matrix
-    x = x / (x.norm() + 1e-7)
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x: Tensor = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
-        square = x @ x.T
+        square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
-    return x.T if tall else x
+    return x.mT if tall else x

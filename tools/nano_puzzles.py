@@ -21,9 +21,11 @@ class Puzzle:
 
 
 def make_puzzle(rng: Random, *, held: bool, size: int = 3) -> Puzzle:
-    """Numbers from 1 to 9 and a target that can be reached. A puzzle belongs to training or to the held-out set."""
+    """Numbers and a target that can be reached. A puzzle belongs to training or to the held-out set, whose numbers go
+    from 1 to 9; training has larger ones too, so many puzzles that they cannot be learnt by heart."""
     while True:
-        numbers = tuple(rng.randint(1, 9) for _ in range(size))
+        largest = 9 if held else rng.choice((9, 9, 12, 20, 30))
+        numbers = tuple(rng.randint(1, largest) for _ in range(size))
         target, solution = _random_way(rng, numbers)
         if 1 <= target <= LARGEST and is_held_out(numbers, target) == held:
             return Puzzle(numbers, target, solution)

@@ -7,8 +7,22 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+from nano_forms import (
+    HELD_ARGUMENTS,
+    HELD_CLOSINGS,
+    HELD_HEADS,
+    HELD_NAMELESS,
+    HELD_OPENINGS,
+    argument,
+    closing,
+    head,
+    invented_operator,
+    invented_tool,
+    joint,
+    opening,
+)
 from nano_spoken import HELD_TOOLS, TRAIN_TOOLS, SpokenTool
-from nano_words import Pool, code, made_up, noun, person, phrase, place
+from nano_words import Pool, code, made_up, noun, person, phrase, place, verb
 
 
 @dataclass(frozen=True)
@@ -76,6 +90,7 @@ _INTEGERS = ("count", "days", "amount", "age", "hour", "year", "size", "level", 
 _HELD_INTEGERS = ("nights", "floor", "weeks", "points")
 _NUMBERS = ("price", "weight", "rate", "length")
 _HELD_NUMBERS = ("width", "cost")
+_QUESTIONS = ("What", "How", "When", "Where", "Is ")
 _CHOICES = ("unit", "mode", "kind", "style", "format", "class")
 _HELD_CHOICES = ("type", "grade")
 
@@ -90,27 +105,59 @@ def make_pool(rng: Random, words: Pool, *, held: bool, count: int) -> ToolPool:
         if near is not None and near.spoken is None:
             made = _worded_tool(rng, words, held, _other_verb(rng, words, near.verb), near.noun)
         else:
-            made = random_tool(rng, words, held=held, avoid=used)
+            made = random_tool(rng, words, held=held, avoid=used, verbs=_verbs_of(rng, tools, held))
         if made.name not in {tool.name for tool in tools}:
             tools.append(made)
     rng.shuffle(tools)
     return ToolPool(tools)
 
 
-def random_tool(rng: Random, words: Pool, *, held: bool, avoid: set[str]) -> NamedTool:
-    """A tool about something that no noun in `avoid` names."""
+def stranger_to(rng: Random, words: Pool, pool: ToolPool, *, held: bool) -> NamedTool:
+    """A tool for something that none of the pool's is for, though it may be for the same verb."""
+    avoid = {tool.noun for tool in pool.tools}
+    return random_tool(rng, words, held=held, avoid=avoid, verbs=_verbs_of(rng, pool.tools, held))
+
+
+def _verbs_of(rng: Random, tools: list[NamedTool], held: bool) -> list[str]:
+    """Verbs to take again, so that a verb alone says little. The few held-out verbs meet again by themselves."""
+    return [tool.verb for tool in tools if tool.verb] if not held and rng.random() < 0.35 else []
+
+
+def random_tool(rng: Random, words: Pool, *, held: bool, avoid: set[str], verbs: list[str]) -> NamedTool:
+    """A tool about something that no noun in `avoid` names; its verb is one of `verbs` when there are any."""
     while True:
-        if rng.random() < 0.3:
-            spoken = rng.choice(HELD_TOOLS if held else TRAIN_TOOLS)
-            made = NamedTool(spoken.definition(), "", spoken.noun, spoken)
-        else:
-            made = _worded_tool(rng, words, held, rng.choice(words.verbs), noun(rng, words))
+        made = _one_tool(rng, words, held, rng.choice(verbs) if verbs else verb(rng, words))
         if made.noun not in avoid:
             return made
 
 
-def _other_verb(rng: Random, words: Pool, verb: str) -> str:
-    return rng.choice([other for other in words.verbs if other != verb])
+def _one_tool(rng: Random, words: Pool, held: bool, does: str) -> NamedTool:
+    kind = rng.random()
+    if kind < (0.3 if held else 0.15):
+        spoken = rng.choice(HELD_TOOLS if held else TRAIN_TOOLS)
+        return NamedTool(spoken.definition(), "", spoken.noun, spoken)
+    if not held and kind > 0.95:
+        spoken = invented_operator(rng, does)
+        return NamedTool(spoken.definition(), "", does, spoken)
+    what = noun(rng, words)
+    if held or kind < 0.75:
+        return _worded_tool(rng, words, held, does, what)
+    parameters = [
+        (_string_name(rng, words), "string") if rng.random() < 0.65 else (rng.choice(_INTEGERS), "integer")
+        for _ in range(rng.choice((0, 1, 1, 1, 2, 2)))
+    ]
+    spoken = invented_tool(rng, words, does, what, list(dict(parameters).items()))
+    return NamedTool(spoken.definition(), does, what, spoken)
+
+
+def _string_name(rng: Random, words: Pool) -> str:
+    return rng.choice(list(_STRINGS)) if rng.random() < 0.5 else made_up(rng, words)
+
+
+def _other_verb(rng: Random, words: Pool, than: str) -> str:
+    while (other := verb(rng, words)) == than:
+        pass
+    return other
 
 
 def _worded_tool(rng: Random, words: Pool, held: bool, verb: str, what: str) -> NamedTool:
@@ -141,18 +188,19 @@ def _properties(rng: Random, words: Pool, held: bool) -> dict[str, Any]:
         kind = rng.random()
         if kind < 0.5:
             names = list(_HELD_STRINGS if held else _STRINGS)
-            key = rng.choice(names) if rng.random() < 0.75 else made_up(rng, words)
+            key = rng.choice(names) if rng.random() < (0.75 if held else 0.5) else made_up(rng, words)
             found[key] = {"type": "string"}
         elif kind < 0.75:
-            found[rng.choice(_HELD_INTEGERS if held else _INTEGERS)] = {"type": "integer"}
+            found[_number_name(rng, words, _HELD_INTEGERS if held else _INTEGERS, held)] = {"type": "integer"}
         elif kind < 0.85:
-            found[rng.choice(_HELD_NUMBERS if held else _NUMBERS)] = {"type": "number"}
+            found[_number_name(rng, words, _HELD_NUMBERS if held else _NUMBERS, held)] = {"type": "number"}
         else:
             options = [
                 rng.choice(words.things) if rng.random() < 0.7 else made_up(rng, words)
                 for _ in range(rng.choice((2, 3)))
             ]
-            found[rng.choice(_HELD_CHOICES if held else _CHOICES)] = {"enum": sorted(set(options)), "type": "string"}
+            key = _number_name(rng, words, _HELD_CHOICES if held else _CHOICES, held)
+            found[key] = {"enum": sorted(set(options)), "type": "string"}
     for key in found:
         if rng.random() < 0.1:
             found[key] = {
@@ -162,11 +210,16 @@ def _properties(rng: Random, words: Pool, held: bool) -> dict[str, Any]:
     return found
 
 
+def _number_name(rng: Random, words: Pool, names: tuple[str, ...], held: bool) -> str:
+    """Training invents names too; the held-out names are new by themselves."""
+    return rng.choice(names) if held or rng.random() < 0.6 else made_up(rng, words)
+
+
 # ---- requests -----------------------------------------------------------------------------------------------------
 def request_for(rng: Random, words: Pool, tool: NamedTool, *, held: bool) -> tuple[str, Call]:
     """A sentence that asks for `tool`, and the call it asks for."""
     said, call = _asked(rng, words, tool, held)
-    return _polite(rng, said, held, question=said.startswith(("What", "How", "When", "Is "))), call
+    return _polite(rng, words, said, held), call
 
 
 def _asked(rng: Random, words: Pool, tool: NamedTool, held: bool) -> tuple[str, Call]:
@@ -179,23 +232,13 @@ def _asked(rng: Random, words: Pool, tool: NamedTool, held: bool) -> tuple[str, 
         for key, shape in tool.properties.items()
         if key in required or rng.random() < 0.5
     }
-    return f"{_head(rng, tool, held)}{_arguments(rng, values, held)}", Call(tool.name, values)
+    return f"{_head(rng, tool, held)}{_arguments(rng, words, values, held)}", Call(tool.name, values)
 
 
 def _head(rng: Random, tool: NamedTool, held: bool) -> str:
-    if not tool.verb:
-        forms = (
-            ("do the {n}", "give me the {n}")
-            if held
-            else ("show me the {n}", "use {n}", "I need the {n}", "run {n}", "the {n}")
-        )
-    else:
-        forms = (
-            ("{v} my {n}", "{v} that {n}")
-            if held
-            else ("{v} a {n}", "{v} the {n}", "{v} {n}", "{v} one {n}", "{v} this {n}")
-        )
-    return rng.choice(forms).format(v=tool.verb, n=tool.noun)
+    if not held:
+        return head(rng, tool.verb, tool.noun)
+    return rng.choice(HELD_HEADS if tool.verb else HELD_NAMELESS).format(v=tool.verb, n=tool.noun)
 
 
 def _value(rng: Random, words: Pool, key: str, shape: dict[str, Any]) -> Any:
@@ -208,66 +251,30 @@ def _value(rng: Random, words: Pool, key: str, shape: dict[str, Any]) -> Any:
     return (_STRINGS | _HELD_STRINGS).get(key, phrase)(rng, words)
 
 
-def _arguments(rng: Random, values: dict[str, Any], held: bool) -> str:
+def _arguments(rng: Random, words: Pool, values: dict[str, Any], held: bool) -> str:
     """ " with city Oslo and days 3", in one of many forms."""
     if not values:
         return ""
     items = list(values.items())
     if rng.random() < 0.4:
         rng.shuffle(items)
-    if len(items) == 1 and not held and rng.random() < 0.45:
+    if len(items) == 1 and not held and rng.random() < 0.35:
         return rng.choice((" for {}", " in {}", " {}", ": {}", " at {}", " of {}", " called {}", " from {}")).format(
             items[0][1]
         )
-    forms = (
-        ("having {k} {v}", "whose {k} should be {v}", "{k} being {v}")
-        if held
-        else (
-            "with {k} {v}",
-            "{k} {v}",
-            "{k}: {v}",
-            "where {k} is {v}",
-            "with {v} as {k}",
-            "{v} as the {k}",
-            "{k}={v}",
-            "using {k} {v}",
-            "for {k} {v}",
-            "set {k} to {v}",
-            "{v} for the {k}",
-            "the {k} is {v}",
-            '{k} "{v}"',
-        )
-    )
-    form = rng.choice(forms)
-    joint = rng.choice((", ", " and ", ", and ") if not held else (" and ", ", "))
-    parts = [(form if rng.random() < 0.8 else rng.choice(forms)).format(k=key, v=value) for key, value in items]
-    return rng.choice((" ", " ", ", ")) + joint.join(parts)
+    form, other = (rng.choice(HELD_ARGUMENTS) if held else argument(rng) for _ in range(2))
+    between = rng.choice((" and ", ", ")) if held else joint(rng, (", ", " and ", ", and "))
+    parts = [(form if rng.random() < 0.8 else other).format(k=key, v=value) for key, value in items]
+    return rng.choice((" ", " ", ", ")) + between.join(parts)
 
 
-def _polite(rng: Random, said: str, held: bool, question: bool) -> str:
-    if question:
-        return said + rng.choice(("?", "?", "")) if not held else said + "?"
-    before = (
-        ("I'd like you to ", "Kindly ", "")
-        if held
-        else (
-            "",
-            "",
-            "Please ",
-            "Can you ",
-            "Could you ",
-            "Could you please ",
-            "I want you to ",
-            "I need you to ",
-            "Now ",
-            "Hey, ",
-            "Next, ",
-            "Help me: ",
-        )
-    )
-    after = (".", "", ", if you can.") if held else ("", ".", ".", "?", " please.", "!", " now.", ", thanks.")
-    text = rng.choice(before) + said
-    return f"{text[0].upper()}{text[1:]}{rng.choice(after)}"
+def _polite(rng: Random, words: Pool, said: str, held: bool) -> str:
+    if said.startswith(_QUESTIONS):
+        return said + ("?" if held else rng.choice(("?", "?", "")))
+    before = rng.choice(HELD_OPENINGS) if held else opening(rng, words)
+    after = rng.choice(HELD_CLOSINGS) if held else closing(rng)
+    text = before + said
+    return f"{text[0].upper()}{text[1:]}{after}"
 
 
 def join_requests(
@@ -281,10 +288,9 @@ def join_requests(
         return _listed(rng, words, rng.choice(single), many, held)
     tools = [rng.choice(pool.tools) for _ in range(many)]
     asked = [_asked(rng, words, tool, held) for tool in tools]
-    joint = rng.choice(
-        (" and also ", ". Then ") if held else (" and ", ", then ", "; ", ". Also ", " and then ", ", and ", ". And ")
-    )
-    text = _polite(rng, joint.join(said[0].lower() + said[1:] for said, _ in asked), held, question=False)
+    plain = (" and ", ", then ", "; ", ". Also ", " and then ", ", and ", ". And ")
+    between = rng.choice((" and also ", ". Then ")) if held else joint(rng, plain)
+    text = _polite(rng, words, between.join(said[0].lower() + said[1:] for said, _ in asked), held)
     return text, [{"name": call.name, "arguments": call.values} for _, call in asked]
 
 
@@ -296,5 +302,5 @@ def _listed(rng: Random, words: Pool, tool: NamedTool, many: int, held: bool) ->
     values = [_value(rng, words, key, shape) for _ in range(many)]
     listed = ", ".join(str(value) for value in values[:-1]) + f" and {values[-1]}"
     said = rng.choice(tool.spoken.forms).format(**{key: listed})
-    text = _polite(rng, said, held, question=said.startswith(("What", "How", "When", "Is ")))
+    text = _polite(rng, words, said, held)
     return text, [{"name": tool.name, "arguments": {key: value}} for value in values]

@@ -60,6 +60,7 @@ def exact_replies(model: Nano, rows: Sequence[Row], at_once: int = 25) -> list[l
     found = []
     for start in range(0, len(rows), at_once):
         ids, _ = collate(rows[start : start + at_once])
+        ids = ids.to(model.device)
         right = model(ids[:, :-1]).argmax(-1) == ids[:, 1:]
         for row, hits in zip(rows[start : start + at_once], right.tolist(), strict=True):
             found.append([all(hits[position - 1] for position in range(*span)) for span in row.replies])
@@ -85,8 +86,8 @@ def decode(
     ends, generator = torch.tensor(starts), torch.Generator().manual_seed(seed)
     alive, rows = torch.ones(len(prompts), dtype=torch.bool), torch.arange(len(prompts))
     for _ in range(longest):
-        features = model.features(ids[:, : int(ends.max())])[rows, ends - 1]
-        drawn = _draw(features @ model.embed_tokens.weight.T, temperature, generator)
+        features = model.features(ids[:, : int(ends.max())].to(model.device))[rows, ends - 1]
+        drawn = _draw((features @ model.embed_tokens.weight.T).cpu(), temperature, generator)
         ids[rows[alive], ends[alive]] = drawn[alive]
         ends[alive] += 1
         alive &= drawn != END

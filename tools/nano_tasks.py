@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
+from nano_forms import argument, filler, opening
 from nano_puzzles import Puzzle, check_puzzle, make_puzzle
-from nano_requests import ToolPool, join_requests, make_pool, random_tool, request_for
-from nano_words import HELD_OUT, TRAIN, Pool, code, made_up, noun, person, phrase, place
+from nano_requests import ToolPool, join_requests, make_pool, request_for, stranger_to
+from nano_words import HELD_OUT, TRAIN, Pool, code, made_up, narrowed, noun, person, phrase, place
 
 NO_TOOL = "I have no tool for that."
 Message = dict[str, Any]
@@ -39,16 +40,16 @@ class Task:
 
 
 # ---- tools --------------------------------------------------------------------------------------------------------
-def tool_task(rng: Random, *, held: bool, rounds: int = 1, most_tools: int = 4, unfit: float = 0.12) -> Task:
+def tool_task(rng: Random, *, held: bool, rounds: int = 1, most_tools: int = 4, unfit: float = 0.18) -> Task:
     """One to four tools, and `rounds` requests, each with its calls, results and answer."""
-    words = HELD_OUT if held else TRAIN
+    words = _words(rng, held)
     pool = make_pool(rng, words, held=held, count=min(most_tools, rng.choice((1, 2, 2, 3, 4))))
     messages: list[Message] = []
     if rng.random() < 0.25:
         messages.append({"role": "system", "content": _system(rng, held)})
     for _ in range(rounds):
         if rng.random() < unfit:
-            stranger = random_tool(rng, words, held=held, avoid={tool.noun for tool in pool.tools})
+            stranger = stranger_to(rng, words, pool, held=held)
             messages += [
                 _user(request_for(rng, words, stranger, held=held)[0]),
                 {"role": "assistant", "content": NO_TOOL},
@@ -60,10 +61,16 @@ def tool_task(rng: Random, *, held: bool, rounds: int = 1, most_tools: int = 4, 
     return Task("tool", messages, [tool.definition for tool in pool.tools])
 
 
+def _words(rng: Random, held: bool) -> Pool:
+    if held:
+        return HELD_OUT
+    return narrowed(rng, TRAIN) if rng.random() < 0.3 else TRAIN
+
+
 def _tool_round(rng: Random, words: Pool, pool: ToolPool, held: bool) -> list[Message]:
     text, calls = _requests(rng, words, pool, held)
     messages = [_user(text), {"role": "assistant", "content": "", "tool_calls": calls}]
-    results = [_result(rng, words) for _ in calls]
+    results = [_result(rng, words, call["name"], held) for call in calls]
     messages += [{"role": "tool", "content": result} for result in results]
     messages.append({"role": "assistant", "content": answer(calls, results)})
     return messages
@@ -95,8 +102,10 @@ def _flat(result: str) -> str:
     return result.rstrip(".")
 
 
-def _result(rng: Random, words: Pool) -> str:
+def _result(rng: Random, words: Pool, tool: str, held: bool) -> str:
     kind = rng.random()
+    if not held and rng.random() < 0.12:
+        return f"error: {tool}: {_complaint(rng, words)}"
     if kind < 0.2:
         return str(rng.randint(0, 10 ** rng.randint(1, 4)))
     if kind < 0.4:
@@ -119,6 +128,20 @@ def _result(rng: Random, words: Pool) -> str:
     return " ".join(phrase(rng, words) for _ in range(rng.choice((1, 2, 3)))) + rng.choice(("", "", "."))
 
 
+def _complaint(rng: Random, words: Pool) -> str:
+    """What the runtime says of a tool that failed, in its own forms."""
+    kind = rng.random()
+    if kind < 0.55:
+        error = rng.choice(("Value", "Lookup", "Key", "Type", "Runtime", "Connection", "Permission", "Timeout", "OS"))
+        said = " ".join(
+            f"{rng.choice(('no', 'bad', 'unknown', 'not'))} {phrase(rng, words)}" for _ in range(rng.randint(1, 2))
+        )
+        return f"{error}Error: {said}"
+    if kind < 0.75:
+        return f"no result after {rng.choice((0.05, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0))} s"
+    return rng.choice(("not approved by the user", "not approved: the approver failed", "cancelled before it finished"))
+
+
 def check_calls(calls: list[Message], task: Task, reply: int = 0) -> bool:
     """Whether names and arguments are exactly the expected ones, in the order of the request."""
     expected = [(call["name"], call["arguments"]) for call in task.expected(reply).get("tool_calls", [])]
@@ -133,7 +156,8 @@ def check_answer(text: str, task: Task, reply: int = 1) -> bool:
 # ---- answers in a schema ------------------------------------------------------------------------------------------
 def json_task(rng: Random, *, held: bool) -> Task:
     """Facts in a request, to be given back as JSON in a schema that the request or the system message shows."""
-    words = HELD_OUT if held else TRAIN
+    words = _words(rng, held)
+    more = made_up if held or rng.random() < 0.5 else noun
     pool: list[tuple[str, str, Any]] = [
         ("name", "string", person(rng, words)),
         ("city", "string", place(rng, words)),
@@ -144,7 +168,7 @@ def json_task(rng: Random, *, held: bool) -> Task:
         ("code", "string", code(rng, words)),
         ("color", "string", phrase(rng, words)),
         ("open", "boolean", rng.random() < 0.5),
-        (made_up(rng, words), "string", phrase(rng, words)),
+        (more(rng, words), "string", phrase(rng, words)),
         (noun(rng, words), "integer", rng.randint(0, 99)),
     ]
     chosen = {key: (kind, value) for key, kind, value in rng.sample(pool, rng.randint(1, 4))}
@@ -156,13 +180,9 @@ def json_task(rng: Random, *, held: bool) -> Task:
     facts = list(chosen.items())
     if rng.random() < 0.4:
         rng.shuffle(facts)
-    said = _facts(rng, [(key, _spoken(value)) for key, (_, value) in facts], held)
+    said = _facts(rng, words, [(key, _spoken(value)) for key, (_, value) in facts], held)
     shape = json.dumps(schema, separators=(",", ":"))
-    asking = (
-        "Return JSON for this schema: "
-        if held
-        else rng.choice(("Answer in JSON with this schema: ", "Answer as JSON: ", "Use this schema: ", "JSON schema: "))
-    )
+    asking = "Return JSON for this schema: " if held else _asking(rng, words)
     if rng.random() < 0.5:
         messages = [{"role": "system", "content": asking + shape}, _user(said)]
     elif held or rng.random() < 0.6:
@@ -177,14 +197,25 @@ def _spoken(value: object) -> str:
     return {"True": "true", "False": "false"}.get(str(value), str(value))
 
 
-def _facts(rng: Random, facts: list[tuple[str, str]], held: bool) -> str:
-    forms = (
+def _asking(rng: Random, words: Pool) -> str:
+    if rng.random() < 0.6:
+        return rng.choice(
+            ("Answer in JSON with this schema: ", "Answer as JSON: ", "Use this schema: ", "JSON schema: ")
+        )
+    said = " ".join(filler(rng) for _ in range(rng.randint(1, 3)))
+    return f"{opening(rng, words)}{said} JSON {filler(rng)} schema: "
+
+
+def _facts(rng: Random, words: Pool, facts: list[tuple[str, str]], held: bool) -> str:
+    simple = (
         ("{k} should be {v}", "{k} = {v}")
         if held
-        else ("{k} is {v}", "{k}: {v}", "{k} {v}", "the {k} is {v}", "with {k} {v}", "{v} as {k}")
+        else ("{k} is {v}", "{k}: {v}", "{k} {v}", "the {k} is {v}", "{v} as {k}")
     )
-    form, joint = rng.choice(forms), rng.choice((", ", " and ", "; ") if not held else (", ", ". "))
-    text = joint.join(form.format(k=key, v=value) for key, value in facts)
+    form = rng.choice(simple) if held or rng.random() < 0.5 else argument(rng)
+    text = rng.choice((", ", ". ") if held else (", ", " and ", "; ", ". ")).join(
+        form.format(k=key, v=value) for key, value in facts
+    )
     return f"{text[0].upper()}{text[1:]}." if rng.random() < 0.5 else f"{text}."
 
 
@@ -199,7 +230,7 @@ def check_json(text: str, task: Task) -> bool:
 # ---- puzzles and talk ---------------------------------------------------------------------------------------------
 def puzzle_task(rng: Random, *, held: bool, size: int | None = None) -> Task:
     """A target to reach from given numbers."""
-    puzzle = make_puzzle(rng, held=held, size=size or rng.choice((3, 3, 4)))
+    puzzle = make_puzzle(rng, held=held, size=size or rng.choice((2, 3, 3, 3, 4, 4)))
     numbers = [str(number) for number in puzzle.numbers]
     spaced, listed = " ".join(numbers), ", ".join(numbers)
     forms = (
@@ -216,7 +247,7 @@ def puzzle_task(rng: Random, *, held: bool, size: int | None = None) -> Task:
     return Task("puzzle", [_user(rng.choice(forms)), {"role": "assistant", "content": puzzle.solution}], puzzle=puzzle)
 
 
-_TALK = (
+TALK = (
     (
         ("Hello", "Hi", "Hello!", "Hi there", "Hey", "Good morning", "hello", "hi"),
         "Hello! I am nano. Ask me to use a tool, fill in JSON or reach a number.",
@@ -244,7 +275,7 @@ def copy_task(rng: Random) -> Task:
         return Task("copy", [_user(asking), {"role": "assistant", "content": text}])
     facts = {noun(rng, TRAIN): rng.choice(draws)(rng, TRAIN) for _ in range(rng.randint(2, 6))}
     messages = []
-    said = _facts(rng, list(facts.items()), held=False) + " "
+    said = _facts(rng, TRAIN, list(facts.items()), held=False) + " "
     for key in rng.sample(list(facts), min(len(facts), 3)):
         messages += [_user(f"{said}What is {key}?"), {"role": "assistant", "content": facts[key]}]
         said = ""
@@ -262,7 +293,7 @@ def chat_task(rng: Random) -> Task:
 
 
 def _chat(rng: Random) -> list[Message]:
-    asked, said = rng.choice(_TALK)
+    asked, said = rng.choice(TALK)
     return [_user(rng.choice(asked)), {"role": "assistant", "content": said}]
 
 
@@ -298,10 +329,10 @@ def training_task(rng: Random, progress: float = 1.0) -> Task:
 def skill_task(rng: Random, progress: float = 1.0) -> Task:
     """One conversation of those that nano is for."""
     kind = rng.random()
-    if kind < 0.64:
+    if kind < 0.55:
         early = rng.random() > 1.6 * progress + 0.1
         return tool_task(rng, held=False, rounds=1 if early else rng.choice((1, 1, 1, 2)), most_tools=2 if early else 4)
-    if kind < 0.78:
+    if kind < 0.66:
         return json_task(rng, held=False)
     return puzzle_task(rng, held=False) if kind < 0.97 else chat_task(rng)
 

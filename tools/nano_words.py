@@ -7,7 +7,7 @@ them from the conversation.
 from __future__ import annotations
 
 # ruff: noqa: SIM905 (lists of words read best as text)
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 _VERBS = (
@@ -40,6 +40,17 @@ _THINGS = (
     "morning evening night spring summer autumn winter north south east west"
 ).split()
 
+FILLERS = (
+    "for with to in on at by as of from about using called named is be please now then also here there this one some "
+    "any our your their just really quickly today soon again next first last maybe via per into over near after before "
+    "until it so what who how would could can may need want if when hey well okay ok right a the an and or but not me "
+    "us them these those very only even still back up down out off all each most more than such own same too do does "
+    "did let us go think am are was were has had have said exactly precisely equals means takes goes stands given "
+    "under value asked wanted being having whose should must shall will that my like kindly you which while since "
+    "because though both either he she they we his her its been might ought nothing something someone anyone yes no"
+).split()
+"""Words that may stand anywhere in a request and never name a tool, a parameter or a value."""
+
 
 @dataclass(frozen=True)
 class Pool:
@@ -52,11 +63,21 @@ class Pool:
     things: tuple[str, ...]
     endings: tuple[str, ...]
     """Last syllables of made-up words; no made-up word of one split can occur in the other."""
+    wild: float = 0.0
+    """Share of made-up words that are of no syllables: copying has to work whatever the word."""
+    known: float = 0.65
+    """Share of nouns that are English words."""
+
+
+_WRITTEN = frozenset({"get", "list", "order", "flight", "small"})
+"""Words in the texts that training has by hand (tools, talk): these are no words for the held-out set."""
 
 
 def _every(words: list[str], held: bool, step: int = 6) -> tuple[str, ...]:
     unique = sorted(set(words))
-    return tuple(word for index, word in enumerate(unique) if (index % step == step - 1) == held)
+    return tuple(
+        word for index, word in enumerate(unique) if (index % step == step - 1 and word not in _WRITTEN) == held
+    )
 
 
 def _pool(held: bool) -> Pool:
@@ -78,6 +99,7 @@ def _pool(held: bool) -> Pool:
         _every(_PEOPLE, held),
         _every(_THINGS, held),
         tuple(endings),
+        *((0.0, 0.65) if held else (0.65, 0.4)),
     )
 
 
@@ -85,15 +107,59 @@ TRAIN = _pool(held=False)
 HELD_OUT = _pool(held=True)
 _ONSETS = tuple("b c d f g h j k l m n p r s t v w x z br cr dr fl gr kl pl pr sk sl sn sp st tr".split())
 _VOWELS = tuple("a e i o u".split())
+_LETTERS = "abcdefghijklmnopqrstuvwxyzaeiouaeiou"
+_ENGLISH = tuple(
+    sorted(
+        {
+            word.lower()
+            for part in (TRAIN.verbs, TRAIN.nouns, TRAIN.places, TRAIN.people, TRAIN.things, FILLERS)
+            for word in part
+        }
+    )
+)
+_TAKEN = frozenset(FILLERS) | {
+    word.lower() for part in ("verbs", "nouns", "places", "people", "things") for word in getattr(HELD_OUT, part)
+}
 
 
 def made_up(rng: Random, pool: Pool, syllables: int = 2) -> str:
     """A lower-case word that no dictionary has."""
+    if rng.random() < pool.wild:
+        return _wild(rng)
     return "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) for _ in range(syllables - 1)) + rng.choice(pool.endings)
 
 
+def _wild(rng: Random) -> str:
+    """Any letters, or pieces of English words; none that a word of the held-out set or a filler could be."""
+    while True:
+        if rng.random() < 0.3:
+            word = "".join(rng.choice(_LETTERS) for _ in range(rng.randint(1, 9)))
+        else:
+            word = "".join(_piece(rng) for _ in range(rng.choice((1, 2, 2, 2, 3))))
+        if not word.endswith(HELD_OUT.endings) and word not in _TAKEN:
+            return word
+
+
+def _piece(rng: Random) -> str:
+    """One to six letters that stand together in a word: much as a tokenizer cuts words it has not seen."""
+    word = rng.choice(_ENGLISH)
+    size = rng.randint(1, 6)
+    start = rng.randrange(max(1, len(word) - size + 1))
+    return word[start : start + size]
+
+
+def narrowed(rng: Random, pool: Pool) -> Pool:
+    """A pool of few words, so that the same ones come again within a conversation."""
+    few = {name: tuple(rng.sample(getattr(pool, name), 4)) for name in ("verbs", "places", "people", "things")}
+    return replace(pool, **few)
+
+
+def verb(rng: Random, pool: Pool) -> str:
+    return made_up(rng, pool) if rng.random() < pool.wild / 2 else rng.choice(pool.verbs)
+
+
 def noun(rng: Random, pool: Pool) -> str:
-    return rng.choice(pool.nouns) if rng.random() < 0.65 else made_up(rng, pool, rng.choice((2, 2, 3)))
+    return rng.choice(pool.nouns) if rng.random() < pool.known else made_up(rng, pool, rng.choice((2, 2, 3)))
 
 
 def place(rng: Random, pool: Pool) -> str:
@@ -110,6 +176,8 @@ def phrase(rng: Random, pool: Pool) -> str:
     words = [
         rng.choice(pool.things) if rng.random() < 0.5 else made_up(rng, pool) for _ in range(rng.choice((1, 1, 2)))
     ]
+    if pool.wild and rng.random() < 0.04:
+        words = words[:1] * 2  # "wood wood": after a word comes the same word, which is the hardest thing to copy
     return " ".join(words)
 
 

@@ -1,6 +1,7 @@
 """Trains nano from tasks it generates and writes the model folder; can be stopped and resumed at any time.
 
-    python tools/train_nano.py --minutes 30 --processes 2
+    python tools/train_nano.py --minutes 120 --processes 2
+    python tools/train_nano.py --minutes 8 --processes 1 --device cuda --workers 12 --budget 98304
     python tools/train_nano.py --score agentspeed/models/nano
 
 Progress, checkpoints each minute and the best model by held-out score. The same command resumes where it stopped.
@@ -17,7 +18,7 @@ from random import Random
 from tempfile import TemporaryDirectory
 
 import torch
-from nano_data import batches
+from nano_data import Rounds
 from nano_format import render, train_tokenizer, write_tokenizer
 from nano_model import Nano, Shape, read_model, write_model
 from nano_optim import Muon
@@ -44,6 +45,8 @@ class Plan:
     shape: Shape = field(default_factory=Shape)
     muon_rate: float = 0.02
     adam_rate: float = 3e-3
+    rate: float = 1.0
+    """Share of both rates: less for going on with weights that have learnt, on few ids a step."""
     warmup_steps: int = 60
     cooldown: float = 0.3
     """The last share of the time, in which the rate falls to nothing."""
@@ -53,6 +56,9 @@ class Plan:
     rows: int = 1024
     budget: int = 3072
     most_steps: int | None = None
+    device: str = "cpu"
+    workers: int = 0
+    """Processes that make data ahead of time; 0: the learner makes it."""
 
 
 def make_tokenizer() -> Tokenizer:
@@ -72,13 +78,14 @@ class Training:
         self.tokenizer = make_tokenizer()
         self.model = Nano(plan.shape)
         start_with_copying(self.model)
+        self.model.to(plan.device)
         hidden = [weight for name, weight in self.model.named_parameters() if weight.ndim == 2 and _is_hidden(name)]
         others = [weight for name, weight in self.model.named_parameters() if weight.ndim != 2 or not _is_hidden(name)]
         self.optimisers: list[torch.optim.Optimizer] = [
             Muon(hidden, plan.muon_rate),
             torch.optim.AdamW(others, plan.adam_rate, betas=(0.9, 0.98), weight_decay=0.0),
         ]
-        self.step, self.round, self.tokens, self.seconds, self.best = 0, 0, 0, 0.0, -1.0
+        self.step, self.round, self.tokens, self.seconds, self.best = 0, self.peers.rank << 32, 0, 0.0, -1.0
         self._file = plan.checkpoints / "state.pt"
         if self._file.is_file():
             self._load()
@@ -91,45 +98,54 @@ class Training:
     def rate(self) -> float:
         """The learning rate as a share of its highest."""
         cooling = min(1.0, (1 - self.progress) / self.plan.cooldown)
-        return max(0.01, min(1.0, (self.step + 1) / self.plan.warmup_steps, cooling))
+        return self.plan.rate * max(0.01, min(1.0, (self.step + 1) / self.plan.warmup_steps, cooling))
 
     def run(self) -> None:
         """Until the time is up. Rounds of data are numbered, so a resumed run goes on with fresh ones."""
         held = HeldOut(self.tokenizer, self.plan.held_out)
+        budget = self.plan.budget // self.peers.count
+        rounds = Rounds(self.tokenizer, first=self.round, rows=self.plan.rows, budget=budget, workers=self.plan.workers)
         clock = saved = said = time.monotonic()
         scored = self.seconds
-        while self.progress < 1.0 and self.step != self.plan.most_steps:
-            self.round += 1
-            seed = self.round * self.peers.count + self.peers.rank
-            for ids, made in batches(
-                self.tokenizer, seed, self.progress, rows=self.plan.rows, budget=self.plan.budget // self.peers.count
-            ):
-                loss = self._learn(ids, made)
-                now = time.monotonic()
-                self.seconds, clock = self.peers.agreed(self.seconds + now - clock), now
-                if now - said > 20:
-                    said = now
-                    self._say(f"loss {loss:.3f} rate {self.rate():.2f}")
-                if now - saved > self.plan.save_seconds:
-                    saved = now
-                    self.save()
-                if self.seconds - scored > self.plan.score_seconds:
-                    scored = self.seconds
-                    self._score(held)
-                    clock = time.monotonic()
-                if self.progress >= 1.0 or self.step == self.plan.most_steps:
-                    break
+        try:
+            while not self._over():
+                made = rounds.next(self.progress)
+                self.round = rounds.number
+                for batch in made:
+                    loss = self._learn(*batch)
+                    now = time.monotonic()
+                    self.seconds, clock = self.peers.agreed(self.seconds + now - clock), now
+                    if now - said > 20:
+                        said = now
+                        self._say(f"loss {loss.item():.3f} rate {self.rate():.2f} replayed {rounds.replayed}")
+                    if now - saved > self.plan.save_seconds:
+                        saved = now
+                        self.save()
+                    if self.seconds - scored > self.plan.score_seconds:
+                        scored = self.seconds
+                        self._score(held)
+                        clock = time.monotonic()
+                    if self._over():
+                        break
+        finally:
+            rounds.close()
         self.save()
         self._score(held)
 
-    def _learn(self, ids: torch.Tensor, made: torch.Tensor) -> float:
+    def _over(self) -> bool:
+        return self.progress >= 1.0 or self.step == self.plan.most_steps
+
+    def _learn(self, ids: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
         self.model.train()
+        self.tokens += ids.numel() * self.peers.count
+        ids, made = ids.to(self.plan.device).long(), made.to(self.plan.device)
         for optimiser, highest in zip(self.optimisers, (self.plan.muon_rate, self.plan.adam_rate), strict=True):
             for group in optimiser.param_groups:
                 group["lr"] = highest * self.rate()
-        features = self.model.features(ids[:, :-1])[made[:, 1:]]
-        logits = F.linear(features, self.model.embed_tokens.weight)
-        loss = F.cross_entropy(logits, ids[:, 1:][made[:, 1:]])
+        with torch.autocast(self.plan.device, torch.bfloat16, enabled=self.plan.device != "cpu"):
+            features = self.model.features(ids[:, :-1])[made[:, 1:]]
+            logits = F.linear(features, self.model.embed_tokens.weight)
+        loss = F.cross_entropy(logits.float(), ids[:, 1:][made[:, 1:]])
         loss.backward()  # type: ignore[no-untyped-call]
         self.peers.average(
             [weight.grad for weight in self.model.parameters() if weight.grad is not None]
@@ -142,8 +158,7 @@ class Training:
         for experts in self.model.experts():
             experts.even_out()
         self.step += 1
-        self.tokens += int((ids > 0).sum()) * self.peers.count
-        return loss.item()
+        return loss.detach()
 
     # ---- scores and files -----------------------------------------------------------------------------------------
     def _score(self, held: HeldOut) -> None:
@@ -175,6 +190,7 @@ class Training:
             {
                 "model": self.model.state_dict(),
                 "optimisers": [one.state_dict() for one in self.optimisers],
+                "tokenizer": self.tokenizer.to_str(),
                 "step": self.step,
                 "round": self.round,
                 "tokens": self.tokens,
@@ -186,10 +202,11 @@ class Training:
         os.replace(fresh, self._file)
 
     def _load(self) -> None:
-        state = torch.load(self._file, weights_only=True)
+        state = torch.load(self._file, weights_only=True, map_location=self.plan.device)
         self.model.load_state_dict(state["model"])
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
+        self.tokenizer = Tokenizer.from_str(state["tokenizer"])  # the tasks it was made from may have changed since
         self.step, self.round, self.tokens = state["step"], state["round"], state["tokens"]
         self.seconds, self.best = state["seconds"], state["best"]
         self._say("resumed")
@@ -219,8 +236,12 @@ def score_folder(folder: Path, count: int) -> Scores:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--minutes", type=float, default=30.0, help="time to learn, over all resumed runs")
+    parser.add_argument("--minutes", type=float, default=120.0, help="time to learn, over all resumed runs")
     parser.add_argument("--processes", type=int, default=2, help="each learns with one thread")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; with cuda one process")
+    parser.add_argument("--workers", type=int, default=0, help="processes that make data ahead of time")
+    parser.add_argument("--rate", type=float, default=1.0, help="share of the usual learning rate")
+    parser.add_argument("--budget", type=int, default=3072, help="ids in one step")
     parser.add_argument("--out", type=Path, default=HOME / "agentspeed" / "models" / "nano")
     parser.add_argument("--checkpoints", type=Path, default=HOME / ".checkpoints" / "nano")
     parser.add_argument("--score", type=Path, help="only score this folder on 200 held-out tasks of each kind")
@@ -228,12 +249,26 @@ def main() -> None:
     if options.score is not None:
         print(line(score_folder(options.score, 200)))
         return
-    plan = Plan(minutes=options.minutes, out=options.out, checkpoints=options.checkpoints)
+    plan = Plan(
+        minutes=options.minutes,
+        out=options.out,
+        checkpoints=options.checkpoints,
+        rate=options.rate,
+        device=options.device,
+        workers=options.workers,
+        budget=options.budget,
+        rows=max(Plan.rows, options.budget // 12),  # several batches of each length, so that little is padding
+    )
+    if options.processes == 1:
+        learn(0, plan, 1, None)
+        return
+    if options.device != "cpu":
+        parser.error("several processes learn on the CPU only; give --processes 1.")
     with TemporaryDirectory() as folder:
         spawn(learn, args=(plan, options.processes, Path(folder) / "meeting"), nprocs=options.processes)  # type: ignore[no-untyped-call]
 
 
-def learn(rank: int, plan: Plan, count: int, meeting: Path) -> None:
+def learn(rank: int, plan: Plan, count: int, meeting: Path | None) -> None:
     """One process of a training run."""
     torch.set_num_threads(1)
     training = Training(plan, Peers(rank, count, meeting))

@@ -14,10 +14,12 @@ sys.path.insert(0, str(HOME / "tools"))
 
 import nano_tasks  # noqa: E402
 import train_nano  # noqa: E402
+from nano_data import Rounds  # noqa: E402
 from nano_model import Nano, Shape, read_model, write_model  # noqa: E402
-from nano_optim import orthogonal  # noqa: E402
+from nano_optim import Muon, orthogonal  # noqa: E402
 from nano_peers import Peers  # noqa: E402
 from nano_start import start_with_copying  # noqa: E402
+from tokenizers import Tokenizer  # noqa: E402
 
 FOLDER = HOME / "agentspeed" / "models" / "nano"
 TINY = Shape(hidden=32, layers=2, heads=2, kv_rank=16, nope=8, rope=4, value=12, inner=32, expert_inner=16)
@@ -59,6 +61,34 @@ def test_muon_steps_have_singular_values_near_one() -> None:
     values = torch.linalg.svdvals(orthogonal(torch.randn(24, 40, generator=torch.Generator().manual_seed(1))))
     assert values.min() > 0.4
     assert values.max() < 1.6
+
+
+def test_muon_moves_a_weight_the_same_alone_and_among_others_of_its_shape() -> None:
+    generator = torch.Generator().manual_seed(2)
+    start, gradient = (torch.randn(2, 6, 10, generator=generator) for _ in range(2))
+
+    def moved(*chosen: int) -> torch.Tensor:
+        weights = [torch.nn.Parameter(start[index].clone()) for index in chosen]
+        optimiser = Muon(weights)
+        for _ in range(2):
+            for index, weight in zip(chosen, weights, strict=True):
+                weight.grad = gradient[index].clone()
+            optimiser.step()
+        return weights[-1].detach()
+
+    assert torch.allclose(moved(1), moved(0, 1), atol=1e-6)
+    assert not torch.allclose(moved(1), start[1], atol=1e-3)
+
+
+def test_data_made_ahead_by_workers_is_the_data_made_here() -> None:
+    tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
+    here, ahead = (Rounds(tokenizer, first=7, rows=6, budget=512, workers=workers) for workers in (0, 1))
+    try:
+        for (ids, made), (other_ids, other_made) in zip(here.next(1.0), ahead.next(1.0), strict=True):
+            assert torch.equal(ids, other_ids.long())
+            assert torch.equal(made, other_made)
+    finally:
+        ahead.close()
 
 
 def test_one_process_alone_averages_with_nobody() -> None:

@@ -11,10 +11,22 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
+from nano_forms import (
+    ARGUMENTS,
+    HEADS,
+    HELD_ARGUMENTS,
+    HELD_HEADS,
+    HELD_NAMELESS,
+    HELD_OPENINGS,
+    OPENINGS,
+    argument,
+    head,
+    opening,
+)
 from nano_puzzles import check_puzzle, is_held_out, make_puzzle
 from nano_spoken import HELD_TOOLS, TRAIN_TOOLS
-from nano_tasks import Task, answer, check_answer, check_calls, check_json, held_out, training_task
-from nano_words import HELD_OUT, TRAIN, made_up
+from nano_tasks import TALK, Task, answer, check_answer, check_calls, check_json, held_out, training_task
+from nano_words import FILLERS, HELD_OUT, TRAIN, made_up
 
 
 @pytest.mark.parametrize("text", ["3*8=24,24-2=22", "8*3=24,24-2=22", " 3*8=24, 24-2=22 ", "8-2=6,6*3=18,18+4=22"])
@@ -96,6 +108,25 @@ def test_words_tools_and_made_up_words_of_the_two_sets_are_disjoint() -> None:
     rng = Random(0)
     held = {made_up(rng, HELD_OUT) for _ in range(500)}
     assert not held & {made_up(rng, TRAIN) for _ in range(5000)}
+
+
+def test_no_held_out_word_stands_in_what_training_has_by_hand() -> None:
+    by_hand = " ".join(
+        str((tool.name.split("_"), tool.description, tool.properties, tool.forms)) for tool in TRAIN_TOOLS
+    )
+    by_hand += str(TALK) + str(OPENINGS) + str(HEADS) + str(ARGUMENTS) + " ".join(FILLERS)
+    said = set(re.findall(r"[a-z]+", by_hand.lower()))
+    for name in ("nouns", "places", "people", "things"):
+        assert not {word.lower() for word in getattr(HELD_OUT, name)} & said, name
+
+
+def test_training_never_words_a_request_as_the_held_out_set_does() -> None:
+    rng = Random(11)
+    for _ in range(3000):
+        assert argument(rng) not in HELD_ARGUMENTS
+        assert head(rng, "{v}", "{n}") not in HELD_HEADS
+        assert head(rng, "", "{n}") not in HELD_NAMELESS
+        assert opening(rng, TRAIN) not in HELD_OPENINGS[:-1]
 
 
 def test_worded_requests_of_the_two_sets_have_no_sentence_in_common() -> None:
