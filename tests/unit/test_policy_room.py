@@ -72,3 +72,19 @@ def test_nothing_is_copied_to_the_host_while_rows_that_nobody_would_miss_can_go_
         _ = world.turn(branch, (7,))
     counts = world.core.counts()
     assert counts["pages_evicted"] > 0 and counts["pages_saved"] == counts["tickets"] == 0
+
+
+def test_a_branch_that_lost_some_rows_loses_no_more_when_another_is_needed_later_by_now() -> None:
+    world = Scheduled(pages=15, context_limit=40)
+    first, second = world.open(range(1, 25)), world.open(range(30, 54))
+    for branch, seconds in ((first, 90.0), (second, 50.0)):
+        _ = world.turn(branch)
+        _ = world.send(wire.Expect(request=1, branch=branch, seconds=seconds))
+    third = world.open(range(60, 76))
+    _ = world.turn(third)
+    kept = world.residence(first).device
+    assert 0 < kept < 24 <= world.residence(second).device
+    for branch, seconds in ((first, 1.0), (third, 0.0)):
+        _ = world.send(wire.Expect(request=1, branch=branch, seconds=seconds))
+    _ = world.turn(world.open(range(80, 92)))
+    assert world.residence(first).device == kept and world.residence(second).device < 24

@@ -46,6 +46,7 @@ def plan(world: World, now: float) -> StepPlan | None:
     if len(world.flights) > world.config.depth:
         return None
     run = _Pass(world.config.prefill_chunk, world.config.extend_tokens)
+    world.victim = None  # a whole branch goes within one step; by the next one another may be needed later
     # The pass moves turns between the two lists, so it walks over what they were.
     for _, number in merge(list(world.active), _Entrants(world, run)):
         match world.states.get(number):
