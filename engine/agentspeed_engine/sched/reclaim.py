@@ -180,10 +180,10 @@ def save_early(world: World, now: float) -> None:
 
 
 def _unheld_pages(tip: Node) -> int:
-    """Pages of a tip and the nodes above it that no branch would lose."""
+    """Pages of a tip that no branch would lose, and of the nodes above it that only it holds."""
     pages = 0
     for node in upward(tip):
-        if _held_below(node):
+        if node.leaf_of or node.seed_of or len(node.children) + len(node.stubs) > 1:
             break
         pages += len(node.pages)
     return pages
@@ -230,9 +230,14 @@ def _evictable(world: World, tip: Node, now: float) -> bool:
 
 def _held_below(node: Node) -> set[BranchId]:
     """The branches that would lose these rows."""
-    holders = node.leaf_of | node.seed_of
-    for child in (*node.children.values(), *node.stubs.values()):
-        holders |= _held_below(child)
+    holders: set[BranchId] = set()
+    nodes = [node]
+    while nodes:
+        here = nodes.pop()
+        holders |= here.leaf_of
+        holders |= here.seed_of
+        nodes += here.children.values()
+        nodes += here.stubs.values()
     return holders
 
 
