@@ -279,6 +279,15 @@ def write_model(model: Nano, out: Path) -> None:
     (out / "model.safetensors").chmod(0o644)  # the writer keeps it to its owner; a package is for everyone
 
 
+def averaged(one: Nano, two: Nano, share: float) -> Nano:
+    """The mean of two models of the same run, `share` of it the second: better than either, as they err differently."""
+    if one.shape != two.shape:
+        raise ValueError(f"models of different shapes have no mean: {one.shape} and {two.shape}.")
+    model, other = Nano(one.shape), two.state_dict()
+    model.load_state_dict({name: weight.lerp(other[name], share) for name, weight in one.state_dict().items()})
+    return model.eval()
+
+
 def read_model(folder: Path) -> Nano:
     """The model of a folder that `write_model` wrote."""
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))

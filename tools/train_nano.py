@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 import torch
 from nano_data import Rounds
 from nano_format import render, train_tokenizer, write_tokenizer
-from nano_model import Nano, Shape, read_model, write_model
+from nano_model import Nano, Shape, averaged, read_model, write_model
 from nano_optim import Muon
 from nano_peers import Peers
 from nano_scoring import HeldOut, Scores, decode, solved
@@ -244,10 +244,17 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=3072, help="ids in one step")
     parser.add_argument("--out", type=Path, default=HOME / "agentspeed" / "models" / "nano")
     parser.add_argument("--checkpoints", type=Path, default=HOME / ".checkpoints" / "nano")
+    parser.add_argument(
+        "--average", type=Path, nargs=2, metavar="FOLDER", help="write the mean of two models of one run to --out"
+    )
+    parser.add_argument("--share", type=float, default=0.5, help="the second model's share of an average")
     parser.add_argument("--score", type=Path, help="only score this folder on 200 held-out tasks of each kind")
     options = parser.parse_args()
     if options.score is not None:
         print(line(score_folder(options.score, 200)))
+        return
+    if options.average is not None:
+        write_model(averaged(*map(read_model, options.average), options.share), options.out)
         return
     plan = Plan(
         minutes=options.minutes,

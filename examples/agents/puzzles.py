@@ -9,6 +9,7 @@ import random
 import re
 import sys
 import textwrap
+import zlib
 
 import anyio
 
@@ -20,11 +21,11 @@ TRIES = 16
 
 
 def puzzle(draw: random.Random) -> tuple[list[int], int]:
-    """Three numbers and a target that they reach."""
+    """Three numbers and a target that they reach; one of the puzzles that the shipped model's training never had."""
     while True:
         one, two, three = (draw.randint(1, 9) for _ in range(3))
         target = draw.choice([one + two + three, one * two - three, one * two + three, (one + two) * three])
-        if 1 <= target <= 99:
+        if 1 <= target <= 99 and zlib.crc32(f"{sorted([one, two, three])} {target}".encode()) % 8 == 0:
             return [one, two, three], target
 
 

@@ -15,7 +15,7 @@ sys.path.insert(0, str(HOME / "tools"))
 import nano_tasks  # noqa: E402
 import train_nano  # noqa: E402
 from nano_data import Rounds  # noqa: E402
-from nano_model import Nano, Shape, read_model, write_model  # noqa: E402
+from nano_model import Nano, Shape, averaged, read_model, write_model  # noqa: E402
 from nano_optim import Muon, orthogonal  # noqa: E402
 from nano_peers import Peers  # noqa: E402
 from nano_start import start_with_copying  # noqa: E402
@@ -47,6 +47,15 @@ def test_writing_and_reading_a_folder_gives_the_model_back(tmp_path: Path) -> No
     assert again.shape == TINY
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, again.state_dict()[name])
+
+
+def test_the_mean_of_two_models_lies_between_them_and_two_shapes_have_none() -> None:
+    one, two = Nano(TINY), Nano(TINY)
+    mean = averaged(one, two, 0.25)
+    for name, weight in mean.state_dict().items():
+        assert torch.allclose(weight, 0.75 * one.state_dict()[name] + 0.25 * two.state_dict()[name], atol=1e-6)
+    with pytest.raises(ValueError, match="different shapes"):
+        averaged(one, Nano(replace(TINY, layers=3)), 0.5)
 
 
 def test_evening_out_makes_idle_experts_likelier() -> None:
