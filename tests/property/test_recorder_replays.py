@@ -49,7 +49,7 @@ class Recorded(Ownership):
     @rule()
     def a_segment_begins(self) -> None:
         self.tape.flush()
-        self.tape._begin_segment(gap=False)
+        self.tape.begin_segment()
 
     @rule(pick=st.integers(0, 30), seconds=st.floats(0, 5), tool=st.sampled_from(["", "search", "build"]))
     def a_tool_is_named(self, pick: int, seconds: float, tool: str) -> None:

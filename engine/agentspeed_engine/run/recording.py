@@ -10,10 +10,11 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from io import BufferedWriter
+from io import FileIO
 from pathlib import Path
 from typing import Final, final
 
@@ -55,13 +56,17 @@ class Tape:
         self._say = say if say is not None else _say
         self._kept: list[tuple[Path, int]] = []
         """Finished segments and their sizes, oldest first."""
-        self._file: BufferedWriter | None = None
+        self._file: FileIO | None = None
         self._size = self._most = self._number = 0
         stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(self._started))
         self.path = order.folder / f"{stamp}-{os.getpid()}-{id(self) & 0xFFFF:04x}.flight"
+        head = self._head(gap=False)
+        if 2 * len(head) > order.most_bytes:
+            raise EngineFault("bad_config", f"record_bytes is {order.most_bytes}; a recording of a pool of "
+                              f"{core.config.pages} pages needs more than {2 * len(head)}.", "Give more.")
         try:
             self.path.mkdir(mode=0o700, parents=True)
-            self._begin_segment(gap=False)
+            self._open(head)
         except OSError as error:
             raise EngineFault("bad_config", f"Cannot record into {order.folder}: {error}.",
                               "Give a folder of your own (record), or leave it out.") from error
@@ -76,12 +81,16 @@ class Tape:
         records = self.core.taken()
         if not records or self._file is None:
             return
-        try:
+        with self._surviving():
             fitted = self._write(frame(records))
             if not fitted or self._size >= self._most:
                 self._begin_segment(gap=not fitted)
-        except OSError as error:
-            self._give_up(str(error))
+
+    def begin_segment(self) -> None:
+        """The state as it is now begins a new one; the oldest go. To be called between two inputs, all written."""
+        if self._file is not None:
+            with self._surviving():
+                self._begin_segment(gap=False)
 
     def close(self, broke: BaseException | None = None) -> None:
         """The last words. `broke`: what stopped the engine."""
@@ -91,12 +100,19 @@ class Tape:
         if broke is None:
             records.append(self.core.checked())
         records.append(Ended("" if broke is None else self._words(broke)))
-        try:
+        with self._surviving():
             _ = self._write(frame(records))
+        if self._file is not None:
             self._file.close()
+        self._file = None
+
+    @contextmanager
+    def _surviving(self) -> Iterator[None]:
+        """What cannot be written ends the recording here."""
+        try:
+            yield
         except OSError as error:
             self._give_up(str(error))
-        self._file = None
 
     def _words(self, broke: BaseException) -> str:
         """Our own rules' sentences hold no content; of other errors only the class is known not to."""
@@ -110,28 +126,32 @@ class Tape:
         self._drop_down_to(self._order.most_bytes - self._size - len(data))
         if self.size + len(data) > self._order.most_bytes:
             return False
-        self._file.write(data)
-        self._file.flush()
+        _put(self._file, data)
         self._size += len(data)
         return True
 
     def _begin_segment(self, *, gap: bool) -> None:
-        """The state as it is now begins a new one; the oldest go."""
-        head = opening(self._header(self._number + 1, gap)) + frame(self.core.state())
+        head = self._head(gap=gap)
         if 2 * len(head) > self._order.most_bytes:
             self._give_up(f"the engine's state alone is {len(head)} bytes, more than half of record_bytes "
                           f"({self._order.most_bytes}); give more")
-            return
-        if self._file is not None:
+        elif self._file is not None:
             self._file.close()
             self._kept.append((self._segment(self._number), self._size))
+            self._open(head)
+
+    def _head(self, *, gap: bool) -> bytes:
+        return opening(self._header(self._number + 1, gap)) + frame(self.core.state())
+
+    def _open(self, head: bytes) -> None:
         self._number += 1
         self._most = max(self._order.most_bytes // _SHARE, 2 * len(head))
         self._drop_down_to(self._order.most_bytes - self._most)
-        self._file = open(self._segment(self._number), "xb", opener=_private)  # noqa: SIM115 - closed by `close`
         self._size = 0
-        self._file.write(head)
-        self._file.flush()
+        path = self._segment(self._number)
+        # Unbuffered: what a full disk refused must not be tried again when the file is closed.
+        self._file = open(path, "xb", buffering=0, opener=_private)  # noqa: SIM115 - closed by `close`
+        _put(self._file, head)
         self._size = len(head)
 
     def _drop_down_to(self, most: int) -> None:
@@ -154,6 +174,13 @@ class Tape:
         config = self.core.replayed_config()
         return Header(engine=_version(), model=config.model, pid=os.getpid(), started=self._started,
                       began=self._began, segment=number, content=self._order.content, gap=gap, config=config)
+
+
+def _put(file: FileIO, data: bytes) -> None:
+    """All of it; a file that is nearly full takes a part at a time."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 def _private(path: str, flags: int) -> int:

@@ -260,7 +260,7 @@ class _Segment:
                 if not last:
                     raise _refused(self._path, f"it breaks off at byte {at}, and others follow it") from None
                 notes.append(f"{self._path.name} breaks off in the middle of a record (byte {at}): the engine was "
-                             "killed there; everything before it was replayed")
+                             "killed there, or its disk was full; everything before it was replayed")
                 return
             except (_Damaged, msgspec.DecodeError) as error:
                 raise _refused(self._path, f"it is damaged at byte {at} ({error})") from error

@@ -60,6 +60,7 @@ _STRUCTS: Final[dict[str, type[Any]]] = {kind.__name__: kind for kind in (Lease,
 _PLAIN = (int, float, str, bytes, bool, type(None))
 _MANY = 16
 """Numbers in a tuple or list from which on they are packed at once."""
+_WIDE = 1 << 32
 _LEFT_OUT = {("World", "config"), ("World", "oracle"), ("World", "out")}
 """Handed in anew, or empty between two inputs."""
 _KEYED = {("Node", "children"), ("Tree", "roots")}
@@ -137,8 +138,8 @@ class _Packer:
             return value
         if kind is list or kind is tuple:
             code = _Code.LIST if kind is list else _Code.TUPLE
-            if len(value) >= _MANY and all(type(item) is int for item in value):
-                return [_Code.NUMBERS, code, array("q", value).tobytes()]
+            if len(value) >= _MANY and all(type(item) is int and 0 <= item < _WIDE for item in value):
+                return [_Code.NUMBERS, code, array("I", value).tobytes()]
             return [code, *map(self._value, value)]
         if kind is dict:
             return [_Code.DICT, *(self._value(part) for pair in value.items() for part in pair)]
@@ -208,7 +209,7 @@ class _Unpacker:
             case _Code.IDS:
                 return bytearray(rest[1]) if rest[0] == "bytearray" else _array("I", rest[1])
             case _Code.NUMBERS:
-                numbers = _array("q", rest[1]).tolist()
+                numbers = _array("I", rest[1]).tolist()
                 return numbers if rest[0] == _Code.LIST else tuple(numbers)
             case _Code.NEXT:
                 return Next(rest[0])
