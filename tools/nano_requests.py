@@ -248,7 +248,10 @@ def _value(rng: Random, words: Pool, key: str, shape: dict[str, Any]) -> Any:
         return rng.randint(1, 10 ** rng.randint(1, 3))
     if shape["type"] == "number":
         return round(rng.uniform(0.5, 200), rng.choice((1, 2)))
-    return (_STRINGS | _HELD_STRINGS).get(key, phrase)(rng, words)
+    named = (_STRINGS | _HELD_STRINGS).get(key)
+    if named is None and words.wild:
+        named = rng.choice((phrase, phrase, person, place, code))  # an invented name says nothing about its value
+    return (named or phrase)(rng, words)
 
 
 def _arguments(rng: Random, words: Pool, values: dict[str, Any], held: bool) -> str:

@@ -70,7 +70,7 @@ def _words(rng: Random, held: bool) -> Pool:
 def _tool_round(rng: Random, words: Pool, pool: ToolPool, held: bool) -> list[Message]:
     text, calls = _requests(rng, words, pool, held)
     messages = [_user(text), {"role": "assistant", "content": "", "tool_calls": calls}]
-    results = [_result(rng, words, call["name"], held) for call in calls]
+    results = [_result(rng, words, call, held) for call in calls]
     messages += [{"role": "tool", "content": result} for result in results]
     messages.append({"role": "assistant", "content": answer(calls, results)})
     return messages
@@ -102,10 +102,13 @@ def _flat(result: str) -> str:
     return result.rstrip(".")
 
 
-def _result(rng: Random, words: Pool, tool: str, held: bool) -> str:
+def _result(rng: Random, words: Pool, call: Message, held: bool) -> str:
     kind = rng.random()
-    if not held and rng.random() < 0.12:
-        return f"error: {tool}: {_complaint(rng, words)}"
+    unusual = 1.0 if held else rng.random()
+    if unusual < 0.12:
+        return f"error: {call['name']}: {_complaint(rng, words)}"
+    if unusual < 0.2:
+        return _answer_of_an_agent(rng, words, call)
     if kind < 0.2:
         return str(rng.randint(0, 10 ** rng.randint(1, 4)))
     if kind < 0.4:
@@ -126,6 +129,14 @@ def _result(rng: Random, words: Pool, tool: str, held: bool) -> str:
     if kind < 0.8:
         return f"{rng.randint(-9, 40)} {noun(rng, words)}s and {phrase(rng, words)}"
     return " ".join(phrase(rng, words) for _ in range(rng.choice((1, 2, 3)))) + rng.choice(("", "", "."))
+
+
+def _answer_of_an_agent(rng: Random, words: Pool, call: Message) -> str:
+    """What a tool gives back that is an agent itself: an answer inside the answer."""
+    values = list(call["arguments"].values())
+    about = rng.choice(values) if values and rng.random() < 0.7 else place(rng, words)
+    said = f"{rng.randint(0, 99)} {noun(rng, words)}s" if rng.random() < 0.5 else phrase(rng, words)
+    return f"For {about}: {said}."
 
 
 def _complaint(rng: Random, words: Pool) -> str:

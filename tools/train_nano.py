@@ -2,6 +2,7 @@
 
     python tools/train_nano.py --minutes 120 --processes 2
     python tools/train_nano.py --minutes 8 --processes 1 --device cuda --workers 12 --budget 98304
+    python tools/train_nano.py --minutes 60 --start agentspeed/models/nano --rate 0.05 --cooldown 0.85 --budget 8192
     python tools/train_nano.py --score agentspeed/models/nano
 
 Progress, checkpoints each minute and the best model by held-out score. The same command resumes where it stopped.
@@ -52,10 +53,12 @@ class Plan:
     """The last share of the time, in which the rate falls to nothing."""
     save_seconds: float = 60.0
     score_seconds: float = 150.0
-    held_out: int = 60
+    held_out: int = 200
     rows: int = 1024
     budget: int = 3072
     most_steps: int | None = None
+    start: Path | None = None
+    """A finished model to go on from, with its tokenizer; the optimisers begin anew."""
     device: str = "cpu"
     workers: int = 0
     """Processes that make data ahead of time; 0: the learner makes it."""
@@ -75,9 +78,13 @@ class Training:
         torch.manual_seed(0)
         self.plan = plan
         self.peers = peers or Peers()
-        self.tokenizer = make_tokenizer()
-        self.model = Nano(plan.shape)
-        start_with_copying(self.model)
+        if plan.start is None:
+            self.tokenizer = make_tokenizer()
+            self.model = Nano(plan.shape)
+            start_with_copying(self.model)
+        else:
+            self.tokenizer = Tokenizer.from_file(str(plan.start / "tokenizer.json"))
+            self.model = read_model(plan.start)
         self.model.to(plan.device)
         hidden = [weight for name, weight in self.model.named_parameters() if weight.ndim == 2 and _is_hidden(name)]
         others = [weight for name, weight in self.model.named_parameters() if weight.ndim != 2 or not _is_hidden(name)]
@@ -241,6 +248,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda; with cuda one process")
     parser.add_argument("--workers", type=int, default=0, help="processes that make data ahead of time")
     parser.add_argument("--rate", type=float, default=1.0, help="share of the usual learning rate")
+    parser.add_argument("--cooldown", type=float, default=Plan.cooldown, help="share of the time in which it falls")
+    parser.add_argument("--start", type=Path, metavar="FOLDER", help="go on from this finished model")
     parser.add_argument("--budget", type=int, default=3072, help="ids in one step")
     parser.add_argument("--out", type=Path, default=HOME / "agentspeed" / "models" / "nano")
     parser.add_argument("--checkpoints", type=Path, default=HOME / ".checkpoints" / "nano")
@@ -261,6 +270,9 @@ def main() -> None:
         out=options.out,
         checkpoints=options.checkpoints,
         rate=options.rate,
+        cooldown=options.cooldown,
+        score_seconds=max(Plan.score_seconds, 5 * options.minutes),
+        start=options.start,
         device=options.device,
         workers=options.workers,
         budget=options.budget,

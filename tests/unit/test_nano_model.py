@@ -132,6 +132,16 @@ def test_training_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.M
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+def test_training_goes_on_from_a_finished_model_with_its_tokenizer(tmp_path: Path) -> None:
+    shipped = read_model(FOLDER)
+    plan = train_nano.Plan(minutes=1.0, out=tmp_path, checkpoints=tmp_path / "none", start=FOLDER)
+    training = train_nano.Training(plan)
+    assert (training.step, training.seconds) == (0, 0.0)
+    for name, weight in shipped.state_dict().items():
+        assert torch.equal(weight, training.model.state_dict()[name]), name
+    assert training.tokenizer.to_str() == Tokenizer.from_file(str(FOLDER / "tokenizer.json")).to_str()
+
+
 def test_training_starts_with_a_model_that_copies() -> None:
     torch.manual_seed(0)
     model = Nano(Shape())
