@@ -3,7 +3,8 @@
 Run: `python bench/recorder.py [--rounds N]`. Two cores get the same commands and results, one of them through a tape
 that writes to a temporary folder. They take turns, eight steps at a time, so that the machine's moods fall on both.
 A step is `plan`, `apply` and, when recorded, the write that ends a round of the loop. The last line is JSON:
-`ratio_p50` is the recorded step over the plain one; `head_ms` and `head_mb` are what it takes to begin a segment with this much state.
+`ratio_p50` is the recorded step over the plain one; `head_ms` and `head_mb` are what it takes to begin a segment with
+this much state.
 """
 
 from __future__ import annotations

@@ -199,7 +199,7 @@ def test_an_engine_whose_state_outgrows_the_bound_goes_on_unrecorded_and_says_so
     assert len(run.said) == 1 and "record_bytes" in run.said[0]
     run.life(1)
     assert sum(segment.stat().st_size for segment in segments(run.path)) <= 1 << 16
-    assert replayed(run.path).notes == []
+    assert ["could not write on" in note for note in replayed(run.path).notes] == [True]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
@@ -215,7 +215,7 @@ def test_a_disk_that_is_full_ends_the_recording_and_not_the_engine(
     run.tape.close()
     assert len(run.said) == 1 and "No space left" in run.said[0]
     replay = replayed(run.path)
-    assert replay.compared > 0 and replay.notes == []
+    assert replay.compared > 0 and ["could not write on" in note for note in replay.notes] == [True]
 
 
 def test_a_write_that_the_disk_took_only_half_of_leaves_what_was_whole(

@@ -122,9 +122,9 @@ class EngineLoop:
                 now = self._clock.now()  # before `_collect`: a copy that began by then has said so
                 self._collect()
                 self._plan(now)
-                self._flush()
-                if self._tape is not None:
+                if self._tape is not None:  # first: what a client has heard of is in the recording
                     self._tape.flush()
+                self._flush()
                 self._end_if_idle()
             self._tell_all("engine_stopping", self._last_words, "Start another engine.")
         except BaseException as error:

@@ -78,7 +78,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Seconds without any session after which the engine ends by itself; who only watches does not count. None: never
     (an engine that was started for a session still ends with who started it)."""
     record: str | None = None
-    """A folder for recordings, which `agentspeed replay` runs again step by step (docs/how-to/replaying.md). None: the
+    """A folder for recordings, which `agentspeed replay` runs again step by step (docs/how-to/replay.md). None: the
     engine records nothing."""
     record_bytes: int = 64 << 20
     """Most bytes of this engine's recording; the oldest part goes when it is full."""

@@ -1,7 +1,7 @@
 """Writes the recording of a running engine: a folder of segments, bounded, readable after a crash or a kill.
 
-Every round of the loop ends with one write, so a killed process loses at most the inputs of its last round; what the
-machine had not yet put on its disk is lost only when the machine itself stops. What cannot be written ends the
+Every round of the loop writes once, before it answers anyone, so a killed process loses nothing that a client has
+heard of; what the machine had not yet put on its disk is lost only when the machine itself stops. What cannot be written ends the
 recording and never the engine.
 """
 
@@ -24,6 +24,8 @@ from agentspeed_engine.sched.core import Core
 from agentspeed_engine.sched.recorder import Ended, Header, RecordedCore, frame, opening
 from agentspeed_engine.sched.veil import Clear
 
+FLIGHT: Final = ".flight"
+"""How the folder of one recording is called at its end, and below, each of its files."""
 SUFFIX: Final = ".segment"
 LEAST_BYTES: Final = 64 * 1024
 STEPS_PER_DIGEST: Final = 64
@@ -59,7 +61,7 @@ class Tape:
         self._file: FileIO | None = None
         self._size = self._most = self._number = 0
         stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(self._started))
-        self.path = order.folder / f"{stamp}-{os.getpid()}-{id(self) & 0xFFFF:04x}.flight"
+        self.path = order.folder / f"{stamp}-{os.getpid()}-{id(self) & 0xFFFF:04x}{FLIGHT}"
         head = self._head(gap=False)
         if 2 * len(head) > order.most_bytes:
             raise EngineFault("bad_config", f"record_bytes is {order.most_bytes}; a recording of a pool of "

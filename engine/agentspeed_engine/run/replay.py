@@ -15,7 +15,7 @@ from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.ids import LinkId, StepSeq, TicketId
 from agentspeed_engine.kv.nodes import Both, Host, Loading, Saving
 from agentspeed_engine.kv.tree import Node
-from agentspeed_engine.run.recording import SUFFIX
+from agentspeed_engine.run.recording import FLIGHT, SUFFIX
 from agentspeed_engine.sched.core import Core
 from agentspeed_engine.sched.describe import pages_by_owner
 from agentspeed_engine.sched.digest import PARTS, digests, whole
@@ -45,6 +45,8 @@ from agentspeed_engine.sched.world import World
 
 STATES = ("held", "queued", "promoting", "prefilling", "decoding", "settling")
 _REMEDY = "Give a folder that an engine wrote (option `record`), or one segment of it."
+_OTHERS = "Each other segment of the recording can be replayed by itself: give its file."
+_OTHER_VERSION = "Replay it with the agentspeed that recorded it."
 
 
 @final
@@ -119,6 +121,9 @@ class Replay:
     def __init__(self, path: Path) -> None:
         """Raises `EngineFault` (invalid_request) when `path` is no recording that this version can read."""
         self._segments = _segments(path)
+        self._whole = path.is_dir()
+        """Not one segment of it."""
+        self._ended = False
         self.notes: list[str] = []
         self.broke = ""
         """The error that stopped the recorded engine, if one did."""
@@ -140,6 +145,9 @@ class Replay:
             segment = _Segment(path)
             self._go_on(segment, follows=place > 0)
             yield from self._replayed(segment, last)
+        if not self._ended and not self.notes and self._whole:
+            self.notes.append("the recording ends without a last word: its engine was killed, still runs, or could not "
+                              "write on; everything that was written was replayed")
 
     def _go_on(self, segment: _Segment, *, follows: bool) -> None:
         """The next segment's state; it must be the one that the segment before led to."""
@@ -155,6 +163,7 @@ class Replay:
         failed: Exception | None = None
         for record in segment.records(last, self.notes):
             if isinstance(record, Ended):
+                self._ended = True
                 self.broke, self.reproduced = record.broke, failed is not None
                 return
             if failed is not None:
@@ -169,7 +178,7 @@ class Replay:
             if plan is not None:
                 yield self._step(plan)
         if failed is not None:
-            self.broke, self.reproduced = f"{type(failed).__name__}: {failed}", True
+            self._ended, self.broke, self.reproduced = True, f"{type(failed).__name__}: {failed}", True
 
     def _carry_out(self, record: Record) -> StepPlan | None:
         core = self.core
@@ -238,8 +247,12 @@ class _Segment:
             header, at = _frame_at(self._data, at)
             self.header: Header = decode_header(header)
             self._state, self._at = _frame_at(self._data, at)
-        except (_Torn, _Damaged, msgspec.DecodeError) as error:
-            raise _refused(path, f"its beginning is damaged ({error})") from error
+        except _Torn as error:
+            raise _refused(path, "it breaks off inside of the state it begins with", _OTHERS) from error
+        except _Damaged as error:
+            raise _refused(path, f"its beginning is damaged ({error})", _OTHERS) from error
+        except msgspec.DecodeError as error:
+            raise _refused(path, f"its header is not one of this version ({error})", _OTHER_VERSION) from error
 
     @property
     def world(self) -> World:
@@ -247,7 +260,8 @@ class _Segment:
         try:
             return unpacked(decode_state(self._state), self.header.config)
         except (ValueError, msgspec.DecodeError) as error:
-            raise _refused(self._path, str(error)) from error
+            raise _refused(self._path, str(error),
+                           f"Replay it with the agentspeed that recorded it, {self.header.engine}.") from error
 
     def records(self, last: bool, notes: list[str]) -> Iterator[Record]:
         """In their order. A torn end is noted where a kill can have left one."""
@@ -258,12 +272,12 @@ class _Segment:
                 batch = decode_batch(body)
             except _Torn:
                 if not last:
-                    raise _refused(self._path, f"it breaks off at byte {at}, and others follow it") from None
+                    raise _refused(self._path, f"it breaks off at byte {at}, and others follow it", _OTHERS) from None
                 notes.append(f"{self._path.name} breaks off in the middle of a record (byte {at}): the engine was "
                              "killed there, or its disk was full; everything before it was replayed")
                 return
             except (_Damaged, msgspec.DecodeError) as error:
-                raise _refused(self._path, f"it is damaged at byte {at} ({error})") from error
+                raise _refused(self._path, f"it is damaged at byte {at} ({error})", _OTHERS) from error
             yield from batch
 
 
@@ -296,7 +310,7 @@ def _after_magic(path: Path, data: bytes) -> int:
     number = data[len(MAGIC) : end].decode("ascii", "replace")
     if number != str(FORMAT):
         raise _refused(path, f"it has format {number}, and this version reads {FORMAT}",
-                       "Replay it with the agentspeed that recorded it.")
+                       _OTHER_VERSION)
     return end + 1
 
 
@@ -312,7 +326,7 @@ def _is_torn_head(path: Path) -> bool:
     except _Torn:
         return True
     except _Damaged as error:
-        raise _refused(path, f"its beginning is damaged ({error})") from error
+        raise _refused(path, f"its beginning is damaged ({error})", _OTHERS) from error
     return False
 
 
@@ -320,9 +334,13 @@ def _segments(path: Path) -> list[Path]:
     """In their order. Raises `EngineFault` when there is none."""
     if path.is_dir():
         found = sorted(path.glob(f"*{SUFFIX}"))
-        if not found:
-            raise _refused(path, "the folder has no segments")
-        return found
+        if found:
+            return found
+        recordings = sorted(path.glob(f"*{FLIGHT}"))
+        if recordings:
+            raise _refused(path, f"it holds {len(recordings)} recordings, and one is replayed at a time",
+                           f"Give one of them; the newest is {recordings[-1]}.")
+        raise _refused(path, "the folder has no segments")
     if not path.exists():
         raise _refused(path, "there is no such file or folder")
     return [path]
