@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import re
 import select
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -53,6 +56,10 @@ class Terminal:
 
     def type(self, text: str) -> None:
         _ = os.write(self._ours, text.encode())
+
+    def resize(self, columns: int, lines: int) -> None:
+        """As a person drags the corner of a window; COLUMNS and LINES in the environment would hide it."""
+        fcntl.ioctl(self._ours, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
 
     def end(self, seconds: float = 40.0) -> int:
         """The exit status of a process that ends by itself."""

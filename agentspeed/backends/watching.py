@@ -18,6 +18,8 @@ from agentspeed_engine.run import registry
 
 _ANSWER_SECONDS = 5.0
 """An engine answers between two callbacks of its loop, which never waits for a step."""
+_SOON_SECONDS = 0.2
+"""For one that has not answered before: others are watched meanwhile."""
 
 
 def registry_folder() -> Path:
@@ -37,11 +39,12 @@ def sockets(*, known: Container[Path] = ()) -> list[Path]:
 class Watcher:
     """One engine watched; `close` it."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises `ConnectFailed` when nobody listens there or speaks our protocol."""
+    def __init__(self, path: Path, *, patient: bool = True) -> None:
+        """Raises `ConnectFailed` when nobody listens there, or speaks our protocol, or greets in time: soon, unless
+        `patient`."""
         self.path = path
         self._socket = open_socket(path)
-        self._socket.settimeout(_ANSWER_SECONDS)
+        self._socket.settimeout(_ANSWER_SECONDS if patient else _SOON_SECONDS)
         self._inbox = bytearray()
         self._request = 0
         try:
@@ -50,6 +53,7 @@ class Watcher:
             raise errors.ConnectFailed(f"What listens at {path} did not greet: {error}") from error
         if not isinstance(welcome, wire.Welcome):
             raise errors.InternalError(f"The engine answered a greeting with {type(welcome).__name__}.")
+        self._socket.settimeout(_ANSWER_SECONDS)
         self.welcome = welcome
 
     def look(self, branches: int) -> wire.Picture:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import msgspec
-from rich.console import Group, RenderableType
+from rich.console import Group, JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -23,6 +23,15 @@ _STATE_STYLES = {
     "Held": "", "Queued": "yellow", "Promoting": "magenta", "Prefilling": "cyan", "Decoding": "green",
     "Settling": "red",
 }
+
+_COLUMNS: tuple[tuple[str, JustifyMethod, bool], ...] = (
+    ("branch", "left", True), ("state", "left", False), ("tokens", "right", False),
+    ("where its rows are", "left", True), ("tail", "right", False), ("lease", "left", False),
+    ("what it does", "left", True),
+)
+"""Each with whether it gives way when the screen is narrow: the widest of those first."""
+_WIDE = 110
+"""Cells from which on there is room for every column."""
 
 
 @final
@@ -133,11 +142,11 @@ def _many(count: int, what: str) -> str:
 
 
 # ---- the whole ----------------------------------------------------------------------------------------------------
-def drawn(frame: Frame) -> RenderableType:
-    """Everything of one engine."""
+def drawn(frame: Frame, width: int) -> RenderableType:
+    """Everything of one engine, on lines of `width` cells: what does not fit is cut, so that a row is a line."""
     picture = frame.picture
     rest = [Text(left_out(picture), style="dim")] if left_out(picture) else []
-    table = [_table(picture)] if picture.sessions else []
+    table = [_table(picture, width)] if picture.sessions else []
     return Group(_title(frame), _work(frame), _pages(picture), *_queue(picture), *table, *rest, "")
 
 
@@ -171,7 +180,7 @@ def _work(frame: Frame) -> Text:
 
 def _pages(picture: wire.Picture) -> Text:
     total = sum(picture.pages.values())
-    text = Text(f"{total} pages ")
+    text = Text(f"{total} pages ", no_wrap=True, overflow="ellipsis")
     for owner, cells in _cells(picture.pages, total):
         mark, style = _OWNERS[owner]
         _ = text.append(mark * cells, style=style)
@@ -202,19 +211,31 @@ def _queue(picture: wire.Picture) -> list[Text]:
     return [Text(f"queue, oldest first: {names}{more}", style="yellow", no_wrap=True, overflow="ellipsis")]
 
 
-def _table(picture: wire.Picture) -> Table:
-    table = Table(box=None, pad_edge=False, expand=False, header_style="bold")
-    table.add_column("branch", no_wrap=True, max_width=28, overflow="ellipsis")
-    table.add_column("state", no_wrap=True)
-    table.add_column("tokens", justify="right", no_wrap=True)
-    table.add_column("where its rows are", no_wrap=True, overflow="ellipsis")
-    table.add_column("tail", justify="right", no_wrap=True)
-    table.add_column("lease", no_wrap=True)
-    table.add_column("what it does", overflow="fold", min_width=20)
+def _table(picture: wire.Picture, width: int) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), expand=False, header_style="bold")
+    widest = {"branch": 28} if width >= _WIDE else {"branch": 20, "where its rows are": 24}
+    for name, justify, gives_way in _COLUMNS:
+        if name != "tail" or width >= _WIDE:
+            table.add_column(_cut(name), justify=justify, no_wrap=not gives_way, max_width=widest.get(name))
     for row in rows_of(picture):
-        table.add_row(row.name, Text(row.state, style=_STATE_STYLES.get(row.state, "")), row.known, row.rows, row.tail,
-                      row.lease, row.note)
+        state = Text(row.state, style=_STATE_STYLES.get(row.state, ""))
+        tail = [row.tail] if width >= _WIDE else []
+        table.add_row(_cut(row.name), state, row.known, _cut(row.rows), *tail, row.lease, _cut(row.note))
     return table
+
+
+def _cut(text: str) -> Text:
+    """Loses its end in a column that gives way, instead of going on below."""
+    return Text(text, no_wrap=True, overflow="ellipsis")
+
+
+def shares(wanted: Sequence[int], total: int) -> list[int]:
+    """Lines of a screen for blocks that want so many: who wants little gets it, the others share what is left."""
+    given = [0] * len(wanted)
+    for done, place in enumerate(sorted(range(len(wanted)), key=wanted.__getitem__)):
+        given[place] = min(wanted[place], max(0, total) // (len(wanted) - done))
+        total -= given[place]
+    return given
 
 
 def as_data(frame: Frame) -> dict[str, Any]:

@@ -10,17 +10,19 @@ from typing import final
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.segment import Segment, Segments
 from rich.text import Text
 
 from agentspeed import errors
 from agentspeed.backends import watching
-from agentspeed.cli.picturing import Frame, as_data, drawn
+from agentspeed.cli.picturing import Frame, as_data, drawn, shares
 
 EXIT_GONE = 3
 """Every engine that was watched has ended."""
 _LINES_AROUND = 7
 """Of an engine's block, beside its branches."""
 _SECONDS = 1.0
+_AGAIN_SECONDS = 2.0
 _REMEDY = "Start one (a session, or `python -m agentspeed_engine.run`), or give the path of its socket."
 
 
@@ -39,6 +41,8 @@ class Top:
         self._last: dict[Path, Frame] = {}
         self._ended: dict[Path, str] = {}
         """What was said of engines that ended meanwhile, or could not be watched."""
+        self._again: dict[Path, float] = {}
+        """When to try them again: one may have hung, another may have been started at the same socket."""
 
     def once(self) -> None:
         """One frame. Raises `ConnectFailed` when there is no engine that answers."""
@@ -46,13 +50,14 @@ class Top:
             self._print(self._found())
         finally:
             self._close()
+        self._tell_ended()
 
     def watch(self) -> int:
         """Frames until Ctrl-C (0), or until every engine watched has ended (3). Raises `ConnectFailed` when there is
         none at the start."""
         try:
             frames = self._found()
-            if self._as_json or not self._console.is_terminal:
+            if self._as_json or not self._console.is_terminal or self._console.is_dumb_terminal:
                 while frames:
                     self._print(frames)
                     time.sleep(self._seconds)
@@ -63,18 +68,34 @@ class Top:
             return 0
         finally:
             self._close()
+        self._tell_ended()
+        return EXIT_GONE
+
+    def _tell_ended(self) -> None:
         for said in self._ended.values():
             print(said, file=sys.stderr)
-        return EXIT_GONE
 
     def _live(self, frames: list[Frame]) -> None:
         with Live(console=self._console, screen=True, auto_refresh=False) as live:
             while frames:
-                notes = [Text(said, style="red") for said in list(self._ended.values())[-3:]]
-                hint = Text("Ctrl-C ends", style="dim")
-                live.update(Group(*map(drawn, frames), *notes, hint), refresh=True)
+                live.update(self._screenful(frames), refresh=True)
                 time.sleep(self._seconds)
                 frames = self._frames()
+
+    def _screenful(self, frames: list[Frame]) -> Group:
+        """Every engine has its share of the lines; notes and hint are always there."""
+        console = self._console
+        notes = [Text(said, style="red") for said in list(self._ended.values())[-3:]]
+        below = console.render_lines(Group(*notes, Text("Ctrl-C ends", style="dim")), pad=False)
+        blocks = [console.render_lines(drawn(frame, console.width), pad=False) for frame in frames]
+        lines: list[list[Segment]] = []
+        for block, share in zip(blocks, shares([len(block) for block in blocks], console.height - len(below)),
+                                strict=True):
+            cut = len(block) > share > 2
+            lines += block[: share - cut]
+            if cut:
+                lines.append([Segment(f"… {len(block) - share + 1} lines more of this engine")])
+        return Group(*(Segments([*line, Segment.line()]) for line in [*lines, *below]))
 
     def _found(self) -> list[Frame]:
         frames = self._frames()
@@ -84,7 +105,7 @@ class Top:
         return frames
 
     def _frames(self) -> list[Frame]:
-        """Everyone who answers. Who does not is remembered in `_ended`, and not asked again."""
+        """Everyone who answers. Who does not is remembered in `_ended`, and asked again after a while."""
         self._connect()
         frames: list[Frame] = []
         for path, watcher in list(self._watchers.items()):
@@ -92,6 +113,7 @@ class Top:
                 picture = watcher.look(self._most())
             except (errors.EngineDied, errors.ConnectFailed) as death:
                 del self._watchers[path]
+                self._again[path] = time.monotonic() + _AGAIN_SECONDS
                 self._ended[path] = f"{watcher.welcome.model}, process {watcher.welcome.pid}: {death}"
                 continue
             before = self._last.get(path)
@@ -102,11 +124,15 @@ class Top:
     def _connect(self) -> None:
         paths = [self._socket] if self._socket is not None else watching.sockets(known=self._watchers)
         for path in paths:
-            if path not in self._watchers and path not in self._ended:
-                try:
-                    self._watchers[path] = watching.Watcher(path)
-                except (errors.EngineDied, errors.ConnectFailed) as error:
-                    self._ended[path] = str(error)
+            if path in self._watchers or time.monotonic() < self._again.get(path, 0.0):
+                continue
+            try:
+                self._watchers[path] = watching.Watcher(path, patient=path not in self._ended)
+            except (errors.EngineDied, errors.ConnectFailed) as error:
+                self._again[path] = time.monotonic() + _AGAIN_SECONDS
+                _ = self._ended.setdefault(path, str(error))
+            else:
+                _ = self._ended.pop(path, None)
 
     def _most(self) -> int:
         """Branches to ask of each engine: what was wanted, or what the screen has room for."""
@@ -120,7 +146,7 @@ class Top:
         if self._as_json:
             print(json.dumps({"engines": [as_data(frame) for frame in frames]}), flush=True)
         else:
-            self._console.print(*map(drawn, frames))
+            self._console.print(*(drawn(frame, self._console.width) for frame in frames))
 
     def _close(self) -> None:
         for watcher in self._watchers.values():

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,71 @@ def test_in_a_terminal_it_refreshes_and_ctrl_c_ends_it_cleanly(running: EnginePr
         watch.type(Terminal.CTRL_C)
         assert watch.end() == 0
     assert "Traceback" not in watch.seen
+
+
+@contextmanager
+def window(columns: int, lines: int) -> Iterator[Terminal]:
+    """`top` in a terminal whose size can change."""
+    sized = {name: value for name, value in environment().items() if name not in ("COLUMNS", "LINES")}
+    watch = Terminal(COMMAND, sized | {"TERM": "xterm"})
+    watch.resize(columns, lines)
+    try:
+        yield watch
+    finally:
+        watch.close()
+
+
+def test_a_window_made_smaller_gets_frames_of_its_size(running: EngineProcess) -> None:
+    _ = busy(running.connect())
+    with window(100, 30) as watch:
+        _ = watch.until("session 1")
+        watch.resize(60, 10)
+        frame = ""
+        for _ in range(4):  # the last of these was begun after the change
+            frame = watch.until("Ctrl-C ends")
+        watch.type(Terminal.CTRL_C)
+        assert watch.end() == 0
+    lines = frame.splitlines()[1:]  # the first stands on what was left of the frame before
+    assert len(lines) == 9 and all(len(line) <= 60 for line in lines), frame
+
+
+def test_each_of_several_engines_has_its_part_of_a_low_window(tmp_path: Path, place: Path) -> None:
+    with ExitStack() as engines:
+        three = [engines.enter_context(engine(tmp_path / name, **OPTIONS)) for name in "abc"]
+        for process in three:
+            front = process.connect()
+            _ = front.fork(front.open([1, 2, 3]), 20)
+        watch = engines.enter_context(window(100, 18))
+        frame = ""
+        for _ in range(4):
+            frame = watch.until("Ctrl-C ends")
+        assert [f"process {process.pid}" in frame for process in three] == [True] * 3, frame
+
+
+def test_an_engine_that_comes_back_is_watched_again(tmp_path: Path, place: Path) -> None:
+    with engine(tmp_path / "other", **OPTIONS), engine(tmp_path / "same", **OPTIONS) as first, window(100, 30) as watch:
+        _ = watch.until(f"process {first.pid}")
+        _ = first.kill()
+        _ = watch.until(f"process {first.pid}: ")
+        with engine(tmp_path / "same", **OPTIONS) as second:
+            _ = watch.until(f"process {second.pid}")
+            os.kill(second.pid, signal.SIGSTOP)
+            try:
+                _ = watch.until("has not answered")
+            finally:
+                os.kill(second.pid, signal.SIGCONT)
+            _ = watch.until(f"process {second.pid}  ")
+
+
+def test_a_terminal_that_cannot_move_its_cursor_gets_frame_after_frame(running: EngineProcess) -> None:
+    watch = Terminal(COMMAND, environment() | {"TERM": "dumb", "COLUMNS": "100"})
+    try:
+        _ = watch.until("steps  ")
+        _ = watch.until("steps/s")
+        watch.type(Terminal.CTRL_C)
+        assert watch.end() == 0
+    finally:
+        watch.close()
 
 
 def test_an_engine_without_sessions_ends_after_its_idle_time_though_it_is_watched(tmp_path: Path, place: Path) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import json
 
+import pytest
 from rich.console import Console
 
 from agentspeed.backends.port import wire
-from agentspeed.cli.picturing import Frame, as_data, drawn, left_out, rows_of
+from agentspeed.cli.picturing import Frame, as_data, drawn, left_out, rows_of, shares
 
 WELCOME = wire.Welcome(request=1, protocol=1, engine="agentspeed", model="nano", vocab_size=512, context_limit=4096,
                        page_tokens=16, pages=100, host_slots=20, pid=77, limits={}, source="/models/nano")
@@ -40,7 +41,7 @@ def session(*branches: wire.BranchView, number: int = 1, tenant: str = "",
 
 def text_of(frame: Frame, width: int = 100) -> str:
     console = Console(width=width, file=io.StringIO(), force_terminal=False)
-    console.print(drawn(frame))
+    console.print(drawn(frame, width))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -78,14 +79,35 @@ def test_the_one_token_that_is_always_fed_last_does_not_count_as_lost() -> None:
 
 
 def test_a_frame_of_a_busy_engine_fits_into_100_columns() -> None:
-    waiting = branch(3, 1, "Queued", age=7, waiting_for="branch 2 to compute the prefix both need", known=1_048_576)
+    waiting = branch(3, 1, "Queued", age=7, waiting_for="branch 2's prefix", known=1_048_576)
     text = text_of(Frame("/run/engine.sock", WELCOME, picture(
         session(branch(1), branch(2, 1, "Decoding", drawn=12, tail_pages=11), waiting), queued=1, decoding=1, held=1)))
     assert all(len(line) <= 100 for line in text.splitlines())
     joined = " ".join(text.split())
     for words in ("nano process 77", "1 session, 3 branches: 1 held, 1 queued, 1 decoding", "queue, oldest first: 3",
-                  "12 drawn", "firm leases 4 of 10 pages", "host 8 of 20", "30 free", "prefix both need"):
+                  "12 drawn", "firm leases 4 of 10 pages", "host 8 of 20", "30 free", "waits for branch 2's prefix"):
         assert words in joined, text
+
+
+@pytest.mark.parametrize("width", [60, 100, 160])
+def test_every_branch_has_one_line_whatever_the_width(width: int) -> None:
+    lease = wire.Lease(keep="firm", until=109.5, seconds=59.0, residence=wire.Residence(), why="")
+    spread = wire.Places(device=100_000, both=200_000, host=300_000, loading=4_000, lost=5_000)
+    rows = [branch(number, 1 if number > 1 else None, "Queued", lease=lease, places=spread, known=609_000, age=number,
+                   waiting_for=f"room after branch {number - 1}") for number in range(1, 9)]
+    text = text_of(Frame("s", WELCOME, picture(session(*rows, tenant="a-tenant-with-a-long-name"), queued=8)), width)
+    lines = text.splitlines()
+    assert all(len(line) <= width for line in lines)
+    head = next(number for number, line in enumerate(lines) if line.startswith("branch"))
+    assert ["waits" in line for line in lines[head + 1 : head + 9]] == [True] * 8, text
+    assert "609000" in text and "firm 59.5s" in text if width >= 100 else True
+
+
+def test_a_screen_is_shared_by_need() -> None:
+    assert shares([5, 50, 50], 45) == [5, 20, 20]
+    assert shares([50, 5], 100) == [50, 5]
+    assert shares([9, 9], -3) == [0, 0]
+    assert shares([], 10) == []
 
 
 def test_the_bar_of_pages_has_the_same_length_whatever_is_rounded() -> None:

@@ -66,7 +66,7 @@ def test_a_turn_says_that_it_waits_for_room_and_behind_whom() -> None:
     described = views(look(world))
     assert described[first].state == "Decoding"
     assert described[second].waiting_for == "room"
-    assert described[third].waiting_for == f"room, after branch {second}"
+    assert described[third].waiting_for == f"room after branch {second}"
     assert described[second].age == 2
 
 
@@ -78,7 +78,7 @@ def test_a_cold_prompt_beside_another_waits_for_token_budget_not_for_room() -> N
     assert world.core.plan(world.now) is not None
     described = views(look(world))
     assert described[first].state == "Prefilling"
-    assert described[second].waiting_for == "token budget of the next step"
+    assert described[second].waiting_for == "token budget"
 
 
 def test_a_sibling_says_whose_fill_it_waits_for() -> None:
@@ -91,7 +91,7 @@ def test_a_sibling_says_whose_fill_it_waits_for() -> None:
     for child in (one, two):
         assert isinstance(world.start(child), wire.Done)
     _ = world.step()
-    assert views(look(world))[two].waiting_for == f"branch {one} to compute the prefix both need"
+    assert views(look(world))[two].waiting_for == f"branch {one}'s prefix"
 
 
 def test_rows_in_flight_keep_a_cancelled_branch_settling_and_it_says_so() -> None:

@@ -1,8 +1,8 @@
 """Writes the recording of a running engine: a folder of segments, bounded, readable after a crash or a kill.
 
 Every round of the loop writes once, before it answers anyone, so a killed process loses nothing that a client has
-heard of; what the machine had not yet put on its disk is lost only when the machine itself stops. What cannot be written ends the
-recording and never the engine.
+heard of; what the machine had not yet put on its disk is lost only when the machine itself stops. What cannot be
+written ends the recording and never the engine.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ _PLACES: Final[dict[type[object], str]] = {
     Device: "device", Saving: "device", Both: "both", Host: "host", Loading: "loading",
 }
 _NEXT_STEP = "the next step"
-_BUDGET = "token budget of the next step"
+_BUDGET = "token budget"
 
 
 def describe(world: World, now: float) -> tuple[SessionView, ...]:
@@ -155,11 +155,11 @@ def _why_queued(world: World, state: Queued, stuck: BranchId | None) -> str:
     branch = state.branch
     filler = world.fill_of.get(branch.id)
     if filler is not None:
-        return f"branch {filler[0]} to compute the prefix both need"
+        return f"branch {filler[0]}'s prefix"
     if any(isinstance(node.state, Loading) for node in upward(branch.leaf)):
         return "rows from the host"
     if stuck is not None:
-        return "room" if stuck == branch.id else f"room, after branch {stuck}"
+        return "room" if stuck == branch.id else f"room after branch {stuck}"
     return _BUDGET if world.flights else _NEXT_STEP
 
 
