@@ -207,7 +207,7 @@ def _queue(picture: wire.Picture) -> list[Text]:
         return []
     names = ", ".join(f"{view.branch} ({_seconds(view.since)})" for _, view in waiting[:8])
     left = picture.counts["queued"] - min(len(waiting), 8)
-    more = f" + {left} more" if left else ""
+    more = f"{' + ' if names else ''}{left} more" if left else ""
     return [Text(f"queue, oldest first: {names}{more}", style="yellow", no_wrap=True, overflow="ellipsis")]
 
 

@@ -100,8 +100,9 @@ class Top:
     def _found(self) -> list[Frame]:
         frames = self._frames()
         if not frames:
-            why = " ".join(self._ended.values()) or "No engine of yours is running."
-            raise errors.ConnectFailed(why, remedy=_REMEDY)
+            if self._ended:  # each says what to do
+                raise errors.ConnectFailed(" ".join(self._ended.values()))
+            raise errors.ConnectFailed("No engine of yours is running.", remedy=_REMEDY)
         return frames
 
     def _frames(self) -> list[Frame]:
