@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# What `make bench` runs, in this order; the options keep each below ten minutes. One alone: make bench BENCHES=fork
+BENCHES := sched fork resume cold_siblings sdk turns agents nano kernels retention pauses deadlock_race recorder \
+	"cancel --events 2000 --kills 10"
 .PHONY: demo test check bench format model model-large simulate clean
 
 $(STAMP): pyproject.toml constraints.txt
@@ -25,7 +28,8 @@ check: $(STAMP)
 	$(BIN)/python -m pytest -q
 
 bench: $(STAMP)
-	@for name in sched fork resume cold_siblings sdk turns agents nano; do echo "== bench/$$name.py"; $(BIN)/python bench/$$name.py || exit 1; done
+	@for run in $(BENCHES); do name=$${run%% *}; echo "== bench/$$name.py$${run#$$name}"; \
+		$(BIN)/python bench/$$name.py$${run#$$name} || exit 1; done
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 _FOLDER = Path(__file__).resolve().parents[2] / "bench"
+_STARTS = 'if __name__ == "__main__":'
+"""Not in a module that only serves others."""
 
 
 def names() -> list[str]:
-    """Scripts of `bench/`, without ending; none in an installed wheel."""
-    return sorted(path.stem for path in _FOLDER.glob("*.py") if not path.stem.startswith("_"))
+    """Scripts of `bench/` that can be started, without ending; none in an installed wheel."""
+    return sorted(path.stem for path in _FOLDER.glob("*.py") if _STARTS in path.read_text(encoding="utf-8"))
 
 
 def start(name: str, options: list[str]) -> int:

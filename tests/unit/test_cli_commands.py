@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -35,6 +38,14 @@ def test_bench_lists_its_names_and_refuses_others() -> None:
     assert {"sched", "fork", "turns"} <= set(names())
     assert RUNNER.invoke(app, ["bench"]).output.split() == names()
     assert RUNNER.invoke(app, ["bench", "nothing"]).exit_code == EXIT_REFUSED
+
+
+def test_make_bench_runs_every_benchmark_and_no_module_beside_them() -> None:
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(["make", "--dry-run", "bench"], cwd=root, capture_output=True, text=True, check=True)
+    (line,) = re.findall(r"for run in (.*?); do", done.stdout, re.DOTALL)
+    assert sorted(entry.split()[0] for entry in shlex.split(line.replace("\\\n", ""))) == names()
+    assert "pauses" in names() and "pauses_run" not in names()
 
 
 def test_a_wrong_model_ends_with_a_sentence_and_status_2(tmp_path: Path) -> None:
