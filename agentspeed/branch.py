@@ -226,15 +226,21 @@ class Branch:
         return reply
 
     async def close(self) -> None:
-        """Silent about an engine that is gone: it holds nothing any more."""
+        """Silent about an engine that is gone: it holds nothing any more. A turn that still runs ends: its sink hears
+        None, and the log is as before it."""
         link, self._link = self._link, None
-        if link is None or not link.alive:
-            return
-        link.unlisten(self._number)
-        try:
-            _ = await self._bounded(link, lambda request: wire.Close(request=request, branch=self._number), None)
-        except errors.AgentspeedError as error:
-            _LOG.info("closing a branch: %s", error)
+        if link is not None and link.alive:
+            link.unlisten(self._number)
+            try:
+                _ = await self._bounded(link, lambda request: wire.Close(request=request, branch=self._number), None)
+            except errors.AgentspeedError as error:
+                _LOG.info("closing a branch: %s", error)
+        sink, self._sink = self._sink, None
+        if sink is not None:  # nobody hears the engine any more, so whoever waits for the turn is told here
+            if self._base is not None:
+                self.mirror.back_to(self._base)
+                self._base = None
+            sink(None)
 
     # ---- turns ----------------------------------------------------------------------------------------------------
     async def begin(self, plan: Callable[[], Awaitable[wire.Generate]], sink: Sink) -> None:

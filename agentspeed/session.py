@@ -145,6 +145,7 @@ class Session:
 
     async def close(self) -> None:
         """Ends the session before its block does: what only it holds is free at once. Calling it again does nothing.
+        A turn that runs in another task raises `SessionClosed` there.
 
         Bounded, and silent about an engine that is gone: nothing may hide the body's own exception."""
         if self._state == "closed":
@@ -467,8 +468,11 @@ class Session:
             self._rest(turn)
 
     def _died(self, turn: Turn[Any]) -> errors.AgentspeedError:
-        """The engine went during a turn; the mirror is as it was before it."""
+        """The engine or the session went during a turn; the mirror is as it was before it."""
         self._rest(turn)
+        if self._state == "closed":
+            return errors.SessionClosed("The session was closed while a turn of it ran.",
+                                        remedy="Let its turns end before its block does.")
         return self._branch.death or errors.EngineDied(
             "The engine ended during the turn; the session is as it was before it.",
             remedy="Ask again: the engine is started anew and opens the session's ids.")

@@ -1,0 +1,47 @@
+"""A session that is closed while something of it runs: whoever waits is told, nobody waits for ever."""
+
+from __future__ import annotations
+
+import anyio
+import pytest
+
+from agentspeed import Session
+from agentspeed.errors import SessionClosed
+from agentspeed.testing import ScriptedEngine, say
+
+pytestmark = pytest.mark.anyio
+
+
+async def _told_that_it_closed(session: Session) -> None:
+    with pytest.raises(SessionClosed, match="closed while a turn of it ran"):
+        _ = await session.generate("Hi")
+
+
+async def test_a_turn_whose_session_is_closed_by_another_task_ends_at_once() -> None:
+    async with ScriptedEngine([say("A long answer indeed.", seconds=0.01)]) as engine, engine.session() as s:
+        with anyio.fail_after(10):
+            async with anyio.create_task_group() as group:
+                group.start_soon(_told_that_it_closed, s)
+                await anyio.sleep(0.03)
+                await s.close()
+        assert s.messages == ()
+        assert engine.live_branches == 0
+
+
+async def test_a_turn_of_a_child_ends_when_the_block_of_the_fork_is_left() -> None:
+    async with ScriptedEngine([say("A long answer indeed.", seconds=0.01), "Hello."]) as engine:
+        async with engine.session() as s:
+            with anyio.fail_after(10):
+                async with anyio.create_task_group() as group, s.fork(1) as (child,):
+                    group.start_soon(_told_that_it_closed, child)
+                    await anyio.sleep(0.03)
+            assert (await s.generate("Hi")).text == "Hello."
+        assert engine.live_branches == 0
+
+
+async def test_a_turn_that_is_read_after_its_session_was_closed_says_so() -> None:
+    script = [say("A long answer indeed.", seconds=0.01)]
+    async with ScriptedEngine(script) as engine, engine.session() as s, s.stream("Hi") as turn:
+        await s.close()
+        with anyio.fail_after(10), pytest.raises(SessionClosed, match="closed while a turn of it ran"):
+            _ = await turn.reply()
