@@ -11,7 +11,7 @@ from typing import Annotated
 import anyio
 import typer
 
-from agentspeed import errors
+from agentspeed import __version__, errors
 
 EXIT_REFUSED, EXIT_BUG = 2, 70
 app = typer.Typer(
@@ -20,6 +20,20 @@ app = typer.Typer(
          "Examples:  agentspeed chat  ·  agentspeed chat ./model --tools tools.py  ·  agentspeed top",
 )
 Model = Annotated[str | None, typer.Argument(help="A model folder or repository id; nothing: the shipped model.")]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"agentspeed {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True,
+                                          help="Print the version and end.")] = False,
+) -> None:
+    """Takes the options that no command has."""
 
 
 @contextmanager
@@ -55,7 +69,9 @@ def chat(
     """Talk to a model; each answer shows what was resumed and computed. Ctrl-C cancels the answer, Ctrl-D ends."""
     from agentspeed.cli.chatting import Chat
 
-    run(Chat(model, tools=tools, system=system, temperature=temperature, max_tokens=max_tokens).run)
+    with reported():
+        made = Chat(model, tools=tools, system=system, temperature=temperature, max_tokens=max_tokens)
+    run(made.run)
 
 
 @app.command()

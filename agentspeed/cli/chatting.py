@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import final
+from typing import TypeGuard, final
 
 import anyio
 import anyio.to_thread
@@ -16,27 +16,39 @@ from anyio.abc import TaskStatus
 from rich.console import Console
 
 from agentspeed import Engine, Session, Usage, errors, events
+from agentspeed.tools import Tool, tools_from
 
 _PROMPT = "> "
 
 
-def tools_of(path: Path) -> list[Callable[..., object]]:
-    """The typed public functions a Python file defines itself. Raises `InvalidRequest` when there are none."""
+def tools_of(path: Path) -> tuple[Tool, ...]:
+    """The typed public functions a Python file defines itself, and what it made with `@tool`, in their order.
+
+    Raises `InvalidRequest` when the file cannot be loaded, has none, or one of them cannot be a tool."""
     if not path.is_file():
         raise errors.InvalidRequest(f"{path} is not a file.", remedy="Give a Python file with typed functions.")
     spec = importlib.util.spec_from_file_location("agentspeed_chat_tools", path)
     if spec is None or spec.loader is None:
-        raise errors.InvalidRequest(f"{path} is not a Python file.")
+        raise errors.InvalidRequest(f"{path} is not a Python file.", remedy="Give one whose name ends in .py.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    found: list[Callable[..., object]] = [
-        item for name, item in vars(module).items()
-        if inspect.isfunction(item) and item.__module__ == spec.name and not name.startswith("_")
-    ]
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the user's own code: whatever it raises belongs into the sentence
+        raise errors.InvalidRequest(f"{path} cannot be loaded: {type(error).__name__}: {error}",
+                                    remedy="See that `python` can import it.") from error
+    found = [item for name, item in vars(module).items() if not name.startswith("_") and _is_tool(item, spec.name)]
     if not found:
-        raise errors.InvalidRequest(f"{path} defines no public functions.")
-    return found
+        raise errors.InvalidRequest(f"{path} defines no public functions.", remedy="Write some with type hints.")
+    try:
+        return tools_from(found)
+    except TypeError as error:
+        raise errors.InvalidRequest(f"{path}: {error}") from error
+
+
+def _is_tool(item: object, module: str) -> TypeGuard[Tool | Callable[..., object]]:
+    fn = item.fn if isinstance(item, Tool) else item
+    return inspect.isfunction(fn) and fn.__module__ == module
 
 
 @final
@@ -46,7 +58,7 @@ class Chat:
     def __init__(self, model: str | Engine | None, *, tools: Path | None, system: str | None, temperature: float,
                  max_tokens: int) -> None:
         self._model = model
-        self._tools = tools_of(tools) if tools is not None else []
+        self._tools = tools_of(tools) if tools is not None else ()
         self._system = system
         self._temperature = temperature
         self._max_tokens = max_tokens

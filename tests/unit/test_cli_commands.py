@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import agentspeed
 from agentspeed import Session, errors
 from agentspeed.cli.app import EXIT_BUG, EXIT_REFUSED, app, run
 from agentspeed.cli.benchmarks import names
@@ -82,7 +83,42 @@ def test_a_bug_during_a_chat_is_reported_as_one(monkeypatch: pytest.MonkeyPatch)
 def test_tools_are_the_public_functions_a_file_defines(tmp_path: Path) -> None:
     path = tmp_path / "tools.py"
     _ = path.write_text("from json import dumps\ndef add(a: int) -> int:\n    return a\ndef _no() -> int: ...\n")
-    assert [tool.__name__ for tool in tools_of(path)] == ["add"]
+    assert [tool.name for tool in tools_of(path)] == ["add"]
     _ = path.write_text("x = 1\n")
     with pytest.raises(errors.InvalidRequest, match="no public functions"):
         tools_of(path)
+
+
+def test_a_decorated_tool_of_a_file_keeps_its_options(tmp_path: Path) -> None:
+    path = tmp_path / "tools.py"
+    _ = path.write_text(
+        "from agentspeed import tool\n@tool(timeout=5)\ndef add(a: int) -> int:\n    return a\ndef sub(a: int): ...\n"
+    )
+    assert [(tool.name, tool.timeout) for tool in tools_of(path)] == [("add", 5), ("sub", None)]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("def add(a, b): ...\n", "tool add(): parameter 'a' has no type hint"),
+        ("import no_such_module_at_all\n", "ModuleNotFoundError: No module named 'no_such_module_at_all'"),
+        ("def f(:\n", "SyntaxError"),
+        ("x = 1\n", "no public functions"),
+        (None, "is not a file"),
+    ],
+)
+def test_a_tools_file_that_cannot_be_used_is_a_sentence_and_not_a_traceback(
+    tmp_path: Path, text: str | None, told: str
+) -> None:
+    path = tmp_path / "tools.py"
+    if text is not None:
+        _ = path.write_text(text)
+    done = RUNNER.invoke(app, ["chat", "--tools", str(path)])
+    assert done.exit_code == EXIT_REFUSED, done.exception
+    assert told in done.output and str(path) in done.output
+    assert "Starting" not in done.output
+
+
+def test_the_version_can_be_asked_for() -> None:
+    done = RUNNER.invoke(app, ["--version"])
+    assert (done.exit_code, done.output) == (0, f"agentspeed {agentspeed.__version__}\n")
