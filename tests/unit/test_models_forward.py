@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from agentspeed_engine.models.catalog import load
-from agentspeed_engine.models.loaded import LoadedModel
+from agentspeed_engine.models.loaded import LoadedModel, zeros_on_demand
 from tests.paged import CONFIG, Trail, batch
 from tools.random_checkpoint import make_checkpoint
 
@@ -113,3 +115,12 @@ def test_lower_formats_stay_near_float64(tmp_path: Path, model: LoadedModel, dty
     # Positions where rounding flips an expert choice may differ widely in bfloat16, hence the median.
     error = float(((got - wanted).abs().amax(-1) / wanted.abs().max()).median())
     assert error < {"float32": 1e-5, "bfloat16": 6e-2}[dtype]
+
+
+def test_a_pool_takes_memory_only_where_it_is_written() -> None:
+    unit = 1 if sys.platform == "darwin" else 1024
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pool = zeros_on_demand((2**15, 2**15), torch.bfloat16)
+    pool[5] = 1.0
+    assert float(pool[4:7].sum()) == 2**15
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit < pool.nbytes / 8

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import final
@@ -56,7 +58,7 @@ class LoadedModel:
         self.info = info
         self.page_tokens = page_tokens
         weights = Checkpoint(folder, config, kind)
-        self._pool = torch.zeros(config.layers, pages, page_tokens, config.latent_width, dtype=kind)
+        self._pool = zeros_on_demand((config.layers, pages, page_tokens, config.latent_width), kind)
         self._kernels = Kernels(standard(), detect(), dtype, tuple(OPS))
         chain = build(config, weights, list(self._pool), ONE, self._kernels)
         self.plan: Plan = plan([module.boundary for module in chain], ONE.mesh, start=EVERYWHERE, finish=EVERYWHERE)
@@ -82,6 +84,12 @@ class LoadedModel:
     def write_pages(self, pages: Sequence[int], data: Tensor) -> None:
         """The inverse of `read_pages`."""
         self._pool[:, torch.as_tensor(pages, dtype=torch.int64)] = data.transpose(0, 1)
+
+
+def zeros_on_demand(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros that take memory only where they are written: a pool may be large, most sessions are not."""
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def step_state(batch: FlatBatch, rope: Rope, page_tokens: int, workspace: Workspace) -> StepState:
