@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, final
 
 from agentspeed import errors
 from agentspeed.backends.port import wire
+from agentspeed.checking import (
+    check_count,
+    check_draw,
+    check_flag,
+    check_messages,
+    check_seconds,
+    check_seed,
+    check_text,
+)
 from agentspeed.front.output import OutputSpec, output_spec
 from agentspeed.front.parser import TurnParser
 from agentspeed.messages import Message, User
@@ -83,8 +92,33 @@ def check_names(options: TurnOptions) -> None:
     """Raises `InvalidRequest` for an option that no turn has."""
     unknown = sorted(options.keys() - TurnOptions.__annotations__.keys())
     if unknown:
-        raise errors.InvalidRequest(f"Unknown options {', '.join(unknown)}.",
-                                    remedy=f"The options are: {', '.join(sorted(TurnOptions.__annotations__))}.")
+        drawing = [name for name in unknown if name in Sampling.__dataclass_fields__]
+        hint = f" Give them as sampling=Sampling({', '.join(f'{name}=...' for name in drawing)})." if drawing else ""
+        raise errors.InvalidRequest(
+            f"Unknown options {', '.join(unknown)}.",
+            remedy=f"The options are: {', '.join(sorted(TurnOptions.__annotations__))}.{hint}")
+
+
+def check_session(
+    *, system: str | None, sampling: Sampling | None, private: bool, tenant: str | None, seed: int | None,
+    name: str | None, timeout: float | None, close_timeout: float, engine_options: Mapping[str, Any],
+) -> None:
+    """Raises `InvalidRequest` for an argument of a session that cannot be."""
+    for what, text in (("system", system), ("tenant", tenant), ("name", name)):
+        if text is not None:
+            check_text(what, text)
+    if sampling is not None:
+        check_sampling(sampling)
+    check_flag("private", private)
+    check_seed(seed)
+    check_seconds("timeout", timeout)
+    check_seconds("close_timeout", close_timeout, none=False)
+    known = TurnOptions.__annotations__.keys() | Sampling.__dataclass_fields__.keys()
+    if misplaced := sorted(engine_options.keys() & known):
+        raise errors.InvalidRequest(
+            f"A session has no options {', '.join(misplaced)}.",
+            remedy="Options of a turn are given to generate, stream or run; what all turns draw by, as "
+                   "sampling=Sampling(...).")
 
 
 def ask(prompt: Prompt, output: Any, options: TurnOptions, defaults: Defaults, codec: ChatCodec) -> Asked:
@@ -93,17 +127,20 @@ def ask(prompt: Prompt, output: Any, options: TurnOptions, defaults: Defaults, c
     tools = defaults.tools if given is None else _among(tools_from(given), defaults.tools)
     spec = output_spec(output)
     stop = options.get("stop", ())
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    stops = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, Sequence) else (stop,)
     if not all(isinstance(text, str) and text for text in stops):
         raise errors.InvalidRequest(f"stop is {stop!r}; it must be one text or several, none of them empty.")
+    for text in stops:
+        check_text("stop", text)
     timeout = options.get("timeout")
     timeout = defaults.timeout if timeout is None else timeout
-    if timeout is not None and not timeout > 0:
-        raise errors.InvalidRequest(f"timeout is {timeout}; it must be seconds above 0, or None.")
+    check_seconds("timeout", timeout)
+    keep = options.get("keep_on_cancel", False)
+    check_flag("keep_on_cancel", keep)
     return Asked(
         messages=messages_of(prompt), output=spec, grammar=_grammar(spec, tools, options, defaults, codec),
         sampling=_sampling(options, defaults), max_tokens=_max_tokens(options), stop=stops, seed=_seed(options),
-        keep_on_cancel=options.get("keep_on_cancel", False), timeout=timeout,
+        keep_on_cancel=keep, timeout=timeout,
         parser=TurnParser(codec.tags, reasoning=defaults.reasoning),
     )
 
@@ -116,6 +153,7 @@ def messages_of(prompt: Prompt) -> tuple[Message, ...]:
         if not isinstance(item, str | Message):
             raise errors.InvalidRequest(f"{item!r} is no message.", remedy="Give a text or User(...).")
         messages.append(User(item) if isinstance(item, str) else item)
+    check_messages(messages)
     return tuple(messages)
 
 
@@ -130,34 +168,47 @@ def _among(tools: tuple[Tool, ...], known: tuple[Tool, ...]) -> tuple[Tool, ...]
 
 def _grammar(spec: OutputSpec | None, tools: tuple[Tool, ...], options: TurnOptions, defaults: Defaults,
              codec: ChatCodec) -> str | None:
-    choice = options.get("tool_choice", "auto")
+    choice, parallel = options.get("tool_choice", "auto"), options.get("parallel_calls", 16)
+    check_count("parallel_calls", parallel)
     if not tools and spec is None and choice in ("auto", "none"):
         return None
     from agentspeed.front.grammar import turn_grammar
 
-    return turn_grammar(tools=tools, tool_choice=choice, parallel_calls=options.get("parallel_calls", 16), output=spec,
+    return turn_grammar(tools=tools, tool_choice=choice, parallel_calls=parallel, output=spec,
                         reasoning=defaults.reasoning, tags=codec.tags)
 
 
 def _sampling(options: TurnOptions, defaults: Defaults) -> wire.Sampling:
-    base = options.get("sampling") or defaults.sampling
+    given = options.get("sampling")
+    base = defaults.sampling if given is None else given
+    check_sampling(base)
     heat, logprobs = options.get("temperature"), options.get("logprobs")
+    check_draw("temperature", heat, none=True)
+    check_draw("logprobs", logprobs, whole=True, none=True)
     if logprobs is None and defaults.record_logprobs:
         logprobs = 0
     return wire.Sampling(temperature=base.temperature if heat is None else heat, top_k=base.top_k, top_p=base.top_p,
                          min_p=base.min_p, logprobs=logprobs)
 
 
+def check_sampling(sampling: Sampling) -> None:
+    """Raises `InvalidRequest` for what is none, `InvalidSampling` for a value that is no number."""
+    if not isinstance(sampling, Sampling):
+        raise errors.InvalidRequest(f"sampling is {sampling!r}; it must be Sampling(...), or None.")
+    check_draw("temperature", sampling.temperature)
+    check_draw("top_k", sampling.top_k, whole=True, none=True)
+    check_draw("top_p", sampling.top_p)
+    check_draw("min_p", sampling.min_p)
+
+
 def _max_tokens(options: TurnOptions) -> int | None:
     most = options.get("max_tokens")
-    if most is not None and (not isinstance(most, int) or most < 1):
-        raise errors.InvalidRequest(f"max_tokens is {most!r}; it must be a whole number above 0, or None.",
-                                    remedy="To compute a prompt without drawing, use add(..., prefill=True).")
+    check_count("max_tokens", most, none=True,
+                remedy="To compute a prompt without drawing, use add(..., prefill=True).")
     return most
 
 
 def _seed(options: TurnOptions) -> int | None:
     seed = options.get("seed")
-    if seed is not None and not isinstance(seed, int):
-        raise errors.InvalidRequest(f"seed is {seed!r}; it must be a whole number, or None.")
+    check_seed(seed)
     return seed

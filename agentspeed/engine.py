@@ -32,8 +32,11 @@ class Engine:
     are those of `agentspeed_engine.run.options.EngineOptions`; unknown ones are refused when the process starts."""
 
     def __init__(self, model: str | os.PathLike[str] | None = None, **options: Any) -> None:
+        if model is not None and not isinstance(model, str | os.PathLike):
+            raise errors.InvalidRequest(f"model is {model!r}; it must be a folder or a repository id.")
         self.model = NANO if model is None else model
-        self._options = options
+        self._options = {name: os.fspath(value) if isinstance(value, os.PathLike) else value
+                         for name, value in options.items()}
         self._local: LocalEngine | None = None
         self._codec: ChatCodec | None = None
         self._shared = False

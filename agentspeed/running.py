@@ -13,6 +13,7 @@ import anyio
 
 from agentspeed import errors, events, loop
 from agentspeed.asking import TurnOptions
+from agentspeed.checking import check_count, check_seconds
 from agentspeed.front import transcript
 from agentspeed.messages import Message, ToolCall, ToolMessage
 from agentspeed.tools import CANCELLED, Approve, OnError, Tool, ToolBatch, ToolResult, content_of, tools_from
@@ -69,6 +70,12 @@ class Run:
     async def drive(self, prompt: tuple[Message, ...], max_turns: int, output_retries: int) -> Result[Any]:
         """Raises `OutputError` when the answer was still not an `output` after the retries, and what a tool with
         `on_error="raise"` raised, once every call has its result in the log."""
+        check_count("max_turns", max_turns)
+        check_count("output_retries", output_retries, least=0)
+        check_seconds("expect", self._expect, zero=True)
+        for name, call in (("on_event", self._on_event), ("approve", self._approve)):
+            if call is not None and not callable(call):
+                raise errors.InvalidRequest(f"{name} is {call!r}; it must be a function, or None.")
         before = self._session.usage
         steps = loop.agent_loop(*prompt, max_turns=max_turns, output_retries=output_retries)
         step = next(steps)

@@ -17,9 +17,10 @@ import anyio.to_thread
 import msgspec
 
 from agentspeed import errors, events
-from agentspeed.asking import Asked, Defaults, Prompt, TurnOptions, ask, check_names, messages_of
+from agentspeed.asking import Asked, Defaults, Prompt, TurnOptions, ask, check_names, check_session, messages_of
 from agentspeed.backends.port import wire
 from agentspeed.branch import Branch, Opening
+from agentspeed.checking import check_count, check_number, check_text, is_whole
 from agentspeed.engine import Engine
 from agentspeed.front import transcript
 from agentspeed.front.mirror import Checkpoint, Mirror
@@ -89,6 +90,8 @@ class Session:
         close_timeout: float = 5.0,
         **engine_options: Any,
     ) -> None:
+        check_session(system=system, sampling=sampling, private=private, tenant=tenant, seed=seed, name=name,
+                      timeout=timeout, close_timeout=close_timeout, engine_options=engine_options)
         self.id = name or secrets.token_hex(4)
         self.parent: Session | None = None
         self.system = system
@@ -242,6 +245,7 @@ class Session:
         from agentspeed.forks import Forks
 
         self._must_be_open()
+        check_count("n", n)
         return Forks(self, n, None if at is None else self._point(at).tokens)
 
     async def adopt(self, child: Session) -> None:
@@ -249,10 +253,11 @@ class Session:
 
         Raises `SessionBusy` when either has a turn running, `TrunkMoved` when this session went on since the fork,
         `ChildUnrelated` for anything but a child of this session."""
+        if not isinstance(child, Session) or child.parent is not self:
+            other = child.id if isinstance(child, Session) else repr(child)
+            raise errors.ChildUnrelated(f"{other} is not a child of {self.id}.",
+                                        remedy="Adopt a child of this very session.")
         with self._doing("adopt"), child._doing("adopt"):
-            if child.parent is not self:
-                raise errors.ChildUnrelated(f"{child.id} is not a child of {self.id}.",
-                                            remedy="Adopt a child of this very session.")
             if child._forked_at != self._moves:
                 raise errors.TrunkMoved(f"Session {self.id} went on after {child.id} was forked.",
                                         remedy="Adopt before it goes on, or go on with the child instead.")
@@ -267,6 +272,8 @@ class Session:
     async def mark(self, name: str | None = None) -> Mark:
         """Here, to come back to with `rewind`; a name is remembered and travels to forks."""
         self._must_be_idle()
+        if name is not None and not (isinstance(name, str) and name):
+            raise errors.InvalidRequest(f"name is {name!r}; it must be a text that is not empty, or None.")
         mark = Mark(name, self._mirror)
         if name is not None:
             self._mirror.marks[name] = mark.point
@@ -289,6 +296,9 @@ class Session:
                 raise errors.MarkNotFound(f"{to!r} is not in this session any more.",
                                           remedy="It was rewound to before the mark; make a new one.")
             return to.point
+        if not is_whole(to):
+            raise errors.MarkNotFound(f"{to!r} is no mark, name or position.",
+                                      remedy="Give what mark() gave, a mark's name, or a number of tokens.")
         if not 0 <= to <= len(self._mirror):
             raise errors.MarkNotFound(f"Position {to} is not in a session of {len(self._mirror)} tokens.")
         return self._mirror.at(to)
@@ -296,6 +306,10 @@ class Session:
     # ---- pauses ---------------------------------------------------------------------------------------------------
     async def expect(self, seconds: float, *, keep: Literal["soft", "firm"] = "soft", tool: str = "") -> Lease:
         """Says when this session will be used again; the answer says what was granted, until when, and why."""
+        check_number("seconds", seconds)
+        if keep not in ("soft", "firm"):
+            raise errors.InvalidRequest(f"keep is {keep!r}; it must be 'soft' or 'firm'.")
+        check_text("tool", tool)
         with self._doing("expect"):
             return await self._branch.expect(seconds, keep, tool)
 

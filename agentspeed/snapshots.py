@@ -79,12 +79,15 @@ def load(data: bytes, model: Any, options: dict[str, Any]) -> Session:
         ids, logprobs = array("I"), array("d")
         ids.frombytes(found.ids)
         logprobs.frombytes(found.logprobs)
-    except (msgspec.DecodeError, ValueError) as error:
+    except (msgspec.DecodeError, ValueError, TypeError) as error:
         raise errors.InvalidRequest(f"This is no session snapshot: {error}.") from error
     if found.version != VERSION:
         raise errors.InvalidRequest(f"The snapshot has version {found.version}; this agentspeed reads {VERSION}.")
     if not len(ids) == len(logprobs) == len(found.made):
         raise errors.InvalidRequest("The snapshot is damaged: its parts have different lengths.")
+    if options.get("system", found.system) != found.system:
+        raise errors.InvalidRequest("A restored session's system text is in the log and cannot be another.",
+                                    remedy="Leave system= out, or start a new session.")
     given = {"system": found.system, "private": found.private, "tenant": found.tenant, "seed": found.seed,
              "name": found.name, "sampling": Sampling(**found.sampling)}  # type: ignore[arg-type]
     session = Session(model, **{**given, **options})

@@ -8,6 +8,7 @@ from agentspeed.errors import AgentspeedError
 _CLASSES: dict[str, type[AgentspeedError]] = {
     "unsupported_model": errors.ModelUnsupported,
     "bad_config": errors.ModelBroken,
+    "bad_options": errors.InvalidRequest,
     "bad_weights": errors.ModelBroken,
     "bad_tokenizer": errors.ModelBroken,
     "invalid_request": errors.InvalidRequest,

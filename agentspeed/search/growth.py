@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias, final
 import anyio
 
 from agentspeed import events
+from agentspeed.checking import check_count, check_seconds
 from agentspeed.errors import ContextOverflow, InvalidRequest, OutputError
 from agentspeed.messages import Assistant, Message, System, ToolMessage, User
 from agentspeed.search.tree import Cost, Found, Node
@@ -41,9 +42,9 @@ class Budget:
     branches: int = 256
 
     def __post_init__(self) -> None:
-        for name, value in (("tokens", self.tokens), ("seconds", self.seconds), ("branches", self.branches)):
-            if value is not None and not value > 0:
-                raise InvalidRequest(f"Budget {name} is {value}; it must be above 0.")
+        check_count("Budget tokens", self.tokens, none=True)
+        check_seconds("Budget seconds", self.seconds)
+        check_count("Budget branches", self.branches)
 
 
 @final
@@ -193,7 +194,12 @@ class Grower:
             await self.prune([node])
             return
         scored = self.plan.score(node)
-        node.score = float(await scored if inspect.isawaitable(scored) else scored)
+        score: object = await scored if inspect.isawaitable(scored) else scored
+        try:
+            node.score = float(score)  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest(f"score gave {score!r} for {node.whole!r}.",
+                                 remedy="Give a number; higher is better.") from error
         self._judge(node)
         if node.state == "pruned":
             await _close(node)
@@ -259,8 +265,7 @@ async def search(
     grow: Callable[[Grower], Awaitable[None]],
 ) -> Found:
     """Runs one kind of search inside its budget; leaves no branch open, whatever happens."""
-    if plan.at_once < 1:
-        raise InvalidRequest(f"at_once is {plan.at_once}; it must be at least 1.")
+    check_count("at_once", plan.at_once)
     grower = Grower(session, plan)
     try:
         with anyio.move_on_after(plan.budget.seconds) as scope:

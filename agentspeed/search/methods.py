@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from agentspeed.errors import InvalidRequest
+from agentspeed.checking import check_count
 from agentspeed.messages import Message
 from agentspeed.search.growth import Attempt, Budget, Grower, Keep, Plan, Score, search
 from agentspeed.search.tree import Found, Node
@@ -143,5 +143,4 @@ def _score(node: Node) -> float:
 
 def _at_least_one(**bounds: int) -> None:
     for name, value in bounds.items():
-        if value < 1:
-            raise InvalidRequest(f"{name} is {value}; it must be at least 1.")
+        check_count(name, value)

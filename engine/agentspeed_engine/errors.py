@@ -6,9 +6,9 @@ from typing import Literal
 
 Code = Literal[
     # your input
-    "unsupported_model", "bad_config", "bad_weights", "bad_tokenizer", "invalid_request", "context_overflow",
-    "invalid_sampling", "schema_unsupported", "branch_unknown", "branch_busy", "branch_closed", "trunk_moved",
-    "child_unrelated", "position_unknown", "bad_frame", "protocol_mismatch",
+    "unsupported_model", "bad_config", "bad_options", "bad_weights", "bad_tokenizer", "invalid_request",
+    "context_overflow", "invalid_sampling", "schema_unsupported", "branch_unknown", "branch_busy", "branch_closed",
+    "trunk_moved", "child_unrelated", "position_unknown", "bad_frame", "protocol_mismatch",
     # the world
     "overloaded", "too_many_sessions", "too_many_branches", "quota_exceeded", "out_of_memory", "engine_stopping",
     # our bug

@@ -19,6 +19,8 @@ from agentspeed_engine import wire
 from agentspeed_engine.ids import pack_ids
 from tests.engine_client import EngineProcess, Front, LinkClosed, Refused, alive, engine, environment, until
 
+NANO = Path(__file__).resolve().parents[2] / "agentspeed" / "models" / "nano"
+
 NOOP = {"model": "noop:512:0", "pages": 200, "context_limit": 4096, "check_every_step": True}
 SLOW = NOOP | {"model": "noop:512:2"}
 
@@ -82,14 +84,15 @@ def test_options_may_be_flags(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["--options", '{"model": "noop:64:0", "pagse": 3}'], "bad_config", "pagse"),
-        (["--options", "{"], "bad_config", "truncated"),
-        (["--model", "noop:64:0", "--pages", "many"], "bad_config", "pages"),
-        (["--model", "noop:64:0", "--pages", "0"], "bad_config", "pages"),
-        (["--model", "noop:64:0", "--idle-seconds", "0"], "bad_config", "idle_seconds"),
+        (["--options", '{"model": "noop:64:0", "pagse": 3}'], "bad_options", "pagse"),
+        (["--options", "{"], "bad_options", "truncated"),
+        (["--model", "noop:64:0", "--pages", "many"], "bad_options", "pages"),
+        (["--model", "noop:64:0", "--pages", "0"], "bad_options", "pages"),
+        (["--model", "noop:64:0", "--idle-seconds", "0"], "bad_options", "idle_seconds"),
         (["--model", "noop:64"], "bad_config", "noop:VOCABULARY:MILLISECONDS"),
-        (["--model", "noop:64:0", "--context-limit", "100000"], "bad_config", "context_limit"),
-        (["--model", "noop:64:0", "--pages", "3", "--context-limit", "4096"], "bad_config", "L1"),
+        (["--model", "noop:64:0", "--context-limit", "100000"], "bad_options", "context_limit"),
+        (["--model", "noop:64:0", "--pages", "3", "--context-limit", "4096"], "bad_options", "L1"),
+        (["--model", str(NANO), "--pages", "4000000000"], "out_of_memory", "Give fewer pages"),
         (["--model", "/nowhere/at/all"], "bad_config", "not a folder"),
         (["--nonsense"], "bad_config", "--nonsense"),
         (["--model", "x", "--options", "{}"], "bad_config", "Give one of the two"),

@@ -162,6 +162,6 @@ async def test_a_folder_that_is_no_model_is_refused_with_what_to_do(tmp_path: Pa
     with pytest.raises(errors.ModelBroken, match=r"config\.json"):
         async with Session(tmp_path):
             raise AssertionError("opened")
-    with pytest.raises(errors.ModelBroken, match="pagez"):
+    with pytest.raises(errors.InvalidRequest, match="pagez"):
         async with Session(checkpoint, pagez=3):
             raise AssertionError("opened")

@@ -62,7 +62,7 @@ def test_the_firm_budget_counts_the_whole_segment_that_a_rewound_branch_starts_i
 def test_a_pool_too_small_for_one_turn_beside_firm_leases_is_refused_at_the_start() -> None:
     with pytest.raises(EngineFault) as refused:
         _ = Core(CoreConfig(pages=10, context_limit=32, vocab_size=9, page_tokens=4, firm_pages=2))
-    assert refused.value.code == "bad_config" and "L1" in refused.value.message and refused.value.remedy
+    assert refused.value.code == "bad_options" and "L1" in refused.value.message and refused.value.remedy
 
 
 def test_a_tenant_past_its_sessions_is_refused_and_others_are_not() -> None:

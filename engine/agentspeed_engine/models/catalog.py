@@ -47,7 +47,8 @@ def load(
     from agentspeed_engine.models.loaded import LoadedModel
 
     if pages < 1 or page_tokens < 1:
-        raise EngineFault("bad_config", f"a pool of {pages} pages of {page_tokens} tokens is empty.", "Make it larger.")
+        raise EngineFault("bad_options", f"a pool of {pages} pages of {page_tokens} tokens is empty.",
+                          "Make it larger.")
     config, raw = read_config(Path(path))
     info = _info(config, raw, dtype, page_tokens)
     return LoadedModel(Path(path), config, info, dtype=dtype, pages=pages, page_tokens=page_tokens, threads=threads)
@@ -63,7 +64,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
 
 def _info(config: ModelConfig, raw: dict[str, Any], dtype: Dtype, page_tokens: int) -> ModelInfo:
     if dtype not in DTYPE_BYTES:
-        raise EngineFault("bad_config", f"dtype {dtype!r} is unknown.", f"Known: {', '.join(DTYPE_BYTES)}.")
+        raise EngineFault("bad_options", f"dtype {dtype!r} is unknown.", f"Known: {', '.join(DTYPE_BYTES)}.")
     item = DTYPE_BYTES[dtype]
     return ModelInfo(
         model_type=config.model_type,

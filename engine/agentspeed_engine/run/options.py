@@ -90,7 +90,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 def parse_options(text: str) -> EngineOptions:
-    """Raises `EngineFault` (bad_config) naming what is wrong."""
+    """Raises `EngineFault` (bad_options) naming what is wrong."""
     try:
         options = msgspec.json.decode(text, type=EngineOptions)
     except msgspec.DecodeError as error:
@@ -99,7 +99,7 @@ def parse_options(text: str) -> EngineOptions:
 
 
 def options_from(flags: Mapping[str, Any]) -> EngineOptions:
-    """Options from values that may still be text. Raises `EngineFault` (bad_config) naming what is wrong."""
+    """Options from values that may still be text. Raises `EngineFault` (bad_options) naming what is wrong."""
     try:
         options = msgspec.convert(dict(flags), EngineOptions, strict=False)
     except msgspec.ValidationError as error:
@@ -108,7 +108,7 @@ def options_from(flags: Mapping[str, Any]) -> EngineOptions:
 
 
 def _wrong(what: str) -> EngineFault:
-    return EngineFault("bad_config", f"The engine options are wrong: {what}.",
+    return EngineFault("bad_options", f"The engine options are wrong: {what}.",
                        f"Known options: {', '.join(EngineOptions.__struct_fields__)}.")
 
 
@@ -212,13 +212,17 @@ def _core(options: EngineOptions, pages: int, limit: int, vocab_size: int, name:
 def _sizes(options: EngineOptions, model_limit: int, bytes_per_page: int) -> tuple[int, int]:
     """(pages, context limit): what was asked for, else what the machine and the model give."""
     if options.context_limit is not None and not 1 <= options.context_limit <= model_limit:
-        raise EngineFault("bad_config", f"context_limit is {options.context_limit}; the model has {model_limit}.",
+        raise EngineFault("bad_options", f"context_limit is {options.context_limit}; the model has {model_limit}.",
                           "Give a number between 1 and the model's own limit.")
     wanted = options.context_limit or model_limit
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if options.pages is not None:
+        if options.pages * bytes_per_page > memory:
+            raise EngineFault("out_of_memory", f"A pool of {options.pages} pages takes "
+                              f"{options.pages * bytes_per_page / 1e9:.0f} GB, the machine has {memory / 1e9:.0f} GB.",
+                              "Give fewer pages, or leave `pages` out for a quarter of the memory.")
         fits = (options.pages - 1) * options.page_tokens
         return options.pages, wanted if options.context_limit else max(1, min(wanted, fits))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     pages = min(memory // 4 // bytes_per_page, max(_MOST_DEFAULT_PAGES, 2 * pages_for(wanted, options.page_tokens)))
     fits = (pages - pages // 4 - 2) * options.page_tokens
     if options.context_limit is None:

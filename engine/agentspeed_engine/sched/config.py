@@ -52,21 +52,21 @@ class CoreConfig:
         return spare // 4 if self.firm_pages is None else self.firm_pages
 
     def check(self) -> None:
-        """Raises `EngineFault` (bad_config) for what would let a turn wait for ever."""
+        """Raises `EngineFault` (bad_options) for what would let a turn wait for ever."""
         for name in ("pages", "context_limit", "vocab_size", "page_tokens", "prefill_chunk", "extend_tokens",
                      "max_sessions", "max_branches", "max_waiting"):
             if getattr(self, name) < 1:
-                raise EngineFault("bad_config", f"{name} is {getattr(self, name)}.", "Give at least 1.")
+                raise EngineFault("bad_options", f"{name} is {getattr(self, name)}.", "Give at least 1.")
         if self.depth < 0 or self.host_slots < 0 or (self.firm_pages is not None and self.firm_pages < 0):
-            raise EngineFault("bad_config", "depth, host_slots and firm_pages cannot be negative.")
+            raise EngineFault("bad_options", "depth, host_slots and firm_pages cannot be negative.")
         if self.policy not in POLICIES:
-            raise EngineFault("bad_config", f"There is no policy {self.policy!r}.", f"One of: {', '.join(POLICIES)}.")
+            raise EngineFault("bad_options", f"There is no policy {self.policy!r}.", f"One of: {', '.join(POLICIES)}.")
         if self.ticket_deadline <= 0 or self.copy_seconds_per_token < 0 or self.recompute_seconds_per_token < 0:
-            raise EngineFault("bad_config", "ticket_deadline must be above 0, and costs cannot be negative.")
+            raise EngineFault("bad_options", "ticket_deadline must be above 0, and costs cannot be negative.")
         needed = pages_for(self.context_limit, self.page_tokens) + 1
         if self.pages - self.firm_budget() < needed:
             raise EngineFault(
-                "bad_config",
+                "bad_options",
                 f"The pool has {self.pages} pages of {self.page_tokens} tokens, {self.firm_budget()} of them for firm "
                 f"leases; one turn of the context limit ({self.context_limit} tokens) needs {needed} (rule L1).",
                 "Give more pages, a smaller context limit, or fewer firm pages.",
