@@ -64,10 +64,26 @@ def check_grammar(source: str) -> None:
         raise ExtraMissing("Tools and output= need llguidance.", remedy="Install agentspeed[engine].") from error
     is_error, messages = LLMatcher.validate_grammar_with_warnings(source)
     if is_error:
-        reason = " ".join(messages).splitlines()[0]
         raise SchemaUnsupported(
-            f"This cannot be expressed as a grammar: {reason}", remedy="Simplify the schema or regex."
+            f"This cannot be expressed as a grammar: {_reason(messages)}.", remedy="Correct the schema or regex."
         )
+
+
+def _reason(messages: Sequence[str]) -> str:
+    """The library's first line says what, and one that begins with "error:" says why; between them is a picture."""
+    lines = " ".join(messages).splitlines() or ["no reason was given"]
+    why = [line.removeprefix("error:") for line in lines[1:] if line.startswith("error:")]
+    return "".join([lines[0], *why[:1]]).rstrip(". ")
+
+
+def matches(spec: Regex, text: str) -> bool:
+    """Whether the whole text is an output of this shape, by the rules that the engine drew it under."""
+    from llguidance import LLMatcher, LLTokenizer
+
+    rules = _Rules(DEFAULT_TAGS, reasoning=False)
+    source = rules.source([rules.output(spec)])
+    matcher = LLMatcher(LLTokenizer("byte"), source, log_level=0)
+    return all(matcher.try_consume_tokens([byte]) == 1 for byte in text.encode()) and matcher.is_accepting()
 
 
 def _offered(tools: Sequence[Tool], tool_choice: str) -> tuple[Tool, ...]:

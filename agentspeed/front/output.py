@@ -10,7 +10,8 @@ from typing import Any, Final, Generic, TypeAlias, TypeVar, cast, final
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
 from pydantic.errors import PydanticInvalidForJsonSchema, PydanticSchemaGenerationError
 
-from agentspeed.errors import OutputError, SchemaUnsupported
+from agentspeed.checking import check_text
+from agentspeed.errors import InvalidRequest, OutputError, SchemaUnsupported
 from agentspeed.tools.bounds import DEFAULT_BOUNDS, Bounds, Json, bounded
 from agentspeed.tools.bounds import Schema as JsonSchema
 from agentspeed.tools.signature import strip_titles
@@ -85,11 +86,20 @@ class Regex:
     max_chars: int = MAX_REGEX_CHARS
 
     def __post_init__(self) -> None:
+        try:
+            check_text("Regex pattern", self.pattern)
+        except InvalidRequest as error:
+            raise SchemaUnsupported(error.message, remedy=error.remedy) from error
         if not 1 <= self.max_chars <= MAX_REGEX_CHARS:
             raise SchemaUnsupported(f"Regex max_chars is {self.max_chars}; it must be 1 to {MAX_REGEX_CHARS}.")
 
     def decode(self, text: str) -> str:
-        """The grammar has matched it; only the length of a turn can cut it."""
+        """Raises `OutputError` when the turn was cut, by `max_tokens` or `stop`, before the text matched."""
+        from agentspeed.front.grammar import matches
+
+        if not matches(self, text):
+            raise OutputError(f"The output {text!r} does not match {self.pattern!r}.", text=text,
+                              remedy="Raise max_tokens if it was cut short.")
         return text
 
 
@@ -101,7 +111,8 @@ class Choice:
 
     def __init__(self, *options: str) -> None:
         if not options or not all(isinstance(option, str) and option for option in options):
-            raise SchemaUnsupported("Choice needs at least one option, each a non-empty text.")
+            raise SchemaUnsupported("Choice needs at least one option, each a non-empty text.",
+                                    remedy='Write Choice("yes", "no").')
         if len(set(options)) != len(options):
             raise SchemaUnsupported(f"Choice names an option twice: {list(options)}.")
         self.options = options
