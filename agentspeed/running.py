@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, final
 
 import anyio
+import msgspec
 
 from agentspeed import errors, events, loop
 from agentspeed.asking import TurnOptions
@@ -126,7 +127,7 @@ class Run:
             await batch.run()
         finally:
             messages = tuple(_message(call, result) for call, result in zip(calls, batch.results(), strict=True))
-            await resume(session, messages)
+            messages = await resume(session, messages)
         self._results.extend(messages)
         if (error := batch.to_raise()) is not None:
             raise error
@@ -148,15 +149,35 @@ async def pause(session: Session, calls: tuple[ToolCall, ...], expect: float | N
     tell(session._stamped(events.Paused(lease=lease)))
 
 
-async def resume(session: Session, results: tuple[ToolMessage, ...]) -> None:
-    """The results enter the log whatever ended the tools: a call without one could not be rendered."""
+async def resume(session: Session, results: tuple[ToolMessage, ...]) -> tuple[ToolMessage, ...]:
+    """The results enter the log whatever ended the tools: a call without one could not be rendered. Gives them as the
+    model reads them."""
     if session._paused_at is not None:
         seconds, session._paused_at = anyio.current_time() - session._paused_at, None
         session.usage = session.usage + Usage(pauses=1, pause_seconds=seconds)
         session._resumes = True
     with anyio.CancelScope(shield=True):
-        if session._state == "open":
-            _ = await session.add(*results)
+        return await _write(session, results) if session._state == "open" else results
+
+
+async def _write(session: Session, results: tuple[ToolMessage, ...]) -> tuple[ToolMessage, ...]:
+    """Results that leave no room in the context give way to an error, the longest first, until the rest fits.
+
+    Raises `ContextOverflow` when not even the errors do."""
+    told = list(results)
+    by_length = sorted(range(len(told)), key=lambda index: len(told[index].text))
+    while True:
+        try:
+            _ = await session.add(*told)
+        except errors.ContextOverflow:
+            if not by_length:
+                raise
+            index = by_length.pop()
+            size, name = len(told[index].text), told[index].name
+            text = f"error: {name}: its result of {size} characters does not fit into the context"
+            told[index] = msgspec.structs.replace(told[index], text=text, ok=False)
+        else:
+            return tuple(told)
 
 
 def _message(call: ToolCall, result: ToolResult) -> ToolMessage:
@@ -193,6 +214,9 @@ async def tool_call(session: Session, call: ToolCall, *, timeout: float | None, 
                     on_error: OnError) -> AsyncIterator[Pending]:
     """See `Session.tool_call`."""
     pending = Pending(call)
+    if session._busy is None and call.id not in [one.id for one in transcript.unanswered(session._mirror)]:
+        raise errors.InvalidRequest(f"Session {session.id} has no open call {call.id!r} of {call.name}.",
+                                    remedy="Serve the calls of its last reply, before anything else is said.")
     if session._busy is None and session._paused_at is None:
         await pause(session, (call,), expect, lambda event: None)
     started = anyio.current_time()
@@ -224,4 +248,4 @@ async def _deliver(session: Session) -> None:
         return
     calls = transcript.unanswered(session._mirror)
     if calls and all(call.id in session._results for call in calls):
-        await resume(session, tuple(session._results.pop(call.id) for call in calls))
+        _ = await resume(session, tuple(session._results.pop(call.id) for call in calls))

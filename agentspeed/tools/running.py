@@ -30,12 +30,18 @@ Approve: TypeAlias = Callable[[ToolCall], bool | Awaitable[bool]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolResult:
-    """What goes back to the model, and the error when the call did not succeed."""
+    """What goes back to the model, and the error when the call did not succeed. Half a character in `content` (a lone
+    surrogate, as in odd file names) becomes a replacement character: no tokenizer takes it."""
 
     content: str
     ok: bool
     error: ToolError | None = None
     seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.content.isascii():
+            whole = self.content.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            object.__setattr__(self, "content", whole)
 
 
 CANCELLED: Final = ToolResult(content="error: cancelled before it finished", ok=False)
