@@ -157,7 +157,9 @@ async def resume(session: Session, results: tuple[ToolMessage, ...]) -> tuple[To
         session.usage = session.usage + Usage(pauses=1, pause_seconds=seconds)
         session._resumes = True
     with anyio.CancelScope(shield=True):
-        return await _write(session, results) if session._state == "open" else results
+        if session._state == "open":
+            results = await _write(session, results)
+    return results
 
 
 async def _write(session: Session, results: tuple[ToolMessage, ...]) -> tuple[ToolMessage, ...]:
