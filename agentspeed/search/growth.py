@@ -83,6 +83,8 @@ class Grower:
         self._without_fork = 0
         self._started = anyio.current_time()
         self.ended: Ended | None = None
+        self._smaller: Ended | None = None
+        """The bound that left the search fewer branches or shorter texts than it asked for."""
         self.root: Node
         self.best: Node | None = None
 
@@ -107,9 +109,11 @@ class Grower:
 
     async def expand(self, node: Node, n: int, *, stop: str | None = None) -> list[Node]:
         """Forks up to `n` children and lets each make its step; gives those that can be gone on with or finished."""
-        n = min(n, self.plan.budget.branches - self._count)
+        asked, n = n, min(n, self.plan.budget.branches - self._count)
         if n < 1 or not self.may_grow():
             return []
+        if n < asked:
+            self._smaller = "branches"
         branches = await self._stack.enter_async_context(node.branch.fork(n))
         born: list[Node] = []
         for branch in branches:
@@ -138,7 +142,7 @@ class Grower:
             branches=len(nodes), pruned=sum(node.state in ("pruned", "cut") for node in nodes), tokens=self._spent,
             tokens_without_fork=self._without_fork, seconds=anyio.current_time() - self._started,
         )
-        return Found(best=self.best, root=self.root, cost=cost, ended=self.ended or "exhausted")
+        return Found(best=self.best, root=self.root, cost=cost, ended=self.ended or self._smaller or "exhausted")
 
     async def close(self) -> None:
         """Every branch that is still open ends; the adopted one is no branch any more."""
@@ -221,6 +225,8 @@ class Grower:
             finally:
                 self._add(node, replace(turn.usage, drawn=max(turn.usage.drawn, node.branch.tokens - start)))
         node.whole = reply.text
+        if reply.finish_reason == "max_tokens" and bound != self.plan.options.get("max_tokens"):
+            self._smaller = "tokens"
         if stop is None or reply.finish_reason not in ("stop_string", "max_tokens"):
             node.state = "finished"
         return False

@@ -82,7 +82,10 @@ class Cost:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """`best` is None when nothing was finished or scored. `ended` says why the search stopped."""
+    """`best` is None when no branch was finished and scored: a step that could be gone on with is no answer yet.
+
+    `ended` says why the search stopped: "solved", "exhausted" (nothing was left to try), or the bound of the budget
+    that ended it or left it fewer branches or shorter texts than it asked for."""
 
     best: Node | None
     root: Node

@@ -108,6 +108,16 @@ async def test_a_budget_ends_the_search_and_leaves_nothing_open(budget: Budget, 
         assert engine.live_branches == 1
 
 
+@pytest.mark.parametrize(
+    ("budget", "ended"), [(Budget(branches=2), "branches"), (Budget(tokens=16), "tokens"), (Budget(), "exhausted")]
+)
+async def test_a_search_that_its_budget_made_smaller_says_so(budget: Budget, ended: str) -> None:
+    async with scripted(["try 1 and then some more words", "try 9 and then some more words"] * 2) as (engine, session):
+        found = await best_of_n(session, "Go.", n=4, score=digits, budget=budget)
+        assert found.ended == ended
+        assert engine.live_branches == 1
+
+
 async def test_tokens_drawn_stay_inside_a_token_budget() -> None:
     async with scripted(lambda _: "word " * 100) as (_, session):
         found = await best_of_n(session, "Go.", n=4, score=lambda _: 1.0, budget=Budget(tokens=200), at_once=4)
