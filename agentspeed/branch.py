@@ -147,14 +147,14 @@ class Branch:
             sink(event)
 
     # ---- at rest --------------------------------------------------------------------------------------------------
-    async def append(self, write: Callable[[], None]) -> None:
+    async def append(self, write: Callable[[], Awaitable[None]]) -> None:
         """`write` appends to the mirror; the engine follows. Nothing is appended when this raises."""
 
         async def once() -> None:
             link = await self.attach()
             point = self.mirror.checkpoint()
             try:
-                write()
+                await write()
                 ids = pack_ids(self.mirror.ids[point.tokens :])
                 _ = await self._bounded(
                     link, lambda request: wire.Append(request=request, branch=self._number, ids=ids), None)

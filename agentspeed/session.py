@@ -230,7 +230,8 @@ class Session:
         is cancelled the messages stay."""
         given = messages_of(messages)
         with self._doing("add"):
-            await self._branch.append(lambda: transcript.write(self._mirror, self.engine.codec, given))
+            await self._branch.append(
+                lambda: _beside(given, lambda: transcript.write(self._mirror, self.engine.codec, given)))
             self._moves += 1
             if prefill and (usage := await self._branch.prefill()) is not None:
                 self.usage = self.usage + dataclasses.replace(usage_of(usage), turns=0)
@@ -437,8 +438,7 @@ class Session:
 
         async def plan() -> wire.Generate:
             nonlocal continued
-            large = sum(len(message.text) for message in asked.messages) > _LARGE_CHARS
-            continued = await anyio.to_thread.run_sync(write) if large else write()
+            continued = await _beside(asked.messages, write)
             self._reply_at = self._mirror.open_at or 0
             return asked.command(codec.stop_ids, len(continued))
 
@@ -504,6 +504,11 @@ class Session:
 
     def _next_call_id(self) -> str:
         return f"call_{secrets.token_hex(4)}"
+
+
+async def _beside(messages: Sequence[Message], write: Callable[[], T]) -> T:
+    large = sum(len(message.text) for message in messages) > _LARGE_CHARS
+    return await anyio.to_thread.run_sync(write) if large else write()
 
 
 __all__ = ["Mark", "Session"]
