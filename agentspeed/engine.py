@@ -144,7 +144,8 @@ def resolve(model: str | os.PathLike[str]) -> Path:
     try:
         return Path(snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise errors.ModelBroken(f"{text} could not be fetched: {error}.",
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise errors.ModelBroken(f"{text} could not be fetched: {reason}.",
                                  remedy="Check the name and the network, or give a local folder.") from error
 
 

@@ -201,7 +201,8 @@ class Session:
         approve: Approve | None = None, tool_data: object = None, expect: float | None = None,
         on_event: Callable[[events.AnyEvent], None] | None = None, **options: Unpack[TurnOptions],
     ) -> Result[Any]:
-        """Turns and tools until the model answers, at most `max_turns` turns.
+        """Turns and tools until the model answers, at most `max_turns` turns; in the last one it cannot call a tool,
+        for nobody would read the result.
 
         Each turn is atomic; while tools run the branch is held under a lease, and whatever happens to a tool its call
         gets a result, in call order. `approve` is asked about tools that need it; without it they are denied.
@@ -271,7 +272,8 @@ class Session:
             self._moves += 1
 
     async def mark(self, name: str | None = None) -> Mark:
-        """Here, to come back to with `rewind`; a name is remembered and travels to forks."""
+        """Here, to come back to with `rewind`; a name is remembered, travels to forks and snapshots, and stands for the
+        latest mark that was given it."""
         self._must_be_idle()
         if name is not None and not (isinstance(name, str) and name):
             raise errors.InvalidRequest(f"name is {name!r}; it must be a text that is not empty, or None.")
@@ -281,7 +283,10 @@ class Session:
         return mark
 
     async def rewind(self, to: Mark | str | int) -> None:
-        """Exactly back to a mark, or to any token position. Rows after it stay cached. Raises `MarkNotFound`."""
+        """Exactly back to a mark, or to any token position. Rows after it stay cached. Raises `MarkNotFound`.
+
+        Position 0 is before the system text and the tools too: to keep them, go back to a mark of the beginning. In
+        the middle of the model's message, `generate()` goes on with it."""
         with self._doing("rewind"):
             await self._branch.rewind(self._point(to))
             self._moves += 1
@@ -350,7 +355,8 @@ class Session:
 
     @property
     def messages(self) -> tuple[Message, ...]:
-        """Whole messages, in order; the last may be open."""
+        """Whole messages, in order, without the system text (that is `system`). One that `max_tokens` or `stop` ended
+        is whole but open: `generate()` goes on with it. What a running turn has said so far is not among them."""
         return self._mirror.messages
 
     @property
@@ -365,8 +371,8 @@ class Session:
 
     @property
     def residence(self) -> Residence:
-        """Where the rows were when the engine last said so (turns, `expect`, `inspect`)."""
-        return self._branch.residence
+        """Where the rows were when the engine last said so (turns, `expect`, `inspect`), of the tokens known now."""
+        return self._branch.residence.within(self.tokens)
 
     @property
     def lease(self) -> Lease | None:

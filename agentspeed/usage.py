@@ -66,11 +66,19 @@ class Usage:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Residence:
-    """Where the rows of a session's tokens are."""
+    """Where the rows of a session's tokens are: how many tokens' rows are on the device, on the host alone, nowhere.
+
+    Together they are the session's tokens. The row of the newest is computed by the next turn, so it counts as lost."""
 
     device: int
     host: int
     lost: int
+
+    def within(self, tokens: int) -> Residence:
+        """The same for the first `tokens` of them; what is beyond all three was never computed."""
+        device = min(self.device, tokens)
+        host = min(self.host, tokens - device)
+        return Residence(device=device, host=host, lost=tokens - device - host)
 
 
 @final

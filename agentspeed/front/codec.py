@@ -225,7 +225,8 @@ def load_template(folder: Path) -> Render:
     try:
         template = environment.from_string(source)
     except TemplateError as error:
-        raise ModelBroken(f"The chat template of {folder} does not parse: {error}.") from error
+        raise ModelBroken(f"The chat template of {folder} does not parse: {str(error).rstrip('.')}.",
+                          remedy="Correct it; it is a Jinja template.") from error
     constants = {name: _token_text(settings.get(name)) for name in ("bos_token", "eos_token", "pad_token")}
 
     def render(messages: list[dict[str, Any]], *, tools: list[dict[str, Any]] | None = None,
@@ -254,7 +255,9 @@ def _token_text(value: object) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        data: object = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelBroken(f"{path} cannot be read: {error}.") from error
+        raise ModelBroken(f"{path} cannot be read: {error}.", remedy="Download it again.") from error
+    if not isinstance(data, dict):
+        raise ModelBroken(f"{path} holds a {type(data).__name__}, not an object.", remedy="Download it again.")
     return data

@@ -87,14 +87,23 @@ def test_a_template_cannot_reach_out_of_its_sandbox(checkpoint: Path, tmp_path: 
 
 
 def test_a_folder_without_a_template_or_with_a_broken_one_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(errors.ModelBroken, match="does not parse"):
-        _ = ChatCodec(folder_with(checkpoint, tmp_path, "{% for %}"))
+    with pytest.raises(errors.ModelBroken, match="does not parse") as refusal:
+        _ = ChatCodec(folder_with(checkpoint, tmp_path, "{{ messages "))
+    assert ".." not in str(refusal.value) and refusal.value.remedy
     (tmp_path / "tokenizer_config.json").unlink()
     with pytest.raises(errors.ModelBroken, match="no chat template"):
         _ = ChatCodec(tmp_path)
     _ = (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(errors.ModelBroken, match="not a tokenizer"):
         _ = ChatCodec(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_a_json_file_that_holds_no_object_is_refused_by_name(checkpoint: Path, tmp_path: Path, name: str) -> None:
+    folder = folder_with(checkpoint, tmp_path, CHATML)
+    _ = (folder / name).write_text("[]")
+    with pytest.raises(errors.ModelBroken, match=f"{name} holds a list, not an object"):
+        _ = ChatCodec(folder)
 
 
 @given(text=st.text(max_size=40))
