@@ -124,7 +124,8 @@ class Run:
                           arrived=arrived)
         messages: tuple[ToolMessage, ...] = ()
         try:
-            await batch.run()
+            with session._doing("a tool"):  # what it says meanwhile would come between a call and its result
+                await batch.run()
         finally:
             messages = tuple(_message(call, result) for call, result in zip(calls, batch.results(), strict=True))
             messages = await resume(session, messages)

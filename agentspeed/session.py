@@ -396,7 +396,7 @@ class Session:
     def _state_text(self) -> str:
         if self._state != "open":
             return self._state
-        if self._busy is not None:
+        if self._busy is not None and self._paused_at is None:
             return "running"
         kept = f", {self.lease.keep} lease {self.lease.seconds:g}s" if self.lease is not None else ""
         if self.residence.host:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from agentspeed import Assistant, Session, ToolCall, ToolMessage
+from agentspeed import Assistant, Session, ToolCall, ToolContext, ToolMessage
 from agentspeed.errors import InvalidRequest
 from agentspeed.testing import ScriptedEngine, tool_call
 
@@ -55,6 +55,32 @@ async def test_a_call_that_is_not_open_cannot_be_served() -> None:
             async with s.tool_call(reply.tool_calls[0]):
                 raise AssertionError("served twice")
         assert (await s.generate()).text == "3."
+
+
+async def ask_myself(context: ToolContext[None]) -> str:
+    """Go on with the session that waits for this very result."""
+    session = context.session
+    assert isinstance(session, Session)
+    assert "held" in repr(session)
+    return (await session.generate("And?")).text
+
+
+async def ask_a_fork(context: ToolContext[None]) -> str:
+    """Go on with a fork of it."""
+    assert isinstance(context.session, Session)
+    async with context.session.fork() as (child,):
+        return (await child.generate("And?")).text
+
+
+async def test_a_tool_cannot_go_on_with_the_session_that_waits_for_it_but_may_fork_it() -> None:
+    script = [tool_call("ask_myself"), "Done.", tool_call("ask_a_fork"), "From the fork.", "Done again."]
+    async with ScriptedEngine(script) as engine, engine.session(tools=[ask_myself, ask_a_fork]) as s:
+        result = await s.run("Go.")
+        assert result.text == "Done."
+        assert result.tools[0].text.startswith(f"error: ask_myself: SessionBusy: Session {s.id} is busy: a tool")
+        assert [type(m).__name__ for m in s.messages] == ["User", "Assistant", "ToolMessage", "Assistant"]
+        again = await s.run("Go.")
+        assert (again.text, again.tools[0].text) == ("Done again.", "From the fork.")
 
 
 def long_text() -> str:
