@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 import random
 from dataclasses import dataclass, field
 from typing import final
@@ -17,8 +18,8 @@ from bench.pauses_workload import CONTEXT_LIMIT, Agent, Trace, Turn, live_tokens
 
 LINK = LinkId(1)
 DRAWN_ID = 5
-WORKING_SETS_ON_HOST = 2
-"""Host slots for each device page."""
+SLOTS_PER_PAGE = 2
+"""Of a host tier, where there is one."""
 
 
 @final
@@ -26,7 +27,7 @@ WORKING_SETS_ON_HOST = 2
 class Costs:
     """Seconds, for real lengths."""
 
-    prefill_token: float = 40e-6
+    prefill_token: float = 10e-6
     decode_step: float = 3e-3
     decode_row: float = 0.5e-3
     copy_token: float = 0.8e-6
@@ -48,7 +49,7 @@ class Load:
     seconds: float
     """Virtual seconds that are counted."""
     costs: Costs = field(default_factory=Costs)
-    page_tokens: int = 8
+    page_tokens: int = 4
     chunk: int = 512
 
 
@@ -70,10 +71,11 @@ class Counted:
 
     @property
     def amplification(self) -> float:
-        return self.prefilled / max(1, self.needed)
+        """Infinite when no turn ended."""
+        return self.prefilled / self.needed if self.needed else math.inf
 
     def wait(self, share: float) -> float:
-        ordered = sorted(self.waits) or [float("inf")]
+        ordered = sorted(self.waits) or [math.inf]
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
@@ -97,11 +99,21 @@ class Run:
         self.load = load
         costs, scale = load.costs, load.scale
         pages = pages_for(round(live_tokens(load.trace, load.agents, scale) / load.pressure), load.page_tokens)
-        self.core = Core(CoreConfig(
-            pages=pages, context_limit=CONTEXT_LIMIT // scale + 64, vocab_size=2**32, page_tokens=load.page_tokens,
-            prefill_chunk=load.chunk, extend_tokens=load.chunk // 2, firm_pages=0, policy=policy,
-            host_slots=WORKING_SETS_ON_HOST * pages if load.host else 0,
-            copy_seconds_per_token=costs.copy_token * scale, recompute_seconds_per_token=costs.prefill_token * scale))
+        self.core = Core(
+            CoreConfig(
+                pages=pages,
+                context_limit=CONTEXT_LIMIT // scale + 64,
+                vocab_size=2**32,
+                page_tokens=load.page_tokens,
+                prefill_chunk=load.chunk,
+                extend_tokens=load.chunk // 2,
+                firm_pages=0,
+                policy=policy,
+                host_slots=SLOTS_PER_PAGE * pages if load.host else 0,
+                copy_seconds_per_token=costs.copy_token * scale,
+                recompute_seconds_per_token=costs.prefill_token * scale,
+            )
+        )
         self.now = 0.0
         self.counted = Counted()
         self._shared = random.Random(load.seed).randbytes(4 * (load.trace.shared_tokens // scale))
@@ -149,8 +161,9 @@ class Run:
         load = self.load
         fed = sum(len(row.ids) for row in plan.rows)
         decoding = sum(row.sample is not None and len(row.ids) == 1 for row in plan.rows)
-        seconds = load.scale * (load.costs.decode_step + load.costs.decode_row * decoding
-                                + load.costs.prefill_token * (fed - decoding))
+        seconds = load.scale * (
+            load.costs.decode_step + load.costs.decode_row * decoding + load.costs.prefill_token * (fed - decoding)
+        )
         self._until(self.now + seconds)
         drawn = tuple(Drawn(row.branch, row.epoch, DRAWN_ID) for row in plan.rows if row.sample is not None)
         self._hear(self.core.apply(StepResult(plan.seq, drawn, seconds=seconds), self.now))
@@ -158,8 +171,8 @@ class Run:
     def _until(self, end: float) -> None:
         """Everything that happens up to `end`, in order."""
         while True:
-            tool = self._returns[0][0] if self._returns else float("inf")
-            copy = self._copies[0][0] if self._copies else float("inf")
+            tool = self._returns[0][0] if self._returns else math.inf
+            copy = self._copies[0][0] if self._copies else math.inf
             if min(tool, copy) > end:
                 break
             self.now = max(self.now, min(tool, copy))

@@ -96,9 +96,11 @@ def _count(fields: dict[str, object], name: str, path: Path, number: int) -> int
 def shape_of(calls: Sequence[Call]) -> Trace:
     first = calls[0]
     return Trace(
-        shared_tokens=first.cached_prefix_tokens, first_tokens=first.append_tokens,
+        shared_tokens=first.cached_prefix_tokens,
+        first_tokens=first.append_tokens,
         append_spread=statistics.stdev(math.log(call.append_tokens) for call in calls),
-        output_spread=statistics.stdev(math.log(call.output_tokens) for call in calls))
+        output_spread=statistics.stdev(math.log(call.output_tokens) for call in calls),
+    )
 
 
 def pause_at(share: float) -> float:
