@@ -17,12 +17,24 @@ def write(mirror: Mirror, codec: ChatCodec, messages: Sequence[Message], *, comp
     does, so calls that nobody answered get a result that says so."""
     if complete or not all(isinstance(message, ToolMessage) for message in messages):
         messages = _completed(unanswered(mirror), messages)
+    _record_open(mirror, codec)
     mirror.append(codec.closing(None) if mirror.open_at is not None else mirror.owed)
     mirror.open_at, mirror.owed = None, ()
     for message in messages:
         start = len(mirror)
         mirror.append(codec.message(message))
         mirror.spans.append(Span(message, start, len(mirror)))
+
+
+def _record_open(mirror: Mirror, codec: ChatCodec) -> None:
+    """An open message that no turn of this mirror ended (it was forked or cut in its middle) is one when it closes:
+    what there is of it, as plain text."""
+    start = mirror.spans[-1].end if mirror.spans else 0
+    if mirror.open_at is None or start > mirror.open_at:
+        return
+    stops = codec.stop_ids
+    said = codec.tokenizer.decoder().feed([number for number in mirror.ids[mirror.open_at :] if number not in stops])
+    mirror.spans.append(Span(Assistant(said, raw=said), start, len(mirror)))
 
 
 def _completed(calls: Sequence[ToolCall], messages: Sequence[Message]) -> list[Message]:

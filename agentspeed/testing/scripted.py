@@ -71,6 +71,8 @@ class ScriptedEngine:
 def _script(script: Sequence[str | ScriptedText] | Writes) -> Callable[[Asked], ScriptedText | None]:
     if callable(script):
         return lambda asked: _as_text(script(asked))
+    if isinstance(script, str) or not isinstance(script, Sequence):
+        raise TypeError(f"script is {script!r}; give a list of what each turn writes, or a function of the log.")
     texts = [_as_text(item) for item in script]
     return lambda asked: texts[asked.turn - 1] if asked.turn <= len(texts) else None
 

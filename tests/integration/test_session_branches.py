@@ -95,7 +95,7 @@ async def test_a_live_fork_goes_on_with_the_open_message_and_the_parent_does_not
                         _ = await same.generate(max_tokens=6)
                         assert same.ids == alone.ids[: begun + 6]
                         _ = await other.generate("Stop. Something else.", max_tokens=3)
-                        assert [type(message) for message in other.messages] == [User, User, Assistant]
+                        assert [type(message) for message in other.messages] == [User, Assistant, User, Assistant]
             assert turn.result().ids == undisturbed
 
 
