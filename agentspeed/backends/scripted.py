@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import logging
 import os
 import socket
 import threading
@@ -24,6 +25,7 @@ from agentspeed_engine import wire
 from agentspeed_engine.ids import pack_ids, unpack_ids
 from agentspeed_engine.run.vocabulary import Vocabulary
 
+_LOG: Final = logging.getLogger("agentspeed.testing")
 _CONTEXT_LIMIT: Final = 1 << 20
 _PAGE_TOKENS: Final = 64
 
@@ -79,6 +81,10 @@ class _Due:
     order: int
     branch: int = field(compare=False)
     turn: _Turn = field(compare=False)
+
+
+class ScriptRaised(Exception):
+    """The test's own function failed: its turn tells, for nobody sees what a thread raises."""
 
 
 class _Refused(Exception):
@@ -139,7 +145,12 @@ class ScriptedServer:
             self._turns += 1
             branch.turns += 1
             log = self._tokenizer.decode(branch.log, skip_special_tokens=False)
-            said = self._script(Asked(log=log, turn=self._turns, session_turn=branch.turns))
+            try:
+                said = self._script(Asked(log=log, turn=self._turns, session_turn=branch.turns))
+            except ScriptRaised as error:
+                _LOG.warning("a script raised", exc_info=error)
+                turn.reason, turn.message = "error", str(error)
+                return turn
         if said is None:
             turn.reason, turn.message = "error", f"the script has no text for turn {self._turns}"
             return turn

@@ -9,7 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeAlias, final
 
-from agentspeed.backends.scripted import Asked, ScriptedServer, ScriptedText
+from agentspeed.backends.scripted import Asked, ScriptedServer, ScriptedText, ScriptRaised
+from agentspeed.checking import check_seconds, check_text
 from agentspeed.engine import NANO, Engine
 from agentspeed.front.tags import DEFAULT_TAGS
 from agentspeed.session import Session
@@ -70,12 +71,24 @@ class ScriptedEngine:
 
 def _script(script: Sequence[str | ScriptedText] | Writes) -> Callable[[Asked], ScriptedText | None]:
     if callable(script):
-        return lambda asked: _as_text(script(asked))
+        return lambda asked: _asked_of(script, asked)
     if isinstance(script, str) or not isinstance(script, Sequence):
         raise TypeError(f"script is {script!r}; give a list of what each turn writes, or a function of the log.")
     texts = [_as_text(item) for item in script]
     return lambda asked: texts[asked.turn - 1] if asked.turn <= len(texts) else None
 
 
+def _asked_of(script: Writes, asked: Asked) -> ScriptedText:
+    try:
+        return _as_text(script(asked))
+    except Exception as error:
+        raise ScriptRaised(f"the script raised {type(error).__name__}: {error}") from error
+
+
 def _as_text(item: str | ScriptedText) -> ScriptedText:
-    return ScriptedText(text=item) if isinstance(item, str) else item
+    said = ScriptedText(text=item) if isinstance(item, str) else item
+    if not isinstance(said, ScriptedText):
+        raise TypeError(f"script: a turn writes {item!r}; give a text, or say(...).")
+    check_text("script text", said.text)
+    check_seconds("say seconds", said.seconds, zero=True, none=False)
+    return said

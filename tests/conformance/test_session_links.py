@@ -62,7 +62,7 @@ async def test_the_story_is_the_same_over_every_link_and_loop(opener: Opener, ch
 async def test_what_the_engine_refuses_to_load_is_the_same_error_over_every_link(checkpoint: Path) -> None:
     said = []
     for kind in (EngineSlot, ThreadOpener):
-        with pytest.raises(errors.ModelBroken) as refusal:
+        with pytest.raises(errors.InvalidRequest) as refusal:
             async with Engine.over(kind({"model": str(checkpoint), "pages": 4, "context_limit": 9999}), checkpoint):
                 raise AssertionError("an engine whose longest turn never fits was started")
         said.append(str(refusal.value))

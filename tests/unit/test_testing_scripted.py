@@ -8,7 +8,7 @@ import anyio
 import pytest
 
 from agentspeed import Session
-from agentspeed.errors import OutputError, SessionBusy, TrunkMoved, TurnTimeout
+from agentspeed.errors import InvalidRequest, OutputError, SessionBusy, TrunkMoved, TurnTimeout
 from agentspeed.messages import Assistant, ToolCall, User
 from agentspeed.testing import ScriptedEngine, ScriptedText, Turn, say, tool_call
 
@@ -168,3 +168,27 @@ async def test_nothing_is_left_when_the_engine_is_closed_first() -> None:
 def test_a_tool_call_is_written_as_the_model_writes_it() -> None:
     expected: Any = '<tool_call>{"name":"find","arguments":{"text":"é \\" x","n":[1]}}</tool_call>'
     assert tool_call("find", text='é " x', n=[1]) == expected
+
+
+@pytest.mark.parametrize("item", [5, None, say("x", seconds=-1), "\ud800"])
+def test_a_text_of_a_script_that_cannot_be_said_is_refused_when_the_engine_is_made(item: Any) -> None:
+    with pytest.raises((TypeError, InvalidRequest), match=r"script|say seconds"):
+        _ = ScriptedEngine([item])
+
+
+async def test_a_script_that_raises_ends_its_turn_with_what_it_raised() -> None:
+    def model(turn: Turn) -> str:
+        assert turn.turn > 1, "not yet"
+        return "Fine."
+
+    async with ScriptedEngine(model) as engine, engine.session() as s:
+        with pytest.raises(OutputError, match="the script raised AssertionError: not yet"):
+            _ = await s.generate("Hi")
+        assert (await s.generate("Hi")).text == "Fine."
+        assert engine.live_branches == 1
+
+
+async def test_a_function_that_gives_no_text_ends_its_turn_with_what_was_wrong() -> None:
+    async with ScriptedEngine(lambda turn: 5) as engine, engine.session() as s:  # type: ignore[arg-type, return-value]
+        with pytest.raises(OutputError, match="a turn writes 5"):
+            _ = await s.generate("Hi")
