@@ -75,7 +75,7 @@ def test_options_come_from_json_and_from_flags_alike() -> None:
 def test_a_wrong_option_is_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(EngineFault, match=next(iter(wrong))) as fault:
         options_from({"model": "noop:64:0"} | wrong)
-    assert fault.value.code == "bad_config"
+    assert fault.value.code == "bad_options"
 
 
 def test_without_a_limit_the_context_is_what_the_pool_can_carry() -> None:

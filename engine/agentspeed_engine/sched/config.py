@@ -67,7 +67,8 @@ class CoreConfig:
         if self.pages - self.firm_budget() < needed:
             raise EngineFault(
                 "bad_options",
-                f"The pool has {self.pages} pages of {self.page_tokens} tokens, {max(0, self.firm_budget())} of them for "
-                f"firm leases; one turn of the context limit ({self.context_limit} tokens) needs {needed} (rule L1).",
+                f"The pool has {self.pages} pages of {self.page_tokens} tokens, "
+                f"{max(0, self.firm_budget())} of them for firm leases; one turn of the context limit "
+                f"({self.context_limit} tokens) needs {needed} (rule L1).",
                 "Give more pages, a smaller context limit, or fewer firm pages.",
             )
