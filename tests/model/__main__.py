@@ -7,6 +7,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 
+from agentspeed_engine.kv.tables import BRANCHES, NODES
 from tests.model.explorer import Bounds, Explored, explore
 from tests.model.mutants import MUTANTS
 
@@ -25,6 +26,8 @@ LARGE = (
     Bounds(verbs=6, firm_pages=1, pages=5, depth=1),
     Bounds(verbs=5, host_slots=4, depth=1, setup=((1, 1, 1), (2, 1, 1, 1))),
 )
+ENDS = {"Closed"}
+"""What is in no table any more."""
 
 
 def catch(index: int) -> tuple[str, Explored]:
@@ -40,11 +43,13 @@ def main() -> int:
     parser.add_argument("--skip-mutants", action="store_true")
     options = parser.parse_args()
     failed, states = False, 0
+    reached: set[str] = set()
     with ProcessPoolExecutor(options.processes) as pool:
         started = time.monotonic()
         bounds = SMALL if options.bounds == "small" else LARGE
         for one, found in zip(bounds, pool.map(explore, bounds), strict=True):
             states += found.states
+            reached |= found.reached
             verdict = "complete" if found.complete else "CUT SHORT"
             print(f"{found.states:>9} states {found.transitions:>10} transitions  {verdict}  {one}", flush=True)
             if found.finding is not None or not found.complete:
@@ -52,6 +57,11 @@ def main() -> int:
                 failed = True
         print(f"{states:>9} states in {time.monotonic() - started:.0f} s: "
               f"{'FAILED' if failed else 'safe, and every turn ends'}", flush=True)
+        missing = (set(BRANCHES) | set(NODES)) - reached - ENDS
+        print(f"{len((set(BRANCHES) | set(NODES)) & reached)} states of branches and nodes reached, "
+              f"{sum(' of a ' in one for one in reached)} pairs of a command and the state it met"
+              f"{'; NEVER REACHED: ' + ', '.join(sorted(missing)) if missing else ''}", flush=True)
+        failed |= bool(missing)
         if not options.skip_mutants:
             caught = 0
             for name, found in pool.map(catch, range(len(MUTANTS))):

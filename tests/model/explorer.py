@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
+from hashlib import blake2b
+from sys import intern
 from typing import Any
 
 from agentspeed_engine import wire
@@ -22,6 +24,16 @@ from agentspeed_engine.sched.world import World
 
 LINK = LinkId(1)
 STOP = 3
+
+
+class _ClientDies:
+    """All sessions of the link end at once."""
+
+    def __repr__(self) -> str:
+        return "the client dies"
+
+
+_GONE = _ClientDies()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +79,8 @@ class Explored:
     transitions: int = 0
     complete: bool = True
     finding: Finding | None = None
+    reached: set[str] = field(default_factory=set[str])
+    """States of both machines that some branch or node was in, and commands by the state that they met."""
 
 
 @dataclass(slots=True)
@@ -87,7 +101,7 @@ def explore(bounds: Bounds) -> Explored:
         _ = core.handle(LINK, wire.Open(request=1, ids=pack_ids(ids)), 0.0)
     found = Explored()
     states: list[_State] = [_State(-1, "", 0, world=core.snapshot())]
-    index: dict[Hashable, int] = {(core.key(), 0): 0}
+    index: dict[bytes, int] = {_digest(core.key(), 0): 0}
     cursor = 0
     while cursor < len(states):
         here = states[cursor]
@@ -106,15 +120,19 @@ def explore(bounds: Bounds) -> Explored:
                 found.states = len(states)
                 return found
             found.transitions += 1
+            if not isinstance(action, str):
+                found.reached.add(_met(world, action))
             verbs = here.verbs + (0 if isinstance(action, str) else 1)
-            key = (core.key(), verbs)
+            key = _digest(core.key(), verbs)
             number = index.get(key)
             if number is None:
                 if len(states) >= bounds.max_states:
                     found.complete = False
                     continue
                 number = index[key] = len(states)
-                states.append(_State(cursor, _name(action), verbs, world=core.snapshot(), busy=_busy(core.world)))
+                # Not copied: `restore` gives the core another world before anything happens to this one.
+                found.reached |= _kinds(core.world)
+                states.append(_State(cursor, _name(action), verbs, world=core.world, busy=_busy(core.world)))
             if isinstance(action, str) and here.silent < 0 and number != cursor:
                 here.silent = number
         cursor += 1
@@ -122,6 +140,11 @@ def explore(bounds: Bounds) -> Explored:
     if found.complete:
         found.finding = _not_live(states)
     return found
+
+
+def _digest(key: Hashable, verbs: int) -> bytes:
+    """128 bits instead of a key of kilobytes: among ten million states two that differ meet with a chance of 1e-25."""
+    return blake2b(repr((key, verbs)).encode(), digest_size=16).digest()
 
 
 def _actions(world: World, bounds: Bounds, verbs: int) -> Iterator[Any]:
@@ -139,6 +162,8 @@ def _actions(world: World, bounds: Bounds, verbs: int) -> Iterator[Any]:
     if len(world.states) < bounds.branches:
         for ids in ((1,), (1, 1, 1)):
             yield wire.Open(request=1, ids=pack_ids(ids))
+    if world.states:
+        yield _GONE
     for number in sorted(world.states):
         yield from _verbs(world, number, len(world.states) < bounds.branches, bounds)
 
@@ -177,6 +202,8 @@ def _carry_out(core: Core, action: Any) -> None:
     elif isinstance(action, str):
         how, index = action.split()
         _ = core.copied(list(core.world.tickets)[int(index)], how == "copied", 0.0)
+    elif action is _GONE:
+        _ = core.drop_link(LINK, 0.0)
     else:
         _ = core.handle(LINK, action, 0.0)
 
@@ -192,6 +219,18 @@ def _check_oldest(world: World, before: tuple[int, int] | None) -> None:
     turns = [state.turn for state in world.states.values() if not isinstance(state, Held)]
     if before is not None and any(turn.age == before[0] and turn.preempted > before[1] for turn in turns):
         raise BrokenInvariant("(L4) the oldest turn was preempted")
+
+
+def _kinds(world: World) -> set[str]:
+    return {type(one).__name__ for one in world.states.values()} | {
+        type(node.state).__name__ for node in world.kv.tree.nodes.values()}
+
+
+def _met(world: World, command: Any) -> str:
+    """Such as "Fork of a Queued branch"."""
+    number = getattr(command, "branch", None)
+    of = f" of a {type(world.states[number]).__name__} branch" if number is not None else ""
+    return f"{type(command).__name__}{of}"
 
 
 def _busy(world: World) -> bool:
@@ -230,4 +269,4 @@ def _trace(states: list[_State], number: int) -> list[str]:
 
 
 def _name(action: Any) -> str:
-    return action if isinstance(action, str) else repr(action).replace("request=1, ", "")
+    return intern(action if isinstance(action, str) else repr(action).replace("request=1, ", ""))

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import pytest
 
+from agentspeed_engine.kv.tables import BRANCHES, NODES
 from tests.model.explorer import Bounds, explore
-from tests.model.mutants import MUTANTS, Mutant
+from tests.model.mutants import HOST, MUTANTS, Mutant
 
 
 @pytest.mark.parametrize("bounds", [
     Bounds(verbs=3), Bounds(verbs=3, depth=1), Bounds(verbs=3, firm_pages=1, pages=5),
-    Bounds(verbs=2, setup=((1,), (2, 1, 1)), depth=1),
+    Bounds(verbs=2, setup=((1,), (2, 1, 1)), depth=1), Bounds(verbs=2, host_slots=4, setup=((1, 1, 1), (2, 1, 1, 1))),
 ])
 def test_every_state_is_sound_and_every_turn_ends(bounds: Bounds) -> None:
     found = explore(bounds)
     assert found.complete
     assert found.finding is None, str(found.finding)
     assert found.states > 100
+
+
+def test_the_search_comes_to_every_state_of_both_machines() -> None:
+    reached = explore(HOST).reached | explore(Bounds(verbs=3, depth=1)).reached
+    assert (set(BRANCHES) | set(NODES)) - {"Closed"} <= reached
+    assert {"Fork of a Queued branch", "Close of a Promoting branch", "Cancel of a Settling branch"} <= reached
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)

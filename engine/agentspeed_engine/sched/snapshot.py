@@ -7,20 +7,23 @@ field by field, with identity kept inside one copy.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterable
 from types import MethodType
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 from agentspeed_engine.ids import BranchId
 from agentspeed_engine.kv.branches import Decoding, Held, Prefilling, Promoting, Settling
 from agentspeed_engine.kv.tree import Node
 from agentspeed_engine.sched.world import World
 
-_SHARED = (int, float, str, bytes, bool, type(None), frozenset)
+_PLAIN: frozenset[type[Any]] = frozenset({int, float, str, bytes, bool, type(None)})
 _FROZEN_NAMES = frozenset({
     "NodeRun", "TurnSpec", "PageCopy", "StepPlan", "Row", "HostCopy", "CoreConfig", "Then", "Waiting", "Lease",
     "Residence", "Next", "Ticket",
 })
+_UNSET = object()
+_Memo: TypeAlias = dict[int, Any]
+_Copier: TypeAlias = Callable[[Any, _Memo], Any]
 
 
 def copied(world: World) -> World:
@@ -29,44 +32,81 @@ def copied(world: World) -> World:
     return copy
 
 
-def _kind(value: object) -> type[Any]:
-    return type(value)
+def _copy(value: object, memo: _Memo) -> Any:
+    copier = _COPIERS.get(type(value))
+    if copier is None:
+        copier = _COPIERS[type(value)] = _copier(type(value))
+    return copier(value, memo)
 
 
-def _copy(value: Any, memo: dict[int, Any]) -> Any:
-    kind = _kind(value)
-    if kind in _SHARED or kind.__name__ in _FROZEN_NAMES:
-        return value
-    known = memo.get(id(value))
-    if known is not None:
-        return known
-    if kind is dict:
-        made: Any = {}
-        memo[id(value)] = made
-        for key, item in value.items():
-            made[_copy(key, memo)] = _copy(item, memo)
+def _copier(kind: type[Any]) -> _Copier:
+    """How values of a class are copied that is none of the built-in ones."""
+    if kind.__name__ in _FROZEN_NAMES or not kind.__module__.startswith("agentspeed_engine."):
+        return _same  # also an immutable struct of the wire
+    slots = tuple(name for name in getattr(kind, "__slots__", ()) if name != "__weakref__")
+
+    def copy_object(value: Any, memo: _Memo) -> Any:
+        known = memo.get(id(value))
+        if known is not None:
+            return known
+        made = memo[id(value)] = object.__new__(kind)
+        for name in slots or list(cast(dict[str, Any], vars(value))):
+            item = getattr(value, name, _UNSET)
+            if item is not _UNSET:
+                object.__setattr__(made, name, item if type(item) in _PLAIN else _copy(item, memo))
         return made
-    if kind is list:
-        made = []
-        memo[id(value)] = made
-        made.extend(_copy(item, memo) for item in value)
-        return made
-    if kind is tuple:
-        return tuple(_copy(item, memo) for item in value)
-    if kind is set or kind is array or kind is bytearray:
-        made = memo[id(value)] = value.copy() if kind is set else value[:]  # of ids only
-        return made
-    if kind is MethodType:
-        return MethodType(value.__func__, _copy(value.__self__, memo))
-    if not kind.__module__.startswith("agentspeed_engine."):
-        return value  # an immutable struct of the wire
-    made = memo[id(value)] = object.__new__(kind)
-    slots: tuple[str, ...] | None = getattr(kind, "__slots__", None)
-    names: list[str] = list(cast(dict[str, Any], vars(value))) if slots is None else list(slots)
-    for name in names:
-        if name != "__weakref__" and hasattr(value, name):
-            object.__setattr__(made, name, _copy(getattr(value, name), memo))
+
+    return copy_object
+
+
+def _same(value: Any, memo: _Memo) -> Any:
+    return value
+
+
+def _copy_tuple(value: tuple[Any, ...], memo: _Memo) -> Any:
+    return value if _plain(value) else tuple([_copy(item, memo) for item in value])
+
+
+def _copy_list(value: list[Any], memo: _Memo) -> Any:
+    made: list[Any] | None = memo.get(id(value))
+    if made is None:
+        made = memo[id(value)] = []
+        made.extend(value if _plain(value) else [_copy(item, memo) for item in value])
     return made
+
+
+def _copy_dict(value: dict[Any, Any], memo: _Memo) -> Any:
+    made: dict[Any, Any] | None = memo.get(id(value))
+    if made is None:
+        made = memo[id(value)] = {}
+        if _plain(value):
+            made.update(value if _plain(value.values()) else {key: _copy(item, memo) for key, item in value.items()})
+        else:
+            made.update({_copy(key, memo): _copy(item, memo) for key, item in value.items()})
+    return made
+
+
+def _copy_ids(value: set[Any] | array[Any] | bytearray, memo: _Memo) -> Any:
+    """Of ids only."""
+    made = memo.get(id(value))
+    if made is None:
+        made = memo[id(value)] = value.copy() if isinstance(value, set) else value[:]
+    return made
+
+
+def _copy_method(value: MethodType, memo: _Memo) -> Any:
+    return MethodType(value.__func__, _copy(value.__self__, memo))
+
+
+def _plain(values: Iterable[Any]) -> bool:
+    """Whether nothing in it can change: one pass without a call for each item."""
+    return _PLAIN.issuperset(map(type, values))
+
+
+_COPIERS: dict[type[Any], _Copier] = {
+    **dict.fromkeys((*_PLAIN, frozenset), _same), tuple: _copy_tuple, list: _copy_list, dict: _copy_dict,
+    set: _copy_ids, array: _copy_ids, bytearray: _copy_ids, MethodType: _copy_method,
+}
 
 
 def key(world: World) -> Hashable:
