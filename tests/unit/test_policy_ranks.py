@@ -40,6 +40,12 @@ def test_a_time_to_live_protects_whoever_is_within_it() -> None:
     assert order("ttl", later, late) == [late, later]
 
 
+def test_a_time_to_live_protects_pauses_even_against_turns_that_wait() -> None:
+    waits = replace(PAUSED, rested=2.0, expected=0.0, waiting=3)
+    assert order("ttl", PAUSED, waits) == [waits, PAUSED]
+    assert order("lru", PAUSED, waits) == [PAUSED, waits]
+
+
 def test_pinned_rows_never_go() -> None:
     assert order("pin", PAUSED, OLDER_TURN) == []
     world = Scheduled(pages=12, policy="pin")

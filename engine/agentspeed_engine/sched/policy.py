@@ -53,8 +53,10 @@ def lru(facts: Facts) -> float | None:
 
 
 def ttl(facts: Facts) -> float | None:
-    """Whose time to live is over goes first, oldest first; the others only after them, so that nobody starves."""
-    return facts.rested if facts.rested > TTL_SECONDS else facts.rested - 1e9
+    """Least recently used, but for pauses within their time to live: those go only when nothing else can, not even
+    rows of turns that wait, so that nobody starves."""
+    within = facts.waiting is None and facts.rested <= TTL_SECONDS
+    return facts.rested - 1e9 if within else facts.rested
 
 
 def pin(facts: Facts) -> float | None:
