@@ -17,6 +17,7 @@ from agentspeed_engine import wire
 from agentspeed_engine.errors import BrokenInvariant
 from agentspeed_engine.ids import LinkId, StepSeq, pack_ids
 from agentspeed_engine.kv.branches import Held
+from agentspeed_engine.kv.tables import BRANCHES
 from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.sched.core import Core
 from agentspeed_engine.sched.plan import Drawn, StepResult
@@ -53,6 +54,8 @@ class Bounds:
     """User verbs in a history."""
     setup: tuple[tuple[int, ...], ...] = ()
     """Sessions opened before the search begins, by their ids."""
+    turns: tuple[int, ...] = ()
+    """Branches that had a turn before the search begins, one after the other, with nobody interfering."""
     max_states: int = 10_000_000
 
     def config(self) -> CoreConfig:
@@ -99,6 +102,8 @@ def explore(bounds: Bounds) -> Explored:
     core = Core(bounds.config())
     for ids in bounds.setup:
         _ = core.handle(LINK, wire.Open(request=1, ids=pack_ids(ids)), 0.0)
+    for branch in bounds.turns:
+        _play(core, branch)
     found = Explored()
     states: list[_State] = [_State(-1, "", 0, world=core.snapshot())]
     index: dict[bytes, int] = {_digest(core.key(), 0): 0}
@@ -208,6 +213,21 @@ def _carry_out(core: Core, action: Any) -> None:
         _ = core.handle(LINK, action, 0.0)
 
 
+def _play(core: Core, number: int) -> None:
+    """A turn to its end, every copy ending well."""
+    _carry_out(core, wire.Generate(request=1, branch=number, ids=pack_ids((1,)), max_tokens=1, stop_ids=(STOP,)))
+    for _ in range(100):
+        if not _busy(core.world) and not core.world.tickets:
+            return
+        _carry_out(core, "plan")
+        if core.world.flights:
+            _carry_out(core, "acknowledge")
+        elif core.world.tickets:
+            _carry_out(core, "copied 0")
+        core.check()
+    raise BrokenInvariant(f"the turn of branch {number} before the search does not end")
+
+
 def _oldest(world: World) -> tuple[int, int] | None:
     """(age, times preempted) of the oldest unfinished turn."""
     turns = [state.turn for state in world.states.values() if not isinstance(state, Held)]
@@ -231,6 +251,13 @@ def _met(world: World, command: Any) -> str:
     number = getattr(command, "branch", None)
     of = f" of a {type(world.states[number]).__name__} branch" if number is not None else ""
     return f"{type(command).__name__}{of}"
+
+
+def pairs() -> set[str]:
+    """Every command that users can give a branch, by the state it may meet: the search must come to each."""
+    at_rest = {f"{verb} of a Held branch" for verb in ("Generate", "Rewind", "Adopt", "Expect", "Fork", "Close")}
+    return at_rest | {f"{verb} of a {state} branch" for state in set(BRANCHES) - {"Held", "Closed"}
+                      for verb in ("Cancel", "Fork", "Close")}
 
 
 def _busy(world: World) -> bool:

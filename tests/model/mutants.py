@@ -131,6 +131,9 @@ def _drop_what_is_saved(world: Any, victim: Any, missing: int) -> None:
 
 HOST = Bounds(verbs=3, host_slots=4, setup=((1, 1, 1), (2, 1, 1, 1)))
 
+LOADED = Bounds(verbs=2, host_slots=4, branches=3, setup=HOST.setup, turns=(1, 2))
+"""From where the rows of the first session are on the host alone: commands meet its turn while they come back."""
+
 MUTANTS = (
     Mutant("held-with-rows-in-flight", "a branch lets go of its room while a step still writes it",
            ((branches, "_leave", _rest_at_once),)),

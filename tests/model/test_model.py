@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from agentspeed_engine.kv.tables import BRANCHES, NODES
-from tests.model.explorer import Bounds, explore
-from tests.model.mutants import HOST, MUTANTS, Mutant
+from tests.model.explorer import Bounds, explore, pairs
+from tests.model.mutants import HOST, LOADED, MUTANTS, Mutant
 
 
 @pytest.mark.parametrize("bounds", [
@@ -21,9 +21,10 @@ def test_every_state_is_sound_and_every_turn_ends(bounds: Bounds) -> None:
 
 
 def test_the_search_comes_to_every_state_of_both_machines() -> None:
-    reached = explore(HOST).reached | explore(Bounds(verbs=3, depth=1)).reached
+    leases = Bounds(verbs=1, firm_pages=1, pages=5, setup=((1,),))
+    reached = set[str]().union(*(explore(one).reached for one in (HOST, LOADED, Bounds(verbs=3, depth=1), leases)))
     assert (set(BRANCHES) | set(NODES)) - {"Closed"} <= reached
-    assert {"Fork of a Queued branch", "Close of a Promoting branch", "Cancel of a Settling branch"} <= reached
+    assert pairs() == {one for one in reached if " of a " in one}
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
