@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
-from agentspeed_engine.kv import branches, owners
+from agentspeed_engine.kv import branches
 from agentspeed_engine.kv.branches import Held, Next, Queued, Then
 from agentspeed_engine.kv.nodes import Device, Saving
 from agentspeed_engine.kv.owners import Kv
+from agentspeed_engine.kv.tree import upward
 from agentspeed_engine.sched import reclaim, step, tickets, verbs
 from agentspeed_engine.sched.reclaim import Room
 from tests.model.explorer import Bounds
@@ -65,7 +66,7 @@ def _firm_without_bound(world: Any, branch: Any, pages: int, now: float) -> str:
 
 
 def _pin_without_seed(self: Any, branch: Any) -> None:
-    for node in owners.upward(branch.leaf):
+    for node in upward(branch.leaf):
         node.pinned_by.add(branch.id)
 
 
