@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import fields
 
 from agentspeed_engine.kv.tables import BRANCHES, NODES
 from tests.model.explorer import Bounds, Explored, explore, pairs
@@ -20,15 +21,43 @@ SMALL = (
     Bounds(verbs=2, setup=((1,), (2, 1, 1)), depth=1),
     LOADED,
 )
+_PROMPTS = ((1, 1, 1), (2, 1, 1, 1))
 LARGE = (
-    Bounds(verbs=6),
+    Bounds(verbs=6, depth=1, pages=5, context_limit=8),
+    Bounds(verbs=5, host_slots=6, depth=1, pages=6, context_limit=8, setup=((1, 1, 1), (1, 1, 2))),
+    Bounds(verbs=6, depth=1, pages=5, firm_pages=1),
     Bounds(verbs=6, depth=1),
-    Bounds(verbs=5, branches=3, pages=5, depth=1),
-    Bounds(verbs=6, firm_pages=1, pages=5, depth=1),
-    Bounds(verbs=5, host_slots=4, depth=1, setup=((1, 1, 1), (2, 1, 1, 1))),
+    Bounds(verbs=5, host_slots=4, depth=1, setup=_PROMPTS),
+    Bounds(verbs=6),
+    Bounds(verbs=5, host_slots=4, setup=_PROMPTS),
+    Bounds(verbs=5, host_slots=4, pages=5, firm_pages=1, setup=_PROMPTS),
+    Bounds(verbs=5, depth=1, pages=5, branches=3),
 )
+"""The longest first, so that two processes end together."""
 ENDS = {"Closed"}
 """What is in no table any more."""
+
+
+def search(bounds: Bounds) -> Explored:
+    """Says how far it is once a minute."""
+    started = said = time.monotonic()
+
+    def progress(states: int, waiting: int) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said >= 60:
+            said = now
+            print(f"  ... {states} states, {waiting} of them to be explored, {states / (now - started):.0f} a second: "
+                  f"{told(bounds)}", flush=True)
+
+    return explore(bounds, progress)
+
+
+def told(bounds: Bounds) -> str:
+    """What is not as usual."""
+    usual = Bounds()
+    return " ".join(f"{one.name}={getattr(bounds, one.name)}" for one in fields(bounds)
+                    if one.name == "verbs" or getattr(bounds, one.name) != getattr(usual, one.name))
 
 
 def catch(index: int) -> tuple[str, Explored]:
@@ -48,11 +77,11 @@ def main() -> int:
     with ProcessPoolExecutor(options.processes) as pool:
         started = time.monotonic()
         bounds = SMALL if options.bounds == "small" else LARGE
-        for one, found in zip(bounds, pool.map(explore, bounds), strict=True):
+        for one, found in zip(bounds, pool.map(search, bounds), strict=True):
             states += found.states
             reached |= found.reached
             verdict = "complete" if found.complete else "CUT SHORT"
-            print(f"{found.states:>9} states {found.transitions:>10} transitions  {verdict}  {one}", flush=True)
+            print(f"{found.states:>9} states {found.transitions:>10} transitions  {verdict}  {told(one)}", flush=True)
             if found.finding is not None or not found.complete:
                 print(f"VIOLATION: {found.finding}")
                 failed = True

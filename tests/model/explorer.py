@@ -7,7 +7,7 @@ graph with one edge a state, and one pass over it proves or refutes liveness for
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from sys import intern
@@ -97,8 +97,8 @@ class _State:
     world: World | None = field(default=None)
 
 
-def explore(bounds: Bounds) -> Explored:
-    """Every state within the bounds, or the first finding."""
+def explore(bounds: Bounds, progress: Callable[[int, int], None] = lambda states, waiting: None) -> Explored:
+    """Every state within the bounds, or the first finding. `progress` hears of states found and not yet explored."""
     core = Core(bounds.config())
     for ids in bounds.setup:
         _ = core.handle(LINK, wire.Open(request=1, ids=pack_ids(ids)), 0.0)
@@ -141,6 +141,8 @@ def explore(bounds: Bounds) -> Explored:
             if isinstance(action, str) and here.silent < 0 and number != cursor:
                 here.silent = number
         cursor += 1
+        if cursor % 1000 == 0:
+            progress(len(states), len(states) - cursor)
     found.states = len(states)
     if found.complete:
         found.finding = _not_live(states)
