@@ -300,7 +300,7 @@ async def test_agents_with_tools_are_replayed_and_nothing_they_said_is_in_the_fi
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_a_folder_that_cannot_be_written_is_refused_by_the_engine_at_its_start(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(errors.ModelBroken, match="Cannot record into") as refused:
+    with pytest.raises(errors.InvalidRequest, match="Cannot record into") as refused:
         async with Engine(record=str(tmp_path / "file"), pages=200):
             pass
     assert "Give a folder of your own" in refused.value.remedy

@@ -276,7 +276,7 @@ def test_a_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path: Path)
 def test_a_bound_too_small_for_the_pool_is_refused_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(EngineFault, match="record_bytes") as refused:
         _ = RecordedRun(tmp_path, most_bytes=1 << 16, pages=20_000)
-    assert refused.value.code == "bad_config" and list(tmp_path.rglob(f"*{SUFFIX}")) == []
+    assert refused.value.code == "bad_options" and list(tmp_path.rglob(f"*{SUFFIX}")) == []
 
 
 # ---- the engine's bugs --------------------------------------------------------------------------------------------

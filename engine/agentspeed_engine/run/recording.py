@@ -50,7 +50,7 @@ class Tape:
 
     def __init__(self, core: Core, order: RecordingOrder, *, began: float,
                  say: Callable[[str], None] | None = None) -> None:
-        """Raises `EngineFault` (bad_config) when the folder cannot be written."""
+        """Raises `EngineFault` (bad_options) when the folder cannot be written."""
         self.core = RecordedCore(core, Clear() if order.content else Opaque(), every=order.every)
         self._order = order
         self._began = began
@@ -64,13 +64,13 @@ class Tape:
         self.path = order.folder / f"{stamp}-{os.getpid()}-{id(self) & 0xFFFF:04x}{FLIGHT}"
         head = self._head(gap=False)
         if 2 * len(head) > order.most_bytes:
-            raise EngineFault("bad_config", f"record_bytes is {order.most_bytes}; a recording of a pool of "
+            raise EngineFault("bad_options", f"record_bytes is {order.most_bytes}; a recording of a pool of "
                               f"{core.config.pages} pages needs more than {2 * len(head)}.", "Give more.")
         try:
             self.path.mkdir(mode=0o700, parents=True)
             self._open(head)
         except OSError as error:
-            raise EngineFault("bad_config", f"Cannot record into {order.folder}: {error}.",
+            raise EngineFault("bad_options", f"Cannot record into {order.folder}: {error}.",
                               "Give a folder of your own (record), or leave it out.") from error
 
     @property
