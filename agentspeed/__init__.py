@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from agentspeed.front.output import Choice as Choice
     from agentspeed.front.output import Regex as Regex
     from agentspeed.front.output import Schema as Schema
+    from agentspeed.marks import Mark as Mark
     from agentspeed.messages import Assistant as Assistant
     from agentspeed.messages import System as System
     from agentspeed.messages import ToolCall as ToolCall
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from agentspeed.messages import User as User
     from agentspeed.running import Result as Result
     from agentspeed.sampling import Sampling as Sampling
-    from agentspeed.session import Mark as Mark
     from agentspeed.session import Session as Session
     from agentspeed.tools import Tool as Tool
     from agentspeed.tools import ToolContext as ToolContext
@@ -42,7 +42,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Engine": "engine", "Choice": "front.output", "Regex": "front.output", "Schema": "front.output",
     "Assistant": "messages", "System": "messages", "ToolCall": "messages", "ToolMessage": "messages",
-    "User": "messages", "Sampling": "sampling", "Mark": "session", "Session": "session", "Tool": "tools",
+    "User": "messages", "Sampling": "sampling", "Mark": "marks", "Session": "session", "Tool": "tools",
     "ToolContext": "tools", "tool": "tools", "Reply": "turn", "Result": "running", "Trajectory": "trajectory",
     "Turn": "turn", "Lease": "usage", "Usage": "usage",
 }

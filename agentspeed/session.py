@@ -24,6 +24,7 @@ from agentspeed.checking import check_count, check_number, check_text, is_whole
 from agentspeed.engine import Engine
 from agentspeed.front import transcript
 from agentspeed.front.mirror import Checkpoint, Mirror
+from agentspeed.marks import Mark
 from agentspeed.messages import Assistant, Message, ToolCall, ToolMessage
 from agentspeed.sampling import Sampling
 from agentspeed.tools import Approve, OnError, Tool, tools_from
@@ -39,29 +40,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _LARGE_CHARS = 8192
 """Longer new messages are tokenised in a worker thread: the event loop never waits for them."""
-
-
-@final
-class Mark:
-    """A token position that can be returned to, in the session that made it and in what was forked from it since."""
-
-    __slots__ = ("_digest", "name", "point")
-
-    def __init__(self, name: str | None, mirror: Mirror) -> None:
-        self.name = name
-        self.point = mirror.checkpoint()
-        self._digest = mirror.digest(self.tokens)
-
-    def fits(self, mirror: Mirror) -> bool:
-        """Whether the log still begins with the ids that it had here."""
-        return self.tokens <= len(mirror) and mirror.digest(self.tokens) == self._digest
-
-    @property
-    def tokens(self) -> int:
-        return self.point.tokens
-
-    def __repr__(self) -> str:
-        return f"<Mark {self.name or ''}@{self.tokens}>"
 
 
 @final
