@@ -91,10 +91,8 @@ def long_text() -> str:
 async def test_a_result_that_does_not_fit_into_the_context_is_told_as_an_error_and_the_run_goes_on() -> None:
     async with Session(tools=[long_text, add], context_limit=900, pages=20) as s:
         result = await s.run("Read the long file.", tool_choice="long_text", parallel_calls=1, max_tokens=40)
-        assert [message.text for message in result.tools] == [
-            "error: long_text: its result of 100000 characters does not fit into the context"
-        ]
-        assert not result.tools[0].ok
+        told = {(message.text, message.ok) for message in result.tools}  # the model may well ask again
+        assert told == {("error: long_text: its result of 100000 characters does not fit into the context", False)}
         assert [m for m in s.messages if isinstance(m, ToolMessage)] == list(result.tools)
 
 
