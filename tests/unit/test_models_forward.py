@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from agentspeed_engine.models.catalog import load
-from agentspeed_engine.models.loaded import LoadedModel, zeros_on_demand
+from agentspeed_engine.models.loaded import LoadedModel
+from agentspeed_engine.models.memory import zeros_on_demand
+from agentspeed_engine.run.arena import HostArena
 from tests.paged import CONFIG, Trail, batch
 from tools.random_checkpoint import make_checkpoint
 
@@ -94,10 +96,10 @@ def test_copied_rows_continue_like_the_original(model: LoadedModel) -> None:
 def test_pages_survive_the_way_to_host_memory_and_back(model: LoadedModel) -> None:
     trail = Trail(PAGE, [46, 47])
     model.forward(batch(PAGE, [(trail, IDS[:16])]))
-    saved = model.read_pages([46, 47])
-    assert saved.numel() * saved.element_size() == 2 * model.info.bytes_per_page
+    arena = HostArena(model.pool, 3)
+    arena.save([46, 47], [2, 0])
     model.forward(batch(PAGE, [(Trail(PAGE, [46, 47]), IDS[100:116])]))
-    model.write_pages([120, 119], saved)
+    arena.load([2, 0], [120, 119])
     moved = Trail(PAGE, [120, 119, 121], known=16)
     assert close(model.forward(batch(PAGE, [(moved, [3])])), fresh(model, [*IDS[:16], 3])[-1:])
 

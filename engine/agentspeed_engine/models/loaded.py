@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import mmap
-from collections.abc import Sequence
 from pathlib import Path
 from typing import final
 
@@ -18,6 +15,7 @@ from agentspeed_engine.models.checkpoint import Checkpoint
 from agentspeed_engine.models.config import ModelConfig
 from agentspeed_engine.models.deepseek import build
 from agentspeed_engine.models.inputs import FlatBatch
+from agentspeed_engine.models.memory import zeros_on_demand
 from agentspeed_engine.models.rope import Rope
 from agentspeed_engine.models.state import StepState
 from agentspeed_engine.spmd.lower import lower, run
@@ -58,9 +56,10 @@ class LoadedModel:
         self.info = info
         self.page_tokens = page_tokens
         weights = Checkpoint(folder, config, kind)
-        self._pool = zeros_on_demand((config.layers, pages, page_tokens, config.latent_width), kind)
+        self.pool = zeros_on_demand((config.layers, pages, page_tokens, config.latent_width), kind)
+        """[layers, pages, page_tokens, latent width]; the engine says whose a page is."""
         self._kernels = Kernels(standard(), detect(), dtype, tuple(OPS))
-        chain = build(config, weights, list(self._pool), ONE, self._kernels)
+        chain = build(config, weights, list(self.pool), ONE, self._kernels)
         self.plan: Plan = plan([module.boundary for module in chain], ONE.mesh, start=EVERYWHERE, finish=EVERYWHERE)
         self._steps = lower(self.plan, chain, None)
         self._rope = Rope(config, kind)
@@ -75,21 +74,7 @@ class LoadedModel:
 
     def copy_rows(self, src_page: int, dst_page: int, rows: int) -> None:
         """The first `rows` rows of a page, in every layer."""
-        self._pool[:, dst_page, :rows] = self._pool[:, src_page, :rows]
-
-    def read_pages(self, pages: Sequence[int]) -> Tensor:
-        """A copy [n, layers, page_tokens, width]: page first, so that host slots are contiguous."""
-        return self._pool[:, torch.as_tensor(pages, dtype=torch.int64)].transpose(0, 1).contiguous()
-
-    def write_pages(self, pages: Sequence[int], data: Tensor) -> None:
-        """The inverse of `read_pages`."""
-        self._pool[:, torch.as_tensor(pages, dtype=torch.int64)] = data.transpose(0, 1)
-
-
-def zeros_on_demand(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros that take memory only where they are written: a pool may be large, most sessions are not."""
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
+        self.pool[:, dst_page, :rows] = self.pool[:, src_page, :rows]
 
 
 def step_state(batch: FlatBatch, rope: Rope, page_tokens: int, workspace: Workspace) -> StepState:

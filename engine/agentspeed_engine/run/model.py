@@ -18,7 +18,8 @@ class Model(Protocol):
     page_tokens: int
 
     def logits(self, batch: FlatBatch) -> NDArray[Any]:
-        """[S, vocab] of `batch.select`, float32 or float64."""
+        """[S, vocab] of `batch.select`, float32 or float64. Returns when the step is through: its rows are in the pool
+        and it reads no page any more, for then its pages may be copied, or belong to somebody else."""
         ...
 
     def copy_rows(self, src_page: int, dst_page: int, rows: int) -> None:

@@ -9,19 +9,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.models.inputs import FlatBatch
 from agentspeed_engine.models.loaded import LoadedModel
+from agentspeed_engine.run.arena import HostArena
 from agentspeed_engine.run.model import CopyFailed
 
 
 @final
 class TorchModel:
-    """On CPU host slots are a second arena: they prove that copies are right, not that they are worth it."""
-
     def __init__(self, model: LoadedModel) -> None:
         self._model = model
-        self._slots: torch.Tensor | None = None
+        self._host: HostArena | None = None
         self.page_tokens = model.page_tokens
 
     def logits(self, batch: FlatBatch) -> NDArray[Any]:
@@ -34,29 +32,15 @@ class TorchModel:
         self._model.copy_rows(src_page, dst_page, rows)
 
     def reserve_host(self, slots: int) -> None:
-        page = self._model.read_pages([0])
-        try:
-            # Pinned where there is a device to copy from; rows are page first, so a slot is one contiguous piece.
-            self._slots = torch.empty((slots, *page.shape[1:]), dtype=page.dtype, pin_memory=page.is_cuda)
-        except RuntimeError as error:
-            raise EngineFault("out_of_memory", f"No host memory for {slots} slots: {error}.",
-                              "Give fewer host slots.") from error
+        self._host = HostArena(self._model.pool, slots)
 
     def save(self, pages: Sequence[int], slots: Sequence[int]) -> None:
-        arena = self._arena()
-        try:
-            arena[torch.as_tensor(slots, dtype=torch.int64)] = self._model.read_pages(pages).cpu()
-        except RuntimeError as error:
-            raise CopyFailed(str(error)) from error
+        self._arena().save(pages, slots)
 
     def load(self, slots: Sequence[int], pages: Sequence[int]) -> None:
-        arena = self._arena()
-        try:
-            self._model.write_pages(pages, arena[torch.as_tensor(slots, dtype=torch.int64)])
-        except RuntimeError as error:
-            raise CopyFailed(str(error)) from error
+        self._arena().load(slots, pages)
 
-    def _arena(self) -> torch.Tensor:
-        if self._slots is None:
+    def _arena(self) -> HostArena:
+        if self._host is None:
             raise CopyFailed("the engine has no host slots")
-        return self._slots
+        return self._host

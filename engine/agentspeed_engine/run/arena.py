@@ -1,0 +1,84 @@
+"""Host slots for the pages of a latent pool: pinned memory and streams of their own where the pool is on a GPU."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from itertools import cycle
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.models.memory import zeros_on_demand
+from agentspeed_engine.run.model import CopyFailed
+
+_cuda: Any = torch.cuda
+"""torch gives these no types."""
+
+
+@final
+class HostArena:
+    """`pool` is [layers, pages, page_tokens, width]; a slot holds one page of every layer in one contiguous piece.
+
+    `save` and `load` return when the rows have arrived. They may be called from another thread than the one that runs
+    steps, and wait for no step: no unacknowledged step writes a page that is saved, or reads one that is loaded into.
+    On a GPU each takes a bounce buffer of two pages.
+
+    On a CPU the arena is a second one in the same memory: it proves that copies are right, not that they pay.
+    """
+
+    def __init__(self, pool: Tensor, slots: int) -> None:
+        """Raises `EngineFault` (out_of_memory)."""
+        self._pool = pool
+        try:
+            self._slots = zeros_on_demand((slots, pool.shape[0], *pool.shape[2:]), pool.dtype)
+            if pool.is_cuda:
+                _pin(self._slots, self)
+        except (OSError, RuntimeError) as error:
+            raise EngineFault("out_of_memory", f"No host memory for {slots} slots: {error}.",
+                              "Give fewer host slots.") from error
+        # Two, so that the pieces of one page are gathered while another is on its way.
+        self._streams = tuple(_cuda.Stream(pool.device) for _ in range(2)) if pool.is_cuda else ()
+
+    def save(self, pages: Sequence[int], slots: Sequence[int]) -> None:
+        """Raises `CopyFailed`."""
+        self._copy((self._slots[slot], self._pool[:, page]) for page, slot in zip(pages, slots, strict=True))
+
+    def load(self, slots: Sequence[int], pages: Sequence[int]) -> None:
+        """Raises `CopyFailed`."""
+        self._copy((self._pool[:, page], self._slots[slot]) for slot, page in zip(slots, pages, strict=True))
+
+    def _copy(self, moves: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Each is (target, source)."""
+        try:
+            if self._streams:
+                self._copy_aside(moves)
+                return
+            for target, source in moves:
+                target.copy_(source)
+        except RuntimeError as error:
+            raise CopyFailed(str(error)) from error
+
+    def _copy_aside(self, moves: Iterable[tuple[Tensor, Tensor]]) -> None:
+        try:
+            for (target, source), stream in zip(moves, cycle(self._streams), strict=False):
+                with _cuda.stream(stream):
+                    target.copy_(source, non_blocking=True)
+        finally:
+            # After a failure too: whoever hears of it gives the pages and slots to others.
+            for stream in self._streams:
+                arrived = _cuda.Event(blocking=True)
+                arrived.record(stream)
+                arrived.synchronize()
+
+
+def _pin(slots: Tensor, owner: HostArena) -> None:
+    """Pins the slots where they are: torch's own pinned memory comes in powers of two, which a large arena cannot
+    afford."""
+    runtime = _cuda.cudart()
+    status = int(runtime.cudaHostRegister(slots.data_ptr(), slots.numel() * slots.element_size(), 0))
+    if status != 0:
+        raise RuntimeError(f"pinning them failed with CUDA error {status}")
+    weakref.finalize(owner, runtime.cudaHostUnregister, slots.data_ptr())
