@@ -24,10 +24,13 @@ class EngineFault(Exception):
     """A refusal with its reason and its remedy. Nothing changed when it is raised."""
 
     def __init__(self, code: Code, message: str, remedy: str = "") -> None:
-        super().__init__(f"{message} {remedy}".strip())
+        super().__init__(code, message, remedy)  # what pickle makes it from again
         self.code: Code = code
         self.message = message
         self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.remedy}".strip()
 
     @property
     def retryable(self) -> bool:

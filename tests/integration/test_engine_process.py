@@ -89,13 +89,13 @@ def test_options_may_be_flags(tmp_path: Path) -> None:
         (["--model", "noop:64:0", "--pages", "many"], "bad_options", "pages"),
         (["--model", "noop:64:0", "--pages", "0"], "bad_options", "pages"),
         (["--model", "noop:64:0", "--idle-seconds", "0"], "bad_options", "idle_seconds"),
-        (["--model", "noop:64"], "bad_config", "noop:VOCABULARY:MILLISECONDS"),
+        (["--model", "noop:64"], "bad_options", "noop:VOCABULARY:MILLISECONDS"),
         (["--model", "noop:64:0", "--context-limit", "100000"], "bad_options", "context_limit"),
         (["--model", "noop:64:0", "--pages", "3", "--context-limit", "4096"], "bad_options", "L1"),
         (["--model", str(NANO), "--pages", "4000000000"], "out_of_memory", "Give fewer pages"),
         (["--model", "/nowhere/at/all"], "bad_config", "not a folder"),
-        (["--nonsense"], "bad_config", "--nonsense"),
-        (["--model", "x", "--options", "{}"], "bad_config", "Give one of the two"),
+        (["--nonsense"], "bad_options", "--nonsense"),
+        (["--model", "x", "--options", "{}"], "bad_options", "Give one of the two"),
     ],
 )
 def test_a_wrong_start_is_one_json_line_and_exit_status_2(

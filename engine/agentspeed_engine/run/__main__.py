@@ -48,7 +48,7 @@ _LONGEST_SOCKET_PATH = 107
 @final
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise EngineFault("bad_config", f"The command line is wrong: {message}.",
+        raise EngineFault("bad_options", f"The command line is wrong: {message}.",
                           "`python -m agentspeed_engine.run --help` lists the options.")
 
 
@@ -84,7 +84,7 @@ def read_options(arguments: argparse.Namespace) -> EngineOptions:
     if arguments.options is None:
         return options_from(flags)
     if flags:
-        raise EngineFault("bad_config", f"--options and --{next(iter(flags))} are both given.", "Give one of the two.")
+        raise EngineFault("bad_options", f"--options and --{next(iter(flags))} are both given.", "Give one of the two.")
     return parse_options(arguments.options)
 
 
@@ -94,7 +94,7 @@ def serve(path: Path, options: EngineOptions, *, stay: bool) -> int:
     from agentspeed_engine.run.loop import EngineLoop
 
     if not stay and not _ends(sys.stdin.fileno()):
-        raise EngineFault("bad_config", "stdin is neither a pipe, a socket nor a terminal, so its end cannot be seen.",
+        raise EngineFault("bad_options", "stdin is neither a pipe, a socket nor a terminal, so its end cannot be seen.",
                           "Start the engine with a pipe as stdin, or with --stay.")
     server = listen_at(path)
     try:
@@ -136,10 +136,10 @@ def _listed(path: Path, model: str) -> Iterator[None]:
 def listen_at(path: Path) -> socket.socket:
     """A socket only its owner can reach. Raises `EngineFault` when the path cannot be used."""
     if len(os.fsencode(path)) > _LONGEST_SOCKET_PATH:
-        raise EngineFault("bad_config", f"The socket path {path} is longer than {_LONGEST_SOCKET_PATH} bytes.",
+        raise EngineFault("bad_options", f"The socket path {path} is longer than {_LONGEST_SOCKET_PATH} bytes.",
                           "Use a shorter folder.")
     if path.exists() and registry.answers(path):
-        raise EngineFault("bad_config", f"An engine is already listening at {path}.", "Use another path.")
+        raise EngineFault("bad_options", f"An engine is already listening at {path}.", "Use another path.")
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -152,7 +152,7 @@ def listen_at(path: Path) -> socket.socket:
         server.listen(64)
     except OSError as error:
         server.close()
-        raise EngineFault("bad_config", f"Cannot listen at {path}: {error}.", "Use a folder of your own.") from error
+        raise EngineFault("bad_options", f"Cannot listen at {path}: {error}.", "Use a folder of your own.") from error
     return server
 
 

@@ -189,9 +189,9 @@ def _build_noop(options: EngineOptions) -> Built:
         vocabulary, milliseconds = options.model.removeprefix(_NOOP).split(":")
         size, step = int(vocabulary), float(milliseconds) / 1000
     except ValueError as error:
-        raise EngineFault("bad_config", f"{options.model!r} is not noop:VOCABULARY:MILLISECONDS.") from error
+        raise EngineFault("bad_options", f"{options.model!r} is not noop:VOCABULARY:MILLISECONDS.") from error
     if size < 1 or not 0 <= step < math.inf:
-        raise EngineFault("bad_config", f"{options.model!r} has no vocabulary or an impossible step time.")
+        raise EngineFault("bad_options", f"{options.model!r} has no vocabulary or an impossible step time.")
     pages, limit = _sizes(options, _NOOP_CONTEXT, 1)
     core = _core(options, pages, limit, size, options.model)
     core.check()
