@@ -1,7 +1,7 @@
 """What each policy makes of agents that pause for tools: the production scheduler in virtual time, closed loop.
 
 Run: `python bench/pauses.py [--seeds N] [--agents N] [--seconds S] [--pressure P ...] [--processes N]`; the defaults
-take about fifteen minutes of one core. Agents work through endless jobs of 8.8 model calls on average. Between two
+take about 45 minutes of one core. Agents work through endless jobs of 8.8 model calls on average. Between two
 calls a tool runs, for 0.3 s (p50), 13.6 s (p90), 216 s (p99), at most 600 s; nobody gives hints. Sessions begin with
 the prompt of the trace in `data/`, grow by its calls' lengths around the published medians (875 sent, 214 drawn) and
 end at 200 K. Lengths are scaled down (`--scale`), and what a token costs is scaled up by as much, so that times are
@@ -14,7 +14,7 @@ same agents; figures of all seeds are added up, after a warm-up. The host tier, 
 
 Must: of the policies that do at least 98 % of the jobs that ours does, the oracle aside, none has an amplification more
 than 2 % below ours; and ours does at least 98 % of the jobs of any. Where most is recomputed one seed moves the loss by
-tens of percent: the standard error over the seeds (jackknife, the same seeds for both) stands beside it, and two seeds
+tens of percent: the standard error over the seeds (jackknife, the same seeds for both) stands beside it, and six seeds
 decide nothing. The last line is JSON.
 """
 
@@ -182,7 +182,7 @@ def conclude(verdicts: Sequence[Verdict], report: dict[str, object]) -> None:
 
 def asked() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--seeds", type=int, default=24)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--agents", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=1800.0, help="virtual seconds that are counted")
