@@ -6,6 +6,7 @@ must fit or the turn ends in an error that quotes the text.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import logging
@@ -214,11 +215,9 @@ class _ServedLink:
 
     def stop(self) -> None:
         self._stopping = True
-        try:
+        with contextlib.suppress(OSError):  # the other side has gone first: the thread ends by itself
             self._peer.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            return  # the other side has gone first
-        self._thread.join(timeout=5.0)
+        self._thread.join(timeout=5.0)  # in either case: its branches are gone when it has ended, not before
 
     def _run(self) -> None:
         buffer = bytearray()

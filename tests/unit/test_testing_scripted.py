@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import anyio
 import pytest
 
 from agentspeed import Session
+from agentspeed.backends.scripted import ScriptedServer
+from agentspeed.engine import NANO
 from agentspeed.errors import InvalidRequest, OutputError, SessionBusy, TrunkMoved, TurnTimeout
 from agentspeed.messages import Assistant, ToolCall, User
 from agentspeed.testing import ScriptedEngine, ScriptedText, Turn, say, tool_call
+from agentspeed_engine import wire
 
 pytestmark = pytest.mark.anyio
 
@@ -163,6 +167,26 @@ async def test_nothing_is_left_when_the_engine_is_closed_first() -> None:
         _ = await session.generate("Hi")
     await session.close()
     assert engine.live_branches == 0
+
+
+class _SlowToClear(dict[int, Any]):
+    def clear(self) -> None:
+        time.sleep(0.2)
+        super().clear()
+
+
+def test_a_closed_server_holds_no_branch_also_when_its_client_went_first() -> None:
+    server = ScriptedServer(NANO, lambda asked: None)
+    peer = server.open()
+    (link,) = server._links
+    link.branches = _SlowToClear()
+    with peer:
+        peer.sendall(wire.encode_command(wire.Open(request=1, ids=b"")))
+        assert peer.recv(1 << 16)
+        assert server.live_branches == 1
+    time.sleep(0.05)  # the server's thread has closed its socket, and is about to forget its branches
+    server.close()
+    assert server.live_branches == 0
 
 
 def test_a_tool_call_is_written_as_the_model_writes_it() -> None:
