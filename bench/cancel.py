@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import select
 import statistics
@@ -82,6 +83,7 @@ def main() -> None:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
+        os.environ["AGENTSPEED_STATE_DIR"] = scratch  # what the kills leave is nobody's crash
         checkpoint = make_checkpoint(json.loads(options.config.read_text()), folder / "model", dtype="float64")
         settings = {"model": str(checkpoint), "dtype": "float64", "pages": PAGES, "page_tokens": PAGE_TOKENS,
                     "context_limit": CONTEXT, "host_slots": HOST_SLOTS, "threads": 1, "firm_pages": 0}

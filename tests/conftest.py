@@ -25,10 +25,11 @@ def anyio_backend(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(scope="session", autouse=True)
 def runtime_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Engines of tests are listed in a folder of the tests, not among the user's own."""
+    """Engines of tests are listed, and leave what a crash leaves, in folders of the tests, not among the user's own."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("runtime")
         patch.setenv("AGENTSPEED_RUNTIME_DIR", str(folder))
+        patch.setenv("AGENTSPEED_STATE_DIR", str(tmp_path_factory.mktemp("state")))
         yield folder
 
 

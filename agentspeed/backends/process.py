@@ -53,6 +53,7 @@ class EngineProcess:
                                          stderr=subprocess.PIPE, env=_environment(), text=True)
         assert self._process.stdout is not None and self._process.stderr is not None
         self._complaints: list[str] = []
+        self._recording: str | None = None
         self._log_thread = threading.Thread(target=self._log, args=(self._process.stderr,),
                                             name="agentspeed-engine-log", daemon=True)
         self._log_thread.start()
@@ -70,6 +71,15 @@ class EngineProcess:
         """A process whose link broke is likely dying: gives it a moment, so that nobody connects to a corpse."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(1.0)
+
+    def obituary(self) -> str:
+        """Of a process that is dead: how it ended, and where to look; empty after an orderly end."""
+        status = self._process.poll()
+        if not status:
+            return ""
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        where = f" What its scheduler did until then: agentspeed replay {self._recording}" if self._recording else ""
+        return f"The engine process {self.pid} {how}; sessions go on in a new one.{where}"
 
     def stop(self) -> None:
         """Ends the process: end of file, then SIGTERM, then SIGKILL, each given its time."""
@@ -95,7 +105,9 @@ class EngineProcess:
 
     def _await_readiness(self, output: IO[str]) -> None:
         for line in output:
-            if "ready" in json.loads(line):
+            said = json.loads(line)
+            if "ready" in said:
+                self._recording = said["recording"]
                 return
         status = self._process.wait()
         self._log_thread.join(_STOP_SECONDS)
@@ -178,6 +190,8 @@ class EngineSlot:
             if after_death and self._process is not None:
                 self._process.wait_for_death()
             if self._process is not None and not self._process.alive:
+                if news := self._process.obituary():
+                    _LOG.warning("%s", news)
                 self._process.stop()
                 self._process = None
             if self._process is None:

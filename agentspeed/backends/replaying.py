@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import final
 
 from agentspeed.backends.faults import public_error
+from agentspeed.errors import InvalidRequest
 from agentspeed_engine import wire
 from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.run.crashes import folder, left
 from agentspeed_engine.run.replay import NodeLine, Replay, ReplayDiffers, Step, nodes_of
 
-__all__ = ["NodeLine", "Recording", "ReplayDiffers", "Step"]
+__all__ = ["NodeLine", "Recording", "ReplayDiffers", "Step", "crashes"]
 
 
 @final
@@ -62,6 +65,18 @@ class Recording:
         where = ("the replayed core breaks at the same input" if replay.reproduced else
                  "outside of the scheduling core, which replays without it")
         return f"The recorded engine broke with {replay.broke}: {where}."
+
+
+def crashes() -> list[tuple[Path, str]]:
+    """What engines of this user that ended badly left, oldest first: where, and of what (or why it cannot be read)."""
+    place = folder(os.environ)
+    found: list[tuple[Path, str]] = []
+    for path in [] if place is None else left(place):
+        try:
+            found.append((path, Recording(path).about()))
+        except InvalidRequest as error:
+            found.append((path, str(error)))
+    return found
 
 
 @contextmanager

@@ -116,19 +116,22 @@ def top(
 
 @app.command()
 def replay(
-    file: Annotated[Path, typer.Argument(help="A recording (a folder `….flight`), or one of its segments.")],
+    file: Annotated[Path | None, typer.Argument(help="A recording (a folder `….flight`), or one of its segments; "
+                                                "nothing: list what engines that ended badly left.")] = None,
     step: Annotated[int | None, typer.Option(min=0, help="Stop at this step and print the whole state.")] = None,
 ) -> None:
     """Run a recorded engine run again through the scheduling core: one line of state per step.
 
+    Example:  agentspeed replay
     Example:  agentspeed replay flights/20260901-120000-4711-0a1b.flight --step 42
 
     Ends with status 0 when the replay is the recorded run; with 1 where it differs, naming step and field; with 2 for
     what is no recording."""
+    from agentspeed.cli.replaying import list_crashes
     from agentspeed.cli.replaying import replay as replayed
 
     with reported():
-        status = replayed(file, step)
+        status = list_crashes(step) if file is None else replayed(file, step)
     raise typer.Exit(status)
 
 

@@ -10,7 +10,7 @@ import typer
 
 from agentspeed import errors
 from agentspeed.backends.port import wire
-from agentspeed.backends.replaying import NodeLine, Recording, ReplayDiffers, Step
+from agentspeed.backends.replaying import NodeLine, Recording, ReplayDiffers, Step, crashes
 from agentspeed.cli.picturing import rows_of
 
 EXIT_DIFFERS: Final = 1
@@ -44,6 +44,18 @@ def replay(path: Path, at: int | None) -> int:
         typer.echo(recording.broke)
     typer.echo(f"{0 if first is None or last is None else last - first + 1} steps replayed, "
                f"{recording.compared} recorded digests equal")
+    return 0
+
+
+def list_crashes(at: int | None) -> int:
+    """Prints what engines that ended badly left, newest first; the exit status. Raises `InvalidRequest` for a step."""
+    if at is not None:
+        raise errors.InvalidRequest("--step needs a recording.", remedy="Name one; `agentspeed replay` lists them.")
+    found = crashes()
+    if not found:
+        typer.echo("No engine of yours has left a recording: none ended badly.")
+    for path, about in reversed(found):
+        typer.echo(f"{path}  {about}")
     return 0
 
 

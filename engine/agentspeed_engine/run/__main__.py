@@ -3,10 +3,10 @@
     python -m agentspeed_engine.run --socket /run/user/1000/agentspeed/engine.sock --model FOLDER --pages 4096
 
 Options come as flags, or all at once as JSON with `--options`; `run.options.EngineOptions` lists them. While it loads
-it prints JSON lines {"progress": ...} on stdout, then one line {"ready": ..., "pid": ...} when it listens. What it
-refuses at start it says in one JSON line {"code", "message", "remedy"} on stderr, with exit status 2; a bug of its own
-ends it with status 70 and a traceback on stderr. SIGTERM and end of file on stdin end it with status 0 (with `--stay`
-only SIGTERM does).
+it prints JSON lines {"progress": ...} on stdout, then one line {"ready": ..., "pid": ..., "recording": ...} when it
+listens. What it refuses at start it says in one JSON line {"code", "message", "remedy"} on stderr, with exit status 2;
+a bug of its own ends it with status 70 and a traceback on stderr. SIGTERM and end of file on stdin end it with status 0
+(with `--stay` only SIGTERM does).
 
 It re-executes itself once with glibc's malloc told to keep large blocks, which saves the page faults of every step;
 set AGENTSPEED_MALLOC to anything to run with the environment as it is.
@@ -30,7 +30,7 @@ from typing import Any, NoReturn, final
 import msgspec
 
 from agentspeed_engine.errors import EngineFault
-from agentspeed_engine.run import registry
+from agentspeed_engine.run import crashes, registry
 from agentspeed_engine.run.options import EngineOptions, build, options_from, parse_options, recording_of
 
 _MALLOC_SWITCH = "AGENTSPEED_MALLOC"
@@ -100,9 +100,10 @@ def serve(path: Path, options: EngineOptions, *, stay: bool) -> int:
     try:
         loop = EngineLoop(build(options, lambda what: _say(progress=what)), outbox_bytes=options.outbox_bytes,
                           check=options.check_every_step, idle_seconds=options.idle_seconds,
-                          recording=recording_of(options))
-        if loop.recording is not None:
-            print(f"recording into {loop.recording}", file=sys.stderr, flush=True)
+                          recording=recording_of(options, crashes=crashes.folder(os.environ)))
+        recording = None if loop.recording is None else str(loop.recording)
+        if recording is not None and options.record != "crash":
+            print(f"recording into {recording}", file=sys.stderr, flush=True)
         loop.listen(server)
         if not stay:
             loop.stop_at_eof(sys.stdin.fileno())
@@ -111,7 +112,7 @@ def serve(path: Path, options: EngineOptions, *, stay: bool) -> int:
         gc.collect()
         gc.freeze()  # what is loaded stays: no later collection walks over it in the middle of a step
         with _listed(path, options.model):
-            _say(ready=str(path), pid=os.getpid())
+            _say(ready=str(path), pid=os.getpid(), recording=recording)
             try:
                 loop.run()
             except Exception:  # noqa: BLE001 - the loop printed it and told every link; the status says it was our bug

@@ -22,7 +22,7 @@ from agentspeed_engine.ids import LinkId
 from agentspeed_engine.run.copies import Copied, Copier
 from agentspeed_engine.run.links import BadFrame, Link
 from agentspeed_engine.run.options import Built
-from agentspeed_engine.run.recording import RecordingOrder, Tape
+from agentspeed_engine.run.recording import RecordingOrder, begun
 from agentspeed_engine.run.worker import Worker
 from agentspeed_engine.sched.core import Core
 from agentspeed_engine.sched.plan import StepPlan, StepResult
@@ -53,7 +53,7 @@ class EngineLoop:
         self._last_words = "The engine was told to stop."
         self._clock: Clock = clock if clock is not None else MonotonicClock()
         core = Core(built.core)
-        self._tape = None if recording is None else Tape(core, recording, began=self._clock.now())
+        self._tape = begun(core, recording, began=self._clock.now())
         self._core: Core | RecordedCore = core if self._tape is None else self._tape.core
         self._worker = Worker(built.model, built.vocabulary)
         self._copier = Copier(built.model, self._report, self._clock)

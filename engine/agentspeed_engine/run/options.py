@@ -77,9 +77,9 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     idle_seconds: float | None = None
     """Seconds without any session after which the engine ends by itself; who only watches does not count. None: never
     (an engine that was started for a session still ends with who started it)."""
-    record: str | None = None
-    """A folder for recordings, which `agentspeed replay` runs again step by step (docs/how-to/replay.md). None: the
-    engine records nothing."""
+    record: str = "crash"
+    """What `agentspeed replay` runs again step by step (docs/how-to/replay.md). `crash`: only an engine that ends badly
+    leaves a recording, in the user's state folder. `off`: none does. Else a folder, and every engine leaves one."""
     record_bytes: int = 64 << 20
     """Most bytes of this engine's recording; the oldest part goes when it is full."""
     record_content: bool = False
@@ -127,16 +127,18 @@ def _checked(options: EngineOptions) -> EngineOptions:
     if options.record_bytes < LEAST_BYTES:
         raise _wrong(f"record_bytes is {options.record_bytes}, and must be at least {LEAST_BYTES}")
     if options.record == "":
-        raise _wrong("record is empty, and must be a folder")
+        raise _wrong("record is empty, and must be `crash`, `off` or a folder")
     return options
 
 
-def recording_of(options: EngineOptions) -> RecordingOrder | None:
-    """Where and what to record; None when nothing is."""
-    if options.record is None:
+def recording_of(options: EngineOptions, *, crashes: Path | None) -> RecordingOrder | None:
+    """Where and what to record; None when nothing is. `crashes`: where a crash may leave one; None for nowhere."""
+    crash_only = options.record == "crash"
+    place = crashes if crash_only else None if options.record == "off" else Path(options.record)
+    if place is None:
         return None
-    return RecordingOrder(folder=Path(options.record), most_bytes=options.record_bytes,
-                          content=options.record_content)
+    return RecordingOrder(folder=place, most_bytes=options.record_bytes, content=options.record_content,
+                          crash_only=crash_only)
 
 
 @final

@@ -8,10 +8,11 @@ written ends the recording and never the engine.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from io import FileIO
@@ -19,14 +20,12 @@ from pathlib import Path
 from typing import Final, final
 
 from agentspeed_engine.errors import BrokenInvariant, EngineFault
+from agentspeed_engine.run import crashes
 from agentspeed_engine.run.opaque import Opaque
 from agentspeed_engine.sched.core import Core
-from agentspeed_engine.sched.recorder import Ended, Header, RecordedCore, frame, opening
+from agentspeed_engine.sched.recorder import FLIGHT, SUFFIX, Ended, Header, RecordedCore, frame, opening
 from agentspeed_engine.sched.veil import Clear
 
-FLIGHT: Final = ".flight"
-"""How the folder of one recording is called at its end, and below, each of its files."""
-SUFFIX: Final = ".segment"
 LEAST_BYTES: Final = 64 * 1024
 STEPS_PER_DIGEST: Final = 64
 _SHARE: Final = 4
@@ -42,6 +41,21 @@ class RecordingOrder:
     most_bytes: int
     content: bool
     every: int = STEPS_PER_DIGEST
+    crash_only: bool = False
+    """Nobody asked for it: it goes when the engine ends in order, and an engine that cannot have it does without."""
+
+
+def begun(core: Core, order: RecordingOrder | None, *, began: float) -> Tape | None:
+    """The tape of this order. Raises `EngineFault` (bad_options) when it was asked for and cannot be begun."""
+    if order is None:
+        return None
+    try:
+        return Tape(core, order, began=began)
+    except EngineFault as fault:
+        if not order.crash_only:
+            raise
+        _say(f"a crash of this engine will leave no recording: {fault.message}")
+        return None
 
 
 @final
@@ -66,10 +80,16 @@ class Tape:
         if 2 * len(head) > order.most_bytes:
             raise EngineFault("bad_options", f"record_bytes is {order.most_bytes}; a recording of a pool of "
                               f"{core.config.pages} pages needs more than {2 * len(head)}.", "Give more.")
+        self._held: int | None = None
         try:
-            self.path.mkdir(mode=0o700, parents=True)
+            with crashes.room(order.folder) if order.crash_only else nullcontext():
+                self.path.mkdir(mode=0o700, parents=True)
+                if order.crash_only:
+                    self._held = crashes.hold(self.path)
             self._open(head)
         except OSError as error:
+            if self._held is not None:
+                self._forget()
             raise EngineFault("bad_options", f"Cannot record into {order.folder}: {error}.",
                               "Give a folder of your own (record), or leave it out.") from error
 
@@ -96,8 +116,19 @@ class Tape:
 
     def close(self, broke: BaseException | None = None) -> None:
         """The last words. `broke`: what stopped the engine."""
-        if self._file is None:
-            return
+        if self._file is not None:
+            self._end(broke)
+        if broke is None and self._held is not None:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Only before the lock goes is it certain that nobody else takes it away at the same time."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        if self._held is not None:
+            os.close(self._held)
+        self._held = None
+
+    def _end(self, broke: BaseException | None) -> None:
         records = self.core.taken()
         if broke is None:
             records.append(self.core.checked())

@@ -15,16 +15,17 @@ from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.ids import LinkId, StepSeq, TicketId
 from agentspeed_engine.kv.nodes import Both, Host, Loading, Saving
 from agentspeed_engine.kv.tree import Node
-from agentspeed_engine.run.recording import FLIGHT, SUFFIX
 from agentspeed_engine.sched.core import Core
 from agentspeed_engine.sched.describe import pages_by_owner
 from agentspeed_engine.sched.digest import PARTS, digests, whole
 from agentspeed_engine.sched.packing import unpacked
 from agentspeed_engine.sched.plan import StepPlan, StepResult
 from agentspeed_engine.sched.recorder import (
+    FLIGHT,
     FORMAT,
     FRAME_HEAD,
     MAGIC,
+    SUFFIX,
     Applied,
     Begun,
     Checked,

@@ -24,6 +24,9 @@ from agentspeed_engine.sched.world import Out
 
 FORMAT: Final = 1
 MAGIC: Final = b"agentspeed flight recording "
+FLIGHT: Final = ".flight"
+"""How the folder of one recording is called at its end, and below, each of its segments."""
+SUFFIX: Final = ".segment"
 FRAME_HEAD: Final = 8
 """Length and CRC-32 of the body, little-endian uint32 each."""
 ANY_ID: Final = 1 << 32
