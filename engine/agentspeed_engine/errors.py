@@ -10,13 +10,14 @@ Code = Literal[
     "context_overflow", "invalid_sampling", "schema_unsupported", "branch_unknown", "branch_busy", "branch_closed",
     "trunk_moved", "child_unrelated", "position_unknown", "bad_frame", "protocol_mismatch",
     # the world
-    "overloaded", "too_many_sessions", "too_many_branches", "quota_exceeded", "out_of_memory", "engine_stopping",
+    "overloaded", "too_many_links", "too_many_sessions", "too_many_branches", "quota_exceeded", "out_of_memory",
+    "engine_stopping",
     # our bug
     "internal",
 ]
 
 RETRYABLE: frozenset[str] = frozenset(
-    {"overloaded", "too_many_sessions", "too_many_branches", "quota_exceeded", "engine_stopping"}
+    {"overloaded", "too_many_links", "too_many_sessions", "too_many_branches", "quota_exceeded", "engine_stopping"}
 )
 
 

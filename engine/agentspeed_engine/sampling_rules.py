@@ -8,6 +8,9 @@ from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.wire import Sampling
 
 MAX_LOGPROBS = 20
+LEAST_TEMPERATURE = 1e-6
+"""Below it a turn is greedy. The noise of two ids differs by 41 at most, so only logits within 41e-6 of the largest
+could still be drawn: they differ by rounding alone."""
 
 
 def validate_sampling(sampling: Sampling) -> None:

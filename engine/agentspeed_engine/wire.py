@@ -27,7 +27,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=Tr
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
-    """How one turn draws its tokens. Temperature 0 is greedy."""
+    """How one turn draws its tokens. Temperature 0 is greedy; so is all below `sampling_rules.LEAST_TEMPERATURE`."""
 
     temperature: float = 0.0
     top_k: int | None = None
@@ -62,6 +62,9 @@ class Open(Message, frozen=True, kw_only=True):
     tenant: str = ""
     private: bool = False
     seed: int = 0
+    computed: int = 0
+    """Rows of these ids that an earlier engine had computed: what must be computed again counts as recomputed, not
+    new. More than there are ids counts as all of them."""
 
 
 class Append(Message, frozen=True, kw_only=True):
@@ -404,13 +407,19 @@ def encode_outbox(messages: tuple[Outgoing, ...]) -> bytes:
 
 def decode_command(body: bytes) -> Command:
     """Raises `msgspec.DecodeError` (a `ValidationError` for a well-formed body of another shape)."""
-    command: Command = _COMMANDS.decode(body)
+    try:
+        command: Command = _COMMANDS.decode(body)
+    except (UnicodeDecodeError, RecursionError) as error:  # msgspec lets these two through as they are
+        raise msgspec.DecodeError(str(error)) from error
     return command
 
 
 def decode_outbox(body: bytes) -> tuple[Outgoing, ...]:
     """Raises `msgspec.DecodeError` when the body is not an `Outbox`."""
-    return _OUTBOX.decode(body).messages
+    try:
+        return _OUTBOX.decode(body).messages
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise msgspec.DecodeError(str(error)) from error
 
 
 def _frame(body: bytes) -> bytes:

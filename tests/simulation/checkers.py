@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import TYPE_CHECKING, final
 
 from agentspeed_engine import wire
+from agentspeed_engine.errors import BrokenInvariant
 from agentspeed_engine.ids import BranchId, NodeId
 from agentspeed_engine.kv.branches import Held
 from agentspeed_engine.kv.tree import upward
@@ -22,6 +24,17 @@ class Violation(AssertionError):
     """A rule does not hold. The rule's name comes first."""
 
 
+class Sight(IntEnum):
+    """How far the rules look into the engine and its device; each level has those before it."""
+
+    USER = 0
+    """Not at all: tokens, turns that end, agents that come to their end, pages that can be had when all is over."""
+    INSIDE = 1
+    """The rows of every page against the history they must carry; limits, leases and ages in the core's tables."""
+    LEDGER = 2
+    """The owners of all pages and slots, recounted."""
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class Promise:
@@ -34,9 +47,9 @@ class Promise:
 @final
 @dataclass(slots=True)
 class Checkers:
-    """Black-box rules read messages and limits only; with `ledger` the owners are recounted too."""
+    """The rules, and what they remember from one event to the next."""
 
-    ledger: bool = True
+    sight: Sight = Sight.LEDGER
     promises: dict[int, Promise] = field(default_factory=dict[int, Promise])
     granted: int = 0
     broken: int = 0
@@ -46,8 +59,13 @@ class Checkers:
 
     # ---- after every event ----------------------------------------------------------------------------------------
     def after(self, core: Core, event: Event) -> None:
-        if self.ledger:
-            core.check()
+        if self.sight is Sight.USER:
+            return
+        if self.sight is Sight.LEDGER:
+            try:
+                core.check()
+            except BrokenInvariant as broken:
+                raise Violation(f"ledger: {broken}") from broken
         _bounds(core)
         self._firm_leases(core, event.now)
         self._oldest(core)

@@ -10,7 +10,7 @@ from itertools import count
 from typing import final
 
 from tests.simulation import checkers
-from tests.simulation.checkers import Violation
+from tests.simulation.checkers import Sight, Violation
 from tests.simulation.outcome import Outcome
 from tests.simulation.workload import Expectations, FaultSpec, Workload
 from tests.simulation.world import Simulation
@@ -44,11 +44,11 @@ class Report:
         return sorted({fault.kind for fault in self.workload.faults} - set(self.faults))
 
 
-def run_seeds(workload: Workload, seeds: Iterable[int], *, ledger: bool = True, stop_at: int = 1) -> Report:
+def run_seeds(workload: Workload, seeds: Iterable[int], *, sight: Sight = Sight.LEDGER, stop_at: int = 1) -> Report:
     """Ends early after `stop_at` failures."""
     report = Report(workload)
     for seed in seeds:
-        outcome, compared = run_one(workload, seed, ledger=ledger)
+        outcome, compared = run_one(workload, seed, sight=sight)
         report.outcomes += 1
         report.events += outcome.events
         report.turns += outcome.turns
@@ -82,13 +82,13 @@ def at_every_point(workload: Workload, seed: int, kind: str, stride: int = 1) ->
 
 def in_peace(workload: Workload, seed: int) -> Outcome:
     """The same agents with room for everybody and no faults."""
-    return Simulation(workload.undisturbed(), seed, ledger=False).run()
+    return Simulation(workload.undisturbed(), seed, sight=Sight.USER).run()
 
 
-def run_one(workload: Workload, seed: int, *, ledger: bool = True,
+def run_one(workload: Workload, seed: int, *, sight: Sight = Sight.LEDGER,
             peaceful: Outcome | None = None) -> tuple[Outcome, int]:
     """One seed, and how many of its turns were compared."""
-    outcome = Simulation(workload, seed, ledger=ledger).run()
+    outcome = Simulation(workload, seed, sight=sight).run()
     if outcome.violation is not None:
         return outcome, 0
     peaceful = in_peace(workload, seed) if peaceful is None else peaceful

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from tests.simulation.checkers import Sight
 from tests.simulation.mutants import (
     with_a_page_lost_now_and_then,
     with_copies_acknowledged_before_they_are_made,
@@ -33,9 +34,9 @@ def test_without_settling_a_reader_meets_rows_of_somebody_else() -> None:
         incident, engine=dataclasses.replace(incident.engine, pages=18, host_slots=60, firm_pages=0, depth=2),
         device=DeviceSpec(step=Span(0.02, 0.05), copy=Span(0.0005, 0.002)),
         faults=(FaultSpec(kind="abort", rate=0.05),))
-    assert not run_seeds(crowded, range(4), ledger=False).failures
+    assert not run_seeds(crowded, range(4), sight=Sight.INSIDE).failures
     with without_settling():
-        report = run_seeds(crowded, range(15), ledger=False)
+        report = run_seeds(crowded, range(15), sight=Sight.INSIDE)
     assert report.failures, "no step read a page that had been given away"
     assert "finds rows of another history" in str(report.failures[0].violation)
 
@@ -66,13 +67,13 @@ def test_a_page_that_is_lost_is_counted_at_the_end_without_the_ledger() -> None:
     workload = load("chat")
     roomy = dataclasses.replace(workload, engine=dataclasses.replace(workload.engine, pages=200, host_slots=0))
     with with_a_page_lost_now_and_then():
-        report = run_seeds(roomy, range(3), ledger=False)
+        report = run_seeds(roomy, range(3), sight=Sight.INSIDE)
     assert report.failures and report.failures[0].leaked_pages > 0, report.failures
 
 
 def test_rows_that_come_back_from_a_copy_that_was_not_made_yet_are_seen_by_their_reader() -> None:
     with with_copies_acknowledged_before_they_are_made():
-        report = run_seeds(load("abort-while-copying"), range(6), ledger=False)
+        report = run_seeds(load("abort-while-copying"), range(6), sight=Sight.INSIDE)
     assert report.failures
     assert "finds rows of another history" in str(report.failures[0].violation)
 

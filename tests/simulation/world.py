@@ -10,6 +10,7 @@ import hashlib
 import random
 from collections import Counter, deque
 from collections.abc import Callable
+from dataclasses import replace
 from heapq import heapify, heappop, heappush
 from typing import final
 
@@ -20,12 +21,12 @@ from agentspeed_engine.clock import VirtualClock
 from agentspeed_engine.errors import BrokenInvariant
 from agentspeed_engine.ids import BranchId, LinkId, unpack_ids
 from agentspeed_engine.sched.core import Core
-from agentspeed_engine.sched.plan import HostCopy, StepPlan, StepResult
+from agentspeed_engine.sched.plan import HostCopy, Row, StepPlan
 from agentspeed_engine.sched.world import Out
 from tests.simulation import checkers
 from tests.simulation.agents import Agent, Ending, Refused, cast, hog
-from tests.simulation.checkers import Checkers, Violation
-from tests.simulation.device import Device, Order, WrongRow
+from tests.simulation.checkers import Checkers, Sight, Violation
+from tests.simulation.device import Device, Step, WrongRow
 from tests.simulation.faults import Faults
 from tests.simulation.front import Alone, Answer, Ask, Died, Ends, Handle, Join, Sleep, Start, Tool
 from tests.simulation.marks import Event, Glance, marks_of
@@ -43,12 +44,13 @@ _SPINS = 1000
 class Simulation:
     """The world around one core. `run` once."""
 
-    def __init__(self, workload: Workload, seed: int, *, ledger: bool = True) -> None:
+    def __init__(self, workload: Workload, seed: int, *, sight: Sight = Sight.LEDGER) -> None:
         self.workload = workload
         self.seed = seed
         self.clock = VirtualClock()
         self.faults = Faults.of(workload, seed)
-        self.checkers = Checkers(ledger)
+        self.checkers = Checkers(sight)
+        self._within = random.Random(f"{workload.name}/within-steps/{seed}")
         self._pace = random.Random(f"{workload.name}/device/{seed}")
         self._moments: list[tuple[float, int, bool, Callable[[], None]]] = []
         """When, in which order, whether it is work of the machine, what."""
@@ -83,7 +85,7 @@ class Simulation:
         except (Violation, WrongRow) as broken:
             violation = str(broken)
         except BrokenInvariant as broken:
-            violation = f"ledger: {broken}"
+            violation = f"stopped: the engine found its own rule broken: {broken}"
         except (LookupError, ValueError, AssertionError) as crash:
             violation = f"crash: {crash!r}"
         return Outcome(
@@ -111,6 +113,7 @@ class Simulation:
         self._moments = [(when + seconds if work else when, serial, work, action)
                          for when, serial, work, action in self._moments]
         heapify(self._moments)
+        self._device.stand_still(seconds)
         self._device_free_at += seconds
         self._copier_free_at += seconds
         self._forward(self.clock.now() + seconds)
@@ -152,7 +155,8 @@ class Simulation:
     def _boot(self) -> None:
         config = self.workload.engine.config()
         self.core = Core(config)
-        self._device = Device(config.pages, config.host_slots, config.page_tokens, VOCABULARY)
+        self._device = Device(config.pages, config.host_slots, config.page_tokens, VOCABULARY,
+                              self._within)
         self._device_free_at = self._copier_free_at = self.clock.now()
 
     def _call(self, call: str, what: str, action: Callable[[], Out], branch: int = 0) -> None:
@@ -192,27 +196,31 @@ class Simulation:
         return found[0]
 
     def _launch(self, plan: StepPlan) -> None:
+        """Steps begin when they are planned and end one after the other."""
         self._steps += 1
-        rows: list[list[int]] = []
-        for row in plan.rows:
-            mirror, end = self._handles[row.branch].mirror, row.position + len(row.ids)
-            if list(row.ids) != mirror.ids[row.position : end]:
-                raise Violation(f"wrong ids: branch {row.branch} is fed ids that its front does not know")
-            rows.append(mirror.rows[:end])
-        order = Order(plan, tuple(rows))
-        step = self.workload.device.step
-        begins = max(self.clock.now(), self._device_free_at)
-        self._device_free_at = ends = begins + self._pace.uniform(step.low, step.high)
+        pace = self.workload.device.step
+        now = self.clock.now()
+        self._device_free_at = ends = max(now, self._device_free_at) + self._pace.uniform(pace.low, pace.high)
         dies = self.faults.strikes("rank_dies") is not None
-        self._in_this_life(begins, lambda: self._device.begin(order))
-        self._in_this_life(ends, lambda: self._reopen("a rank died in a step") if dies else self._done(order))
+        step = self._device.begin(plan, [self._rows_of(row) for row in plan.rows], now, ends)
+        self._in_this_life(ends, lambda: self._reopen("a rank died in a step") if dies else self._done(step))
 
-    def _done(self, order: Order) -> None:
-        result = self._device.end(order)
+    def _rows_of(self, row: Row) -> list[int] | None:
+        """What a branch must find and make on the device."""
+        if self.checkers.sight is Sight.USER:
+            return None
+        mirror, end = self._handles[row.branch].mirror, row.position + len(row.ids)
+        if list(row.ids) != mirror.ids[row.position : end]:
+            raise Violation(f"wrong ids: branch {row.branch} is fed ids that its front does not know")
+        return mirror.rows[:end]
+
+    def _done(self, step: Step) -> None:
+        self._device.carry_out(self.clock.now())
+        result = self._device.result(step)
         if result.drawn and self.faults.strikes("turn_refused") is not None:
             token = result.drawn[0]
             refusal = (token.branch, token.epoch, "its grammar admits no token")
-            result = StepResult(result.seq, result.drawn[1:], (refusal,))
+            result = replace(result, drawn=result.drawn[1:], refused=(refusal,))
         self._call("apply", f"step {result.seq}", lambda: self.core.apply(result, self.clock.now()))
 
     def _copy(self, order: HostCopy) -> None:
@@ -232,7 +240,7 @@ class Simulation:
                 self._in_this_life(self.clock.now() + takes, lambda: carry_out(ok))
 
         def carry_out(ok: bool) -> None:
-            self._device.copy(order, ok=ok)
+            self._device.copy(order, self.clock.now(), ok=ok)
             self._copied(order, ok)
 
         self._in_this_life(begins, begin)

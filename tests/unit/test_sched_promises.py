@@ -73,14 +73,13 @@ def test_a_tenant_past_its_sessions_is_refused_and_others_are_not() -> None:
     _ = world.open(tenant="b")
 
 
-def test_a_tenant_past_its_pages_is_refused_at_the_call() -> None:
+def test_a_turn_that_its_tenants_pages_can_never_hold_is_refused_at_the_call() -> None:
     world = Scheduled(tenant_pages=7)
     first, second = world.open(FIRST, tenant="a"), world.open(SECOND, tenant="a")
-    _ = world.turn(first)
-    refused = world.start(second)
+    refused = world.start(first, SECOND[:5])
     assert isinstance(refused, wire.Failed) and refused.code == "quota_exceeded"
-    _ = world.send(wire.Close(request=1, branch=first))
-    assert world.turn(second).drawn == 1
+    assert world.turn(first).drawn == world.turn(second).drawn == 1, "its own rows at rest made room"
+    assert world.core.world.kv.tree.owned["a"] <= 7
 
 
 def test_tenants_never_share_rows() -> None:

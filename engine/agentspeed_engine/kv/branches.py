@@ -99,7 +99,7 @@ class Held:
         """Takes the child's log and leaf; the child ends."""
         branch, other = self._moved(), child._moved()
         branch.log = other.log
-        branch.computed = other.computed
+        branch.computed, branch.lost_why = other.computed, other.lost_why
         branch.serial = max(branch.serial, other.serial)
         branch.moves += 1
         kv.settle_on(branch, other.leaf, other.seed, other.seed_rows)
@@ -357,7 +357,7 @@ def _born(kv: Kv, parent: Branch, children: tuple[BranchId, ...]) -> tuple[Held,
         child = Branch(
             id=number, session=parent.session, link=parent.link, root=parent.root, private=parent.private,
             draw_seed=parent.draw_seed, log=parent.log.fork(), leaf=parent.leaf, computed=parent.computed,
-            serial=parent.serial, child_index=_child_index(parent.child_index, parent.forks),
+            lost_why=parent.lost_why, serial=parent.serial, child_index=_child_index(parent.child_index, parent.forks),
             trunk=(parent.id, parent.moves), rested_at=parent.rested_at,
         )
         kv.branches[number] = child

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
@@ -10,7 +11,7 @@ from agentspeed_engine.ids import BranchId, PageId, pages_for
 from agentspeed_engine.kv.branches import BranchState, Decoding, Prefilling, Promoting, Settling
 from agentspeed_engine.kv.nodes import Both, Host, Loading, Saving
 from agentspeed_engine.kv.owners import Kv
-from agentspeed_engine.kv.tree import upward
+from agentspeed_engine.kv.tree import tenant_of, upward
 
 
 def check(kv: Kv, states: Mapping[BranchId, BranchState]) -> None:
@@ -52,6 +53,13 @@ def _device_pages_are_conserved(kv: Kv, states: Mapping[BranchId, BranchState]) 
     owned += [page for room in kv.rooms.values() for page in room.tail]
     if sorted(owned) != list(range(kv.pages.total)):
         raise BrokenInvariant("(1) device pages are not conserved: one is owned twice or by nobody")
+    by_tenant = Counter(dict.fromkeys(kv.tree.owned, 0))
+    for node in kv.tree.nodes.values():
+        by_tenant[tenant_of(node.root)] += len(node.pages)
+    for number, room in kv.rooms.items():
+        by_tenant[tenant_of(states[number].branch.root)] += len(room.tail)
+    if +by_tenant != kv.tree.owned:
+        raise BrokenInvariant(f"tenants own {dict(+by_tenant)} pages and are counted {kv.tree.owned}")
     slots: list[int] = list(kv.slots.free_numbers())
     for node in kv.tree.nodes.values():
         if isinstance(node.state, Saving | Both | Host | Loading):

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from typing import final
 
 from agentspeed_engine.errors import BrokenInvariant
-from agentspeed_engine.ids import BranchId, LinkId, PageId, SessionId, SlotId, TicketId, page_floor, pages_for
+from agentspeed_engine.ids import BranchId, LinkId, NodeId, PageId, SessionId, SlotId, TicketId, page_floor, pages_for
 from agentspeed_engine.kv.log import Log
 from agentspeed_engine.kv.nodes import Both, Device, Host
 from agentspeed_engine.kv.pool import Pool
 from agentspeed_engine.kv.runs import NodeRun, PageCopy
-from agentspeed_engine.kv.tree import Match, Node, RootKey, Tree, upward
+from agentspeed_engine.kv.tree import Match, Node, RootKey, Tree, subtree, tenant_of, upward
 
 
 @final
@@ -36,6 +36,8 @@ class Branch:
     seed_rows: int = 0
     computed: int = 0
     """Rows of this log that were computed once, wherever they are now. What was dropped is recomputed, not new."""
+    lost_why: str = ""
+    """Why some of them are gone, while some are."""
     serial: int = 0
     """Turns begun; never goes back, so that a retry after a rewind draws anew."""
     child_index: int = 0
@@ -63,6 +65,8 @@ class Branch:
 class Room:
     """What an active branch holds: pins on its path, and a tail of pages it alone writes."""
 
+    tenant: str
+    """Whose pages the tail's are."""
     path: tuple[NodeRun, ...]
     tail_start: int
     tail: list[PageId]
@@ -89,6 +93,8 @@ class Kv:
         """Every branch that is not closed."""
         self.rooms: dict[BranchId, Room] = {}
         """The rooms of active branches, for what a split must tell them. Entries come and go with pins."""
+        self.moved: set[BranchId] = set()
+        """Branches whose rows may have moved since somebody last asked, beside those below `Tree.moved`."""
         self.tree = Tree(page_tokens, self._reshaped)
 
     # ---- branches at rest -----------------------------------------------------------------------------------------
@@ -153,6 +159,7 @@ class Kv:
             self.drop_private(branch.root, branch)
         for node in upward(branch.leaf):
             node.used = now
+        self.tree.forget_root(branch.leaf)
 
     def _drop_unreferenced(self, tip: Node) -> None:
         node = tip
@@ -167,15 +174,9 @@ class Kv:
         root = self.tree.roots.get(key)
         if root is None or any(other.root == key for other in self.branches.values() if other is not ending):
             return
-        self._drop_below(root)
-        if not root.referenced:
-            del self.tree.roots[key]
-
-    def _drop_below(self, node: Node) -> None:
-        for child in (*node.children.values(), *node.stubs.values()):
-            self._drop_below(child)
-            if not child.referenced and isinstance(child.state, Device | Both | Host):
-                _ = self.drop(child)
+        for node in reversed(list(subtree(root))):
+            if not node.referenced and isinstance(node.state, Device | Both | Host):
+                _ = self.drop(node)
 
     # ---- room -----------------------------------------------------------------------------------------------------
     def seed_page(self, branch: Branch) -> PageId | None:
@@ -238,8 +239,9 @@ class Kv:
             tail = [*self._take_stub(branch), *self.pages.take(pages)]
         else:
             tail = list(self.pages.take(pages))
-        room = Room(path=self.tree.path(branch.leaf), tail_start=start, tail=tail, issued=start + rows,
-                    done=start + rows, copy=copy)
+        room = Room(tenant=tenant_of(branch.root), path=self.tree.path(branch.leaf), tail_start=start, tail=tail,
+                    issued=start + rows, done=start + rows, copy=copy)
+        self.tree.count(room.tenant, len(tail))
         self.rooms[branch.id] = room
         return room
 
@@ -261,6 +263,7 @@ class Kv:
 
     def grow(self, room: Room, pages: int) -> None:
         room.tail.extend(self.pages.take(pages))
+        self.tree.count(room.tenant, pages)
 
     def seal(self, branch: Branch, room: Room, now: float) -> None:
         """Full pages that are done become a segment others can share; the branch stays active on it."""
@@ -275,6 +278,7 @@ class Kv:
         node.pinned_by.add(branch.id)
         self.settle_on(branch, node, None, 0)
         del room.tail[:full]
+        self.tree.count(room.tenant, -full)
         room.tail_start += full * self.page_tokens
         self.tree.merge_above(node)
         room.path = self.tree.path(branch.leaf)
@@ -285,12 +289,14 @@ class Kv:
         del self.rooms[branch.id]
         branch.epoch += 1
         branch.rested_at = now
+        self.tree.count(room.tenant, -len(room.tail))
         if room.copy is not None:  # the first step never came: the seed still holds the rows
             self.unpin(branch)
             self.pages.give(room.tail)
             return
         self.unpin(branch)
-        branch.computed = max(branch.computed, room.done)
+        if room.done >= branch.computed:
+            branch.computed, branch.lost_why = room.done, ""
         full = (room.done - room.tail_start) // self.page_tokens
         rows = (room.done - room.tail_start) % self.page_tokens
         leaf, kept = branch.leaf, 0
@@ -309,6 +315,8 @@ class Kv:
             self.pages.give(room.tail[full + 1 :])
         else:
             self.pages.give(room.tail[kept:])
+            if rows or kept < full:
+                branch.lost_why = "its last rows could not be kept: the same ones before them are on the host"
         self.settle_on(branch, leaf, seed, rows)
         for node in upward(leaf):
             if node.used >= now:
@@ -336,22 +344,39 @@ class Kv:
         return leaf, kept
 
     # ---- eviction -------------------------------------------------------------------------------------------------
-    def drop(self, node: Node) -> Node:
-        """A node that nobody pins and with none below goes; holders at rest move to its parent. Returns the parent."""
+    def drop(self, node: Node, why: str = "") -> Node:
+        """A node that nobody pins and with none below goes; holders at rest move to its parent and have lost rows,
+        `why` says to whom. Returns the parent."""
         if node.parent is None or not isinstance(node.state, Device | Both | Host):
             raise BrokenInvariant(f"{node!r} cannot be dropped")
-        _ = self.orphan(node)
+        _ = self.orphan(node, why)
         parent = self.tree.detach(node)
         gone = node.state.drop()
         self.pages.give(gone.pages)
         self.slots.give(gone.slots)
         return parent
 
-    def drop_with_all_below(self, node: Node) -> Node:
+    def drop_with_all_below(self, node: Node, why: str = "") -> Node:
         """`drop`, after everything that hangs below it (which is on the host alone)."""
-        for child in (*node.children.values(), *node.stubs.values()):
-            _ = self.drop_with_all_below(child)
-        return self.drop(node)
+        parent = node
+        for below in reversed(list(subtree(node))):
+            parent = self.drop(below, why)
+        return parent
+
+    def shrink(self, node: Node, pages: int, why: str) -> None:
+        """The last pages of a tip are free again; its holders stay and have less."""
+        self.pages.give(self.tree.shrink(node, pages))
+        self._rows_lost(self.holders(node), why)
+
+    def give_up_seed(self, branch: Branch, why: str) -> None:
+        """Less than a page to compute again, where the entry needs it no more."""
+        self.settle_on(branch, branch.leaf, None, 0)
+        self._rows_lost([branch], why)
+
+    def _rows_lost(self, branches: list[Branch], why: str) -> None:
+        for branch in branches:
+            branch.lost_why = why
+            self.moved.add(branch.id)
 
     def evict(self, node: Node) -> None:
         """The device copy of a clean node goes, at once."""
@@ -388,19 +413,38 @@ class Kv:
         chain.reverse()
         return chain
 
-    def orphan(self, node: Node) -> set[BranchId]:
-        """Takes a tip's holders off it; the caller tells their branches through `moved_off`."""
-        moved = node.leaf_of | node.seed_of
-        for holder in self.holders(node):
+    def orphan(self, node: Node, why: str = "") -> list[Branch]:
+        """Takes a tip's holders off it. Returns them."""
+        holders = self.holders(node)
+        for holder in holders:
             if holder.seed is node:
                 self.settle_on(holder, holder.leaf, None, 0)
             if holder.leaf is node and node.parent is not None:
                 self.settle_on(holder, node.parent, None, 0)
-        return moved
+        self._rows_lost(holders, why)
+        return holders
 
     def holders(self, node: Node) -> list[Branch]:
         """The branches whose leaf or seed `node` is."""
         return [self.branches[number] for number in sorted(node.leaf_of | node.seed_of)]
+
+    def taken_moves(self) -> set[BranchId]:
+        """The branches whose rows may be elsewhere than when this was last asked, each once."""
+        moved, self.moved = self.moved, set()
+        tops, self.tree.moved = self.tree.moved, {}
+        seen: set[NodeId] = set()
+        for top in tops.values():
+            waiting = [top]
+            while waiting:
+                node = waiting.pop()
+                if node.id in seen:
+                    continue
+                seen.add(node.id)
+                moved |= node.leaf_of
+                moved |= node.seed_of
+                waiting += node.children.values()
+                waiting += node.stubs.values()
+        return moved
 
     # ---- the border to active branches ----------------------------------------------------------------------------
     def _reshaped(self, branches: set[BranchId]) -> None:

@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeAlias, final
 
 from agentspeed_engine.errors import BrokenInvariant
-from agentspeed_engine.ids import BranchId, NodeId, PageId, TicketId
+from agentspeed_engine.ids import BranchId, NodeId, PageId, TicketId, pages_for
 from agentspeed_engine.kv.nodes import Both, Device, Host, Loading, NodeState, Saving
 from agentspeed_engine.kv.runs import NodeRun
 
 RootKey: TypeAlias = tuple[str, str, str]
-"""(model, adapter, tenant salt): rows are never shared across different ones."""
+"""(model, adapter, tenant salt): rows are never shared across different ones. The salt is the tenant's name, NUL, and
+for a private session its number; a name has no NUL (`sched.verbs`)."""
 
 _ID_BYTES = 4
 _SEED_SEARCH = 64
@@ -110,6 +111,10 @@ class Tree:
         """Nodes on the host alone with no node below: the only ones whose slots may go."""
         self.in_copy: dict[TicketId, list[Node]] = {}
         """The nodes that wait for a ticket, those above first."""
+        self.owned: dict[str, int] = {}
+        """Device pages by tenant: of its nodes, cached ones included, and in its tails (`Kv` counts those)."""
+        self.moved: dict[NodeId, Node] = {}
+        """Nodes that came to the device or left it since somebody last asked (`Kv.taken_moves`)."""
         self._next = 0
         self._page_bytes = page_tokens * _ID_BYTES
         self._reshaped = reshaped
@@ -180,14 +185,28 @@ class Tree:
         node.used = now
         self._link(parent, node)
         self.nodes[node.id] = node
+        self.count(tenant_of(node.root), len(node.pages))
         self._list(node)
         return node
 
+    def count(self, tenant: str, pages: int) -> None:
+        """Pages more (or less) that a tenant owns. One without any is forgotten."""
+        owned = self.owned.get(tenant, 0) + pages
+        if owned:
+            self.owned[tenant] = owned
+        else:
+            _ = self.owned.pop(tenant, None)
+
     def change(self, node: Node, state: NodeState) -> None:
         """Files a node under the state that a verb returned. Every transition of a node passes here."""
-        had, node.state = node.owns_pages, state
+        had, readable = node.owns_pages, node.readable
+        node.state = state
         node.run = None
+        if node.readable != readable:
+            self.moved[node.id] = node
         if node.parent is not None and had != bool(node.pages):
+            pages = pages_for(node.tokens, self.page_tokens)
+            self.count(tenant_of(node.root), pages if node.pages else -pages)
             node.parent.pages_below += 1 if node.pages else -1
             self._list(node.parent)
         node.owns_pages = bool(node.pages)
@@ -216,6 +235,8 @@ class Tree:
         upper.pages_below = 1 if node.owns_pages else 0
         upper.failures = node.failures
         self.nodes[upper.id] = upper
+        if node.id in self.moved:
+            self.moved[upper.id] = upper
         self._list(upper)
         self._list(node)
         if isinstance(above, Saving | Loading):
@@ -250,6 +271,8 @@ class Tree:
         node.ids, node.start, node.parent, node.run = parent.ids + node.ids, parent.start, above, None
         self._link(above, node)
         del self.nodes[parent.id]
+        if self.moved.pop(parent.id, None) is not None:
+            self.moved[node.id] = node
         self._reshaped(node.pinned_by)
         return True
 
@@ -260,6 +283,7 @@ class Tree:
         node.state, freed = node.state.shrink(pages)
         node.ids = node.ids[: -pages * self._page_bytes]
         node.run = None
+        self.count(tenant_of(node.root), -pages)
         return freed
 
     def detach(self, node: Node) -> Node:
@@ -271,8 +295,16 @@ class Tree:
         del self.nodes[node.id]
         _ = self.tips.pop(node.id, None)
         _ = self.host_tips.pop(node.id, None)
+        _ = self.moved.pop(node.id, None)
         node.parent = None
+        self.count(tenant_of(node.root), -len(node.pages))
+        self.forget_root(parent)
         return parent
+
+    def forget_root(self, node: Node) -> None:
+        """A root that nobody refers to goes: tenants and private sessions come and go without end."""
+        if node.parent is None and not node.referenced and self.roots.get(node.root) is node:
+            del self.roots[node.root]
 
     def is_stub(self, node: Node) -> bool:
         return len(node.ids) < self._page_bytes and node.parent is not None
@@ -321,6 +353,21 @@ def upward(leaf: Node) -> Iterator[Node]:
         above = node.parent  # read before the caller may detach the node
         yield node
         node = above
+
+
+def subtree(top: Node) -> Iterator[Node]:
+    """`top` and all below it, those above first; reversed, a list of it takes every node after what hangs below it.
+    A tree is as deep as somebody rewinds, so nothing that walks it may recurse."""
+    waiting = [top]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        waiting += _below(node)
+
+
+def tenant_of(key: RootKey) -> str:
+    """Whose rows hang below a root."""
+    return key[2].partition("\0")[0]
 
 
 def _below(node: Node) -> Iterator[Node]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import final
 
@@ -30,6 +31,8 @@ class CoreConfig:
     host_slots: int = 0
     firm_pages: int | None = None
     """Most pages under firm leases; None: a quarter of what L1 leaves."""
+    max_links: int = 256
+    """Fronts connected at once."""
     max_sessions: int = 1024
     max_branches: int = 256
     """Of one session."""
@@ -48,27 +51,37 @@ class CoreConfig:
 
     def firm_budget(self) -> int:
         """F: pages that may be under firm leases at once."""
-        spare = self.pages - pages_for(self.context_limit, self.page_tokens) - 1
-        return spare // 4 if self.firm_pages is None else self.firm_pages
+        return max(0, self.pages - self.turn_pages()) // 4 if self.firm_pages is None else self.firm_pages
+
+    def turn_pages(self) -> int:
+        """What one turn of the context limit takes: its rows, and a page to copy the end of its prefix from, which
+        stays whose it was until the copy is made."""
+        return pages_for(self.context_limit, self.page_tokens) + 1
 
     def check(self) -> None:
         """Raises `EngineFault` (bad_options) for what would let a turn wait for ever."""
         for name in ("pages", "context_limit", "vocab_size", "page_tokens", "prefill_chunk", "extend_tokens",
-                     "max_sessions", "max_branches", "max_waiting"):
+                     "max_links", "max_sessions", "max_branches", "max_waiting"):
             if getattr(self, name) < 1:
                 raise EngineFault("bad_options", f"{name} is {getattr(self, name)}.", "Give at least 1.")
+        for name in ("tenant_pages", "tenant_sessions"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise EngineFault("bad_options", f"{name} is {value}.", "Give at least 1, or None for no quota.")
         if self.depth < 0 or self.host_slots < 0 or (self.firm_pages is not None and self.firm_pages < 0):
             raise EngineFault("bad_options", "depth, host_slots and firm_pages cannot be negative.")
         if self.policy not in POLICIES:
             raise EngineFault("bad_options", f"There is no policy {self.policy!r}.", f"One of: {', '.join(POLICIES)}.")
-        if self.ticket_deadline <= 0 or self.copy_seconds_per_token < 0 or self.recompute_seconds_per_token < 0:
-            raise EngineFault("bad_options", "ticket_deadline must be above 0, and costs cannot be negative.")
-        needed = pages_for(self.context_limit, self.page_tokens) + 1
-        if self.pages - self.firm_budget() < needed:
+        for name in ("ticket_deadline", "max_lease_seconds"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise EngineFault("bad_options", f"{name} is {getattr(self, name)}.", "Give seconds above 0.")
+        if self.copy_seconds_per_token < 0 or self.recompute_seconds_per_token < 0:
+            raise EngineFault("bad_options", "Costs cannot be negative.")
+        if self.pages - self.firm_budget() < self.turn_pages():
             raise EngineFault(
                 "bad_options",
-                f"The pool has {self.pages} pages of {self.page_tokens} tokens, "
-                f"{max(0, self.firm_budget())} of them for firm leases; one turn of the context limit "
-                f"({self.context_limit} tokens) needs {needed} (rule L1).",
+                f"The pool has {self.pages} pages of {self.page_tokens} tokens, {self.firm_budget()} of them for firm "
+                f"leases; one turn of the context limit ({self.context_limit} tokens) needs {self.turn_pages()} "
+                "(rule L1: its own pages and one to copy from).",
                 "Give more pages, a smaller context limit, or fewer firm pages.",
             )

@@ -55,32 +55,41 @@ class Core:
         """Carries out one command. What it refuses, it refuses whole."""
         world = self.world
         if isinstance(command, GetStats):
-            world.out.append((link, Stats(request=command.request, counts=self.counts(), seconds={})))
+            world.out.append((link, Stats(request=command.request, counts=self.counts(now), seconds={})))
         elif isinstance(command, Look):
             world.out.append((link, self.picture(command, now)))
         elif isinstance(command, Hello):
             world.out.append((link, Failed(request=command.request, code="bad_frame",
                                            message="Hello is the first frame of a link, once.")))
         else:
+            world.lapse(now)
             try:
                 _VERBS[type(command)](world, link, command, now)
             except EngineFault as fault:
                 world.out.append((link, Failed(request=command.request, code=fault.code, message=fault.message,
                                                remedy=fault.remedy, retryable=fault.retryable)))
+            world.tell_leases()
         return self._taken()
 
     def drop_link(self, link: LinkId, now: float) -> Out:
         """The front of this link is gone: its branches close, nothing is sent to it any more."""
+        self.world.lapse(now)
         verbs.drop_link(self.world, link, now)
+        self.world.tell_leases()
         return [(to, message) for to, message in self._taken() if to != link]
 
     def plan(self, now: float) -> StepPlan | None:
         """The next step; None when nothing can be computed now. Events it caused come with `events`."""
-        return step.plan(self.world, now)
+        self.world.lapse(now)
+        planned = step.plan(self.world, now)
+        self.world.tell_leases()
+        return planned
 
     def apply(self, result: StepResult, now: float) -> Out:
         """The outcome of the oldest step in flight."""
+        self.world.lapse(now)
         outcome.apply(self.world, result, now)
+        self.world.tell_leases()
         return self._taken()
 
     def events(self) -> Out:
@@ -99,7 +108,9 @@ class Core:
 
     def copied(self, ticket: TicketId, ok: bool, now: float) -> Out:
         """A ticket was carried out, or failed."""
+        self.world.lapse(now)
         tickets.copied(self.world, ticket, ok, now)
+        self.world.tell_leases()
         return self._taken()
 
     def wake_at(self, now: float) -> float | None:
@@ -139,7 +150,7 @@ class Core:
         """As much of it as was asked for, and who owns the pages: bounded, whatever is open."""
         return describe.picture(self.world, command, now)
 
-    def counts(self) -> dict[str, int]:
+    def counts(self, now: float = 0.0) -> dict[str, int]:
         """Owners and states to their numbers."""
         world, kv = self.world, self.world.kv
         states = Counter(type(state).__name__.lower() for state in world.states.values())
@@ -155,7 +166,7 @@ class Core:
             "pages_copied": world.copied_pages, "slots_total": kv.slots.total, "slots_free": kv.slots.free,
             "pages_saved": world.saved_pages, "pages_loaded": world.loaded_pages, "prefetches": world.prefetched,
             "tickets": len(world.tickets), "tickets_late": world.late_tickets, "preemptions": world.preemptions,
-            "pages_firm": sum(pages for _, pages in world.firm.values()),
+            "pages_firm": sum(pages for until, pages in world.firm.values() if until > now),
         }
 
     def _taken(self) -> Out:

@@ -13,8 +13,7 @@ from typing import Final
 from agentspeed_engine.ids import BranchId, NodeId, SessionId
 from agentspeed_engine.kv.branches import BranchState, Decoding, Held, Prefilling, Promoting, Queued, Settling
 from agentspeed_engine.kv.nodes import Both, Device, Host, Loading, Saving
-from agentspeed_engine.kv.tree import Node, upward
-from agentspeed_engine.sched import step
+from agentspeed_engine.kv.tree import Node, tenant_of, upward
 from agentspeed_engine.sched.world import World
 from agentspeed_engine.wire import MAX_LOOK, BranchView, Look, Picture, Places, SessionView
 
@@ -25,6 +24,7 @@ _PLACES: Final[dict[type[object], str]] = {
 }
 _NEXT_STEP = "the next step"
 _BUDGET = "token budget"
+_ROOM = "room"
 
 
 def describe(world: World, now: float) -> tuple[SessionView, ...]:
@@ -43,21 +43,13 @@ def picture(world: World, command: Look, now: float) -> Picture:
 
 def waiting_for(world: World, state: BranchState) -> str:
     """Why a branch does not move; empty when it does or has nothing to do."""
-    return _why(world, state, _without_room(world) if isinstance(state, Queued) else None)
-
-
-def _why(world: World, state: BranchState, stuck: BranchId | None) -> str:
     match state:
         case Queued():
-            return _why_queued(world, state, stuck)
+            return _why_queued(world, state)
         case Promoting():
             return "rows from the host"
         case Prefilling() | Decoding():
-            if state.room.flight or not world.flights:
-                return ""
-            if world.kv.pages_to(state.room, state.room.issued + 1) > world.kv.pages.free:
-                return "room to grow"
-            return _BUDGET if isinstance(state, Prefilling) else ""
+            return "" if state.room.flight else _why_not_in_the_step(world, state)
         case Settling():
             return "rows in flight"
         case _:
@@ -103,18 +95,17 @@ def _sessions(world: World, chosen: set[BranchId], now: float) -> tuple[SessionV
     for number in sorted(chosen):
         by_session.setdefault(world.states[number].branch.session, []).append(number)
     views: list[SessionView] = []
-    stuck = _without_room(world)
     for opened, branches in sorted(by_session.items()):
         session = world.sessions[opened]
         views.append(SessionView(
             session=opened, tenant=session.tenant, branches_total=len(session.branches),
-            branches=tuple(_branch(world, branch, now, stuck) for branch in branches),
+            branches=tuple(_branch(world, branch, now) for branch in branches),
         ))
     return tuple(views)
 
 
 # ---- one branch ---------------------------------------------------------------------------------------------------
-def _branch(world: World, number: BranchId, now: float, stuck: BranchId | None) -> BranchView:
+def _branch(world: World, number: BranchId, now: float) -> BranchView:
     state = world.states[number]
     branch = state.branch
     parent = branch.trunk[0] if branch.trunk is not None and branch.trunk[0] in world.states else None
@@ -126,7 +117,7 @@ def _branch(world: World, number: BranchId, now: float, stuck: BranchId | None) 
         tail_pages=0 if room is None else len(room.tail), age=None if turn is None else turn.age,
         drawn=0 if turn is None else turn.drawn,
         since=max(0.0, now - (branch.rested_at if turn is None else turn.queued_at)),
-        waiting_for=_why(world, state, stuck),
+        waiting_for=waiting_for(world, state),
     )
 
 
@@ -142,25 +133,48 @@ def _places(state: BranchState) -> Places:
     return Places(**rows, lost=max(0, branch.known - sum(rows.values())))
 
 
-def _without_room(world: World) -> BranchId | None:
-    """The oldest turn that could enter, if it lacks room: then nothing younger enters either (L3)."""
-    for _, number in islice(world.queue, MOST_WALKED):
-        state = world.states[number]
-        if number not in world.fill_of and isinstance(state, Queued):
-            return None if step.fits(world, state) else number
-    return None
+def _why_not_in_the_step(world: World, state: Prefilling | Decoding) -> str:
+    lacking = _lacking(world, state)
+    if lacking and world.kv.pages_to(state.room, state.room.issued + 1):
+        return "room to grow" if lacking == _ROOM else lacking
+    return _BUDGET if isinstance(state, Prefilling) and world.flights and state.turn.age <= world.spent else ""
 
 
-def _why_queued(world: World, state: Queued, stuck: BranchId | None) -> str:
+def _why_queued(world: World, state: Queued) -> str:
     branch = state.branch
     filler = world.fill_of.get(branch.id)
     if filler is not None:
         return f"branch {filler[0]}'s prefix"
     if any(isinstance(node.state, Loading) for node in upward(branch.leaf)):
         return "rows from the host"
-    if stuck is not None:
-        return "room" if stuck == branch.id else f"room after branch {stuck}"
-    return _BUDGET if world.flights else _NEXT_STEP
+    lacking = _lacking(world, state)
+    if lacking:
+        return lacking
+    return _BUDGET if state.turn.age <= world.spent else _NEXT_STEP
+
+
+def _lacking(world: World, state: Queued | Prefilling | Decoding) -> str:
+    """What the last pass refused this turn for, or after whom nothing younger entered or grew (L3)."""
+    for number in world.over_quota:
+        first = world.states.get(number)
+        same = first is not None and tenant_of(first.branch.root) == tenant_of(state.branch.root)
+        if same and isinstance(first, Queued | Prefilling | Decoding) and first.turn.age <= state.turn.age:
+            return "quota" if number == state.branch.id else f"quota after branch {number}"
+    if world.refused is None:
+        return ""
+    number, why = world.refused
+    stuck = world.states.get(number)
+    if not isinstance(stuck, Queued | Prefilling | Decoding) or not _still(world, why):
+        return ""
+    if number == state.branch.id:
+        return why
+    return f"room after branch {number}" if stuck.turn.age < state.turn.age else ""
+
+
+def _still(world: World, why: str) -> bool:
+    """Whether what it waits for has not ended since that pass."""
+    direction = {"saves in flight": "save", "loads in flight": "load"}.get(why)
+    return direction is None or any(ticket.direction == direction for ticket in world.tickets.values())
 
 
 # ---- the whole ----------------------------------------------------------------------------------------------------

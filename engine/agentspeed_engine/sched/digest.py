@@ -48,8 +48,8 @@ def _branch(state: BranchState) -> Any:
     return (
         branch.id, type(state).__name__, branch.session, branch.link, branch.private, branch.draw_seed, branch.known,
         branch.leaf.id, None if branch.seed is None else branch.seed.id, branch.seed_rows, branch.computed,
-        branch.serial, branch.child_index, branch.forks, branch.epoch, branch.moves, branch.trunk, branch.rested_at,
-        turn, room,
+        branch.lost_why, branch.serial, branch.child_index, branch.forks, branch.epoch, branch.moves, branch.trunk,
+        branch.rested_at, turn, room,
     )
 
 
@@ -85,13 +85,13 @@ def _tips(world: World) -> Any:
 
 
 def _leases(world: World) -> Any:
-    return list(world.leases.items()), list(world.firm.items())
+    return list(world.leases.items()), list(world.firm.items()), world.firm_ends, list(world.lease_news.items())
 
 
 def _tickets(world: World) -> Any:
     tickets = [(number, ticket.direction, ticket.deadline) for number, ticket in world.tickets.items()]
     copies = [(number, [node.id for node in waiting]) for number, waiting in world.kv.tree.in_copy.items()]
-    return tickets, copies, [order.ticket for order in world.orders], world.prefetch
+    return tickets, copies, [order.ticket for order in world.orders], world.prefetch, list(world.due.items())
 
 
 def _flights(world: World) -> Any:
@@ -104,7 +104,7 @@ def _sessions(world: World) -> Any:
 
 
 def _waits(world: World) -> Any:
-    return list(world.waiting.items()), list(world.fill_of.items())
+    return (list(world.waiting.items()), list(world.fill_of.items()), world.refused, world.over_quota, world.spent)
 
 
 def _pauses(world: World) -> Any:
@@ -115,6 +115,7 @@ PARTS: Final[dict[str, Callable[[World], Any]]] = {
     "branches": _branches,
     "nodes": _nodes,
     "tips": _tips,
+    "pages by tenant": lambda world: list(world.kv.tree.owned.values()),
     "free pages": lambda world: world.kv.pages.free_numbers(),
     "free slots": lambda world: world.kv.slots.free_numbers(),
     "queue": lambda world: (world.queue, world.active),

@@ -17,8 +17,8 @@ from agentspeed_engine.kv.branches import (
     Settling,
     Then,
 )
+from agentspeed_engine.sched.admission import target
 from agentspeed_engine.sched.plan import Drawn, Row, StepResult
-from agentspeed_engine.sched.step import target
 from agentspeed_engine.sched.world import World
 from agentspeed_engine.wire import FinishReason, Tokens, TopLogprob
 

@@ -253,8 +253,10 @@ class _Hidden:
                 return self._veil.ids(held, value.start)
             case Row(), "ids":
                 return self._ids(array("I", held), value.position)
-            case Session(), "tenant":
+            case Session() | Room(), "tenant":
                 return self._veil.name(held)
+            case Tree(), "owned":
+                return {self._veil.name(tenant): pages for tenant, pages in held.items()}
             case World(), "tools":
                 return {number: self._veil.name(tool) for number, tool in held.items()}
             case World(), "tool_laws":

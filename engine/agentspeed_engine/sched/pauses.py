@@ -59,8 +59,8 @@ class PauseLaw:
         above = self._above[here + 1]
         mass = self._mass[here + 1]
         # Of the bin that `elapsed` lies in, the part not yet passed; a law of few values must not jump at a bin's edge.
-        upper = _upper(here)
-        part = self._counts[here] * min(1.0, max(0.0, (upper - elapsed) / (upper - _lower(here))))
+        upper = _UPPERS[here]
+        part = self._counts[here] * min(1.0, max(0.0, (upper - elapsed) / (upper - _LOWERS[here])))
         seen = above + part
         seen_residual = mass - elapsed * above + part * max(0.0, upper - elapsed) / 2
         prior = _PRIOR_WEIGHT * _PRIOR_SCALE / (_PRIOR_SCALE + elapsed)
@@ -113,6 +113,11 @@ def _lower(index: int) -> float:
 
 def _upper(index: int) -> float:
     return _SHORTEST * math.exp2((index + 1) / _BINS_PER_DOUBLING)
+
+
+_LOWERS = tuple(_lower(index) for index in range(_BINS))
+_UPPERS = tuple(_upper(index) for index in range(_BINS))
+"""Asked for every branch at rest when rows must go."""
 
 
 def _centre(index: int) -> float:

@@ -8,14 +8,11 @@ design, which is what it is there to show.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final, TypeAlias, final
+from typing import Final, NamedTuple, TypeAlias
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class Facts:
+class Facts(NamedTuple):
     """What is known of the branches that would lose rows."""
 
     tokens: int

@@ -1,20 +1,25 @@
-"""Rows of a paused branch come back from the host before its tool is due, into pages that nobody needs."""
+"""Rows of a paused branch come back from the host before its tool is due, in pages nobody has or needs sooner."""
 
 from __future__ import annotations
 
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 
 from agentspeed_engine.ids import BranchId
 from agentspeed_engine.kv.branches import Held
 from agentspeed_engine.kv.nodes import Host
 from agentspeed_engine.kv.owners import Branch
-from agentspeed_engine.sched import tickets
+from agentspeed_engine.kv.tree import tenant_of
+from agentspeed_engine.sched import quotas, tickets
+from agentspeed_engine.sched.admission import to_come
+from agentspeed_engine.sched.reclaim import make_way
 from agentspeed_engine.sched.world import World
 
 _EARLY_SHARE = 0.25
 """Of the pauses seen with a tool: rows should be back before this share of them has ended."""
 _ENOUGH = 8.0
 """Pauses of one tool that its learnt law needs before it is believed more than the hint."""
+_STALE = 16
+"""Entries that may be out of date however few are not."""
 _MARGIN = 0.05
 """Seconds before the moment it is due that are spent waiting for nothing."""
 
@@ -28,23 +33,34 @@ def expect(world: World, branch: Branch, seconds: float, now: float) -> None:
     if law is not None and law.observations >= _ENOUGH:
         due = law.quantile(_EARLY_SHARE) or seconds
     due -= branch.known * world.config.copy_seconds_per_token + _MARGIN
-    heappush(world.prefetch, (now + max(0.0, due), branch.id, branch.serial))
+    world.due[branch.id] = now + max(0.0, due)
+    heappush(world.prefetch, (world.due[branch.id], branch.id))
+    if len(world.prefetch) > 2 * len(world.due) + _STALE:
+        world.prefetch = [(when, number) for number, when in world.due.items()]
+        heapify(world.prefetch)
 
 
 def due(world: World, now: float) -> None:
-    """Begins the loads that are due. No room is made for them: a prediction takes nothing from anybody."""
+    """Begins the loads that are due. A prediction takes no running turn's room, and no rows that are needed sooner or
+    are nowhere else."""
     while world.prefetch and world.prefetch[0][0] <= now:
-        _, number, serial = heappop(world.prefetch)
-        state = world.states.get(number)
-        if isinstance(state, Held) and state.branch.serial == serial:
+        when, number = heappop(world.prefetch)
+        if world.due.get(number) == when:
+            del world.due[number]
             _bring(world, number, now)
 
 
 def _bring(world: World, number: BranchId, now: float) -> None:
     state = world.states[number]
+    if not isinstance(state, Held):
+        return
     chain = world.kv.unreadable(state.branch)
     if not chain or world.queue or not all(isinstance(node.state, Host) for node in chain):
         return
-    if world.kv.pages.free >= tickets.pages_of(chain) + world.config.pages // 16:
+    pages = tickets.pages_of(chain)
+    if quotas.left(world, tenant_of(state.branch.root)) < pages:
+        return
+    reserve = to_come(world, (active for _, active in world.active)) + world.config.pages // 16
+    if make_way(world, pages, reserve, chain[0], now):
         tickets.load(world, chain, now)
         world.prefetched += 1

@@ -1,11 +1,20 @@
-"""What one tenant may have: refused at once, by name, never waited for (L7)."""
+"""What one tenant may have: sessions, refused by name past it, and device pages, a pool of its own within the pool.
+
+A tenant's pages are those of its tails and of all its rows, shared ones once and those that nobody refers to any more
+included. At its quota its own rows at rest make room, then its strictly younger turns, and else a turn waits; turns of
+others do not. Its oldest turn therefore finds all but its own pages reclaimable (L1-L4 hold in the small pool too).
+"""
 
 from __future__ import annotations
 
+import math
+
 from agentspeed_engine.errors import EngineFault
-from agentspeed_engine.ids import NodeId, pages_for
+from agentspeed_engine.ids import pages_for
+from agentspeed_engine.kv.branches import Decoding, Prefilling, Promoting
 from agentspeed_engine.kv.owners import Branch
-from agentspeed_engine.kv.tree import upward
+from agentspeed_engine.kv.tree import Node, tenant_of
+from agentspeed_engine.sched import reclaim, tickets
 from agentspeed_engine.sched.world import World
 
 
@@ -16,28 +25,84 @@ def check_session(world: World, tenant: str) -> None:
         raise EngineFault("quota_exceeded", f"Tenant {tenant!r} has {quota} sessions open.", "Close one first.")
 
 
-def check_pages(world: World, branch: Branch, known: int) -> None:
-    """Raises `EngineFault` (quota_exceeded) when a turn over `known` tokens would go past the tenant's pages."""
+def check_turn(world: World, branch: Branch, known: int, least: int) -> int:
+    """Tokens a turn over `known` may draw before its rows fill all pages its tenant may have. Raises `EngineFault`
+    (quota_exceeded) when those are fewer than `least`: it could never end."""
     quota = world.config.tenant_pages
     if quota is None:
-        return
-    tenant = world.sessions[branch.session].tenant
-    seen: set[NodeId] = set()
-    pages = 0
-    for session in world.sessions.values():
-        if session.tenant != tenant:
-            continue
-        for number in session.branches:
-            room = world.kv.rooms.get(number)
-            pages += 0 if room is None else len(room.tail)
-            for node in upward(world.states[number].branch.leaf):
-                if node.id in seen:
-                    break
-                seen.add(node.id)
-                pages += len(node.pages)
-    fresh = pages_for(known + 1, world.config.page_tokens) - world.kv.readable_end(branch) // world.config.page_tokens
-    if pages + fresh > quota:
-        raise EngineFault(
-            "quota_exceeded",
-            f"Tenant {tenant!r} holds {pages} of its {quota} pages; this turn needs {fresh} more.",
-            "Close or rewind branches, or ask for a larger quota.")
+        return world.config.context_limit
+    left = quota * world.config.page_tokens - known
+    if left < least:
+        needed = pages_for(known + least, world.config.page_tokens)
+        raise EngineFault("quota_exceeded",
+                          f"Tenant {tenant_of(branch.root)!r} may have {quota} pages; this turn needs {needed}.",
+                          "Rewind, start a new session, or ask for a larger quota.")
+    return left
+
+
+def no_firm(world: World, branch: Branch, pages: int) -> str:
+    """Why so many pages more under firm leases would leave the tenant's turns too few; empty when they do not."""
+    config, tenant = world.config, tenant_of(branch.root)
+    if config.tenant_pages is None:
+        return ""
+    budget = config.tenant_pages - pages_for(config.context_limit, config.page_tokens) - 1
+    used = sum(counted for number, (_, counted) in world.firm.items()
+               if tenant_of(world.kv.branches[number].root) == tenant)
+    if used + pages <= budget:
+        return ""
+    return f"firm refused: {pages} pages asked, {max(0, budget - used)} left beside a whole turn of the tenant's quota"
+
+
+def left(world: World, tenant: str) -> float:
+    """Pages that a tenant may take more."""
+    quota = world.config.tenant_pages
+    return math.inf if quota is None else quota - world.kv.tree.owned.get(tenant, 0)
+
+
+def allowed(world: World, tenant: str, pages: int, now: float) -> int:
+    """So many of `pages` more as a tenant may take when only its rows at rest make room."""
+    _ = _shed(world, tenant, pages, now)
+    return int(min(pages, max(0, left(world, tenant))))
+
+
+def make_room(world: World, tenant: str, pages: int, age: int, now: float) -> bool:
+    """Whether a tenant may take `pages` more for its turn of `age`; what is in the way goes if it may. False: the turn
+    waits for older ones of the tenant, or for pages of it that come back by themselves."""
+    while not _shed(world, tenant, pages, now):
+        if _coming(world, tenant):
+            return False
+        youngest = next(((turn, number) for turn, number in reversed(world.active)
+                         if tenant_of(world.kv.branches[number].root) == tenant), None)
+        if youngest is None or youngest[0] <= age:
+            return False
+        state = world.states[youngest[1]]
+        assert isinstance(state, Promoting | Prefilling | Decoding)
+        reclaim.preempt(world, state, "preempted: an older turn of the tenant needed its pages", now)
+    return True
+
+
+def _shed(world: World, tenant: str, pages: int, now: float) -> bool:
+    """Lets rows of a tenant go until `pages` more fit, as far as nobody runs on them."""
+    while (missing := pages - left(world, tenant)) > 0:
+        missing = int(missing)
+        coming = _coming(world, tenant)
+        victim = None if coming >= missing else _victim(world, tenant, now)
+        if victim is None:
+            return False
+        _ = reclaim.let_go(world, victim, missing, missing - coming, now)
+    return True
+
+
+def _victim(world: World, tenant: str, now: float) -> Node | None:
+    """Of the tenant's rows those that are needed last; the one at hand is finished first, as in the whole pool."""
+    at_hand = world.victim
+    if world.rankings is not None:
+        world.rankings.moved(at_hand)
+    if at_hand is not None and tenant_of(at_hand.root) == tenant and reclaim.may_go(world, at_hand, now):
+        return at_hand
+    return reclaim.needed_last(world, tenant, now)
+
+
+def _coming(world: World, tenant: str) -> int:
+    """Pages that leave the device once they are copied."""
+    return tickets.saving(world, tenant) if world.tickets else 0

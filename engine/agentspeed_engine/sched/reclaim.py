@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from enum import Enum
+from functools import partial
 
-from agentspeed_engine.ids import BranchId
+from agentspeed_engine.ids import BranchId, NodeId
 from agentspeed_engine.kv.branches import Decoding, Held, Next, Prefilling, Promoting, Queued, Then
 from agentspeed_engine.kv.nodes import Both, Device, Host
 from agentspeed_engine.kv.owners import Branch
-from agentspeed_engine.kv.tree import Node, upward
+from agentspeed_engine.kv.tree import Node, tenant_of, upward
 from agentspeed_engine.sched import tickets
 from agentspeed_engine.sched.policy import POLICIES, Facts, worth_saving
+from agentspeed_engine.sched.ranking import Key, Ranking, Rankings
 from agentspeed_engine.sched.world import World
 
+_NEVER = float("inf")
 _UNREFERENCED = 1
 _REFERENCED = 0
+_NEEDED = "evicted while at rest: a running turn needed its device pages"
 _SAVE_PAGES = 64
 """Most pages of one save that somebody waits for: room comes back in portions, not after a whole context."""
 
@@ -26,6 +32,8 @@ class Room(Enum):
     WAIT = "wait"
     """Pages will come back by themselves: rows in flight are acknowledged, or copies to the host end."""
     NONE = "none"
+    QUOTA = "quota"
+    """The tenant has all it may have: its younger turns wait too, those of others do not."""
 
 
 def reclaim(world: World, pages: int, now: float) -> bool:
@@ -37,19 +45,20 @@ def reclaim(world: World, pages: int, now: float) -> bool:
         if victim is None or kv.pages.free + coming >= pages:
             return False
         missing = pages - kv.pages.free
-        state = victim.state
-        holders = kv.holders(victim)
-        if isinstance(state, Both):
-            _evict(world, victim, missing)
-            why = "its rows moved to the host: a running turn needed their device pages"
-        elif isinstance(state, Device) and _to_host(world, victim, missing - coming, now):
+        if not let_go(world, victim, missing, missing - coming, now):
             coming = tickets.saving(world)
-            continue
-        else:
-            _drop(world, victim, missing)
-            why = "its device pages were needed by a running turn"
-        for holder in holders:
-            world.change_lease(holder, why)
+    return True
+
+
+def let_go(world: World, victim: Node, missing: int, unsaved: int, now: float) -> bool:
+    """Takes up to `missing` pages off a victim. False: so many of them as are `unsaved` come back when the host has
+    their rows."""
+    if isinstance(victim.state, Both):
+        _evict(world, victim, missing)
+    elif isinstance(victim.state, Device) and _to_host(world, victim, unsaved, now):
+        return False
+    else:
+        _drop(world, victim, missing)
     return True
 
 
@@ -63,11 +72,58 @@ def obtain(world: World, pages: int, age: int, now: float) -> Room:
             return Room.WAIT if _settling(world) or world.tickets else Room.NONE
         state = world.states[youngest[1]]
         assert isinstance(state, Promoting | Prefilling | Decoding)
-        state.turn.preempted += 1
-        state.turn.why = "preempted: an older turn needed its pages"
-        world.preemptions += 1
-        world.leave(state, Then(Next.REQUEUE), now)
+        preempt(world, state, "preempted: an older turn needed its pages", now)
     return Room.GOT
+
+
+def preempt(world: World, state: Promoting | Prefilling | Decoding, why: str, now: float) -> None:
+    """A turn waits again, at its age."""
+    state.turn.preempted += 1
+    state.turn.why = why
+    world.preemptions += 1
+    branch = state.branch
+    world.leave(state, Then(Next.REQUEUE), now)
+    if world.rankings is not None:
+        world.rankings.moved(branch.leaf, branch.seed)
+
+
+def make_way(world: World, pages: int, reserve: int, due: Node, now: float) -> bool:
+    """Frees pages for rows that are soon `due`, without loss to anybody: rows that nobody has go, or the device copies
+    of rows that the host has too and that are needed later. Only if `reserve` pages are left to be had after that."""
+    kv = world.kv
+    spare = kv.pages.free - pages - reserve
+    if spare >= 0:
+        return True
+    own, above = _key(world, due, now), {node.id for node in upward(due)}
+    free: list[Node] = []
+    for key, tip in _victims(world, None, now).candidates():
+        if spare >= 0 or key <= own:
+            break
+        free.append(tip)
+        for node in upward(tip):
+            shared = node is not tip and len(node.children) + len(node.stubs) > 1
+            if shared or not _goes_without_loss(world, node, own, above, now):
+                break
+            spare += len(node.pages)
+    if spare < 0:
+        return False
+    for tip in free:
+        here: Node | None = tip
+        while here is not None and kv.pages.free < pages and here.id in kv.tree.tips:
+            if not _goes_without_loss(world, here, own, above, now):
+                break
+            _ = let_go(world, here, pages - kv.pages.free, 0, now)
+            here = world.victim  # what is left of it, or the node above
+            if world.rankings is not None:
+                world.rankings.moved(here)
+    return kv.pages.free >= pages
+
+
+def _goes_without_loss(world: World, node: Node, own: Key, above: set[NodeId], now: float) -> bool:
+    """Nobody has these rows, or the host has them too and they are needed later than `own`, which is not below them."""
+    if node.id in above or not _evictable(world, node, now):
+        return False
+    return not _held_below(node) or (isinstance(node.state, Both) and _key(world, node, now) > own)
 
 
 def _settling(world: World) -> bool:
@@ -84,6 +140,8 @@ def _evict(world: World, victim: Node, missing: int) -> None:
         world.victim = victim.parent
     world.evicted_pages += len(victim.pages)
     world.kv.evict(victim)
+    if world.rankings is not None and world.rankings.hosts is not None:
+        world.rankings.hosts.again(victim)
 
 
 def _drop(world: World, victim: Node, missing: int) -> None:
@@ -91,11 +149,11 @@ def _drop(world: World, victim: Node, missing: int) -> None:
     held = len(victim.pages)
     childless = not victim.children and not victim.stubs
     if missing < held and childless and not kv.tree.is_stub(victim):
-        kv.pages.give(kv.tree.shrink(victim, missing))
+        kv.shrink(victim, missing, _NEEDED)
         world.victim = victim
         world.evicted_pages += missing
     else:
-        world.victim = kv.drop_with_all_below(victim)
+        world.victim = kv.drop_with_all_below(victim, _NEEDED)
         world.evicted_pages += held
 
 
@@ -122,22 +180,34 @@ def _host_room(world: World, slots: int, key: tuple[int, float], now: float) -> 
     kv = world.kv
     if kv.slots.free >= slots:
         return True
-    for node in list(kv.tree.nodes.values()):
-        if node.pinned_by and isinstance(node.state, Both):
+    for node in _in_use(world):
+        if isinstance(node.state, Both):
             kv.forget(node)
             if kv.slots.free >= slots:
                 return True
+    ranking = _hosts(world, now)
     while kv.slots.free < slots:
-        ranked = [(rank, tip) for tip in kv.tree.host_tips.values()
-                  if not tip.pinned_by and isinstance(tip.state, Host) and (rank := _key(world, tip, now)) > key]
-        if not ranked:
+        first = ranking.first()
+        if first is None or not first[0] > key:
             return False
-        tip = max(ranked, key=lambda pair: pair[0])[1]
-        holders = kv.holders(tip)
-        _ = kv.drop(tip)
-        for holder in holders:
-            world.change_lease(holder, "the host is full: its rows were of the latest use")
+        above = kv.drop(first[1], "the host is full: its rows were of the latest use")
+        ranking.again(above)
+        if world.rankings is not None:
+            world.rankings.moved(above)
     return True
+
+
+def _in_use(world: World) -> Iterator[Node]:
+    """The nodes that are pinned: those on the paths of active branches."""
+    seen: set[NodeId] = set()
+    for number in world.kv.rooms:
+        branch = world.kv.branches[number]
+        for node in upward(branch.leaf if branch.seed is None else branch.seed):
+            if node.id in seen:
+                break
+            seen.add(node.id)
+            if node.pinned_by:
+                yield node
 
 
 def save_early(world: World, now: float) -> None:
@@ -151,26 +221,23 @@ def save_early(world: World, now: float) -> None:
     if world.early_seen == world.pressure():
         return
     world.early_seen = world.pressure()
-    best: Node | None = None
-    best_key = (-1, -float("inf"))
+    savable: dict[NodeId, Node] = {}
     clean = kv.pages.free
     for tip in kv.tree.tips.values():
         if clean >= low:
             return
-        if tip.pinned_by or not _evictable(world, tip, now):
+        if not _evictable(world, tip, now):
             continue
         if not _held_below(tip):
             clean += _unheld_pages(tip)  # nobody would miss them: to drop them costs nothing either
             continue
-        key = _key(world, tip, now)
-        for node in upward(tip):
-            if isinstance(node.state, Both) and not node.pinned_by:
-                clean += len(node.pages)
-                continue
-            savable = isinstance(node.state, Device) and not node.pinned_by and not node.failures
-            if savable and key > best_key and _clean_below(node):
-                best, best_key = node, key
-            break
+        node = tip
+        while isinstance(node.state, Both) and not node.pinned_by and node.parent is not None:
+            clean += len(node.state.pages)
+            node = node.parent
+        if isinstance(node.state, Device) and not node.pinned_by and not node.failures and _clean_below(node):
+            savable[tip.id] = node
+    best = next((savable[tip.id] for _, tip in _victims(world, None, now).candidates() if tip.id in savable), None)
     if best is None or clean >= low:
         return
     count = min(len(best.pages), _SAVE_PAGES, kv.slots.free)
@@ -190,7 +257,9 @@ def _unheld_pages(tip: Node) -> int:
 
 
 def _clean_below(node: Node) -> bool:
-    return all(not isinstance(child.state, Device) for child in (*node.children.values(), *node.stubs.values()))
+    if not node.children and not node.stubs:
+        return True
+    return all(not isinstance(child.state, Device) for below in (node.children, node.stubs) for child in below.values())
 
 
 def next_use(world: World, branch: Branch, now: float) -> float:
@@ -207,29 +276,68 @@ def _victim(world: World, now: float) -> Node | None:
     last = world.victim
     if last is not None and last.id in world.kv.tree.tips and _evictable(world, last, now):
         return last
-    best: Node | None = None
-    best_key = (-1, -float("inf"))
-    for tip in world.kv.tree.tips.values():
-        if not _evictable(world, tip, now):
-            continue
-        key = _key(world, tip, now)
-        if key > best_key and key[1] > -float("inf"):
-            best, best_key = tip, key
-    return best
+    if last is not None and world.rankings is not None:
+        world.rankings.moved(last)
+    return needed_last(world, None, now)
+
+
+def may_go(world: World, tip: Node, now: float) -> bool:
+    """Whether pages can be taken off a node now."""
+    return tip.id in world.kv.tree.tips and _evictable(world, tip, now)
+
+
+def needed_last(world: World, tenant: str | None, now: float) -> Node | None:
+    """The tip that goes first, of all or of one tenant's; None when none can."""
+    first = _victims(world, tenant, now).first()
+    return None if first is None else first[1]
+
+
+def _victims(world: World, tenant: str | None, now: float) -> Ranking:
+    """The tips in the order in which their pages go, all or one tenant's."""
+    victims = (world.rankings or Rankings()).victims
+    if tenant not in victims:
+        tips = world.kv.tree.tips.values()
+        victims[tenant] = Ranking(tips if tenant is None else [tip for tip in tips if tenant_of(tip.root) == tenant],
+                                  partial(_victim_key, world, now))
+    return victims[tenant]
+
+
+def _hosts(world: World, now: float) -> Ranking:
+    """The tips of what is on the host alone, in the order in which their slots go."""
+    rankings = world.rankings or Rankings()
+    if rankings.hosts is None:
+        rankings.hosts = Ranking(world.kv.tree.host_tips.values(), partial(_host_key, world, now))
+    return rankings.hosts
+
+
+def _victim_key(world: World, now: float, tip: Node) -> Key | None:
+    if tip.id not in world.kv.tree.tips or not _evictable(world, tip, now):
+        return None
+    key = _key(world, tip, now)
+    return key if key[1] > -_NEVER else None
+
+
+def _host_key(world: World, now: float, tip: Node) -> Key | None:
+    if tip.pinned_by or tip.id not in world.kv.tree.host_tips or not isinstance(tip.state, Host):
+        return None
+    return _key(world, tip, now)
 
 
 def _evictable(world: World, tip: Node, now: float) -> bool:
     if tip.pinned_by or not isinstance(tip.state, Device | Both):
         return False
-    for number in (*tip.leaf_of, *tip.seed_of):
-        firm = world.firm.get(number)
-        if firm is not None and firm[0] > now:
-            return False
+    if world.firm:
+        for number in (*tip.leaf_of, *tip.seed_of):
+            firm = world.firm.get(number)
+            if firm is not None and firm[0] > now:
+                return False
     return True
 
 
-def _held_below(node: Node) -> set[BranchId]:
+def _held_below(node: Node) -> AbstractSet[BranchId]:
     """The branches that would lose these rows."""
+    if not node.children and not node.stubs:
+        return node.leaf_of | node.seed_of if node.seed_of and node.leaf_of else node.leaf_of or node.seed_of
     holders: set[BranchId] = set()
     nodes = [node]
     while nodes:
@@ -241,31 +349,32 @@ def _held_below(node: Node) -> set[BranchId]:
     return holders
 
 
-def _key(world: World, node: Node, now: float) -> tuple[int, float]:
+def _key(world: World, node: Node, now: float) -> Key:
     """Larger goes first: what nobody refers to by age, then by the policy."""
     holders = _held_below(node)
     if not holders:
         return _UNREFERENCED, now - node.used
-    soonest, rested = float("inf"), float("inf")
+    soonest, rested = _NEVER, _NEVER
     truth: float | None = None
     oldest: int | None = None
-    for number in holders:
-        match world.states[number]:
-            case Held() as held:
-                branch = held.branch
-                soonest = min(soonest, next_use(world, branch, now))
-                rested = min(rested, now - branch.rested_at)
-                if world.oracle is not None:
-                    told = world.oracle(branch.id, now)
-                    truth = told if truth is None else min(told, truth)
-            case Queued() as queued:
-                oldest = queued.turn.age if oldest is None else min(oldest, queued.turn.age)
-                soonest, rested = 0.0, min(rested, now - queued.branch.rested_at)
-            case _:
-                return _REFERENCED, -float("inf")
+    for number in holders:  # comparisons, not min(): this runs for every tip that rests
+        state = world.states[number]
+        branch = state.branch
+        if isinstance(state, Held):
+            expected = next_use(world, branch, now)
+            if world.oracle is not None:
+                told = world.oracle(branch.id, now)
+                truth = told if truth is None or told < truth else truth
+        elif isinstance(state, Queued):
+            expected, age = 0.0, state.turn.age
+            oldest = age if oldest is None or age < oldest else oldest
+        else:
+            return _REFERENCED, -_NEVER
+        if expected < soonest:
+            soonest = expected
+        if now - branch.rested_at < rested:
+            rested = now - branch.rested_at
     config = world.config
-    rank = POLICIES[config.policy](Facts(
-        tokens=node.tokens, rested=rested, expected=soonest, copy_seconds=config.copy_seconds_per_token,
-        recompute_seconds=config.recompute_seconds_per_token, oracle=truth, waiting=oldest,
-    ))
-    return _REFERENCED, -float("inf") if rank is None else rank
+    rank = POLICIES[config.policy](Facts(node.tokens, rested, soonest, config.copy_seconds_per_token,
+                                         config.recompute_seconds_per_token, truth, oldest))
+    return _REFERENCED, -_NEVER if rank is None else rank

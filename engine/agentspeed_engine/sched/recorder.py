@@ -19,7 +19,7 @@ from agentspeed_engine.sched.core import Core
 from agentspeed_engine.sched.digest import digests
 from agentspeed_engine.sched.packing import packed
 from agentspeed_engine.sched.plan import Drawn, DrawnEnd, HostCopy, StepPlan, StepResult
-from agentspeed_engine.sched.veil import UNUSABLE, Veil, usable
+from agentspeed_engine.sched.veil import UNUSABLE, UNUSABLE_NAME, Veil, usable, usable_name
 from agentspeed_engine.sched.world import Out
 
 FORMAT: Final = 1
@@ -243,7 +243,7 @@ class RecordedCore:
         changed = msgspec.structs.replace
         match command:
             case wire.Open():
-                return changed(command, ids=self._ids(command.ids, 0), tenant=self._veil.name(command.tenant))
+                return changed(command, ids=self._ids(command.ids, 0), tenant=self._name(command.tenant))
             case wire.Append():
                 return changed(command, ids=self._ids(command.ids, self._known(command.branch)))
             case wire.Generate(grammar=grammar):
@@ -253,13 +253,16 @@ class RecordedCore:
                     grammar=None if grammar is None else changed(grammar, source=""),
                 )
             case wire.Expect():
-                return changed(command, tool=self._veil.name(command.tool))
+                return changed(command, tool=self._name(command.tool))
             case _:
                 return command
 
     def _known(self, number: int) -> int:
         state = self._core.world.states.get(BranchId(number))
         return 0 if state is None else state.branch.known
+
+    def _name(self, text: str) -> str:
+        return self._veil.name(text) if usable_name(text) else UNUSABLE_NAME
 
     def _ids(self, packed_ids: bytes, start: int) -> bytes:
         """Ids the core refuses are replaced by others that it refuses for the same reason."""

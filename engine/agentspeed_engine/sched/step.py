@@ -7,20 +7,23 @@ from dataclasses import dataclass, field
 from heapq import merge
 
 from agentspeed_engine.errors import BrokenInvariant
-from agentspeed_engine.ids import BranchId, NodeId, StepSeq, pages_for
+from agentspeed_engine.ids import BranchId, StepSeq
 from agentspeed_engine.kv.branches import Decoding, Next, Prefilling, Promoting, Queued, Then
 from agentspeed_engine.kv.nodes import Host
 from agentspeed_engine.kv.owners import Branch, Room
-from agentspeed_engine.kv.tree import Node, upward
+from agentspeed_engine.kv.tree import Node, tenant_of
 from agentspeed_engine.kv.turns import Turn
-from agentspeed_engine.sched import prefetch, tickets
+from agentspeed_engine.sched import prefetch, quotas, tickets
+from agentspeed_engine.sched.admission import held_by_firm, lacks, target
 from agentspeed_engine.sched.plan import PageCopy, Row, StepPlan
+from agentspeed_engine.sched.ranking import Rankings
 from agentspeed_engine.sched.reclaim import Room as Asked
 from agentspeed_engine.sched.reclaim import obtain, reclaim, save_early
 from agentspeed_engine.sched.world import World, usage
 from agentspeed_engine.wire import TurnStarted
 
 _PASSED_OVER = 32
+_LAST_TOKEN = "its last token is computed once more: the next one is drawn from what comes of it"
 
 
 @dataclass(slots=True)
@@ -33,6 +36,8 @@ class _Pass:
     """Tokens left for short extends."""
     refused: bool = False
     """Someone older lacked room: nothing younger is admitted or grows (L3)."""
+    full: dict[str, BranchId] = field(default_factory=dict[str, BranchId])
+    """Tenants of whom someone older lacked pages of the quota: nothing younger of theirs is admitted or grows."""
     passed_over: int = 0
     """Cold prompts that found no tokens left; behind a few of them nobody looks for a short extend."""
     rows: list[Row] = field(default_factory=list[Row])
@@ -42,27 +47,13 @@ class _Pass:
 def plan(world: World, now: float) -> StepPlan | None:
     """The next step, or None when nothing can be computed now."""
     tickets.expire(world, now)
+    world.rankings = Rankings()
     prefetch.due(world, now)
-    if len(world.flights) > world.config.depth:
-        return None
-    run = _Pass(world.config.prefill_chunk, world.config.extend_tokens)
     world.victim = None  # a whole branch goes within one step; by the next one another may be needed later
-    # The pass moves turns between the two lists, so it walks over what they were.
-    for _, number in merge(list(world.active), _Entrants(world, run)):
-        match world.states.get(number):
-            case Decoding() as state:
-                if not state.room.flight:
-                    _decode(world, run, state, now)
-            case Prefilling() as state:
-                _prefill(world, run, state, now)
-            case Queued() as state:
-                _admit(world, run, state, now)
-            case Promoting():
-                pass  # it waits for its loads
-            case _:
-                pass  # an older turn took its room in this very pass
-    if not run.refused:
-        save_early(world, now)
+    run = _Pass(world.config.prefill_chunk, world.config.extend_tokens)
+    if len(world.flights) <= world.config.depth:
+        _walk(world, run, now)
+    world.rankings = None
     if not run.rows:
         return None
     seq = StepSeq(world.next_seq)
@@ -72,6 +63,30 @@ def plan(world: World, now: float) -> StepPlan | None:
     world.flights[seq] = step
     world.copied_pages += len(run.copies)
     return step
+
+
+def _walk(world: World, run: _Pass, now: float) -> None:
+    """The pass itself, and what it tells of those who wait."""
+    world.refused = None
+    # The pass moves turns between the two lists, so it walks over what they were.
+    for _, number in merge(list(world.active), _Entrants(world, run)):
+        match world.states.get(number):
+            case Decoding() as state:
+                if not state.room.flight:
+                    _decode(world, run, state, now)
+            case Prefilling() as state:
+                _prefill(world, run, state, now)
+            case Queued() as state:
+                if not run.refused:  # the walk looks one turn ahead
+                    _admit(world, run, state, now)
+            case Promoting():
+                pass  # it waits for its loads
+            case _:
+                pass  # an older turn took its room in this very pass
+    world.over_quota = list(run.full.values())
+    world.spent = world.next_age if run.cold <= 0 else 0
+    if not run.refused:
+        save_early(world, now)
 
 
 class _Entrants:
@@ -136,18 +151,39 @@ def _grow(world: World, run: _Pass, state: Prefilling | Decoding, now: float) ->
     """One page more, from younger turns if it must be; else the turn gives its own room back (L4)."""
     if run.refused:
         return False
-    match obtain(world, 1, state.turn.age, now):
-        case Asked.GOT:
-            world.kv.grow(state.room, 1)
-            return True
-        case Asked.WAIT:
-            run.refused = True
-            return False
-        case Asked.NONE:
-            run.refused = True
-            if not state.room.flight and world.active[0][1] != state.branch.id:
-                give_back(world, state, now)
-            return False
+    asked = _obtain(world, run, state.branch, 1, 0, state.turn.age, now)
+    if asked is Asked.GOT:
+        world.kv.grow(state.room, 1)
+        return True
+    if asked is Asked.QUOTA:
+        return False
+    _refuse(world, run, state, _shortage(world, asked, 1, now))
+    if asked is Asked.NONE and not state.room.flight and world.active[0][1] != state.branch.id:
+        give_back(world, state, now)
+    return False
+
+
+def _obtain(world: World, run: _Pass, branch: Branch, pages: int, spare: int, age: int, now: float) -> Asked:
+    """`obtain`, within what the branch's tenant may have; `spare` pages more are to stay free."""
+    tenant = tenant_of(branch.root)
+    if tenant in run.full or not quotas.make_room(world, tenant, pages, age, now):
+        _ = run.full.setdefault(tenant, branch.id)
+        return Asked.QUOTA
+    return obtain(world, pages + spare, age, now)
+
+
+def _refuse(world: World, run: _Pass, state: Queued | Prefilling | Decoding, why: str) -> None:
+    run.refused = True
+    world.refused = (state.branch.id, why)
+
+
+def _shortage(world: World, asked: Asked, pages: int, now: float) -> str:
+    """Who has the pages that `obtain` did not get."""
+    if asked is Asked.NONE:
+        return "firm leases" if world.kv.pages.free + held_by_firm(world, now) >= pages else "room"
+    if tickets.saving(world):
+        return "saves in flight"
+    return "loads in flight" if world.tickets else "rows in flight"
 
 
 def give_back(world: World, state: Prefilling | Decoding, now: float) -> None:
@@ -155,12 +191,20 @@ def give_back(world: World, state: Prefilling | Decoding, now: float) -> None:
     state.turn.preempted += 1
     state.turn.why = "gave its room back: older turns hold the rest of the pool"
     world.preemptions += 1
+    branch = state.branch
     world.leave(state, Then(Next.REQUEUE), now)
+    _moved(world, branch)
+
+
+def _moved(world: World, branch: Branch, *others: Node | None) -> None:
+    """A branch rests elsewhere, or lets go of its path: who goes first may change there, and at `others`."""
+    if world.rankings is not None:
+        world.rankings.moved(branch.leaf, branch.seed, *others)
 
 
 def _stretch(world: World, room: Room, tokens: int, now: float) -> None:
     """More pages for a longer chunk, as far as nobody has to give up room for them."""
-    missing = world.kv.pages_to(room, room.issued + tokens)
+    missing = quotas.allowed(world, room.tenant, world.kv.pages_to(room, room.issued + tokens), now)
     if missing:
         _ = reclaim(world, missing, now)
         world.kv.grow(room, min(missing, world.kv.pages.free))
@@ -199,22 +243,19 @@ def _is_short(world: World, turn: Turn, branch: Branch, position: int) -> bool:
     return target(turn, branch) - position <= world.config.extend_tokens
 
 
-def target(turn: Turn, branch: Branch) -> int:
-    """Rows a turn must compute before it draws; a prefill-only turn leaves one token to feed."""
-    return branch.known if turn.max_tokens else branch.known - 1
-
-
 # ---- entry --------------------------------------------------------------------------------------------------------
 def _admit(world: World, run: _Pass, state: Queued, now: float) -> None:
     branch, turn, kv = state.branch, state.turn, world.kv
-    if _waits_for_sibling(world, branch):
+    if tenant_of(branch.root) in run.full or _waits_for_sibling(world, branch):
         return
     if run.cold <= 0 and not _is_short(world, turn, branch, branch.resident):
         run.passed_over += 1
         return
+    before = (branch.leaf, branch.seed)
     if branch.resident > branch.known - 1:
         kv.position(branch, branch.known - 1)
     kv.extend(branch)
+    _moved(world, branch, *before)
     if _joins_sibling(world, branch):
         return
     if turn.max_tokens == 0 and branch.resident >= branch.known - 1:
@@ -224,61 +265,37 @@ def _admit(world: World, run: _Pass, state: Queued, now: float) -> None:
     if not all(isinstance(node.state, Host) for node in chain):
         return  # rows it needs are on their way: they come, or their ticket fails by its deadline (L6)
     if branch.seed is not None and (chain or kv.seed_page(branch) is None):
-        kv.settle_on(branch, branch.leaf, None, 0)
+        _give_up_seed(world, branch, "less than a page of its rows was given up: those before it are on the host")
     short = _is_short(world, turn, branch, branch.resident)
     if (run.cold if not short else run.short + max(0, run.cold)) <= 0:
         return
-    # A page for each older turn stays free, or the turn would be let in to be preempted at their next page.
-    loads = tickets.pages_of(chain) + bisect_left(world.active, (turn.age, branch.id))
-    if not _whole_prompt_fits(world, branch, turn, tickets.pages_of(chain)):
-        run.refused = True
+    lacking = lacks(world, state, now)
+    if lacking:
+        _refuse(world, run, state, lacking)
         return
+    # A page for each older turn stays free, or the turn would be let in to be preempted at their next page.
+    loads, spare = tickets.pages_of(chain), bisect_left(world.active, (turn.age, branch.id))
     kv.pin(branch)
-    asked = obtain(world, loads + _entry_pages(world, branch), turn.age, now)
+    asked = _obtain(world, run, branch, loads + _entry_pages(world, branch), spare, turn.age, now)
     if asked is not Asked.GOT and branch.seed is not None:
         kv.unpin_seed(branch)
-        kv.settle_on(branch, branch.leaf, None, 0)  # less than a page to recompute, against waiting for ever
-        asked = obtain(world, loads + 1, turn.age, now)
+        # Less than a page to recompute, against waiting for ever.
+        _give_up_seed(world, branch, "less than a page of its rows was given up: no page was free to copy it into")
+        _ = run.full.pop(tenant_of(branch.root), None)
+        asked = _obtain(world, run, branch, loads + 1, spare, turn.age, now)
     if asked is not Asked.GOT:
         kv.unpin(branch)
-        run.refused = True
+        _moved(world, branch)
+        if asked is not Asked.QUOTA:
+            _refuse(world, run, state, _shortage(world, asked, loads + spare + 1, now))
         return
     _enter(world, run, state, now)
 
 
-def fits(world: World, state: Queued) -> bool:
-    """Whether room is no reason for this turn to wait (L3)."""
-    loads = tickets.pages_of(world.kv.unreadable(state.branch))
-    return _whole_prompt_fits(world, state.branch, state.turn, loads)
-
-
-def _whole_prompt_fits(world: World, branch: Branch, turn: Turn, loads: int) -> bool:
-    """Beside what the older turns hold and still need for their prompts there is room for all of this one's. Else it
-    would be let in to be preempted half way, and what it computed would be lost. The oldest is always let in."""
-    older = world.active[: bisect_left(world.active, (turn.age, branch.id))]
-    if not older:
-        return True
-    kv, config = world.kv, world.config
-    free = config.pages - sum(pages for _, pages in world.firm.values())
-    seen: set[NodeId] = set()
-    for _, number in older:
-        state = world.states[number]
-        assert isinstance(state, Promoting | Prefilling | Decoding)
-        free -= _path_pages(state.branch.leaf, seen) + len(state.room.tail) + 1
-        free -= kv.pages_to(state.room, target(state.turn, state.branch))
-    free -= _path_pages(branch.leaf, seen) + loads
-    return free >= pages_for(target(turn, branch) - branch.leaf.end, config.page_tokens)
-
-
-def _path_pages(leaf: Node, seen: set[NodeId]) -> int:
-    """Device pages on a path, those already `seen` left out."""
-    pages = 0
-    for node in upward(leaf):
-        if node.id in seen:
-            break
-        seen.add(node.id)
-        pages += len(node.pages)
-    return pages
+def _give_up_seed(world: World, branch: Branch, why: str) -> None:
+    seed = branch.seed
+    world.kv.give_up_seed(branch, why)
+    _moved(world, branch, seed)
 
 
 def _enter(world: World, run: _Pass, state: Queued, now: float) -> None:
@@ -311,6 +328,7 @@ def _nothing_to_fill(world: World, state: Queued, now: float) -> None:
     world.unlist(world.queue, turn, state.branch.id)
     held = state.abort()
     world.rest(held)
+    _moved(world, held.branch)
     world.tell(held.branch, TurnStarted(branch=held.branch.id, usage=usage(turn, now)))
     world.finish_turn(held.branch, turn, now)
 
@@ -319,6 +337,8 @@ def _count(world: World, turn: Turn, branch: Branch) -> None:
     """What this admission resumes, recomputes and computes anew."""
     available, computed = branch.resident, min(branch.computed, branch.known)
     lost = max(0, computed - available)
+    if lost and not turn.why:
+        turn.why = branch.lost_why if lost > (computed == branch.known) else _LAST_TOKEN
     if turn.admitted:
         turn.recomputed += lost
         return
@@ -327,8 +347,6 @@ def _count(world: World, turn: Turn, branch: Branch) -> None:
     turn.shared = max(0, available - computed)
     turn.recomputed = lost
     turn.new = branch.known - turn.resumed_device - turn.resumed_host - lost
-    if lost > 1 and not turn.why:
-        turn.why = "evicted while at rest: running turns needed the pages"
 
 
 # ---- one prefill for simultaneous siblings ------------------------------------------------------------------------

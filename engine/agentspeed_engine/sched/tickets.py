@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Literal, final
 
 from agentspeed_engine.errors import BrokenInvariant
-from agentspeed_engine.ids import BranchId, PageId, SlotId, TicketId
+from agentspeed_engine.ids import PageId, SlotId, TicketId
 from agentspeed_engine.kv.branches import Promoting
 from agentspeed_engine.kv.nodes import Device, Host, Loading, Saving
-from agentspeed_engine.kv.tree import Node
+from agentspeed_engine.kv.tree import Node, tenant_of
 from agentspeed_engine.sched.plan import HostCopy
 from agentspeed_engine.sched.world import World
 
@@ -85,12 +85,13 @@ def expire(world: World, now: float) -> None:
         copied(world, number, False, now)
 
 
-def saving(world: World) -> int:
-    """Pages whose eviction waits for a copy to end."""
+def saving(world: World, tenant: str | None = None) -> int:
+    """Pages whose eviction waits for a copy to end; those of one tenant, or all."""
     return sum(
         len(node.pages)
         for number, ticket in world.tickets.items() if ticket.direction == "save"
-        for node in world.kv.tree.in_copy[number] if not node.pinned_by and not node.pages_below
+        for node in world.kv.tree.in_copy[number]
+        if not node.pinned_by and not node.pages_below and tenant in (None, tenant_of(node.root))
     )
 
 
@@ -152,21 +153,7 @@ def _loaded(world: World, nodes: list[Node], ok: bool, now: float) -> None:
         state.turn.why = "a copy from the host failed"
         world.enqueue(state.lost(world.kv, now))
     if not ok and nodes[0].failures >= MOST_FAILURES:
-        _lose(world, nodes[0])
-
-
-def _lose(world: World, node: Node) -> None:
-    holders = _holders_below(world, node)
-    _ = world.kv.drop_with_all_below(node)
-    for number in sorted(holders):
-        world.change_lease(world.states[number].branch, "its rows on the host could not be read twice")
-
-
-def _holders_below(world: World, node: Node) -> set[BranchId]:
-    found = node.leaf_of | node.seed_of
-    for child in (*node.children.values(), *node.stubs.values()):
-        found |= _holders_below(world, child)
-    return found
+        _ = world.kv.drop_with_all_below(nodes[0], "its rows on the host could not be read twice")
 
 
 def _drop_if_ownerless(world: World, node: Node) -> None:

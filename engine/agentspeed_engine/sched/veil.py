@@ -11,6 +11,11 @@ from agentspeed_engine.ids import unpack_ids
 UNUSABLE = b"\xff"
 """Stands for ids that the core refuses: not a whole number of them, or some outside the vocabulary."""
 
+UNUSABLE_NAME = "\0"
+"""Stands for a name that the core refuses."""
+MAX_NAME = 256
+"""Characters of a tenant's or tool's name; there may be many of them, so each has a bound."""
+
 
 class Veil(Protocol):
     """Two ids at the same position get the same stand-in exactly when they are equal; so do two names. The core never
@@ -48,6 +53,11 @@ class Clear:
 
     def name(self, text: str) -> str:
         return text
+
+
+def usable_name(text: str) -> bool:
+    """Whether the core takes this for a name. NUL ends a tenant's name where it stands in a key (`kv.tree.RootKey`)."""
+    return len(text) <= MAX_NAME and "\0" not in text
 
 
 def usable(packed: bytes, vocab_size: int) -> bool:

@@ -27,6 +27,7 @@ from agentspeed_engine.sampling_rules import validate_sampling
 from agentspeed_engine.sched import prefetch, quotas
 from agentspeed_engine.sched.describe import waiting_for
 from agentspeed_engine.sched.pauses import PauseLaw
+from agentspeed_engine.sched.veil import MAX_NAME, usable_name
 from agentspeed_engine.sched.world import Session, Waiting, World
 from agentspeed_engine.wire import (
     Adopt,
@@ -60,13 +61,18 @@ def open_session(world: World, link: LinkId, command: Open, now: float) -> None:
     ids = _ids(world, command.ids)
     if len(ids) > config.context_limit:
         raise _overflow(world, len(ids))
+    if command.computed < 0:
+        raise EngineFault("invalid_request", f"computed is {command.computed}.", "Give 0 or more.")
+    _check_name("tenant", command.tenant)
     quotas.check_session(world, command.tenant)
     number = world.fresh_branch()
     key = (config.model, config.adapter, f"{command.tenant}\0{number if command.private else ''}")
     log = Log()
     log.append(ids)
     branch = Branch(id=number, session=SessionId(number), link=link, root=key, private=command.private,
-                    draw_seed=command.seed, log=log, leaf=world.kv.tree.root(key), rested_at=now)
+                    draw_seed=command.seed, log=log, leaf=world.kv.tree.root(key), rested_at=now,
+                    computed=min(command.computed, len(ids)),
+                    lost_why="the engine was started anew" if command.computed else "")
     branch.leaf.leaf_of.add(number)
     world.kv.branches[number] = branch
     world.kv.open_at(branch)
@@ -96,12 +102,12 @@ def generate(world: World, link: LinkId, command: Generate, now: float) -> None:
     if command.max_tokens is not None and command.max_tokens < 0:
         raise EngineFault("invalid_request", f"max_tokens is {command.max_tokens}.", "Give 0 (prefill only) or more.")
     left = config.context_limit - known
+    within = quotas.check_turn(world, branch, known, 0 if command.max_tokens == 0 else 1)
     if left < 0 or (left < 1 and command.max_tokens != 0):
         raise _overflow(world, known)
     if len(world.queue) >= config.max_waiting:
         raise EngineFault("overloaded", f"{config.max_waiting} turns are waiting.", "Try again later.")
     validate_sampling(command.sampling)
-    quotas.check_pages(world, branch, known)
     if len(command.stop_strings) > MAX_STOP_STRINGS or sum(map(len, command.stop_strings)) > MAX_STOP_BYTES:
         raise EngineFault("invalid_request", "Too many or too long stop strings.",
                           f"At most {MAX_STOP_STRINGS} of {MAX_STOP_BYTES} bytes together.")
@@ -124,6 +130,7 @@ def generate(world: World, link: LinkId, command: Generate, now: float) -> None:
         consumed_ids=tuple(branch.log.ids(known - consumed, known)) if consumed else (),
         prompt_tokens=known, stop_ids=frozenset(command.stop_ids),
     )
+    left = min(left, within)
     wanted = left if command.max_tokens is None else min(command.max_tokens, left)
     world.enqueue(held.enqueue(Turn(spec=spec, age=world.next_age, max_tokens=wanted, queued_at=now)))
     world.tell(branch, Done(request=command.request, known=known))
@@ -224,11 +231,12 @@ def adopt(world: World, link: LinkId, command: Adopt, now: float) -> None:
         raise EngineFault("trunk_moved", "The trunk has moved since the fork.",
                           "Adopt before the trunk goes on, or go on with the child instead.")
     gone = child.branch
+    given = world.leases[gone.id] if gone.id in world.firm else None
     held, _ = held.adopt(world.kv, child, now)
     world.rest(held)
     world.forget(gone)
     world.tell(held.branch, Done(request=command.request, known=held.branch.known))
-    _recount_firm(world, held.branch, now)
+    _take_over_firm(world, held.branch, given, now)
 
 
 def close(world: World, link: LinkId, command: Close, now: float) -> None:
@@ -281,6 +289,7 @@ def expect(world: World, link: LinkId, command: Expect, now: float) -> None:
     limit = world.config.max_lease_seconds
     if not math.isfinite(command.seconds) or command.seconds < 0:
         raise EngineFault("invalid_request", f"seconds is {command.seconds}.", "Give a finite number, 0 or more.")
+    _check_name("tool", command.tool)
     seconds = min(command.seconds, limit)
     why = [] if seconds == command.seconds else [f"clipped to the longest lease, {limit:g} s"]
     world.end_lease(branch.id)
@@ -294,7 +303,7 @@ def expect(world: World, link: LinkId, command: Expect, now: float) -> None:
             keep = "soft"
             why.append(refusal)
         else:
-            world.firm[branch.id] = (now + seconds, pages)
+            world.hold_firm(branch.id, now + seconds, pages)
             why.append(f"{pages} pages of the firm budget are yours until then")
     if keep == "soft":
         why.append("kept as long as no running turn needs the pages")
@@ -311,33 +320,34 @@ def _pages_kept(world: World, branch: Branch) -> int:
     return pages_for(end, world.config.page_tokens)
 
 
-def _recount_firm(world: World, branch: Branch, now: float) -> None:
-    """A firm lease goes on over the rows its branch took over, if the budget has room for them."""
+def _take_over_firm(world: World, branch: Branch, given: Lease | None, now: float) -> None:
+    """A firm lease of the trunk or of the child it adopted, the one that ends later, goes on over the rows that it
+    took over, if the budget has room for them."""
     firm = world.firm.pop(branch.id, None)
-    if firm is None:
+    until = -math.inf if firm is None else firm[0]
+    if given is not None and given.until > until:
+        until = given.until
+        world.leases[branch.id] = given
+        world.lease_news[branch.id] = "it took over the firm lease of the child it adopted"
+    elif firm is None:
         return
     pages = _pages_kept(world, branch)
     refusal = _no_firm(world, branch, pages, now)
-    if not refusal:
-        world.firm[branch.id] = (firm[0], pages)
-        return
-    lease = world.leases[branch.id]
-    world.leases[branch.id] = Lease(keep="soft", until=lease.until, seconds=lease.seconds, residence=lease.residence,
-                                    why=refusal)
-    world.change_lease(branch, f"soft since it took over a child's rows; {refusal}")
+    if refusal:
+        world.soften(branch.id, f"soft since it took over a child's rows; {refusal}")
+    else:
+        world.hold_firm(branch.id, until, pages)
 
 
 def _no_firm(world: World, branch: Branch, pages: int, now: float) -> str:
     """Why a firm lease cannot be granted; empty when it can."""
-    for number in [number for number, (until, _) in world.firm.items() if until <= now]:
-        del world.firm[number]
-    if world.kv.on_device(branch) < branch.computed:
+    if world.kv.on_device(branch) < max(branch.resident, min(branch.computed, branch.known)):
         return "firm refused: not all rows are on the device"
     used = sum(counted for _, counted in world.firm.values())
     budget = world.config.firm_budget()
     if used + pages > budget:
         return f"firm refused: {pages} pages asked, {max(0, budget - used)} of {budget} left in the firm budget"
-    return ""
+    return quotas.no_firm(world, branch, pages)
 
 
 def inspect(world: World, link: LinkId, command: Inspect, now: float) -> None:
@@ -363,6 +373,12 @@ def _at_rest(world: World, link: LinkId, number: int) -> Held:
     if not isinstance(state, Held):
         raise EngineFault("branch_busy", f"Branch {number} has a turn running.", "Wait for it, cancel it, or fork.")
     return state
+
+
+def _check_name(what: str, text: str) -> None:
+    if not usable_name(text):
+        raise EngineFault("invalid_request", f"The name of a {what} has {len(text)} characters or a NUL.",
+                          f"At most {MAX_NAME} characters, none of them NUL.")
 
 
 def _ids(world: World, packed: bytes) -> array[int]:

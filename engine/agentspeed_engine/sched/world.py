@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias, final
+
+import msgspec
 
 from agentspeed_engine.errors import BrokenInvariant
 from agentspeed_engine.ids import BranchId, LinkId, SessionId, StepSeq, TicketId
@@ -31,6 +34,7 @@ from agentspeed_engine.sched.plan import HostCopy, StepPlan
 from agentspeed_engine.wire import Done, Forked, Lease, LeaseChanged, Outgoing, Residence, TurnEnded, TurnUsage
 
 if TYPE_CHECKING:
+    from agentspeed_engine.sched.ranking import Rankings
     from agentspeed_engine.sched.tickets import Ticket
 
 Out: TypeAlias = list[tuple[LinkId, Outgoing]]
@@ -75,6 +79,10 @@ class World:
         self.leases: dict[BranchId, Lease] = {}
         self.firm: dict[BranchId, tuple[float, int]] = {}
         """Firm leases: until when, and the pages counted for them (shared ones count for each)."""
+        self.firm_ends = math.inf
+        """No firm lease ends before."""
+        self.lease_news: dict[BranchId, str] = {}
+        """Why a lease says something else since this event; told with the moves of its rows."""
         self.law = PauseLaw()
         self.tool_laws: dict[str, PauseLaw] = {}
         self.tools: dict[BranchId, str] = {}
@@ -84,11 +92,21 @@ class World:
         self.tickets: dict[TicketId, Ticket] = {}
         self.orders: list[HostCopy] = []
         """Tickets not yet handed out."""
-        self.prefetch: list[tuple[float, BranchId, int]] = []
-        """A heap of (when, branch, its turns begun): rows to be brought back then."""
+        self.due: dict[BranchId, float] = {}
+        """When the rows of a branch under a lease are to be brought back."""
+        self.prefetch: list[tuple[float, BranchId]] = []
+        """A heap of (when, branch); what `due` does not say is out of date."""
         self.early_seen: tuple[int, ...] = ()
         self.ended: list[int] = []
+        self.refused: tuple[BranchId, str] | None = None
+        """Whom the last pass refused, so that nothing younger entered or grew (L3), and what for."""
+        self.over_quota: list[BranchId] = []
+        """Whom the last pass refused pages of a tenant's quota, so that nothing younger of that tenant entered."""
+        self.spent = 0
+        """Turns up to this age found no token budget left in the last pass; 0: some was left."""
         self.victim: Node | None = None
+        self.rankings: Rankings | None = None
+        """Who loses rows first, while one plan is made; None between plans."""
         self.ignored = 0
         self.evicted_pages = 0
         self.copied_pages = 0
@@ -132,6 +150,7 @@ class World:
     # ---- moving branches ------------------------------------------------------------------------------------------
     def rest(self, state: Held) -> None:
         self.states[state.branch.id] = state
+        self.kv.moved.add(state.branch.id)
 
     def enqueue(self, state: Queued) -> None:
         number = state.branch.id
@@ -216,16 +235,40 @@ class World:
     def end_lease(self, number: BranchId) -> None:
         _ = self.leases.pop(number, None)
         _ = self.firm.pop(number, None)
+        _ = self.due.pop(number, None)
 
-    def change_lease(self, branch: Branch, why: str) -> None:
-        """Tells the holder of a lease that its rows moved."""
-        lease = self.leases.get(branch.id)
-        if lease is None:
+    def hold_firm(self, number: BranchId, until: float, pages: int) -> None:
+        self.firm[number] = (until, pages)
+        self.firm_ends = min(self.firm_ends, until)
+
+    def soften(self, number: BranchId, why: str) -> None:
+        """A firm lease goes on as a soft one; its holder hears it with the end of this event."""
+        _ = self.firm.pop(number, None)
+        self.leases[number] = msgspec.structs.replace(self.leases[number], keep="soft")
+        self.lease_news[number] = why
+
+    def lapse(self, now: float) -> None:
+        """What was firm until now is soft: it holds back nobody any more."""
+        if now < self.firm_ends:
             return
-        changed = Lease(keep=lease.keep, until=lease.until, seconds=lease.seconds,
-                        residence=self.residence(branch), why=why)
-        self.leases[branch.id] = changed
-        self.tell(branch, LeaseChanged(branch=branch.id, lease=changed))
+        for number in [number for number, (until, _) in self.firm.items() if until <= now]:
+            self.soften(number, "its firm lease has ended: kept as long as no running turn needs the pages")
+        self.firm_ends = min((until for until, _ in self.firm.values()), default=math.inf)
+
+    def tell_leases(self) -> None:
+        """Every holder of a lease hears once an event where its rows are now, if that is not what it heard last."""
+        moved = self.kv.taken_moves()
+        news, self.lease_news = self.lease_news, {}
+        for number in sorted((moved | news.keys()) & self.leases.keys()):
+            branch, lease = self.kv.branches[number], self.leases[number]
+            residence = self.residence(branch)
+            reasons = [news[number]] if number in news else []
+            if residence != lease.residence:
+                reasons.append(_moved_why(branch, lease.residence, residence))
+            if reasons:
+                changed = msgspec.structs.replace(lease, residence=residence, why="; ".join(reasons))
+                self.leases[number] = changed
+                self.tell(branch, LeaseChanged(branch=number, lease=changed))
 
     def _answer_forks(self, waiting: list[Waiting], known: int) -> None:
         for wait in waiting:
@@ -236,6 +279,16 @@ class World:
         for wait in waiting:
             if not wait.children:
                 self.out.append((wait.link, Done(request=wait.request, known=known)))
+
+
+def _moved_why(branch: Branch, was: Residence, now: Residence) -> str:
+    if was.device + was.host + was.lost != branch.known:
+        return "its log has changed"
+    if now.lost > was.lost:
+        return branch.lost_why
+    if now.device < was.device:
+        return "its rows moved to the host: a running turn needed their device pages"
+    return "its rows came back to the device"
 
 
 def usage(turn: Turn, now: float) -> TurnUsage:

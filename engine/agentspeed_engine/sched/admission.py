@@ -1,0 +1,84 @@
+"""Whether there is room for the whole of a turn's prompt beside what must stay: pages are counted, none is taken."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable
+
+from agentspeed_engine.ids import BranchId, NodeId, pages_for
+from agentspeed_engine.kv.branches import Decoding, Prefilling, Promoting, Queued
+from agentspeed_engine.kv.owners import Branch
+from agentspeed_engine.kv.tree import Node, upward
+from agentspeed_engine.kv.turns import Turn
+from agentspeed_engine.sched import tickets
+from agentspeed_engine.sched.world import World
+
+
+def target(turn: Turn, branch: Branch) -> int:
+    """Rows a turn must compute before it draws; a prefill-only turn leaves one token to feed."""
+    return branch.known if turn.max_tokens else branch.known - 1
+
+
+def lacks(world: World, state: Queued, now: float) -> str:
+    """What the whole prompt of a turn lacks beside the older turns, empty when it fits (L3). Beside them it would be
+    let in to be preempted half way, and what it computed would be lost. The oldest is always let in (L1)."""
+    turn, branch = state.turn, state.branch
+    older = world.active[: bisect_left(world.active, (turn.age, branch.id))]
+    if not older:
+        return ""
+    seen: set[NodeId] = set()
+    spare = world.config.pages - to_come(world, (number for _, number in older))
+    for _, number in older:
+        held = _running(world, number)
+        spare -= _path_pages(held.branch.leaf, seen) + len(held.room.tail)
+    chain = world.kv.unreadable(branch)
+    spare -= _path_pages(branch.leaf, seen) + tickets.pages_of(chain)
+    spare -= pages_for(target(turn, branch) - branch.leaf.end, world.config.page_tokens)
+    if spare < 0:
+        return "room"
+    return "" if spare >= _firm_pages(world, seen, now) else "firm leases"
+
+
+def to_come(world: World, turns: Iterable[BranchId]) -> int:
+    """Pages that active turns still take: for the rest of their prompts, and one each to draw into."""
+    pages = 0
+    for number in turns:
+        state = _running(world, number)
+        pages += 1 + world.kv.pages_to(state.room, target(state.turn, state.branch))
+    return pages
+
+
+def held_by_firm(world: World, now: float) -> int:
+    """Pages that firm leases keep from running turns now: those no active turn reads."""
+    seen: set[NodeId] = set()
+    for number in world.kv.rooms:
+        _ = _path_pages(world.kv.branches[number].leaf, seen)
+    return _firm_pages(world, seen, now)
+
+
+def _firm_pages(world: World, seen: set[NodeId], now: float) -> int:
+    """Device pages under firm leases that have not ended, those already `seen` left out. The leases count a page once
+    for each of them, because they may part; here it is one page, whoever else reads it."""
+    pages = 0
+    for number, (until, _) in world.firm.items():
+        if until > now:
+            branch = world.kv.branches[number]
+            pages += _path_pages(branch.leaf if branch.seed is None else branch.seed, seen)
+    return pages
+
+
+def _path_pages(end: Node, seen: set[NodeId]) -> int:
+    """Device pages on a path, those already `seen` left out."""
+    pages = 0
+    for node in upward(end):
+        if node.id in seen:
+            break
+        seen.add(node.id)
+        pages += len(node.pages)
+    return pages
+
+
+def _running(world: World, number: BranchId) -> Promoting | Prefilling | Decoding:
+    state = world.states[number]
+    assert isinstance(state, Promoting | Prefilling | Decoding)
+    return state

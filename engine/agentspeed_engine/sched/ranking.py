@@ -1,0 +1,92 @@
+"""Nodes by who goes first, ranked once for a whole plan: what the plan moves is ranked anew, the rest is not looked at.
+
+Within a plan time stands still, so a key changes only with the holders and pins of a node. Whoever makes a key larger,
+or a new candidate, has to say so (`again`); keys that became smaller are found when their turn comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from heapq import heapify, heappop, heappush, heapreplace
+from typing import TypeAlias, final
+
+from agentspeed_engine.ids import NodeId
+from agentspeed_engine.kv.tree import Node, tenant_of, upward
+
+Key: TypeAlias = tuple[int, float]
+"""The larger goes first; of equals the older node."""
+_Entry: TypeAlias = tuple[int, float, NodeId, Node]
+
+
+@final
+class Ranking:
+    """The largest key is at hand."""
+
+    __slots__ = ("_heap", "_key")
+
+    def __init__(self, nodes: Iterable[Node], key: Callable[[Node], Key | None]) -> None:
+        """`key` gives None for a node that cannot go."""
+        self._key = key
+        self._heap = [(-found[0], -found[1], node.id, node) for node in nodes if (found := key(node)) is not None]
+        heapify(self._heap)
+
+    def again(self, node: Node) -> None:
+        """Its key may have grown, or it has only now become a candidate."""
+        key = self._key(node)
+        if key is not None:
+            heappush(self._heap, _entry(node, key))
+
+    def first(self) -> tuple[Key, Node] | None:
+        """Who goes first, and its key; None when nothing can go."""
+        return self._top(self._heap)
+
+    def candidates(self) -> Iterator[tuple[Key, Node]]:
+        """All that can go, each once, first those that go first."""
+        heap, seen = self._heap.copy(), set[NodeId]()
+        while (top := self._top(heap)) is not None:
+            _ = heappop(heap)
+            if top[1].id not in seen:
+                seen.add(top[1].id)
+                yield top
+
+    def _top(self, heap: list[_Entry]) -> tuple[Key, Node] | None:
+        while heap:
+            entry = heap[0]
+            node, key = entry[3], self._key(entry[3])
+            if key is None:
+                _ = heappop(heap)
+            elif _entry(node, key)[:3] == entry[:3]:
+                return key, node
+            else:
+                _ = heapreplace(heap, _entry(node, key))
+        return None
+
+
+def _entry(node: Node, key: Key) -> _Entry:
+    return -key[0], -key[1], node.id, node
+
+
+@final
+class Rankings:
+    """Of one plan; each is made when it is first asked for."""
+
+    __slots__ = ("hosts", "victims")
+
+    def __init__(self) -> None:
+        self.victims: dict[str | None, Ranking] = {}
+        """Tips: whose device pages go first; of one tenant, or (None) of all."""
+        self.hosts: Ranking | None = None
+        """Nodes on the host alone: whose slots go first."""
+
+    def moved(self, *nodes: Node | None) -> None:
+        """Holders came to or left these nodes, or nobody pins them any more."""
+        for node in nodes:
+            if node is None:
+                continue
+            if self.hosts is not None:
+                self.hosts.again(node)
+            owner = next((above for above in upward(node) if above.owns_pages), None)
+            if owner is not None:  # the only tip that this node can be, or be below
+                for tenant, ranking in self.victims.items():
+                    if tenant is None or tenant == tenant_of(owner.root):
+                        ranking.again(owner)

@@ -1,0 +1,119 @@
+"""Rows that are due come back into a pool that is full of rows, and take nothing that is needed sooner."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from agentspeed_engine import wire
+from tests.any_command import any_command
+from tests.scheduled import Scheduled
+
+
+def expected(world: Scheduled, branch: int, seconds: float, keep: str = "soft") -> None:
+    answered = world.send(wire.Expect(request=1, branch=branch, seconds=seconds, keep=keep))  # type: ignore[arg-type]
+    assert isinstance(answered, wire.LeaseAnswer) and answered.lease.keep == keep
+
+
+def paused_in_a_pool_of_guests(private: bool = False, **options: object) -> tuple[Scheduled, int]:
+    """One session whose rows are partly on the host and due in 10 s; guests filled the pool after it, and left."""
+    world = Scheduled(pages=64, context_limit=200, host_slots=200, prefill_chunk=64, **options)
+    paused = world.open([number % 90 for number in range(100)])
+    _ = world.turn(paused)
+    expected(world, paused, 10.0)
+    for guest in range(3):
+        branch = world.open([(number * 7 + guest) % 90 for number in range(190)], private=private)
+        _ = world.turn(branch)
+        _ = world.send(wire.Close(request=1, branch=branch))
+    assert world.residence(paused).host > 0
+    return world, paused
+
+
+def until(world: Scheduled, moment: float) -> None:
+    while (wake := world.core.wake_at(world.now)) is not None and wake <= moment:
+        world.now = wake
+        _ = world.step()
+        world.settle_copies()
+    world.now = moment
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_due_rows_are_back_before_their_tool_though_closed_sessions_left_the_pool_full(private: bool) -> None:
+    world, paused = paused_in_a_pool_of_guests(private)
+    until(world, 9.99)
+    assert world.residence(paused).host == 0
+    assert world.core.counts()["prefetches"] == 1
+
+
+def two_sessions_and_room_for_one(first: float, second: float) -> tuple[Scheduled, int, int]:
+    """The first is on the host, due in `first` s; the second fills the pool, is on the host as well, due in
+    `second` s."""
+    world = Scheduled(pages=64, context_limit=252, host_slots=128, prefill_chunk=64)
+    one, two = world.open(range(1, 15)), world.open([(number * 7 + 40) % 90 for number in range(246)])
+    _ = world.turn(one)
+    expected(world, one, first)
+    _ = world.turn(two)
+    expected(world, two, second)
+    for _ in range(8):  # the link is idle: what is paused is copied early
+        _ = world.step()
+        world.settle_copies()
+    assert world.residence(one).host > 0
+    return world, one, two
+
+
+def test_due_rows_take_the_pages_of_rows_that_the_host_has_too_and_that_are_due_later() -> None:
+    world, one, two = two_sessions_and_room_for_one(first=5.0, second=900.0)
+    before = world.residence(two)
+    until(world, 4.99)
+    assert world.residence(one).host < 4, "all its full pages are back"
+    assert world.residence(two).lost == before.lost, "they are on the host"
+
+
+def test_due_rows_take_nothing_from_rows_that_are_due_sooner() -> None:
+    world, one, two = two_sessions_and_room_for_one(first=5.0, second=4.98)
+    before = (world.residence(one), world.residence(two))
+    world.now = 4.95  # both are due: the second is on the device, and 20 ms sooner
+    _ = world.step()
+    world.settle_copies()
+    assert (world.residence(one), world.residence(two)) == before
+
+
+def test_due_rows_leave_a_running_turn_the_pages_of_its_prompt() -> None:
+    world, paused = paused_in_a_pool_of_guests()
+    runs = world.open([(number * 11 + 5) % 90 for number in range(190)])
+    assert isinstance(world.start(runs, most=4), wire.Done)
+    _ = world.step()
+    assert world.residence(runs).lost > 0, "it computes its prompt in chunks"
+    world.now = 9.96
+    preempted = world.core.counts()["preemptions"]
+    while world.core.counts()["branches_held"] < 2:
+        _ = world.step()
+        world.settle_copies()
+    assert world.core.counts()["preemptions"] == preempted
+    assert world.residence(paused).lost <= 1
+
+
+def test_a_tenant_at_its_quota_gets_no_rows_back_early() -> None:
+    world, paused = paused_in_a_pool_of_guests(tenant_pages=60)
+    until(world, 9.99)
+    assert world.core.world.kv.tree.owned[""] <= 60
+    assert world.residence(paused).lost <= 1
+
+
+def test_rows_that_come_back_never_take_the_pages_of_the_rows_above_them() -> None:
+    brought = 0
+    for policy in ("next_use", "ttl", "min_waste"):
+        for seed in range(30):
+            chance = random.Random(f"{policy} {seed}")
+            world = Scheduled(pages=chance.choice((10, 18)), host_slots=80, policy=policy, max_sessions=6,
+                              copy_seconds_per_token=1e-4, recompute_seconds_per_token=1e-3)
+            for _ in range(120):
+                if chance.random() < 0.4:
+                    any_command(world, chance)
+                else:
+                    _ = world.step()
+                    world.settle_copies()
+                    world.now += chance.choice((0.0, 0.1, 3.0))
+            brought += world.core.counts()["prefetches"]
+    assert brought > 3

@@ -1,0 +1,113 @@
+"""Who loses rows first is found without looking at everybody, and is who it would be if everybody were looked at."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from agentspeed_engine import wire
+from agentspeed_engine.ids import BranchId
+from agentspeed_engine.sched import reclaim
+from agentspeed_engine.sched.policy import POLICIES, Facts
+from agentspeed_engine.sched.ranking import Key, Ranking
+from tests.any_command import any_command
+from tests.scheduled import Scheduled
+
+TENANT = ""
+
+
+@contextmanager
+def compared_with_everybody() -> Iterator[list[str]]:
+    """Wherever the core asks who goes first, all nodes are asked for their key too. Yields what was asked for."""
+    asked: list[str] = []
+    first = Ranking.first
+
+    def checked(self: Ranking) -> Any:
+        found = first(self)
+        key: Any = self._key
+        world = key.args[0]
+        keys = [(rank, -node.id) for node in world.kv.tree.nodes.values() if (rank := key(node)) is not None]
+        best = max(keys, default=None)
+        assert (None if found is None else (found[0], -found[1].id)) == best
+        asked.append(key.func.__name__)
+        return found
+
+    with mock.patch.object(Ranking, "first", checked):
+        yield asked
+
+
+@pytest.mark.parametrize("policy", ["next_use", "lru", "ttl", "min_waste"])
+@pytest.mark.parametrize("slots", [0, 5, 40])
+def test_the_order_of_victims_is_the_one_that_looking_at_everybody_gives(policy: str, slots: int) -> None:
+    with compared_with_everybody() as asked:
+        for seed in range(8):
+            chance = random.Random(f"{policy} {slots} {seed}")
+            world = Scheduled(pages=18, firm_pages=4, host_slots=slots, policy=policy, max_sessions=12,
+                              tenant_pages=chance.choice((None, 14)))
+            for _ in range(150):
+                if chance.random() < 0.5:
+                    any_command(world, chance)
+                else:
+                    _ = world.step()
+                    world.host = chance.random() < 0.9
+                    world.settle_copies()
+                    world.now += chance.choice((0.0, 0.1, 3.0))
+    assert asked.count("_victim_key") > 100
+    assert slots != 5 or "_host_key" in asked
+
+
+class Node:
+    """Enough of one to be ranked."""
+
+    def __init__(self, number: int) -> None:
+        self.id = number
+        self.rank: float | None = float(number % 7)
+
+
+def test_a_ranking_finds_keys_that_shrank_by_itself_and_others_when_told() -> None:
+    chance = random.Random(3)
+    nodes = [Node(number) for number in range(60)]
+
+    def key(node: Any) -> Key | None:
+        return None if node.rank is None else (0, node.rank)
+
+    ranking: Any = Ranking(nodes, key)  # type: ignore[arg-type]
+    for _ in range(400):
+        node = chance.choice(nodes)
+        was, node.rank = node.rank, chance.choice((None, chance.uniform(-9.0, 9.0), -9.0))
+        if node.rank is not None and (was is None or node.rank > was):
+            ranking.again(node)
+        left = [one for one in nodes if one.rank is not None]
+        order = sorted(left, key=lambda one: (-(one.rank or 0.0), one.id))
+        found = ranking.first()
+        assert (None if found is None else found[1]) is (order[0] if order else None)
+    assert [node for _, node in ranking.candidates()] == order
+
+
+def test_making_room_asks_about_each_resting_session_about_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = Scheduled(pages=900, context_limit=2000, prefill_chunk=4000, max_sessions=400)
+    chance = random.Random(1)
+    for _ in range(200):
+        session = world.open([chance.randrange(90) for _ in range(14)])
+        _ = world.turn(session)
+        _ = world.send(wire.Expect(request=1, branch=session, seconds=chance.uniform(1.0, 100.0)))
+    asked = 0
+
+    def counted(facts: Facts) -> float | None:
+        nonlocal asked
+        asked += 1
+        return POLICIES["next_use"](facts)
+
+    monkeypatch.setattr(reclaim, "POLICIES", {"next_use": counted})
+    needs_all = world.open([chance.randrange(90) for _ in range(1900)])
+    assert isinstance(world.start(needs_all), wire.Done)
+    before = world.core.counts()["pages_evicted"]
+    _ = world.step()
+    assert world.core.counts()["pages_evicted"] - before > 300, "about every second session had to go"
+    assert asked < 200 * 3
+    assert BranchId(needs_all) in world.core.world.states
