@@ -16,6 +16,7 @@ from agentspeed import Engine
 from agentspeed.backends.process import EngineSlot
 from agentspeed_engine.run.crashes import KEPT
 from agentspeed_engine.run.options import LEAST_BYTES
+from tests.broken_engine import BREAKS, engine_that_breaks
 from tests.engine_client import EngineProcess, engine, environment
 
 CLI = "from agentspeed.cli import main; main()"
@@ -38,8 +39,8 @@ def worked(process: EngineProcess) -> None:
     _ = front.generate(front.open(range(40)), max_tokens=5)
 
 
-def replay(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", CLI, "replay", *arguments], capture_output=True,
+def replay(*arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", before + CLI, "replay", *arguments], capture_output=True,
                           text=True, timeout=50, check=False, env=environment())
 
 
@@ -54,6 +55,18 @@ def test_a_killed_engine_leaves_a_recording_and_replay_lists_it(tmp_path: Path, 
     assert line.startswith(f"{path}  {OPTIONS['model']}, process {process.pid}, agentspeed ")
     done = replay(str(path))
     assert done.returncode == 0 and "steps replayed" in done.stdout
+
+
+def test_an_engine_that_a_bug_of_its_own_stopped_leaves_the_recording_it_names(tmp_path: Path, state: Path) -> None:
+    broken = engine_that_breaks(tmp_path, BREAKS, OPTIONS)
+    assert broken.status == 70
+    (path,) = recordings(state)
+    assert f"agentspeed replay {path}" in broken.said
+    (line,) = replay().stdout.splitlines()
+    assert line.startswith(f"{path}  ")
+    again = replay(str(path), before=BREAKS)
+    assert again.returncode == 0
+    assert "BrokenInvariant: a rule that step 20 breaks: the replayed core breaks at the same input" in again.stdout
 
 
 def test_an_engine_that_ends_in_order_leaves_nothing(tmp_path: Path, state: Path) -> None:

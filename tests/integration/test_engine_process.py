@@ -85,7 +85,7 @@ def test_options_may_be_flags(tmp_path: Path) -> None:
     ("arguments", "code", "words"),
     [
         (["--options", '{"model": "noop:64:0", "pagse": 3}'], "bad_options", "pagse"),
-        (["--options", "{"], "bad_options", "truncated"),
+        (["--options", "{"], "bad_options", "Expecting property name"),
         (["--model", "noop:64:0", "--pages", "many"], "bad_options", "pages"),
         (["--model", "noop:64:0", "--pages", "0"], "bad_options", "pages"),
         (["--model", "noop:64:0", "--idle-seconds", "0"], "bad_options", "idle_seconds"),
@@ -213,6 +213,8 @@ sys.exit(start.main())
         pytest.param(b"GET / HTTP/1.1\r\n\r\n", id="http"),
         pytest.param(b"\x01\0\0\0\xc0", id="nil"),
         pytest.param(b"\0\0\0\0", id="empty"),
+        pytest.param(b"\x0c\0\0\0\x94\xa5Hello\x01\x01\xa2\xff\xfe", id="no utf-8"),
+        pytest.param(b"\x3a\x75\0\0\x95\xa5Hello\x01\x01\xa0" + b"\x91" * 30_000, id="too deep"),
     ],
 )
 @pytest.mark.parametrize("greet", [True, False])

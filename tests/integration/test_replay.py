@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +17,8 @@ from agentspeed import Engine, errors, tool
 from agentspeed_engine import wire
 from agentspeed_engine.ids import pack_ids
 from agentspeed_engine.run.recording import FLIGHT, SUFFIX
-from tests.engine_client import Front, LinkClosed, engine, environment
+from tests.broken_engine import BREAKS, engine_that_breaks
+from tests.engine_client import Front, engine, environment
 
 VOCABULARY = 90_001
 OPTIONS: dict[str, Any] = {"model": f"noop:{VOCABULARY}:1", "pages": 60, "page_tokens": 16, "context_limit": 600,
@@ -27,17 +26,6 @@ OPTIONS: dict[str, Any] = {"model": f"noop:{VOCABULARY}:1", "pages": 60, "page_t
 SECRET = 70_001
 """The first id of what is said here; the no-op model goes on counting from the last."""
 CLI = "from agentspeed.cli import main; main()"
-ENGINE = "from agentspeed_engine.run.__main__ import main; raise SystemExit(main())"
-BREAKS = """
-from agentspeed_engine.errors import BrokenInvariant
-from agentspeed_engine.sched import step
-honest = step.plan
-def plan(world, now):
-    if world.next_seq == 20:
-        raise BrokenInvariant("a rule that step 20 breaks")
-    return honest(world, now)
-step.plan = plan
-"""
 LINE = re.compile(r"^step (\d+)  t ([\d.]+)  .*digest [0-9a-f]{16}$")
 
 
@@ -129,24 +117,12 @@ def test_an_engine_killed_in_the_middle_of_a_turn_leaves_every_step_that_a_clien
 
 
 def test_a_crash_leaves_a_recording_that_it_names_and_that_breaks_at_the_same_step(tmp_path: Path) -> None:
-    socket_path, flights = tmp_path / "engine.sock", tmp_path / "flights"
-    options = json.dumps(OPTIONS | {"record": str(flights)})
-    command = [sys.executable, "-c", BREAKS + ENGINE, "--socket", str(socket_path), "--options", options]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                          env=environment() | {"AGENTSPEED_MALLOC": "as it is"}) as process:
-        assert process.stdout is not None and process.stderr is not None
-        assert "ready" in process.stdout.readline()
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
-            link.connect(str(socket_path))
-            front = Front(link)
-            with pytest.raises(LinkClosed) as closed:
-                _ = front.generate(front.open(range(50)), max_tokens=100)
-        said = process.stderr.read()
-        assert process.wait(20) == 70
+    flights = tmp_path / "flights"
+    broken = engine_that_breaks(tmp_path, BREAKS, OPTIONS | {"record": str(flights)})
+    assert broken.status == 70
     path = recording(flights)
-    last = closed.value.last
-    assert isinstance(last, wire.Failed) and last.code == "internal"
-    assert f"agentspeed replay {path}" in last.remedy and f"agentspeed replay {path}" in said
+    assert isinstance(broken.last, wire.Failed) and broken.last.code == "internal"
+    assert f"agentspeed replay {path}" in broken.last.remedy and f"agentspeed replay {path}" in broken.said
     again = replayed(path, before=BREAKS)
     assert again.returncode == 0 and steps_in(again.stdout) == list(range(20))
     assert "BrokenInvariant: a rule that step 20 breaks: the replayed core breaks at the same input" in again.stdout

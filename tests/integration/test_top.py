@@ -85,7 +85,7 @@ def test_sessions_forks_a_lease_and_a_waiting_turn_are_seen(slow: EngineProcess)
     assert branches[names["grandchild"]]["parent"] == names["child"]
     assert branches[names["trunk"]]["lease"]["keep"] == "firm" and branches[names["trunk"]]["tool"] == "search"
     assert branches[names["runs"]]["state"] == "Decoding" and branches[names["runs"]]["tail_pages"] >= 1
-    assert (branches[names["waits"]]["state"], branches[names["waits"]]["waiting_for"]) == ("Queued", "room")
+    assert (branches[names["waits"]]["state"], branches[names["waits"]]["waiting_for"]) == ("Queued", "firm leases")
     assert [session["tenant"] for session in seen["sessions"]] == ["acme", "", ""]
     assert sum(seen["pages"].values()) == OPTIONS["pages"]
     for one in branches.values():
@@ -97,7 +97,7 @@ def test_a_frame_for_people_names_the_same_within_100_columns(slow: EngineProces
     done = top("--once")
     assert done.returncode == 0, done.stderr
     assert all(len(line) <= 100 for line in done.stdout.splitlines())
-    for words in (f"process {slow.pid}", "session 1 acme", "for search", "firm 5", "waits for room",
+    for words in (f"process {slow.pid}", "session 1 acme", "for search", "firm 5", "waits for firm leases",
                   f"queue, oldest first: {names['waits']}"):
         assert words in done.stdout, done.stdout
 

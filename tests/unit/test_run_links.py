@@ -115,7 +115,21 @@ def test_frames_arrive_whole_however_they_are_cut(pair: tuple[Link, socket.socke
         assert link.read() is None
 
 
-@pytest.mark.parametrize("data", [b"\xff\xff\xff\xff", b"\x01\0\0\0\xc1", b"\x02\0\0\0\x91\xa1"])
+def framed(body: bytes) -> bytes:
+    return len(body).to_bytes(4, "little") + body
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xff\xff\xff\xff",
+        framed(b"\xc1"),
+        framed(b"\x91\xa1"),
+        pytest.param(framed(b"\x94\xa5Hello\x01\x01\xa2\xff\xfe"), id="a text that is no UTF-8"),
+        pytest.param(framed(b"\x91" * 30_000), id="nested deeper than any message"),
+        pytest.param(framed(b"\x95\xa5Hello\x01\x01\xa0" + b"\x91" * 30_000), id="nested behind a good message"),
+    ],
+)
 def test_what_is_no_frame_is_refused(pair: tuple[Link, socket.socket], data: bytes) -> None:
     link, theirs = pair
     with link.socket, theirs:

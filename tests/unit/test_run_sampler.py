@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.run.sampler import draw, gumbel
-from agentspeed_engine.sampling_rules import validate_sampling
+from agentspeed_engine.sampling_rules import LEAST_TEMPERATURE, validate_sampling
 from agentspeed_engine.wire import Sampling
 
 KEY = (1, 2, 3)
@@ -106,6 +106,42 @@ def test_more_top_logprobs_than_ids_are_all_ids() -> None:
 def test_ids_of_no_probability_are_never_drawn() -> None:
     logits = np.array([-np.inf, 0.0, -np.inf])
     assert {draw(logits, Sampling(temperature=2.0), KEY, at).id for at in range(50)} == {1}
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-320, 1e-308, 1e-307, 1e-300, 1e-30, LEAST_TEMPERATURE / 2])
+@pytest.mark.parametrize("logits", [LOGITS, LOGITS * 1e300, LOGITS.astype(np.float32), -LOGITS * 80])
+def test_a_tiny_temperature_draws_what_greedy_does(temperature: float, logits: np.ndarray) -> None:
+    greedy = draw(logits, Sampling(logprobs=2), KEY, 0)
+    for position in range(50):
+        assert draw(logits, Sampling(temperature=temperature, logprobs=2, top_p=0.9), KEY, position) == greedy
+
+
+@pytest.mark.parametrize("temperature", [LEAST_TEMPERATURE, 1e-3, 1.0, 1e3])
+def test_logits_of_any_size_can_be_sampled(temperature: float) -> None:
+    huge = np.array([-1.7e308, 1.7e308, 0.0])
+    assert {draw(huge, Sampling(temperature=temperature), KEY, position).id for position in range(50)} == {1}
+
+
+def test_the_highest_temperature_draws_every_id_alike() -> None:
+    assert draws(Sampling(temperature=1e308)) == pytest.approx(np.full(5, 0.2), abs=0.03)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-320, 1.0])
+@pytest.mark.parametrize(
+    "bad", [[math.nan] * 5, [0.0, math.nan, 1.0, 2.0, 3.0], [-math.inf] * 5, [math.inf, 0, 0, 0, 0]])
+def test_logits_that_are_no_numbers_are_refused_with_the_reason(temperature: float, bad: list[float]) -> None:
+    with pytest.raises(EngineFault, match="logits") as fault:
+        draw(np.array(bad), Sampling(temperature=temperature), KEY, 0)
+    assert fault.value.code == "bad_weights"
+    assert fault.value.remedy
+    with pytest.raises(EngineFault, match="logits"):
+        draw(np.array(bad), Sampling(temperature=temperature), KEY, 0, np.array([True, False, False, False, False]))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_mask_that_leaves_only_impossible_ids_is_refused(temperature: float) -> None:
+    with pytest.raises(EngineFault, match="grammar"):
+        draw(np.array([-np.inf, 0.0]), Sampling(temperature=temperature), KEY, 0, np.array([True, False]))
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from agentspeed_engine.clock import Clock, MonotonicClock
 from agentspeed_engine.errors import RETRYABLE, Code
 from agentspeed_engine.ids import LinkId
 from agentspeed_engine.run.copies import Copied, Copier
+from agentspeed_engine.run.door import Door
 from agentspeed_engine.run.links import BadFrame, Link
 from agentspeed_engine.run.options import Built
 from agentspeed_engine.run.recording import RecordingOrder, begun
@@ -34,6 +35,13 @@ _SWITCH_SECONDS = 0.0005
 """How soon a busy worker thread yields the interpreter to the loop thread."""
 _JOIN_SECONDS = 5.0
 """How long a step in flight may take to end when the engine stops; the process ends anyway."""
+_LONGEST_NAP = 3600.0
+"""Seconds; a selector does not take what is over its 24 days, and asking again costs nothing."""
+_MOST_STRANGERS = 64
+"""Links that have not said Hello yet, beside `max_links`; one more turns the oldest of them away."""
+
+_SAME_VERSION = "Use a client of the same version as the engine."
+_LATER = "Close links that are not needed, raise max_links or `ulimit -n`, or try again later."
 
 _Report: TypeAlias = StepResult | Copied | BaseException
 
@@ -60,6 +68,7 @@ class EngineLoop:
         self._check = check
         self._outbox_bytes = outbox_bytes
         self._selector = selectors.DefaultSelector()
+        self._doors: list[Door] = []
         self._links: dict[LinkId, Link] = {}
         self._next_link = 0
         self._wake_read, self._wake_write = os.pipe()
@@ -83,16 +92,18 @@ class EngineLoop:
     # ---- what the process or a test hands in ----------------------------------------------------------------------
     def listen(self, server: socket.socket) -> None:
         """Accepts links from a listening socket."""
-        server.setblocking(False)
-        self._selector.register(server, selectors.EVENT_READ, lambda: self._accept(server))
+        self._doors.append(Door(server, self._selector, self._clock, self.connect))
 
-    def connect(self, peer: socket.socket) -> None:
-        """Adds one link that is already connected (a socket pair)."""
+    def connect(self, peer: socket.socket, room: int = sys.maxsize) -> None:
+        """Adds one link that is already connected (a socket pair). `room`: for how many there are descriptors."""
         peer.setblocking(False)
         self._next_link += 1
         link = Link(LinkId(self._next_link), peer, self._outbox_bytes)
         self._links[link.id] = link
         self._selector.register(peer, selectors.EVENT_READ, lambda: self._readable(link))
+        strangers = [other for other in self._links.values() if not other.greeted and not other.closing]
+        if len(strangers) > _MOST_STRANGERS or len(self._links) > room:
+            self._refuse(strangers[0], "too_many_links", "The engine has no room for another link.", _LATER)
 
     def stop_at_eof(self, descriptor: int) -> None:
         """Ends the loop when the other side of a pipe is gone: an engine never outlives who started it."""
@@ -119,6 +130,8 @@ class EngineLoop:
                 for key, _ in self._selector.select(self._patience()):
                     callback: Callable[[], None] = key.data
                     callback()
+                for door in self._doors:
+                    door.open_if_due()
                 now = self._clock.now()  # before `_collect`: a copy that began by then has said so
                 self._collect()
                 self._plan(now)
@@ -147,11 +160,11 @@ class EngineLoop:
     def _patience(self) -> float | None:
         """Seconds to wait for an event before the core wants to be asked again."""
         now = self._clock.now()
-        wishes = [self._core.wake_at(now)]
+        wishes = [self._core.wake_at(now), *(door.opens_at for door in self._doors)]
         if self._idle_seconds is not None and self._idle_since is not None:
             wishes.append(self._idle_since + self._idle_seconds)
         times = [wish for wish in wishes if wish is not None]
-        return max(0.0, min(times) - now) if times else None
+        return min(max(0.0, min(times) - now), _LONGEST_NAP) if times else None
 
     def _end_if_idle(self) -> None:
         """Links without a session do not count: a watcher keeps nothing alive."""
@@ -219,18 +232,13 @@ class EngineLoop:
             self._selector.modify(link.socket, events, key.data)
 
     # ---- links ----------------------------------------------------------------------------------------------------
-    def _accept(self, server: socket.socket) -> None:
-        with contextlib.suppress(BlockingIOError):
-            peer, _ = server.accept()
-            self.connect(peer)
-
     def _readable(self, link: Link) -> None:
         if link.closing or link.behind:
             return
         try:
             commands = link.read()
         except BadFrame as error:
-            self._refuse(link, "bad_frame", f"This is no frame of the protocol: {error}.")
+            self._refuse(link, "bad_frame", f"This is no frame of the protocol: {error}.", _SAME_VERSION)
             return
         if commands is None:
             self._drop(link)
@@ -252,27 +260,31 @@ class EngineLoop:
 
     def _greet(self, link: Link, command: Command) -> None:
         if not isinstance(command, Hello):
-            self._refuse(link, "bad_frame", "The first frame of a link is Hello.")
+            self._refuse(link, "bad_frame", "The first frame of a link is Hello.", _SAME_VERSION)
             return
         if command.protocol != PROTOCOL:
             self._refuse(link, "protocol_mismatch",
-                         f"The client speaks protocol {command.protocol}, this engine {PROTOCOL}.", command.request)
+                         f"The client speaks protocol {command.protocol}, this engine {PROTOCOL}.", _SAME_VERSION,
+                         command.request)
+            return
+        config = self._core.config
+        if sum(other.greeted for other in self._links.values()) >= config.max_links:
+            self._refuse(link, "too_many_links", f"The engine has {config.max_links} links (max_links).", _LATER,
+                         command.request)
             return
         link.greeted = True
-        config = self._core.config
         link.put(Welcome(
             request=command.request, protocol=PROTOCOL, engine="agentspeed", model=config.model,
             vocab_size=config.vocab_size, context_limit=config.context_limit, page_tokens=config.page_tokens,
             pages=config.pages, host_slots=config.host_slots, pid=os.getpid(),
             limits={"sessions": config.max_sessions, "branches": config.max_branches, "waiting": config.max_waiting,
-                    "firm_pages": config.firm_budget()},
+                    "firm_pages": config.firm_budget(), "links": config.max_links},
             source=self._source,
         ))
 
-    def _refuse(self, link: Link, code: Code, message: str, request: int = 0) -> None:
+    def _refuse(self, link: Link, code: Code, message: str, remedy: str, request: int = 0) -> None:
         """Tells a link why it is closed, and closes it once that was sent."""
-        link.put(Failed(request=request, code=code, message=message,
-                        remedy="Use a client of the same version as the engine."))
+        link.put(Failed(request=request, code=code, message=message, remedy=remedy, retryable=code in RETRYABLE))
         link.closing = True
         if link.greeted:
             self._deliver(self._core.drop_link(link.id, self._clock.now()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -26,7 +27,10 @@ from agentspeed_engine.sched.config import CoreConfig
 T = TypeVar("T")
 _NOOP = "noop:"
 _NOOP_CONTEXT = 65_536
-_LEAST_OUTBOX = 4096
+_NOOP_PAGE_BYTES = 1024
+"""Of a model without rows: about what the engine itself keeps of a page."""
+_MOST_NOOP_VOCABULARY = 1 << 24
+_MOST_NOOP_SECONDS = 3600.0
 _MOST_DEFAULT_PAGES = 16_384
 """A default pool never asks for more pages than this: a million tokens is plenty until someone says otherwise."""
 
@@ -56,8 +60,11 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Tokens of a step kept for short extends, so that a resumed session does not queue behind cold prompts."""
     firm_pages: int | None = None
     """Most pages under firm leases. None: a quarter of what one turn of the context limit leaves."""
+    max_links: int = 256
+    """Fronts connected at once (an event loop of a process is one); more are refused by name, as for all limits
+    below."""
     max_sessions: int = 1024
-    """Open at once; more are refused by name, as for the limits below."""
+    """Open at once."""
     max_branches: int = 256
     """Of one session."""
     max_waiting: int = 4096
@@ -89,11 +96,25 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Run the ledger after every event (tests; it costs time in proportion to the pool)."""
 
 
+_MOST = 2**63 - 1
+"""Larger numbers do not fit into a frame of the protocol."""
+_RANGES: dict[str, tuple[int, int]] = {
+    "context_limit": (1, _MOST), "pages": (1, _MOST), "page_tokens": (1, _MOST), "threads": (1, 1024),
+    "depth": (0, _MOST), "host_slots": (0, _MOST), "prefill_chunk": (1, _MOST), "extend_tokens": (1, _MOST),
+    "firm_pages": (0, _MOST), "max_links": (1, _MOST), "max_sessions": (1, _MOST), "max_branches": (1, _MOST),
+    "max_waiting": (1, _MOST), "tenant_pages": (1, _MOST), "tenant_sessions": (1, _MOST),
+    "outbox_bytes": (4096, _MOST), "record_bytes": (LEAST_BYTES, _MOST),
+}
+"""The least and the most of every whole number among the options."""
+_SECONDS = ("max_lease_seconds", "ticket_deadline", "idle_seconds")
+
+
 def parse_options(text: str) -> EngineOptions:
     """Raises `EngineFault` (bad_options) naming what is wrong."""
     try:
-        options = msgspec.json.decode(text, type=EngineOptions)
-    except msgspec.DecodeError as error:
+        # Not `msgspec.json`: NaN and Infinity, which Python writes for them, shall be refused by their option's name.
+        options = msgspec.convert(json.loads(text), EngineOptions)
+    except (msgspec.ValidationError, ValueError, RecursionError) as error:
         raise _wrong(str(error)) from error
     return _checked(options)
 
@@ -113,19 +134,16 @@ def _wrong(what: str) -> EngineFault:
 
 
 def _checked(options: EngineOptions) -> EngineOptions:
-    """What no later check looks at; the rest is checked where it is used (`CoreConfig.check`, `catalog.load`)."""
-    if options.page_tokens < 1:
-        raise _wrong(f"page_tokens is {options.page_tokens}, and must be at least 1")
-    if options.threads is not None and options.threads < 1:
-        raise _wrong(f"threads is {options.threads}, and must be at least 1")
-    if options.outbox_bytes < _LEAST_OUTBOX:
-        raise _wrong(f"outbox_bytes is {options.outbox_bytes}, and must be at least {_LEAST_OUTBOX}")
-    if not math.isfinite(options.ticket_deadline) or options.ticket_deadline <= 0:
-        raise _wrong(f"ticket_deadline is {options.ticket_deadline}, and must be above 0")
-    if options.idle_seconds is not None and not options.idle_seconds > 0:
-        raise _wrong(f"idle_seconds is {options.idle_seconds}, and must be above 0")
-    if options.record_bytes < LEAST_BYTES:
-        raise _wrong(f"record_bytes is {options.record_bytes}, and must be at least {LEAST_BYTES}")
+    """Every number by itself; what contradicts another is found where it is used (`CoreConfig.check`, `_sizes`)."""
+    for name, (least, most) in _RANGES.items():
+        value = getattr(options, name)
+        if value is not None and not least <= value <= most:
+            bound = f"at least {least}" if value < least else f"at most {most}"
+            raise _wrong(f"{name} is {value}, and must be {bound}")
+    for name in _SECONDS:
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            raise _wrong(f"{name} is {value}, and must be seconds above 0")
     if options.record == "":
         raise _wrong("record is empty, and must be `crash`, `off` or a folder")
     return options
@@ -155,6 +173,7 @@ class Built:
 
 def build(options: EngineOptions, progress: Callable[[str], None] | None = None) -> Built:
     """Loads the model and sizes its pool. Raises `EngineFault` for whatever cannot be."""
+    _ = _checked(options)
     if options.model.startswith(_NOOP):
         return _build_noop(options)
     say = progress if progress is not None else lambda what: None
@@ -192,9 +211,9 @@ def _build_noop(options: EngineOptions) -> Built:
         size, step = int(vocabulary), float(milliseconds) / 1000
     except ValueError as error:
         raise EngineFault("bad_options", f"{options.model!r} is not noop:VOCABULARY:MILLISECONDS.") from error
-    if size < 1 or not 0 <= step < math.inf:
-        raise EngineFault("bad_options", f"{options.model!r} has no vocabulary or an impossible step time.")
-    pages, limit = _sizes(options, _NOOP_CONTEXT, 1)
+    if not 1 <= size <= _MOST_NOOP_VOCABULARY or not 0 <= step <= _MOST_NOOP_SECONDS:
+        raise EngineFault("bad_options", f"{options.model!r} has an impossible vocabulary or step time.")
+    pages, limit = _sizes(options, _NOOP_CONTEXT, _NOOP_PAGE_BYTES)
     core = _core(options, pages, limit, size, options.model)
     core.check()
     return Built(core, NoopModel(size, step, options.page_tokens), Vocabulary(Path(options.model), size, ()), "")
@@ -204,29 +223,41 @@ def _core(options: EngineOptions, pages: int, limit: int, vocab_size: int, name:
     return CoreConfig(
         pages=pages, context_limit=limit, vocab_size=vocab_size, model=name, page_tokens=options.page_tokens,
         prefill_chunk=options.prefill_chunk, extend_tokens=options.extend_tokens, firm_pages=options.firm_pages,
-        max_sessions=options.max_sessions, max_branches=options.max_branches, max_waiting=options.max_waiting,
-        depth=options.depth, host_slots=options.host_slots, ticket_deadline=options.ticket_deadline,
-        max_lease_seconds=options.max_lease_seconds, tenant_pages=options.tenant_pages,
-        tenant_sessions=options.tenant_sessions, policy=options.policy,
+        max_links=options.max_links, max_sessions=options.max_sessions, max_branches=options.max_branches,
+        max_waiting=options.max_waiting, depth=options.depth, host_slots=options.host_slots,
+        ticket_deadline=options.ticket_deadline, max_lease_seconds=options.max_lease_seconds,
+        tenant_pages=options.tenant_pages, tenant_sessions=options.tenant_sessions, policy=options.policy,
     )
 
 
 def _sizes(options: EngineOptions, model_limit: int, bytes_per_page: int) -> tuple[int, int]:
-    """(pages, context limit): what was asked for, else what the machine and the model give."""
-    if options.context_limit is not None and not 1 <= options.context_limit <= model_limit:
+    """(pages, context limit): what was asked for, else what the machine and the model give (rule L1)."""
+    if options.context_limit is not None and options.context_limit > model_limit:
         raise EngineFault("bad_options", f"context_limit is {options.context_limit}; the model has {model_limit}.",
                           "Give a number between 1 and the model's own limit.")
     wanted = options.context_limit or model_limit
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if options.pages is not None:
-        if options.pages * bytes_per_page > memory:
-            raise EngineFault("out_of_memory", f"A pool of {options.pages} pages takes "
-                              f"{options.pages * bytes_per_page / 1e9:.0f} GB, the machine has {memory / 1e9:.0f} GB.",
-                              "Give fewer pages, or leave `pages` out for a quarter of the memory.")
-        fits = (options.pages - 1) * options.page_tokens
-        return options.pages, wanted if options.context_limit else max(1, min(wanted, fits))
-    pages = min(memory // 4 // bytes_per_page, max(_MOST_DEFAULT_PAGES, 2 * pages_for(wanted, options.page_tokens)))
-    fits = (pages - pages // 4 - 2) * options.page_tokens
-    if options.context_limit is None:
-        return pages, max(1, min(wanted, fits))
-    return pages, wanted
+    for what, count in (("pages", options.pages or 0), ("host_slots", options.host_slots)):
+        if count * bytes_per_page > memory:
+            raise EngineFault("out_of_memory", f"{what} is {count}; that many take "
+                              f"{count * bytes_per_page / 1e9:.0f} GB, the machine has {memory / 1e9:.0f} GB.",
+                              f"Give fewer {what}, or leave `{what}` out.")
+    pages = options.pages
+    if pages is None:
+        most = max(_MOST_DEFAULT_PAGES, 2 * pages_for(wanted, options.page_tokens) + (options.firm_pages or 0))
+        pages = min(memory // 4 // bytes_per_page, most)
+        if pages < 2:
+            raise EngineFault("out_of_memory", f"A page of {options.page_tokens} tokens takes "
+                              f"{bytes_per_page / 1e9:.1f} GB, the machine has {memory / 1e9:.0f} GB.",
+                              "Give a smaller `page_tokens`.")
+    if options.context_limit is not None:
+        return pages, wanted
+    firm = options.firm_pages
+    if firm is None:
+        # Firm leases get a share of a pool that was sized for them, and only what is left of one that the user sized.
+        firm = pages // 4 + 1 if options.pages is None else 0
+    fits = (pages - firm - 1) * options.page_tokens
+    if fits < 1:
+        raise EngineFault("bad_options", f"{pages} pages, {firm} of them for firm leases, leave none for a turn, which "
+                          "needs 2 (rule L1).", "Give more pages or fewer firm pages.")
+    return pages, min(wanted, fits)

@@ -115,15 +115,19 @@ class Tape:
                 self._begin_segment(gap=False)
 
     def close(self, broke: BaseException | None = None) -> None:
-        """The last words. `broke`: what stopped the engine."""
+        """The last words. `broke`: what stopped the engine. A later call changes nothing."""
         if self._file is not None:
             self._end(broke)
         if broke is None and self._held is not None:
             self._forget()
+        self._let_go()  # what a broken engine leaves is a dead engine's from here on
 
     def _forget(self) -> None:
         """Only before the lock goes is it certain that nobody else takes it away at the same time."""
         shutil.rmtree(self.path, ignore_errors=True)
+        self._let_go()
+
+    def _let_go(self) -> None:
         if self._held is not None:
             os.close(self._held)
         self._held = None

@@ -12,6 +12,8 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
+from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.sampling_rules import LEAST_TEMPERATURE
 from agentspeed_engine.wire import Sampling
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -38,12 +40,20 @@ def draw(
 ) -> Draw:
     """`logits` [vocab] of any float dtype are not changed. `position` is that of the token drawn.
 
-    `allowed` [vocab] masks by grammar; the caller makes sure that it allows at least one id."""
+    `allowed` [vocab] masks by grammar; the caller makes sure that it allows at least one id. Raises `EngineFault` for
+    logits nothing can be drawn from: what a model with broken weights computes."""
+    if not np.isfinite(logits.max()):  # the largest is NaN when any is
+        raise EngineFault("bad_weights", "The model computed logits that are no finite numbers.",
+                          "Its weights are damaged, or too large for the dtype: check them, or use float32.")
     masked = logits if allowed is None else np.where(allowed, logits, -np.inf)
-    if sampling.temperature == 0.0:
-        chosen = int(masked.argmax())
-    else:
-        scaled = masked.astype(np.float64) / sampling.temperature
+    chosen = int(masked.argmax())
+    if masked[chosen] == -np.inf:
+        raise EngineFault("bad_weights", "The model rules out every id that the grammar allows.",
+                          "Its logits there are minus infinity: check its weights, or loosen the grammar.")
+    if sampling.temperature >= LEAST_TEMPERATURE:
+        exact = masked.astype(np.float64)
+        with np.errstate(over="ignore"):  # what is that far below the largest has no probability
+            scaled = (exact - exact[chosen]) / sampling.temperature
         candidates = _candidates(scaled, sampling)
         scores = scaled[candidates] + gumbel(key, position, candidates)
         chosen = int(candidates[int(scores.argmax())])
