@@ -1,16 +1,17 @@
 """One branch of an engine, seen from the front: its mirror here, its number there, and the way back after a death.
 
-Whatever is sent is answered before anything else happens to the branch: commands are short, so they are shielded and
-bounded, and what they change in the mirror changes in the order in which the engine did it.
+Whatever is sent is answered before anything else happens to the branch: a verb is carried out to its end whatever
+cancels it, and what it changes in the mirror changes in the order in which the engine did it. A verb that raises has
+changed nothing, unless it says otherwise.
 """
 
 from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar, final
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, final
 
 import anyio
 from msgspec.structs import replace
@@ -19,6 +20,7 @@ from agentspeed import errors
 from agentspeed.backends.port import Connection, Sink, Then, pack_ids, unpack_ids, wire
 from agentspeed.front.mirror import Checkpoint, Mirror
 from agentspeed.usage import Lease, Residence
+from agentspeed.whole import whole
 
 if TYPE_CHECKING:
     from agentspeed.engine import Engine
@@ -59,6 +61,8 @@ class Branch:
         self.mirror = mirror
         self.residence = Residence(device=0, host=0, lost=len(mirror))
         self.lease: Lease | None = None
+        self.on_lease: Callable[[Lease], None] | None = None
+        """Told when the engine changes a lease; on the event loop, so it must not raise."""
         self.death: errors.AgentspeedError | None = None
         """What the engine said before it ended, if it said anything."""
         self._link: Connection | None = None
@@ -82,7 +86,7 @@ class Branch:
         async with self._attaching:
             link = await self.engine.link()
             if self._link is not link:
-                await self._open(link)
+                await whole(lambda: self._open(link))
             return link
 
     async def _open(self, link: Connection) -> None:
@@ -96,7 +100,7 @@ class Branch:
                 self.residence = residence_of(reply.residence)
                 self._opened += 1
 
-        _ = await self._bounded(link, lambda request: wire.Open(
+        _ = await self._call(link, lambda request: wire.Open(
             request=request, ids=pack_ids(self.mirror.ids), tenant=self.opening.tenant, private=self.opening.private,
             seed=seed), opened)
 
@@ -105,7 +109,7 @@ class Branch:
         link.listen(number, self._heard)
 
     async def command(self, make: Make, then: Then | None = None) -> wire.Reply:
-        """One command, answered. Raises the public error of a refusal."""
+        """One command, answered. Raises the public error of a refusal; done all the same when it was cancelled."""
         return await self._again(lambda: self._attempt(make, then))
 
     async def _again(self, once: Callable[[], Awaitable[T]]) -> T:
@@ -118,14 +122,13 @@ class Branch:
 
     async def _attempt(self, make: Make, then: Then | None) -> wire.Reply:
         link = await self.attach()
-        return await self._bounded(link, lambda request: make(request, self._number), then)
+        return await whole(lambda: self._call(link, lambda request: make(request, self._number), then))
 
-    async def _bounded(self, link: Connection, make: Callable[[int], wire.Command], then: Then | None) -> wire.Reply:
-        with anyio.move_on_after(self.opening.close_timeout, shield=True):
-            return await link.call(make, then)
-        link.close()
-        raise errors.EngineDied(f"The engine did not answer for {self.opening.close_timeout:g} s; its link was closed.",
-                                remedy="Use the session again: it is opened anew from its ids.")
+    def _call(self, link: Connection, make: Callable[[int], wire.Command],
+              then: Then | None = None) -> Coroutine[Any, Any, wire.Reply]:
+        """To be awaited inside of `whole`. What waits for the end of a long step is waited for; an engine that answers
+        nobody for `close_timeout` is given up."""
+        return link.call(make, then, patience=self.opening.close_timeout)
 
     def _heard(self, event: wire.Event | None) -> None:
         """On the event loop, in the engine's order: the mirror first, so that a live fork finds every committed id."""
@@ -140,6 +143,8 @@ class Branch:
             self.mirror.drew(unpack_ids(event.ids), event.logprobs)
         elif isinstance(event, wire.LeaseChanged):
             self._leased(event.lease)
+            if self.on_lease is not None and self.lease is not None:
+                self.on_lease(self.lease)
         sink = self._sink
         if event is None:
             self._sink = None
@@ -150,29 +155,31 @@ class Branch:
     async def append(self, write: Callable[[], Awaitable[None]]) -> None:
         """`write` appends to the mirror; the engine follows. Nothing is appended when this raises."""
 
-        async def once() -> None:
-            link = await self.attach()
+        async def appended(link: Connection) -> Checkpoint:
             point = self.mirror.checkpoint()
             try:
                 await write()
                 ids = pack_ids(self.mirror.ids[point.tokens :])
-                _ = await self._bounded(
-                    link, lambda request: wire.Append(request=request, branch=self._number, ids=ids), None)
+                _ = await self._call(link, lambda request: wire.Append(request=request, branch=self._number, ids=ids))
             except BaseException:
                 self.mirror.back_to(point)
                 raise
+            return point
+
+        async def once() -> None:
+            link = await self.attach()
+            _ = await whole(lambda: appended(link), undo=self.rewind)
 
         await self._again(once)
 
     async def rewind(self, point: Checkpoint) -> None:
-        """Engine and mirror go back to `point`."""
+        """Engine and mirror go back to `point`; they have when this was cancelled."""
         _ = await self.command(
             lambda request, branch: wire.Rewind(request=request, branch=branch, tokens=point.tokens),
             lambda _: self.mirror.back_to(point))
 
     async def fork(self, n: int, at: int | None) -> list[Branch]:
         """Children of what is committed when the engine forks, which a running turn goes on beyond."""
-        born: list[Branch] = []
 
         def forked(reply: wire.Reply) -> None:
             if isinstance(reply, wire.Forked) and self._link is not None:
@@ -184,11 +191,25 @@ class Branch:
                     child.residence = self.residence
                     born.append(child)
 
-        _ = await self.command(lambda request, branch: wire.Fork(request=request, branch=branch, n=n, at=at), forked)
-        return born
+        async def bear(link: Connection) -> list[Branch]:
+            born.clear()
+            _ = await self._call(
+                link, lambda request: wire.Fork(request=request, branch=self._number, n=n, at=at), forked)
+            return born
+
+        async def undo(children: list[Branch]) -> None:
+            for child in children:
+                await child.close()
+
+        async def once() -> list[Branch]:
+            link = await self.attach()
+            return await whole(lambda: bear(link), undo)
+
+        born: list[Branch] = []
+        return await self._again(once)
 
     async def adopt(self, child: Branch) -> None:
-        """This branch takes the child's log; the child ends."""
+        """This branch takes the child's log; the child ends. To be awaited inside of `whole`."""
         await self._again(lambda: self._adopt(child))
         self.mirror = child.mirror
         self.residence = child.residence
@@ -198,8 +219,7 @@ class Branch:
         _ = await child.attach()
         ended = child._number
         if child._born == (link, self._number):
-            _ = await self._bounded(
-                link, lambda request: wire.Adopt(request=request, branch=self._number, child=ended), None)
+            _ = await self._call(link, lambda request: wire.Adopt(request=request, branch=self._number, child=ended))
             link.unlisten(ended)
         else:  # an engine was started anew since the fork and does not know the kinship: one takes the other's place
             await self.close()
@@ -207,16 +227,20 @@ class Branch:
         child._link = None
 
     async def expect(self, seconds: float, keep: wire.Keep, tool: str) -> Lease:
+        def answered(reply: wire.Reply) -> None:
+            if isinstance(reply, wire.LeaseAnswer):
+                self._leased(reply.lease)
+
         reply = await self.command(
-            lambda request, branch: wire.Expect(request=request, branch=branch, seconds=seconds, keep=keep, tool=tool))
+            lambda request, branch: wire.Expect(request=request, branch=branch, seconds=seconds, keep=keep, tool=tool),
+            answered)
         if not isinstance(reply, wire.LeaseAnswer):
             raise errors.InternalError(f"The engine answered Expect with {type(reply).__name__}.")
-        return self._leased(reply.lease)
+        return lease_of(reply.lease)
 
-    def _leased(self, lease: wire.Lease) -> Lease:
+    def _leased(self, lease: wire.Lease) -> None:
         self.lease = lease_of(lease)
         self.residence = self.lease.residence
-        return self.lease
 
     async def inspect(self) -> wire.Inspected:
         reply = await self.command(lambda request, branch: wire.Inspect(request=request, branch=branch))
@@ -226,13 +250,18 @@ class Branch:
         return reply
 
     async def close(self) -> None:
-        """Silent about an engine that is gone: it holds nothing any more. A turn that still runs ends: its sink hears
-        None, and the log is as before it."""
+        """Silent about an engine that is gone: it holds nothing any more. One that is busy for longer than
+        `close_timeout` closes the branch once it can. A turn that still runs ends: its sink hears None, and the log is
+        as before it."""
+        await whole(self._close)
+
+    async def _close(self) -> None:
         link, self._link = self._link, None
         if link is not None and link.alive:
             link.unlisten(self._number)
             try:
-                _ = await self._bounded(link, lambda request: wire.Close(request=request, branch=self._number), None)
+                with anyio.move_on_after(self.opening.close_timeout):
+                    _ = await link.call(lambda request: wire.Close(request=request, branch=self._number))
             except errors.AgentspeedError as error:
                 _LOG.info("closing a branch: %s", error)
         sink, self._sink = self._sink, None
@@ -247,18 +276,21 @@ class Branch:
         """Queues a turn whose events go to `sink`. `plan` appends to the mirror and gives the command; its request,
         branch and ids are filled in here. Nothing has changed when this raises."""
 
-        async def once() -> None:
-            link = await self.attach()
+        async def queue(link: Connection) -> None:
             self._base = point = self.mirror.checkpoint()
             try:
                 turn = await plan()
                 ids = pack_ids(self.mirror.ids[point.tokens :])
-                _ = await self._bounded(
+                _ = await self._call(
                     link, lambda request: replace(turn, request=request, branch=self._number, ids=ids), queued)
             except BaseException:
                 self._base = self._sink = None
                 self.mirror.back_to(point)
                 raise
+
+        async def once() -> None:
+            link = await self.attach()
+            await whole(lambda: queue(link), undo=lambda _: self.stop(keep=False))
 
         def queued(_: wire.Reply) -> None:
             self._sink = sink  # only now: the end of an engine that never queued the turn is not the turn's end
@@ -297,12 +329,16 @@ class Branch:
         self.residence = Residence(device=max(0, known - 1), host=0, lost=min(1, known))
 
     async def stop(self, *, keep: bool) -> bool:
-        """Ends a running turn. True when what it drew stayed, as `keep` asked; else the log is as before it."""
+        """Ends a running turn. True when what it drew stayed, as `keep` asked; else the log is as before it. It has
+        ended when this was cancelled."""
+        return await whole(lambda: self._stop(keep))
+
+    async def _stop(self, keep: bool) -> bool:
         link, base = self._link, self._base
         if link is not None and base is not None:
             cut = None if keep else base.tokens
             try:
-                _ = await self._bounded(
+                _ = await self._call(
                     link, lambda request: wire.Cancel(request=request, branch=self._number, cut=cut),
                     None if keep else lambda _: self.mirror.back_to(base))
             except errors.AgentspeedError as error:

@@ -8,13 +8,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, final
 
-import anyio
 import anyio.to_thread
 
 from agentspeed import errors
 from agentspeed.backends.local import LocalEngine, Opener
 from agentspeed.backends.port import wire
 from agentspeed.front.codec import ChatCodec
+from agentspeed.whole import whole
 
 if TYPE_CHECKING:
     from agentspeed.backends.link import Link
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 NANO = Path(__file__).parent / "models" / "nano"
 """The model that ships with the package."""
+_PATIENCE = 5.0
+"""Seconds without any answer after which an engine that is asked for its counts is given up."""
 
 
 @final
@@ -37,6 +39,9 @@ class Engine:
         self.model = NANO if model is None else model
         self._options = {name: os.fspath(value) if isinstance(value, os.PathLike) else value
                          for name, value in options.items()}
+        for name, value in self._options.items():
+            if value is not None and not isinstance(value, str | int | float):
+                raise errors.InvalidRequest(f"{name} is {value!r}; an engine option is a number, a text, or None.")
         self._local: LocalEngine | None = None
         self._codec: ChatCodec | None = None
         self._shared = False
@@ -67,8 +72,8 @@ class Engine:
             else:
                 self._local = LocalEngine.shared(options) if self._shared else LocalEngine.own(options)
         try:
-            await self._local.link()
-        except errors.AgentspeedError:
+            _ = await self._local.link()
+        except BaseException:  # refused or cancelled: nobody may own the process that was started
             await self.close()
             raise
         return self
@@ -77,8 +82,7 @@ class Engine:
         """Lets go of the process; one of its own ends."""
         local, self._local = self._local, None
         if local is not None:
-            with anyio.CancelScope(shield=True):
-                await local.close()
+            await whole(local.close)
 
     async def __aenter__(self) -> Self:
         return await self.start()
@@ -108,11 +112,17 @@ class Engine:
 
     async def stats(self) -> wire.Stats:
         """Counts of the whole engine."""
-        link = await self.link()
-        reply = await link.call(lambda number: wire.GetStats(request=number))
+        try:
+            reply = await self._stats()
+        except errors.EngineDied:  # since it was used last: another is started
+            reply = await self._stats()
         if not isinstance(reply, wire.Stats):
             raise errors.InternalError(f"The engine answered GetStats with {type(reply).__name__}.")
         return reply
+
+    async def _stats(self) -> wire.Reply:
+        link = await self.link()
+        return await link.call(lambda number: wire.GetStats(request=number), patience=_PATIENCE)
 
     @property
     def pid(self) -> int | None:
@@ -127,7 +137,10 @@ class Engine:
 def resolve(model: str | os.PathLike[str]) -> Path:
     """A local folder as it is; a repository id through the hub's cache. Raises what to do when there is neither."""
     text = os.fspath(model)
-    folder = Path(text).expanduser()
+    try:
+        folder = Path(text).expanduser()
+    except RuntimeError as error:  # `~name`, and nobody is called so
+        raise errors.ModelBroken(f"{text} is not a folder: {error}.", remedy="Give a model folder.") from error
     if folder.is_dir():
         return folder
     if text.startswith(("http://", "https://")):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING, final
 
-import anyio
+from agentspeed.whole import whole
 
 if TYPE_CHECKING:
     from agentspeed.session import Session
@@ -27,9 +27,11 @@ class Forks:
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
                         trace: TracebackType | None) -> None:
-        with anyio.CancelScope(shield=True):
-            for child in self._children:
-                await child.close()
+        await whole(self._close)
+
+    async def _close(self) -> None:
+        for child in self._children:
+            await child.close()
 
 
 async def fork(parent: Session, n: int, at: int | None) -> tuple[Session, ...]:
@@ -42,7 +44,8 @@ async def fork(parent: Session, n: int, at: int | None) -> tuple[Session, ...]:
     defaults, opening, moves = parent.defaults, parent.opening, parent._moves
     children: list[Session] = []
     for branch in await parent._branch.fork(n, at):
-        number = len(parent._children) + 1
+        parent._births += 1
+        number = parent._births
         child = Session(
             parent.engine, system=parent.system, tools=defaults.tools, sampling=defaults.sampling,
             private=opening.private, tenant=opening.tenant, seed=branch.opening.seed, timeout=defaults.timeout,
@@ -50,7 +53,9 @@ async def fork(parent: Session, n: int, at: int | None) -> tuple[Session, ...]:
             close_timeout=opening.close_timeout, name=f"{parent.id}.{number}",
         )
         child.parent, child._label = parent, f"{parent._label}→b{number}"
-        child._branch, child._state, child._forked_at = branch, "open", moves
+        # A turn that runs goes on after the fork: what it had said by then is what the children begin with.
+        length = len(branch.mirror) if at is None else parent.tokens
+        child._branch, child._state, child._forked_at = branch, "open", (moves, length)
         child._results = dict(parent._results)
         child._rested_at = parent._rested_at
         parent._children.append(child)

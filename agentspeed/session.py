@@ -30,6 +30,7 @@ from agentspeed.sampling import Sampling
 from agentspeed.tools import Approve, OnError, Tool, tools_from
 from agentspeed.turn import Reply, Turn, usage_of
 from agentspeed.usage import Lease, Residence, Usage
+from agentspeed.whole import whole
 
 if TYPE_CHECKING:
     from agentspeed.forks import Forks
@@ -92,9 +93,11 @@ class Session:
         self._reply_at = 0
         self._label = "root"
         self._children: list[Session] = []
+        """Those that are open."""
+        self._births = 0
         self._moves = 0
-        """Grows with every change of the log; a child remembers it, for `adopt`."""
-        self._forked_at = 0
+        """Grows with every verb that changes the log; a child remembers it, and how long the log was, for `adopt`."""
+        self._forked_at: tuple[int, int] = (0, 0)
         self._events = itertools.count(1)
         self._rested_at: float | None = None
         self._paused_at: float | None = None
@@ -132,12 +135,16 @@ class Session:
         if self._state == "closed":
             return
         self._state = "closed"
-        with anyio.CancelScope(shield=True):
-            for child in self._children:
-                await child.close()
-            await self._branch.close()
-            if self._owns_engine:
-                await self.engine.close()
+        await whole(self._close)
+
+    async def _close(self) -> None:
+        for child in tuple(self._children):
+            await child.close()
+        await self._branch.close()
+        if self._owns_engine:
+            await self.engine.close()
+        if self.parent is not None and self in self.parent._children:
+            self.parent._children.remove(self)
 
     # ---- turns ----------------------------------------------------------------------------------------------------
     @overload
@@ -238,16 +245,22 @@ class Session:
             raise errors.ChildUnrelated(f"{other} is not a child of {self.id}.",
                                         remedy="Adopt a child of this very session.")
         with self._doing("adopt"), child._doing("adopt"):
-            if child._forked_at != self._moves:
+            if child._forked_at != (self._moves, self.tokens):
                 raise errors.TrunkMoved(f"Session {self.id} went on after {child.id} was forked.",
                                         remedy="Adopt before it goes on, or go on with the child instead.")
-            marks = self._mirror.marks
-            await self._branch.adopt(child._branch)
-            self._mirror.marks = marks | self._mirror.marks
-            child._state = "closed"
-            self.usage = self.usage + child.usage
-            self._results = child._results
-            self._moves += 1
+            for branch in (self._branch, child._branch):
+                _ = await branch.attach()  # an engine that has to be started first is no part of the step
+            await whole(lambda: self._adopt(child))
+
+    async def _adopt(self, child: Session) -> None:
+        marks = self._mirror.marks
+        await self._branch.adopt(child._branch)
+        self._mirror.marks = marks | self._mirror.marks
+        child._state = "closed"
+        self._children.remove(child)
+        self.usage = self.usage + child.usage
+        self._results = child._results
+        self._moves += 1
 
     async def mark(self, name: str | None = None) -> Mark:
         """Here, to come back to with `rewind`; a name is remembered, travels to forks and snapshots, and stands for the
@@ -255,6 +268,7 @@ class Session:
         self._must_be_idle()
         if name is not None and not (isinstance(name, str) and name):
             raise errors.InvalidRequest(f"name is {name!r}; it must be a text that is not empty, or None.")
+        check_text("name", name or "")
         mark = Mark(name, self._mirror)
         if name is not None:
             self._mirror.marks[name] = mark.point
@@ -266,8 +280,13 @@ class Session:
         Position 0 is before the system text and the tools too: to keep them, go back to a mark of the beginning. In
         the middle of the model's message, `generate()` goes on with it."""
         with self._doing("rewind"):
-            await self._branch.rewind(self._point(to))
-            self._moves += 1
+            point = self._point(to)
+            _ = await self._branch.attach()
+            await whole(lambda: self._rewind(point))
+
+    async def _rewind(self, point: Checkpoint) -> None:
+        await self._branch.rewind(point)
+        self._moves += 1
 
     def _point(self, to: Mark | str | int) -> Checkpoint:
         if isinstance(to, str):
@@ -456,6 +475,9 @@ class Session:
 
     async def _abort(self, turn: Turn[Any], *, keep: bool) -> None:
         """Stops a turn that was left early; the log goes back to before its messages, or keeps its partial text."""
+        await whole(lambda: self._stopped(turn, keep))
+
+    async def _stopped(self, turn: Turn[Any], keep: bool) -> None:
         try:
             if await self._branch.stop(keep=keep):
                 turn.drain()

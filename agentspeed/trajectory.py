@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self, final
 
@@ -24,3 +25,16 @@ class Trajectory:
     def of(cls, mirror: Mirror) -> Self:
         return cls(ids=tuple(mirror.ids), made=tuple(flag == 1 for flag in mirror.made),
                    logprobs=tuple(mirror.logprobs))
+
+    def __eq__(self, other: object) -> bool:
+        """NaN stands for "none", and none equals none."""
+        if not isinstance(other, Trajectory):
+            return NotImplemented
+        return (
+            self.ids == other.ids and self.made == other.made and len(self.logprobs) == len(other.logprobs)
+            and all(a == b or (math.isnan(a) and math.isnan(b))
+                    for a, b in zip(self.logprobs, other.logprobs, strict=True))
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.ids, self.made))  # without the numbers: two NaN have two hashes

@@ -40,15 +40,19 @@ class Reply(Generic[T]):
 
     text: str
     output: T
-    """The text, or what `output=` asked for."""
+    """The text, or what `output=` asked for. With `output=`, None for a turn that ended in calls instead."""
     tool_calls: tuple[ToolCall, ...]
     reasoning: str
     finish_reason: str
+    """"tool_calls", or why the turn ended: by itself ("stop_id", "grammar_end"), or cut ("max_tokens",
+    "stop_string")."""
     usage: Usage
     ids: tuple[int, ...]
     """Drawn in this turn, the end id included."""
     logprobs: tuple[float, ...] = ()
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    partial_call: str | None = None
+    """What there is of a call in which the turn was cut, if it was; `generate()` goes on with it."""
 
 
 @final
@@ -66,6 +70,7 @@ class Turn(Generic[T]):
         self._texts: list[str] = []
         self._reasonings: list[str] = []
         self._calls: list[ToolCall] = []
+        self._partial_call: str | None = None
         self._whole: list[str] = []
         self._ids: list[int] = []
         self._logprobs: list[float] = []
@@ -81,9 +86,16 @@ class Turn(Generic[T]):
         if self._state != "new":
             raise errors.SessionError("A turn is entered once.", remedy="Call stream() again.")
         self._state = "entered"
-        continued = await self._session._begin(self, self._asked)
-        if self._asked.timeout is not None:
+        if self._asked.timeout is None:
+            continued = await self._session._begin(self, self._asked)
+        else:
             self._deadline = anyio.current_time() + self._asked.timeout
+            continued = None
+            with anyio.move_on_after(self._asked.timeout):
+                continued = await self._session._begin(self, self._asked)
+            if continued is None:  # too late before it was queued: by then nothing is cancelled any more
+                self._finished = True
+                raise self._too_late()
         if continued:
             self._absorb(self._text.feed(continued))
             self._ready.clear()
@@ -122,8 +134,11 @@ class Turn(Generic[T]):
         with anyio.move_on_after(self._deadline - anyio.current_time()) as scope:
             await self._wake.wait()
         if scope.cancelled_caught and not self._raw:
-            raise errors.TurnTimeout(f"The turn took longer than {self._asked.timeout} s and was cancelled.",
-                                     partial=self.text, remedy="Give it more time or fewer tokens.")
+            raise self._too_late()
+
+    def _too_late(self) -> errors.TurnTimeout:
+        return errors.TurnTimeout(f"The turn took longer than {self._asked.timeout} s and was cancelled.",
+                                  partial=self.text, remedy="Give it more time or fewer tokens.")
 
     async def reply(self) -> Reply[T]:
         """Reads to the end. Raises `OutputError` when `output=` was asked for and the text is not that."""
@@ -182,6 +197,8 @@ class Turn(Generic[T]):
         self._pieces(self._asked.parser.finish())
 
     def _end(self, event: wire.TurnEnded) -> None:
+        from agentspeed.running import go_on_serving
+
         self._ended = event
         self.usage = usage_of(event.usage)
         if event.reason == "closed":
@@ -191,6 +208,7 @@ class Turn(Generic[T]):
             raise errors.OutputError(f"The turn could not go on: {event.message}", text=self.text)
         self._finished = True
         self._session._turn_ended(self, self.message)
+        go_on_serving(self._session)
         self._emit(events.TurnFinished(reason=event.reason, usage=self.usage))
 
     def drain(self) -> None:
@@ -224,9 +242,17 @@ class Turn(Generic[T]):
                     call = ToolCall(id=self._session._next_call_id(), name=name, arguments=arguments)
                     self._calls.append(call)
                     self._emit(events.ToolCallReady(call=call))
-                case CallBroken(_, raw, _):
-                    self._texts.append(raw)
-                    self._emit(events.TextDelta(text=raw))
+                case CallBroken(_, raw, _, cut=True) if not self._ended_by_itself:
+                    self._partial_call = raw
+                case CallBroken(_, raw, _, cut):
+                    tags = self._session.engine.codec.tags
+                    text = f"{tags.call_open}{raw}{'' if cut else tags.call_close}"
+                    self._texts.append(text)
+                    self._emit(events.TextDelta(text=text))
+
+    @property
+    def _ended_by_itself(self) -> bool:
+        return self._ended is not None and self._ended.reason in ("stop_id", "grammar_end")
 
     def _emit(self, event: events.AnyEvent) -> None:
         self._ready.append(self._session._stamped(event))
@@ -236,10 +262,25 @@ class Turn(Generic[T]):
             raise errors.InternalError("A turn without an end was asked for its reply.")
         text = self.text
         spec = self._asked.output
-        output: Any = text if spec is None or self._calls else spec.decode(text)
-        return Reply(text=text, output=output, tool_calls=tuple(self._calls), reasoning="".join(self._reasonings),
-                     finish_reason="tool_calls" if self._calls else self._ended.reason, usage=self.usage,
-                     ids=tuple(self._ids), logprobs=tuple(self._logprobs), top_logprobs=tuple(self._top))
+        calls, cut = tuple(self._calls), self._partial_call
+        if spec is not None and cut is not None:
+            raise self._cut_in_a_call()
+        output: Any = text if spec is None else None if calls else spec.decode(text)
+        return Reply(text=text, output=output, tool_calls=calls, reasoning="".join(self._reasonings),
+                     finish_reason="tool_calls" if calls and cut is None else self._ended.reason, usage=self.usage,
+                     ids=tuple(self._ids), logprobs=tuple(self._logprobs), top_logprobs=tuple(self._top),
+                     partial_call=cut)
+
+    def _cut_in_a_call(self) -> errors.OutputError:
+        """For who asked for an answer or for calls, and got neither."""
+        most = self._asked.max_tokens
+        if self._ended is not None and self._ended.reason == "stop_string":
+            by, remedy = "a stop text", "Give other stop texts, or let generate() go on with the message"
+        elif most is not None and len(self._ids) >= most:
+            by, remedy = "max_tokens", "Raise max_tokens, or let generate() go on with the message"
+        else:
+            by, remedy = "the end of the context", "Rewind or start anew: the context is full"
+        return errors.OutputError(f"The turn was cut inside a call, by {by}.", text=self.text, remedy=f"{remedy}.")
 
 
 def usage_of(usage: wire.TurnUsage) -> Usage:

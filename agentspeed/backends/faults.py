@@ -24,6 +24,7 @@ _CLASSES: dict[str, type[AgentspeedError]] = {
     "bad_frame": errors.InternalError,
     "protocol_mismatch": errors.ConnectFailed,
     "overloaded": errors.EngineOverloaded,
+    "too_many_links": errors.EngineOverloaded,
     "too_many_sessions": errors.EngineOverloaded,
     "too_many_branches": errors.EngineOverloaded,
     "quota_exceeded": errors.EngineOverloaded,

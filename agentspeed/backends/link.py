@@ -17,10 +17,15 @@ import anyio.to_thread
 from agentspeed import errors
 from agentspeed.backends.faults import public_error
 from agentspeed.backends.port import Sink, Then
+from agentspeed.whole import whole
 from agentspeed_engine import wire
 
 _INLINE_BYTES = 32 * 1024
 """A larger frame is sent from a worker thread: the event loop never waits for the engine to read it."""
+_GREETING_SECONDS = 15.0
+"""A living engine greets at once, whatever else it does."""
+_WAITS = 24
+"""So many times its patience waits a call whose engine answers others but not it: then the link is given up."""
 _REPLIES = (
     wire.Welcome, wire.Done, wire.Opened, wire.Forked, wire.LeaseAnswer, wire.Inspected, wire.Stats, wire.Picture,
     wire.Failed,
@@ -49,6 +54,8 @@ class Link:
         self._sinks: dict[int, Sink] = {}
         self._sending = threading.Lock()
         self._alive = True
+        self._frames = 0
+        """Frames that have come: one that came since somebody began to wait tells that the engine lives."""
         self._welcome: wire.Welcome | None = None
         self.why_dead: errors.AgentspeedError | None = None
         self._thread = threading.Thread(target=self._read, name="agentspeed-link", daemon=True)
@@ -56,10 +63,16 @@ class Link:
 
     @classmethod
     async def connect(cls, peer: socket.socket, client: str) -> Link:
-        """Greets the engine. Raises `ConnectFailed` when it speaks another protocol."""
+        """Greets the engine. Raises `ConnectFailed` when it speaks another protocol, or does not answer."""
         link = cls(peer)
         try:
-            reply = await link.call(lambda number: wire.Hello(request=number, client=client))
+            reply: wire.Reply | None = None
+            with anyio.move_on_after(_GREETING_SECONDS):
+                reply = await link.call(lambda number: wire.Hello(request=number, client=client))
+            if reply is None:
+                raise errors.ConnectFailed(
+                    f"An engine listens but did not answer for {_GREETING_SECONDS:g} s.",
+                    remedy="See whether its process is stopped or stuck; when it was ended, another is started.")
             if not isinstance(reply, wire.Welcome):
                 raise errors.InternalError(f"The engine answered a greeting with {type(reply).__name__}.")
         except BaseException:  # cancelled or refused: nobody would own the socket and its thread
@@ -78,19 +91,19 @@ class Link:
             raise errors.InternalError("The link was used before the engine greeted it.")
         return self._welcome
 
-    async def call(self, make: Callable[[int], wire.Command], then: Then | None = None) -> wire.Reply:
+    async def call(self, make: Callable[[int], wire.Command], then: Then | None = None, *,
+                   patience: float | None = None) -> wire.Reply:
         """See `port.Connection.call`."""
         if not self._alive:
             raise self._death()
         number = next(self._requests)
         waiter = self._waiters[number] = _Waiter(then)
         try:
-            frame = wire.encode_command(make(number))
-            if len(frame) <= _INLINE_BYTES:
-                self._send(frame)
+            await self._send(wire.encode_command(make(number)))
+            if patience is None:
+                await waiter.event.wait()
             else:
-                await anyio.to_thread.run_sync(self._send, frame)
-            await waiter.event.wait()
+                await self._answered(waiter, patience)
         finally:
             self._waiters.pop(number, None)
         if waiter.reply is None:
@@ -116,12 +129,52 @@ class Link:
             return self.why_dead
         return errors.EngineDied("The engine ended.", remedy="Use the session again: it is opened anew from its ids.")
 
-    def _send(self, frame: bytes) -> None:
+    async def _answered(self, waiter: _Waiter, patience: float) -> None:
+        """A step may take long, and with it what waits for its end: an engine that answers others is waited for."""
+        for _ in range(_WAITS):
+            frames = self._frames
+            with anyio.move_on_after(patience):
+                await waiter.event.wait()
+            if waiter.event.is_set():
+                return
+            if frames == self._frames and not await self._answers(patience):
+                break
+        self.why_dead = errors.EngineDied(f"The engine did not answer for {patience:g} s; its link was closed.",
+                                          remedy="Use the session again: it is opened anew from its ids.")
+        self.close()
+
+    async def _answers(self, seconds: float) -> bool:
+        with anyio.move_on_after(seconds):
+            _ = await self.call(lambda number: wire.GetStats(request=number))
+            return True
+        return False
+
+    async def _send(self, frame: bytes) -> None:
+        """At once where the socket takes it, else from a worker thread: the event loop waits for nobody."""
+        rest, held = memoryview(frame), False
         try:
-            with self._sending:
-                self._socket.sendall(frame)
+            if len(frame) <= _INLINE_BYTES and self._sending.acquire(blocking=False):
+                held = True
+                with contextlib.suppress(BlockingIOError):
+                    rest = rest[self._socket.send(rest, socket.MSG_DONTWAIT) :]
+            if rest:
+                waits = held
+                held = False
+                await whole(lambda: anyio.to_thread.run_sync(self._send_rest, rest, waits))
         except OSError:
             self._alive = False  # the reader thread sees the end too and tells everyone who waits
+        finally:
+            if held:
+                self._sending.release()
+
+    def _send_rest(self, rest: memoryview, held: bool) -> None:
+        """`held`: the lock is the frame's already, for the rest must follow its beginning."""
+        if not held:
+            _ = self._sending.acquire()
+        try:
+            self._socket.sendall(rest)
+        finally:
+            self._sending.release()
 
     # ---- the reader thread ----------------------------------------------------------------------------------------
     def _read(self) -> None:
@@ -148,6 +201,7 @@ class Link:
         return True
 
     def _deliver(self, messages: list[wire.Outgoing]) -> None:
+        self._frames += 1
         for message in messages:
             if isinstance(message, _REPLIES):
                 waiter = self._waiters.get(message.request)

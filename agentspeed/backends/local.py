@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, final
 from weakref import WeakKeyDictionary
@@ -15,6 +14,7 @@ import anyio.lowlevel
 import anyio.to_thread
 import msgspec
 
+from agentspeed.backends.faults import public_error
 from agentspeed.backends.link import Link
 from agentspeed.backends.process import ATTACH, EngineSlot, acquire, release
 from agentspeed.errors import ExtraMissing, InvalidRequest
@@ -23,9 +23,18 @@ from agentspeed.errors import ExtraMissing, InvalidRequest
 class Opener(Protocol):
     """Where sockets to an engine come from."""
 
-    def open(self, *, after_death: bool) -> socket.socket: ...
+    def want(self, change: int) -> None:
+        """One more, or one less, waits for `open`: an engine that starts while nobody waits for it any more is
+        ended. Never blocks."""
+        ...
 
-    def close(self) -> None: ...
+    def open(self, *, after_death: bool) -> socket.socket:
+        """Blocks."""
+        ...
+
+    def close(self) -> None:
+        """Blocks."""
+        ...
 
 
 @final
@@ -78,10 +87,34 @@ class LocalEngine:
         async with place.opening:
             link = place.link
             if link is None or not link.alive:
-                peer = await anyio.to_thread.run_sync(partial(self.opener.open, after_death=link is not None))
+                peer = await self._peer(after_death=link is not None)
                 link = place.link = await Link.connect(peer, "agentspeed")
             self._check_model(link.welcome.source)
             return link
+
+    async def _peer(self, *, after_death: bool) -> socket.socket:
+        """A socket of the opener's. Whoever is cancelled meanwhile does not wait for an engine that takes long."""
+        lock, made, given_up = threading.Lock(), list[socket.socket](), False
+
+        def opened() -> socket.socket:
+            peer = self.opener.open(after_death=after_death)
+            with lock:
+                made.append(peer)
+                if given_up:
+                    peer.close()
+            return peer
+
+        self.opener.want(+1)
+        try:
+            return await anyio.to_thread.run_sync(opened, abandon_on_cancel=True)
+        except BaseException:
+            with lock:
+                given_up = True
+                for peer in made:
+                    peer.close()
+            raise
+        finally:
+            self.opener.want(-1)
 
     def _check_model(self, served: str) -> None:
         """Ids of one model mean nothing to another. An engine that names none computes nothing and takes any."""
@@ -125,3 +158,16 @@ def engine_defaults() -> dict[str, str]:
                            remedy="Install agentspeed[engine].") from error
     fields = msgspec.structs.fields(EngineOptions)
     return {field.name: "required" if field.required else repr(field.default) for field in fields}
+
+
+def engine_model(folder: Path) -> str:
+    """What a model folder holds, in one line, as far as its configuration tells; torch is not loaded. Raises the public
+    error of what the engine would refuse."""
+    from agentspeed_engine.errors import EngineFault
+    from agentspeed_engine.models.catalog import describe
+
+    try:
+        found = describe(folder)
+    except EngineFault as fault:
+        raise public_error(fault.code, fault.message, fault.remedy) from fault
+    return f"{found.model_type}, {found.layers} layers, a context of {found.context_limit} tokens"

@@ -40,9 +40,10 @@ class Connection(Protocol):
         """What the engine said of itself."""
         ...
 
-    async def call(self, make: Callable[[int], wire.Command], then: Then | None = None) -> wire.Reply:
+    async def call(self, make: Callable[[int], wire.Command], then: Then | None = None, *,
+                   patience: float | None = None) -> wire.Reply:
         """Sends `make(request number)` and waits for its reply. Raises the public error of a refusal, and
-        `EngineDied` when the engine goes first."""
+        `EngineDied` when the engine goes first, or answers nothing at all for `patience` seconds."""
         ...
 
     def listen(self, branch: int, sink: Sink) -> None:

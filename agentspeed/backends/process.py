@@ -38,10 +38,10 @@ these once, at process start. What the user's environment says goes first."""
 
 @final
 class EngineProcess:
-    """One engine process and the socket it listens on. Starting it blocks; call from a worker thread."""
+    """One engine process, which loads from now on, and the socket it will listen on."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        """Raises `EngineStartFailed`, or the public error of what the engine refused (model, options)."""
+        """Raises `ExtraMissing` where there is nothing to start."""
         if importlib.util.find_spec("torch") is None:
             raise errors.ExtraMissing("A local engine needs PyTorch, which is not installed.",
                                       remedy="Install agentspeed[engine].")
@@ -51,13 +51,12 @@ class EngineProcess:
                    "--options", json.dumps(dict(options))]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                          stderr=subprocess.PIPE, env=_environment(), text=True)
-        assert self._process.stdout is not None and self._process.stderr is not None
+        assert self._process.stderr is not None
         self._complaints: list[str] = []
         self._recording: str | None = None
         self._log_thread = threading.Thread(target=self._log, args=(self._process.stderr,),
                                             name="agentspeed-engine-log", daemon=True)
         self._log_thread.start()
-        self._await_readiness(self._process.stdout)
 
     @property
     def pid(self) -> int:
@@ -103,8 +102,15 @@ class EngineProcess:
             with contextlib.suppress(OSError):
                 self._process.stdin.close()
 
-    def _await_readiness(self, output: IO[str]) -> None:
-        for line in output:
+    def kill(self) -> None:
+        """Ends it at once; who waits for it to be ready is told."""
+        self._process.kill()
+
+    def await_readiness(self) -> None:
+        """Blocks until it listens. Raises `EngineStartFailed`, or the public error of what the engine refused (model,
+        options)."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
             said = json.loads(line)
             if "ready" in said:
                 self._recording = said["recording"]
@@ -170,6 +176,10 @@ class EngineSlot:
         self._attach = attach
         self._process: EngineProcess | None = None
         self._lock = threading.Lock()
+        self._wanted = 0
+        self._starting: EngineProcess | None = None
+        self._wanting = threading.Lock()
+        """Around the two above; `_lock` may be held for as long as an engine takes to start."""
         self.users = 0
         self.idle_since: float | None = None
         self._closed = False
@@ -179,6 +189,13 @@ class EngineSlot:
         """Of the engine process this slot started; None before the first use and for an attached engine."""
         process = self._process
         return None if process is None else process.pid
+
+    def want(self, change: int) -> None:
+        """See `local.Opener`."""
+        with self._wanting:
+            self._wanted += change
+            if self._wanted == 0 and self._starting is not None:
+                self._starting.kill()
 
     def open(self, *, after_death: bool) -> socket.socket:
         """A socket to a living engine; starts one when there is none. `after_death`: a link to it just broke."""
@@ -195,8 +212,21 @@ class EngineSlot:
                 self._process.stop()
                 self._process = None
             if self._process is None:
-                self._process = EngineProcess(self.options)
+                self._process = self._started()
             return open_socket(self._process.socket_path)
+
+    def _started(self) -> EngineProcess:
+        process = EngineProcess(self.options)
+        with self._wanting:
+            self._starting = process
+            if self._wanted == 0:
+                process.kill()
+        try:
+            process.await_readiness()
+        finally:
+            with self._wanting:
+                self._starting = None
+        return process
 
     def close(self) -> None:
         """Ends the process, if this slot started one. Blocks."""

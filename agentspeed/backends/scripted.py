@@ -22,13 +22,19 @@ from typing import Final, final
 from llguidance import LLMatcher
 from tokenizers import Tokenizer
 
+from agentspeed.errors import ModelBroken
 from agentspeed_engine import wire
+from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.ids import pack_ids, unpack_ids
 from agentspeed_engine.run.vocabulary import Vocabulary
+from agentspeed_engine.sampling_rules import validate_sampling
 
 _LOG: Final = logging.getLogger("agentspeed.testing")
 _CONTEXT_LIMIT: Final = 1 << 20
 _PAGE_TOKENS: Final = 64
+_CERTAIN: Final = 0.0
+_OUT_OF_THE_QUESTION: Final = -40.0
+"""Log-probabilities of the id that the script says and of all others: beside it they add up to nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,12 +94,6 @@ class ScriptRaised(Exception):
     """The test's own function failed: its turn tells, for nobody sees what a thread raises."""
 
 
-class _Refused(Exception):
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-
-
 @final
 class ScriptedServer:
     """One thread per link; `open` makes a link. The script is asked in the order in which turns arrive."""
@@ -101,7 +101,7 @@ class ScriptedServer:
     def __init__(self, folder: Path, script: Script) -> None:
         self._folder = folder
         self._script = script
-        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._tokenizer = _tokenizer(folder)
         size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self._vocabulary = Vocabulary(folder, size, ())
         self._asking = threading.Lock()
@@ -109,6 +109,9 @@ class ScriptedServer:
         self._links: list[_ServedLink] = []
         self.commands: list[wire.Command] = []
         """Every command of every link, in order of arrival."""
+
+    def want(self, change: int) -> None:
+        """A link is there at once: nobody waits."""
 
     def open(self, *, after_death: bool = False) -> socket.socket:
         """A new link; the engine's side of it runs in a thread."""
@@ -135,6 +138,12 @@ class ScriptedServer:
             host_slots=0, pid=os.getpid(), limits={},
         )
 
+    def most_likely(self, drawn: int, count: int) -> tuple[wire.TopLogprob, ...]:
+        """As the engine gives them: best first, and of those that tie the lowest ids."""
+        others = itertools.islice((number for number in itertools.count() if number != drawn), count - 1)
+        return (wire.TopLogprob(id=drawn, logprob=_CERTAIN),
+                *(wire.TopLogprob(id=number, logprob=_OUT_OF_THE_QUESTION) for number in others))
+
     def write(self, branch: _Branch, command: wire.Generate) -> _Turn:
         """What the script writes for this turn, cut where the turn's own bounds cut it."""
         usage = wire.TurnUsage(new=len(branch.log) - branch.computed, resumed_device=branch.computed)
@@ -149,7 +158,7 @@ class ScriptedServer:
             try:
                 said = self._script(Asked(log=log, turn=self._turns, session_turn=branch.turns))
             except ScriptRaised as error:
-                _LOG.warning("a script raised", exc_info=error)
+                _LOG.debug("a script raised", exc_info=error.__cause__)
                 turn.reason, turn.message = "error", str(error)
                 return turn
         if said is None:
@@ -247,8 +256,9 @@ class _ServedLink:
             self._server.commands.append(command)
             try:
                 reply, after = self._answer(command)
-            except _Refused as refused:
-                reply, after = wire.Failed(request=command.request, code=refused.code, message=str(refused)), ()
+            except EngineFault as refused:
+                reply, after = wire.Failed(request=command.request, code=refused.code, message=refused.message,
+                                           remedy=refused.remedy), ()
             self._send(reply, *after)
 
     def _send(self, *messages: wire.Outgoing) -> None:
@@ -290,16 +300,17 @@ class _ServedLink:
         branch = self._branch(command.branch)
         request = command.request
         if branch.running is not None and not isinstance(command, wire.Inspect):
-            raise _Refused("branch_busy", f"branch {command.branch} has a turn running")
+            raise EngineFault("branch_busy", f"branch {command.branch} has a turn running")
         match command:
             case wire.Append():
                 branch.log.extend(unpack_ids(command.ids))
             case wire.Generate():
+                validate_sampling(command.sampling)
                 branch.log.extend(unpack_ids(command.ids))
                 return wire.Done(request=request, known=len(branch.log)), self._start(command.branch, command)
             case wire.Rewind():
                 if not 0 <= command.tokens <= len(branch.log):
-                    raise _Refused("position_unknown", f"position {command.tokens} is not in the log")
+                    raise EngineFault("position_unknown", f"position {command.tokens} is not in the log")
                 self._cut(branch, command.tokens)
             case wire.Adopt():
                 self._adopt(branch, command)
@@ -317,7 +328,7 @@ class _ServedLink:
         branch = self._branch(command.branch)
         at = len(branch.log) if command.at is None else command.at
         if command.n < 1 or not 0 <= at <= len(branch.log):
-            raise _Refused("invalid_request", f"cannot fork {command.n} children at {at}")
+            raise EngineFault("invalid_request", f"cannot fork {command.n} children at {at}")
         numbers = tuple(
             self._new(_Branch(parent=command.branch, forked_at=len(branch.log), log=branch.log[:at],
                               computed=min(branch.computed, at), turns=branch.turns))
@@ -328,11 +339,11 @@ class _ServedLink:
     def _adopt(self, trunk: _Branch, command: wire.Adopt) -> None:
         child = self._branch(command.child)
         if child.parent != command.branch:
-            raise _Refused("child_unrelated", f"branch {command.child} is not a child of {command.branch}")
+            raise EngineFault("child_unrelated", f"branch {command.child} is not a child of {command.branch}")
         if child.running is not None:
-            raise _Refused("branch_busy", f"branch {command.child} has a turn running")
+            raise EngineFault("branch_busy", f"branch {command.child} has a turn running")
         if child.forked_at != len(trunk.log):
-            raise _Refused("trunk_moved", f"branch {command.branch} went on after the fork")
+            raise EngineFault("trunk_moved", f"branch {command.branch} went on after the fork")
         trunk.log, trunk.computed, trunk.turns = child.log, child.computed, child.turns
         del self.branches[command.child]
 
@@ -380,8 +391,9 @@ class _ServedLink:
         ids, turn.left = turn.left[:count], turn.left[count:]
         branch.log.extend(ids)
         turn.drawn += len(ids)
-        wants = turn.command.sampling.logprobs is not None
-        return (wire.Tokens(branch=number, ids=pack_ids(ids), logprobs=(0.0,) * len(ids) if wants else ()),)
+        most = turn.command.sampling.logprobs
+        return (wire.Tokens(branch=number, ids=pack_ids(ids), logprobs=() if most is None else (_CERTAIN,) * len(ids),
+                            top=tuple(self._server.most_likely(drawn, most) for drawn in ids) if most else ()),)
 
     def _end(self, number: int, reason: wire.FinishReason) -> tuple[wire.Outgoing, ...]:
         branch = self.branches[number]
@@ -402,13 +414,23 @@ class _ServedLink:
     def _branch(self, number: int) -> _Branch:
         branch = self.branches.get(number)
         if branch is None:
-            raise _Refused("branch_unknown", f"there is no branch {number}")
+            raise EngineFault("branch_unknown", f"there is no branch {number}")
         return branch
 
     @staticmethod
     def _cut(branch: _Branch, tokens: int) -> None:
         del branch.log[tokens:]
         branch.computed = min(branch.computed, tokens)
+
+
+def _tokenizer(folder: Path) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ModelBroken(f"{folder} has no tokenizer.json.", remedy="Give a complete model folder.")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception for a malformed file
+        raise ModelBroken(f"{path} is not a tokenizer: {error}.", remedy="Export it anew.") from error
 
 
 def _residence(branch: _Branch) -> wire.Residence:

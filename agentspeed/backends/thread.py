@@ -24,6 +24,9 @@ class ThreadOpener:
         self._engine: EngineThread | None = None
         self._lock = threading.Lock()
 
+    def want(self, change: int) -> None:
+        """It starts at once: nobody waits."""
+
     def open(self, *, after_death: bool) -> socket.socket:
         """A socket to the engine. Raises the public error of what it refused to load."""
         from agentspeed_engine.errors import EngineFault

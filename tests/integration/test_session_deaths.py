@@ -107,7 +107,8 @@ async def test_sessions_of_one_shared_engine_use_one_link_and_the_last_to_close_
 async def test_a_named_engine_is_attached_to_and_outlives_its_sessions(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process = await anyio.to_thread.run_sync(EngineProcess, {"model": "noop:512:0"})
+    process = EngineProcess({"model": "noop:512:0"})
+    await anyio.to_thread.run_sync(process.await_readiness)
     try:
         monkeypatch.setenv(ATTACH, str(process.socket_path))
         async with Session(checkpoint) as s:
@@ -134,7 +135,8 @@ async def test_an_attached_engine_of_another_model_is_refused_and_both_are_named
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other, link = copied(checkpoint, tmp_path)
-    process = await anyio.to_thread.run_sync(EngineProcess, {"model": str(other), "pages": 64})
+    process = EngineProcess({"model": str(other), "pages": 64})
+    await anyio.to_thread.run_sync(process.await_readiness)
     try:
         monkeypatch.setenv(ATTACH, str(process.socket_path))
         with pytest.raises(errors.InvalidRequest, match="AGENTSPEED_ENGINE") as refused:
