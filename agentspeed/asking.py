@@ -158,11 +158,15 @@ def messages_of(prompt: Prompt) -> tuple[Message, ...]:
 
 
 def _among(tools: tuple[Tool, ...], known: tuple[Tool, ...]) -> tuple[Tool, ...]:
-    names = {tool.name for tool in known}
-    if unknown := [tool.name for tool in tools if tool.name not in names]:
+    described = {tool.name: tool.schema for tool in known}
+    if unknown := [tool.name for tool in tools if tool.name not in described]:
         raise errors.InvalidRequest(
             f"The session's first message does not describe the tools {', '.join(unknown)}.",
             remedy="Give them to Session(tools=[...]); a call may offer fewer of them.")
+    if other := [tool.name for tool in tools if tool.schema != described[tool.name]]:
+        raise errors.InvalidRequest(
+            f"The session's first message describes other parameters of the tools {', '.join(other)}.",
+            remedy="Keep the parameters, or give the tool another name and open a session with it.")
     return tools
 
 
@@ -170,7 +174,9 @@ def _grammar(spec: OutputSpec | None, tools: tuple[Tool, ...], options: TurnOpti
              codec: ChatCodec) -> str | None:
     choice, parallel = options.get("tool_choice", "auto"), options.get("parallel_calls", 16)
     check_count("parallel_calls", parallel)
-    if not tools and spec is None and choice in ("auto", "none"):
+    if not tools and choice in ("auto", "none"):
+        tools, choice = defaults.tools, "none"  # the model was told about them: what this turn leaves out it forbids
+    if not tools and spec is None and choice == "none":
         return None
     from agentspeed.front.grammar import turn_grammar
 

@@ -1,21 +1,26 @@
 """Messages to ids, appended: derived from the model's own chat template and checked to be prefix-stable.
 
 A template is run with placeholders instead of contents. What it writes around a placeholder is template text, where
-control tokens count; what replaces the placeholder is content, where they do not. So no document can forge a turn.
+control tokens count; what replaces the placeholder is content, where they do not. So no document can forge a turn, and
+no tool's description (`front.origins`). The marks of an assistant's calls and reasoning are written here, by their ids.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, final
 
+from agentspeed.checking import is_whole
 from agentspeed.errors import ExtraMissing, InvalidRequest, ModelBroken, TemplateUnstable
+from agentspeed.front import origins
+from agentspeed.front.parser import CallReady, TurnParser
 from agentspeed.front.tags import DEFAULT_TAGS, Tags
 from agentspeed.front.tokenizer import TextTokenizer
-from agentspeed.messages import Assistant, Message, System, ToolMessage, User, role_of
+from agentspeed.messages import Assistant, Message, System, ToolCall, ToolMessage, User, role_of
 
 _SLOT = "\ue000content\ue001"
 """Stands for a message's content; private-use characters that no template writes."""
@@ -28,6 +33,8 @@ _TOOL: dict[str, Any] = {
     "parameters": {"type": "object", "properties": {"probe_word": {"type": "string"}}, "required": ["probe_word"]},
 }
 """A definition whose name no template writes by itself."""
+_SPACE_IN_JSON = re.compile(r'("(?:[^"\\]|\\.)*")|\s+')
+"""Also matches whole strings, in which space stays."""
 _Shape: TypeAlias = Callable[[dict[str, Any]], dict[str, Any]]
 _SHAPES: tuple[_Shape, ...] = (
     lambda definition: {"type": "function", "function": definition},
@@ -88,26 +95,30 @@ class ChatCodec:
         messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": _SLOT}]
         messages.append(dict(_OPENERS[0]))
         shape = self._shape_of_tools(messages) if tools else None
-        try:
-            text = self._render(messages, tools=None if shape is None else [shape(tool) for tool in tools])
-        except ValueError as error:
-            raise InvalidRequest(f"This model's template refuses a system message or tools: {error}.") from error
-        tail = self._user.before + "a" + self._user.after
-        if not text.endswith(tail):
-            raise TemplateUnstable("The template writes the first message differently from later ones.",
-                                   remedy="Give the system text in the first user message, or fix the template.")
-        return self._filled(text[: -len(tail)], system or "")
+        text = self._head(messages, shape, tools)
+        if shape is None:
+            return self._around_system(text, text, system)
+        shadow = self._head(messages, shape, [origins.veiled(tool) for tool in tools])
+        if origins.unveiled(shadow) == text:
+            return self._around_system(text, shadow, system)
+        # The template rewrites definitions, so places do not tell; control tokens that are not its own are still seen.
+        written, own = ([number for _, _, number in self.tokenizer.read_template(one)[1]] for one in (text, shadow))
+        if written != own:
+            extra = self.tokenizer.text([number for number in written if written.count(number) > own.count(number)][:1])
+            raise InvalidRequest(
+                f"A tool's definition becomes a control token of this model{f', {extra}' if extra else ''}.",
+                remedy="Take it out: this model's template rewrites definitions, so it could not be told from its own.")
+        return self._around_system(text, text, system)
 
     def message(self, message: Message) -> list[int]:
         """One whole message."""
         match message:
             case User():
-                return self._framed(self._user, message.text)
+                return self._framed(self._user, self.tokenizer.content_ids(message.text))
             case Assistant():
-                return self._framed(self._assistant, message.raw or message.text)
+                return self._framed(self._assistant, self._said(message))
             case ToolMessage() | System():
-                frame = self._frame(role_of(message))
-                return self._framed(frame, message.text)
+                return self._framed(self._frame(role_of(message)), self.tokenizer.content_ids(message.text))
 
     def closing(self, drawn_end: int | None) -> list[int]:
         """What ends an assistant message: all of it for a cut one, the rest after its drawn end id otherwise."""
@@ -135,6 +146,74 @@ class ChatCodec:
             f"This model's chat template does not show tools to the model: {why}.",
             remedy="Use a template that writes `tools` (as tool.function.name or tool.name), or describe them in the "
                    "system text and parse the answer yourself.")
+
+    def _head(self, messages: list[dict[str, Any]], shape: _Shape | None, tools: list[dict[str, Any]]) -> str:
+        """What the template writes before the first user's message, the last of `messages`."""
+        try:
+            text = self._render(messages, tools=None if shape is None else [shape(tool) for tool in tools])
+        except ValueError as error:
+            raise InvalidRequest(f"This model's template refuses a system message or tools: {error}.") from error
+        tail = self._user.before + "a" + self._user.after
+        if not text.endswith(tail):
+            raise TemplateUnstable("The template writes the first message differently from later ones.",
+                                   remedy="Give the system text in the first user message, or fix the template.")
+        return text[: -len(tail)]
+
+    def _around_system(self, text: str, shadow: str, system: str | None) -> list[int]:
+        """`text` with the system text in its place; `shadow` is as long and tells what of it is the template's own."""
+        if system is None:
+            return self._own_controls(text, shadow)
+        if shadow.count(_SLOT) != 1:
+            raise InvalidRequest("This model's template does not write a system text exactly once.",
+                                 remedy="Give the system text in the first user message, or fix the template.")
+        start = shadow.index(_SLOT)
+        end = start + len(_SLOT)
+        return [*self._own_controls(text[:start], shadow[:start]), *self.tokenizer.content_ids(system),
+                *self._own_controls(text[end:], shadow[end:])]
+
+    def _own_controls(self, text: str, shadow: str) -> list[int]:
+        """Ids of a text in which only the control tokens count that the template wrote itself."""
+        ids, found = self.tokenizer.read_template(text)
+        if not any(origins.is_content(shadow[start:end]) for start, end, _ in found):
+            return ids
+        ids, done = [], 0
+        for start, end, number in self.tokenizer.read_template(shadow)[1]:
+            ids += [*self.tokenizer.content_ids(text[done:start]), number]
+            done = end
+        return [*ids, *self.tokenizer.content_ids(text[done:])]
+
+    def _said(self, message: Assistant) -> list[int]:
+        """What the model would have drawn to say this: each mark as its own id where it has one, all else content."""
+        self._check_raw(message)
+        tags = self.tags
+        parts: list[str | int] = []
+        if message.reasoning:
+            parts += [self._mark(tags.think_open), message.reasoning, self._mark(tags.think_close)]
+        parts.append(message.text)
+        for call in message.tool_calls:
+            parts += [self._mark(tags.call_open), _written(call), self._mark(tags.call_close)]
+        ids: list[int] = []
+        spelt = ""  # marks without an id are ordinary text, and text is tokenised in one piece
+        for part in parts:
+            if isinstance(part, str):
+                spelt += part
+            else:
+                ids += [*self.tokenizer.content_ids(spelt), part]
+                spelt = ""
+        return [*ids, *self.tokenizer.content_ids(spelt)]
+
+    def _mark(self, mark: str) -> str | int:
+        return self.tags.ids.get(mark, mark)
+
+    def _check_raw(self, message: Assistant) -> None:
+        """`raw` tells how a model wrote it; what is written here is the text and the calls, which must be the same."""
+        if message.raw in ("", message.text):
+            return
+        parser = TurnParser(self.tags, reasoning=bool(message.reasoning))
+        calls = [piece for piece in (*parser.feed(message.raw), *parser.finish()) if isinstance(piece, CallReady)]
+        if [call.name for call in calls] != [call.name for call in message.tool_calls]:
+            raise InvalidRequest("An assistant message's raw text has other calls than its tool_calls.",
+                                 remedy="Leave raw out and give tool_calls=(ToolCall(...), ...).")
 
     # ---- deriving -------------------------------------------------------------------------------------------------
     def _frame(self, role: str) -> _Frame:
@@ -180,15 +259,8 @@ class ChatCodec:
                     f"The template writes {number} earlier messages differently once a {role} message follows.",
                     remedy="Use a template that neither cuts nor drops what was said, reasoning included.")
 
-    def _filled(self, text: str, content: str) -> list[int]:
-        if _SLOT not in text:
-            return self.tokenizer.template_ids(text)
-        head, tail = text.split(_SLOT)
-        return [*self.tokenizer.template_ids(head), *self.tokenizer.content_ids(content),
-                *self.tokenizer.template_ids(tail)]
-
-    def _framed(self, frame: _Frame, content: str) -> list[int]:
-        return self._filled(f"{frame.before}{_SLOT}{frame.after}", content)
+    def _framed(self, frame: _Frame, content: list[int]) -> list[int]:
+        return [*self.tokenizer.template_ids(frame.before), *content, *self.tokenizer.template_ids(frame.after)]
 
     def _stop_ids(self, folder: Path) -> tuple[int, ...]:
         """Ids that end a turn: the end of an assistant message, and the model's own end-of-sequence ids."""
@@ -197,7 +269,11 @@ class ChatCodec:
             path = folder / name
             if path.is_file():
                 eos = _read_json(path).get("eos_token_id")
-                stops.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
+                numbers = eos if isinstance(eos, list) else [] if eos is None else [eos]
+                if not all(is_whole(number) and number >= 0 for number in numbers):
+                    raise ModelBroken(f"{path} says eos_token_id is {eos!r}; it must be the number of a token, or "
+                                      "several.", remedy="Correct it; tokenizer.json has the numbers of its tokens.")
+                stops.update(numbers)
         return tuple(sorted(stops))
 
 
@@ -215,7 +291,7 @@ def load_template(folder: Path) -> Render:
 
     settings = _read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     file = folder / "chat_template.jinja"
-    source = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
+    source = _read_text(file) if file.is_file() else settings.get("chat_template")
     if not isinstance(source, str):
         raise ModelBroken(f"{folder} has no chat template.",
                           remedy="Put one into chat_template.jinja or tokenizer_config.json.")
@@ -253,10 +329,31 @@ def _token_text(value: object) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _written(call: ToolCall) -> str:
+    """A call between its marks as the grammar has a model write it: compact, `arguments` otherwise as given."""
     try:
-        data: object = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        arguments: object = json.loads(call.arguments or "{}")
+    except ValueError:
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise InvalidRequest(f"The arguments of the call of {call.name} are not an object: {call.arguments!r}.",
+                             remedy='Give the JSON text of an object, such as \'{"a": 1}\'.')
+    compact = _SPACE_IN_JSON.sub(lambda found: found[1] or "", call.arguments or "{}")
+    return f'{{"name":{json.dumps(call.name)},"arguments":{compact}}}'
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelBroken(f"{path} cannot be read: {error}.", remedy="Download it again.") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    text = _read_text(path)
+    try:
+        data: object = json.loads(text)
+    except ValueError as error:
         raise ModelBroken(f"{path} cannot be read: {error}.", remedy="Download it again.") from error
     if not isinstance(data, dict):
         raise ModelBroken(f"{path} holds a {type(data).__name__}, not an object.", remedy="Download it again.")

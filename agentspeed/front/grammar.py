@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Final
 
-from agentspeed.errors import ExtraMissing, InvalidRequest, SchemaUnsupported
+from agentspeed.errors import InvalidRequest
 from agentspeed.front.output import Choice, OutputSpec, Regex, Schema
 from agentspeed.front.tags import DEFAULT_TAGS, Tags
-from agentspeed.tools.bounds import DEFAULT_BOUNDS, Bounds, Json, bounded
+from agentspeed.tools.bounds import DEFAULT_BOUNDS, Bounds, bounded
+from agentspeed.tools.grammars import HEAD, check_grammar, json_rule
 from agentspeed.tools.tool import Tool
 
 MAX_PARALLEL_CALLS: Final = 16
-_COMPACT: Final[dict[str, Json]] = {"whitespace_flexible": False}
 
 
 def turn_grammar(
@@ -56,26 +56,6 @@ def turn_grammar(
 
 
 @lru_cache(maxsize=256)
-def check_grammar(source: str) -> None:
-    """Raises `SchemaUnsupported` with the grammar library's own reason when it cannot express the source."""
-    try:
-        from llguidance import LLMatcher
-    except ImportError as error:
-        raise ExtraMissing("Tools and output= need llguidance.", remedy="Install agentspeed[engine].") from error
-    is_error, messages = LLMatcher.validate_grammar_with_warnings(source)
-    if is_error:
-        raise SchemaUnsupported(
-            f"This cannot be expressed as a grammar: {_reason(messages)}.", remedy="Correct the schema or regex."
-        )
-
-
-def _reason(messages: Sequence[str]) -> str:
-    """The library's first line says what, and one that begins with "error:" says why; between them is a picture."""
-    lines = " ".join(messages).splitlines() or ["no reason was given"]
-    why = [line.removeprefix("error:") for line in lines[1:] if line.startswith("error:")]
-    return "".join([lines[0], *why[:1]]).rstrip(". ")
-
-
 def matches(spec: Regex, text: str) -> bool:
     """Whether the whole text is an output of this shape, by the rules that the engine drew it under."""
     from llguidance import LLMatcher, LLTokenizer
@@ -122,7 +102,7 @@ class _Rules:
         """Exactly one value of the shape."""
         match spec:
             case Schema():
-                return self._add("output", _json_rule(spec.closed()))
+                return self._add("output", json_rule(spec.closed()))
             case Regex():
                 return self._add("OUTPUT", f"/{_slashed(spec.pattern)}/ & /(?s:.){{0,{spec.max_chars}}}/")
             case Choice():
@@ -148,7 +128,7 @@ class _Rules:
         """The whole grammar: reasoning if it is allowed, then one of the ends."""
         thought = f"{self._thought()}? " if self._reasoning else ""
         start = f"start: {thought}({' | '.join(ends)})"
-        return "\n".join(["%llguidance {}", start, *(f"{name}: {rule}" for name, rule in self._rules.items())]) + "\n"
+        return "\n".join([HEAD, start, *(f"{name}: {rule}" for name, rule in self._rules.items())]) + "\n"
 
     def _thought(self) -> str:
         closing = self._tags.think_close
@@ -177,11 +157,7 @@ def _without(mark: str) -> str:
 
 def _call_body(tool: Tool, bounds: Bounds) -> str:
     head = '{"name":' + json.dumps(tool.name) + ',"arguments":'
-    return f"{_quoted(head)} {_json_rule(bounded(tool.schema, bounds))} {_quoted('}')}"
-
-
-def _json_rule(schema: dict[str, Json]) -> str:
-    return "%json " + json.dumps({**schema, "x-guidance": _COMPACT}, ensure_ascii=False, separators=(",", ":"))
+    return f"{_quoted(head)} {json_rule(bounded(tool.schema, bounds))} {_quoted('}')}"
 
 
 def _quoted(text: str) -> str:

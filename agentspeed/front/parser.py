@@ -56,11 +56,12 @@ class CallReady:
 
 @dataclass(frozen=True, slots=True)
 class CallBroken:
-    """Something between call marks that is not a call: only without a grammar, or when a turn was cut short."""
+    """Something between call marks that is not a call: only without a grammar, or when a turn was `cut` inside it."""
 
     index: int
     raw: str
     why: str
+    cut: bool = False
 
 
 Piece: TypeAlias = TextPiece | ReasoningPiece | CallOpened | CallDelta | CallReady | CallBroken
@@ -187,7 +188,7 @@ class _CallReader:
             rest = self._raw[place + 1 :]
             self._raw = self._raw[: place + 1 - len(self._close)]
             self._progress(pieces)
-            pieces.append(self._whole("is not a call"))
+            pieces.append(self._whole())
             return rest
         self._progress(pieces)
         return None
@@ -199,7 +200,7 @@ class _CallReader:
             if body.endswith(self._close[:length]):
                 self._raw = body[:-length]
                 break
-        return [self._whole("was cut short")]
+        return [self._whole(cut=True)]
 
     def _progress(self, pieces: list[Piece]) -> None:
         """Announces the name once it is certain, and arguments as far as they go."""
@@ -217,16 +218,17 @@ class _CallReader:
             pieces.append(CallDelta(self._index, self._raw[self._sent : end]))
             self._sent = end
 
-    def _whole(self, why: str) -> Piece:
+    def _whole(self, *, cut: bool = False) -> Piece:
         try:
             call = json.loads(self._raw)
         except json.JSONDecodeError as error:
-            return CallBroken(self._index, self._raw, f"it {why}: {error}")
+            why = f"it {'was cut short' if cut else 'is not a call'}: {error}"
+            return CallBroken(self._index, self._raw, why, cut)
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            return CallBroken(self._index, self._raw, 'it has no "name"')
+            return CallBroken(self._index, self._raw, 'it has no "name"', cut)
         arguments = call.get("arguments", {})
         if not isinstance(arguments, dict):
-            return CallBroken(self._index, self._raw, 'its "arguments" are not an object')
+            return CallBroken(self._index, self._raw, 'its "arguments" are not an object', cut)
         exact = self._raw[self._arguments_at : self._arguments_end] if self._name is not None else ""
         written = exact or json.dumps(arguments, ensure_ascii=False, separators=(",", ":"))
         return CallReady(self._index, call["name"], written)

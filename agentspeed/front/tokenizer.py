@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
@@ -11,6 +12,10 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
+_IN_BRACKETS = re.compile(r"[<\[].+[>\]]", re.DOTALL)
+"""Tells a family's control tokens from the words and runs of spaces that also are added to vocabularies."""
+
+
 @final
 class TextTokenizer:
     """Two views of one tokenizer.json: template text may name control tokens, content may not."""
@@ -18,7 +23,7 @@ class TextTokenizer:
     def __init__(self, folder: Path) -> None:
         """Raises `ModelBroken` when the folder has no usable tokenizer.json."""
         try:
-            from tokenizers import Tokenizer
+            from tokenizers import AddedToken, Tokenizer
         except ImportError as error:
             raise ExtraMissing("Local models need the tokenizers package.",
                                remedy="Install agentspeed[engine].") from error
@@ -30,6 +35,13 @@ class TextTokenizer:
             self._content: Tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception for a malformed file
             raise ModelBroken(f"{path} is not a tokenizer: {error}.", remedy="Export it anew.") from error
+        # Families mark some of their control tokens as special and others not (`<｜User｜>`): content may name neither.
+        added = self._content.get_added_tokens_decoder()
+        controls = {number: token.content for number, token in added.items()
+                    if token.special or _IN_BRACKETS.fullmatch(token.content)}
+        self._controls = frozenset(controls)
+        _ = self._content.add_special_tokens(
+            [AddedToken(text, special=True, normalized=False) for text in controls.values()])
         self._content.encode_special_tokens = True
 
     def template_ids(self, text: str) -> list[int]:
@@ -39,6 +51,13 @@ class TextTokenizer:
     def content_ids(self, text: str) -> list[int]:
         """Ids of what a user, a tool or a document said: control tokens are spelt out as plain text."""
         return list(self._content.encode_batch([text], add_special_tokens=False)[0].ids) if text else []
+
+    def read_template(self, text: str) -> tuple[list[int], list[tuple[int, int, int]]]:
+        """The ids of a template's text, and where control tokens stand in it: (start, end, id)."""
+        read = self._template.encode(text, add_special_tokens=False)
+        found = [(start, end, number) for number, (start, end) in zip(read.ids, read.offsets, strict=True)
+                 if number in self._controls]
+        return list(read.ids), found
 
     def token_id(self, token: str) -> int | None:
         """The id of a control token; None when the vocabulary has no such token."""

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from agentspeed.errors import InvalidRequest
 from agentspeed.front.codec import ChatCodec
 from agentspeed.front.mirror import Mirror, Span
-from agentspeed.messages import Assistant, Message, ToolCall, ToolMessage
+from agentspeed.messages import Assistant, Message, System, ToolCall, ToolMessage
 
 NO_RESULT = "error: the call got no result"
 
 
 def write(mirror: Mirror, codec: ChatCodec, messages: Sequence[Message], *, complete: bool = False) -> None:
-    """Closes an open message and appends whole ones. `complete`: the model speaks next, or somebody else than a tool
-    does, so calls that nobody answered get a result that says so."""
-    if complete or not all(isinstance(message, ToolMessage) for message in messages):
-        messages = _completed(unanswered(mirror), messages)
+    """Closes an open message and appends whole ones. `complete`: the model speaks next, so calls that nobody answered
+    get a result that says so.
+
+    Raises `InvalidRequest` for a result without an open call before it, or with a call before it that is still open,
+    and for a system message that is not the log's first."""
+    messages = _in_order(unanswered(mirror), messages, complete)
+    _check_system(mirror, codec, messages)
     _record_open(mirror, codec)
     mirror.append(codec.closing(None) if mirror.open_at is not None else mirror.owed)
     mirror.open_at, mirror.owed = None, ()
@@ -37,13 +40,50 @@ def _record_open(mirror: Mirror, codec: ChatCodec) -> None:
     mirror.spans.append(Span(Assistant(said, raw=said), start, len(mirror)))
 
 
-def _completed(calls: Sequence[ToolCall], messages: Sequence[Message]) -> list[Message]:
-    """A result for each call, in call order, then what else there is."""
-    given = {message.call_id: message for message in messages if isinstance(message, ToolMessage)}
-    results: list[Message] = [
-        given.get(call.id) or ToolMessage(call_id=call.id, name=call.name, text=NO_RESULT, ok=False) for call in calls
+def _in_order(calls: Sequence[ToolCall], messages: Sequence[Message], complete: bool) -> list[Message]:
+    """The messages with one result for each call before anybody but a tool speaks, in call order whatever order they
+    were given in."""
+    ordered: list[Message] = []
+    results: dict[str, ToolMessage] = {}
+    for message in messages:
+        if isinstance(message, ToolMessage):
+            _check_result(calls, results, message)
+            results[message.call_id] = message
+            continue
+        ordered += _completed(calls, results)
+        ordered.append(message)
+        calls, results = message.tool_calls if isinstance(message, Assistant) else (), {}
+    if complete:
+        return [*ordered, *_completed(calls, results)]
+    answered = [call.id in results for call in calls]
+    if False in answered[: len(results)]:
+        waited = calls[answered.index(False)]
+        raise InvalidRequest(
+            f"The call {waited.id!r} of {waited.name} has no result yet, and a later one has.",
+            remedy="The model reads results in the order of its calls: add those of the earlier calls first.")
+    return [*ordered, *(results[call.id] for call in calls if call.id in results)]
+
+
+def _completed(calls: Sequence[ToolCall], results: Mapping[str, ToolMessage]) -> list[ToolMessage]:
+    return [
+        results.get(call.id) or ToolMessage(call_id=call.id, name=call.name, text=NO_RESULT, ok=False) for call in calls
     ]
-    return [*results, *(message for message in messages if message not in results)]
+
+
+def _check_result(calls: Sequence[ToolCall], results: Mapping[str, ToolMessage], given: ToolMessage) -> None:
+    still = [call.id for call in calls if call.id not in results]
+    if given.call_id not in still:
+        raise InvalidRequest(
+            f"There is no open call {given.call_id!r} for this result of {given.name}.",
+            remedy=f"The open calls are: {', '.join(still) or 'none'}. A result follows the message with its call.")
+
+
+def _check_system(mirror: Mirror, codec: ChatCodec, messages: Sequence[Message]) -> None:
+    for place, message in enumerate(messages):
+        if isinstance(message, System) and (place or mirror.spans or len(mirror) != len(codec.opening(None, []))):
+            raise InvalidRequest(
+                "A system message stands above the conversation, and this one has begun or has a system text or tools.",
+                remedy="Give the text to Session(system=...), or say it as a user's message.")
 
 
 def open_reply(mirror: Mirror, codec: ChatCodec, messages: Sequence[Message]) -> list[int]:

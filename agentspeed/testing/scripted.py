@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeAlias, final
 
+from agentspeed.backends.port import wire
 from agentspeed.backends.scripted import Asked, ScriptedServer, ScriptedText, ScriptRaised
 from agentspeed.checking import check_seconds, check_text
-from agentspeed.engine import NANO, Engine
+from agentspeed.engine import Engine, resolve
 from agentspeed.front.tags import DEFAULT_TAGS
 from agentspeed.session import Session
-from agentspeed_engine import wire
 
 Turn: TypeAlias = Asked
 """What a function script is given: `log` (the whole text), `turn` (of the engine), `session_turn`."""
@@ -43,8 +42,9 @@ class ScriptedEngine:
     def __init__(
         self, script: Sequence[str | ScriptedText] | Writes, *, model: str | os.PathLike[str] | None = None
     ) -> None:
-        self._server = ScriptedServer(NANO if model is None else Path(model), _script(script))
-        self.engine = Engine.over(self._server, NANO if model is None else model)
+        folder = resolve(Engine(model).model)  # what an engine refuses is refused here too, and in its words
+        self._server = ScriptedServer(folder, _script(script))
+        self.engine = Engine.over(self._server, folder)
 
     async def __aenter__(self) -> Self:
         _ = await self.engine.start()

@@ -21,6 +21,7 @@ from pydantic_core import PydanticSerializationError, to_json
 from agentspeed.errors import BadArguments, ToolDenied, ToolError, ToolFailed, ToolTimeout, UnknownTool
 from agentspeed.messages import ToolCall
 from agentspeed.tools.context import ToolContext
+from agentspeed.tools.signature import parameter_of
 from agentspeed.tools.tool import Tool
 
 _LOG: Final = logging.getLogger("agentspeed.tools")
@@ -64,7 +65,8 @@ async def execute(
 
 
 def check_arguments(tool: Tool, arguments: str | Mapping[str, Any]) -> BaseModel:
-    """Raises `BadArguments` with one line per problem, written for the model to correct itself by."""
+    """Raises `BadArguments` with one line per problem, written for the model to correct itself by; `ToolFailed` when a
+    check of the tool's own types breaks."""
     try:
         if isinstance(arguments, str):
             return tool.arguments.model_validate_json(arguments or "{}")
@@ -72,13 +74,26 @@ def check_arguments(tool: Tool, arguments: str | Mapping[str, Any]) -> BaseModel
     except ValidationError as error:
         problems = "; ".join(_problem(item["loc"], item["msg"]) for item in error.errors(include_url=False))
         raise BadArguments(f"{tool.name}: wrong arguments: {problems}", tool=tool.name) from error
+    except Exception as error:
+        _LOG.warning("checking the arguments of tool %s raised", tool.name, exc_info=error)
+        raise ToolFailed(
+            f"{tool.name}: its arguments could not be checked: {type(error).__name__}: {error}", tool=tool.name
+        ) from error
 
 
 def content_of(value: object) -> str:
-    """Text as it is; everything else as compact JSON, which is what the model was trained to read."""
+    """Text as it is; everything else as compact JSON, which is what the model was trained to read. What JSON has no
+    number for is a text: "NaN", "Infinity"."""
     if isinstance(value, str):
         return value
-    return to_json(value).decode()
+    return to_json(value, inf_nan_mode="strings").decode()
+
+
+def told_of(error: BaseException) -> str:
+    """What the model is told of an exception; of a group, each exception in it: the group's own text names none."""
+    if isinstance(error, BaseExceptionGroup):
+        return "; ".join(told_of(one) for one in error.exceptions)
+    return f"{type(error).__name__}: {error}"
 
 
 @final
@@ -192,12 +207,13 @@ async def _call(tool: Tool, checked: BaseModel, context: ToolContext[Any] | None
         return content_of(value)
     except PydanticSerializationError as error:
         raise ToolFailed(f"{tool.name}: its result cannot be written as JSON: {error}", tool=tool.name) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a command line's parser exits where a function would raise
         _LOG.info("tool %s raised", tool.name, exc_info=error)
-        raise ToolFailed(f"{tool.name}: {type(error).__name__}: {error}", tool=tool.name) from error
+        raise ToolFailed(f"{tool.name}: {told_of(error)}", tool=tool.name) from error
 
 
 def _passed(checked: BaseModel) -> dict[str, Any]:
     """Only what the model gave, so that the function's own defaults hold for the rest."""
-    named = {name: getattr(checked, name) for name in type(checked).model_fields if name in checked.model_fields_set}
+    named = {parameter_of(name): getattr(checked, name) for name in type(checked).model_fields
+             if name in checked.model_fields_set}
     return {**named, **(checked.model_extra or {})}

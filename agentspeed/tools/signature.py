@@ -10,19 +10,25 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, get_args, get_origin, get_type_hints
+from functools import partial
+from types import NoneType, UnionType
+from typing import Annotated, Any, Final, Union, get_args, get_origin, get_type_hints
 
 import griffe
 from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, create_model
 from pydantic.errors import PydanticInvalidForJsonSchema, PydanticSchemaGenerationError
 from pydantic.fields import FieldInfo
+from pydantic_core import SchemaError
 
 from agentspeed.errors import SchemaUnsupported
-from agentspeed.tools.bounds import Json, Schema, bounded
+from agentspeed.tools.bounds import Json, Schema
 from agentspeed.tools.context import ToolContext
+from agentspeed.tools.grammars import check_expressible
 
 _DOCSTRING_STYLES: Final = ("google", "numpy", "sphinx")
 _VARIADIC: Final = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+_SET_APART: Final = "="
+_STRICT: Final = ConfigDict(extra="forbid", protected_namespaces=())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,19 +45,23 @@ class Signature:
 
 def read_signature(fn: Callable[..., object], *, name: str | None = None, description: str | None = None) -> Signature:
     """Raises TypeError naming the function and the parameter that cannot be described to a model."""
-    called: str = name or getattr(fn, "__name__", "") or type(fn).__name__
-    summary, documented = read_docstring(inspect.getdoc(fn) or "")
-    hints = _hints(fn, called)
+    whole, bound = _without_partials(fn)
+    called: str = name or getattr(whole, "__name__", "") or type(whole).__name__
+    summary, documented = read_docstring(inspect.getdoc(whole) or "")
+    target = inspect.unwrap(whole)
+    hints = _hints(target, called)
     context_parameter: str | None = None
     fields: dict[str, Any] = {}
-    for parameter in inspect.signature(fn).parameters.values():
+    for parameter in _parameters(fn, called):
+        if parameter.name in bound:
+            continue
         hint = _hint_of(parameter, hints, called)
         if _is_context(hint):
             if context_parameter is not None:
                 raise TypeError(f"tool {called}(): {parameter.name!r} is a second ToolContext; one is enough.")
             context_parameter = parameter.name
             continue
-        fields[parameter.name] = (hint, _field(parameter, hint, documented.get(parameter.name)))
+        fields[field_of(parameter.name)] = (hint, _field(parameter, hint, documented.get(parameter.name)))
     model, schema = _schema_of(called, fields)
     return Signature(
         name=called,
@@ -59,8 +69,19 @@ def read_signature(fn: Callable[..., object], *, name: str | None = None, descri
         schema=schema,
         arguments=model,
         context_parameter=context_parameter,
-        is_async=inspect.iscoroutinefunction(inspect.unwrap(fn)) or inspect.iscoroutinefunction(type(fn).__call__),
+        is_async=inspect.iscoroutinefunction(target) or inspect.iscoroutinefunction(type(target).__call__),
     )
+
+
+def field_of(parameter: str) -> str:
+    """The field that checks a parameter. A pydantic model has methods and settings of its own (`copy`, `model_config`):
+    a parameter so named gets a field whose name no parameter can have, with the parameter's name as its alias."""
+    return parameter + _SET_APART if hasattr(BaseModel, parameter) else parameter
+
+
+def parameter_of(field: str) -> str:
+    """The parameter that a field of `Signature.arguments` checks."""
+    return field.removesuffix(_SET_APART)
 
 
 def read_docstring(text: str) -> tuple[str, dict[str, str]]:
@@ -110,8 +131,23 @@ def strip_titles(schema: Json) -> Json:
     return stripped
 
 
-def _hints(fn: Callable[..., object], called: str) -> dict[str, Any]:
-    target = inspect.unwrap(fn)
+def _without_partials(fn: Callable[..., object]) -> tuple[Callable[..., object], frozenset[str]]:
+    """What `functools.partial` was made of, and the names it has given a value: these are not the model's to choose."""
+    bound: set[str] = set()
+    while isinstance(fn, partial):
+        bound |= fn.keywords.keys()
+        fn = fn.func
+    return fn, frozenset(bound)
+
+
+def _parameters(fn: Callable[..., object], called: str) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(fn).parameters.values())
+    except ValueError as error:
+        raise TypeError(f"tool {called}(): Python has no signature of it; call it from a typed function.") from error
+
+
+def _hints(target: Callable[..., object], called: str) -> dict[str, Any]:
     if not inspect.isroutine(target):
         target = type(target).__call__
     try:
@@ -128,6 +164,11 @@ def _hint_of(parameter: inspect.Parameter, hints: Mapping[str, Any], called: str
         raise TypeError(f"tool {called}(): {parameter} takes any number of values; name each parameter.")
     if parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
         raise TypeError(f"tool {called}(): {name!r} is positional-only, but a model passes names; remove the '/'.")
+    if name not in hints and name in ("self", "cls"):
+        raise TypeError(
+            f"tool {called}(): {name!r} shows a method; decorate a function, or make the tool of the bound method: "
+            f"tool(an_object.{called})."
+        )
     if name not in hints:
         raise TypeError(f"tool {called}(): parameter {name!r} has no type hint; write e.g. `{name}: str`.")
     if name.startswith("_"):
@@ -136,14 +177,28 @@ def _hint_of(parameter: inspect.Parameter, hints: Mapping[str, Any], called: str
 
 
 def _is_context(hint: Any) -> bool:
+    if get_origin(hint) is Annotated:
+        return _is_context(get_args(hint)[0])
+    if get_origin(hint) in (Union, UnionType):
+        given = [one for one in get_args(hint) if one is not NoneType]
+        return len(given) == 1 and _is_context(given[0])
     return hint is ToolContext or get_origin(hint) is ToolContext
 
 
 def _field(parameter: inspect.Parameter, hint: Any, documented: str | None) -> FieldInfo:
-    described = documented or _text_in_annotated(hint)
+    options: dict[str, Any] = {}
+    if described := documented or _text_in_annotated(hint):
+        options["description"] = described
+    if field_of(parameter.name) != parameter.name and not _has_alias(hint):
+        options["alias"] = parameter.name
     default = ... if parameter.default is inspect.Parameter.empty else parameter.default
-    field: FieldInfo = Field(default=default, description=described) if described else Field(default=default)
+    field: FieldInfo = Field(default=default, **options)
     return field
+
+
+def _has_alias(hint: Any) -> bool:
+    notes = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+    return any(isinstance(note, FieldInfo) and note.alias is not None for note in notes)
 
 
 def _text_in_annotated(hint: Any) -> str | None:
@@ -155,17 +210,17 @@ def _text_in_annotated(hint: Any) -> str | None:
 
 def _schema_of(called: str, fields: dict[str, Any]) -> tuple[type[BaseModel], Schema]:
     for name, field in fields.items():
-        _ = _describe(called, {name: field}, parameter=name)
+        _ = _describe(called, {name: field}, parameter=parameter_of(name))
     return _describe(called, fields, parameter="")
 
 
 def _describe(called: str, fields: dict[str, Any], *, parameter: str) -> tuple[type[BaseModel], Schema]:
     try:
-        model: type[BaseModel] = create_model(f"{called}_arguments", __config__=ConfigDict(extra="forbid"), **fields)
+        model: type[BaseModel] = create_model(f"{called}_arguments", __config__=_STRICT, **fields)
         schema = strip_titles(model.model_json_schema())
         if not isinstance(schema, dict):
             raise TypeError(f"tool {called}(): its parameters are not an object.")
-        _ = bounded(schema)
+        check_expressible(schema)
     except (PydanticSchemaGenerationError, PydanticInvalidForJsonSchema) as error:
         raise TypeError(
             f"tool {called}(): parameter {parameter!r} has a type that JSON cannot carry; use str, int, float, bool, "
@@ -173,7 +228,7 @@ def _describe(called: str, fields: dict[str, Any], *, parameter: str) -> tuple[t
         ) from error
     except SchemaUnsupported as error:
         raise TypeError(f"tool {called}(): parameter {parameter!r}: {error}") from error
-    except (PydanticUserError, NameError) as error:
+    except (PydanticUserError, SchemaError, NameError, TypeError) as error:
         raise TypeError(f"tool {called}(): parameter {parameter!r} cannot be described: {error}") from error
     schema.pop("additionalProperties", None)
     return model, schema

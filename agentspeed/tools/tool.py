@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, create_model
 
 from agentspeed.errors import SchemaUnsupported
 from agentspeed.tools.bounds import Json, Schema, bounded
+from agentspeed.tools.grammars import check_expressible
+from agentspeed.tools.keywords import is_number
 from agentspeed.tools.signature import read_signature
 
 OnError = Literal["return", "raise"]
@@ -42,14 +44,21 @@ class Tool:
     needs_approval: NeedsApproval = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.name):
+        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
             raise TypeError(f"tool name {self.name!r}: use letters, digits, '_' and '-', at most 64 of them.")
         if self.name in _CHOICES:
             raise TypeError(f"tool name {self.name!r} is a tool_choice; give the tool another with @tool(name=...).")
-        if self.timeout is not None and not (math.isfinite(self.timeout) and self.timeout > 0):
-            raise ValueError(f"tool {self.name}: timeout is {self.timeout}; it must be seconds above 0, or None.")
+        if not isinstance(self.description, str):
+            raise TypeError(f"tool {self.name}: description is {self.description!r}; it must be a text.")
+        if self.timeout is not None and not (is_number(self.timeout) and 0 < self.timeout < math.inf):
+            raise ValueError(f"tool {self.name}: timeout is {self.timeout!r}; it must be seconds above 0, or None.")
         if self.on_error not in ("return", "raise"):
             raise ValueError(f"tool {self.name}: on_error is {self.on_error!r}; it must be 'return' or 'raise'.")
+        if not isinstance(self.needs_approval, bool) and not callable(self.needs_approval):
+            raise ValueError(
+                f"tool {self.name}: needs_approval is {self.needs_approval!r}; it must be True, False or a function of "
+                "the arguments."
+            )
 
     def __repr__(self) -> str:
         parameters = self.schema.get("properties")
@@ -88,6 +97,7 @@ def tool(
     """Makes a tool of a typed function: `@tool`, or `@tool(timeout=5)`."""
 
     def make(function: Callable[..., object]) -> Tool:
+        _check_function(function, "tool")
         read = read_signature(function, name=name, description=description)
         return Tool(
             name=read.name,
@@ -110,16 +120,23 @@ def declared_tool(definition: Mapping[str, Any], fn: Callable[..., object]) -> T
     catalogue, another framework. The grammar keeps arguments to the schema; `fn` is given them by name.
 
     Raises TypeError when the definition is not whole, or its schema cannot be bounded."""
+    if not isinstance(definition, Mapping):
+        raise TypeError(f"tool definition {definition!r}: it must be a dict with a 'name' and 'parameters'.")
     name, schema = definition.get("name"), definition.get("parameters", {"type": "object", "properties": {}})
     if not isinstance(name, str) or not isinstance(schema, Mapping):
         raise TypeError(f"tool definition {dict(definition)!r}: it needs a 'name' and an object 'parameters'.")
+    if not callable(fn):
+        raise TypeError(f"tool {name}: fn is {fn!r}; it must be a function that takes the arguments by name.")
     try:
-        _ = bounded(schema)
+        closed = bounded(schema)
+        check_expressible(schema)
     except SchemaUnsupported as error:
         raise TypeError(f"tool {name}: {error}") from error
+    if not _is_object(closed, closed.get("$defs")):
+        raise TypeError(f"tool {name}: its parameters are not an object; write them as properties of one.")
     return Tool(
         name=name,
-        description=str(definition.get("description", "")),
+        description=definition.get("description") or "",
         schema=dict(schema),
         fn=fn,
         arguments=create_model(f"{name}_arguments", __config__=ConfigDict(extra="allow")),
@@ -129,15 +146,32 @@ def declared_tool(definition: Mapping[str, Any], fn: Callable[..., object]) -> T
 
 def tools_from(given: Iterable[Tool | Callable[..., object]]) -> tuple[Tool, ...]:
     """Tools in the order given. Raises TypeError for what is not a typed function, and for a name used twice."""
+    if isinstance(given, str | Mapping) or not isinstance(given, Iterable):
+        raise TypeError(f"tools is {given!r}; it must be a list of functions with type hints, or Tool objects.")
     made: dict[str, Tool] = {}
     for item in given:
         if isinstance(item, Tool):
             one = item
-        elif inspect.isclass(item) or not callable(item):
-            raise TypeError(f"tools: {item!r} is not a function; pass functions with type hints, or Tool objects.")
         else:
+            _check_function(item, "tools")
             one = tool(item)
         if one.name in made:
             raise TypeError(f"tools: two tools are named {one.name!r}; give one of them @tool(name=...).")
         made[one.name] = one
     return tuple(made.values())
+
+
+def _check_function(given: object, argument: str) -> None:
+    if inspect.isclass(given) or not callable(given):
+        raise TypeError(f"{argument}: {given!r} is not a function; pass functions with type hints, or Tool objects.")
+
+
+def _is_object(closed: Json, definitions: Json) -> bool:
+    if not isinstance(closed, dict):
+        return False
+    ref, options = closed.get("$ref"), closed.get("anyOf")
+    if isinstance(ref, str) and isinstance(definitions, dict):
+        return _is_object(definitions.get(ref.rsplit("/", 1)[-1]), definitions)
+    if isinstance(options, list):
+        return all(_is_object(option, definitions) for option in options)
+    return closed.get("type") == "object"

@@ -160,10 +160,10 @@ def test_results_are_owed_until_every_call_has_one() -> None:
     calls = tuple(transcript.ToolCall(id=name, name=name, arguments="{}") for name in "ab")
     mirror.spans.append(transcript.Span(Assistant("", calls), 0, 0))
     assert transcript.unanswered(mirror) == calls
-    transcript.write(mirror, codec, [ToolMessage(call_id="b", name="b", text="2")])
-    assert transcript.unanswered(mirror) == calls[:1]
+    transcript.write(mirror, codec, [ToolMessage(call_id="a", name="a", text="1")])
+    assert transcript.unanswered(mirror) == calls[1:]
     transcript.write(mirror, codec, [User("Well?")])
-    assert [message.text for message in mirror.messages[1:]] == ["2", transcript.NO_RESULT, "Well?"]
+    assert [message.text for message in mirror.messages[1:]] == ["1", transcript.NO_RESULT, "Well?"]
 
 
 _codecs: list[ChatCodec] = []

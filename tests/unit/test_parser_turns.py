@@ -72,6 +72,14 @@ def test_a_mark_inside_a_json_string_is_part_of_the_string() -> None:
     ]
 
 
+@pytest.mark.parametrize("said", ["", '{"na', '{"name":"add","arguments":{"a":1', '{"name":5}', "{}</tool_"])
+def test_a_call_that_the_end_cut_is_told_from_one_that_was_never_right(said: str) -> None:
+    (cut,) = (piece for piece in parse([f"<tool_call>{said}"]) if isinstance(piece, CallBroken))
+    assert cut.cut
+    (wrong,) = (piece for piece in parse(["<tool_call>{}</tool_call>"]) if isinstance(piece, CallBroken))
+    assert not wrong.cut
+
+
 def test_what_only_looks_like_a_mark_is_text() -> None:
     text = "a < b <tool_ <thin <<tool_call"
     assert summary(parse(list(text))) == [("TextPiece", text)]

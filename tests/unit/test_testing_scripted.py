@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import shutil
 import time
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -11,7 +15,15 @@ import pytest
 from agentspeed import Session
 from agentspeed.backends.scripted import ScriptedServer
 from agentspeed.engine import NANO
-from agentspeed.errors import InvalidRequest, OutputError, SessionBusy, TrunkMoved, TurnTimeout
+from agentspeed.errors import (
+    InvalidRequest,
+    InvalidSampling,
+    ModelBroken,
+    OutputError,
+    SessionBusy,
+    TrunkMoved,
+    TurnTimeout,
+)
 from agentspeed.messages import Assistant, ToolCall, User
 from agentspeed.testing import ScriptedEngine, ScriptedText, Turn, say, tool_call
 from agentspeed_engine import wire
@@ -200,7 +212,7 @@ def test_a_text_of_a_script_that_cannot_be_said_is_refused_when_the_engine_is_ma
         _ = ScriptedEngine([item])
 
 
-async def test_a_script_that_raises_ends_its_turn_with_what_it_raised() -> None:
+async def test_a_script_that_raises_ends_its_turn_with_what_it_raised(caplog: pytest.LogCaptureFixture) -> None:
     def model(turn: Turn) -> str:
         assert turn.turn > 1, "not yet"
         return "Fine."
@@ -210,9 +222,57 @@ async def test_a_script_that_raises_ends_its_turn_with_what_it_raised() -> None:
             _ = await s.generate("Hi")
         assert (await s.generate("Hi")).text == "Fine."
         assert engine.live_branches == 1
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 async def test_a_function_that_gives_no_text_ends_its_turn_with_what_was_wrong() -> None:
     async with ScriptedEngine(lambda turn: 5) as engine, engine.session() as s:  # type: ignore[arg-type, return-value]
         with pytest.raises(OutputError, match="a turn writes 5"):
             _ = await s.generate("Hi")
+
+
+@pytest.mark.parametrize(("logprobs", "count"), [(0, 0), (1, 1), (3, 3)])
+async def test_the_most_likely_ids_come_with_each_token_when_asked_for(logprobs: int, count: int) -> None:
+    async with ScriptedEngine(["a b c"]) as engine, engine.session() as s:
+        reply = await s.generate("Hi", logprobs=logprobs)
+    assert len(reply.logprobs) == len(reply.ids)
+    assert len(reply.top_logprobs) == (len(reply.ids) if count else 0)
+    for number, logprob, top in zip(reply.ids, reply.logprobs, reply.top_logprobs, strict=False):
+        assert top[0] == (number, logprob)
+        assert len({other for other, _ in top}) == len(top) == count
+        assert [value for _, value in top] == sorted((value for _, value in top), reverse=True)
+        assert sum(math.exp(value) for _, value in top) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("options", "told"), [({"logprobs": 21}, "logprobs is 21"), ({"temperature": -1}, "-1")])
+async def test_how_to_draw_is_refused_as_the_engine_refuses_it(options: Any, told: str) -> None:
+    async with ScriptedEngine(["Fine."]) as engine, engine.session() as s:
+        with pytest.raises(InvalidSampling, match=told):
+            _ = await s.generate("Hi", **options)
+        assert s.messages == ()
+        assert (await s.generate("Hi")).text == "Fine."
+
+
+@pytest.mark.parametrize("model", ["/nope", "~/nope", "./nope"])
+def test_a_model_folder_that_is_none_is_refused_as_an_engine_refuses_it(model: str) -> None:
+    with pytest.raises(ModelBroken, match="nope is not a folder"):
+        _ = ScriptedEngine([], model=model)
+
+
+def test_a_model_that_is_no_path_is_refused_by_name() -> None:
+    with pytest.raises(InvalidRequest, match="model is 5"):
+        _ = ScriptedEngine([], model=5)  # type: ignore[arg-type]
+
+
+def test_a_folder_without_a_usable_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ModelBroken, match=r"has no tokenizer\.json"):
+        _ = ScriptedEngine([], model=tmp_path)
+    _ = (tmp_path / "tokenizer.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ModelBroken, match="is not a tokenizer"):
+        _ = ScriptedEngine([], model=tmp_path)
+
+
+async def test_a_model_folder_may_be_given(tmp_path: Path) -> None:
+    folder = shutil.copytree(NANO, tmp_path / "model")
+    async with ScriptedEngine(["Fine."], model=folder) as engine, engine.session() as s:
+        assert (await s.generate("Hi")).text == "Fine."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import anyio
 import pytest
 import sniffio
+from pydantic import BaseModel, field_validator
 
 from agentspeed.errors import BadArguments, ToolDenied, ToolFailed, ToolTimeout, UnknownTool
 from agentspeed.messages import ToolCall
@@ -65,6 +68,25 @@ async def test_wrong_arguments_are_told_to_the_model_and_nothing_runs(arguments:
     assert ran == []
 
 
+class Picky(BaseModel):
+    a: int
+
+    @field_validator("a")
+    @classmethod
+    def known(cls, value: int) -> int:
+        return {1: 1}[value]
+
+
+async def test_a_check_that_breaks_is_a_result_with_its_cause() -> None:
+    def pick(one: Picky) -> int:
+        return one.a
+
+    assert (await execute(tool(pick), '{"one":{"a":1}}')).content == "1"
+    result = await execute(tool(pick), '{"one":{"a":7}}')
+    assert isinstance(result.error, ToolFailed)
+    assert result.content == "error: pick: its arguments could not be checked: KeyError: 7"
+
+
 async def test_a_timeout_ends_a_slow_tool_and_says_so() -> None:
     result = await execute(tool(timeout=0.05)(slow), {"seconds": 10})
     assert isinstance(result.error, ToolTimeout)
@@ -92,6 +114,24 @@ async def test_a_result_that_json_cannot_carry_is_a_failure() -> None:
         return object()
 
     assert isinstance((await execute(tool(thing), "{}")).error, ToolFailed)
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (math.nan, '"NaN"'),
+        ({"high": math.inf, "low": [-math.inf]}, '{"high":"Infinity","low":["-Infinity"]}'),
+        (1.5, "1.5"),
+    ],
+)
+async def test_a_number_that_json_does_not_have_reaches_the_model_as_a_text(value: object, told: str) -> None:
+    def measure() -> object:
+        return value
+
+    result = await execute(tool(measure), "{}")
+    assert result.ok
+    assert result.content == told
+    _ = json.loads(result.content, parse_constant=pytest.fail)
 
 
 async def test_the_context_reaches_the_tool() -> None:
