@@ -60,7 +60,8 @@ class Ran:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """Why a run ended. `rejected`: the output still failed its check after the retries."""
+    """Why a run ended. `rejected`: the output still failed its check after the retries, or in the last turn;
+    `max_turns`: the last turn ended in calls."""
 
     reason: Literal["answered", "max_turns", "rejected"]
     turns: int
@@ -88,7 +89,7 @@ def agent_loop(
                 _check_results(calls, (yield RunTools(calls=calls)))
                 new = ()
             case Rejected(problem=problem):
-                if output_retries == 0:
+                if output_retries == 0 or turn == max_turns:  # no turn is left to answer again in
                     return Outcome(reason="rejected", turns=turn)
                 output_retries -= 1
                 new = (User(f"That output was not accepted: {problem} Answer again."),)

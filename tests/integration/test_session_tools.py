@@ -145,7 +145,7 @@ async def test_the_last_turn_of_a_run_has_no_tools_to_call() -> None:
     script = [tool_call("add", a=1, b=1), tool_call("add", a=1, b=1), "Enough."]
     async with ScriptedEngine(script) as engine, engine.session(tools=[add]) as s:
         result = await s.run("Go.", max_turns=3)
-        assert (result.text, result.reason) == ("Enough.", "answered")
+        assert (result.text, result.reason) == ("Enough.", "forced")
         starts = [turn.grammar.source.split("start:")[1].splitlines()[0] for turn in engine.turns if turn.grammar]
         assert ["calls" in start for start in starts] == [True, True, False]
         with pytest.raises(errors.InvalidRequest, match="max_turns"):

@@ -54,6 +54,13 @@ def test_a_rejected_output_is_told_to_the_model_and_only_so_often() -> None:
     assert outcome == Outcome(reason="rejected", turns=2)
 
 
+@pytest.mark.parametrize("retries", [1, 5])
+def test_an_output_rejected_in_the_last_turn_is_rejected_whatever_retries_are_left(retries: int) -> None:
+    loop = agent_loop(ASK, max_turns=2, output_retries=retries)
+    _, outcome = play(loop, Spoke(calls=CALLS), Ran(results=RESULTS), Rejected(problem="age: too old."))
+    assert outcome == Outcome(reason="rejected", turns=2)
+
+
 @pytest.mark.parametrize(
     "wrong", [Spoke(), Ran(results=RESULTS[:1]), Ran(results=RESULTS[::-1])], ids=["no results", "one missing", "order"]
 )
