@@ -10,73 +10,29 @@ import inspect
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias, final
+from dataclasses import replace
+from typing import Any, final
 
 import anyio
 
 from agentspeed import events
-from agentspeed.checking import check_count, check_seconds
+from agentspeed.asking import Prompt, messages_of
 from agentspeed.errors import ContextOverflow, InvalidRequest, OutputError
-from agentspeed.messages import Assistant, Message, System, ToolMessage, User
+from agentspeed.messages import Assistant, Message
+from agentspeed.search.plan import Attempt, Ended, Plan, checked
 from agentspeed.search.tree import Cost, Found, Node
 from agentspeed.session import Session
 from agentspeed.usage import Usage
-
-Score: TypeAlias = Callable[[Node], float | Awaitable[float]]
-"""How good an attempt is; the largest wins."""
-Keep: TypeAlias = Callable[[str], bool]
-"""Asked about the text as it grows; False ends the attempt at once."""
-Attempt: TypeAlias = Callable[[Session], Awaitable[str]]
-"""One try on a branch, in your own words; what it returns is scored."""
-Ended: TypeAlias = Literal["solved", "exhausted", "tokens", "seconds", "branches"]
-
-
-@final
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Budget:
-    """Bounds of one search; None is unbounded. `tokens` bounds what is drawn and prefilled by the search."""
-
-    tokens: int | None = None
-    seconds: float | None = None
-    branches: int = 256
-
-    def __post_init__(self) -> None:
-        check_count("Budget tokens", self.tokens, none=True)
-        check_seconds("Budget seconds", self.seconds)
-        check_count("Budget branches", self.branches)
-
-
-@final
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What all searches have in common.
-
-    `score`: how good a branch is, higher is better. `solved_at`: the first finished branch that scores this much ends
-    the search at once. `least`: a step that scores less is closed at once. `keep`: asked with the text as it grows;
-    False closes the branch there. `attempt`: makes the branch's answer itself (for agents with tools) instead of one
-    turn. `options` go to every turn."""
-
-    score: Score
-    solved_at: float | None = None
-    least: float | None = None
-    keep: Keep | None = None
-    attempt: Attempt | None = None
-    budget: Budget = field(default_factory=Budget)
-    at_once: int = 16
-    temperature: float = 1.0
-    seed: int = 0
-    adopt: bool = True
-    options: dict[str, Any] = field(default_factory=dict)
 
 
 @final
 class Grower:
     """The tree of one running search."""
 
-    def __init__(self, session: Session, plan: Plan) -> None:
+    def __init__(self, session: Session, plan: Plan, options: dict[str, Any]) -> None:
         self._session = session
         self.plan = plan
+        self._options = options
         self._stack = AsyncExitStack()
         self._count = 0
         self._spent = 0
@@ -87,48 +43,56 @@ class Grower:
         """The bound that left the search fewer branches or shorter texts than it asked for."""
         self.root: Node
         self.best: Node | None = None
+        self._held: set[Node] = set()
+        """Branches that are not closed, but for the root's."""
+        self._levels: dict[int, list[Node]] = {}
+        """The open steps of each depth that go on, when only the best `width` do."""
+        self._steps: dict[tuple[int, tuple[int, ...]], Node] = {}
+        """By parent and drawn ids: the first child of that parent that wrote this step."""
+        self._largest = 0
+        """Tokens of the largest own attempt so far."""
 
-    async def plant(self, prompt: str | Message | Sequence[Message] | None) -> None:
+    async def plant(self, messages: Sequence[Message]) -> None:
         """Computes the shared context once, so that every branch starts from rows that exist."""
         (stem,) = await self._stack.enter_async_context(self._session.fork(1))
         self.root = Node(number=0, parent=None, branch=stem)
-        if prompt is None:
-            return
-        messages = (prompt,) if isinstance(prompt, str | System | User | Assistant | ToolMessage) else tuple(prompt)
-        _ = await stem.add(*messages, prefill=True)
-        self._spent += stem.usage.computed
+        if messages:
+            _ = await stem.add(*messages, prefill=True)
+            self._spent += stem.usage.computed
 
     def may_grow(self) -> bool:
         """False once the search is solved or a bound is reached."""
         budget = self.plan.budget
         if self.ended is None and budget.tokens is not None and self._spent >= budget.tokens:
             self.ended = "tokens"
-        if self.ended is None and self._count >= budget.branches:
+        if self.ended is None and budget.branches is not None and self._count >= budget.branches:
             self.ended = "branches"
         return self.ended is None
 
-    async def expand(self, node: Node, n: int, *, stop: str | None = None) -> list[Node]:
-        """Forks up to `n` children and lets each make its step; gives those that can be gone on with or finished."""
-        asked, n = n, min(n, self.plan.budget.branches - self._count)
+    async def expand(self, node: Node, n: int, *, whole: bool = False) -> list[Node]:
+        """Forks up to `n` children and lets each make its step, or its `whole` answer; gives those that can be gone on
+        with or finished."""
+        n = self._room(n)
         if n < 1 or not self.may_grow():
             return []
-        if n < asked:
-            self._smaller = "branches"
         branches = await self._stack.enter_async_context(node.branch.fork(n))
         born: list[Node] = []
         for branch in branches:
             self._count += 1
             born.append(Node(number=self._count, parent=node, branch=branch, whole=node.whole))
         node.children.extend(born)
-        await self._attempt_all(born, stop)
+        self._held.update(born)
+        await self._attempt_all(born, whole or self.plan.stop is None)
         return [child for child in born if child.state in ("open", "finished")]
 
-    async def prune(self, nodes: Sequence[Node]) -> None:
-        """Closes branches that will not be gone on with: what only they hold is free at once."""
-        for node in nodes:
-            if node.state == "open":
-                node.state = "pruned"
-            await _close(node)
+    def level(self, depth: int) -> list[Node]:
+        """The steps of this depth that go on, best first."""
+        return sorted(self._levels.get(depth, ()), key=_rank, reverse=True)
+
+    async def prune(self, node: Node) -> None:
+        """Closes an open branch that will not be gone on with."""
+        node.state = "pruned"
+        await self._let_go(node)
 
     async def harvest(self) -> Found:
         """Adopts the best branch up its path (unless asked not to) and says what the search came to."""
@@ -148,18 +112,42 @@ class Grower:
         """Every branch that is still open ends; the adopted one is no branch any more."""
         await self._stack.aclose()
 
+    # ---- bounds ---------------------------------------------------------------------------------------------------
+    def _room(self, asked: int) -> int:
+        """How many of so many branches the budget has room for now."""
+        budget = self.plan.budget
+        n = asked
+        if budget.branches is not None and budget.branches - self._count < n:
+            n = budget.branches - self._count
+            self._smaller = "branches"
+        if self.plan.attempt is None or budget.tokens is None:
+            return n
+        # Nothing cuts an own attempt in its middle, so it begins only when one like the largest so far still fits.
+        fitting = (budget.tokens - self._spent) // self._largest if self._largest else 1
+        if fitting < 1:
+            self.ended = "tokens"
+        return min(n, fitting)
+
+    def _bound(self, attempts: int) -> int | None:
+        """Tokens each turn may draw, so that all of them together stay inside the budget."""
+        asked: int | None = self.plan.options.get("max_tokens")
+        if self.plan.budget.tokens is None:
+            return asked
+        share = max(1, (self.plan.budget.tokens - self._spent) // attempts)
+        return share if asked is None else min(asked, share)
+
     # ---- attempts -------------------------------------------------------------------------------------------------
-    async def _attempt_all(self, nodes: Sequence[Node], stop: str | None) -> None:
+    async def _attempt_all(self, nodes: Sequence[Node], whole: bool) -> None:
         limiter = anyio.CapacityLimiter(self.plan.at_once)
         bound = self._bound(len(nodes))
 
         async def one(node: Node) -> None:
             async with limiter:
                 try:
-                    await self._attempt(node, stop, bound)
+                    await self._attempt(node, whole, bound)
                 except (OutputError, ContextOverflow):
                     node.state = "failed"
-                    await _close(node)
+                    await self._let_go(node)
                 if self.ended == "solved":
                     group.cancel_scope.cancel()
 
@@ -172,110 +160,142 @@ class Grower:
             raise failed.exceptions[0] from failed.exceptions[0].__cause__
         finally:
             for node in nodes:
-                if node.state == "open" and node.score is None:
+                if node.state in ("open", "finished") and node.score is None:
                     node.state = "cut"
         for node in nodes:
             if node.state == "cut":
-                await _close(node)
+                await self._let_go(node)
 
-    def _bound(self, attempts: int) -> int | None:
-        """Tokens each attempt may draw, so that all of them together stay inside the budget."""
-        asked: int | None = self.plan.options.get("max_tokens")
-        if self.plan.budget.tokens is None:
-            return asked
-        share = max(1, (self.plan.budget.tokens - self._spent) // attempts)
-        return share if asked is None else min(asked, share)
-
-    async def _attempt(self, node: Node, stop: str | None, bound: int | None) -> None:
-        if self.plan.attempt is None:
-            given_up = await self._turn(node, stop, bound)
-        else:
-            given_up = False
-            await self._own_attempt(node, self.plan.attempt)
+    async def _attempt(self, node: Node, whole: bool, bound: int | None) -> None:
         above = "" if node.parent is None else node.parent.whole
-        node.text = node.whole.removeprefix(above)
-        if given_up:
-            await self.prune([node])
-            return
-        scored = self.plan.score(node)
-        score: object = await scored if inspect.isawaitable(scored) else scored
         try:
-            node.score = float(score)  # type: ignore[arg-type]
-        except (TypeError, ValueError) as error:
-            raise InvalidRequest(f"score gave {score!r} for {node.whole!r}.",
-                                 remedy="Give a number; higher is better.") from error
-        self._judge(node)
-        if node.state == "pruned":
-            await _close(node)
+            if self.plan.attempt is None:
+                await self._turn(node, whole, bound)
+            else:
+                await self._own_attempt(node, self.plan.attempt)
+        finally:
+            node.text = node.whole.removeprefix(above)
+        lost: Node | None = node
+        if node.state in ("open", "finished"):
+            node.score = await self._scored(node)
+            lost = self._judge(node, node.score)
+        if lost is not None:
+            await self._let_go(lost)
 
-    async def _turn(self, node: Node, stop: str | None, bound: int | None) -> bool:
-        """One turn of the branch; True when `keep` gave it up. Counts what was computed, however the turn ends."""
-        options = {"temperature": self.plan.temperature, **self.plan.options, "max_tokens": bound}
-        if stop is not None:
-            options["stop"] = stop
-        seed = self.plan.seed * 1_000_003 + node.number
+    async def _turn(self, node: Node, whole: bool, bound: int | None) -> None:
+        """One turn of the branch. Counts what was computed and keeps the text, however the turn ends."""
+        options = {**self._options, "max_tokens": bound}
+        if whole and self.plan.stop is not None:
+            del options["stop"]
+        seed = (self.plan.seed * 1_000_003 + node.number) % 2**63
         async with node.branch.stream(None, seed=seed, **options) as turn:
             start = node.branch.tokens
             try:
                 async for event in turn:
                     if isinstance(event, events.TextDelta) and self.plan.keep and not self.plan.keep(turn.text):
-                        node.whole = turn.text
-                        return True
+                        node.state = "pruned"
+                        return
                 reply = turn.result()
             finally:
+                node.whole = turn.text
                 self._add(node, replace(turn.usage, drawn=max(turn.usage.drawn, node.branch.tokens - start)))
-        node.whole = reply.text
         if reply.finish_reason == "max_tokens" and bound != self.plan.options.get("max_tokens"):
             self._smaller = "tokens"
-        if stop is None or reply.finish_reason not in ("stop_string", "max_tokens"):
+        if reply.tool_calls:
+            node.state = "failed"
+        elif whole or reply.finish_reason not in ("stop_string", "max_tokens"):
             node.state = "finished"
-        return False
+        elif not self.plan.again:
+            self._find_twin(node, reply.ids)
+
+    def _find_twin(self, node: Node, ids: tuple[int, ...]) -> None:
+        """A step that a sibling wrote to the id has the same context as the sibling: going on with both is going on
+        twice with one."""
+        assert node.parent is not None
+        first = self._steps.setdefault((node.parent.number, ids), node)
+        if first is not node:
+            first.twins += 1
+            node.state = "pruned"
 
     async def _own_attempt(self, node: Node, attempt: Attempt) -> None:
-        before = node.branch.usage
+        before, known = node.branch.usage, len(node.branch.messages)
         try:
-            node.whole = await attempt(node.branch)
-            node.state = "finished"
+            made = attempt(node.branch)
+            text: object = await made if inspect.isawaitable(made) else made
+            if text is made or not isinstance(text, str):
+                raise InvalidRequest(f"attempt gave {text!r}; it must be async and give a text, which is scored.")
+            node.whole, node.state = text, "finished"
         finally:
-            self._account(node, before)
-
-    def _account(self, node: Node, before: Usage) -> None:
-        after = node.branch.usage
-        numbers = {
-            name: getattr(after, name) - getattr(before, name)
-            for name in ("new", "resumed_device", "resumed_host", "recomputed", "shared", "drawn", "turns")
-        }
-        self._add(node, Usage(**numbers))
+            if node.state == "open":
+                said = [message.text for message in node.branch.messages[known:] if isinstance(message, Assistant)]
+                node.whole = said[-1] if said else ""
+            usage = node.branch.usage - before
+            self._largest = max(self._largest, usage.computed, 1)
+            self._add(node, usage)
 
     def _add(self, node: Node, usage: Usage) -> None:
         node.usage = node.usage + usage
         self._spent += usage.computed
         self._without_fork += usage.new + usage.resumed + usage.recomputed + usage.drawn
 
-    def _judge(self, node: Node) -> None:
-        assert node.score is not None
-        if math.isnan(node.score):
+    # ---- who wins and who lost ------------------------------------------------------------------------------------
+    async def _scored(self, node: Node) -> float:
+        scored = self.plan.score(node)
+        given: object = await scored if inspect.isawaitable(scored) else scored
+        try:
+            score = float(given)  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest(f"score gave {given!r} for {node.whole!r}.",
+                                 remedy="Give a number; higher is better.") from error
+        if math.isnan(score):
             raise InvalidRequest(f"score gave NaN for {node.whole!r}.", remedy="Give a number; higher is better.")
-        if node.state != "finished":
-            if self.plan.least is not None and node.score < self.plan.least:
-                node.state = "pruned"
-            return
-        if self.best is None or self.best.score is None or node.score > self.best.score:
-            self.best = node
-        if self.plan.solved_at is not None and node.score >= self.plan.solved_at:
+        return score
+
+    def _judge(self, node: Node, score: float) -> Node | None:
+        """The branch that is known to have lost, now that this one has its score."""
+        if node.state == "open":
+            lost = node if self.plan.least is not None and score < self.plan.least else self._crowded_out(node)
+            if lost is not None:
+                lost.state = "pruned"
+            return lost
+        if self.plan.solved_at is not None and score >= self.plan.solved_at:
             self.ended = "solved"
+        if self.best is not None and score <= _score(self.best):
+            return node
+        lost, self.best = self.best, node
+        return lost
+
+    def _crowded_out(self, node: Node) -> Node | None:
+        """The step of this depth that `width` others are better than."""
+        if self.plan.width is None:
+            return None
+        level = self._levels.setdefault(node.depth, [])
+        level.append(node)
+        if len(level) <= self.plan.width:
+            return None
+        worst = min(level, key=_rank)
+        level.remove(worst)
+        return worst
+
+    async def _let_go(self, node: Node) -> None:
+        """Closes a branch that lost, and those above it from which nothing hangs any more: what only they hold is free
+        at once."""
+        while node in self._held:
+            self._held.discard(node)
+            with anyio.CancelScope(shield=True):
+                await node.branch.close()
+            if self.plan.again or node.parent is None or not self._held.isdisjoint(node.parent.children):
+                return
+            node = node.parent
 
 
-async def search(
-    session: Session, prompt: str | Message | Sequence[Message] | None, plan: Plan,
-    grow: Callable[[Grower], Awaitable[None]],
-) -> Found:
+async def search(session: Session, prompt: Prompt, plan: Plan, grow: Callable[[Grower], Awaitable[None]]) -> Found:
     """Runs one kind of search inside its budget; leaves no branch open, whatever happens."""
-    check_count("at_once", plan.at_once)
-    grower = Grower(session, plan)
+    options, messages = checked(session, plan), messages_of(prompt)
+    grower = Grower(session, plan, options)
     try:
         with anyio.move_on_after(plan.budget.seconds) as scope:
-            await grower.plant(prompt)
+            await grower.plant(messages)
             await grow(grower)
         if scope.cancelled_caught:
             grower.ended = "seconds"
@@ -285,6 +305,10 @@ async def search(
             await grower.close()
 
 
-async def _close(node: Node) -> None:
-    with anyio.CancelScope(shield=True):
-        await node.branch.close()
+def _score(node: Node) -> float:
+    return -math.inf if node.score is None else node.score
+
+
+def _rank(node: Node) -> tuple[float, int]:
+    """Higher is better; of equal scores the older wins, whichever was scored first."""
+    return _score(node), -node.number

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
 from typing import Any
 
-from agentspeed.checking import check_count
-from agentspeed.messages import Message
-from agentspeed.search.growth import Attempt, Budget, Grower, Keep, Plan, Score, search
+from agentspeed.asking import Prompt
+from agentspeed.checking import check_count, check_number, check_text
+from agentspeed.search.growth import Grower, search
+from agentspeed.search.plan import Attempt, Budget, Keep, Plan, Score
 from agentspeed.search.tree import Found, Node
 from agentspeed.session import Session
-
-Prompt = str | Message | Sequence[Message] | None
 
 
 async def best_of_n(
@@ -23,15 +21,13 @@ async def best_of_n(
 ) -> Found:
     """`n` whole answers side by side; the best becomes the session's. Reaching `solved_at` ends it at once."""
     _at_least_one(n=n)
-    plan = Plan(score=score, solved_at=solved_at, keep=keep, attempt=attempt, budget=budget or Budget(),
-                at_once=at_once, temperature=temperature, seed=seed, adopt=adopt, options=options)
+    plan = Plan(score=score, solved_at=solved_at, keep=keep, attempt=attempt,
+                budget=Budget() if budget is None else budget, at_once=at_once, temperature=temperature, seed=seed,
+                adopt=adopt, options=options)
 
     async def grow(grower: Grower) -> None:
-        left = n
-        while left > 0 and grower.may_grow():
-            wave = await grower.expand(grower.root, min(left, at_once))
-            left -= min(left, at_once)
-            await grower.prune([node for node in wave if node is not grower.best])
+        while (left := n - len(grower.root.children)) and grower.may_grow():
+            _ = await grower.expand(grower.root, min(left, at_once))
 
     return await search(session, prompt, plan, grow)
 
@@ -44,18 +40,17 @@ async def beam(
 ) -> Found:
     """Step by step (a step ends at `stop`): every kept branch forks `branching` ways, the best `width` go on."""
     _at_least_one(width=width, branching=branching, depth=depth)
-    plan = Plan(score=score, solved_at=solved_at, least=least, keep=keep, budget=budget or Budget(), at_once=at_once,
-                temperature=temperature, seed=seed, adopt=adopt, options=options)
+    check_text("stop", stop)
+    plan = Plan(score=score, solved_at=solved_at, least=least, keep=keep, stop=stop, width=width,
+                budget=Budget() if budget is None else budget, at_once=at_once, temperature=temperature, seed=seed,
+                adopt=adopt, options=options)
 
     async def grow(grower: Grower) -> None:
         level = [grower.root]
-        for _ in range(depth):
-            reached: list[Node] = []
+        for reached in range(1, depth + 1):
             for node in level:
-                reached += await grower.expand(node, branching, stop=stop)
-            open_nodes = sorted((node for node in reached if node.state == "open"), key=_score, reverse=True)
-            level = open_nodes[:width]
-            await grower.prune(open_nodes[width:])
+                _ = await grower.expand(node, branching)
+            level = grower.level(reached)
             if not level or not grower.may_grow():
                 return
 
@@ -70,20 +65,22 @@ async def tree_of_thought(
 ) -> Found:
     """Best first: the most promising open branch anywhere in the tree forks next. Bound it by `budget` and `depth`."""
     _at_least_one(branching=branching, depth=depth)
-    plan = Plan(score=score, solved_at=solved_at, least=least, keep=keep, budget=budget or Budget(branches=64),
-                at_once=at_once, temperature=temperature, seed=seed, adopt=adopt, options=options)
+    check_text("stop", stop)
+    plan = Plan(score=score, solved_at=solved_at, least=least, keep=keep, stop=stop,
+                budget=Budget(branches=64) if budget is None else budget, at_once=at_once, temperature=temperature,
+                seed=seed, adopt=adopt, options=options)
 
     async def grow(grower: Grower) -> None:
         frontier: list[tuple[float, int, Node]] = [(0.0, 0, grower.root)]
         while frontier and grower.may_grow():
             _, _, node = heapq.heappop(frontier)
-            for child in await grower.expand(node, branching, stop=stop):
+            for child in await grower.expand(node, branching):
                 if child.state != "open":
                     continue
                 if child.depth < depth:
-                    heapq.heappush(frontier, (-_score(child), child.number, child))
+                    heapq.heappush(frontier, (-(child.score or 0.0), child.number, child))
                 else:
-                    await grower.prune([child])
+                    await grower.prune(child)
 
     return await search(session, prompt, plan, grow)
 
@@ -98,24 +95,25 @@ async def mcts(
 
     Scores should lie between 0 and 1, which `exploration` is measured against."""
     _at_least_one(iterations=iterations, branching=branching)
-    plan = Plan(score=score, solved_at=solved_at, least=least, keep=keep,
-                budget=budget or Budget(branches=4 * iterations), temperature=temperature, seed=seed, adopt=adopt,
-                options=options)
+    check_number("exploration", exploration)
+    check_text("stop", stop)
+    plan = Plan(score=score, solved_at=solved_at, least=least, keep=keep, stop=stop, again=True,
+                budget=Budget(branches=4 * iterations) if budget is None else budget, temperature=temperature,
+                seed=seed, adopt=adopt, options=options)
 
     async def grow(grower: Grower) -> None:
         for _ in range(iterations):
             node = _select(grower.root, branching, exploration)
             if node is None or not grower.may_grow():
                 return
-            ends = await grower.expand(node, 1, stop=stop)
+            ends = await grower.expand(node, 1)
             if ends and ends[0].state == "open":
-                ends = [*await grower.expand(ends[0], 1), *ends]
+                ends = [*await grower.expand(ends[0], 1, whole=True), *ends]
             value = 0.0 if not ends or ends[0].score is None else ends[0].score
             below = ends[-1] if ends else node
             for passed in below.path():
                 passed.visits += 1
                 passed.value += value
-            await grower.prune([end for end in ends[:-1] if end is not grower.best])
 
     return await search(session, prompt, plan, grow)
 
@@ -135,10 +133,6 @@ def _select(node: Node, branching: int, exploration: float) -> Node | None:
 
 def _upper_bound(child: Node, parent_visits: int, exploration: float) -> float:
     return child.value / child.visits + exploration * math.sqrt(math.log(max(1, parent_visits)) / child.visits)
-
-
-def _score(node: Node) -> float:
-    return -math.inf if node.score is None else node.score
 
 
 def _at_least_one(**bounds: int) -> None:

@@ -14,14 +14,17 @@ if TYPE_CHECKING:
     from agentspeed.session import Session
 
 State = Literal["open", "finished", "pruned", "failed", "cut"]
-"""open: may be gone on with. finished: the message is complete. pruned: given up early or not among the best.
-failed: the attempt raised an error of its own. cut: the budget ended it."""
+"""open: may be gone on with. finished: the message is complete. pruned: given up early, not among the best, or a twin.
+failed: the attempt raised an error of its own, or called a tool that nobody runs. cut: the budget or a solution ended
+it before it had a score; its text is what it had said."""
 
 
 @final
 @dataclass(slots=True, kw_only=True, eq=False)
 class Node:
-    """One branch of a search. `whole` is the assistant's message so far, `text` what this step added."""
+    """One branch of a search. `whole` is the assistant's message so far, `text` what this step added.
+
+    `branch` is closed once it has lost; read it in `score`."""
 
     number: int
     parent: Node | None
@@ -32,6 +35,8 @@ class Node:
     state: State = "open"
     usage: Usage = field(default_factory=Usage)
     children: list[Node] = field(default_factory=list)
+    twins: int = 0
+    """Siblings that wrote the very same step: closed without a score, for this one goes on for all of them."""
     visits: int = 0
     value: float = 0.0
     """Sum of the scores seen below this node; with `visits`, what a Monte Carlo search goes by."""
@@ -131,4 +136,5 @@ def _line(node: Node) -> str:
     score = "-" if node.score is None else f"{node.score:.3g}"
     text = " ".join(node.text.split())
     shown = text if len(text) <= 56 else f"{text[:55]}…"
-    return f"{score:>5}  {shown}  [{node.state}, {node.usage.computed} tok]"
+    twins = f", {node.twins} {'twin' if node.twins == 1 else 'twins'}" if node.twins else ""
+    return f"{score:>5}  {shown}  [{node.state}, {node.usage.computed} tok{twins}]"

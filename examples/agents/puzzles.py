@@ -66,15 +66,16 @@ async def main(model: str | Engine | None = None, count: int = 8) -> tuple[int, 
 
             async with engine.session(seed=1) as s:
                 first = await s.generate(ask, max_tokens=64)
-            greedy += solves(first.text, numbers, target)
+            right = solves(first.text, numbers, target)
+            greedy += right
             async with engine.session(seed=1) as s:
                 found = await best_of_n(s, ask, n=TRIES, score=score, solved_at=1.0, max_tokens=64)
             solved = found.score == 1.0
             searched += solved
             tokens += found.cost.tokens
             without_fork += found.cost.tokens_without_fork
-            outcome = f"solved by {short(found.text)}" if solved else "not solved"
-            print(f"{ask:24} greedy {short(first.text):24} {outcome}")
+            outcome = f"branches: {short(found.text)} right" if solved else "branches: none right"
+            print(f"{ask:22} greedy: {short(first.text):24} {'right' if right else 'wrong'}   {outcome}")
     if found is not None:
         print(f"\nThe last search:\n{found}")
     print(f"\nSolved: {greedy} of {count} by one greedy try, {searched} by the best of {TRIES} branches.")

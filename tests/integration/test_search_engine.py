@@ -5,7 +5,7 @@ from __future__ import annotations
 import anyio
 import pytest
 
-from agentspeed import Engine
+from agentspeed import Engine, Session
 from agentspeed.search import Budget, Found, Node, beam, best_of_n, tree_of_thought
 
 pytestmark = pytest.mark.anyio
@@ -67,3 +67,38 @@ async def test_a_solution_frees_the_losing_branches_while_the_session_goes_on() 
         assert (counts["branches"], counts["waiting_turns"], counts["pages_tail"]) == (1, 0, 0)
         reply = await s.generate("Hello", max_tokens=4)
         assert reply.usage.recomputed == 0
+
+
+async def test_own_attempts_stay_inside_a_token_budget_by_the_engines_own_count() -> None:
+    async def attempt(branch: Session) -> str:
+        first = await branch.generate(None, max_tokens=8, temperature=1.0)
+        second = await branch.generate("Again.", max_tokens=8, temperature=1.0)
+        return first.text + second.text
+
+    async with Engine() as engine, engine.session(seed=1) as s:
+        before = await computed(engine)
+        found = await best_of_n(s, "Reach 9 from 4 5.", n=40, score=longest, attempt=attempt, budget=Budget(tokens=300))
+        assert found.ended == "tokens"
+        assert 2 < found.cost.branches < 40
+        largest = max(node.usage.computed for node in found.root.children)
+        assert await computed(engine) - before <= found.cost.tokens <= 300 + largest
+        assert (await engine.stats()).counts["branches"] == 1
+
+
+async def test_a_losing_answer_is_closed_on_the_engine_while_its_siblings_go_on() -> None:
+    held: list[int] = []
+
+    async with Engine() as engine, engine.session(seed=1) as s:
+
+        async def attempt(branch: Session) -> str:
+            reply = await branch.generate(None, max_tokens=8, temperature=1.0)
+            await anyio.sleep(0.4 * int(branch.id.rsplit(".", 1)[-1]))  # they end in the order of their numbers
+            return reply.text
+
+        async def score(node: Node) -> float:
+            held.append((await engine.stats()).counts["branches"])
+            return -float(node.number)
+
+        found = await best_of_n(s, "Reach 9 from 4 5.", n=4, score=score, attempt=attempt)
+        assert found.best is found.root.children[0]
+    assert held == [6, 6, 5, 4]  # the session, the root, the best so far, the one that is scored and those after it
