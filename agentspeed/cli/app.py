@@ -61,22 +61,30 @@ def run(call: Callable[[], Awaitable[None]]) -> None:
 @app.command()
 def chat(
     model: Model = None,
-    tools: Annotated[Path | None, typer.Option(help="A Python file; its typed public functions become tools.")] = None,
+    tools: Annotated[Path | None, typer.Option(help="A Python file; its @tool functions become tools, or all its typed "
+                                                    "public ones when none has @tool.")] = None,
     system: Annotated[str | None, typer.Option(help="System text.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one answer.")] = 512,
 ) -> None:
-    """Talk to a model; each answer shows what was resumed and computed. Ctrl-C cancels the answer, Ctrl-D ends."""
+    """Talk to a model; each answer shows what was resumed and computed. Ctrl-C cancels the answer, Ctrl-D ends.
+
+    Example:  agentspeed chat
+    Example:  agentspeed chat ./model --tools tools.py --temperature 0.7
+
+    In the chat, /help lists its commands."""
     from agentspeed.cli.chatting import Chat
 
     with reported():
-        made = Chat(model, tools=tools, system=system, temperature=temperature, max_tokens=max_tokens)
-    run(made.run)
+        Chat(model, tools=tools, system=system, temperature=temperature, max_tokens=max_tokens).run()
 
 
 @app.command()
 def demo(model: Model = None) -> None:
-    """A session in half a minute: a turn, four forks, an adoption, a rewind, and what each of them cost."""
+    """A session in half a minute: a turn, four forks, an adoption, a rewind, and what each of them cost.
+
+    Example:  agentspeed demo
+    Example:  agentspeed demo ./model"""
     from agentspeed.cli.demonstration import demonstrate
 
     run(lambda: demonstrate(model))
@@ -84,7 +92,10 @@ def demo(model: Model = None) -> None:
 
 @app.command()
 def env(model: Model = None) -> None:
-    """Versions, the machine, and every engine option with its default."""
+    """Versions, the machine, the model, and every engine option with its default.
+
+    Example:  agentspeed env
+    Example:  agentspeed env ./model"""
     from agentspeed.cli.environment import describe
 
     async def show() -> None:
@@ -101,6 +112,9 @@ def top(
     branches: Annotated[int | None, typer.Option(min=0, help="Most branches shown of each engine.")] = None,
 ) -> None:
     """Watch running engines: sessions, branches, where their rows are, leases, pages, and why something waits.
+
+    Example:  agentspeed top
+    Example:  agentspeed top --once --json
 
     Ends at Ctrl-C with status 0; with 2 when no engine runs, with 3 when all that were watched have ended."""
     from agentspeed.cli.watching import Top
@@ -135,12 +149,16 @@ def replay(
     raise typer.Exit(status)
 
 
-@app.command()
+@app.command(context_settings={"allow_interspersed_args": False})  # what follows the name is the benchmark's
 def bench(
     name: Annotated[str | None, typer.Argument(help="Name of a benchmark; nothing: list them.")] = None,
     options: Annotated[list[str] | None, typer.Argument(help="Passed on to the benchmark.")] = None,
 ) -> None:
-    """Run a benchmark of the repository; its last line is JSON."""
+    """Run a benchmark of the repository; its last line is JSON. What follows its name is passed on to it.
+
+    Example:  agentspeed bench
+    Example:  agentspeed bench fork --children 4
+    Example:  agentspeed bench fork --help"""
     from agentspeed.cli.benchmarks import names, start
 
     if name is None:
@@ -150,4 +168,5 @@ def bench(
         typer.echo(f"There is no benchmark {name!r}. Known: {', '.join(names()) or 'none outside the repository'}.",
                    err=True)
         raise typer.Exit(EXIT_REFUSED)
-    sys.exit(start(name, options or []))
+    passed = options or []
+    sys.exit(start(name, passed[1:] if passed[:1] == ["--"] else passed))

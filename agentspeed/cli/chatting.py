@@ -1,54 +1,33 @@
-"""What `agentspeed chat` does: lines in, streamed answers out, Ctrl-C cancels an answer and keeps the chat."""
+"""What `agentspeed chat` does: lines in, streamed answers out; a line that is not answered leaves nothing behind."""
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
-import signal
-import sys
-from collections.abc import Callable
+import asyncio
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeGuard, final
+from queue import SimpleQueue
+from typing import Any, Final, TypeAlias, final
 
 import anyio
-import anyio.to_thread
-from anyio.abc import TaskStatus
-from rich.console import Console
+from anyio.from_thread import BlockingPortal, start_blocking_portal
 
-from agentspeed import Engine, Session, Usage, errors, events
-from agentspeed.tools import Tool, tools_from
+from agentspeed import Engine, Mark, Session, errors, events
+from agentspeed.cli.showing import Screen, cost, described, whole
+from agentspeed.cli.tools_file import ToolsFile, tools_of
+from agentspeed.cli.typing_lines import Lines
+from agentspeed.messages import ToolCall
+from agentspeed.running import Result
 
-_PROMPT = "> "
-
-
-def tools_of(path: Path) -> tuple[Tool, ...]:
-    """The typed public functions a Python file defines itself, and what it made with `@tool`, in their order.
-
-    Raises `InvalidRequest` when the file cannot be loaded, has none, or one of them cannot be a tool."""
-    if not path.is_file():
-        raise errors.InvalidRequest(f"{path} is not a file.", remedy="Give a Python file with typed functions.")
-    spec = importlib.util.spec_from_file_location("agentspeed_chat_tools", path)
-    if spec is None or spec.loader is None:
-        raise errors.InvalidRequest(f"{path} is not a Python file.", remedy="Give one whose name ends in .py.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # the user's own code: whatever it raises belongs into the sentence
-        raise errors.InvalidRequest(f"{path} cannot be loaded: {type(error).__name__}: {error}",
-                                    remedy="See that `python` can import it.") from error
-    found = [item for name, item in vars(module).items() if not name.startswith("_") and _is_tool(item, spec.name)]
-    if not found:
-        raise errors.InvalidRequest(f"{path} defines no public functions.", remedy="Write some with type hints.")
-    try:
-        return tools_from(found)
-    except TypeError as error:
-        raise errors.InvalidRequest(f"{path}: {error}") from error
-
-
-def _is_tool(item: object, module: str) -> TypeGuard[Tool | Callable[..., object]]:
-    fn = item.fn if isinstance(item, Tool) else item
-    return inspect.isfunction(fn) and fn.__module__ == module
+_PROMPT: Final = "> "
+COMMANDS: Final = {
+    "/help": "this list",
+    "/tools": "the tools that the model may call",
+    "/usage": "what this session has cost, and how full its context is",
+    "/undo": "go back to before your last question; again: to before the one before",
+    "/new": "a new session, in which nothing was said",
+    "/quit": "end the chat, as Ctrl-D does",
+}
+_HINT: Final = "A line that begins with / is a command; //text sends /text to the model."
 
 
 @final
@@ -58,77 +37,258 @@ class Chat:
     def __init__(self, model: str | Engine | None, *, tools: Path | None, system: str | None, temperature: float,
                  max_tokens: int) -> None:
         self._model = model
-        self._tools = tools_of(tools) if tools is not None else ()
+        self._file = tools_of(tools) if tools is not None else ToolsFile()
         self._system = system
         self._temperature = temperature
         self._max_tokens = max_tokens
-        self._console = Console()
-        self._answering: anyio.CancelScope | None = None
-        """What a Ctrl-C cancels."""
 
-    async def run(self) -> None:
-        """Until end of input."""
-        self._console.print("Starting the engine ...", style="dim", highlight=False)
-        async with Session(self._model, system=self._system, tools=self._tools) as session:
-            self._console.print("Ctrl-C cancels an answer, Ctrl-D ends.", style="dim")
-            try:
-                async with anyio.create_task_group() as group:
-                    await group.start(self._mind_interrupts)
-                    await self._talk(session)
-                    group.cancel_scope.cancel()
-            except BaseExceptionGroup as raised:  # of one: the other task only waits for signals
-                raise raised.exceptions[0] from raised
+    def run(self) -> None:
+        """Until `/quit` or end of input, in the main thread; sessions live on an event loop in another one, so that
+        lines can be edited and interrupted here."""
+        screen = Screen()
+        screen.line("Starting the engine ...")
+        for line in self._file.left_out:
+            screen.line(f"left out of the tools: {line}", "yellow")
+        with Lines() as lines, start_blocking_portal("asyncio") as portal:
+            hello = "Ctrl-C cancels an answer, Ctrl-D ends. /help lists the commands."
+            again = True
+            while again:
+                with portal.wrap_async_context_manager(portal.call(self._session)) as session:
+                    screen.line(hello)
+                    talk = Talk(portal, session, screen, lines, temperature=self._temperature,
+                                max_tokens=self._max_tokens)
+                    again = talk.run()
+                hello = "A new session."
 
-    async def _talk(self, session: Session) -> None:
-        while (line := await anyio.to_thread.run_sync(_line, abandon_on_cancel=True)) is not None:
-            if line.strip():
-                await self._answer(session, line)
+    def _session(self) -> Session:
+        return Session(self._model, system=self._system, tools=self._file.tools)
 
-    async def _answer(self, session: Session, line: str) -> None:
-        with anyio.CancelScope() as self._answering:
-            try:
-                result = await session.run(line, temperature=self._temperature, max_tokens=self._max_tokens,
-                                           on_event=self._show)
-                self._console.print()
-                self._report(result.usage)
-            except errors.InternalError:
-                raise
-            except errors.AgentspeedError as error:  # the session is as it was before the line: ask again, or else
-                self._console.print(f"\n{error}", style="red", markup=False, highlight=False)
-        cancelled, self._answering = self._answering.cancelled_caught, None
-        if cancelled:
-            self._console.print("\n(cancelled; the chat goes on as if you had not asked)", style="dim",
-                                highlight=False)
 
-    async def _mind_interrupts(self, *, task_status: TaskStatus[None]) -> None:
-        """Ctrl-C is for the answer that runs. At the prompt the terminal has dropped the line: it is asked for anew."""
-        with anyio.open_signal_receiver(signal.SIGINT) as signals:
-            task_status.started()
-            async for _ in signals:
-                if self._answering is not None:
-                    self._answering.cancel()
-                else:
-                    print(f"\n{_PROMPT}", end="", flush=True)
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exchange:
+    """One line and all that came of it."""
 
-    def _show(self, event: events.AnyEvent) -> None:
-        match event:
-            case events.TextDelta(text=text):
-                self._console.print(text, end="", markup=False, highlight=False)
-            case events.ToolStarted(call=call):
-                self._console.print(f"[{call.name} {call.arguments}]", style="cyan", markup=False, highlight=False)
-            case events.ToolFinished(content=content):
-                self._console.print(f"[= {content}]", style="cyan", markup=False, highlight=False)
+    before: Mark
+    line: str
+    ran: tuple[str, ...]
+    """Tools that ran: what they did stays done when the session goes back."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """Of one line: a result, or why there is none; with neither it was cancelled. `undone`: the session is as it was
+    before the line."""
+
+    before: Mark
+    result: Result[Any] | None = None
+    problems: tuple[errors.AgentspeedError, ...] = ()
+    undone: bool = False
+
+
+@final
+class Question:
+    """Whether a call may run: asked on the loop, answered in the main thread."""
+
+    def __init__(self, call: ToolCall) -> None:
+        self.call = call
+        self.granted = False
+        self.answered = anyio.Event()
+
+
+@final
+class Cancel:
+    """Cancels an answer on the loop, from any thread and without waiting; also one that has not begun yet."""
+
+    def __init__(self) -> None:
+        self.pressed = False
+        self._of: tuple[asyncio.AbstractEventLoop, anyio.CancelScope] | None = None
+
+    def __call__(self) -> None:
+        self.pressed = True
+        if self._of is not None:
+            loop, scope = self._of
+            _ = loop.call_soon_threadsafe(scope.cancel)
+
+    def scope(self) -> anyio.CancelScope:
+        """What is cancelled, on the running loop."""
+        scope = anyio.CancelScope()
+        self._of = asyncio.get_running_loop(), scope
+        if self.pressed:
+            scope.cancel()
+        return scope
+
+
+_Told: TypeAlias = "events.AnyEvent | Question | None"
+"""What the loop tells the main thread about a line, in order; None: the line is done."""
+
+
+@final
+class Talk:
+    """One session of a chat. All printing and reading is in the main thread, so that nothing comes in between."""
+
+    def __init__(self, portal: BlockingPortal, session: Session, screen: Screen, lines: Lines, *, temperature: float,
+                 max_tokens: int) -> None:
+        self._portal = portal
+        self._session = session
+        self._screen = screen
+        self._lines = lines
+        self._temperature = temperature
+        self._max_tokens = max_tokens
+        self._told: SimpleQueue[_Told] = SimpleQueue()
+        self._exchanges: list[Exchange] = []
+
+    def run(self) -> bool:
+        """Whether another session is wanted."""
+        with self._lines.during(lambda: None):
+            while (line := self._lines.read(_PROMPT)) is not None:
+                match line.strip():
+                    case "":
+                        pass
+                    case "/quit":
+                        break
+                    case "/new":
+                        return True
+                    case word if word.startswith("/") and not word.startswith("//"):
+                        self._command(word)
+                    case word:
+                        self._ask(word[1:] if word.startswith("//") else line)
+        return False
+
+    # ---- commands -------------------------------------------------------------------------------------------------
+    def _command(self, word: str) -> None:
+        match word:
+            case "/help":
+                for name, what in COMMANDS.items():
+                    self._screen.line(f"{name:8}{what}")
+                self._screen.line(_HINT)
+            case "/tools":
+                for tool in self._session.tools:
+                    self._screen.line(described(tool))
+                if not self._session.tools:
+                    self._screen.line("There are none; start the chat with --tools FILE.")
+            case "/usage":
+                self._usage()
+            case "/undo":
+                self._undo()
             case _:
-                pass
+                known = ", ".join(COMMANDS)
+                self._screen.line(f"There is no command {word}. The commands are: {known}. {_HINT}", "red")
 
-    def _report(self, usage: Usage) -> None:
-        again = f", {usage.recomputed} again ({usage.why})" if usage.recomputed > 1 else ""
-        self._console.print(f"{usage.resumed} tokens resumed, {usage.new - usage.shared} computed{again}, "
-                            f"{usage.drawn} drawn", style="dim", highlight=False)
+    def _usage(self) -> None:
+        session = self._session
+        try:
+            limit = self._portal.call(session.engine.link).welcome.context_limit
+        except errors.AgentspeedError as error:
+            self._screen.error(error)
+            return
+        usage = session.usage
+        self._screen.line(f"{session.tokens} of {limit} tokens of the context are used.")
+        self._screen.line(f"{usage.turns} turn{'' if usage.turns == 1 else 's'}: {cost(usage)}")
+
+    def _undo(self) -> None:
+        if not self._exchanges:
+            self._screen.line("There is nothing to undo.")
+            return
+        last = self._exchanges[-1]
+        try:
+            self._portal.call(self._session.rewind, last.before)
+        except errors.AgentspeedError as error:
+            self._screen.error(error)
+            return
+        _ = self._exchanges.pop()
+        self._screen.line(f"(back to before: {last.line}{_still_done(last.ran)})")
+
+    # ---- one line -------------------------------------------------------------------------------------------------
+    def _ask(self, line: str) -> None:
+        cancel = Cancel()
+        ran: dict[str, str] = {}
+        with self._lines.during(cancel):
+            answering = self._portal.start_task_soon(self._answer, line, cancel)
+            answering.add_done_callback(lambda _: self._told.put(None))
+            while (told := self._told.get()) is not None:
+                if isinstance(told, Question):
+                    if not self._granted(told, cancel):
+                        _ = ran.pop(told.call.id, None)
+                    continue
+                self._screen.event(told)
+                if isinstance(told, events.ToolStarted):
+                    ran[told.call.id] = told.call.name
+            outcome = answering.result()
+        self._report(Exchange(before=outcome.before, line=line, ran=tuple(dict.fromkeys(ran.values()))), outcome)
+
+    async def _answer(self, line: str, cancel: Cancel) -> Outcome:
+        """On the loop. A line that is not answered, cancelled or failed, is taken back with its calls and results."""
+        before = await self._session.mark()
+        problems: list[errors.AgentspeedError] = []
+        try:
+            with cancel.scope():
+                result = await self._session.run(
+                    line, temperature=self._temperature, max_tokens=self._max_tokens, approve=self._approve,
+                    on_event=self._told.put)
+                return Outcome(before=before, result=result)
+        except errors.InternalError:
+            raise
+        except errors.AgentspeedError as error:
+            problems.append(error)
+        try:
+            if self._session.tokens != before.tokens:
+                await self._session.rewind(before)
+        except errors.InternalError:
+            raise
+        except errors.AgentspeedError as error:
+            problems.append(error)
+        return Outcome(before=before, problems=tuple(problems), undone=self._session.tokens == before.tokens)
+
+    def _report(self, exchange: Exchange, outcome: Outcome) -> None:
+        screen = self._screen
+        if (result := outcome.result) is not None:
+            self._exchanges.append(exchange)
+            screen.end_line()
+            if result.reply.finish_reason == "max_tokens":
+                within = len(result.reply.ids) < self._max_tokens
+                screen.line(f"(cut: {_FULL if within else f'--max-tokens is {self._max_tokens}'})")
+            if result.reason == "max_turns":
+                screen.line(f"(ended after {result.turns} turns)")
+            screen.line(cost(result.usage))
+            return
+        for problem in outcome.problems:
+            screen.error(problem)
+            if isinstance(problem, errors.ContextOverflow):
+                screen.line(_FULL, "red")
+        word = "" if outcome.problems else "cancelled; "
+        if outcome.undone:
+            screen.line(f"({word}the chat goes on as if you had not asked{_still_done(exchange.ran)})")
+        else:
+            self._exchanges.append(exchange)
+            screen.line(f"({word}what was said so far stays in the session; /undo takes it back)")
+
+    # ---- approval -------------------------------------------------------------------------------------------------
+    async def _approve(self, call: ToolCall) -> bool:
+        """On the loop."""
+        question = Question(call)
+        self._told.put(question)
+        await question.answered.wait()
+        return question.granted
+
+    def _granted(self, question: Question, cancel: Cancel) -> bool:
+        call = question.call
+        if not self._lines.can_ask:
+            self._screen.line(f"{call.name} needs your approval, and no terminal is there to ask: not approved.", "red")
+        elif not cancel.pressed:
+            self._screen.line(f"May this run?  {whole(call)}", "yellow")
+            try:
+                question.granted = self._lines.agreed("[y/N] ")
+            except KeyboardInterrupt:
+                print()
+                cancel()
+        self._portal.call(question.answered.set)
+        return question.granted
 
 
-def _line() -> str | None:
-    try:
-        return input(_PROMPT)
-    except EOFError:
-        return None
+_FULL: Final = "the context is full: /undo goes back before your last question, /new begins a new session"
+
+
+def _still_done(ran: tuple[str, ...]) -> str:
+    return f", but what {' and '.join(ran)} did is not undone" if ran else ""

@@ -1,4 +1,4 @@
-"""An agent in one minute: it calls a tool, pauses, resumes, goes back, branches on a puzzle and keeps the winner.
+"""An agent in one minute: it calls a tool, pauses, resumes, fails at a puzzle, goes back, branches, keeps the winner.
 
 Run: `python examples/agents/quickstart.py [MODEL FOLDER]`
 """
@@ -13,9 +13,9 @@ import time
 import anyio
 
 from agentspeed import Engine, Usage, events, tool
-from agentspeed.search import Node, best_of_n
+from agentspeed.search import best_of_n
 
-NUMBERS, TARGET = (2, 5, 4), 14
+NUMBERS, TARGET = (3, 3, 5), 30
 PUZZLE = f"Reach {TARGET} from {' '.join(map(str, NUMBERS))}."
 LINES: list[tuple[str, Usage]] = []
 
@@ -54,52 +54,55 @@ def short(text: str) -> str:
 
 
 async def tools(engine: Engine) -> None:
-    """A tool loop, then the same session taken back to before its second question."""
+    """A tool loop: the model calls, the session pauses while the tool runs and goes on with what it had."""
     async with engine.session(tools=[get_weather, add]) as s:
-        for index, ask in enumerate(("What is the weather in Oslo?", "What is 17 plus 25?")):
+        for ask in ("What is the weather in Oslo?", "What is 17 plus 25?"):
             print(f"\n> {ask}")
-            if index == 1:
-                mark = await s.mark("after the weather")
             result = await s.run(ask, max_tokens=96, max_turns=3, on_event=show)
             print(f"< {short(result.text)}")
             LINES.append((ask, result.usage))
-        await s.rewind(mark)
-        ask = "What is the weather in Lima?"
-        print(f"\nTaken back to '{mark.name}' ({mark.tokens} tokens).\n> {ask}")
-        result = await s.run(ask, max_tokens=96, max_turns=3, on_event=show)
-        print(f"< {short(result.text)}")
-        LINES.append((f"{ask} (after rewinding)", result.usage))
 
 
-def solves(node: Node) -> float:
-    """1 when every step is right, uses numbers that are left and uses them up, and the last one gives the target."""
+def solves(text: str) -> bool:
+    """Whether every step is right, uses numbers that are left and uses them up, and the last one gives the target."""
     left = list(NUMBERS)
-    for step in node.whole.strip().split(","):
+    for step in text.strip().split(","):
         found = re.fullmatch(r"(\d+)([-+*])(\d+)=(\d+)", step)
         if found is None:
-            return 0.0
+            return False
         one, two, value = int(found[1]), int(found[3]), int(found[4])
         right = {"+": one + two, "-": one - two, "*": one * two}[found[2]] == value
         for used in (one, two):
             if not right or used not in left:
-                return 0.0
+                return False
             left.remove(used)
         left.append(value)
-    return float(left == [TARGET])
+    return left == [TARGET]
 
 
 async def branches(engine: Engine) -> None:
-    """One puzzle, eight forks; the first that solves it becomes the session, the others are closed at once."""
+    """One puzzle: the likeliest answer, and after its failure eight forks from the same place. The first that solves it
+    becomes the session, the others are closed at once."""
     async with engine.session(seed=3) as s:
+        mark = await s.mark("before the puzzle")
         print(f"\n> {PUZZLE}")
-        greedy = await s.generate(PUZZLE, max_tokens=48)
-        print(f"< {short(greedy.text)}  (one greedy try)")
-    async with engine.session(seed=3) as s:
-        found = await best_of_n(s, PUZZLE, n=8, score=solves, solved_at=1.0, max_tokens=48)
-        print(f"< {short(found.text)}  (best of {found.cost.branches} branches, {found.ended})")
-        print(f"  {found.cost.tokens} tokens computed; {found.cost.tokens_without_fork} without fork, "
-              f"{found.cost.ratio:.1f} times as many")
-        LINES.append((f"{PUZZLE} (the winner)", s.usage))
+        reply = await s.generate(PUZZLE, max_tokens=48)
+        LINES.append((f"{PUZZLE} (one greedy try)", reply.usage))
+        if solves(reply.text):
+            print(f"< {short(reply.text)}  (one greedy try, right)")
+            return
+        print(f"< {short(reply.text)}  (one greedy try, wrong)")
+        await s.rewind(mark)
+        print(f"    rewinds to '{mark.name}': {s.tokens} tokens, no trace of the failure")
+        before = s.usage
+        found = await best_of_n(s, PUZZLE, n=8, score=lambda node: float(solves(node.whole)), solved_at=1.0,
+                                max_tokens=48)
+        judged = "right" if solves(found.text) else "wrong"
+        print(f"< {short(found.text)}  (best of {found.cost.branches} branches, {judged})")
+        cost = found.cost
+        print(f"    {cost.tokens} tokens computed by all branches; without fork {cost.tokens_without_fork}, "
+              f"{cost.ratio:.1f} times as many")
+        LINES.append((f"{PUZZLE} (the winner)", s.usage - before))
 
 
 async def main(model: str | Engine | None = None) -> list[tuple[str, Usage]]:
@@ -110,9 +113,10 @@ async def main(model: str | Engine | None = None) -> list[tuple[str, Usage]]:
         print(f"Engine ready after {time.perf_counter() - started:.1f} s.")
         await tools(engine)
         await branches(engine)
-    print(f"\n{'':48}{'computed':>10}{'resumed':>9}{'recomputed':>12}{'drawn':>7}")
+    print(f"\n{'tokens':38}{'resumed':>9}{'new':>6}{'shared':>8}{'recomputed':>12}{'drawn':>7}{'computed':>10}")
     for what, usage in LINES:
-        print(f"{what:48}{usage.new - usage.shared:>10}{usage.resumed:>9}{usage.recomputed:>12}{usage.drawn:>7}")
+        print(f"{what:38}{usage.resumed:>9}{usage.new:>6}{usage.shared:>8}{usage.recomputed:>12}{usage.drawn:>7}"
+              f"{usage.computed:>10}")
     print("What was computed once is resumed, forked or rewound to; it is not computed again.")
     return LINES
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from agentspeed.cli.chatting import COMMANDS
 from tests.engine_client import alive, environment, until
 from tests.terminal import Terminal, terminal
 
@@ -15,59 +19,106 @@ COMMAND = [sys.executable, "-c", "from agentspeed.cli import main; main()", "cha
 SCRIPTED = """
 import sys
 from pathlib import Path
-import anyio
+from anyio.from_thread import start_blocking_portal
 from agentspeed.cli.chatting import Chat
 from agentspeed.testing import ScriptedEngine, say, tool_call
 
-async def main():
-    script = [{script}]
-    async with ScriptedEngine(script) as engine:
-        tools = Path(sys.argv[1]) if len(sys.argv) > 1 else None
-        await Chat(engine.engine, tools=tools, system=None, temperature=0.0, max_tokens=400).run()
+def asked(turn):
+    return turn.log.rsplit('<|user|>', 1)[-1].split('<|end|>')[0]
 
-anyio.run(main)
+with start_blocking_portal() as portal, portal.wrap_async_context_manager(ScriptedEngine({script})) as engine:
+    tools = Path(sys.argv[1]) if len(sys.argv) > 1 else None
+    Chat(engine.engine, tools=tools, system=None, temperature=0.0, max_tokens=400).run()
 """
 TOOLS = '''
 """Tools of a test."""
+import anyio
+from agentspeed import tool
 
 
+@tool
 def add(a: int, b: int) -> int:
     """Add two numbers."""
     return a + b
+
+
+@tool
+async def wait(seconds: float) -> str:
+    """Wait."""
+    await anyio.sleep(seconds)
+    return "waited"
+
+
+@tool
+def read(lines: int) -> str:
+    """Read a file."""
+    return "\\n".join(f"line {number} of the file" for number in range(lines))
+
+
+@tool(needs_approval=True)
+def pay(amount: int) -> str:
+    """Pay an amount."""
+    return f"paid {amount}"
 '''
-REUSE = re.compile(r"(\d+) tokens resumed, (\d+) computed.*?, (\d+) drawn")
+REUSE = re.compile(r"(\d+) tokens resumed, (\d+) new.*?, (\d+) drawn: (\d+) computed")
+ECHO = "lambda turn: f'heard {asked(turn)!r}'"
+UP, LEFT = "\x1b[A", "\x1b[D"
 
 
-def scripted(script: str) -> list[str]:
+@pytest.fixture
+def tools(tmp_path: Path) -> Path:
+    path = tmp_path / "tools.py"
+    _ = path.write_text(TOOLS)
+    return path
+
+
+def scripted(script: str, *arguments: str | Path) -> list[str]:
     """A chat over an engine that says this: everything but the model is real."""
-    return [sys.executable, "-c", SCRIPTED.format(script=script)]
+    return [sys.executable, "-c", SCRIPTED.format(script=script), *map(str, arguments)]
 
 
-def reuse(shown: str) -> tuple[int, int, int]:
-    """(resumed, computed, drawn) of the last turn shown."""
-    last = REUSE.findall(shown)[-1]
-    return int(last[0]), int(last[1]), int(last[2])
+def piped(command: list[str], lines: str) -> str:
+    """What a chat prints that gets its lines from a pipe."""
+    done = subprocess.run(command, input=lines, env=environment(), capture_output=True, text=True, check=False,
+                          timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def ask(chat: Terminal, line: str) -> str:
+    """Types it at the next prompt; what is shown until it is answered."""
+    _ = chat.until("> ")
+    chat.type(f"{line}\n")
+    return chat.until(" computed")
+
+
+def leave(chat: Terminal) -> None:
+    """Ctrl-D at the next prompt ends the chat well."""
+    _ = chat.until("> ")
+    chat.type(Terminal.CTRL_D)
+    assert chat.end() == 0
+    assert "Traceback" not in chat.seen
+
+
+def reuse(shown: str) -> tuple[int, int, int, int]:
+    """(resumed, new, drawn, computed) of the last turn shown."""
+    resumed, new, drawn, computed = map(int, REUSE.findall(shown)[-1])
+    return resumed, new, drawn, computed
 
 
 def test_answers_stream_and_each_turn_prints_what_was_resumed(checkpoint: Path) -> None:
     with terminal([*COMMAND, str(checkpoint), "--max-tokens", "12"], environment()) as chat:
         _ = chat.until("Ctrl-C cancels an answer, Ctrl-D ends.")
-        _ = chat.until("> ")
-        chat.type("Hello there.\n")
-        first = reuse(chat.until("drawn"))
-        _ = chat.until("> ")
-        chat.type("And again.\n")
-        second = reuse(chat.until("drawn"))
-        _ = chat.until("> ")
-        chat.type(Terminal.CTRL_D)
-        assert chat.end() == 0
+        first = reuse(ask(chat, "Hello there."))
+        second = reuse(ask(chat, "And again."))
+        leave(chat)
     assert first[0] == 0 and first[1] > 0 and 0 < first[2] <= 12
+    assert first[3] == first[1] + first[2]
     assert second[0] >= first[1]
-    assert "Traceback" not in chat.seen
 
 
 def test_an_answer_appears_word_by_word() -> None:
-    script = "say('one two three four five six seven eight nine ten eleven twelve', seconds=0.15)"
+    script = "[say('one two three four five six seven eight nine ten eleven twelve', seconds=0.15)]"
     with terminal(scripted(script), environment()) as chat:
         _ = chat.until("> ")
         chat.type("Count.\n")
@@ -77,81 +128,200 @@ def test_an_answer_appears_word_by_word() -> None:
         _ = chat.until("drawn")
 
 
-def test_tools_of_a_python_file_run_and_are_shown(tmp_path: Path) -> None:
-    path = tmp_path / "tools.py"
-    _ = path.write_text(TOOLS)
-    with terminal([*scripted("tool_call('add', a=19, b=23), 'It is 42.'"), str(path)], environment()) as chat:
+def test_the_arrow_keys_edit_the_line_and_bring_back_earlier_ones() -> None:
+    with terminal(scripted(ECHO), environment()) as chat:
+        assert "heard 'Xab'" in ask(chat, f"ab{LEFT}{LEFT}X")
+        assert "heard 'Xabc'" in ask(chat, f"{UP}c")
+        leave(chat)
+
+
+# ---- tools ----------------------------------------------------------------------------------------------------------
+def test_tools_of_a_python_file_run_and_are_shown(tools: Path) -> None:
+    with terminal(scripted("[tool_call('add', a=19, b=23), 'It is 42.']", tools), environment()) as chat:
+        shown = ask(chat, "Add 19 and 23.")
+        assert '[add {"a":19,"b":23}]' in shown and "[= 42]" in shown and "It is 42." in shown
+        leave(chat)
+
+
+def test_a_long_result_is_shown_by_its_beginning_and_is_whole_for_the_model(tools: Path) -> None:
+    script = "lambda turn: 'I read line 199.' if 'line 199 of' in turn.log else tool_call('read', lines=200)"
+    shown = piped(scripted(script, tools), "Read.\n")
+    assert "[= line 0 of the file\nline 1 of the file\n" in shown
+    assert "line 9 of" not in shown
+    assert re.search(r"\.\.\. \d+ characters more", shown)
+    assert "I read line 199." in shown
+
+
+def test_text_is_never_broken_at_the_width_of_the_terminal() -> None:
+    script = "[' '.join(str(number) for number in range(100))]"
+    assert " ".join(str(number) for number in range(100)) in piped(scripted(script), "Count.\n")
+
+
+def test_a_call_that_needs_approval_runs_after_a_yes(tools: Path) -> None:
+    with terminal(scripted("[tool_call('pay', amount=50), 'Done.']", tools), environment()) as chat:
         _ = chat.until("> ")
-        chat.type("Add 19 and 23.\n")
-        shown = chat.until("It is 42.")
-        assert '[add {"a":19,"b":23}]' in shown and "[= 42]" in shown
-        _ = chat.until("drawn")
-        chat.type(Terminal.CTRL_D)
-        assert chat.end() == 0
+        chat.type("Pay.\n")
+        shown = chat.until("[y/N] ")
+        assert 'May this run?  pay {"amount":50}' in shown and "paid" not in shown
+        chat.type("y\n")
+        assert "[= paid 50]" in chat.until(" computed")
+        leave(chat)
 
 
+@pytest.mark.parametrize("answer", ["\n", "n\n", "yup\n", Terminal.CTRL_D])
+def test_a_call_that_needs_approval_does_not_run_after_anything_else(tools: Path, answer: str) -> None:
+    with terminal(scripted("[tool_call('pay', amount=50), 'Not done.']", tools), environment()) as chat:
+        _ = chat.until("> ")
+        chat.type("Pay.\n")
+        _ = chat.until("[y/N] ")
+        chat.type(answer)
+        shown = chat.until(" computed")
+        assert "not approved by the user" in shown and "Not done." in shown and "paid" not in shown
+        leave(chat)
+
+
+def test_what_was_typed_before_the_question_was_there_does_not_approve(tools: Path) -> None:
+    script = "[tool_call('wait', seconds=0.6), tool_call('pay', amount=50), 'Not done.']"
+    with terminal(scripted(script, tools), environment()) as chat:
+        _ = chat.until("> ")
+        chat.type("Pay.\n")
+        _ = chat.until("[wait")
+        chat.type("y\n")
+        _ = chat.until("[y/N] ")
+        chat.type("\n")
+        assert "Not done." in chat.until(" computed")
+        leave(chat)
+
+
+def test_ctrl_c_at_the_question_denies_and_cancels_the_answer(tools: Path) -> None:
+    script = f"lambda turn: tool_call('pay', amount=50) if turn.turn == 1 else ({ECHO})(turn)"
+    with terminal(scripted(script, tools), environment()) as chat:
+        _ = chat.until("> ")
+        chat.type("Pay.\n")
+        _ = chat.until("[y/N] ")
+        chat.type(Terminal.CTRL_C)
+        _ = chat.until("(cancelled; the chat goes on as if you had not asked)", 5.0)
+        assert "heard 'Go on.'" in ask(chat, "Go on.")
+        leave(chat)
+    assert "paid" not in chat.seen
+
+
+def test_two_calls_of_one_answer_are_asked_about_one_after_the_other(tools: Path) -> None:
+    script = "[tool_call('pay', amount=1) + tool_call('pay', amount=2), 'Done.']"
+    with terminal(scripted(script, tools), environment()) as chat:
+        _ = chat.until("> ")
+        chat.type("Pay.\n")
+        assert 'pay {"amount":1}' in chat.until("[y/N] ")
+        chat.type("n\n")
+        assert 'May this run?  pay {"amount":2}' in chat.until("[y/N] ")
+        chat.type("y\n")
+        shown = chat.until(" computed")
+        assert "paid 2" in shown and "paid 1" not in shown
+        leave(chat)
+
+
+def test_without_a_terminal_nothing_is_approved_and_no_line_is_taken_for_an_answer(tools: Path) -> None:
+    script = f"lambda turn: tool_call('pay', amount=50) if turn.turn == 1 else ({ECHO})(turn)"
+    shown = piped(scripted(script, tools), "Pay.\ny\n")
+    assert "no terminal is there to ask: not approved" in shown and "paid" not in shown
+    assert "heard 'y'" in shown
+
+
+# ---- Ctrl-C ---------------------------------------------------------------------------------------------------------
 def test_ctrl_c_cancels_the_answer_and_keeps_the_chat() -> None:
-    script = "say('word ' * 200, seconds=0.1), 'The second answer.'"
+    script = "[say('word ' * 200, seconds=0.1), 'The second answer.']"
     with terminal(scripted(script), environment()) as chat:
         _ = chat.until("> ")
         chat.type("Talk.\n")
         _ = chat.until("word word")
         chat.type(Terminal.CTRL_C)
         _ = chat.until("(cancelled; the chat goes on as if you had not asked)", 5.0)
-        _ = chat.until("> ")
-        chat.type("Once more.\n")
-        _ = chat.until("The second answer.")
-        _ = chat.until("drawn")
-        chat.type(Terminal.CTRL_D)
-        assert chat.end() == 0
-    assert "Traceback" not in chat.seen
+        assert "The second answer." in ask(chat, "Once more.")
+        leave(chat)
 
 
-def test_ctrl_c_during_a_tool_cancels_the_answer_too(tmp_path: Path) -> None:
-    path = tmp_path / "tools.py"
-    _ = path.write_text("import anyio\nasync def wait(seconds: float) -> str:\n    await anyio.sleep(seconds)\n"
-                        "    return 'done'\n")
-    script = "tool_call('wait', seconds=60.0), 'Later.'"
-    with terminal([*scripted(script), str(path)], environment()) as chat:
+def test_a_line_that_is_cancelled_after_a_tool_ran_leaves_nothing_in_the_log(tools: Path) -> None:
+    script = ("lambda turn: [None, tool_call('add', a=1, b=2), tool_call('wait', seconds=60.0)][turn.turn] "
+              "if turn.turn < 3 else f'log: {asked(turn)} {turn.log.count(asked(turn))} {turn.log.count(chr(39) * 2)} '"
+              " + ('dirty' if 'Hold on.' in turn.log or 'error: cancelled' in turn.log else 'clean')")
+    with terminal(scripted(script, tools), environment()) as chat:
         _ = chat.until("> ")
-        chat.type("Wait.\n")
+        chat.type("Hold on.\n")
         _ = chat.until("[wait")
         chat.type(Terminal.CTRL_C)
-        _ = chat.until("(cancelled", 5.0)
-        _ = chat.until("> ")
-        chat.type("Go on.\n")
-        _ = chat.until("Later.")
+        shown = chat.until("is not undone)", 5.0)
+        assert "as if you had not asked, but what add and wait did is not undone)" in shown
+        assert "clean" in ask(chat, "Go on.")
+        leave(chat)
 
 
 def test_ctrl_c_at_the_prompt_drops_the_line_and_keeps_the_chat() -> None:
-    with terminal(scripted("'An answer.'"), environment()) as chat:
+    with terminal(scripted(ECHO), environment()) as chat:
         _ = chat.until("> ")
         chat.type("half a li")
         _ = chat.until("half a li")
         chat.type(Terminal.CTRL_C)
-        _ = chat.until("> ")
-        chat.type("Whole.\n")
-        _ = chat.until("An answer.")
-        _ = chat.until("drawn")
-        chat.type(Terminal.CTRL_D)
-        assert chat.end() == 0
-    assert "Traceback" not in chat.seen
+        assert "heard 'Whole.'" in ask(chat, "Whole.")
+        leave(chat)
 
 
+# ---- commands -------------------------------------------------------------------------------------------------------
+def test_undo_goes_back_before_the_last_question_and_again_before_the_one_before() -> None:
+    script = "lambda turn: f\"users {turn.log.count('<|user|>')}\""
+    shown = piped(scripted(script), "One.\nTwo.\n/undo\nThree.\n/undo\n/undo\n/undo\nFour.\n")
+    assert re.findall(r"users \d", shown) == ["users 1", "users 2", "users 2", "users 1"]
+    assert "back to before: Two." in shown and "There is nothing to undo." in shown
+
+
+def test_undo_says_that_what_tools_did_stays(tools: Path) -> None:
+    shown = piped(scripted("[tool_call('add', a=1, b=2), 'Three.']", tools), "Add.\n/undo\n")
+    assert "(back to before: Add., but what add did is not undone)" in shown
+
+
+def test_new_begins_a_session_in_which_nothing_was_said() -> None:
+    script = "lambda turn: f\"users {turn.log.count('<|user|>')}\""
+    shown = piped(scripted(script), "One.\nTwo.\n/new\nThree.\n/undo\n/undo\n")
+    assert re.findall(r"users \d", shown) == ["users 1", "users 2", "users 1"]
+    assert "There is nothing to undo." in shown
+
+
+def test_an_unknown_command_is_refused_with_the_list_and_the_model_does_not_hear_it() -> None:
+    shown = piped(scripted(ECHO), "/nope\n/quit now\n//etc/hosts\n/quit\nafter\n")
+    assert "There is no command /nope." in shown and "There is no command /quit now." in shown
+    for name in COMMANDS:
+        assert name in shown
+    assert re.findall(r"heard '(.*?)'", shown) == ["/etc/hosts"]
+
+
+def test_help_usage_and_tools_tell_what_they_should(tools: Path) -> None:
+    shown = piped(scripted("['An answer.']", tools), "Hello.\n/help\n/usage\n/tools\n")
+    for name, what in COMMANDS.items():
+        assert f"{name:8}{what}" in shown
+    assert re.search(r"\d+ of \d+ tokens of the context are used", shown) and "1 turn: " in shown
+    assert "add(a, b)  Add two numbers." in shown and "pay(amount)  Pay an amount.  (asks you first)" in shown
+
+
+def test_a_chat_whose_context_is_full_names_the_ways_out_and_goes_on(checkpoint: Path) -> None:
+    long = "word " * 20_000
+    shown = piped([*COMMAND, str(checkpoint), "--max-tokens", "4"], f"Short.\n{long}\n/undo\nAgain.\n")
+    assert "leave no room in a context" in shown
+    assert "the context is full: /undo goes back before your last question, /new begins a new session" in shown
+    assert "the chat goes on as if you had not asked" in shown and "back to before: Short." in shown
+    assert len(REUSE.findall(shown)) == 2
+
+
+def test_an_answer_that_was_cut_says_by_what(checkpoint: Path) -> None:
+    assert "(cut: --max-tokens is 4)" in piped([*COMMAND, str(checkpoint), "--max-tokens", "4"], "Hello.\n")
+
+
+# ---- engines --------------------------------------------------------------------------------------------------------
 def test_a_chat_survives_the_death_of_its_engine(checkpoint: Path, tmp_path: Path) -> None:
     listed = environment() | {"AGENTSPEED_RUNTIME_DIR": str(tmp_path / "run")}
     with terminal([*COMMAND, str(checkpoint), "--max-tokens", "4"], listed) as chat:
-        _ = chat.until("> ")
-        chat.type("One.\n")
-        _ = chat.until("drawn")
-        _ = chat.until("> ")
+        _ = ask(chat, "One.")
         os.kill(engine_pid(tmp_path / "run"), signal.SIGKILL)
-        chat.type("Two.\n")
-        shown = chat.until("drawn")
-        assert "Traceback" not in shown
-        _ = chat.until("> ")
-        chat.type(Terminal.CTRL_D)
-        assert chat.end() == 0
+        _ = ask(chat, "Two.")
+        leave(chat)
 
 
 def engine_pid(registry: Path) -> int:

@@ -53,18 +53,19 @@ async def test_parallel_tools_pauses_once_and_reads_results_in_call_order(capsys
 async def test_quickstart_pauses_rewinds_branches_and_tells_what_it_cost(capsys: pytest.CaptureFixture[str]) -> None:
     script = [
         tool_call("get_weather", city="Oslo"), "21 and clear.", tool_call("add", a=17, b=25), "42.",
-        tool_call("get_weather", city="Lima"), "28 and clear.", "2+5=7", *["2*5=10,10+4=14"] * 8,
+        "3*3=9,9+5=14", *["3+3=6,6*5=30"] * 8,
     ]
     async with ScriptedEngine(script) as engine:
         costs = await example("quickstart").main(engine.engine)
         assert engine.live_branches == 0
     shown = capsys.readouterr().out
     assert [line for line in shown.splitlines() if line.startswith("<")] == [
-        "< 21 and clear.", "< 42.", "< 28 and clear.", "< 2+5=7  (one greedy try)",
-        "< 2*5=10,10+4=14  (best of 8 branches, solved)",
+        "< 21 and clear.", "< 42.", "< 3*3=9,9+5=14  (one greedy try, wrong)",
+        "< 3+3=6,6*5=30  (best of 8 branches, right)",
     ]
     assert all(usage.recomputed == 0 for _, usage in costs)
-    assert costs[2][1].resumed >= costs[0][1].resumed
+    assert costs[1][1].resumed > costs[0][1].resumed
+    assert "rewinds to 'before the puzzle'" in shown
 
 
 @pytest.mark.anyio

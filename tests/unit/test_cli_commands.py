@@ -8,13 +8,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from anyio.from_thread import start_blocking_portal
 from typer.testing import CliRunner
 
 import agentspeed
-from agentspeed import Session, errors
-from agentspeed.cli.app import EXIT_BUG, EXIT_REFUSED, app, run
+from agentspeed import errors
+from agentspeed.cli.app import EXIT_BUG, EXIT_REFUSED, app, reported, run
 from agentspeed.cli.benchmarks import names
-from agentspeed.cli.chatting import Chat, tools_of
+from agentspeed.cli.chatting import Cancel, Chat, Outcome, Talk, tools_of
 from agentspeed.testing import ScriptedEngine
 
 RUNNER = CliRunner()
@@ -65,42 +66,44 @@ def test_our_bug_has_a_status_of_its_own() -> None:
 
 
 def test_a_bug_during_a_chat_is_reported_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def broken(chat: Chat, session: Session, line: str) -> None:
+    async def broken(talk: Talk, line: str, cancel: Cancel) -> Outcome:
         raise errors.InternalError("a rule was broken")
 
-    monkeypatch.setattr(Chat, "_answer", broken)
+    monkeypatch.setattr(Talk, "_answer", broken)
     monkeypatch.setattr("builtins.input", lambda prompt: "Hello.")
-
-    async def chat() -> None:
-        async with ScriptedEngine([]) as engine:
-            await Chat(engine.engine, tools=None, system=None, temperature=0.0, max_tokens=4).run()
-
-    with pytest.raises(Exception) as raised:
-        run(chat)
+    with (
+        start_blocking_portal() as portal,
+        portal.wrap_async_context_manager(ScriptedEngine([])) as engine,
+        pytest.raises(Exception) as raised,
+        reported(),
+    ):
+        Chat(engine.engine, tools=None, system=None, temperature=0.0, max_tokens=4).run()
     assert getattr(raised.value, "exit_code", None) == EXIT_BUG
 
 
 def test_tools_are_the_public_functions_a_file_defines(tmp_path: Path) -> None:
     path = tmp_path / "tools.py"
     _ = path.write_text("from json import dumps\ndef add(a: int) -> int:\n    return a\ndef _no() -> int: ...\n")
-    assert [tool.name for tool in tools_of(path)] == ["add"]
+    assert [tool.name for tool in tools_of(path).tools] == ["add"]
     _ = path.write_text("x = 1\n")
     with pytest.raises(errors.InvalidRequest, match="no public functions"):
         tools_of(path)
 
 
-def test_a_decorated_tool_of_a_file_keeps_its_options(tmp_path: Path) -> None:
+def test_where_functions_are_decorated_the_others_are_left_out_by_name(tmp_path: Path) -> None:
     path = tmp_path / "tools.py"
     _ = path.write_text(
         "from agentspeed import tool\n@tool(timeout=5)\ndef add(a: int) -> int:\n    return a\ndef sub(a: int): ...\n"
     )
-    assert [(tool.name, tool.timeout) for tool in tools_of(path)] == [("add", 5), ("sub", None)]
+    read = tools_of(path)
+    assert [(tool.name, tool.timeout) for tool in read.tools] == [("add", 5)]
+    assert read.left_out == ("sub: it has no @tool, and others in the file have",)
 
 
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("def add(a, b): ...\n", "tool add(): parameter 'a' has no type hint"),
+        ("def add(a, b): ...\n", "add: parameter 'a' has no type hint"),
         ("import no_such_module_at_all\n", "ModuleNotFoundError: No module named 'no_such_module_at_all'"),
         ("def f(:\n", "SyntaxError"),
         ("x = 1\n", "no public functions"),
