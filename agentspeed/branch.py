@@ -102,7 +102,7 @@ class Branch:
 
         _ = await self._call(link, lambda request: wire.Open(
             request=request, ids=pack_ids(self.mirror.ids), tenant=self.opening.tenant, private=self.opening.private,
-            seed=seed), opened)
+            seed=seed, computed=self.mirror.computed), opened)
 
     def _settle(self, link: Connection, number: int) -> None:
         self._link, self._number = link, number
@@ -326,6 +326,7 @@ class Branch:
         """The turn's last event was read: what it drew is committed."""
         self._base = self._sink = None
         known = len(self.mirror)
+        self.mirror.computed = max(0, known - 1)
         self.residence = Residence(device=max(0, known - 1), host=0, lost=min(1, known))
 
     async def stop(self, *, keep: bool) -> bool:
@@ -344,7 +345,9 @@ class Branch:
             except errors.AgentspeedError as error:
                 _LOG.info("cancelling a turn: %s", error)
         kept = keep and self._base is not None and self.attached
-        if not kept and self._base is not None:
+        if kept:
+            self.mirror.computed = max(0, len(self.mirror) - 1)
+        elif self._base is not None:
             self.mirror.back_to(self._base)
         self._base = self._sink = None
         return kept

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 from agentspeed_engine import wire
 from agentspeed_engine.kv.branches import Held
 from tests.scheduled import Scheduled
 
 
-def any_command(world: Scheduled, chance: random.Random) -> None:
+def any_command(world: Scheduled, chance: random.Random, tenants: Sequence[str] = ("",)) -> None:
     """A command that some branch at rest can have, or a new session."""
     resting = [number for number, state in world.core.world.states.items() if isinstance(state, Held)]
     verbs = ("open", "start", "start", "start", "expect", "expect", "fork", "rewind", "close")
@@ -18,7 +19,8 @@ def any_command(world: Scheduled, chance: random.Random) -> None:
         if len(world.core.world.sessions) == world.core.config.max_sessions:
             return
         start = chance.randrange(3)
-        _ = world.open([(start * 40 + number) % 90 for number in range(chance.randrange(1, 24))])
+        _ = world.open([(start * 40 + number) % 90 for number in range(chance.randrange(1, 24))],
+                       tenant=chance.choice(tenants))
         return
     branch = chance.choice(resting)
     known = len(world.logs[branch])

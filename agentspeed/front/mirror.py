@@ -52,6 +52,9 @@ class Mirror:
         self.owed: tuple[int, ...] = ()
         """Template ids that close the last message but were not drawn: appended before anything else is."""
         self.marks: dict[str, Checkpoint] = {}
+        self.computed = 0
+        """Of how many of the first ids an engine has computed the rows: an engine that is started anew computes them
+        again, which is not new work."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -87,6 +90,7 @@ class Mirror:
         self.spans = list(point.spans)
         self.open_at, self.owed = point.open_at, point.owed
         self.marks = {name: mark for name, mark in self.marks.items() if mark.tokens <= point.tokens}
+        self.computed = min(self.computed, point.tokens)
 
     def at(self, tokens: int) -> Checkpoint:
         """The checkpoint for any token position: a message cut in its middle is no message, an assistant's is open."""
@@ -109,4 +113,5 @@ class Mirror:
         other.spans = list(point.spans)
         other.open_at, other.owed = point.open_at, point.owed
         other.marks = {name: mark for name, mark in self.marks.items() if mark.tokens <= tokens}
+        other.computed = min(self.computed, tokens)
         return other

@@ -370,6 +370,7 @@ class TurnEnded(Message, frozen=True, kw_only=True):
     known: int
     usage: TurnUsage
     message: str = ""
+    """Of "error": what went wrong. Of "max_tokens": what bounds the turn when that is less than was asked."""
 
 
 class LeaseChanged(Message, frozen=True, kw_only=True):

@@ -41,6 +41,20 @@ async def test_the_use_after_a_death_goes_on_with_every_committed_token(checkpoi
         assert undisturbed.tokens == 0
 
 
+async def test_what_an_engine_computed_before_its_death_is_recomputed_and_not_new(checkpoint: Path) -> None:
+    async with Engine(checkpoint) as engine, engine.session() as s:
+        _ = await s.generate("One.", max_tokens=6)
+        before = s.tokens
+        async with s.fork(1) as (child,):
+            _ = kill(engine)
+            usage = (await child.generate("Two.", max_tokens=2)).usage
+        assert (usage.recomputed, usage.why) == (before - 1, "the engine was started anew")
+        assert usage.new + usage.recomputed + usage.drawn == child.tokens
+        await s.rewind(3)
+        _ = kill(engine)
+        assert (await s.generate("Two.", max_tokens=2)).usage.recomputed == 3
+
+
 async def test_a_turn_that_the_engine_dies_in_raises_and_leaves_no_trace(checkpoint: Path) -> None:
     async with counting(checkpoint) as engine, engine.session() as s:
         _ = await s.generate("One.", max_tokens=4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 from agentspeed_engine import wire
 from tests.scheduled import Scheduled
 
@@ -73,3 +75,18 @@ def test_pages_under_a_firm_lease_are_not_counted_as_room_for_others() -> None:
     world.run()
     assert world.core.counts()["preemptions"] == 0, "the second was not let in to be thrown out again"
     assert world.residence(kept).device >= 28
+
+
+def test_a_quota_costs_no_more_than_a_pool_of_its_size() -> None:
+    """Admission counts inside the quota as it does inside the pool: nobody is let in to be preempted half way."""
+    def crowd(seed: int, **options: object) -> tuple[int, int]:
+        chance = random.Random(seed)
+        world = Scheduled(context_limit=200, prefill_chunk=32, extend_tokens=8, **options)
+        for _ in range(8):
+            branch = world.open([chance.randrange(90) for _ in range(chance.randrange(20, 120))], tenant="a")
+            assert isinstance(world.start(branch, most=chance.randrange(4, 40)), wire.Done)
+        world.run()
+        return world.device.tokens_computed, world.core.counts()["preemptions"]
+
+    for seed in range(4):
+        assert crowd(seed, pages=400, tenant_pages=66) == crowd(seed, pages=66)

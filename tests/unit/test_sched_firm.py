@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from agentspeed_engine import wire
-from agentspeed_engine.ids import BranchId
+from agentspeed_engine.ids import BranchId, pack_ids
 from agentspeed_engine.kv.tree import upward
 from tests.scheduled import Scheduled
 
@@ -67,3 +67,59 @@ def test_a_firm_lease_counts_the_rows_between_leaf_and_seed() -> None:
         assert isinstance(scheduled.send(wire.Rewind(request=1, branch=branch, tokens=tokens)), wire.Done)
     lease = firm(scheduled, second)
     assert held(scheduled) <= 6, lease.why
+
+
+def told(scheduled: Scheduled) -> list[wire.Lease]:
+    return [said.lease for said in scheduled.heard if isinstance(said, wire.LeaseChanged)]
+
+
+def test_a_firm_lease_that_follows_one_that_has_just_ended_is_not_called_ended() -> None:
+    scheduled = Scheduled(pages=13, firm_pages=4)
+    branch = scheduled.open()
+    _ = scheduled.turn(branch, [1, 2, 3])
+    assert firm(scheduled, branch).keep == "firm"
+    scheduled.heard.clear()
+    scheduled.now = 2000.0
+    assert firm(scheduled, branch).keep == "firm"
+    assert told(scheduled) == []
+
+
+def test_the_end_of_a_firm_lease_is_told_when_it_comes_though_nothing_else_happens() -> None:
+    scheduled = Scheduled(pages=13, firm_pages=4)
+    branch = scheduled.open()
+    _ = scheduled.turn(branch, [1, 2, 3])
+    assert firm(scheduled, branch).keep == "firm"
+    scheduled.heard.clear()
+    wake = scheduled.core.wake_at(0.0)
+    assert wake == 1000.0
+    scheduled.now = wake
+    _ = scheduled.step()
+    (lease,) = told(scheduled)
+    assert lease.keep == "soft" and "has ended" in lease.why
+    assert scheduled.core.wake_at(wake) is None
+
+
+def test_a_lease_over_a_log_of_the_same_length_and_other_ids_says_that_its_log_has_changed() -> None:
+    scheduled = Scheduled(pages=20, context_limit=32)
+    trunk = scheduled.open()
+    _ = scheduled.turn(trunk, range(1, 13))
+    _ = scheduled.send(wire.Expect(request=1, branch=trunk, seconds=50.0))
+    reply = scheduled.send(wire.Fork(request=1, branch=trunk, n=1, at=5))
+    assert isinstance(reply, wire.Forked)
+    ids = pack_ids(list(range(20, 28)))
+    assert isinstance(scheduled.send(wire.Append(request=1, branch=reply.branches[0], ids=ids)), wire.Done)
+    scheduled.heard.clear()
+    assert isinstance(scheduled.send(wire.Adopt(request=1, branch=trunk, child=reply.branches[0])), wire.Done)
+    assert [lease.why for lease in told(scheduled)] == ["its log has changed"]
+
+
+def test_a_turn_that_only_prefills_and_has_nothing_to_do_keeps_every_row() -> None:
+    scheduled = Scheduled(pages=13, firm_pages=4)
+    branch = scheduled.open()
+    _ = scheduled.turn(branch, range(1, 13))
+    assert isinstance(scheduled.send(wire.Rewind(request=1, branch=branch, tokens=8)), wire.Done)
+    del scheduled.logs[branch][8:]
+    before = scheduled.residence(branch)
+    assert scheduled.turn(branch, most=0).recomputed == 0
+    assert scheduled.residence(branch) == before and before.lost == 0
+    assert firm(scheduled, branch).keep == "firm"

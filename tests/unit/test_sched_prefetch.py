@@ -94,17 +94,32 @@ def test_due_rows_leave_a_running_turn_the_pages_of_its_prompt() -> None:
     assert world.residence(paused).lost <= 1
 
 
-def test_a_tenant_at_its_quota_gets_no_rows_back_early() -> None:
+def test_a_tenant_at_its_quota_gets_rows_back_early_in_pages_of_its_own_that_nobody_has() -> None:
     world, paused = paused_in_a_pool_of_guests(tenant_pages=60)
     until(world, 9.99)
     assert world.core.world.kv.tree.owned[""] <= 60
+    assert world.core.counts()["prefetches"] == 1
+    assert world.residence(paused).host == 0
+
+
+def test_due_rows_leave_a_turn_of_their_tenant_the_quota_that_its_prompt_takes() -> None:
+    world, paused = paused_in_a_pool_of_guests(tenant_pages=60)
+    runs = world.open([(number * 11 + 5) % 90 for number in range(190)])
+    assert isinstance(world.start(runs, most=4), wire.Done)
+    _ = world.step()
+    assert world.residence(runs).lost > 0, "it computes its prompt in chunks"
+    world.now = 9.96
+    while world.core.counts()["branches_held"] < 2:
+        _ = world.step()
+        assert not world.core.world.over_quota
+        world.settle_copies()
     assert world.residence(paused).lost <= 1
 
 
 def test_rows_that_come_back_never_take_the_pages_of_the_rows_above_them() -> None:
     brought = 0
     for policy in ("next_use", "ttl", "min_waste"):
-        for seed in range(30):
+        for seed in range(45):
             chance = random.Random(f"{policy} {seed}")
             world = Scheduled(pages=chance.choice((10, 18)), host_slots=80, policy=policy, max_sessions=6,
                               copy_seconds_per_token=1e-4, recompute_seconds_per_token=1e-3)

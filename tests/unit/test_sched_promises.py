@@ -77,9 +77,22 @@ def test_a_turn_that_its_tenants_pages_can_never_hold_is_refused_at_the_call() -
     world = Scheduled(tenant_pages=7)
     first, second = world.open(FIRST, tenant="a"), world.open(SECOND, tenant="a")
     refused = world.start(first, SECOND[:5])
-    assert isinstance(refused, wire.Failed) and refused.code == "quota_exceeded"
+    assert isinstance(refused, wire.Failed) and (refused.code, refused.retryable) == ("context_overflow", False)
+    assert "may have 7 pages" in refused.message
     assert world.turn(first).drawn == world.turn(second).drawn == 1, "its own rows at rest made room"
     assert world.core.world.kv.tree.owned["a"] <= 7
+
+
+@pytest.mark.parametrize(
+    ("options", "asked", "told"),
+    [({"tenant_pages": 2}, 1000, "the tenant's quota of 2 pages"), ({"tenant_pages": 2}, None, "the tenant's quota of"),
+     ({}, 1000, "the context limit of"), ({}, None, "the context limit of"), ({}, 3, "")])
+def test_a_turn_that_is_cut_says_what_bounds_it(options: dict[str, int], asked: int | None, told: str) -> None:
+    world = Scheduled(**options)
+    branch = world.open((1, 2, 3), tenant="a")
+    _ = world.turn(branch, most=asked)
+    (ended,) = (said for said in world.heard if isinstance(said, wire.TurnEnded))
+    assert ended.reason == "max_tokens" and (told in ended.message if told else not ended.message)
 
 
 def test_tenants_never_share_rows() -> None:

@@ -7,7 +7,11 @@ import random
 import pytest
 
 from agentspeed_engine import wire
+from agentspeed_engine.ids import BranchId
+from agentspeed_engine.kv.branches import Prefilling, Queued
+from agentspeed_engine.sched import step
 from agentspeed_engine.sched.plan import StepPlan
+from agentspeed_engine.sched.world import World
 from tests.any_command import any_command
 from tests.scheduled import Scheduled
 
@@ -108,6 +112,52 @@ def test_a_turn_of_a_tenant_at_its_quota_waits_for_the_quota_and_others_do_not()
     world.run()
 
 
+def test_turns_that_wait_for_a_quota_are_not_even_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = Scheduled(pages=60, context_limit=40, tenant_pages=10, max_sessions=200)
+    for number in range(100):
+        assert isinstance(world.start(world.open([number % 90, *range(27)], tenant="a"), most=8), wire.Done)
+    other = world.open(range(60, 88), tenant="b")
+    assert isinstance(world.start(other, most=30), wire.Done)
+    while world.core.counts()["branches_decoding"] < 2:
+        _ = world.step()
+    looked: list[int] = []
+
+    def admit(_: World, run: object, state: Queued, now: float) -> None:
+        looked.append(state.branch.id)
+        original(_, run, state, now)  # type: ignore[arg-type]
+
+    original = step._admit
+    monkeypatch.setattr(step, "_admit", admit)
+    for _ in range(3):
+        _ = world.step()
+    assert len(looked) <= 3, "one a plan finds the tenant at its quota, and the rest are passed over with it"
+
+
+def test_a_turn_that_a_preemption_put_back_enters_before_younger_ones_of_its_tenant() -> None:
+    world = Scheduled(pages=40, context_limit=40, tenant_pages=10, prefill_chunk=64)
+    branches = [world.open([number, *range(40, 52)], tenant="a") for number in range(4)]
+    for branch in branches:
+        assert isinstance(world.start(branch, most=12), wire.Done)
+    world.heard.clear()
+    world.run()
+    ended = [said.branch for said in world.heard if isinstance(said, wire.TurnEnded)]
+    assert ended == branches
+
+
+def test_a_younger_prompt_takes_no_longer_chunk_once_an_older_turn_was_refused() -> None:
+    world = Scheduled(pages=40, context_limit=40, prefill_chunk=6, page_tokens=4, extend_tokens=1)
+    fills = world.open(range(1, 30))
+    assert isinstance(world.start(fills), wire.Done)
+    _ = world.step()
+    state = world.core.world.states[BranchId(fills)]
+    assert isinstance(state, Prefilling)
+    free = world.core.world.kv.pages.free
+    run = step._Pass(6, 1, refused=True)
+    step._prefill(world.core.world, run, state, 0.0)
+    assert world.core.world.kv.pages.free == free, "it computes what its tail has room for"
+    assert [len(row.ids) for row in run.rows] == [2]
+
+
 def test_prompts_behind_others_in_a_step_wait_for_its_tokens() -> None:
     world = Scheduled(pages=40, prefill_chunk=8, extend_tokens=1)
     first, second = world.open(range(1, 31)), world.open(range(40, 70))
@@ -146,7 +196,7 @@ def test_whatever_comes_who_is_not_in_a_step_says_why_and_who_is_says_nothing(se
     world.core.plan = checked  # type: ignore[method-assign]
     for _ in range(200):
         if chance.random() < 0.5:
-            any_command(world, chance)
+            any_command(world, chance, ("a", "b"))
         else:
             _ = world.step()
             if chance.random() < 0.7:

@@ -96,7 +96,8 @@ def _nodes_are_sound(kv: Kv, states: Mapping[BranchId, BranchState]) -> None:
             raise BrokenInvariant(f"{node!r} counts {node.pages_below} nodes with pages below it")
         if (not below and not node.owns_pages) != (node.id in kv.tree.host_tips):
             raise BrokenInvariant(f"{node!r} is wrongly listed among the host's tips")
-        if tip != (node.id in kv.tree.tips):
+        of_tenant = node.id in kv.tree.tips_of.get(tenant_of(node.root), {})
+        if not tip == of_tenant == (node.id in kv.tree.tips):
             raise BrokenInvariant(f"{node!r} is wrongly listed among the tips")
         for holder in _all(node.leaf_of, node.seed_of, node.pinned_by):
             if holder not in states:

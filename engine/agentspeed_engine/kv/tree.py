@@ -107,6 +107,8 @@ class Tree:
         self.tips: dict[NodeId, Node] = {}
         """Nodes with device pages and none with pages below: the only ones whose pages may go. Insertion ordered, so
         that runs repeat."""
+        self.tips_of: dict[str, dict[NodeId, Node]] = {}
+        """`tips` by tenant; no tenant without any."""
         self.host_tips: dict[NodeId, Node] = {}
         """Nodes on the host alone with no node below: the only ones whose slots may go."""
         self.in_copy: dict[TicketId, list[Node]] = {}
@@ -293,7 +295,7 @@ class Tree:
         parent = node.parent
         self._unlink(parent, node)
         del self.nodes[node.id]
-        _ = self.tips.pop(node.id, None)
+        self._is_tip(node, False)
         _ = self.host_tips.pop(node.id, None)
         _ = self.moved.pop(node.id, None)
         node.parent = None
@@ -329,17 +331,26 @@ class Tree:
         self._list(parent)
 
     def _list(self, node: Node) -> None:
-        """Keeps `tips` and `host_tips`."""
+        """Keeps `tips`, `tips_of` and `host_tips`."""
         if node.parent is None or node.id not in self.nodes:
             return
-        if node.owns_pages and not node.pages_below:
-            self.tips[node.id] = node
-        else:
-            _ = self.tips.pop(node.id, None)
+        self._is_tip(node, node.owns_pages and not node.pages_below)
         if node.owns_pages or node.children or node.stubs:
             _ = self.host_tips.pop(node.id, None)
         else:
             self.host_tips[node.id] = node
+
+    def _is_tip(self, node: Node, tip: bool) -> None:
+        if tip == (node.id in self.tips):
+            return
+        tenant = tenant_of(node.root)
+        if tip:
+            self.tips[node.id] = self.tips_of.setdefault(tenant, {})[node.id] = node
+            return
+        of_tenant = self.tips_of[tenant]
+        del self.tips[node.id], of_tenant[node.id]
+        if not of_tenant:
+            del self.tips_of[tenant]
 
     def _fresh_id(self) -> NodeId:
         self._next += 1

@@ -19,6 +19,8 @@ class Turn:
     """Arrival order; never changes (L5)."""
     max_tokens: int
     """Tokens to draw; 0 only prefills."""
+    bound: str = ""
+    """What makes `max_tokens` less than was asked; empty: nothing does."""
     queued_at: float
     drawn: int = 0
     end: FinishReason | None = None

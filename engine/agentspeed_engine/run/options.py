@@ -72,13 +72,14 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     max_lease_seconds: float = 3600.0
     """The longest lease that is granted."""
     tenant_pages: int | None = None
-    """Most device pages under the branches of one tenant. None: no quota."""
+    """Most device pages of one tenant: of its branches, and of rows that no branch of it has any more. Past it its own
+    rows make room, then its turns wait. None: no quota."""
     tenant_sessions: int | None = None
     """Most sessions of one tenant. None: no quota."""
     policy: str = "next_use"
     """Who loses rows first under pressure; the others are there to compare with (`sched.policy`)."""
     ticket_deadline: float = 5.0
-    """Seconds after which a host copy that has not come back counts as failed."""
+    """Seconds. A host copy that has not begun within half of them counts as failed; one that began is waited for."""
     outbox_bytes: int = 1 << 20
     """Bytes per link encoded ahead of a late reader; what comes on top waits with its token deltas joined."""
     idle_seconds: float | None = None

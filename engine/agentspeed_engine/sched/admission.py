@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from agentspeed_engine.ids import BranchId, NodeId, pages_for
 from agentspeed_engine.kv.branches import Decoding, Prefilling, Promoting, Queued
 from agentspeed_engine.kv.owners import Branch
-from agentspeed_engine.kv.tree import Node, upward
+from agentspeed_engine.kv.tree import Node, tenant_of, upward
 from agentspeed_engine.kv.turns import Turn
 from agentspeed_engine.sched import tickets
 from agentspeed_engine.sched.world import World
@@ -24,11 +24,29 @@ def lacks(world: World, state: Queued, now: float) -> str:
     let in to be preempted half way, and what it computed would be lost. The oldest is always let in (L1)."""
     turn, branch = state.turn, state.branch
     older = world.active[: bisect_left(world.active, (turn.age, branch.id))]
+    return _lacking(world, state, [number for _, number in older], world.config.pages, world.firm, now)
+
+
+def lacks_quota(world: World, state: Queued, now: float) -> bool:
+    """The same within what its tenant may have, beside the tenant's older turns and firm leases."""
+    quota, turn, branch = world.config.tenant_pages, state.turn, state.branch
+    if quota is None:
+        return False
+    tenant = tenant_of(branch.root)
+    older = [number for _, number in world.active[: bisect_left(world.active, (turn.age, branch.id))]
+             if tenant_of(world.kv.branches[number].root) == tenant]
+    firm = (number for number in world.firm if tenant_of(world.kv.branches[number].root) == tenant)
+    return bool(_lacking(world, state, older, quota, firm, now))
+
+
+def _lacking(world: World, state: Queued, older: list[BranchId], pages: int, firm: Iterable[BranchId],
+             now: float) -> str:
     if not older:
         return ""
+    turn, branch = state.turn, state.branch
     seen: set[NodeId] = set()
-    spare = world.config.pages - to_come(world, (number for _, number in older))
-    for _, number in older:
+    spare = pages - to_come(world, older)
+    for number in older:
         held = _running(world, number)
         spare -= _path_pages(held.branch.leaf, seen) + len(held.room.tail)
     chain = world.kv.unreadable(branch)
@@ -36,7 +54,7 @@ def lacks(world: World, state: Queued, now: float) -> str:
     spare -= pages_for(target(turn, branch) - branch.leaf.end, world.config.page_tokens)
     if spare < 0:
         return "room"
-    return "" if spare >= _firm_pages(world, seen, now) else "firm leases"
+    return "" if spare >= _firm_pages(world, firm, seen, now) else "firm leases"
 
 
 def to_come(world: World, turns: Iterable[BranchId]) -> int:
@@ -53,15 +71,15 @@ def held_by_firm(world: World, now: float) -> int:
     seen: set[NodeId] = set()
     for number in world.kv.rooms:
         _ = _path_pages(world.kv.branches[number].leaf, seen)
-    return _firm_pages(world, seen, now)
+    return _firm_pages(world, world.firm, seen, now)
 
 
-def _firm_pages(world: World, seen: set[NodeId], now: float) -> int:
-    """Device pages under firm leases that have not ended, those already `seen` left out. The leases count a page once
-    for each of them, because they may part; here it is one page, whoever else reads it."""
+def _firm_pages(world: World, holders: Iterable[BranchId], seen: set[NodeId], now: float) -> int:
+    """Device pages under these firm leases that have not ended, those already `seen` left out. The leases count a page
+    once for each of them, because they may part; here it is one page, whoever else reads it."""
     pages = 0
-    for number, (until, _) in world.firm.items():
-        if until > now:
+    for number in holders:
+        if world.firm[number][0] > now:
             branch = world.kv.branches[number]
             pages += _path_pages(branch.leaf if branch.seed is None else branch.seed, seen)
     return pages

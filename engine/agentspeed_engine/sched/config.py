@@ -23,7 +23,7 @@ class CoreConfig:
     adapter: str = ""
     page_tokens: int = 64
     prefill_chunk: int = 512
-    """Most tokens of one cold prompt in a step."""
+    """Most tokens of cold prompts in a step, of all of them together."""
     extend_tokens: int = 256
     """Tokens of a step kept for short extends (resumes), so that they do not queue behind cold prompts."""
     depth: int = 0
@@ -40,7 +40,7 @@ class CoreConfig:
     ticket_deadline: float = 5.0
     max_lease_seconds: float = 3600.0
     tenant_pages: int | None = None
-    """Most device pages under the branches of one tenant; None: no quota."""
+    """Most device pages of one tenant, cached rows included (`sched.quotas`); None: no quota."""
     tenant_sessions: int | None = None
     policy: str = "next_use"
     """Who loses rows first (`sched.policy`); all but the default are there to compare with."""

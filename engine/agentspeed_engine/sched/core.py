@@ -114,8 +114,11 @@ class Core:
         return self._taken()
 
     def wake_at(self, now: float) -> float | None:
-        """When `plan` must be called again though nothing happened: a ticket's deadline, or rows to bring back."""
+        """When `plan` must be called again though nothing happened: a ticket's deadline, the end of a firm lease, or
+        rows to bring back."""
         times = [ticket.deadline for ticket in self.world.tickets.values() if ticket.deadline < math.inf]
+        if self.world.firm_ends < math.inf:
+            times.append(self.world.firm_ends)
         if self.world.prefetch:
             times.append(self.world.prefetch[0][0])
         return max(now, min(times)) if times else None

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import msgspec
 
-from agentspeed_engine.kv.branches import BranchState, Held, Queued
+from agentspeed_engine.kv.branches import BranchState, Held, Queued, Settling
 from agentspeed_engine.kv.nodes import Both, Host, Loading, Saving
 from agentspeed_engine.kv.owners import Room
 from agentspeed_engine.kv.tree import Node
@@ -45,18 +45,19 @@ def _branch(state: BranchState) -> Any:
     branch = state.branch
     turn = None if isinstance(state, Held) else _turn(state.turn)
     room = None if isinstance(state, Held | Queued) else _room(state.room)
+    then = (int(state.then.next), state.then.children) if isinstance(state, Settling) else None
     return (
         branch.id, type(state).__name__, branch.session, branch.link, branch.private, branch.draw_seed, branch.known,
         branch.leaf.id, None if branch.seed is None else branch.seed.id, branch.seed_rows, branch.computed,
         branch.lost_why, branch.serial, branch.child_index, branch.forks, branch.epoch, branch.moves, branch.trunk,
-        branch.rested_at, turn, room,
+        branch.rested_at, turn, room, then,
     )
 
 
 def _turn(turn: Turn) -> Any:
     return (
-        turn.spec.turn, turn.age, turn.max_tokens, turn.queued_at, turn.drawn, turn.end, turn.admitted, turn.new,
-        turn.shared, turn.resumed_device, turn.resumed_host, turn.recomputed, turn.preempted, turn.why,
+        turn.spec.turn, turn.age, turn.max_tokens, turn.bound, turn.queued_at, turn.drawn, turn.end, turn.admitted,
+        turn.new, turn.shared, turn.resumed_device, turn.resumed_host, turn.recomputed, turn.preempted, turn.why,
         turn.started_at, turn.filled_at,
     )
 
@@ -81,7 +82,8 @@ def _node(node: Node) -> Any:
 
 def _tips(world: World) -> Any:
     tree = world.kv.tree
-    return list(tree.tips), list(tree.host_tips), None if world.victim is None else world.victim.id
+    victim = None if world.victim is None else world.victim.id
+    return list(tree.tips), [list(tips) for tips in tree.tips_of.values()], list(tree.host_tips), victim
 
 
 def _leases(world: World) -> Any:
@@ -100,7 +102,8 @@ def _flights(world: World) -> Any:
 
 
 def _sessions(world: World) -> Any:
-    return [(number, session.link, sorted(session.branches)) for number, session in world.sessions.items()]
+    return [(number, session.link, session.orphaned, sorted(session.branches))
+            for number, session in world.sessions.items()]
 
 
 def _waits(world: World) -> Any:
@@ -118,7 +121,7 @@ PARTS: Final[dict[str, Callable[[World], Any]]] = {
     "pages by tenant": lambda world: list(world.kv.tree.owned.values()),
     "free pages": lambda world: world.kv.pages.free_numbers(),
     "free slots": lambda world: world.kv.slots.free_numbers(),
-    "queue": lambda world: (world.queue, world.active),
+    "queue": lambda world: (world.queue, list(world.queues.values()), world.active),
     "flights": _flights,
     "leases": _leases,
     "tickets": _tickets,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from heapq import heapify, heappop, heappush
 
 from agentspeed_engine.ids import BranchId
@@ -20,6 +21,8 @@ _ENOUGH = 8.0
 """Pauses of one tool that its learnt law needs before it is believed more than the hint."""
 _STALE = 16
 """Entries that may be out of date however few are not."""
+_SHARE_LEFT = 16
+"""One part in so many of a pool is left to be had."""
 _MARGIN = 0.05
 """Seconds before the moment it is due that are spent waiting for nothing."""
 
@@ -57,10 +60,14 @@ def _bring(world: World, number: BranchId, now: float) -> None:
     chain = world.kv.unreadable(state.branch)
     if not chain or world.queue or not all(isinstance(node.state, Host) for node in chain):
         return
-    pages = tickets.pages_of(chain)
-    if quotas.left(world, tenant_of(state.branch.root)) < pages:
-        return
-    reserve = to_come(world, (active for _, active in world.active)) + world.config.pages // 16
-    if make_way(world, pages, reserve, chain[0], now):
+    pages, tenant = tickets.pages_of(chain), tenant_of(state.branch.root)
+    running = [active for _, active in world.active]
+    if world.config.tenant_pages is not None:
+        own = [active for active in running if tenant_of(world.kv.branches[active].root) == tenant]
+        reserve = to_come(world, own) + world.config.tenant_pages // _SHARE_LEFT
+        if not make_way(world, tenant, partial(quotas.left, world, tenant), pages, reserve, chain[0], now):
+            return
+    reserve = to_come(world, running) + world.config.pages // _SHARE_LEFT
+    if make_way(world, None, lambda: world.kv.pages.free, pages, reserve, chain[0], now):
         tickets.load(world, chain, now)
         world.prefetched += 1

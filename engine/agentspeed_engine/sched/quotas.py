@@ -27,14 +27,15 @@ def check_session(world: World, tenant: str) -> None:
 
 def check_turn(world: World, branch: Branch, known: int, least: int) -> int:
     """Tokens a turn over `known` may draw before its rows fill all pages its tenant may have. Raises `EngineFault`
-    (quota_exceeded) when those are fewer than `least`: it could never end."""
+    (context_overflow) when those are fewer than `least`: to a tenant its quota is a context limit, and no other turn's
+    end changes that."""
     quota = world.config.tenant_pages
     if quota is None:
         return world.config.context_limit
     left = quota * world.config.page_tokens - known
     if left < least:
         needed = pages_for(known + least, world.config.page_tokens)
-        raise EngineFault("quota_exceeded",
+        raise EngineFault("context_overflow",
                           f"Tenant {tenant_of(branch.root)!r} may have {quota} pages; this turn needs {needed}.",
                           "Rewind, start a new session, or ask for a larger quota.")
     return left

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
 from enum import Enum
 from functools import partial
@@ -11,7 +11,7 @@ from agentspeed_engine.ids import BranchId, NodeId
 from agentspeed_engine.kv.branches import Decoding, Held, Next, Prefilling, Promoting, Queued, Then
 from agentspeed_engine.kv.nodes import Both, Device, Host
 from agentspeed_engine.kv.owners import Branch
-from agentspeed_engine.kv.tree import Node, tenant_of, upward
+from agentspeed_engine.kv.tree import Node, upward
 from agentspeed_engine.sched import tickets
 from agentspeed_engine.sched.policy import POLICIES, Facts, worth_saving
 from agentspeed_engine.sched.ranking import Key, Ranking, Rankings
@@ -87,16 +87,18 @@ def preempt(world: World, state: Promoting | Prefilling | Decoding, why: str, no
         world.rankings.moved(branch.leaf, branch.seed)
 
 
-def make_way(world: World, pages: int, reserve: int, due: Node, now: float) -> bool:
-    """Frees pages for rows that are soon `due`, without loss to anybody: rows that nobody has go, or the device copies
-    of rows that the host has too and that are needed later. Only if `reserve` pages are left to be had after that."""
+def make_way(world: World, tenant: str | None, available: Callable[[], float], pages: int, reserve: int, due: Node,
+             now: float) -> bool:
+    """Makes so many pages `available` (in the pool, or of a tenant's quota) for rows that are soon `due`, without loss
+    to anybody: rows that nobody has go, or the device copies of rows that the host has too and that are needed later.
+    Only if `reserve` pages are left to be had after that."""
     kv = world.kv
-    spare = kv.pages.free - pages - reserve
+    spare = available() - pages - reserve
     if spare >= 0:
         return True
     own, above = _key(world, due, now), {node.id for node in upward(due)}
     free: list[Node] = []
-    for key, tip in _victims(world, None, now).candidates():
+    for key, tip in _victims(world, tenant, now).candidates():
         if spare >= 0 or key <= own:
             break
         free.append(tip)
@@ -109,14 +111,14 @@ def make_way(world: World, pages: int, reserve: int, due: Node, now: float) -> b
         return False
     for tip in free:
         here: Node | None = tip
-        while here is not None and kv.pages.free < pages and here.id in kv.tree.tips:
+        while here is not None and available() < pages and here.id in kv.tree.tips:
             if not _goes_without_loss(world, here, own, above, now):
                 break
-            _ = let_go(world, here, pages - kv.pages.free, 0, now)
+            _ = let_go(world, here, pages - int(available()), 0, now)
             here = world.victim  # what is left of it, or the node above
             if world.rankings is not None:
                 world.rankings.moved(here)
-    return kv.pages.free >= pages
+    return available() >= pages
 
 
 def _goes_without_loss(world: World, node: Node, own: Key, above: set[NodeId], now: float) -> bool:
@@ -296,9 +298,9 @@ def _victims(world: World, tenant: str | None, now: float) -> Ranking:
     """The tips in the order in which their pages go, all or one tenant's."""
     victims = (world.rankings or Rankings()).victims
     if tenant not in victims:
-        tips = world.kv.tree.tips.values()
-        victims[tenant] = Ranking(tips if tenant is None else [tip for tip in tips if tenant_of(tip.root) == tenant],
-                                  partial(_victim_key, world, now))
+        tree = world.kv.tree
+        tips = tree.tips if tenant is None else tree.tips_of.get(tenant, {})
+        victims[tenant] = Ranking(tips.values(), partial(_victim_key, world, now))
     return victims[tenant]
 
 

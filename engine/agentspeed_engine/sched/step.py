@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
-from heapq import merge
+from heapq import heapify, heappop, heapreplace, merge
 
 from agentspeed_engine.errors import BrokenInvariant
 from agentspeed_engine.ids import BranchId, StepSeq
@@ -14,7 +14,7 @@ from agentspeed_engine.kv.owners import Branch, Room
 from agentspeed_engine.kv.tree import Node, tenant_of
 from agentspeed_engine.kv.turns import Turn
 from agentspeed_engine.sched import prefetch, quotas, tickets
-from agentspeed_engine.sched.admission import held_by_firm, lacks, target
+from agentspeed_engine.sched.admission import held_by_firm, lacks, lacks_quota, target
 from agentspeed_engine.sched.plan import PageCopy, Row, StepPlan
 from agentspeed_engine.sched.ranking import Rankings
 from agentspeed_engine.sched.reclaim import Room as Asked
@@ -90,14 +90,19 @@ def _walk(world: World, run: _Pass, now: float) -> None:
 
 
 class _Entrants:
-    """The queue in age order, ending at the first refusal: a turn that waits costs nothing."""
+    """The queue in age order, ending at the first refusal, without the turns of tenants that are full: a turn that
+    waits costs nothing."""
 
-    __slots__ = ("_index", "_queue", "_run")
+    __slots__ = ("_heads", "_last", "_preemptions", "_queues", "_run", "_world")
 
     def __init__(self, world: World, run: _Pass) -> None:
-        self._queue = world.queue
+        self._world = world
         self._run = run
-        self._index: tuple[int, BranchId] | None = None
+        self._queues = {"": world.queue} if world.config.tenant_pages is None else world.queues
+        self._last = (-1, BranchId(-1))
+        self._heads: list[tuple[tuple[int, BranchId], str]] = []
+        """The next turn of each queue, as a heap; some may be behind."""
+        self._preemptions = -1
 
     def __iter__(self) -> _Entrants:
         return self
@@ -106,26 +111,26 @@ class _Entrants:
         run = self._run
         if run.refused or run.passed_over >= _PASSED_OVER or (run.cold <= 0 and run.short <= 0):
             raise StopIteration
-        queue = self._queue
-        if self._index is None:
-            position = 0
-        else:
-            position = _after(queue, self._index)
-        if position >= len(queue):
-            raise StopIteration
-        self._index = queue[position]
-        return self._index
+        if self._preemptions != self._world.preemptions:  # the pass itself has put turns back
+            self._preemptions = self._world.preemptions
+            self._heads = [(head, tenant) for tenant in self._queues if (head := self._after_last(tenant)) is not None]
+            heapify(self._heads)
+        while self._heads:
+            head, tenant = self._heads[0]
+            now = None if tenant in run.full else self._after_last(tenant)
+            if now is None:
+                _ = heappop(self._heads)
+            elif now != head:
+                _ = heapreplace(self._heads, (now, tenant))
+            else:
+                self._last = head
+                return head
+        raise StopIteration
 
-
-def _after(queue: list[tuple[int, BranchId]], last: tuple[int, BranchId]) -> int:
-    low, high = 0, len(queue)
-    while low < high:
-        middle = (low + high) // 2
-        if queue[middle] <= last:
-            low = middle + 1
-        else:
-            high = middle
-    return low
+    def _after_last(self, tenant: str) -> tuple[int, BranchId] | None:
+        queue = self._queues.get(tenant, [])
+        position = bisect_right(queue, self._last)
+        return queue[position] if position < len(queue) else None
 
 
 # ---- one turn of the pass -----------------------------------------------------------------------------------------
@@ -143,7 +148,8 @@ def _prefill(world: World, run: _Pass, state: Prefilling, now: float) -> None:
         return
     if world.kv.pages_to(room, room.issued + 1) and not _grow(world, run, state, now):
         return
-    _stretch(world, room, wanted, now)
+    if not run.refused and room.tenant not in run.full:  # else older ones wait for what a longer chunk would take
+        _stretch(world, room, wanted, now)
     _row(world, run, state, min(wanted, world.kv.capacity(room) - room.issued))
 
 
@@ -251,9 +257,13 @@ def _admit(world: World, run: _Pass, state: Queued, now: float) -> None:
     if run.cold <= 0 and not _is_short(world, turn, branch, branch.resident):
         run.passed_over += 1
         return
+    if turn.max_tokens == 0 and branch.resident >= branch.known - 1:
+        _nothing_to_fill(world, state, now)
+        return
     before = (branch.leaf, branch.seed)
     if branch.resident > branch.known - 1:
         kv.position(branch, branch.known - 1)
+        branch.lost_why = branch.lost_why or _LAST_TOKEN
     kv.extend(branch)
     _moved(world, branch, *before)
     if _joins_sibling(world, branch):
@@ -272,6 +282,9 @@ def _admit(world: World, run: _Pass, state: Queued, now: float) -> None:
     lacking = lacks(world, state, now)
     if lacking:
         _refuse(world, run, state, lacking)
+        return
+    if lacks_quota(world, state, now):
+        run.full[tenant_of(branch.root)] = branch.id
         return
     # A page for each older turn stays free, or the turn would be let in to be preempted at their next page.
     loads, spare = tickets.pages_of(chain), bisect_left(world.active, (turn.age, branch.id))
@@ -302,7 +315,7 @@ def _enter(world: World, run: _Pass, state: Queued, now: float) -> None:
     """All or nothing (L2): the loads, the copy and the first quantum have their pages."""
     branch, turn, kv = state.branch, state.turn, world.kv
     _count(world, turn, branch)
-    world.unlist(world.queue, turn, branch.id)
+    world.dequeue(turn, branch)
     chain = kv.unreadable(branch)
     if chain:
         tickets.load(world, chain, now)
@@ -325,7 +338,7 @@ def _nothing_to_fill(world: World, state: Queued, now: float) -> None:
     turn = state.turn
     _count(world, turn, state.branch)
     turn.admitted, turn.started_at, turn.end = True, now, "max_tokens"
-    world.unlist(world.queue, turn, state.branch.id)
+    world.dequeue(turn, state.branch)
     held = state.abort()
     world.rest(held)
     _moved(world, held.branch)

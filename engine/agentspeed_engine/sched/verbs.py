@@ -130,9 +130,12 @@ def generate(world: World, link: LinkId, command: Generate, now: float) -> None:
         consumed_ids=tuple(branch.log.ids(known - consumed, known)) if consumed else (),
         prompt_tokens=known, stop_ids=frozenset(command.stop_ids),
     )
-    left = min(left, within)
+    bound = f"the context limit of {config.context_limit} tokens"
+    if within < left:
+        left, bound = within, f"the tenant's quota of {config.tenant_pages} pages"
     wanted = left if command.max_tokens is None else min(command.max_tokens, left)
-    world.enqueue(held.enqueue(Turn(spec=spec, age=world.next_age, max_tokens=wanted, queued_at=now)))
+    world.enqueue(held.enqueue(Turn(spec=spec, age=world.next_age, max_tokens=wanted, queued_at=now,
+                                    bound="" if wanted == command.max_tokens else bound)))
     world.tell(branch, Done(request=command.request, known=known))
 
 
@@ -150,7 +153,7 @@ def cancel(world: World, link: LinkId, command: Cancel, now: float) -> None:
             world.tell(state.branch, Done(request=command.request, known=state.branch.known))
         case Queued():
             state.turn.end = "cancelled"
-            world.unlist(world.queue, state.turn, state.branch.id)
+            world.dequeue(state.turn, state.branch)
             held = state.abort()
             if command.cut is not None and command.cut < known:
                 held = held.rewind(world.kv, command.cut)
@@ -196,7 +199,7 @@ def fork(world: World, link: LinkId, command: Fork, now: float) -> None:
                                       known=branch.known if command.at is None else command.at))
         case Queued():
             turn = state.turn
-            world.unlist(world.queue, turn, number)
+            world.dequeue(turn, state.branch)
             state, born = state.fork(world.kv, children)
             for child in born:
                 world.adopt_child(child)
@@ -261,7 +264,7 @@ def _close(world: World, state: BranchState, wait: Waiting | None, now: float) -
             world.forget(branch)
         case Queued():
             state.turn.end = "closed"
-            world.unlist(world.queue, state.turn, number)
+            world.dequeue(state.turn, state.branch)
             _ = state.close(world.kv, now)
             world.finish_turn(branch, state.turn, now)
             world.forget(branch)

@@ -26,7 +26,7 @@ from agentspeed_engine.kv.branches import (
     Then,
 )
 from agentspeed_engine.kv.owners import Branch, Kv
-from agentspeed_engine.kv.tree import Node
+from agentspeed_engine.kv.tree import Node, tenant_of
 from agentspeed_engine.kv.turns import Turn
 from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.sched.pauses import PauseLaw
@@ -70,6 +70,8 @@ class World:
         self.sessions: dict[SessionId, Session] = {}
         self.queue: list[tuple[int, BranchId]] = []
         """Queued turns by age."""
+        self.queues: dict[str, list[tuple[int, BranchId]]] = {}
+        """The same by tenant, so that all turns of one can be passed over at once; no tenant without any."""
         self.active: list[tuple[int, BranchId]] = []
         """Promoting, Prefilling and Decoding turns by age."""
         self.flights: dict[StepSeq, StepPlan] = {}
@@ -156,23 +158,29 @@ class World:
         number = state.branch.id
         self.states[number] = state
         insort(self.queue, (state.turn.age, number))
+        insort(self.queues.setdefault(tenant_of(state.branch.root), []), (state.turn.age, number))
 
     def activate(self, state: Promoting | Prefilling | Decoding) -> None:
         self.states[state.branch.id] = state
         insort(self.active, (state.turn.age, state.branch.id))
 
-    def unlist(self, listed: list[tuple[int, BranchId]], turn: Turn, number: BranchId) -> None:
-        """Takes a turn off `queue` or `active`."""
-        index = bisect_left(listed, (turn.age, number))
-        if index == len(listed) or listed[index] != (turn.age, number):
-            raise BrokenInvariant(f"branch {number} is not listed where its state says")
-        del listed[index]
-        _ = self.fill_of.pop(number, None)
+    def dequeue(self, turn: Turn, branch: Branch) -> None:
+        """Takes a turn off the queue."""
+        _unlist(self.queue, turn, branch.id)
+        tenant = tenant_of(branch.root)
+        _unlist(self.queues[tenant], turn, branch.id)
+        if not self.queues[tenant]:
+            del self.queues[tenant]
+        _ = self.fill_of.pop(branch.id, None)
+
+    def deactivate(self, turn: Turn, number: BranchId) -> None:
+        """Takes a turn off the active ones."""
+        _unlist(self.active, turn, number)
 
     def leave(self, state: Promoting | Prefilling | Decoding, then: Then, now: float) -> None:
         """An active branch goes back to rest, at once or when its rows are acknowledged."""
         number = state.branch.id
-        self.unlist(self.active, state.turn, number)
+        self.deactivate(state.turn, number)
         match state.leave(self.kv, then, now):
             case Settling() as settling:
                 self.states[number] = settling
@@ -218,8 +226,9 @@ class World:
         if turn.end is None:
             raise BrokenInvariant(f"branch {branch.id} came to rest without a reason")
         self.ended.append(turn.spec.turn)
+        message = turn.bound if turn.end == "max_tokens" else turn.message
         self.tell(branch, TurnEnded(branch=branch.id, reason=turn.end, known=branch.known,
-                                    usage=usage(turn, now), message=turn.message))
+                                    usage=usage(turn, now), message=message))
 
     def forget(self, branch: Branch) -> None:
         """A closed branch leaves the tables; its session with the last of them."""
@@ -236,6 +245,7 @@ class World:
         _ = self.leases.pop(number, None)
         _ = self.firm.pop(number, None)
         _ = self.due.pop(number, None)
+        _ = self.lease_news.pop(number, None)  # of the lease that has ended
 
     def hold_firm(self, number: BranchId, until: float, pages: int) -> None:
         self.firm[number] = (until, pages)
@@ -281,11 +291,18 @@ class World:
                 self.out.append((wait.link, Done(request=wait.request, known=known)))
 
 
+def _unlist(listed: list[tuple[int, BranchId]], turn: Turn, number: BranchId) -> None:
+    index = bisect_left(listed, (turn.age, number))
+    if index == len(listed) or listed[index] != (turn.age, number):
+        raise BrokenInvariant(f"branch {number} is not listed where its state says")
+    del listed[index]
+
+
 def _moved_why(branch: Branch, was: Residence, now: Residence) -> str:
     if was.device + was.host + was.lost != branch.known:
         return "its log has changed"
     if now.lost > was.lost:
-        return branch.lost_why
+        return branch.lost_why or "its log has changed"
     if now.device < was.device:
         return "its rows moved to the host: a running turn needed their device pages"
     return "its rows came back to the device"
