@@ -10,7 +10,7 @@ from dataclasses import fields
 
 from agentspeed_engine.kv.tables import BRANCHES, NODES
 from tests.model.explorer import Bounds, Explored, explore, pairs
-from tests.model.mutants import LOADED, MUTANTS
+from tests.model.mutants import LOADED, MUTANTS, QUOTA
 
 SMALL = (
     Bounds(verbs=4),
@@ -20,6 +20,7 @@ SMALL = (
     Bounds(verbs=3, host_slots=4, setup=((1, 1, 1), (2, 1, 1, 1))),
     Bounds(verbs=2, setup=((1,), (2, 1, 1)), depth=1),
     LOADED,
+    QUOTA,
 )
 _PROMPTS = ((1, 1, 1), (2, 1, 1, 1))
 LARGE = (

@@ -48,6 +48,8 @@ class Bounds:
     firm_pages: int = 0
     host_slots: int = 0
     """With any, every copy may end well or fail, at any moment."""
+    tenant_pages: int | None = None
+    """With a quota, sessions are of two tenants: those opened before the search in turn, others of either."""
     branches: int = 2
     """Branches that may exist at once."""
     verbs: int = 5
@@ -61,7 +63,7 @@ class Bounds:
     def config(self) -> CoreConfig:
         return CoreConfig(pages=self.pages, page_tokens=self.page_tokens, context_limit=self.context_limit,
                           vocab_size=4, prefill_chunk=3, extend_tokens=2, depth=self.depth,
-                          firm_pages=self.firm_pages, host_slots=self.host_slots,
+                          firm_pages=self.firm_pages, host_slots=self.host_slots, tenant_pages=self.tenant_pages,
                           max_branches=self.branches, max_sessions=self.branches)
 
 
@@ -100,8 +102,10 @@ class _State:
 def explore(bounds: Bounds, progress: Callable[[int, int], None] = lambda states, waiting: None) -> Explored:
     """Every state within the bounds, or the first finding. `progress` hears of states found and not yet explored."""
     core = Core(bounds.config())
-    for ids in bounds.setup:
-        _ = core.handle(LINK, wire.Open(request=1, ids=pack_ids(ids)), 0.0)
+    tenants = _tenants(bounds)
+    for number, ids in enumerate(bounds.setup):
+        tenant = tenants[number % len(tenants)]
+        _ = core.handle(LINK, wire.Open(request=1, ids=pack_ids(ids), tenant=tenant), 0.0)
     for branch in bounds.turns:
         _play(core, branch)
     found = Explored()
@@ -149,6 +153,10 @@ def explore(bounds: Bounds, progress: Callable[[int, int], None] = lambda states
     return found
 
 
+def _tenants(bounds: Bounds) -> tuple[str, ...]:
+    return ("",) if bounds.tenant_pages is None else ("a", "b")
+
+
 def _digest(key: Hashable, verbs: int) -> bytes:
     """128 bits instead of a key of kilobytes: among ten million states two that differ meet with a chance of 1e-25."""
     return blake2b(repr((key, verbs)).encode(), digest_size=16).digest()
@@ -167,8 +175,9 @@ def _actions(world: World, bounds: Bounds, verbs: int) -> Iterator[Any]:
     if verbs >= bounds.verbs:
         return
     if len(world.states) < bounds.branches:
-        for ids in ((1,), (1, 1, 1)):
-            yield wire.Open(request=1, ids=pack_ids(ids))
+        for tenant in _tenants(bounds):
+            for ids in ((1,), (1, 1, 1)):
+                yield wire.Open(request=1, ids=pack_ids(ids), tenant=tenant)
     if world.states:
         yield _GONE
     for number in sorted(world.states):

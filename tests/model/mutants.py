@@ -13,7 +13,7 @@ from agentspeed_engine.kv.branches import Held, Next, Queued, Then
 from agentspeed_engine.kv.nodes import Device, Saving
 from agentspeed_engine.kv.owners import Kv
 from agentspeed_engine.kv.tree import upward
-from agentspeed_engine.sched import reclaim, step, tickets, verbs
+from agentspeed_engine.sched import quotas, reclaim, step, tickets, verbs
 from agentspeed_engine.sched.reclaim import Room
 from tests.model.explorer import Bounds
 
@@ -101,6 +101,14 @@ def _waits_for_anyone(world: Any, branch: Any) -> bool:
     return any(isinstance(state, Queued) and state.branch is not branch for state in world.states.values())
 
 
+def _quota_takes_from_nobody(world: Any, tenant: str, pages: int, age: int, now: float) -> bool:
+    return quotas._shed(world, tenant, pages, now)
+
+
+def _tails_are_not_counted(self: Any, room: Any, pages: int) -> None:
+    room.tail.extend(self.pages.take(pages))
+
+
 _TWO = Bounds(verbs=2, pages=5, context_limit=8, setup=((1,), (2, 1)))
 """Two sessions whose prompts fit at once and whose answers do not: the older must get its room."""
 
@@ -135,6 +143,10 @@ HOST = Bounds(verbs=3, host_slots=4, setup=((1, 1, 1), (2, 1, 1, 1)))
 LOADED = Bounds(verbs=2, host_slots=4, branches=3, setup=HOST.setup, turns=(1, 2))
 """From where the rows of the first session are on the host alone: commands meet its turn while they come back."""
 
+QUOTA = Bounds(verbs=2, pages=14, page_tokens=1, context_limit=8, tenant_pages=8, branches=3,
+               setup=((1,), (1, 2), (2, 1)))
+"""Two sessions of one tenant, whose prompts fit its quota and whose answers do not, and one of another."""
+
 MUTANTS = (
     Mutant("held-with-rows-in-flight", "a branch lets go of its room while a step still writes it",
            ((branches, "_leave", _rest_at_once),)),
@@ -163,6 +175,10 @@ MUTANTS = (
            ((tickets, "_loaded", _failed_load_keeps_waiting),), HOST),
     Mutant("evict-before-the-copy", "device pages go while the host has no copy yet",
            ((reclaim, "_evictable", _saving_is_evictable), (reclaim, "_drop", _drop_what_is_saved)), HOST),
+    Mutant("quota-takes-from-nobody", "an older turn waits for the quota that a younger one of its tenant holds",
+           ((quotas, "make_room", _quota_takes_from_nobody),), QUOTA),
+    Mutant("quota-forgets-tails", "what a running turn writes counts for no tenant",
+           ((Kv, "grow", _tails_are_not_counted),), QUOTA),
     Mutant("wait-for-the-queued", "a turn waits for one that is not computing what it needs",
            ((step, "_waits_for_sibling", _waits_for_anyone),), Bounds(verbs=4)),
 )

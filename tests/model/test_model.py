@@ -6,12 +6,13 @@ import pytest
 
 from agentspeed_engine.kv.tables import BRANCHES, NODES
 from tests.model.explorer import Bounds, explore, pairs
-from tests.model.mutants import HOST, LOADED, MUTANTS, Mutant
+from tests.model.mutants import HOST, LOADED, MUTANTS, QUOTA, Mutant
 
 
 @pytest.mark.parametrize("bounds", [
     Bounds(verbs=3), Bounds(verbs=3, depth=1), Bounds(verbs=3, firm_pages=1, pages=5),
     Bounds(verbs=2, setup=((1,), (2, 1, 1)), depth=1), Bounds(verbs=2, host_slots=4, setup=((1, 1, 1), (2, 1, 1, 1))),
+    QUOTA,
 ])
 def test_every_state_is_sound_and_every_turn_ends(bounds: Bounds) -> None:
     found = explore(bounds)

@@ -200,6 +200,8 @@ def brancher(agent: Agent, workload: Workload) -> Script[None]:
             yield Start(helper)
             started.append(helper)
         yield Join(tuple(started))
+        if (given_up := next((one for one in started if one.state == "refused"), None)) is not None:
+            raise Refused(given_up.refused[-1])  # whom it takes for the best would not be whom it takes in peace
         unwanted = children
         if not spec.live:
             best = min(children, key=lambda child: child.mirror.rows[-1])

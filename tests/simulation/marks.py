@@ -29,7 +29,7 @@ class Glance:
              "copied": world.copied_pages, "saved": world.saved_pages, "loaded": world.loaded_pages,
              "prefetched": world.prefetched, "late": world.late_tickets, "tickets": world.next_ticket,
              "reshaped": sum(room.stale for room in world.kv.rooms.values()), "joined": len(world.fill_of),
-             "queued": len(world.queue), "free": world.kv.pages.free},
+             "queued": len(world.queue), "free": world.kv.pages.free, "full": len(world.over_quota)},
         )
 
 
@@ -149,6 +149,8 @@ _RULES: dict[str, tuple[str, Callable[[Event], bool]]] = {
     "late-copy-ack": ("a copy is reported after its deadline", lambda e: e.call == "copied" and e.more("ignored")),
     "pool-empty": ("turns wait and no page is free",
                    lambda e: e.call == "plan" and e.after.counters["queued"] > 0 and e.after.counters["free"] == 0),
+    "quota-waited": ("a tenant's turn waits for the tenant's own pages, while the pool has some",
+                     lambda e: e.call == "plan" and e.after.counters["full"] > 0 and e.after.counters["free"] > 0),
     "firm-granted": ("a firm lease is granted",
                      lambda e: e.heard(wire.LeaseAnswer, lambda m: m.lease.keep == "firm")),
     "firm-refused": ("a firm lease is answered soft",

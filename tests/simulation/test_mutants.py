@@ -27,6 +27,14 @@ def test_without_settling_the_incident_happens(name: str) -> None:
     assert "(4) rows of branch" in str(report.failures[0].violation)
 
 
+@pytest.mark.parametrize("name", INCIDENTS)
+def test_without_settling_and_without_the_ledger_the_incident_is_met_by_who_reads_the_rows(name: str) -> None:
+    with without_settling():
+        report = run_seeds(load(name), range(24), sight=Sight.INSIDE)
+    assert report.failures, f"{report.events} events and nobody read what was not his"
+    assert "finds rows of another history" in str(report.failures[0].violation)
+
+
 def test_without_settling_a_reader_meets_rows_of_somebody_else() -> None:
     """Copies are quick and steps slow: rows come back from the host into a page that a step in flight still writes."""
     incident = load("abort-while-finishing")
