@@ -53,7 +53,6 @@ class Usage:
         }
         return Usage(**numbers, why=other.why or self.why)
 
-
     def __sub__(self, earlier: Usage) -> Usage:
         """What came since `earlier`, a former value of the same account."""
         numbers = {
@@ -61,6 +60,11 @@ class Usage:
             for field in fields(self) if field.name != "why"
         }
         return Usage(**numbers, why=self.why)
+
+    def __repr__(self) -> str:
+        """Only what is not zero; seconds to three digits."""
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return f"Usage({', '.join(f'{name}={_short(value)}' for name, value in values if value)})"
 
 
 @final
@@ -92,3 +96,7 @@ class Lease:
     """Granted from the moment of the answer."""
     residence: Residence
     why: str
+
+
+def _short(value: object) -> str:
+    return f"{float(f'{value:.3g}'):g}" if isinstance(value, float) else repr(value)

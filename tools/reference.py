@@ -1,4 +1,4 @@
-"""Writes the generated pages of docs/: the API, state diagrams and tables, the module map, errors, engine options.
+"""Writes the generated pages of docs/: API, command line, state diagrams and tables, modules, errors, engine options.
 
     python tools/reference.py          # write
     python tools/reference.py --check  # exit 1 when a page would change (a test does this)
@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "kernels")]
 
 import api_pages
+import cli_pages
 
 from agentspeed import errors
 from agentspeed_engine.kv.tables import BRANCHES, NODES, Verb
@@ -119,8 +120,14 @@ def api(module: str) -> str:
     return f"{NOTE}{api_pages.page(module, others, MET.get(module, {}))}"
 
 
+def cli() -> str:
+    """Every command with its options."""
+    return f"{NOTE}{cli_pages.page()}"
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "states.md": states, "modules.md": modules, "errors.md": error_tree, "engine-options.md": options,
+    "cli.md": cli,
 }
 PAGES |= {name: partial(api, module) for module, name in API.items()}
 
