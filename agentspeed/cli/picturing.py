@@ -147,7 +147,7 @@ def drawn(frame: Frame, width: int) -> RenderableType:
     picture = frame.picture
     rest = [Text(left_out(picture), style="dim")] if left_out(picture) else []
     table = [_table(picture, width)] if picture.sessions else []
-    return Group(_title(frame), _work(frame), _pages(picture), *_queue(picture), *table, *rest, "")
+    return Group(_title(frame), _work(frame), _pages(picture), *_tenants(picture), *_queue(picture), *table, *rest, "")
 
 
 def _title(frame: Frame) -> Text:
@@ -200,6 +200,15 @@ def _cells(pages: dict[str, int], total: int) -> Iterator[tuple[str, int]]:
         yield owner, cells
 
 
+def _tenants(picture: wire.Picture) -> list[Text]:
+    """Who has what of its quota, fullest first; nothing where there is no quota."""
+    if picture.tenant_quota is None or not picture.tenants:
+        return []
+    fullest = sorted(picture.tenants.items(), key=lambda item: (-item[1], item[0]))
+    told = "  ".join(f"{tenant or 'no name'} {pages}" for tenant, pages in fullest)
+    return [Text(f"pages by tenant, of {picture.tenant_quota} each: {told}", no_wrap=True, overflow="ellipsis")]
+
+
 def _queue(picture: wire.Picture) -> list[Text]:
     waiting = sorted((view.age, view) for session in picture.sessions for view in session.branches
                      if view.state == "Queued" and view.age is not None)
@@ -245,7 +254,8 @@ def as_data(frame: Frame) -> dict[str, Any]:
     return {
         "socket": frame.socket, "pid": welcome.pid, "model": welcome.model, "source": welcome.source,
         "page_tokens": welcome.page_tokens, "clock": picture.clock, "pages": picture.pages, "slots": picture.slots,
-        "counts": picture.counts, "sessions": [_named(session) for session in picture.sessions],
+        "counts": picture.counts, "tenants": picture.tenants, "tenant_quota": picture.tenant_quota,
+        "sessions": [_named(session) for session in picture.sessions],
     }
 
 

@@ -312,6 +312,10 @@ class Inspected(Message, frozen=True, kw_only=True):
     residence: Residence
     lease: Lease | None
     waiting_for: str = ""
+    tenant_pages: int = 0
+    """Device pages of its tenant, all its sessions and cached rows together."""
+    tenant_quota: int | None = None
+    """Most that it may have."""
 
 
 class Stats(Message, frozen=True, kw_only=True):
@@ -333,6 +337,10 @@ class Picture(Message, frozen=True, kw_only=True):
     """Device pages by owner; they add up to the pool (docs/how-to/watching.md)."""
     slots: dict[str, int]
     counts: dict[str, int]
+    tenants: dict[str, int] = {}
+    """Device pages of each tenant with a session in the picture, the shared and the cached ones included."""
+    tenant_quota: int | None = None
+    """Most pages that one may have."""
 
 
 class Failed(Message, frozen=True, kw_only=True):

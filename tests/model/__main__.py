@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from agentspeed_engine.kv.tables import BRANCHES, NODES
 from tests.model.explorer import Bounds, Explored, explore, pairs
@@ -33,6 +33,7 @@ LARGE = (
     Bounds(verbs=5, host_slots=4, setup=_PROMPTS),
     Bounds(verbs=5, host_slots=4, pages=5, firm_pages=1, setup=_PROMPTS),
     Bounds(verbs=5, depth=1, pages=5, branches=3),
+    replace(QUOTA, verbs=3, depth=1),
 )
 """The longest first, so that two processes end together."""
 ENDS = {"Closed"}

@@ -90,3 +90,17 @@ def test_a_quota_costs_no_more_than_a_pool_of_its_size() -> None:
 
     for seed in range(4):
         assert crowd(seed, pages=400, tenant_pages=66) == crowd(seed, pages=66)
+
+
+def test_one_row_in_common_does_not_keep_the_whole_node_that_has_it_while_pages_are_short() -> None:
+    world = Scheduled(pages=9, page_tokens=8, context_limit=56, prefill_chunk=64)
+    late = world.open(range(1, 41))
+    _ = world.turn(late)
+    leased(world, late, "soft", seconds=900.0)
+    soon = world.open(range(50, 74))
+    _ = world.turn(soon)
+    leased(world, soon, "soft", seconds=3.0)
+    cold = world.open([1, *range(75, 90)])
+    assert world.turn(cold).drawn == 1
+    assert world.residence(soon).lost == 1, "only the row that every branch at rest lacks"
+    assert world.residence(late).lost > 1

@@ -152,3 +152,14 @@ def test_late_and_unknown_commands_are_refused_by_name() -> None:
     assert isinstance(busy, wire.Failed) and busy.code == "branch_busy"
     unknown = world.core.handle(LINK, wire.Close(request=1, branch=99), 0.0)[0][1]
     assert isinstance(unknown, wire.Failed) and unknown.code == "branch_unknown"
+
+
+def test_what_a_tenant_has_of_its_quota_is_told_of_each_branch_and_in_the_picture() -> None:
+    world = Scheduled(pages=20, tenant_pages=10)
+    branch = world.open(FIRST, tenant="a")
+    _ = world.turn(branch)
+    inspected = world.send(wire.Inspect(request=1, branch=branch))
+    assert isinstance(inspected, wire.Inspected)
+    assert (inspected.tenant_pages, inspected.tenant_quota) == (6, 10)
+    seen = world.core.picture(wire.Look(request=1, branches=9), 0.0)
+    assert (seen.tenants, seen.tenant_quota) == ({"a": 6}, 10)

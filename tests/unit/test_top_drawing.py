@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 
+import msgspec
 import pytest
 from rich.console import Console
 
@@ -49,6 +50,13 @@ def text_of(frame: Frame, width: int = 100) -> str:
 def test_branches_stand_below_the_branch_they_were_forked_from() -> None:
     rows = rows_of(picture(session(branch(1), branch(2, 1), branch(3, 1), branch(4, 2), tenant="acme")))
     assert [row.name for row in rows] == ["session 1 acme", "├ 2", "│ └ 4", "└ 3"]
+
+
+def test_with_a_quota_the_pages_of_each_tenant_are_shown_fullest_first() -> None:
+    shown = picture(session(branch(1), tenant="acme"), session(branch(2), number=2))
+    assert "by tenant" not in text_of(Frame("s", WELCOME, shown))
+    shown = msgspec.structs.replace(shown, tenants={"acme": 3, "": 12}, tenant_quota=40)
+    assert "pages by tenant, of 40 each: no name 12  acme 3" in text_of(Frame("s", WELCOME, shown))
 
 
 def test_children_whose_parent_is_closed_stand_below_their_session() -> None:

@@ -34,10 +34,13 @@ def describe(world: World, now: float) -> tuple[SessionView, ...]:
 
 def picture(world: World, command: Look, now: float) -> Picture:
     """What `Look` is answered with."""
-    chosen = _chosen(world, max(0, min(command.branches, MAX_LOOK)))
+    sessions = _sessions(world, _chosen(world, max(0, min(command.branches, MAX_LOOK))), now)
+    tenants = sorted({session.tenant for session in sessions})
     return Picture(
-        request=command.request, clock=now, sessions=_sessions(world, chosen, now), pages=pages_by_owner(world),
+        request=command.request, clock=now, sessions=sessions, pages=pages_by_owner(world),
         slots={"total": world.kv.slots.total, "free": world.kv.slots.free}, counts=_counts(world),
+        tenants={tenant: world.kv.tree.owned.get(tenant, 0) for tenant in tenants},
+        tenant_quota=world.config.tenant_pages,
     )
 
 

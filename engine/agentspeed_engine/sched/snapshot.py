@@ -147,8 +147,8 @@ def _branch_key(world: World, number: BranchId, index: dict[BranchId, int], rank
     adoptable = (index[parent.id], parent.moves == branch.trunk[1]) if parent is not None and branch.trunk else None
     return (
         type(state).__name__, branch.log.packed(0, branch.known), branch.leaf.end, branch.seed_rows, branch.computed,
-        int(branch.session) == int(number), branch.root, branch.private, turn, room, then, adoptable, number in world.firm,
-        len(world.waiting.get(number, ())),
+        int(branch.session) == int(number), branch.root, branch.private, turn, room, then, adoptable,
+        number in world.firm, len(world.waiting.get(number, ())),
     )
 
 

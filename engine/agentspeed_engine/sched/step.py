@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from heapq import heapify, heappop, heapreplace, merge
 
 from agentspeed_engine.errors import BrokenInvariant
-from agentspeed_engine.ids import BranchId, StepSeq
+from agentspeed_engine.ids import BranchId, StepSeq, pages_for
 from agentspeed_engine.kv.branches import Decoding, Next, Prefilling, Promoting, Queued, Then
 from agentspeed_engine.kv.nodes import Host
 from agentspeed_engine.kv.owners import Branch, Room
@@ -23,6 +23,8 @@ from agentspeed_engine.sched.world import World, usage
 from agentspeed_engine.wire import TurnStarted
 
 _PASSED_OVER = 32
+_FEW = 8
+"""One part in so many of a page is cheaper computed again than room is made beside the node that has it."""
 _LAST_TOKEN = "its last token is computed once more: the next one is drawn from what comes of it"
 
 
@@ -288,6 +290,8 @@ def _admit(world: World, run: _Pass, state: Queued, now: float) -> None:
         return
     # A page for each older turn stays free, or the turn would be let in to be preempted at their next page.
     loads, spare = tickets.pages_of(chain), bisect_left(world.active, (turn.age, branch.id))
+    if _pins_much_for_little(world, state, loads + spare):
+        _give_up_seed(world, branch, "a few of its rows were given up: all of the node that has them would have stayed")
     kv.pin(branch)
     asked = _obtain(world, run, branch, loads + _entry_pages(world, branch), spare, turn.age, now)
     if asked is not Asked.GOT and branch.seed is not None:
@@ -303,6 +307,15 @@ def _admit(world: World, run: _Pass, state: Queued, now: float) -> None:
             _refuse(world, run, state, _shortage(world, asked, loads + spare + 1, now))
         return
     _enter(world, run, state, now)
+
+
+def _pins_much_for_little(world: World, state: Queued, others: int) -> bool:
+    """Whether its seed saves a few rows and costs the choice of a victim: pages are short, and the whole node of the
+    seed stays until the copy is made."""
+    branch, page = state.branch, world.config.page_tokens
+    if branch.seed is None or branch.seed_rows * _FEW > page or world.kv.sole_stub(branch):
+        return False
+    return world.kv.pages.free < others + pages_for(target(state.turn, branch) - branch.leaf.end, page)
 
 
 def _give_up_seed(world: World, branch: Branch, why: str) -> None:

@@ -22,6 +22,7 @@ from agentspeed_engine.kv.branches import (
 from agentspeed_engine.kv.log import Log
 from agentspeed_engine.kv.owners import Branch
 from agentspeed_engine.kv.runs import TurnSpec
+from agentspeed_engine.kv.tree import tenant_of
 from agentspeed_engine.kv.turns import Turn
 from agentspeed_engine.sampling_rules import validate_sampling
 from agentspeed_engine.sched import prefetch, quotas
@@ -358,7 +359,8 @@ def inspect(world: World, link: LinkId, command: Inspect, now: float) -> None:
     world.tell(state.branch, Inspected(
         request=command.request, state=type(state).__name__, known=state.branch.known,
         residence=world.residence(state.branch), lease=world.leases.get(state.branch.id),
-        waiting_for=waiting_for(world, state),
+        waiting_for=waiting_for(world, state), tenant_pages=world.kv.tree.owned.get(tenant_of(state.branch.root), 0),
+        tenant_quota=world.config.tenant_pages,
     ))
 
 
