@@ -315,7 +315,8 @@ class _ServedLink:
             case wire.Adopt():
                 self._adopt(branch, command)
             case wire.Expect():
-                lease = wire.Lease(keep="soft", until=time.monotonic() + command.seconds, seconds=command.seconds,
+                until = None if command.seconds is None else time.monotonic() + command.seconds
+                lease = wire.Lease(keep="soft", until=until, seconds=command.seconds or 0.0,
                                    residence=_residence(branch), why="scripted")
                 return wire.LeaseAnswer(request=request, lease=lease), ()
             case wire.Inspect():

@@ -116,6 +116,8 @@ def _places(places: wire.Places) -> str:
 def _lease(lease: wire.Lease | None, clock: float) -> str:
     if lease is None:
         return ""
+    if lease.until is None:
+        return lease.keep
     left = lease.until - clock
     return f"{lease.keep} {_seconds(left)}" if left > 0 else f"{lease.keep} over"
 

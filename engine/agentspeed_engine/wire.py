@@ -135,11 +135,13 @@ class Close(Message, frozen=True, kw_only=True):
 
 
 class Expect(Message, frozen=True, kw_only=True):
-    """The front expects to use a branch at rest again in `seconds`."""
+    """The front expects to use a branch at rest again."""
 
     request: int
     branch: int
-    seconds: float
+    seconds: float | None
+    """In so many seconds. None: nobody knows, and the engine goes by the pauses it has seen, of the tool if it is
+    named; not for a firm lease, which needs an end."""
     keep: Keep = "soft"
     tool: str = ""
     """Name of the tool that is running, for the learnt distribution of pauses."""
@@ -186,10 +188,10 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """What the engine promises about a branch at rest."""
 
     keep: Keep
-    until: float
-    """Seconds of the engine's monotonic clock."""
+    until: float | None
+    """Seconds of the engine's monotonic clock. None where nobody announced how long the pause takes."""
     seconds: float
-    """Seconds granted, from the moment of the answer."""
+    """Seconds granted, from the moment of the answer; those that the engine expects where none were announced."""
     residence: Residence
     why: str
 

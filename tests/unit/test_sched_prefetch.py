@@ -7,6 +7,8 @@ import random
 import pytest
 
 from agentspeed_engine import wire
+from agentspeed_engine.ids import BranchId
+from agentspeed_engine.sched.reclaim import next_use
 from tests.any_command import any_command
 from tests.scheduled import Scheduled
 
@@ -132,3 +134,46 @@ def test_rows_that_come_back_never_take_the_pages_of_the_rows_above_them() -> No
                     world.now += chance.choice((0.0, 0.1, 3.0))
             brought += world.core.counts()["prefetches"]
     assert brought > 3
+
+
+def test_a_pause_that_nobody_announces_is_expected_as_the_pauses_of_its_tool_were_and_not_as_one_slow_call() -> None:
+    world = Scheduled(pages=40, context_limit=64)
+    branch = world.open(range(10))
+
+    def pause(tool: str) -> wire.Lease:
+        asked = wire.Expect(request=1, branch=branch, seconds=None, tool=tool)
+        answered = world.send(asked)
+        assert isinstance(answered, wire.LeaseAnswer), answered
+        return answered.lease
+
+    for seconds in (*[0.3] * 12, 200.0):
+        _ = world.turn(branch)
+        lease = pause("quick")
+        world.now += seconds
+    assert lease.keep == "soft" and lease.until is None and "nobody announced" in lease.why
+    _ = world.turn(branch)
+    assert pause("quick").seconds < 60.0
+    held = world.core.world.states[BranchId(branch)].branch
+    assert next_use(world.core.world, held, world.now) < 60.0
+    refused = world.send(wire.Expect(request=1, branch=branch, seconds=None, keep="firm"))
+    assert isinstance(refused, wire.Failed) and "needs an end" in refused.message
+
+
+def test_rows_come_back_before_a_tool_whose_pauses_were_learnt_though_nobody_announces_one() -> None:
+    world = Scheduled(pages=64, context_limit=200, host_slots=200, prefill_chunk=64)
+    paused = world.open([number % 90 for number in range(100)])
+    for _ in range(10):
+        _ = world.turn(paused)
+        _ = world.send(wire.Expect(request=1, branch=paused, seconds=None, tool="slow"))
+        world.now += 10.0
+    _ = world.turn(paused)
+    _ = world.send(wire.Expect(request=1, branch=paused, seconds=None, tool="slow"))
+    start = world.now
+    for guest in range(3):
+        branch = world.open([(number * 7 + guest) % 90 for number in range(190)])
+        _ = world.turn(branch)
+        _ = world.send(wire.Close(request=1, branch=branch))
+    assert world.residence(paused).host > 0
+    until(world, start + 9.9)
+    assert world.residence(paused).host < world.core.config.page_tokens, "all but the stub at its end"
+    assert world.core.counts()["prefetches"] == 1

@@ -27,14 +27,16 @@ _MARGIN = 0.05
 """Seconds before the moment it is due that are spent waiting for nothing."""
 
 
-def expect(world: World, branch: Branch, seconds: float, now: float) -> None:
-    """Notes when a branch should be back on the device."""
+def expect(world: World, branch: Branch, seconds: float | None, now: float) -> None:
+    """Notes when a branch should be back on the device, if that was announced or learnt of its tool."""
     if not world.config.host_slots:
         return
     law = world.tool_laws.get(world.tools.get(branch.id, ""))
     due = seconds
     if law is not None and law.observations >= _ENOUGH:
         due = law.quantile(_EARLY_SHARE) or seconds
+    if due is None:
+        return
     due -= branch.known * world.config.copy_seconds_per_token + _MARGIN
     world.due[branch.id] = now + max(0.0, due)
     heappush(world.prefetch, (world.due[branch.id], branch.id))

@@ -265,12 +265,11 @@ def _clean_below(node: Node) -> bool:
 
 
 def next_use(world: World, branch: Branch, now: float) -> float:
-    """Expected seconds until a branch at rest runs again: its lease, else the learnt law of pauses of its tool."""
+    """Expected seconds until a branch at rest runs again: what was announced, else the learnt law of its pauses."""
     lease = world.leases.get(branch.id)
-    if lease is not None and lease.until >= now:
+    if lease is not None and lease.until is not None and lease.until > now:
         return lease.until - now
-    law = world.tool_laws.get(world.tools.get(branch.id, ""), world.law)
-    return law.residual(now - branch.rested_at)
+    return world.law_of(branch).residual(now - branch.rested_at)
 
 
 def _victim(world: World, now: float) -> Node | None:

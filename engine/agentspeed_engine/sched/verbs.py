@@ -290,15 +290,17 @@ def _close(world: World, state: BranchState, wait: Waiting | None, now: float) -
 def expect(world: World, link: LinkId, command: Expect, now: float) -> None:
     held = _at_rest(world, link, command.branch)
     branch = held.branch
-    limit = world.config.max_lease_seconds
-    if not math.isfinite(command.seconds) or command.seconds < 0:
-        raise EngineFault("invalid_request", f"seconds is {command.seconds}.", "Give a finite number, 0 or more.")
+    limit, asked = world.config.max_lease_seconds, command.seconds
+    if asked is None and command.keep == "firm":
+        raise EngineFault("invalid_request", "A firm lease needs an end.", "Say for how many seconds.")
+    if asked is not None and (not math.isfinite(asked) or asked < 0):
+        raise EngineFault("invalid_request", f"seconds is {asked}.", "Give a finite number, 0 or more.")
     _check_name("tool", command.tool)
-    seconds = min(command.seconds, limit)
-    why = [] if seconds == command.seconds else [f"clipped to the longest lease, {limit:g} s"]
     world.end_lease(branch.id)
     if command.tool:
         world.tools[branch.id] = command.tool
+    seconds = min(asked if asked is not None else world.law_of(branch).residual(0.0), limit)
+    why = [] if asked is None or seconds == asked else [f"clipped to the longest lease, {limit:g} s"]
     pages = _pages_kept(world, branch)
     keep = command.keep
     if keep == "firm":
@@ -311,10 +313,12 @@ def expect(world: World, link: LinkId, command: Expect, now: float) -> None:
             why.append(f"{pages} pages of the firm budget are yours until then")
     if keep == "soft":
         why.append("kept as long as no running turn needs the pages")
-    lease = Lease(keep=keep, until=now + seconds, seconds=seconds, residence=world.residence(branch),
-                  why="; ".join(why))
+    if asked is None:
+        why.append("nobody announced how long: the engine goes by the pauses it has seen")
+    lease = Lease(keep=keep, until=None if asked is None else now + seconds, seconds=seconds,
+                  residence=world.residence(branch), why="; ".join(why))
     world.leases[branch.id] = lease
-    prefetch.expect(world, branch, seconds, now)
+    prefetch.expect(world, branch, None if asked is None else seconds, now)
     world.tell(branch, LeaseAnswer(request=command.request, lease=lease))
 
 
@@ -329,7 +333,7 @@ def _take_over_firm(world: World, branch: Branch, given: Lease | None, now: floa
     took over, if the budget has room for them."""
     firm = world.firm.pop(branch.id, None)
     until = -math.inf if firm is None else firm[0]
-    if given is not None and given.until > until:
+    if given is not None and given.until is not None and given.until > until:
         until = given.until
         world.leases[branch.id] = given
         world.lease_news[branch.id] = "it took over the firm lease of the child it adopted"

@@ -137,6 +137,10 @@ class World:
             device, available = self.kv.on_device(branch), branch.resident
         return Residence(device=device, host=available - device, lost=branch.known - available)
 
+    def law_of(self, branch: Branch) -> PauseLaw:
+        """The pauses of the tool that a branch waits for, as far as any were seen; else of all."""
+        return self.tool_laws.get(self.tools.get(branch.id, ""), self.law)
+
     def pressure(self) -> tuple[int, ...]:
         """Changes whenever a search for rows to save early could find something new."""
         return (self.evicted_pages, self.next_ticket, len(self.active), len(self.queue), len(self.kv.tree.tips))
