@@ -11,18 +11,33 @@ import math
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
-from typing import Any, final
+from typing import Any, Final, final
 
 import anyio
 
 from agentspeed import events
 from agentspeed.asking import Prompt, messages_of
-from agentspeed.errors import ContextOverflow, InvalidRequest, OutputError
+from agentspeed.errors import (
+    ConnectFailed,
+    ContextOverflow,
+    EngineError,
+    InternalError,
+    InvalidRequest,
+    OutputError,
+    ToolError,
+    TurnTimeout,
+)
 from agentspeed.messages import Assistant, Message
-from agentspeed.search.plan import Attempt, Ended, Plan, checked
+from agentspeed.search.plan import Attempt, Ended, Plan, check_free, checked
 from agentspeed.search.tree import Cost, Found, Node
 from agentspeed.session import Session
 from agentspeed.usage import Usage
+
+_OF_ONE_TRY: Final = (OutputError, ContextOverflow, TurnTimeout, ToolError)
+"""What one turn or one scoring meets and the next may not. Anything else of them is a mistake in the call, which every
+try would meet."""
+_OF_ALL: Final = (InternalError, EngineError, ConnectFailed)
+"""What no try is spared, whoever meets it: a bug, or an engine that cannot go on."""
 
 
 @final
@@ -57,8 +72,21 @@ class Grower:
         (stem,) = await self._stack.enter_async_context(self._session.fork(1))
         self.root = Node(number=0, parent=None, branch=stem)
         if messages:
-            _ = await stem.add(*messages, prefill=True)
+            _ = await stem.add(*messages)
+        await self._check_room(stem)
+        if messages:
+            _ = await stem.add(prefill=True)
             self._spent += stem.usage.computed
+
+    async def _check_room(self, stem: Session) -> None:
+        """A prefill is not cut in its middle, so it begins only when the budget leaves branches something to draw."""
+        if (tokens := self.plan.budget.tokens) is None:
+            return
+        _ = await stem.inspect()
+        if (missing := stem.residence.lost) >= tokens:
+            raise InvalidRequest(f"Budget(tokens={tokens}) is used up before a branch draws anything: "
+                                 f"the context has {missing} tokens that are not computed yet.",
+                                 remedy="Give more tokens than that, or a shorter prompt.")
 
     def may_grow(self) -> bool:
         """False once the search is solved or a bound is reached."""
@@ -95,7 +123,8 @@ class Grower:
         await self._let_go(node)
 
     async def harvest(self) -> Found:
-        """Adopts the best branch up its path (unless asked not to) and says what the search came to."""
+        """Adopts the best branch up its path (unless asked not to) and says what the search came to. When every try
+        failed, that is the first one's error; but texts that are no `output` are only no answers."""
         if self.best is not None and self.plan.adopt:
             path = self.best.path()
             for parent, child in zip(reversed(path[:-1]), reversed(path[1:]), strict=True):
@@ -103,10 +132,18 @@ class Grower:
             await self._session.adopt(self.root.branch)
         nodes = [node for node in self.root.walk() if node is not self.root]
         cost = Cost(
-            branches=len(nodes), pruned=sum(node.state in ("pruned", "cut") for node in nodes), tokens=self._spent,
-            tokens_without_fork=self._without_fork, seconds=anyio.current_time() - self._started,
+            branches=len(nodes), pruned=sum(node.state in ("pruned", "cut") for node in nodes),
+            failed=sum(node.state == "failed" for node in nodes), tokens=self._spent,
+            # A try that was stopped before it could say what it took: without fork it takes what it does with it.
+            tokens_without_fork=max(self._without_fork, self._spent), seconds=anyio.current_time() - self._started,
         )
-        return Found(best=self.best, root=self.root, cost=cost, ended=self.ended or self._smaller or "exhausted")
+        found = Found(best=self.best, root=self.root, cost=cost, ended=self.ended or self._smaller or "exhausted")
+        met = [node.error for node in nodes if node.error is not None]
+        raised = [error for error in met if not isinstance(error, OutputError)]
+        if raised and len(met) == len(nodes):
+            raised[0].add_note(f"Every try of the search failed; this is one of their errors.\n{found}")
+            raise raised[0]
+        return found
 
     async def close(self) -> None:
         """Every branch that is still open ends; the adopted one is no branch any more."""
@@ -143,11 +180,7 @@ class Grower:
 
         async def one(node: Node) -> None:
             async with limiter:
-                try:
-                    await self._attempt(node, whole, bound)
-                except (OutputError, ContextOverflow):
-                    node.state = "failed"
-                    await self._let_go(node)
+                await self._attempt(node, whole, bound)
                 if self.ended == "solved":
                     group.cancel_scope.cancel()
 
@@ -167,6 +200,17 @@ class Grower:
                 await self._let_go(node)
 
     async def _attempt(self, node: Node, whole: bool, bound: int | None) -> None:
+        try:
+            await self._speak(node, whole, bound)
+            if node.state in ("open", "finished"):
+                node.score = await self._scored(node)
+        except _OF_ONE_TRY as error:
+            node.state, node.error = "failed", error
+        lost = node if node.score is None else self._judge(node, node.score)
+        if lost is not None:
+            await self._let_go(lost)
+
+    async def _speak(self, node: Node, whole: bool, bound: int | None) -> None:
         above = "" if node.parent is None else node.parent.whole
         try:
             if self.plan.attempt is None:
@@ -175,12 +219,6 @@ class Grower:
                 await self._own_attempt(node, self.plan.attempt)
         finally:
             node.text = node.whole.removeprefix(above)
-        lost: Node | None = node
-        if node.state in ("open", "finished"):
-            node.score = await self._scored(node)
-            lost = self._judge(node, node.score)
-        if lost is not None:
-            await self._let_go(lost)
 
     async def _turn(self, node: Node, whole: bool, bound: int | None) -> None:
         """One turn of the branch. Counts what was computed and keeps the text, however the turn ends."""
@@ -222,11 +260,16 @@ class Grower:
         try:
             made = attempt(node.branch)
             text: object = await made if inspect.isawaitable(made) else made
+        except Exception as error:
+            if _ends_all(error):
+                raise
+            node.state, node.error = "failed", error
+        else:
             if text is made or not isinstance(text, str):
                 raise InvalidRequest(f"attempt gave {text!r}; it must be async and give a text, which is scored.")
             node.whole, node.state = text, "finished"
         finally:
-            if node.state == "open":
+            if node.state != "finished":
                 said = [message.text for message in node.branch.messages[known:] if isinstance(message, Assistant)]
                 node.whole = said[-1] if said else ""
             usage = node.branch.usage - before
@@ -292,6 +335,8 @@ class Grower:
 async def search(session: Session, prompt: Prompt, plan: Plan, grow: Callable[[Grower], Awaitable[None]]) -> Found:
     """Runs one kind of search inside its budget; leaves no branch open, whatever happens."""
     options, messages = checked(session, plan), messages_of(prompt)
+    if plan.adopt:
+        await check_free(session)
     grower = Grower(session, plan, options)
     try:
         with anyio.move_on_after(plan.budget.seconds) as scope:
@@ -303,6 +348,13 @@ async def search(session: Session, prompt: Prompt, plan: Plan, grow: Callable[[G
     finally:
         with anyio.CancelScope(shield=True):
             await grower.close()
+
+
+def _ends_all(error: Exception) -> bool:
+    """Also one of several that a task group of an own attempt raised together."""
+    if isinstance(error, ExceptionGroup):
+        return error.subgroup(_OF_ALL) is not None
+    return isinstance(error, _OF_ALL)
 
 
 def _score(node: Node) -> float:

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias, final
 
 from agentspeed.asking import ask, check_names
 from agentspeed.checking import check_count, check_flag, check_number, check_seconds, is_whole
-from agentspeed.errors import InvalidRequest
+from agentspeed.errors import InvalidRequest, SessionBusy
 from agentspeed.search.tree import Node
 from agentspeed.session import Session
 
@@ -17,14 +17,15 @@ Score: TypeAlias = Callable[[Node], float | Awaitable[float]]
 Keep: TypeAlias = Callable[[str], bool]
 """Asked about the text as it grows; False ends the attempt at once."""
 Attempt: TypeAlias = Callable[[Session], Awaitable[str]]
-"""One try on a branch, in your own words; what it returns is scored."""
+"""One try on a branch, in your own words; what it returns is scored, and what it raises fails this try alone."""
 Ended: TypeAlias = Literal["solved", "exhausted", "tokens", "seconds", "branches"]
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """Bounds of one search; None is unbounded. `tokens` bounds what is drawn and prefilled by the search.
+    """Bounds of one search; None is unbounded. `tokens` bounds what is drawn and prefilled by the search; one that is
+    used up before a branch draws anything, by what of the prompt and the context is not computed yet, is refused.
 
     An own attempt is not cut in its middle: none begins once the tokens are spent, the first runs alone, and then as
     many at once as fit when each takes what the largest so far took. So they pass the bound by no more than what the
@@ -88,6 +89,15 @@ def checked(session: Session, plan: Plan) -> dict[str, Any]:
     if plan.attempt is not None:
         _check_attempt(plan)
     return _turn_options(session, plan)
+
+
+async def check_free(session: Session) -> None:
+    """What the session would refuse at the end, once all the work is done, is refused now."""
+    try:
+        _ = await session.mark()
+    except SessionBusy as busy:
+        raise SessionBusy(busy.message, remedy="It cannot adopt the best branch meanwhile: give adopt=False, or search "
+                                               "on a fork of it.") from busy
 
 
 def _check_attempt(plan: Plan) -> None:

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 State = Literal["open", "finished", "pruned", "failed", "cut"]
 """open: may be gone on with. finished: the message is complete. pruned: given up early, not among the best, or a twin.
-failed: the attempt raised an error of its own, or called a tool that nobody runs. cut: the budget or a solution ended
-it before it had a score; its text is what it had said."""
+failed: the try raised `error`, or called a tool that nobody runs. cut: the budget or a solution ended it before it had
+a score. The text of a failed or cut one is what it had said."""
 
 
 @final
@@ -33,6 +33,9 @@ class Node:
     text: str = ""
     score: float | None = None
     state: State = "open"
+    error: Exception | None = None
+    """What a failed try raised: an output that is none, a context that is full, a turn that took longer than its
+    timeout, a tool's error, or anything at all in an own attempt."""
     usage: Usage = field(default_factory=Usage)
     children: list[Node] = field(default_factory=list)
     twins: int = 0
@@ -64,10 +67,12 @@ class Node:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """Tokens are rows really computed. `tokens_without_fork`: the same turns, each sending its whole context again."""
+    """Tokens are rows really computed. `tokens_without_fork`: the same turns, each sending its whole context again;
+    never fewer than with fork."""
 
     branches: int
     pruned: int
+    failed: int
     tokens: int
     tokens_without_fork: int
     seconds: float
@@ -78,8 +83,9 @@ class Cost:
         return self.tokens_without_fork / self.tokens if self.tokens else 1.0
 
     def __str__(self) -> str:
+        failed = f", {self.failed} failed" if self.failed else ""
         return (
-            f"{self.branches} branches ({self.pruned} pruned), {self.tokens} tokens computed, "
+            f"{self.branches} branches ({self.pruned} pruned{failed}), {self.tokens} tokens computed, "
             f"{self.tokens_without_fork} without fork ({self.ratio:.1f} times), {self.seconds:.2f} s"
         )
 
@@ -87,7 +93,9 @@ class Cost:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """`best` is None when no branch was finished and scored: a step that could be gone on with is no answer yet.
+    """`best` is None when no branch was finished and scored: a step that could be gone on with is no answer yet, a
+    text that is no `output` is none at all. When every try failed and one of them by any other error, there is no
+    `Found`: the search raises that error, with the tree as its note.
 
     `ended` says why the search stopped: "solved", "exhausted" (nothing was left to try), or the bound of the budget
     that ended it or left it fewer branches or shorter texts than it asked for."""
@@ -115,7 +123,8 @@ class Found:
 
         def grow(shown: Tree, node: Node) -> None:
             for child in node.children:
-                style = "bold green" if child.number in chosen else "dim" if child.state in ("pruned", "cut") else ""
+                lost = {"pruned": "dim", "cut": "dim", "failed": "red"}.get(child.state, "")
+                style = "bold green" if child.number in chosen else lost
                 grow(shown.add(Text(_line(child), style=style)), child)
 
         top = Tree(Text(f"{self.ended}: {self.cost}"))
@@ -134,7 +143,12 @@ class Found:
 
 def _line(node: Node) -> str:
     score = "-" if node.score is None else f"{node.score:.3g}"
-    text = " ".join(node.text.split())
-    shown = text if len(text) <= 56 else f"{text[:55]}…"
     twins = f", {node.twins} {'twin' if node.twins == 1 else 'twins'}" if node.twins else ""
-    return f"{score:>5}  {shown}  [{node.state}, {node.usage.computed} tok{twins}]"
+    why = "" if node.error is None else f"  {_short(f'{type(node.error).__name__}: {node.error}', 96)}"
+    return f"{score:>5}  {_short(node.text, 56)}  [{node.state}, {node.usage.computed} tok{twins}]{why}"
+
+
+def _short(text: str, most: int) -> str:
+    """In one line."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[: most - 1]}…"
