@@ -72,11 +72,14 @@ def chat(
     Example:  agentspeed chat
     Example:  agentspeed chat ./model --tools tools.py --temperature 0.7
 
-    In the chat, /help lists its commands."""
+    In the chat, /help lists its commands. Lines from a pipe are answered one after the other; then the status is 2 when
+    one of them failed."""
     from agentspeed.cli.chatting import Chat
 
     with reported():
-        Chat(model, tools=tools, system=system, temperature=temperature, max_tokens=max_tokens).run()
+        done = Chat(model, tools=tools, system=system, temperature=temperature, max_tokens=max_tokens).run()
+    if not done:
+        raise typer.Exit(EXIT_REFUSED)
 
 
 @app.command()

@@ -15,7 +15,7 @@ from agentspeed import Engine, Mark, Session, errors, events
 from agentspeed.cli.showing import Screen, cost, described, whole
 from agentspeed.cli.tools_file import ToolsFile, tools_of
 from agentspeed.cli.typing_lines import Lines
-from agentspeed.messages import ToolCall
+from agentspeed.messages import ToolCall, User
 from agentspeed.running import Result
 
 _PROMPT: Final = "> "
@@ -42,9 +42,9 @@ class Chat:
         self._temperature = temperature
         self._max_tokens = max_tokens
 
-    def run(self) -> None:
+    def run(self) -> bool:
         """Until `/quit` or end of input, in the main thread; sessions live on an event loop in another one, so that
-        lines can be edited and interrupted here."""
+        lines can be edited and interrupted here. False when a line failed and no terminal is there to see it."""
         screen = Screen()
         screen.line("Starting the engine ...")
         for line in self._file.left_out:
@@ -59,6 +59,7 @@ class Chat:
                                 max_tokens=self._max_tokens)
                     again = talk.run()
                 hello = "A new session."
+            return lines.can_ask or not screen.failed
 
     def _session(self) -> Session:
         return Session(self._model, system=self._system, tools=self._file.tools)
@@ -79,12 +80,13 @@ class Exchange:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """Of one line: a result, or why there is none; with neither it was cancelled. `undone`: the session is as it was
-    before the line."""
+    before the line. `too_long`: no session has room for it."""
 
     before: Mark
     result: Result[Any] | None = None
     problems: tuple[errors.AgentspeedError, ...] = ()
     undone: bool = False
+    too_long: bool = False
 
 
 @final
@@ -138,6 +140,7 @@ class Talk:
         self._max_tokens = max_tokens
         self._told: SimpleQueue[_Told] = SimpleQueue()
         self._exchanges: list[Exchange] = []
+        self._start = session.tokens
 
     def run(self) -> bool:
         """Whether another session is wanted."""
@@ -174,7 +177,7 @@ class Talk:
                 self._undo()
             case _:
                 known = ", ".join(COMMANDS)
-                self._screen.line(f"There is no command {word}. The commands are: {known}. {_HINT}", "red")
+                self._screen.error(f"There is no command {word}. The commands are: {known}. {_HINT}")
 
     def _usage(self) -> None:
         session = self._session
@@ -232,14 +235,24 @@ class Talk:
             raise
         except errors.AgentspeedError as error:
             problems.append(error)
+        too_long = False
         try:
             if self._session.tokens != before.tokens:
                 await self._session.rewind(before)
+            if any(isinstance(problem, errors.ContextOverflow) for problem in problems):
+                too_long = await self._is_too_long(line)
         except errors.InternalError:
             raise
         except errors.AgentspeedError as error:
             problems.append(error)
-        return Outcome(before=before, problems=tuple(problems), undone=self._session.tokens == before.tokens)
+        return Outcome(before=before, problems=tuple(problems), undone=self._session.tokens == before.tokens,
+                       too_long=too_long)
+
+    async def _is_too_long(self, line: str) -> bool:
+        """Whether even a new session has no room for the line and one token of an answer."""
+        codec = self._session.engine.codec
+        limit = (await self._session.engine.link()).welcome.context_limit
+        return self._start + len(codec.message(User(line))) + len(codec.generation_ids) >= limit
 
     def _report(self, exchange: Exchange, outcome: Outcome) -> None:
         screen = self._screen
@@ -256,7 +269,7 @@ class Talk:
         for problem in outcome.problems:
             screen.error(problem)
             if isinstance(problem, errors.ContextOverflow):
-                screen.line(_FULL, "red")
+                screen.error(_ALONE if outcome.too_long else _FULL if self._exchanges else _WITH_TOOLS)
         word = "" if outcome.problems else "cancelled; "
         if outcome.undone:
             screen.line(f"({word}the chat goes on as if you had not asked{_still_done(exchange.ran)})")
@@ -288,6 +301,8 @@ class Talk:
 
 
 _FULL: Final = "the context is full: /undo goes back before your last question, /new begins a new session"
+_ALONE: Final = "this line alone does not fit into the context"
+_WITH_TOOLS: Final = "this line with what its tools gave does not fit into the context"
 
 
 def _still_done(ran: tuple[str, ...]) -> str:

@@ -24,6 +24,8 @@ class Screen:
     def __init__(self) -> None:
         self._console = Console(markup=False, highlight=False, emoji=False, soft_wrap=True)
         self._within_line = False
+        self.failed = False
+        """Whether an error was shown."""
 
     def event(self, event: events.AnyEvent) -> None:
         """What a person wants to see of it."""
@@ -43,7 +45,9 @@ class Screen:
         self.end_line()
         self._console.print(text.translate(_CONTROLS), style=style)
 
-    def error(self, error: Exception) -> None:
+    def error(self, error: Exception | str) -> None:
+        """Of a line that was not answered, or a command that was not carried out."""
+        self.failed = True
         self.line(str(error), "red")
 
     def end_line(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -14,7 +15,9 @@ import pytest
 from agentspeed.cli.chatting import COMMANDS
 from tests.engine_client import alive, environment, until
 from tests.terminal import Terminal, terminal
+from tools.random_checkpoint import make_checkpoint
 
+ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-c", "from agentspeed.cli import main; main()", "chat"]
 SCRIPTED = """
 import sys
@@ -28,7 +31,8 @@ def asked(turn):
 
 with start_blocking_portal() as portal, portal.wrap_async_context_manager(ScriptedEngine({script})) as engine:
     tools = Path(sys.argv[1]) if len(sys.argv) > 1 else None
-    Chat(engine.engine, tools=tools, system=None, temperature=0.0, max_tokens=400).run()
+    done = Chat(engine.engine, tools=tools, system=None, temperature=0.0, max_tokens=400).run()
+sys.exit(0 if done else 2)
 """
 TOOLS = '''
 """Tools of a test."""
@@ -72,16 +76,23 @@ def tools(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with a small context."""
+    config = json.loads((ROOT / "bench/models/tiny.json").read_text())
+    return make_checkpoint(config | {"max_position_embeddings": 1024}, tmp_path_factory.mktemp("narrow") / "model")
+
+
 def scripted(script: str, *arguments: str | Path) -> list[str]:
     """A chat over an engine that says this: everything but the model is real."""
     return [sys.executable, "-c", SCRIPTED.format(script=script), *map(str, arguments)]
 
 
-def piped(command: list[str], lines: str) -> str:
+def piped(command: list[str], lines: str, status: int = 0) -> str:
     """What a chat prints that gets its lines from a pipe."""
     done = subprocess.run(command, input=lines, env=environment(), capture_output=True, text=True, check=False,
                           timeout=60)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == status, done.stdout + done.stderr
     return done.stdout
 
 
@@ -286,7 +297,7 @@ def test_new_begins_a_session_in_which_nothing_was_said() -> None:
 
 
 def test_an_unknown_command_is_refused_with_the_list_and_the_model_does_not_hear_it() -> None:
-    shown = piped(scripted(ECHO), "/nope\n/quit now\n//etc/hosts\n/quit\nafter\n")
+    shown = piped(scripted(ECHO), "/nope\n/quit now\n//etc/hosts\n/quit\nafter\n", status=2)
     assert "There is no command /nope." in shown and "There is no command /quit now." in shown
     for name in COMMANDS:
         assert name in shown
@@ -301,13 +312,36 @@ def test_help_usage_and_tools_tell_what_they_should(tools: Path) -> None:
     assert "add(a, b)  Add two numbers." in shown and "pay(amount)  Pay an amount.  (asks you first)" in shown
 
 
-def test_a_chat_whose_context_is_full_names_the_ways_out_and_goes_on(checkpoint: Path) -> None:
-    long = "word " * 20_000
-    shown = piped([*COMMAND, str(checkpoint), "--max-tokens", "4"], f"Short.\n{long}\n/undo\nAgain.\n")
+def test_a_chat_whose_context_is_full_names_the_ways_out_and_goes_on(narrow: Path) -> None:
+    most = "word " * 150
+    shown = piped([*COMMAND, str(narrow), "--max-tokens", "4"], f"{most}\n{most}\n/undo\nAgain.\n", status=2)
     assert "leave no room in a context" in shown
     assert "the context is full: /undo goes back before your last question, /new begins a new session" in shown
-    assert "the chat goes on as if you had not asked" in shown and "back to before: Short." in shown
+    assert "the chat goes on as if you had not asked" in shown and "back to before: word" in shown
     assert len(REUSE.findall(shown)) == 2
+
+
+@pytest.mark.parametrize("before", ["", "Short.\n"], ids=["at the beginning", "after another"])
+def test_a_line_that_no_session_has_room_for_is_said_to_be_the_reason(narrow: Path, before: str) -> None:
+    shown = piped([*COMMAND, str(narrow), "--max-tokens", "4"], f"{before}{'word ' * 400}\n", status=2)
+    assert "this line alone does not fit into the context" in shown
+    assert "/undo" not in shown and "/new" not in shown
+
+
+# ---- scripts --------------------------------------------------------------------------------------------------------
+def test_without_a_terminal_a_line_that_failed_makes_the_status_2_and_the_others_are_answered(narrow: Path) -> None:
+    chat = [*COMMAND, str(narrow), "--max-tokens", "4"]
+    assert len(REUSE.findall(piped(chat, f"One.\n{'word ' * 400}\n/new\nTwo.\n", status=2))) == 2
+    assert len(REUSE.findall(piped(chat, "One.\n/nope\n", status=2))) == 1
+    assert len(REUSE.findall(piped(chat, "One.\n/undo\n/undo\nTwo.\n"))) == 2
+
+
+def test_at_a_terminal_a_line_that_failed_is_seen_and_the_chat_ends_well() -> None:
+    with terminal(scripted(ECHO), environment()) as chat:
+        _ = chat.until("> ")
+        chat.type("/nope\n")
+        _ = chat.until("There is no command /nope.")
+        leave(chat)
 
 
 def test_an_answer_that_was_cut_says_by_what(checkpoint: Path) -> None:

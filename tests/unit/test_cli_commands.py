@@ -81,6 +81,22 @@ def test_a_bug_during_a_chat_is_reported_as_one(monkeypatch: pytest.MonkeyPatch)
     assert getattr(raised.value, "exit_code", None) == EXIT_BUG
 
 
+def test_a_first_line_whose_tools_filled_the_context_is_said_to_be_the_reason(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def full(talk: Talk, line: str, cancel: Cancel) -> Outcome:
+        overflow = errors.ContextOverflow("4100 tokens leave no room in a context of 4096.")
+        return Outcome(before=await talk._session.mark(), problems=(overflow,), undone=True)
+
+    lines = ["Read.", "/quit"]
+    monkeypatch.setattr(Talk, "_answer", full)
+    monkeypatch.setattr("builtins.input", lambda prompt: lines.pop(0))
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(ScriptedEngine([])) as engine:
+        assert not Chat(engine.engine, tools=None, system=None, temperature=0.0, max_tokens=4).run()
+    shown = capsys.readouterr().out
+    assert "this line with what its tools gave does not fit into the context" in shown and "/undo" not in shown
+
+
 def test_tools_are_the_public_functions_a_file_defines(tmp_path: Path) -> None:
     path = tmp_path / "tools.py"
     _ = path.write_text("from json import dumps\ndef add(a: int) -> int:\n    return a\ndef _no() -> int: ...\n")
