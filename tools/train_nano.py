@@ -4,8 +4,10 @@
     python tools/train_nano.py --minutes 8 --processes 1 --device cuda --workers 12 --budget 98304
     python tools/train_nano.py --minutes 60 --start agentspeed/models/nano --rate 0.05 --cooldown 0.85 --budget 8192
     python tools/train_nano.py --score agentspeed/models/nano
+    python tools/train_nano.py --export FOLDER      (the state of the checkpoint, also while a run goes on)
 
-Progress, checkpoints each minute and the best model by held-out score. The same command resumes where it stopped.
+Progress, checkpoints each minute and the best model by held-out score. The same command resumes where it stopped; one
+with another start, length or shape is refused while the checkpoint is there.
 """
 
 from __future__ import annotations
@@ -13,10 +15,11 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from nano_data import Rounds
@@ -24,7 +27,7 @@ from nano_format import render, train_tokenizer, write_tokenizer
 from nano_model import Nano, Shape, averaged, read_model, write_model
 from nano_optim import Muon
 from nano_peers import Peers
-from nano_scoring import HeldOut, Scores, decode, solved
+from nano_scoring import UNSEEN, HeldOut, Scores, decode, solved
 from nano_start import start_with_copying
 from nano_tasks import held_out, skill_task
 from tokenizers import Tokenizer
@@ -34,6 +37,11 @@ from torch.nn import functional as F
 HOME = Path(__file__).resolve().parent.parent
 TOKENIZER_ROWS = 6000
 SAMPLED_PUZZLES = 50
+STATE = "state.pt"
+
+
+class OtherRun(ValueError):
+    """The checkpoint is of a run that was started otherwise: going on with it would ignore what is asked for now."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,13 @@ class Plan:
     device: str = "cpu"
     workers: int = 0
     """Processes that make data ahead of time; 0: the learner makes it."""
+
+    def started(self) -> dict[str, Any]:
+        """What makes a run this one; rates, budgets, processes and the device may change when it is resumed. Its data
+        are always the same rounds."""
+        shape = self.shape if self.start is None else read_model(self.start).shape
+        start = None if self.start is None else str(self.start.resolve())
+        return {"start": start, "minutes": self.minutes, "shape": asdict(shape)}
 
 
 def make_tokenizer() -> Tokenizer:
@@ -93,7 +108,8 @@ class Training:
             torch.optim.AdamW(others, plan.adam_rate, betas=(0.9, 0.98), weight_decay=0.0),
         ]
         self.step, self.round, self.tokens, self.seconds, self.best = 0, self.peers.rank << 32, 0, 0.0, -1.0
-        self._file = plan.checkpoints / "state.pt"
+        self._file = plan.checkpoints / STATE
+        self._started = plan.started()  # now: a start folder may be gone, or written over, before the run ends
         if self._file.is_file():
             self._load()
 
@@ -203,20 +219,43 @@ class Training:
                 "tokens": self.tokens,
                 "seconds": self.seconds,
                 "best": self.best,
+                "started": self._started,
             },
             fresh,
         )
         os.replace(fresh, self._file)
 
     def _load(self) -> None:
-        state = torch.load(self._file, weights_only=True, map_location=self.plan.device)
+        state = resumable(self.plan)
         self.model.load_state_dict(state["model"])
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
         self.tokenizer = Tokenizer.from_str(state["tokenizer"])  # the tasks it was made from may have changed since
-        self.step, self.round, self.tokens = state["step"], state["round"], state["tokens"]
+        self.step, self.tokens = state["step"], state["tokens"]
+        self.round += state["round"]  # the leader's, whose rounds are numbered from 0
         self.seconds, self.best = state["seconds"], state["best"]
         self._say("resumed")
+
+
+def resumable(plan: Plan) -> dict[str, Any]:
+    """The checkpoint of a plan. Raises `OtherRun` for that of another one."""
+    file = plan.checkpoints / STATE
+    state: dict[str, Any] = torch.load(file, weights_only=True, map_location=plan.device)
+    was, now = state.get("started", {}), plan.started()
+    if others := [f"{name} is {now[name]}, and was {was.get(name, 'not noted')}" for name in now
+                  if name not in was or was[name] != now[name]]:
+        raise OtherRun(f"{file} is of another run: {'; '.join(others)}. Give another --checkpoints folder, or remove "
+                       "this one to begin anew.")
+    return state
+
+
+def export(checkpoints: Path, out: Path) -> None:
+    """The model folder of what a run has come to by its last checkpoint, also while it goes on."""
+    state = torch.load(checkpoints / STATE, weights_only=True, map_location="cpu")
+    model = Nano(Shape(**state["started"]["shape"]))
+    model.load_state_dict(state["model"])
+    write_tokenizer(Tokenizer.from_str(state["tokenizer"]), out)
+    write_model(model, out)
 
 
 def _is_hidden(name: str) -> bool:
@@ -227,15 +266,15 @@ def line(scores: Scores) -> str:
     return " ".join(f"{key} {value:.3f}" for key, value in scores.items())
 
 
-def score_folder(folder: Path, count: int) -> Scores:
+def score_folder(folder: Path, count: int, seed: int) -> Scores:
     """The scores of a finished folder, with puzzles also sampled sixteen times."""
     model = read_model(folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    scores = HeldOut(tokenizer, count).scores(model)
-    puzzles = held_out("puzzle", min(count, SAMPLED_PUZZLES))
+    scores = HeldOut(tokenizer, count, seed).scores(model)
+    puzzles = held_out("puzzle", min(count, SAMPLED_PUZZLES), seed)
     reached = [False] * len(puzzles)
-    for seed in range(16):
-        texts = decode(model, tokenizer, puzzles, longest=24, temperature=1.0, seed=seed)
+    for draw in range(16):
+        texts = decode(model, tokenizer, puzzles, longest=24, temperature=1.0, seed=draw)
         reached = [was or solved(task, text) for was, task, text in zip(reached, puzzles, texts, strict=True)]
     scores["puzzle_best_of_16"] = sum(reached) / len(puzzles)
     return scores
@@ -257,12 +296,20 @@ def main() -> None:
         "--average", type=Path, nargs=2, metavar="FOLDER", help="write the mean of two models of one run to --out"
     )
     parser.add_argument("--share", type=float, default=0.5, help="the second model's share of an average")
+    parser.add_argument("--export", type=Path, metavar="FOLDER", help="only write the checkpoint's model there")
     parser.add_argument("--score", type=Path, help="only score this folder on 200 held-out tasks of each kind")
+    parser.add_argument("--seed", type=int, default=UNSEEN, help="tasks of --score; 2 to choose a state by")
     options = parser.parse_args()
     if options.score is not None:
-        print(line(score_folder(options.score, 200)))
+        print(line(score_folder(options.score, 200, options.seed)))
+        return
+    if options.export is not None:
+        if not (options.checkpoints / STATE).is_file():
+            parser.error(f"there is no checkpoint {options.checkpoints / STATE} to export.")
+        export(options.checkpoints, options.export)
         return
     if options.average is not None:
+        write_tokenizer(Tokenizer.from_file(str(options.average[0] / "tokenizer.json")), options.out)
         write_model(averaged(*map(read_model, options.average), options.share), options.out)
         return
     plan = Plan(
@@ -278,6 +325,11 @@ def main() -> None:
         budget=options.budget,
         rows=max(Plan.rows, options.budget // 12),  # several batches of each length, so that little is padding
     )
+    if (plan.checkpoints / STATE).is_file():
+        try:
+            _ = resumable(plan)
+        except OtherRun as error:
+            parser.error(str(error))
     if options.processes == 1:
         learn(0, plan, 1, None)
         return

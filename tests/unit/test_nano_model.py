@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 HOME = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(HOME / "tools"))
 
+import nano_scoring  # noqa: E402
 import nano_tasks  # noqa: E402
 import train_nano  # noqa: E402
 from nano_data import Rounds  # noqa: E402
@@ -20,6 +22,8 @@ from nano_optim import Muon, orthogonal  # noqa: E402
 from nano_peers import Peers  # noqa: E402
 from nano_start import start_with_copying  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
+
+from bench import nano as nano_bench  # noqa: E402
 
 FOLDER = HOME / "agentspeed" / "models" / "nano"
 TINY = Shape(hidden=32, layers=2, heads=2, kv_rank=16, nope=8, rope=4, value=12, inner=32, expert_inner=16)
@@ -132,6 +136,96 @@ def test_training_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.M
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+def tiny_plan(folder: Path) -> train_nano.Plan:
+    """A run of a model of two small layers, in this folder."""
+    return train_nano.Plan(minutes=1.0, out=folder / "out", checkpoints=folder / "state", shape=TINY)
+
+
+@pytest.fixture
+def small_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_nano, "TOKENIZER_ROWS", 1500)
+
+
+@pytest.mark.usefixtures("small_tokenizer")
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"start": FOLDER}, r"start is .*models/nano, and was None; shape is .*, and was .*'hidden': 32"),
+        ({"minutes": 2.0}, r"minutes is 2\.0, and was 1\.0"),
+        ({"shape": replace(TINY, layers=3)}, r"shape is .*'layers': 3.*, and was .*'layers': 2"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_by_name_with_the_way_out(
+    tmp_path: Path, other: dict[str, Any], named: str
+) -> None:
+    plan = tiny_plan(tmp_path)
+    train_nano.Training(plan).save()
+    with pytest.raises(train_nano.OtherRun, match=rf"state\.pt is of another run: {named}.*--checkpoints.*remove"):
+        train_nano.Training(replace(plan, **other))
+    assert train_nano.Training(replace(plan, out=tmp_path / "elsewhere", rate=0.5)).step == 0
+
+
+@pytest.mark.usefixtures("small_tokenizer")
+def test_a_checkpoint_that_does_not_say_what_it_was_started_with_is_refused(tmp_path: Path) -> None:
+    plan = tiny_plan(tmp_path)
+    train_nano.Training(plan).save()
+    file = plan.checkpoints / "state.pt"
+    state = torch.load(file, weights_only=True)
+    del state["started"]
+    torch.save(state, file)
+    with pytest.raises(train_nano.OtherRun, match=r"minutes is 1\.0, and was not noted"):
+        train_nano.Training(plan)
+
+
+@pytest.mark.usefixtures("small_tokenizer")
+def test_each_process_goes_on_with_rounds_of_its_own(tmp_path: Path) -> None:
+    plan, second = tiny_plan(tmp_path), Peers()
+    leader = train_nano.Training(plan)
+    leader.round = 7
+    leader.save()
+    second.rank = 1
+    assert train_nano.Training(plan).round == 7
+    assert train_nano.Training(plan, second).round == (1 << 32) + 7
+
+
+@pytest.mark.usefixtures("small_tokenizer")
+def test_a_checkpoint_can_be_written_as_a_model_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = train_nano.Training(tiny_plan(tmp_path))
+    training.save()
+    out = tmp_path / "exported"
+    command = ["train_nano.py", "--checkpoints", str(tmp_path / "state"), "--export", str(out)]
+    monkeypatch.setattr(sys, "argv", command)
+    train_nano.main()
+    for name, weight in training.model.state_dict().items():
+        assert torch.equal(weight, read_model(out).state_dict()[name]), name
+    assert Tokenizer.from_file(str(out / "tokenizer.json")).to_str() == training.tokenizer.to_str()
+    assert (out / "tokenizer_config.json").is_file()
+    monkeypatch.setattr(sys, "argv", [*command[:2], str(tmp_path / "none"), *command[3:]])
+    with pytest.raises(SystemExit):
+        train_nano.main()
+
+
+@pytest.mark.usefixtures("small_tokenizer")
+def test_the_command_refuses_a_checkpoint_of_another_run_before_it_learns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_nano.Training(tiny_plan(tmp_path)).save()
+    command = ["train_nano.py", "--minutes", "1", "--checkpoints", str(tmp_path / "state"), "--start", str(FOLDER)]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(train_nano, "learn", lambda *_: pytest.fail("it learns"))
+    monkeypatch.setattr(train_nano, "spawn", lambda *_, **__: pytest.fail("it learns"))
+    with pytest.raises(SystemExit) as ended:
+        train_nano.main()
+    assert ended.value.code == 2
+    assert "is of another run: start is" in capsys.readouterr().err
+
+
+def test_the_mean_of_two_folders_is_a_whole_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train_nano.py", "--average", str(FOLDER), str(FOLDER), "--out", str(tmp_path)])
+    train_nano.main()
+    assert {file.name for file in tmp_path.iterdir()} >= {"model.safetensors", "config.json", "tokenizer.json"}
+
+
 def test_training_goes_on_from_a_finished_model_with_its_tokenizer(tmp_path: Path) -> None:
     shipped = read_model(FOLDER)
     plan = train_nano.Plan(minutes=1.0, out=tmp_path, checkpoints=tmp_path / "none", start=FOLDER)
@@ -162,6 +256,15 @@ def test_the_rate_rises_first_and_falls_at_the_end(tmp_path: Path) -> None:
     assert warming < training.rate() == 1.0
     training.seconds = 59.9
     assert training.rate() == 0.01
+
+
+def test_the_tasks_that_are_reported_never_chose_any_weights() -> None:
+    tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
+    chosen_by = nano_tasks.held_out("puzzle", 20, nano_scoring.SELECTING)
+    assert nano_scoring.HeldOut(tokenizer, 20).puzzles == chosen_by
+    shipped_were_chosen_by = 1
+    assert len({shipped_were_chosen_by, nano_scoring.SELECTING, nano_scoring.UNSEEN}) == 3
+    assert nano_bench.UNSEEN == nano_scoring.UNSEEN
 
 
 def test_held_out_tasks_come_from_another_generator_than_training() -> None:
