@@ -1,20 +1,21 @@
 """Runs tool calls: checks arguments, asks for approval, keeps time, leaves a result for every call whatever happens.
 
-The border where user code is called: what a tool raises becomes a result that the model reads. Cancellation is never
-caught; a call that did not finish has a result that says so.
+The border where user code is called: what a tool raises becomes a result that the model reads. A cancellation of the
+run passes, and a call that did not finish has a result that says so; one that only the tool met is its own failure.
 """
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
+import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, TypeAlias, final
+from typing import Any, Final, TypeAlias, TypeVar, final
 
 import anyio
-import anyio.to_thread
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticSerializationError, to_json
 
@@ -22,9 +23,11 @@ from agentspeed.errors import BadArguments, ToolDenied, ToolError, ToolFailed, T
 from agentspeed.messages import ToolCall
 from agentspeed.tools.context import ToolContext
 from agentspeed.tools.signature import parameter_of
+from agentspeed.tools.threads import asyncio_runs, in_thread
 from agentspeed.tools.tool import Tool
 
 _LOG: Final = logging.getLogger("agentspeed.tools")
+T = TypeVar("T")
 Approve: TypeAlias = Callable[[ToolCall], bool | Awaitable[bool]]
 """Asked about each call that needs approval."""
 
@@ -160,7 +163,7 @@ async def _approval(
 ) -> None:
     """Fails closed: no approver, a predicate that raises and an answer that is not True all deny."""
     try:
-        needed = await _answer(tool.needs_approval, _passed(checked))
+        needed = await _own(_answer(tool.needs_approval, _whole(tool, checked)))
     except Exception as error:
         _LOG.warning("needs_approval of tool %s raised; the call is denied", tool.name, exc_info=error)
         raise ToolDenied(f"{tool.name}: not approved: the check failed", tool=tool.name) from error
@@ -171,7 +174,7 @@ async def _approval(
     text = arguments if isinstance(arguments, str) else content_of(arguments)
     request = ToolCall(id=context.call_id if context else "", name=tool.name, arguments=text)
     try:
-        granted = await _answer(approve, request)
+        granted = await _own(_answer(approve, request))
     except Exception as error:
         _LOG.warning("approve raised for tool %s; the call is denied", tool.name, exc_info=error)
         raise ToolDenied(f"{tool.name}: not approved: the approver failed", tool=tool.name) from error
@@ -198,18 +201,48 @@ async def _call(tool: Tool, checked: BaseModel, context: ToolContext[Any] | None
     if tool.context_parameter is not None:
         arguments[tool.context_parameter] = context
     try:
-        if tool.is_async:
-            value = await tool.fn(**arguments)  # type: ignore[misc]
-        else:
-            value = await anyio.to_thread.run_sync(partial(tool.fn, **arguments), abandon_on_cancel=True)
-            if inspect.isawaitable(value):
-                value = await value
-        return content_of(value)
+        return content_of(await _own(_value(tool, arguments)))
     except PydanticSerializationError as error:
         raise ToolFailed(f"{tool.name}: its result cannot be written as JSON: {error}", tool=tool.name) from error
     except (Exception, SystemExit) as error:  # a command line's parser exits where a function would raise
         _LOG.info("tool %s raised", tool.name, exc_info=error)
         raise ToolFailed(f"{tool.name}: {told_of(error)}", tool=tool.name) from error
+
+
+async def _value(tool: Tool, arguments: Mapping[str, Any]) -> object:
+    if tool.is_async:
+        return await tool.fn(**arguments)  # type: ignore[misc]
+    value = await in_thread(partial(tool.fn, **arguments))
+    return await value if inspect.isawaitable(value) else value
+
+
+async def _own(work: Awaitable[T]) -> T:
+    """What the user's `work` gives. A cancellation that is not the caller's, of a task that `work` awaited or of an
+    event loop of its own, is an error like others: let through, it would end as cancelled whatever runs beside it."""
+    try:
+        return await work
+    except (anyio.get_cancelled_exc_class(), asyncio.CancelledError) as error:
+        if isinstance(error, anyio.get_cancelled_exc_class()) and _is_cancelled():
+            raise
+        raise RuntimeError("what it waited for was cancelled") from error
+
+
+def _is_cancelled() -> bool:
+    """Whether a scope around the caller was cancelled, or its task was, which only asyncio can do."""
+    if anyio.current_effective_deadline() == -math.inf:
+        return True
+    task = asyncio.current_task() if asyncio_runs() else None
+    return task is not None and task.cancelling() > 0
+
+
+def _whole(tool: Tool, checked: BaseModel) -> dict[str, Any]:
+    """Every argument, for who decides about the call: a default can do as much harm as what the model wrote. A tool
+    that was declared has its defaults in its schema."""
+    properties = tool.schema.get("properties")
+    declared = {name: given["default"] for name, given in properties.items()
+                if isinstance(given, dict) and "default" in given} if isinstance(properties, dict) else {}
+    named = {parameter_of(name): getattr(checked, name) for name in type(checked).model_fields}
+    return {**declared, **named, **(checked.model_extra or {})}
 
 
 def _passed(checked: BaseModel) -> dict[str, Any]:

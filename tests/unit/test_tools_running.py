@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import json
 import math
 import time
@@ -9,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 import sniffio
 from pydantic import BaseModel, field_validator
@@ -158,6 +161,42 @@ async def test_a_predicate_sees_the_checked_arguments() -> None:
     assert not (await execute(careful, '{"a":6}')).ok
 
 
+async def test_a_predicate_sees_the_defaults_too_and_the_function_gets_only_what_was_given() -> None:
+    seen: list[Mapping[str, Any]] = []
+
+    def note(arguments: Mapping[str, Any]) -> bool:
+        seen.append(arguments)
+        return bool(arguments.get("recursive", False))
+
+    def remove(path: str, recursive: bool = True, copy: list[int] = []) -> str:  # noqa: B006
+        copy.append(1)
+        return f"{path} {recursive} {len(copy)}"
+
+    careful = tool(needs_approval=note)(remove)
+    assert isinstance((await execute(careful, '{"path":"x"}')).error, ToolDenied)
+    assert (await execute(careful, '{"path":"x","recursive":false}')).content == "x False 1"
+    assert (await execute(careful, '{"path":"x","recursive":false}')).content == "x False 2"  # the function's own list
+    assert seen[0] == {"path": "x", "recursive": True, "copy": []}
+
+
+async def test_a_predicate_of_a_declared_tool_sees_the_defaults_of_its_schema() -> None:
+    seen: list[Mapping[str, Any]] = []
+
+    def note(arguments: Mapping[str, Any]) -> bool:
+        seen.append(arguments)
+        return bool(arguments["recursive"])
+
+    def far(**arguments: object) -> str:
+        return f"{arguments}"
+
+    flag = {"type": "boolean", "default": True}
+    parameters = {"type": "object", "properties": {"path": {"type": "string"}, "recursive": flag}}
+    careful = dataclasses.replace(declared_tool({"name": "far", "parameters": parameters}, far), needs_approval=note)
+    assert isinstance((await execute(careful, '{"path":"x"}')).error, ToolDenied)
+    assert (await execute(careful, '{"path":"x","recursive":false}')).content == "{'path': 'x', 'recursive': False}"
+    assert seen == [{"recursive": True, "path": "x"}, {"recursive": False, "path": "x"}]
+
+
 async def test_an_approver_is_asked_and_only_true_grants() -> None:
     asked: list[str] = []
 
@@ -241,3 +280,87 @@ async def test_on_error_raise_is_kept_for_the_caller_after_all_results_are_there
     await batch.run()
     assert isinstance(batch.to_raise(), ToolFailed)
     assert batch.results()[1].ok
+
+
+# ---- a cancellation that nobody asked for ---------------------------------------------------------------------------
+async def stray() -> str:
+    """Raises the cancellation of something that is over."""
+    kept: list[BaseException] = []
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        try:
+            await anyio.lowlevel.checkpoint()
+        except anyio.get_cancelled_exc_class() as error:
+            kept.append(error)
+            raise
+    raise kept[0]
+
+
+def raises_asyncios() -> None:
+    raise asyncio.CancelledError("an event loop of its own")
+
+
+@pytest.mark.parametrize("culprit", [stray, raises_asyncios])
+async def test_a_cancellation_that_nobody_asked_for_is_a_failure_of_that_tool_alone(culprit: Any) -> None:
+    batch = ToolBatch([tool(slow), tool(name="bad")(culprit)], [call("slow", '{"seconds":0.2}'), call("bad", number=1)])
+    await batch.run()
+    good, bad = batch.results()
+    assert good.content == "slept 0.2"
+    assert isinstance(bad.error, ToolFailed)
+    assert bad.content == "error: bad: RuntimeError: what it waited for was cancelled"
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_tool_that_awaits_a_cancelled_task_fails_and_the_others_go_on() -> None:
+    async def waits() -> None:
+        task = asyncio.ensure_future(asyncio.sleep(10))
+        _ = task.cancel()
+        await task
+
+    batch = ToolBatch([tool(slow), tool(waits)], [call("waits"), call("slow", '{"seconds":0.1}', 1)])
+    await batch.run()
+    assert [result.content for result in batch.results()] == [
+        "error: waits: RuntimeError: what it waited for was cancelled", "slept 0.1",
+    ]
+
+
+async def test_an_approver_or_a_predicate_that_is_cancelled_denies() -> None:
+    async def ask(_: Any) -> bool:
+        _ = await stray()
+        return True
+
+    for careful, approve in ((tool(needs_approval=ask)(add), None), (tool(needs_approval=True)(add), ask)):
+        result = await execute(careful, '{"a":1}', approve=approve)
+        assert isinstance(result.error, ToolDenied)
+
+
+async def test_a_cancellation_of_the_scope_around_it_passes_through_a_tool_that_strays() -> None:
+    async def strays_late() -> None:
+        try:
+            await anyio.sleep(10)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await anyio.sleep(0.01)
+
+    batch = ToolBatch([tool(strays_late)], [call("strays_late")])
+    with anyio.move_on_after(0.05) as scope:
+        await batch.run()
+    assert scope.cancelled_caught
+    assert batch.results()[0].content == "error: cancelled before it finished"
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_cancellation_of_asyncios_own_passes() -> None:
+    batch = ToolBatch([tool(slow)], [call("slow", '{"seconds":9}')])
+    for work in (batch.run, lambda: execute(tool(slow), {"seconds": 9.0})):
+        running = asyncio.ensure_future(work())  # type: ignore[arg-type]
+        await asyncio.sleep(0.05)
+        _ = running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            _ = await running
+    assert batch.results()[0].content == "error: cancelled before it finished"
+
+
+async def test_a_timeout_is_no_stray_cancellation() -> None:
+    result = await execute(tool(timeout=0.05)(slow), {"seconds": 9.0})
+    assert isinstance(result.error, ToolTimeout)
