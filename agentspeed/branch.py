@@ -226,7 +226,7 @@ class Branch:
             self._settle(link, ended)
         child._link = None
 
-    async def expect(self, seconds: float, keep: wire.Keep, tool: str) -> Lease:
+    async def expect(self, seconds: float | None, keep: wire.Keep, tool: str) -> Lease:
         def answered(reply: wire.Reply) -> None:
             if isinstance(reply, wire.LeaseAnswer):
                 self._leased(reply.lease)
@@ -350,7 +350,19 @@ class Branch:
         elif self._base is not None:
             self.mirror.back_to(self._base)
         self._base = self._sink = None
+        if link is not None and base is not None and self.attached:
+            await self._look(link)
         return kept
+
+    async def _look(self, link: Connection) -> None:
+        """A turn that was stopped may have computed anything between nothing and all of its rows."""
+        try:
+            seen = await self._call(link, lambda request: wire.Inspect(request=request, branch=self._number))
+        except errors.AgentspeedError as error:
+            _LOG.info("looking at a stopped turn's branch: %s", error)
+        else:
+            if isinstance(seen, wire.Inspected):
+                self.residence = residence_of(seen.residence)
 
 
 def lease_of(lease: wire.Lease) -> Lease:

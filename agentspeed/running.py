@@ -28,8 +28,8 @@ from agentspeed.whole import whole
 
 T = TypeVar("T")
 _LOG = logging.getLogger("agentspeed.session")
-_FIRST_PAUSE_SECONDS = 1.0
-"""What is expected of a tool that never ran in this session."""
+_UNSEEN_SECONDS: Final = 1.0
+"""What a tool that never ran in this session is taken to need, beside those that did."""
 
 
 @final
@@ -137,8 +137,8 @@ class Run:
         async with self._session.stream(step.messages or None, output=self._output, **options) as turn:
             async for event in turn:
                 self._tell(event)
-            if turn._partial_call is not None:  # asked again, it would be cut again
-                raise turn._cut_in_a_call()
+            if (cut := turn._cut()) is not None:
+                raise cut
             try:
                 self._reply = turn.result()
             except errors.OutputError as problem:
@@ -152,13 +152,15 @@ class Run:
         left = tuple(call for call in calls if call.id not in session._results)
         failures: list[Exception] = []
 
-        def arrived(index: int, result: ToolResult) -> None:
-            session._seconds_of[left[index].name] = result.seconds
+        def tell(event: events.AnyEvent) -> None:
             try:
-                self._tell(session._stamped(events.ToolFinished(call=left[index], content=result.content, ok=result.ok,
-                                                                seconds=result.seconds)))
+                self._tell(session._stamped(event))
             except Exception as error:  # noqa: BLE001 - raised below: here it would cancel the other tools
                 failures.append(error)
+
+        def arrived(index: int, result: ToolResult) -> None:
+            session._seconds_of[left[index].name] = result.seconds
+            tell(events.ToolFinished(call=left[index], content=result.content, ok=result.ok, seconds=result.seconds))
 
         batch = ToolBatch(tools, left, session=session, data=self._tool_data, approve=self._approve, arrived=arrived)
         messages: tuple[ToolMessage, ...] = ()
@@ -168,8 +170,10 @@ class Run:
                     await pause(session, left, self._expect, self._tell)
                 for call in left:
                     self._tell(session._stamped(events.ToolStarted(call=call)))
+                session._branch.on_lease = lambda lease: tell(events.LeaseChanged(lease=lease))
                 await batch.run()
             finally:
+                session._branch.on_lease = None
                 ended = zip(left, batch.results(), strict=True)
                 session._results.update((call.id, _message(call, result)) for call, result in ended)
                 messages = await resume(session, tuple(session._results.pop(call.id) for call in calls))
@@ -196,13 +200,13 @@ def _on_event_is_async() -> errors.InvalidRequest:
 
 async def pause(session: Session, calls: tuple[ToolCall, ...], expect: float | None,
                 tell: Callable[[events.AnyEvent], None]) -> None:
-    """The branch is held under a lease for as long as the slowest of the tools took the last time. Whoever asks has
+    """The branch is held under a lease. The pause is as long as the slowest of the tools, so that is the one the engine
+    learns it of. A hint is only what somebody knows: a last time would hide what the engine learnt. Whoever asks has
     made the session busy."""
-    seconds = expect
-    if seconds is None:
-        seconds = max(session._seconds_of.get(call.name, _FIRST_PAUSE_SECONDS) for call in calls)
-    lease = await session._branch.expect(seconds, "soft", calls[0].name)
-    session._paused_at = anyio.current_time()
+    slowest = max(calls, key=lambda call: session._seconds_of.get(call.name, _UNSEEN_SECONDS))
+    lease = await session._branch.expect(expect, "soft", slowest.name)
+    if session._paused_at is None:
+        session._paused_at = anyio.current_time()
     tell(session._stamped(events.Paused(lease=lease)))
 
 
@@ -283,7 +287,7 @@ async def tool_call(session: Session, call: ToolCall, *, timeout: float | None, 
     try:
         with _block(session, call) as first:
             if first and session._paused_at is None:
-                await pause(session, (call,), expect, lambda event: None)
+                await pause(session, transcript.unanswered(session._mirror), expect, lambda event: None)
             started = anyio.current_time()
             outcome = CANCELLED
             try:

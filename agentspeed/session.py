@@ -104,7 +104,7 @@ class Session:
         self._resumes = False
         self._results: dict[str, ToolMessage] = {}
         self._seconds_of: dict[str, float] = {}
-        """How long each tool took the last time: what `run` expects of its next pause."""
+        """How long each tool took the last time: the slowest of some calls names their pause."""
 
     # ---- the block ------------------------------------------------------------------------------------------------
     async def __aenter__(self) -> Self:
@@ -191,7 +191,7 @@ class Session:
 
         Each turn is atomic; while tools run the branch is held under a lease, and whatever happens to a tool its call
         gets a result, in call order. `approve` is asked about tools that need it; without it they are denied.
-        `expect`: seconds the tools will take, if you know better than their last time. `tool_data` is what tools find
+        `expect`: seconds the tools will take, if you know better than the engine learns. `tool_data` is what tools find
         in their `ToolContext`; `on_event` is called with every event."""
         from agentspeed.running import Run
 
@@ -214,11 +214,15 @@ class Session:
     async def add(self, *messages: str | Message, prefill: bool = False) -> Mark:
         """Messages without a turn; a string is a user's. `prefill` computes their rows now, while nobody waits: when it
         is cancelled the messages stay."""
-        given = messages_of(messages)
+        given: list[Message] = [*messages_of(messages)]
         with self._doing("add"):
+            if any(not isinstance(message, ToolMessage) for message in given):  # whose words close open calls
+                by_hand = {message.call_id for message in given if isinstance(message, ToolMessage)}
+                given = [*(due for due in self._due_results() if due.call_id not in by_hand), *given]
             await self._branch.append(
                 lambda: _beside(given, lambda: transcript.write(self._mirror, self.engine.codec, given)))
             self._moves += 1
+            self._leave_pause()
             if prefill and (usage := await self._branch.prefill()) is not None:
                 self.usage = self.usage + dataclasses.replace(usage_of(usage), turns=0)
         return Mark(None, self._mirror)
@@ -258,9 +262,14 @@ class Session:
         self._mirror.marks = marks | self._mirror.marks
         child._state = "closed"
         self._children.remove(child)
+        for grandchild in child._children:  # they hang below what is the trunk's now
+            grandchild.parent = self
+        self._children += child._children
+        child._children = []
         self.usage = self.usage + child.usage
         self._results = child._results
         self._moves += 1
+        self._leave_pause()
 
     async def mark(self, name: str | None = None) -> Mark:
         """Here, to come back to with `rewind`; a name is remembered, travels to forks and snapshots, and stands for the
@@ -287,6 +296,7 @@ class Session:
     async def _rewind(self, point: Checkpoint) -> None:
         await self._branch.rewind(point)
         self._moves += 1
+        self._leave_pause()
 
     def _point(self, to: Mark | str | int) -> Checkpoint:
         if isinstance(to, str):
@@ -307,9 +317,11 @@ class Session:
         return self._mirror.at(to)
 
     # ---- pauses ---------------------------------------------------------------------------------------------------
-    async def expect(self, seconds: float, *, keep: Literal["soft", "firm"] = "soft", tool: str = "") -> Lease:
-        """Says when this session will be used again; the answer says what was granted, until when, and why."""
-        check_number("seconds", seconds)
+    async def expect(self, seconds: float | None, *, keep: Literal["soft", "firm"] = "soft", tool: str = "") -> Lease:
+        """Says when this session will be used again; the answer says what was granted, until when, and why. `seconds`
+        None: nobody knows, and the engine goes by the pauses it has seen (of `tool`); a firm lease needs an end."""
+        if seconds is not None:
+            check_number("seconds", seconds)
         if keep not in ("soft", "firm"):
             raise errors.InvalidRequest(f"keep is {keep!r}; it must be 'soft' or 'firm'.")
         check_text("tool", tool)
@@ -395,7 +407,9 @@ class Session:
             return self._state
         if self._busy is not None and self._paused_at is None:
             return "running"
-        kept = f", {self.lease.keep} lease {self.lease.seconds:g}s" if self.lease is not None else ""
+        kept = f", {self.lease.keep} lease" if self.lease is not None else ""
+        if self.lease is not None and self.lease.seconds:
+            kept += f" {self.lease.seconds:g}s"
         if self.residence.host:
             kept += f", {self.residence.host} tok on host"
         since = "" if self._rested_at is None else f" {time.monotonic() - self._rested_at:.1f}s"
@@ -456,12 +470,21 @@ class Session:
             self._busy = None
             raise
         self._moves += 1
+        self._paused_at = None  # the results stay until the turn is over: taken back, it leaves their calls open
         return continued
 
     def _due_results(self) -> list[ToolMessage]:
-        """Results of `tool_call` blocks that ended while the turn was still running, in call order."""
+        """Results of `tool_call` blocks that wait for others, or ended while the turn still ran, in call order."""
         calls = transcript.unanswered(self._mirror)
         return [self._results[call.id] for call in calls if call.id in self._results]
+
+    def _leave_pause(self) -> None:
+        """Drops the results of `tool_call` blocks whose calls are open no more, and with the last of them the pause
+        that waited for the others."""
+        waiting = {call.id for call in transcript.unanswered(self._mirror)}
+        self._results = {number: result for number, result in self._results.items() if number in waiting}
+        if not self._results:
+            self._paused_at = None
 
     def _turn_ended(self, turn: Turn[Any], message: Assistant) -> None:
         transcript.record(self._mirror, message, self._reply_at)
@@ -471,6 +494,7 @@ class Session:
     def _rest(self, turn: Turn[Any]) -> None:
         self.usage = self.usage + turn.usage
         self._busy = None
+        self._leave_pause()
         self._rested_at = time.monotonic()
 
     async def _abort(self, turn: Turn[Any], *, keep: bool) -> None:
@@ -479,7 +503,9 @@ class Session:
 
     async def _stopped(self, turn: Turn[Any], keep: bool) -> None:
         try:
-            if await self._branch.stop(keep=keep):
+            kept = await self._branch.stop(keep=keep)
+            turn.left()
+            if kept:
                 turn.drain()
                 if self._mirror.open_at is not None:
                     transcript.settle(self._mirror, self.engine.codec, "grammar_end")

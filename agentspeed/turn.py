@@ -211,10 +211,16 @@ class Turn(Generic[T]):
         go_on_serving(self._session)
         self._emit(events.TurnFinished(reason=event.reason, usage=self.usage))
 
+    def left(self) -> None:
+        """Left early: what it cost is what the engine said at its end."""
+        for event in self._raw:
+            if isinstance(event, wire.TurnStarted | wire.TurnEnded):
+                self.usage = usage_of(event.usage)
+
     def drain(self) -> None:
         """Takes in what came before the turn was cancelled, for `keep_on_cancel`."""
         for event in self._raw:
-            if isinstance(event, wire.Tokens | wire.TurnStarted):
+            if isinstance(event, wire.Tokens):
                 self._take(event)
         self._raw.clear()
         if self._ended is None:
@@ -263,24 +269,33 @@ class Turn(Generic[T]):
         text = self.text
         spec = self._asked.output
         calls, cut = tuple(self._calls), self._partial_call
-        if spec is not None and cut is not None:
-            raise self._cut_in_a_call()
+        if spec is not None and (problem := self._cut()) is not None:
+            raise problem
         output: Any = text if spec is None else None if calls else spec.decode(text)
         return Reply(text=text, output=output, tool_calls=calls, reasoning="".join(self._reasonings),
                      finish_reason="tool_calls" if calls and cut is None else self._ended.reason, usage=self.usage,
                      ids=tuple(self._ids), logprobs=tuple(self._logprobs), top_logprobs=tuple(self._top),
                      partial_call=cut)
 
-    def _cut_in_a_call(self) -> errors.OutputError:
-        """For who asked for an answer or for calls, and got neither."""
+    def _cut(self) -> errors.OutputError | None:
+        """For who asked for an answer or for calls, and got neither: asked again, the model would be cut again."""
+        spec = self._asked.output
+        if self._ended is None or self._ended_by_itself:
+            return None
+        if self._partial_call is not None:
+            inside = "a call"
+        elif spec is not None and not self._calls and not spec.is_whole(self.text):
+            inside = "its output"
+        else:
+            return None
         most = self._asked.max_tokens
-        if self._ended is not None and self._ended.reason == "stop_string":
+        if self._ended.reason == "stop_string":
             by, remedy = "a stop text", "Give other stop texts, or let generate() go on with the message"
         elif most is not None and len(self._ids) >= most:
             by, remedy = "max_tokens", "Raise max_tokens, or let generate() go on with the message"
         else:
             by, remedy = "the end of the context", "Rewind or start anew: the context is full"
-        return errors.OutputError(f"The turn was cut inside a call, by {by}.", text=self.text, remedy=f"{remedy}.")
+        return errors.OutputError(f"The turn was cut inside {inside}, by {by}.", text=self.text, remedy=f"{remedy}.")
 
 
 def usage_of(usage: wire.TurnUsage) -> Usage:

@@ -14,7 +14,8 @@ class Usage:
     `new + resumed_device + resumed_host + recomputed` are the tokens known before the first draw of each turn."""
 
     new: int = 0
-    """Tokens never computed before in this session; `shared` of them someone else had computed."""
+    """Tokens that are new to this session's log; `shared` of them were computed already, by another session or by a
+    turn that was taken back."""
     resumed_device: int = 0
     resumed_host: int = 0
     recomputed: int = 0
@@ -91,9 +92,9 @@ class Lease:
     """What the engine promised about a session at rest."""
 
     keep: str
-    """`soft` may be revoked (LeaseChanged says why); `firm` never is before its end."""
+    """`soft` may be revoked (LeaseChanged says why); `firm` never is before its end, or the session's own next turn."""
     seconds: float
-    """Granted from the moment of the answer."""
+    """Granted from the moment of the answer; what the engine expects where nobody said for how long."""
     residence: Residence
     why: str
 

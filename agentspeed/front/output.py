@@ -18,6 +18,7 @@ from agentspeed.tools.signature import strip_titles
 
 T_co = TypeVar("T_co", covariant=True)
 MAX_REGEX_CHARS: Final = 4096
+_CUT: Final = "Raise max_tokens if it was cut short."
 
 
 @final
@@ -69,12 +70,19 @@ class Schema(Generic[T_co]):
             problems = "; ".join(
                 f"{'.'.join(map(str, item['loc'])) or 'value'}: {item['msg']}" for item in error.errors()
             )
-            raise OutputError(f"The output is not a {self._shown}: {problems}", text=text) from error
+            raise OutputError(f"The output is not a {self._shown}: {problems}", text=text,
+                              remedy="" if self.is_whole(text) else _CUT) from error
         except json.JSONDecodeError as error:
-            raise OutputError(
-                f"The output is not whole JSON: {error}", text=text, remedy="Raise max_tokens if it was cut short."
-            ) from error
+            raise OutputError(f"The output is not whole JSON: {error}", text=text, remedy=_CUT) from error
         return cast("T_co", value)
+
+    def is_whole(self, text: str) -> bool:
+        """Whether a turn that was cut had written all of it; `decode` may refuse what it says nevertheless."""
+        try:
+            json.loads(text)
+        except json.JSONDecodeError:
+            return False
+        return True
 
 
 @final
@@ -95,12 +103,15 @@ class Regex:
 
     def decode(self, text: str) -> str:
         """Raises `OutputError` when the turn was cut, by `max_tokens` or `stop`, before the text matched."""
+        if not self.is_whole(text):
+            raise OutputError(f"The output {text!r} does not match {self.pattern!r}.", text=text, remedy=_CUT)
+        return text
+
+    def is_whole(self, text: str) -> bool:
+        """Whether a turn that was cut had written all of it."""
         from agentspeed.front.grammar import matches
 
-        if not matches(self, text):
-            raise OutputError(f"The output {text!r} does not match {self.pattern!r}.", text=text,
-                              remedy="Raise max_tokens if it was cut short.")
-        return text
+        return matches(self, text)
 
 
 @final
@@ -122,9 +133,13 @@ class Choice:
 
     def decode(self, text: str) -> str:
         """Raises `OutputError` when the turn was cut before the option was whole."""
-        if text not in self.options:
-            raise OutputError(f"The output {text!r} is none of {list(self.options)}.", text=text)
+        if not self.is_whole(text):
+            raise OutputError(f"The output {text!r} is none of {list(self.options)}.", text=text, remedy=_CUT)
         return text
+
+    def is_whole(self, text: str) -> bool:
+        """Whether a turn that was cut had written all of it."""
+        return text in self.options
 
 
 OutputSpec: TypeAlias = "Schema[Any] | Regex | Choice"

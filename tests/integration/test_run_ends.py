@@ -8,7 +8,7 @@ import anyio
 import pytest
 from pydantic import BaseModel, field_validator
 
-from agentspeed import Assistant, ToolCall, ToolMessage, errors, events, tool
+from agentspeed import Assistant, Choice, Regex, Schema, ToolCall, ToolMessage, errors, events, tool
 from agentspeed.front.transcript import NO_RESULT
 from agentspeed.testing import ScriptedEngine, say, tool_call
 
@@ -163,6 +163,63 @@ async def test_a_run_whose_answer_was_cut_says_so() -> None:
         assert (result.reason, result.reply.finish_reason) == ("cut", "max_tokens")
         stopped = await s.run("go", stop=".")
         assert (stopped.text, stopped.reason) == ("one", "answered")
+
+
+@pytest.mark.parametrize(("output", "text", "told"), [
+    (M, '{"n":12345}', "M"), ({"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]},
+                              '{"n":12345}', "JSON"),
+    (Regex("[a-z]{40}"), "a" * 40, "Regex"), (Choice("a long option, word for word", "no"),
+                                              "a long option, word for word", "Choice"),
+])
+async def test_an_output_that_was_cut_is_not_asked_for_again(output: Any, text: str, told: str) -> None:
+    async with ScriptedEngine([text] * 2) as engine, engine.session() as s:
+        for ask in (s.generate, s.run):
+            with pytest.raises(errors.OutputError, match="cut inside its output, by max_tokens") as refused:
+                _ = await ask("go", output=output, max_tokens=2)
+            assert refused.value.remedy == "Raise max_tokens, or let generate() go on with the message."
+            assert refused.value.text and text.startswith(refused.value.text)
+        assert len(engine.turns) == 2, told
+
+
+async def test_an_output_cut_by_a_stop_text_names_it() -> None:
+    async with ScriptedEngine(['{"n":1}']) as engine, engine.session() as s:
+        with pytest.raises(errors.OutputError, match="cut inside its output, by a stop text") as refused:
+            _ = await s.run("go", output=M, stop=":")
+        assert "stop texts" in refused.value.remedy and len(engine.turns) == 1
+
+
+async def test_an_output_that_is_whole_when_the_turn_is_cut_is_asked_for_again() -> None:
+    """`max_tokens` was enough for it: it fails for what it says."""
+    async with ScriptedEngine([BAD, GOOD]) as engine, engine.session() as s:
+        size = len(s.engine.codec.tokenizer.content_ids(BAD))
+        assert (await s.run("go", output=M, max_tokens=size)).output == M(n=1)
+
+
+async def test_the_model_can_go_on_with_an_output_that_was_cut() -> None:
+    def said(turn: Any) -> str:
+        whole = '{"n":12345}'
+        begun = turn.log.rpartition("<|assistant|>")[2]
+        return whole[len(begun):]
+
+    async with ScriptedEngine(said) as engine, engine.session() as s:
+        with pytest.raises(errors.OutputError, match="cut inside its output"):
+            _ = await s.run("go", output=M, max_tokens=3)
+        _ = await s.generate()
+        assert s.messages[-1].text == '{"n":12345}'
+
+
+@pytest.mark.parametrize("output", [Schema(M), Schema.json({"type": "array", "items": {"type": "null"}}),
+                                    Choice("yes", "no"), Regex("[ab]{3}")])
+def test_what_is_not_whole_names_what_to_do(output: Any) -> None:
+    with pytest.raises(errors.OutputError) as refused:
+        _ = output.decode('{"n":')
+    assert refused.value.remedy == "Raise max_tokens if it was cut short."
+
+
+def test_what_is_whole_and_wrong_blames_no_bound() -> None:
+    with pytest.raises(errors.OutputError, match="must not be negative") as refused:
+        _ = Schema(M).decode(BAD)
+    assert refused.value.remedy == ""
 
 
 # ---- the last turn --------------------------------------------------------------------------------------------------

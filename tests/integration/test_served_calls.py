@@ -7,7 +7,8 @@ from typing import Any
 import anyio
 import pytest
 
-from agentspeed import Session, System, ToolCall, errors, events, tool
+from agentspeed import Session, System, ToolCall, ToolMessage, errors, events, tool
+from agentspeed.front.transcript import NO_RESULT, unanswered
 from agentspeed.testing import ScriptedEngine, say, tool_call
 
 pytestmark = pytest.mark.anyio
@@ -100,6 +101,96 @@ async def test_a_session_that_is_closed_meanwhile_takes_no_result_and_raises_not
             await s.close()
             pending.result = 2
         assert results(s) == []
+
+
+# ---- calls of which only some were served ---------------------------------------------------------------------------
+@pytest.fixture
+def half_served() -> list[str]:
+    return [CALL + tool_call("f", a=2), tool_call("f", a=5), "10."]
+
+
+async def serve_the_second(s: Session) -> None:
+    calls = (await s.generate("go")).tool_calls
+    async with s.tool_call(calls[1]) as pending:
+        pending.result = "of the second"
+    assert "held" in repr(s)
+
+
+@pytest.mark.parametrize("way", ["rewind", "say", "add", "adopt"])
+async def test_a_pause_that_was_left_ends_with_what_it_waited_for(half_served: list[str], way: str) -> None:
+    async with ScriptedEngine(half_served) as engine, engine.session(tools=[f]) as s:
+        start = await s.mark()
+        await serve_the_second(s)
+        match way:
+            case "rewind":
+                await s.rewind(start)
+            case "add":
+                _ = await s.add("never mind")
+            case "adopt":
+                async with s.fork() as (child,):
+                    await child.rewind(start)
+                    await s.adopt(child)
+            case _:
+                pass
+        await anyio.sleep(0.3)
+        (call,) = (await s.generate("again")).tool_calls
+        assert s.lease is None
+        async with s.tool_call(call) as pending:
+            assert s.lease is not None  # asked for anew
+            pending.result = 10
+        assert results(s)[-1] == "10"
+        assert s.usage.pauses == 1 and s.usage.pause_seconds < 0.2
+        assert not s._results and s._paused_at is None
+
+
+async def test_a_session_that_speaks_again_is_not_held_by_the_pause_it_left() -> None:
+    script = [CALL + tool_call("f", a=2), say("A few words.", seconds=0.01)]
+    async with ScriptedEngine(script) as engine, engine.session(tools=[f]) as s:
+        await serve_the_second(s)
+        async with s.stream("go on") as turn:
+            async for event in turn:
+                assert isinstance(event, events.TurnFinished) or "running" in repr(s)
+        assert results(s) == [NO_RESULT, "of the second"]
+
+
+async def test_a_turn_that_is_taken_back_leaves_the_results_for_the_calls_that_are_open_again() -> None:
+    script = [CALL + tool_call("f", a=2), say("Never read.", seconds=0.05), "Ok."]
+    async with ScriptedEngine(script) as engine, engine.session(tools=[f]) as s:
+        await serve_the_second(s)
+        async with s.stream("go on"):
+            pass
+        assert results(s) == []
+        async with s.tool_call(unanswered(s._mirror)[0]) as pending:
+            pending.result = "of the first"
+        assert results(s) == ["of the first", "of the second"]
+        assert (await s.generate()).text == "Ok."
+
+
+async def test_what_was_served_enters_before_what_is_added_unless_it_is_added_by_hand() -> None:
+    script = [CALL + tool_call("f", a=2)] * 2
+    async with ScriptedEngine(script) as engine, engine.session(tools=[f]) as s:
+        await serve_the_second(s)
+        _ = await s.add("Well?")
+        assert results(s) == [NO_RESULT, "of the second"]
+        await serve_the_second(s)
+        left = unanswered(s._mirror)
+        _ = await s.add(*(ToolMessage(call_id=call.id, name="f", text="by hand") for call in left), "Well?")
+        assert results(s)[2:] == ["by hand"] * 2
+
+
+async def test_rewinding_to_where_the_session_is_keeps_what_was_served(half_served: list[str]) -> None:
+    async with ScriptedEngine(half_served) as engine, engine.session(tools=[f]) as s:
+        await serve_the_second(s)
+        await s.rewind(s.tokens)
+        assert [message.text for message in (await s.run()).tools] == ["2", "of the second", "10"]
+
+
+async def test_a_run_that_serves_the_rest_counts_the_whole_pause_once() -> None:
+    async with ScriptedEngine([CALL + tool_call("f", a=2), "Ok."]) as engine, engine.session(tools=[f]) as s:
+        await serve_the_second(s)
+        await anyio.sleep(0.2)
+        _ = await s.run()
+        assert s.usage.pauses == 1 and s.usage.pause_seconds >= 0.2
 
 
 # ---- wrong input ----------------------------------------------------------------------------------------------------

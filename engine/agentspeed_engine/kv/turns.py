@@ -37,3 +37,10 @@ class Turn:
     why: str = ""
     started_at: float = 0.0
     filled_at: float | None = None
+
+    def stopped_at(self, rows: int) -> None:
+        """It ended before its prompt was computed: what was not is no cost of it."""
+        computed = max(0, rows - self.resumed_device - self.resumed_host)
+        self.recomputed = min(self.recomputed, computed)
+        self.new = min(self.new, computed - self.recomputed)
+        self.shared = min(self.shared, self.new)

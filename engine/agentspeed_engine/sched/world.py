@@ -193,6 +193,8 @@ class World:
 
     def land(self, number: BranchId, turn: Turn, landed: AtRest, now: float) -> None:
         """A branch came to rest: its children are born, its turn ends or waits again, replies go out."""
+        if turn.end is not None and turn.admitted and turn.filled_at is None:
+            turn.stopped_at(self.kv.branches[number].resident)
         for child in landed.children:
             self.adopt_child(child)
             if self.sessions[child.branch.session].orphaned:

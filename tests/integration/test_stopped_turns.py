@@ -1,0 +1,92 @@
+"""What a turn that is left early costs and leaves: its usage, where the rows are, and who hangs below whom."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentspeed import Engine, Session, errors, events, tool
+
+pytestmark = pytest.mark.anyio
+
+
+async def left_after(session: Session, tokens: int, **options: Any) -> int:
+    """A turn that is left once so many tokens were read; how many those were."""
+    drawn = 0
+    async with session.stream("Speak.", max_tokens=200, **options) as turn:
+        async for event in turn:
+            drawn += isinstance(event, events.TextDelta)
+            if drawn >= tokens:
+                break
+    return drawn
+
+
+@pytest.mark.parametrize("keep", [False, True])
+async def test_a_turn_that_is_left_counts_what_it_drew(checkpoint: Path, keep: bool) -> None:
+    async with Engine(checkpoint, pages=64) as engine, engine.session() as s:
+        _ = await left_after(s, 3, keep_on_cancel=keep)
+        first = s.usage
+        assert first.drawn >= 3 and first.decode_seconds > 0 and first.turns == 1
+        _ = await left_after(s, 3, keep_on_cancel=keep)
+        assert s.usage.drawn >= first.drawn + 3
+        if keep:
+            assert s.usage.drawn >= sum(s.trajectory().made)
+
+
+async def test_a_turn_that_is_left_while_its_prompt_is_computed_counts_what_was_computed(checkpoint: Path) -> None:
+    async with Engine(checkpoint, pages=200, prefill_chunk=16) as engine, engine.session() as s:
+        with pytest.raises(errors.TurnTimeout):
+            _ = await s.generate("word " * 600, max_tokens=3, timeout=0.05)
+        found = (await s.inspect()).residence
+        left = s.usage
+        assert left.new < 2000, "not the whole prompt"
+        reply = await s.generate("word " * 600, max_tokens=3)
+        assert reply.usage.shared + reply.usage.resumed == left.new, "what the turn that was taken back had computed"
+        assert found.lost == 0
+
+
+@pytest.mark.parametrize("keep", [False, True])
+async def test_after_a_turn_was_left_the_session_knows_where_its_rows_are(checkpoint: Path, keep: bool) -> None:
+    async with Engine(checkpoint, pages=64) as engine, engine.session() as s:
+        _ = await left_after(s, 3, keep_on_cancel=keep)
+        told = s.residence
+        assert told.device + told.host + told.lost == s.tokens
+        assert (await s.inspect()).residence.device == told.device
+
+
+async def test_children_of_an_adopted_child_are_the_trunks_and_close_with_it(checkpoint: Path) -> None:
+    async with Engine(checkpoint, pages=64) as engine:
+        async with engine.session() as s:
+            _ = await s.generate("One.", max_tokens=2)
+            (child,) = await s.fork(1).__aenter__()
+            _ = await child.generate("Two.", max_tokens=2)
+            (grandchild,) = await child.fork(1).__aenter__()
+            await s.adopt(child)
+            assert grandchild.parent is s and "b1" in str(s.tree())
+            assert (await grandchild.generate("Three.", max_tokens=2)).usage.drawn == 2
+        counts = (await engine.stats()).counts
+        assert counts["branches"] == 0
+
+
+async def test_a_lease_that_changes_while_a_tool_runs_is_told_to_who_listens(checkpoint: Path) -> None:
+    """The tool's own sub-agent takes the pages that the paused session rests on."""
+    seen: list[events.AnyEvent] = []
+    async with Engine(checkpoint, pages=40, page_tokens=16, context_limit=600, threads=1) as engine:
+
+        @tool
+        async def think() -> str:
+            """Think."""
+            async with engine.session() as other:
+                _ = await other.generate("word " * 140, max_tokens=2)
+            return "thought"
+
+        async with engine.session(tools=[think]) as s:
+            _ = await s.run("Go.", tool_choice="think", parallel_calls=1, max_turns=2, max_tokens=100,
+                            on_event=seen.append)
+            kinds = [type(event) for event in seen]
+            changed = next(event for event in seen if isinstance(event, events.LeaseChanged))
+            assert kinds.index(events.Paused) < kinds.index(events.LeaseChanged) < kinds.index(events.ToolFinished)
+            assert "a running turn needed its device pages" in changed.lease.why
+            assert s._branch.on_lease is None
