@@ -12,10 +12,10 @@ kept and averaged by seed 1. Puzzles of three small numbers are few, so those of
     json_valid            replies under output=<schema> that are whole JSON of that schema
     json_exact            ... with exactly the values of the request
     puzzle_greedy         puzzles solved by one greedy try
-    puzzle_best_of_n      puzzles solved by the best of --tries whole answers
-    puzzle_search         puzzles solved by tree_of_thought, step by step, with at most --tries branches in all: a step
-                          that breaks the rules or repeats a sibling is closed at once
+    puzzle_search         puzzles solved by the best of at most --tries answers at temperature 1.3, each closed at its
+                          first step that breaks the rules (both chosen by the puzzles of seed 2)
     search_tokens_ratio   tokens the same searches compute without fork, divided by those with it
+    puzzle_steps          puzzles solved by tree_of_thought, step by step, with --tries branches for all steps together
 
 The last line is JSON.
 """
@@ -67,10 +67,10 @@ class Scores:
     json_valid: float
     json_exact: float
     puzzle_greedy: float
-    puzzle_best_of_n: float
-    best_of_n_tokens_ratio: float
     puzzle_search: float
     search_tokens_ratio: float
+    puzzle_steps: float
+    steps_tokens_ratio: float
     tasks: int
     seed: int
     tries: int
@@ -169,9 +169,11 @@ async def greedy(engine: Engine, task: Task) -> bool:
 
 
 async def whole_answers(engine: Engine, task: Task, tries: int) -> Found:
+    """A verifier of steps ends a branch as soon as it is lost."""
     async with engine.session(seed=0) as s:
         return await best_of_n(s, asked(task), n=tries, score=lambda node: float(solves(node.whole, task)),
-                               solved_at=1.0, max_tokens=64)
+                               solved_at=1.0, keep=lambda text: sound(text.rpartition(",")[0], task), max_tokens=64,
+                               temperature=1.3)
 
 
 async def step_by_step(engine: Engine, task: Task, tries: int) -> Found:
@@ -195,7 +197,7 @@ def sound(text: str, task: Task) -> bool:
     """Whether every step so far is right and uses numbers that are left."""
     assert task.puzzle is not None
     left = list(task.puzzle.numbers)
-    for step in text.split(","):
+    for step in text.split(",") if text else ():
         found = STEP.fullmatch(step)
         if found is None:
             return False
@@ -232,14 +234,14 @@ async def measure(model: Path | None, count: int, tries: int, seed: int) -> Scor
         once = await each(puzzles, lambda task: greedy(engine, task), AT_ONCE)
         wide = await each(puzzles, lambda task: whole_answers(engine, task, tries), 4)
         deep = await each(puzzles, lambda task: step_by_step(engine, task, tries), 4)
-        print(f"puzzles: {share(once)} greedy, {share([one.score == 1.0 for one in wide])} best of {tries}, "
+        print(f"puzzles: {share(once)} greedy, {share([one.score == 1.0 for one in wide])} by search, "
               f"{share([one.score == 1.0 for one in deep])} step by step", flush=True)
     return Scores(
         tool_call_exact=share([calls for calls, _ in tools]), tool_answer_exact=share([both for _, both in tools]),
         refuse_exact=share(refused), json_valid=share([ok for ok, _ in shaped]),
         json_exact=share([ok for _, ok in shaped]), puzzle_greedy=share(once),
-        puzzle_best_of_n=share([one.score == 1.0 for one in wide]), best_of_n_tokens_ratio=ratio(wide),
-        puzzle_search=share([one.score == 1.0 for one in deep]), search_tokens_ratio=ratio(deep),
+        puzzle_search=share([one.score == 1.0 for one in wide]), search_tokens_ratio=ratio(wide),
+        puzzle_steps=share([one.score == 1.0 for one in deep]), steps_tokens_ratio=ratio(deep),
         tasks=count, seed=seed, tries=tries, seconds=round(time.perf_counter() - started, 1),
     )
 
