@@ -96,6 +96,8 @@ class TurnFinished(Event, frozen=True, kw_only=True, tag=True):
 
     reason: str
     usage: Usage
+    bound: str = ""
+    """See `Reply.bound`."""
 
 
 AnyEvent: TypeAlias = (

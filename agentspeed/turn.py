@@ -51,6 +51,8 @@ class Reply(Generic[T]):
     """Drawn in this turn, the end id included."""
     logprobs: tuple[float, ...] = ()
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    bound: str = ""
+    """What ended the turn at fewer tokens than were asked for: the context limit, or the tenant's quota of pages."""
     partial_call: str | None = None
     """What there is of a call in which the turn was cut, if it was; `generate()` goes on with it."""
 
@@ -209,7 +211,7 @@ class Turn(Generic[T]):
         self._finished = True
         self._session._turn_ended(self, self.message)
         go_on_serving(self._session)
-        self._emit(events.TurnFinished(reason=event.reason, usage=self.usage))
+        self._emit(events.TurnFinished(reason=event.reason, usage=self.usage, bound=event.message))
 
     def left(self) -> None:
         """Left early: what it cost is what the engine said at its end."""
@@ -275,7 +277,7 @@ class Turn(Generic[T]):
         return Reply(text=text, output=output, tool_calls=calls, reasoning="".join(self._reasonings),
                      finish_reason="tool_calls" if calls and cut is None else self._ended.reason, usage=self.usage,
                      ids=tuple(self._ids), logprobs=tuple(self._logprobs), top_logprobs=tuple(self._top),
-                     partial_call=cut)
+                     bound=self._ended.message, partial_call=cut)
 
     def _cut(self) -> errors.OutputError | None:
         """For who asked for an answer or for calls, and got neither: asked again, the model would be cut again."""
@@ -288,13 +290,12 @@ class Turn(Generic[T]):
             inside = "its output"
         else:
             return None
-        most = self._asked.max_tokens
         if self._ended.reason == "stop_string":
             by, remedy = "a stop text", "Give other stop texts, or let generate() go on with the message"
-        elif most is not None and len(self._ids) >= most:
-            by, remedy = "max_tokens", "Raise max_tokens, or let generate() go on with the message"
+        elif self._ended.message:
+            by, remedy = self._ended.message, "Rewind or start anew: there is no room to go on"
         else:
-            by, remedy = "the end of the context", "Rewind or start anew: the context is full"
+            by, remedy = "max_tokens", "Raise max_tokens, or let generate() go on with the message"
         return errors.OutputError(f"The turn was cut inside {inside}, by {by}.", text=self.text, remedy=f"{remedy}.")
 
 

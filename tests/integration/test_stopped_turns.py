@@ -90,3 +90,17 @@ async def test_a_lease_that_changes_while_a_tool_runs_is_told_to_who_listens(che
             assert kinds.index(events.Paused) < kinds.index(events.LeaseChanged) < kinds.index(events.ToolFinished)
             assert "a running turn needed its device pages" in changed.lease.why
             assert s._branch.on_lease is None
+
+
+async def test_a_turn_that_its_tenants_quota_ends_says_so_and_one_that_ends_as_asked_says_nothing(
+    checkpoint: Path
+) -> None:
+    async with Engine(checkpoint, pages=64, page_tokens=16, tenant_pages=3, context_limit=600) as engine:
+        async with engine.session(tenant="small") as s:
+            reply = await s.generate("Speak.", max_tokens=500)
+            assert (reply.finish_reason, reply.bound) == ("max_tokens", "the tenant's quota of 3 pages")
+            with pytest.raises(errors.ContextOverflow, match="may have 3 pages") as refused:
+                _ = await s.generate("Go on.")
+            assert not refused.value.retryable
+        async with engine.session(tenant="other") as s:
+            assert (await s.generate("Speak.", max_tokens=3)).bound == ""
