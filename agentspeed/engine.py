@@ -140,7 +140,8 @@ def resolve(model: str | os.PathLike[str]) -> Path:
     try:
         folder = Path(text).expanduser()
     except RuntimeError as error:  # `~name`, and nobody is called so
-        raise errors.ModelBroken(f"{text} is not a folder: {error}.", remedy="Give a model folder.") from error
+        raise errors.ModelBroken(f"{text} is not a folder: {str(error).rstrip('.')}.",
+                                 remedy="Give a model folder.") from error
     if folder.is_dir():
         return folder
     if text.startswith(("http://", "https://")):

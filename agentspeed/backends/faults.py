@@ -28,7 +28,7 @@ _CLASSES: dict[str, type[AgentspeedError]] = {
     "too_many_sessions": errors.EngineOverloaded,
     "too_many_branches": errors.EngineOverloaded,
     "quota_exceeded": errors.EngineOverloaded,
-    "out_of_memory": errors.EngineOverloaded,
+    "out_of_memory": errors.EngineStartFailed,  # only what is taken at start can be refused so
     "engine_stopping": errors.EngineDied,
     "internal": errors.InternalError,
 }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, final
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import anyio
 import anyio.lowlevel
@@ -44,13 +45,37 @@ class _LoopLink:
     def __init__(self) -> None:
         self.users = 0
         self.opening = anyio.Lock()
+        self.peer: socket.socket | None = None
         self.link: Link | None = None
+        _places.add(self)
+
+    def let_go(self) -> None:
+        """In a process that was forked off: closes this copy of the socket and tells its link. The socket goes first,
+        for `Link.close` shuts it down, and that would end the parent's link as well."""
+        if self.peer is not None:
+            self.peer.close()
+        if self.link is not None:
+            self.link.close()
 
 
 _Loops: TypeAlias = dict[Any, _LoopLink]
 _shared_loops: WeakKeyDictionary[EngineSlot, _Loops] = WeakKeyDictionary()
 """Sessions of one process-wide engine share the link of their loop: one frame and one wake-up a step for all."""
 _counting = threading.Lock()
+_places: WeakSet[_LoopLink] = WeakSet()
+
+
+def _forked() -> None:
+    """A process that is forked off begins with no link: what it sent would come between its parent's frames."""
+    global _counting
+    _counting = threading.Lock()
+    for place in list(_places):
+        place.let_go()
+    _places.clear()
+    _shared_loops.clear()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 @final
@@ -87,8 +112,8 @@ class LocalEngine:
         async with place.opening:
             link = place.link
             if link is None or not link.alive:
-                peer = await self._peer(after_death=link is not None)
-                link = place.link = await Link.connect(peer, "agentspeed")
+                place.peer = await self._peer(after_death=link is not None)
+                link = place.link = await Link.connect(place.peer, "agentspeed")
             self._check_model(link.welcome.source)
             return link
 

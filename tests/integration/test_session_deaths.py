@@ -119,7 +119,7 @@ async def test_sessions_of_one_shared_engine_use_one_link_and_the_last_to_close_
 
 
 async def test_a_named_engine_is_attached_to_and_outlives_its_sessions(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     process = EngineProcess({"model": "noop:512:0"})
     await anyio.to_thread.run_sync(process.await_readiness)
@@ -128,6 +128,9 @@ async def test_a_named_engine_is_attached_to_and_outlives_its_sessions(
         async with Session(checkpoint) as s:
             assert (await s.generate("One.", max_tokens=2)).usage.drawn == 2
             assert s.engine.pid is None
+            assert not caplog.records
+        async with Session(checkpoint, pages=64):
+            assert "pages of this one are not used" in caplog.text
         assert process.alive
         monkeypatch.setenv(ATTACH, "/nowhere/engine.sock")
         with pytest.raises(errors.ConnectFailed, match="nowhere"):

@@ -8,8 +8,10 @@ listens. What it refuses at start it says in one JSON line {"code", "message", "
 a bug of its own ends it with status 70 and a traceback on stderr. SIGTERM and end of file on stdin end it with status 0
 (with `--stay` only SIGTERM does).
 
-It re-executes itself once with glibc's malloc told to keep large blocks, which saves the page faults of every step;
-set AGENTSPEED_MALLOC to anything to run with the environment as it is.
+It re-executes itself once with an environment that glibc and OpenMP read only at start: malloc keeps large blocks,
+which saves the page faults of every step, and threads spin only shortly at barriers (GOMP_SPINCOUNT), so that another
+busy process does not stop decoding. What the environment says already stays as it is, and OMP_WAIT_POLICY keeps
+GOMP_SPINCOUNT out; set AGENTSPEED_MALLOC to anything to run with the environment exactly as it is.
 """
 
 from __future__ import annotations
@@ -40,6 +42,8 @@ _MALLOC = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 36),
     "MALLOC_TOP_PAD_": str(1 << 28),
 }
+_SPINS = {"GOMP_SPINCOUNT": "1000"}
+"""As `agentspeed.backends.process` gives it to the engines that it starts; there is why."""
 REFUSED, BROKEN = 2, 70
 _LONGEST_SOCKET_PATH = 107
 """Bytes; `sun_path` of Linux without its final zero."""
@@ -54,8 +58,9 @@ class _Parser(argparse.ArgumentParser):
 
 def main() -> int:
     # Whoever starts engines may have set these already: then one start is enough.
-    if _MALLOC_SWITCH not in os.environ and any(name not in os.environ for name in _MALLOC):
-        environment = {**_MALLOC, **os.environ, _MALLOC_SWITCH: "tuned"}
+    tuning = _MALLOC if "OMP_WAIT_POLICY" in os.environ else _MALLOC | _SPINS
+    if _MALLOC_SWITCH not in os.environ and any(name not in os.environ for name in tuning):
+        environment = {**tuning, **os.environ, _MALLOC_SWITCH: "tuned"}
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
     try:
         arguments = parse_arguments()
