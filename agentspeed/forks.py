@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING, final
 
+from agentspeed import errors
 from agentspeed.whole import whole
 
 if TYPE_CHECKING:
@@ -19,9 +20,13 @@ class Forks:
         self._parent = parent
         self._n = n
         self._at = at
+        self._entered = False
         self._children: tuple[Session, ...] = ()
 
     async def __aenter__(self) -> tuple[Session, ...]:
+        if self._entered:
+            raise errors.SessionError("A fork is entered once.", remedy="Call fork() again.")
+        self._entered = True
         self._children = await fork(self._parent, self._n, self._at)
         return self._children
 

@@ -224,7 +224,10 @@ class ChatCodec:
             before = self._render(history)
             after = self._render([*history, {"role": role, "content": _SLOT, **extra}])
         except ValueError as error:
-            raise InvalidRequest(f"This model's template has no {role} messages here: {error}.") from error
+            if role in ("user", "assistant"):
+                raise _refused(role, error) from error
+            raise InvalidRequest(f"This model's template has no {role} messages here: {error}.",
+                                 remedy="Say it in a user message, or use a template that has them.") from error
         if not after.startswith(before) or after.count(_SLOT) != 1:
             raise TemplateUnstable(f"The template changes earlier text when a {role} message follows.",
                                    remedy="Use a template whose messages only append.")
@@ -233,7 +236,12 @@ class ChatCodec:
 
     def _generation_prompt(self) -> str:
         history = list(_OPENERS[:1])
-        plain, asking = self._render(history), self._render(history, generate=True)
+        try:
+            plain, asking = self._render(history), self._render(history, generate=True)
+        except ValueError as error:
+            raise ModelBroken(f"The chat template cannot write a single user message: {error}.",
+                              remedy="Correct it; it is the folder's chat_template.jinja, or in tokenizer_config.json."
+                              ) from error
         if not asking.startswith(plain) or asking == plain:
             raise TemplateUnstable("The template has no generation prompt that only appends.",
                                    remedy="It must honour add_generation_prompt.")
@@ -243,8 +251,12 @@ class ChatCodec:
         """The same message must look the same after any history."""
         user, assistant = _OPENERS
         for history in ([user, assistant], [user, assistant, user, assistant], [user]):
-            text = self._render([*history, {"role": role, "content": "x"}])
-            if text != self._render(list(history)) + frame.before + "x" + frame.after:
+            try:
+                text = self._render([*history, {"role": role, "content": "x"}])
+                before = self._render(list(history))
+            except ValueError as error:
+                raise _refused(f"{role} after {history[-1]['role']}", error) from error
+            if text != before + frame.before + "x" + frame.after:
                 raise TemplateUnstable(
                     f"The template writes a {role} message differently after {len(history)} messages.",
                     remedy="Use a template whose messages only append.")
@@ -252,9 +264,12 @@ class ChatCodec:
     def _check_prefixes(self) -> None:
         """What was rendered stays as it was when later messages come, whatever it contains."""
         for number in range(1, len(_CONVERSATION)):
-            before, after = self._render(_CONVERSATION[:number]), self._render(_CONVERSATION[: number + 1])
+            role = _CONVERSATION[number]["role"]
+            try:
+                before, after = self._render(_CONVERSATION[:number]), self._render(_CONVERSATION[: number + 1])
+            except ValueError as error:
+                raise _refused(role, error) from error
             if not after.startswith(before):
-                role = _CONVERSATION[number]["role"]
                 raise TemplateUnstable(
                     f"The template writes {number} earlier messages differently once a {role} message follows.",
                     remedy="Use a template that neither cuts nor drops what was said, reasoning included.")
@@ -309,11 +324,18 @@ def load_template(folder: Path) -> Render:
                generate: bool = False) -> str:
         try:
             return template.render(messages=messages, tools=tools, add_generation_prompt=generate, **constants)
-        except (TemplateError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError
+                ) as error:
             # What a template's own expressions do with values they did not expect.
-            raise ValueError(str(error)) from error
+            raise ValueError(str(error).rstrip(".") or type(error).__name__) from error
 
     return render
+
+
+def _refused(where: str, error: ValueError) -> TemplateUnstable:
+    """For a template that raises, with its own words, where others append."""
+    return TemplateUnstable(f"The chat template refuses a message ({where}): {error}.",
+                            remedy="A session appends any message to any other; use a template that writes them all.")
 
 
 def _tojson(value: object, ensure_ascii: bool = False, indent: int | None = None,

@@ -92,7 +92,7 @@ def test_options_may_be_flags(tmp_path: Path) -> None:
         (["--model", "noop:64"], "bad_options", "noop:VOCABULARY:MILLISECONDS"),
         (["--model", "noop:64:0", "--context-limit", "100000"], "bad_options", "context_limit"),
         (["--model", "noop:64:0", "--pages", "3", "--context-limit", "4096"], "bad_options", "L1"),
-        (["--model", str(NANO), "--pages", "4000000000"], "out_of_memory", "Give fewer pages"),
+        (["--model", str(NANO), "--pages", "4000000000"], "bad_options", "Give fewer pages"),
         (["--model", "/nowhere/at/all"], "bad_config", "not a folder"),
         (["--nonsense"], "bad_options", "--nonsense"),
         (["--model", "x", "--options", "{}"], "bad_options", "Give one of the two"),

@@ -105,7 +105,7 @@ def test_a_core_refuses_a_limit_that_is_none(name: str) -> None:
 ])  # fmt: skip
 def test_more_memory_than_the_machine_has_is_refused_at_once(options: dict[str, Any]) -> None:
     fault = refusal(**({"model": NANO} | options))
-    assert fault.code == "out_of_memory"
+    assert fault.code == "bad_options" and not fault.retryable
     assert all(name in fault.message + fault.remedy for name in options if name != "model")
 
 

@@ -80,9 +80,29 @@ def test_a_template_that_is_not_append_only_is_refused_with_a_remedy(
     assert refusal.value.remedy
 
 
+ALTERNATING = "{{ raise_exception('Roles alternate.') if (m.role == 'user') != (loop.index0 % 2 == 0) }}"
+
+
+@pytest.mark.parametrize(("template", "kind", "why"), [
+    ("{{ messages[0]['content'] + 1 }}", errors.ModelBroken, "can only concatenate str"),
+    ("{{ foo.bar.baz }}", errors.ModelBroken, "'foo' is undefined"),
+    ("{{ raise_exception('') }}", errors.ModelBroken, "TemplateError"),
+    ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", errors.ModelBroken, "recursion"),
+    (CHATML.replace("<|im_start|>{{", ALTERNATING + "<|im_start|>{{"), errors.TemplateUnstable, "Roles alternate"),
+    (CHATML + "{{ raise_exception('No answers.') if messages | length == 2 }}", errors.TemplateUnstable, "No answers"),
+    (CHATML + "{{ raise_exception('Too long.') if messages | length == 4 }}", errors.TemplateUnstable, "Too long"),
+])
+def test_a_template_that_raises_is_refused_with_its_own_words_and_a_remedy(
+    checkpoint: Path, tmp_path: Path, template: str, kind: type[errors.RequestError], why: str
+) -> None:
+    with pytest.raises(kind, match=why) as refusal:
+        _ = ChatCodec(folder_with(checkpoint, tmp_path, template))
+    assert refusal.value.remedy and ".." not in str(refusal.value)
+
+
 def test_a_template_cannot_reach_out_of_its_sandbox(checkpoint: Path, tmp_path: Path) -> None:
     escape = "{{ ''.__class__.__mro__[1].__subclasses__() }}" + CHATML
-    with pytest.raises((errors.InputError, ValueError)):
+    with pytest.raises(errors.ModelBroken, match="unsafe"):
         _ = ChatCodec(folder_with(checkpoint, tmp_path, escape))
 
 

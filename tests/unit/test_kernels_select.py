@@ -16,6 +16,7 @@ from agentspeed_kernels.registry import Registry, RegistryError, standard
 from agentspeed_kernels.select import Kernels, NoKernel, select
 from agentspeed_kernels.signature import KernelSpec, Need
 from agentspeed_kernels.workspace import Workspace
+from tests.needs import missing
 
 BARE = Platform(device="cpu", arch="x86_64", features=frozenset(), absent={native.FEATURE: "no C compiler found"})
 FULL = Platform(device="cpu", arch="x86_64", features=frozenset({native.FEATURE}))
@@ -151,7 +152,7 @@ def test_the_native_kernels_are_built_once_a_machine(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     first = native.library()
     if isinstance(first, native.Unavailable):
-        pytest.skip(f"the native kernels cannot be built here: {first.reason}")
+        missing(f"the native kernels cannot be built here: {first.reason}")
     built = first.path.stat().st_mtime_ns
     native.library.cache_clear()
     second = native.library()

@@ -57,7 +57,15 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "bad_config", "RoPE scaling 'linear' is not supported"),
     ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "bad_config", "original_max_position_embeddings is missing"),
     ({"mlp_bias": True}, "bad_config", "mlp_bias is true"),
+    ({"num_hidden_layers": 10**9}, "bad_config", "num_hidden_layers is 1000000000"),
+    ({"n_routed_experts": 10**9}, "bad_config", "n_routed_experts is 1000000000"),
+    ({"num_hidden_layers": 1000, "n_routed_experts": 4096}, "bad_config", "n_routed_experts is 4096000"),
+    ({"rms_norm_eps": float("inf")}, "bad_config", "rms_norm_eps is inf"),
+    ({"routed_scaling_factor": 10**400}, "bad_config", "routed_scaling_factor is 1000"),
+    ({"num_nextn_predict_layers": -1}, "bad_config", "num_nextn_predict_layers is -1"),
 ]
+SIZES = [name for name, value in CONFIG.items() if isinstance(value, int) and not isinstance(value, bool)
+         and not name.endswith("_token_id")]
 
 
 @pytest.mark.parametrize(("fields", "code", "message"), CONTRADICTIONS, ids=[case[2] for case in CONTRADICTIONS])
@@ -66,6 +74,22 @@ def test_a_contradicting_config_is_refused(folder: Path, fields: dict[str, Any],
     fault = refusal(folder)
     assert fault.code == code
     assert message in fault.message
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("value", [10**9, 10**18, 10**400])
+def test_a_size_beyond_any_model_is_refused_at_once_by_its_name(folder: Path, name: str, value: int) -> None:
+    change(folder, **{name: value})
+    with pytest.raises(EngineFault, match=name) as refused:
+        describe(folder)
+    assert refused.value.code == "bad_config" and refused.value.remedy
+
+
+@pytest.mark.parametrize("text", ['{"hidden_size": ' + "1" * 5000 + "}", "[" * 100_000])
+def test_a_config_that_python_cannot_read_is_refused(folder: Path, text: str) -> None:
+    (folder / "config.json").write_text(text)
+    assert "cannot be read as JSON" in refusal(folder).message
 
 
 def test_a_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:
@@ -122,9 +146,19 @@ def test_tensors_that_the_config_does_not_explain_are_refused(folder: Path) -> N
     assert "does not explain, first model.layers.0.self_attn.k_proj.weight" in refusal(folder).message
 
 
-def test_layers_past_the_last_one_are_draft_layers_and_ignored(folder: Path) -> None:
-    rewrite(folder, **{"model.layers.3.eh_proj.weight": torch.ones(2, 2)})
+def test_layers_behind_the_last_one_are_draft_layers_and_left_unread_where_the_config_says_so(folder: Path) -> None:
+    """DeepSeek-V3 says 61 layers and 1 to predict with, and has tensors of layer 61."""
+    rewrite(folder, **{f"model.layers.3.{name}": torch.ones(2, 2) for name in ("eh_proj.weight", "o.weight_scale_inv")})
+    change(folder, num_nextn_predict_layers=1)
     assert load(folder, pages=4).info.layers == 3
+    rewrite(folder, **{"model.layers.4.eh_proj.weight": torch.ones(2, 2)})
+    assert "does not explain, first model.layers.4.eh_proj.weight" in refusal(folder).message
+
+
+@pytest.mark.parametrize("drafts", [0, 1, None])
+def test_a_config_with_fewer_layers_than_the_weights_is_refused(folder: Path, drafts: int | None) -> None:
+    change(folder, num_hidden_layers=1, num_nextn_predict_layers=drafts)
+    assert f"does not explain, first model.layers.{1 + (drafts or 0)}." in refusal(folder).message
 
 
 def test_an_index_that_names_an_absent_shard_is_refused(folder: Path) -> None:

@@ -24,13 +24,14 @@ from nano_start import start_with_copying  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 
 from bench import nano as nano_bench  # noqa: E402
+from tests.needs import needed  # noqa: E402
 
 FOLDER = HOME / "agentspeed" / "models" / "nano"
 TINY = Shape(hidden=32, layers=2, heads=2, kv_rank=16, nope=8, rope=4, value=12, inner=32, expert_inner=16)
 
 
 def test_the_folder_gives_the_same_logits_in_transformers() -> None:
-    transformers = pytest.importorskip("transformers", reason="transformers is the reference; install agentspeed[test]")
+    transformers = needed("transformers", "transformers is the reference")
     theirs = transformers.DeepseekV3ForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
     ids = torch.randint(0, 1024, (2, 70), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -29,7 +29,7 @@ _DOWNLOAD = "Download the checkpoint again."
 class Checkpoint:
     """The weights of one folder. Tensors are read when asked for and given in the compute dtype."""
 
-    __slots__ = ("_dtype", "_files", "_shapes", "_shards")
+    __slots__ = ("_drafts", "_dtype", "_files", "_shapes", "_shards")
 
     def __init__(self, folder: Path, config: ModelConfig, dtype: torch.dtype) -> None:
         """Opens every shard and checks every name and shape. Raises `EngineFault("bad_weights")`."""
@@ -39,7 +39,8 @@ class Checkpoint:
         self._files: dict[str, Any] = {}
         for shard in self._shards.values():
             self._files |= dict.fromkeys(shard.keys(), shard)
-        self._check_names(folder, config.layers)
+        self._drafts = range(config.layers, config.layers + config.draft_layers)
+        self._check_names(folder)
         for name, shape in self._shapes.items():
             self._check_shape(name, shape)
 
@@ -54,11 +55,11 @@ class Checkpoint:
         tensor: Tensor = self._files[name].get_tensor(name)
         return tensor
 
-    def _check_names(self, folder: Path, layers: int) -> None:
+    def _check_names(self, folder: Path) -> None:
         missing = [name for name in self._shapes if name not in self._files]
         if missing:
             raise EngineFault("bad_weights", f"{folder} lacks {len(missing)} tensors, first {missing[0]}.", _DOWNLOAD)
-        unknown = [name for name in self._files if not self._explained(name, layers)]
+        unknown = [name for name in self._files if not self._explained(name)]
         if unknown:
             raise EngineFault(
                 "bad_weights",
@@ -66,14 +67,17 @@ class Checkpoint:
                 "The configuration belongs to another checkpoint; use the one that came with these weights.",
             )
 
-    def _explained(self, name: str, layers: int) -> bool:
+    def _explained(self, name: str) -> bool:
+        """Layers for drafting follow the model's own: DeepSeek-V3 has 61 and says `num_nextn_predict_layers` 1, so its
+        layer 61 is known and left unread. Without that word a further layer is one that `num_hidden_layers` denies."""
         if name in self._shapes or _HARMLESS.search(name):
+            return True
+        layer = _LAYER.match(name)
+        if layer is not None and int(layer.group(1)) in self._drafts:
             return True
         if name.endswith(_SCALE):
             return name.removesuffix(_SCALE) in self._shapes
-        layer = _LAYER.match(name)
-        extra = layer is not None and int(layer.group(1)) >= layers
-        return extra or name == "lm_head.weight"
+        return name == "lm_head.weight"
 
     def _check_shape(self, name: str, wanted: Shape) -> None:
         held = self._files[name].get_slice(name)

@@ -13,6 +13,11 @@ from agentspeed_engine.errors import EngineFault
 FAMILIES = ("deepseek_v2", "deepseek_v3")
 LAYER_NORM_EPS = 1e-6
 """Of the norms inside attention: these families fix it, whatever `rms_norm_eps` says."""
+_MOST, _MOST_NUMBER = 2**24, 1e18
+"""Of every size and every other number: far above any model, and what is computed from them stays computable."""
+_MOST_LAYERS = 1024
+_MOST_EXPERTS = 2**17
+"""Of all layers together (DeepSeek-V3 has 14,848): every tensor is looked for by its name, which takes time."""
 
 
 @final
@@ -53,6 +58,8 @@ class ModelConfig:
     vocab_size: int
     hidden: int
     layers: int
+    draft_layers: int
+    """Layers for drafting that the checkpoint has behind its own; they are left unread."""
     heads: int
     inner: int
     q_rank: int | None
@@ -86,7 +93,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise EngineFault(
             "bad_config", f"{path} does not exist.", "Give the path of a Hugging Face model folder."
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise EngineFault("bad_config", f"{path} cannot be read as JSON: {error}.", "Download it again.") from error
     if not isinstance(data, dict):
         raise EngineFault("bad_config", f"{path} holds a {type(data).__name__}, not an object.", "Download it again.")
@@ -108,7 +115,8 @@ def parse(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -
         model_type=model_type,
         vocab_size=fields.count("vocab_size"),
         hidden=fields.count("hidden_size"),
-        layers=fields.count("num_hidden_layers"),
+        layers=fields.count("num_hidden_layers", _MOST_LAYERS),
+        draft_layers=fields.natural("num_nextn_predict_layers", 0),
         heads=fields.count("num_attention_heads"),
         inner=fields.count("intermediate_size"),
         q_rank=fields.count("q_lora_rank") if raw.get("q_lora_rank") is not None else None,
@@ -131,6 +139,10 @@ def parse(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -
 
 
 def _check(config: ModelConfig, fields: _Fields) -> None:
+    if config.moe is not None:
+        routed = config.layers * config.moe.experts
+        fields.require(routed <= _MOST_EXPERTS, f"num_hidden_layers times n_routed_experts is {routed}",
+                       f"It must be at most {_MOST_EXPERTS}.")
     fields.require(config.rope % 2 == 0, f"qk_rope_head_dim {config.rope} is odd", "RoPE turns pairs.")
     kv_heads = fields.raw.get("num_key_value_heads")
     fields.require(
@@ -244,24 +256,24 @@ class _Fields:
         if not holds:
             raise EngineFault("bad_config", f"config.json: {message}.", remedy)
 
-    def count(self, name: str) -> int:
-        value = self._present(name)
-        ok = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-        self.require(ok, f"{self._at}{name} is {value!r}", "It must be a positive integer.")
-        return int(value)
+    def count(self, name: str, most: int = _MOST) -> int:
+        return self._whole(name, self._present(name), 1, most)
 
     def natural(self, name: str, default: int) -> int:
-        value = self.raw.get(name, default)
-        ok = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-        self.require(ok, f"{self._at}{name} is {value!r}", "It must be an integer of at least 0.")
+        value = self.raw.get(name)
+        return self._whole(name, default if value is None else value, 0, _MOST)
+
+    def _whole(self, name: str, value: Any, least: int, most: int) -> int:
+        ok = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+        self.require(ok, f"{self._at}{name} is {value!r}", f"It must be a whole number from {least} to {most}.")
         return int(value)
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self.raw.get(name)
         if value is None:
             value = default if default is not None else self._present(name)
-        ok = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
-        self.require(ok, f"{self._at}{name} is {value!r}", "It must be a positive number.")
+        ok = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= _MOST_NUMBER
+        self.require(ok, f"{self._at}{name} is {value!r}", f"It must be above 0 and at most {_MOST_NUMBER:g}.")
         return float(value)
 
     def optional_number(self, name: str) -> float | None:

@@ -240,7 +240,7 @@ def _sizes(options: EngineOptions, model_limit: int, bytes_per_page: int) -> tup
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for what, count in (("pages", options.pages or 0), ("host_slots", options.host_slots)):
         if count * bytes_per_page > memory:
-            raise EngineFault("out_of_memory", f"{what} is {count}; that many take "
+            raise EngineFault("bad_options", f"{what} is {count}; that many take "
                               f"{count * bytes_per_page / 1e9:.0f} GB, the machine has {memory / 1e9:.0f} GB.",
                               f"Give fewer {what}, or leave `{what}` out.")
     pages = options.pages
@@ -248,7 +248,7 @@ def _sizes(options: EngineOptions, model_limit: int, bytes_per_page: int) -> tup
         most = max(_MOST_DEFAULT_PAGES, 2 * pages_for(wanted, options.page_tokens) + (options.firm_pages or 0))
         pages = min(memory // 4 // bytes_per_page, most)
         if pages < 2:
-            raise EngineFault("out_of_memory", f"A page of {options.page_tokens} tokens takes "
+            raise EngineFault("bad_options", f"A page of {options.page_tokens} tokens takes "
                               f"{bytes_per_page / 1e9:.1f} GB, the machine has {memory / 1e9:.0f} GB.",
                               "Give a smaller `page_tokens`.")
     if options.context_limit is not None:
