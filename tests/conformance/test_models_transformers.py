@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from agentspeed_engine.models.catalog import load
+from tests.needs import needed
 from tests.paged import CONFIG, Trail, batch
 from tools.random_checkpoint import make_checkpoint
 
-transformers = pytest.importorskip("transformers", reason="transformers is the reference; install the `test` extra")
+transformers = needed("transformers", "transformers is the reference")
 
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1}
 V2 = {
