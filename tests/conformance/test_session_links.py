@@ -36,7 +36,7 @@ async def story(engine: Engine) -> list[Any]:
         async with s.fork(3) as children:
             told += [(await child.generate("Three.", max_tokens=5, temperature=1.0)).ids for child in children]
             await s.adopt(children[1])
-        told += [s.ids, s.usage.drawn, (await s.expect(1.0)).keep, (await s.inspect()).state]
+        told += [s.ids, s.usage.turns, (await s.expect(1.0)).keep, (await s.inspect()).state]
         await s.rewind(mark)
         with pytest.raises(errors.InvalidSampling) as refusal:
             _ = await s.generate("x", temperature=-2.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import queue
 import threading
 from dataclasses import replace
@@ -51,6 +52,20 @@ def test_a_closed_engine_thread_is_gone() -> None:
     assert threading.active_count() > before
     engine.close()
     assert threading.active_count() == before
+
+
+def test_an_engine_that_ends_by_itself_closes_no_pipe_that_somebody_is_about_to_write_to() -> None:
+    engine = EngineThread(NOOP)
+    loop = engine._loop
+    with loop._pipe:  # as `stop` has it, between its look at the pipe and its write
+        loop.stop()
+        engine._thread.join(timeout=0.5)
+        assert engine._thread.is_alive()
+        assert os.fstat(loop._wake_write)
+    engine.close()
+    loop.stop()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        _ = os.fstat(loop._wake_write)
 
 
 def test_options_that_cannot_be_are_refused_before_a_thread_starts() -> None:

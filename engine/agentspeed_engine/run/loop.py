@@ -78,6 +78,9 @@ class EngineLoop:
         self._reports: queue.SimpleQueue[_Report] = queue.SimpleQueue()
         self._stopping = False
         self._closed = False
+        self._pipe = threading.RLock()
+        """For whoever writes to the wake pipe, or closes it: a number that was closed may be another file's already.
+        One thread may have it twice: a signal handler wakes the loop too."""
         self._steps = 0
         self._rows = 0
         self._tokens = 0
@@ -330,11 +333,12 @@ class EngineLoop:
         self._wake()
 
     def _wake(self) -> None:
-        if self._closed:
-            return
-        # A full pipe wakes the loop as well as one more byte would.
-        with contextlib.suppress(BlockingIOError):
-            os.write(self._wake_write, b"\0")
+        with self._pipe:
+            if self._closed:
+                return
+            # A full pipe wakes the loop as well as one more byte would.
+            with contextlib.suppress(BlockingIOError):
+                os.write(self._wake_write, b"\0")
 
     def _woken(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -350,7 +354,7 @@ class EngineLoop:
             link.socket.close()
         self._links.clear()
         self._selector.close()
-        self._closed = True
-        if not self._thread.is_alive():  # else it will still write to the pipe, whose number must not be another's
+        with self._pipe:
+            self._closed = True
             os.close(self._wake_read)
             os.close(self._wake_write)
