@@ -221,7 +221,7 @@ class Branch:
         if child._born == (link, self._number):
             _ = await self._call(link, lambda request: wire.Adopt(request=request, branch=self._number, child=ended))
             link.unlisten(ended)
-        else:  # an engine was started anew since the fork and does not know the kinship: one takes the other's place
+        else:  # a child of an adopted child, or an engine that was started anew: it does not know the kinship
             await self.close()
             self._settle(link, ended)
         child._link = None
@@ -298,15 +298,14 @@ class Branch:
         await self._again(once)
         self.lease = None
 
-    async def prefill(self) -> wire.TurnUsage | None:
-        """Computes the rows of what was appended, while nobody waits. None when the engine went meanwhile."""
+    async def prefill(self, spent: Callable[[wire.TurnUsage], None]) -> None:
+        """Computes the rows of what was appended, while nobody waits. `spent` hears what it cost, also when it is
+        cancelled; not when the engine went meanwhile."""
         done = anyio.Event()
-        usage: wire.TurnUsage | None = None
 
         def sink(event: wire.Event | None) -> None:
-            nonlocal usage
             if isinstance(event, wire.TurnEnded):
-                usage = event.usage
+                spent(event.usage)
             if event is None or isinstance(event, wire.TurnEnded):
                 done.set()
 
@@ -320,7 +319,6 @@ class Branch:
             _ = await self.stop(keep=True)
             raise
         self.ended()
-        return usage
 
     def ended(self) -> None:
         """The turn's last event was read: what it drew is committed."""
@@ -343,11 +341,11 @@ class Branch:
                     link, lambda request: wire.Cancel(request=request, branch=self._number, cut=cut),
                     None if keep else lambda _: self.mirror.back_to(base))
             except errors.AgentspeedError as error:
+                if isinstance(error, errors.InternalError):
+                    raise
                 _LOG.info("cancelling a turn: %s", error)
         kept = keep and self._base is not None and self.attached
-        if kept:
-            self.mirror.computed = max(0, len(self.mirror) - 1)
-        elif self._base is not None:
+        if not kept and self._base is not None:
             self.mirror.back_to(self._base)
         self._base = self._sink = None
         if link is not None and base is not None and self.attached:
@@ -359,10 +357,13 @@ class Branch:
         try:
             seen = await self._call(link, lambda request: wire.Inspect(request=request, branch=self._number))
         except errors.AgentspeedError as error:
+            if isinstance(error, errors.InternalError):
+                raise
             _LOG.info("looking at a stopped turn's branch: %s", error)
         else:
             if isinstance(seen, wire.Inspected):
                 self.residence = residence_of(seen.residence)
+                self.mirror.computed = max(self.mirror.computed, seen.known - seen.residence.lost)
 
 
 def lease_of(lease: wire.Lease) -> Lease:

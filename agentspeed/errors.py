@@ -50,7 +50,7 @@ class InvalidSampling(RequestError):
 
 
 class ContextOverflow(RequestError):
-    """The tokens do not fit into the model's context."""
+    """The tokens do not fit into the model's context, or into all the pages that a tenant may have."""
 
 
 class ModelUnsupported(RequestError):

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from agentspeed.trajectory import Trajectory
 
 T = TypeVar("T")
+_TOO_OLD = (-1, -1)
+"""Where a child was forked that no trunk can adopt any more."""
 _LARGE_CHARS = 8192
 """Longer new messages are tokenised in a worker thread: the event loop never waits for them."""
 
@@ -223,9 +225,12 @@ class Session:
                 lambda: _beside(given, lambda: transcript.write(self._mirror, self.engine.codec, given)))
             self._moves += 1
             self._leave_pause()
-            if prefill and (usage := await self._branch.prefill()) is not None:
-                self.usage = self.usage + dataclasses.replace(usage_of(usage), turns=0)
+            if prefill:
+                await self._branch.prefill(self._prefilled)
         return Mark(None, self._mirror)
+
+    def _prefilled(self, usage: wire.TurnUsage) -> None:
+        self.usage = self.usage + dataclasses.replace(usage_of(usage), turns=0)
 
     # ---- branches -------------------------------------------------------------------------------------------------
     def fork(self, n: int = 1, *, at: Mark | str | int | None = None) -> Forks:
@@ -257,18 +262,19 @@ class Session:
             await whole(lambda: self._adopt(child))
 
     async def _adopt(self, child: Session) -> None:
-        marks = self._mirror.marks
+        marks, told = self._mirror.marks, (child._moves, child.tokens)
         await self._branch.adopt(child._branch)
         self._mirror.marks = marks | self._mirror.marks
         child._state = "closed"
         self._children.remove(child)
-        for grandchild in child._children:  # they hang below what is the trunk's now
-            grandchild.parent = self
-        self._children += child._children
-        child._children = []
         self.usage = self.usage + child.usage
         self._results = child._results
         self._moves += 1
+        for grandchild in child._children:  # they hang below what is the trunk's now, and know how old they are
+            grandchild.parent = self
+            grandchild._forked_at = (self._moves, self.tokens) if grandchild._forked_at == told else _TOO_OLD
+        self._children += child._children
+        child._children = []
         self._leave_pause()
 
     async def mark(self, name: str | None = None) -> Mark:

@@ -250,8 +250,12 @@ def resumable(plan: Plan) -> dict[str, Any]:
 
 
 def export(checkpoints: Path, out: Path) -> None:
-    """The model folder of what a run has come to by its last checkpoint, also while it goes on."""
+    """The model folder of what a run has come to by its last checkpoint, also while it goes on. Raises `OtherRun` for
+    a checkpoint that does not say what model it is of."""
     state = torch.load(checkpoints / STATE, weights_only=True, map_location="cpu")
+    if "started" not in state:
+        raise OtherRun(f"{checkpoints / STATE} does not say how its run was started: train anew, or take its best "
+                       "model.")
     model = Nano(Shape(**state["started"]["shape"]))
     model.load_state_dict(state["model"])
     write_tokenizer(Tokenizer.from_str(state["tokenizer"]), out)
@@ -306,7 +310,10 @@ def main() -> None:
     if options.export is not None:
         if not (options.checkpoints / STATE).is_file():
             parser.error(f"there is no checkpoint {options.checkpoints / STATE} to export.")
-        export(options.checkpoints, options.export)
+        try:
+            export(options.checkpoints, options.export)
+        except OtherRun as error:
+            parser.error(str(error))
         return
     if options.average is not None:
         write_tokenizer(Tokenizer.from_file(str(options.average[0] / "tokenizer.json")), options.out)

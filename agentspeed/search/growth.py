@@ -56,7 +56,7 @@ class Grower:
         self.ended: Ended | None = None
         self._smaller: Ended | None = None
         """The bound that left the search fewer branches or shorter texts than it asked for."""
-        self.root: Node
+        self.root = Node(number=0, parent=None, branch=session)
         self.best: Node | None = None
         self._held: set[Node] = set()
         """Branches that are not closed, but for the root's."""

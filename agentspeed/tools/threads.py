@@ -38,9 +38,18 @@ async def in_thread(work: Callable[[], T]) -> T:
 
     There is no bound but the system's own, at which a thread that cannot be started is a `RuntimeError`: with any other
     bound, tools that wait for tools could wait for ever."""
+    fit = partial(_fit_to_raise, work)
     if asyncio_runs() and _OWN_THREADS:
-        return await _in_daemon(work)
-    return await anyio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
+        return await _in_daemon(fit)
+    return await anyio.to_thread.run_sync(fit, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
+
+
+def _fit_to_raise(work: Callable[[], T]) -> T:
+    """No coroutine can raise `StopIteration` (PEP 479): its text would be lost."""
+    try:
+        return work()
+    except StopIteration as error:
+        raise RuntimeError(f"StopIteration: {error}") from error
 
 
 def asyncio_runs() -> bool:
@@ -61,7 +70,7 @@ async def _in_daemon(work: Callable[[], T]) -> T:
 
 def _run(work: Callable[[], T], ended: Future[Callable[[], T]], token: anyio.lowlevel.EventLoopToken,
          scope: anyio.CancelScope) -> None:
-    """Gives what came of `work` as a function: a future would make other exceptions of some (`StopIteration`)."""
+    """Gives what came of `work` as a function: a future would take some exceptions for its own (`CancelledError`)."""
     if not ended.set_running_or_notify_cancel():
         return
     try:

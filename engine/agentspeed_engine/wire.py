@@ -13,7 +13,7 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Raised whenever a message changes its meaning; `Hello` with another number is refused."""
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024

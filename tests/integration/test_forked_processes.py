@@ -120,12 +120,12 @@ def test_an_engine_ends_with_its_parent_though_a_forked_child_lives_on(checkpoin
 reading, writing = os.pipe()
 if not (parent := os.fork()):
     _, engine = anyio.run(asked)
-    if not os.fork():
+    if not (child := os.fork()):
         time.sleep(30)
         os._exit(0)
-    os.write(writing, str(engine).encode())
+    os.write(writing, f"{engine} {child}".encode())
     os.kill(os.getpid(), 9)
-engine = int(os.read(reading, 20))
+engine, child = map(int, os.read(reading, 40).split())
 assert ended(parent) == -9
 limit = time.monotonic() + 20
 while os.path.exists(f"/proc/{engine}"):
@@ -134,6 +134,7 @@ while os.path.exists(f"/proc/{engine}"):
             break
     assert time.monotonic() < limit, "the engine outlives its parent"
     time.sleep(0.05)
+os.kill(child, 9)
 """)
 
 

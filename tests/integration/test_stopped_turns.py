@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
 from agentspeed import Engine, Session, errors, events, tool
@@ -36,15 +39,34 @@ async def test_a_turn_that_is_left_counts_what_it_drew(checkpoint: Path, keep: b
 
 
 async def test_a_turn_that_is_left_while_its_prompt_is_computed_counts_what_was_computed(checkpoint: Path) -> None:
-    async with Engine(checkpoint, pages=200, prefill_chunk=16) as engine, engine.session() as s:
-        with pytest.raises(errors.TurnTimeout):
-            _ = await s.generate("word " * 600, max_tokens=3, timeout=0.05)
-        found = (await s.inspect()).residence
+    async with Engine(checkpoint, pages=400, prefill_chunk=16) as engine, engine.session() as s:
+        async with s.stream("word " * 2000, max_tokens=3):
+            await some_rows(s)
         left = s.usage
-        assert left.new < 2000, "not the whole prompt"
-        reply = await s.generate("word " * 600, max_tokens=3)
+        assert 32 <= left.new < 7000, "not the whole prompt"
+        reply = await s.generate("word " * 2000, max_tokens=3)
         assert reply.usage.shared + reply.usage.resumed == left.new, "what the turn that was taken back had computed"
-        assert found.lost == 0
+
+
+async def test_a_prefill_that_is_cancelled_counts_what_was_computed_and_claims_no_more(checkpoint: Path) -> None:
+    async with Engine(checkpoint, pages=400, prefill_chunk=16) as engine, engine.session() as s:
+        async with anyio.create_task_group() as group:
+            _ = group.start_soon(lambda: s.add("word " * 2000, prefill=True))
+            await some_rows(s)
+            group.cancel_scope.cancel()
+        assert 32 <= s.usage.new < 7000 and s.usage.turns == 0
+        assert s.tokens > 8000, "the message stays"
+        left = s.usage.new
+        assert engine.pid is not None
+        os.kill(engine.pid, signal.SIGKILL)
+        usage = (await s.generate(max_tokens=2)).usage
+        assert usage.recomputed == left
+
+
+async def some_rows(session: Session) -> None:
+    """Until some of a long prompt's chunks are computed, and by far not all."""
+    while (await session.inspect()).residence.device < 32:  # noqa: ASYNC110 - it tells only when it is asked
+        await anyio.sleep(0.001)
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -68,6 +90,31 @@ async def test_children_of_an_adopted_child_are_the_trunks_and_close_with_it(che
             assert (await grandchild.generate("Three.", max_tokens=2)).usage.drawn == 2
         counts = (await engine.stats()).counts
         assert counts["branches"] == 0
+
+
+async def test_a_grandchild_is_adopted_where_its_parent_was_and_not_where_that_went_on(checkpoint: Path) -> None:
+    async with Engine(checkpoint, pages=64) as engine, engine.session() as s:
+        (child,) = await s.fork(1).__aenter__()
+        _ = await child.generate("Two.", max_tokens=2)
+        _ = await child.add("And?")
+        (young,) = await child.fork(1).__aenter__()
+        await s.adopt(child)
+        _ = await young.generate("Three.", max_tokens=2)
+        said = young.ids
+        await s.adopt(young)
+        assert s.ids == said
+
+        (child,) = await s.fork(1).__aenter__()
+        mark = await child.mark()
+        _ = await child.generate("Four.", max_tokens=2)
+        (old,) = await child.fork(1).__aenter__()
+        await child.rewind(mark)
+        _ = await child.generate("Five.", max_tokens=2)
+        said = child.ids
+        await s.adopt(child)
+        with pytest.raises(errors.TrunkMoved):
+            await s.adopt(old)
+        assert s.ids == said
 
 
 async def test_a_lease_that_changes_while_a_tool_runs_is_told_to_who_listens(checkpoint: Path) -> None:

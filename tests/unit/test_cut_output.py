@@ -23,10 +23,9 @@ CODE = Regex(r"[A-Z]{2}-\d{2}")
 
 async def test_a_text_that_was_cut_before_it_matched_is_no_output() -> None:
     async with ScriptedEngine(["AB-12", "AB-12"]) as engine, engine.session() as s:
-        with pytest.raises(OutputError, match="does not match") as refused:
+        with pytest.raises(OutputError, match="cut inside its output, by max_tokens"):
             _ = await s.generate("A code.", output=CODE, max_tokens=1)
-        assert "max_tokens" in str(refused.value)
-        with pytest.raises(OutputError, match="does not match"):
+        with pytest.raises(OutputError, match="cut inside its output, by a stop text"):
             _ = await s.generate("A code.", output=CODE, stop="-")
 
 

@@ -9,6 +9,7 @@ from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.sched.core import Core
 from agentspeed_engine.sched.policy import POLICIES, Facts, worth_saving
+from agentspeed_engine.sched.reclaim import reclaim
 from tests.scheduled import LINK, Scheduled
 
 FIRST, SECOND = range(1, 25), range(30, 54)
@@ -163,3 +164,36 @@ def test_what_a_tenant_has_of_its_quota_is_told_of_each_branch_and_in_the_pictur
     assert (inspected.tenant_pages, inspected.tenant_quota) == (6, 10)
     seen = world.core.picture(wire.Look(request=1, branches=9), 0.0)
     assert (seen.tenants, seen.tenant_quota) == ({"a": 6}, 10)
+
+
+def usage_of_its_end(world: Scheduled, branch: int) -> wire.TurnUsage:
+    return next(said.usage for said in reversed(world.heard) if isinstance(said, wire.TurnEnded))
+
+
+@pytest.mark.parametrize("how", [wire.Cancel(request=1, branch=1, cut=0), wire.Close(request=1, branch=1)])
+def test_a_turn_that_ends_before_its_prompt_is_computed_costs_what_was_computed(how: wire.Command) -> None:
+    world = Scheduled(pages=20, context_limit=60, prefill_chunk=8, extend_tokens=1)
+    branch = world.open(range(44))
+    assert isinstance(world.start(branch, most=1), wire.Done)
+    _ = world.step()
+    _ = world.send(wire.Fork(request=1, branch=branch, n=1))  # live: it goes back into the queue
+    assert world.core.world.queue
+    _ = world.send(how)
+    usage = usage_of_its_end(world, branch)
+    assert (usage.new, usage.recomputed) == (8, 0)
+
+
+def test_rows_that_a_prompt_computes_again_after_it_lost_them_are_told_apart_from_those_it_computed_first() -> None:
+    world = Scheduled(pages=20, context_limit=60, prefill_chunk=8, extend_tokens=1)
+    branch = world.open(range(44))
+    assert isinstance(world.start(branch, most=1), wire.Done)
+    for _ in range(3):
+        _ = world.step()
+    _ = world.send(wire.Fork(request=1, branch=branch, n=1))
+    _ = world.send(wire.Close(request=1, branch=2))
+    assert reclaim(world.core.world, 20, world.now), "all that rests is gone"
+    for _ in range(2):
+        _ = world.step()
+    _ = world.send(wire.Cancel(request=1, branch=branch, cut=0))
+    usage = usage_of_its_end(world, branch)
+    assert (usage.new, usage.recomputed) == (24, 16)

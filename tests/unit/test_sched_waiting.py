@@ -112,6 +112,20 @@ def test_a_turn_of_a_tenant_at_its_quota_waits_for_the_quota_and_others_do_not()
     world.run()
 
 
+def test_a_turn_that_its_quota_keeps_out_keeps_out_no_turn_of_another_tenant() -> None:
+    world = Scheduled(pages=20, tenant_pages=12, context_limit=48, prefill_chunk=64)
+    first = world.open(range(30), tenant="a")
+    assert isinstance(world.start(first, most=10), wire.Done)
+    while world.residence(first).device < 30:
+        _ = world.step()
+    waits, other = world.open(range(40, 84), tenant="a"), world.open(range(8), tenant="b")
+    for branch in (waits, other):
+        assert isinstance(world.start(branch, most=1), wire.Done)
+    _ = world.step()
+    assert (why(world, waits), why(world, other)) == ("quota", "")
+    world.run()
+
+
 def test_turns_that_wait_for_a_quota_are_not_even_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     world = Scheduled(pages=60, context_limit=40, tenant_pages=10, max_sessions=200)
     for number in range(100):

@@ -42,7 +42,7 @@ def one(_: Node) -> float:
 
 
 def first_is_slow(turn: Turn) -> object:
-    return say("slow " * 30, seconds=0.1) if turn.turn == 1 else "fast"
+    return say("slow " * 30, seconds=1.0) if turn.turn == 1 else "fast"
 
 
 def raising(*which: Exception | None) -> Callable[[Session], object]:
@@ -66,7 +66,7 @@ def forks(engine: ScriptedEngine) -> int:
 # ---- one try fails --------------------------------------------------------------------------------------------------
 async def test_a_branch_that_is_too_slow_fails_alone() -> None:
     async with scripted(first_is_slow) as (engine, session):
-        found = await best_of_n(session, "Go.", n=4, score=one, timeout=0.5)
+        found = await best_of_n(session, "Go.", n=4, score=one, timeout=2.0)
         failed, *others = sorted(found.root.children, key=lambda node: node.state != "failed")
         assert (failed.state, [node.state for node in others]) == ("failed", ["finished"] * 3)
         assert isinstance(failed.error, TurnTimeout)
@@ -78,7 +78,7 @@ async def test_a_branch_that_is_too_slow_fails_alone() -> None:
 async def test_a_slow_step_of_a_beam_fails_alone() -> None:
     async with scripted(lambda turn: say("slow one here", seconds=1.0) if turn.turn == 1 else "step 2\nmore"
                         ) as (engine, session):
-        found = await beam(session, "Go.", width=2, branching=2, depth=1, score=one, timeout=0.5)
+        found = await beam(session, "Go.", width=2, branching=2, depth=1, score=one, timeout=2.0)
         assert sorted(node.state for node in found.root.children) == ["failed", "open"]
         assert engine.live_branches == 1
 
@@ -228,3 +228,10 @@ async def test_a_search_never_computes_less_without_fork_than_with_it() -> None:
         assert found.ended == "seconds"
         assert found.cost.tokens_without_fork >= found.cost.tokens > 200
         assert "(1.0 times)" in str(found)
+
+
+async def test_a_search_whose_time_is_over_before_it_forked_finds_nothing() -> None:
+    async with scripted(lambda _: "fine") as (_, session):
+        found = await best_of_n(session, "Go.", n=2, score=one, budget=Budget(seconds=1e-9))
+        assert (found.best, found.ended, found.cost.branches) == (None, "seconds", 0)
+        assert (await session.generate("Go.")).text == "fine"

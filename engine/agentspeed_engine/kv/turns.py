@@ -33,14 +33,17 @@ class Turn:
     resumed_device: int = 0
     resumed_host: int = 0
     recomputed: int = 0
+    rows_new: int = 0
+    """Rows of the prompt that came back from steps for the first time, and once more: what it cost if it ends before
+    its prompt is computed."""
+    rows_again: int = 0
     preempted: int = 0
     why: str = ""
     started_at: float = 0.0
     filled_at: float | None = None
 
-    def stopped_at(self, rows: int) -> None:
-        """It ended before its prompt was computed: what was not is no cost of it."""
-        computed = max(0, rows - self.resumed_device - self.resumed_host)
-        self.recomputed = min(self.recomputed, computed)
-        self.new = min(self.new, computed - self.recomputed)
-        self.shared = min(self.shared, self.new)
+    def computed(self, start: int, end: int, known: int) -> None:
+        """Rows [start, end) of the prompt came back; the first `known` of the log had been computed before."""
+        again = max(0, min(end, known) - start)
+        self.rows_again += again
+        self.rows_new += end - start - again

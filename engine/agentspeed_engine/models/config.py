@@ -17,7 +17,7 @@ _MOST, _MOST_NUMBER = 2**24, 1e18
 """Of every size and every other number: far above any model, and what is computed from them stays computable."""
 _MOST_LAYERS = 1024
 _MOST_EXPERTS = 2**17
-"""Of all layers together (DeepSeek-V3 has 14,848): every tensor is looked for by its name, which takes time."""
+"""Of all layers together (DeepSeek-V3: 61 of 256, 15,616): every tensor is looked for by its name, which takes time."""
 
 
 @final

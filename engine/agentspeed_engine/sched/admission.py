@@ -33,8 +33,8 @@ def lacks_quota(world: World, state: Queued, now: float) -> bool:
     if quota is None:
         return False
     tenant = tenant_of(branch.root)
-    older = [number for _, number in world.active[: bisect_left(world.active, (turn.age, branch.id))]
-             if tenant_of(world.kv.branches[number].root) == tenant]
+    active = world.actives.get(tenant, [])
+    older = [number for _, number in active[: bisect_left(active, (turn.age, branch.id))]]
     firm = (number for number in world.firm if tenant_of(world.kv.branches[number].root) == tenant)
     return bool(_lacking(world, state, older, quota, firm, now))
 

@@ -57,7 +57,8 @@ def _branch(state: BranchState) -> Any:
 def _turn(turn: Turn) -> Any:
     return (
         turn.spec.turn, turn.age, turn.max_tokens, turn.bound, turn.queued_at, turn.drawn, turn.end, turn.admitted,
-        turn.new, turn.shared, turn.resumed_device, turn.resumed_host, turn.recomputed, turn.preempted, turn.why,
+        turn.new, turn.shared, turn.resumed_device, turn.resumed_host, turn.recomputed, turn.rows_new, turn.rows_again,
+        turn.preempted, turn.why,
         turn.started_at, turn.filled_at,
     )
 
@@ -121,7 +122,7 @@ PARTS: Final[dict[str, Callable[[World], Any]]] = {
     "pages by tenant": lambda world: list(world.kv.tree.owned.values()),
     "free pages": lambda world: world.kv.pages.free_numbers(),
     "free slots": lambda world: world.kv.slots.free_numbers(),
-    "queue": lambda world: (world.queue, list(world.queues.values()), world.active),
+    "queue": lambda world: (world.queue, list(world.queues.values()), world.active, list(world.actives.values())),
     "flights": _flights,
     "leases": _leases,
     "tickets": _tickets,

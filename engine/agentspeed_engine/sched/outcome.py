@@ -41,6 +41,8 @@ def _row_came_back(world: World, row: Row, token: Drawn | None, refusal: str | N
         world.ignored += 1
         return
     count = len(row.ids)
+    if isinstance(state, Prefilling | Settling) and state.turn.filled_at is None:
+        state.turn.computed(row.position, row.position + count, state.branch.computed)
     match state:
         case Settling():
             turn = state.turn

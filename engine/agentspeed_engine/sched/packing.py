@@ -257,8 +257,8 @@ class _Hidden:
                 return self._veil.name(held)
             case Tree(), "owned" | "tips_of":
                 return {self._veil.name(tenant): of_tenant for tenant, of_tenant in held.items()}
-            case World(), "queues":
-                return {self._veil.name(tenant): queue for tenant, queue in held.items()}
+            case World(), "queues" | "actives":
+                return {self._veil.name(tenant): turns for tenant, turns in held.items()}
             case World(), "tools":
                 return {number: self._veil.name(tool) for number, tool in held.items()}
             case World(), "tool_laws":

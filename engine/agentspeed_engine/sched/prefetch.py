@@ -63,13 +63,12 @@ def _bring(world: World, number: BranchId, now: float) -> None:
     if not chain or world.queue or not all(isinstance(node.state, Host) for node in chain):
         return
     pages, tenant = tickets.pages_of(chain), tenant_of(state.branch.root)
-    running = [active for _, active in world.active]
     if world.config.tenant_pages is not None:
-        own = [active for active in running if tenant_of(world.kv.branches[active].root) == tenant]
+        own = (active for _, active in world.actives.get(tenant, []))
         reserve = to_come(world, own) + world.config.tenant_pages // _SHARE_LEFT
         if not make_way(world, tenant, partial(quotas.left, world, tenant), pages, reserve, chain[0], now):
             return
-    reserve = to_come(world, running) + world.config.pages // _SHARE_LEFT
+    reserve = to_come(world, (active for _, active in world.active)) + world.config.pages // _SHARE_LEFT
     if make_way(world, None, lambda: world.kv.pages.free, pages, reserve, chain[0], now):
         tickets.load(world, chain, now)
         world.prefetched += 1

@@ -72,11 +72,10 @@ def make_room(world: World, tenant: str, pages: int, age: int, now: float) -> bo
     while not _shed(world, tenant, pages, now):
         if _coming(world, tenant):
             return False
-        youngest = next(((turn, number) for turn, number in reversed(world.active)
-                         if tenant_of(world.kv.branches[number].root) == tenant), None)
-        if youngest is None or youngest[0] <= age:
+        active = world.actives.get(tenant, [])
+        if not active or active[-1][0] <= age:
             return False
-        state = world.states[youngest[1]]
+        state = world.states[active[-1][1]]
         assert isinstance(state, Promoting | Prefilling | Decoding)
         reclaim.preempt(world, state, "preempted: an older turn of the tenant needed its pages", now)
     return True

@@ -281,12 +281,12 @@ def _admit(world: World, run: _Pass, state: Queued, now: float) -> None:
     short = _is_short(world, turn, branch, branch.resident)
     if (run.cold if not short else run.short + max(0, run.cold)) <= 0:
         return
+    if lacks_quota(world, state, now):  # first: what its own tenant has is no reason for others to wait
+        run.full[tenant_of(branch.root)] = branch.id
+        return
     lacking = lacks(world, state, now)
     if lacking:
         _refuse(world, run, state, lacking)
-        return
-    if lacks_quota(world, state, now):
-        run.full[tenant_of(branch.root)] = branch.id
         return
     # A page for each older turn stays free, or the turn would be let in to be preempted at their next page.
     loads, spare = tickets.pages_of(chain), bisect_left(world.active, (turn.age, branch.id))

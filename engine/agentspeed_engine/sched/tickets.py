@@ -149,7 +149,7 @@ def _loaded(world: World, nodes: list[Node], ok: bool, now: float) -> None:
             if not world.kv.unreadable(state.branch):
                 world.states[number] = state.landed()
             continue
-        world.deactivate(state.turn, number)
+        world.deactivate(state.turn, state.branch)
         state.turn.why = "a copy from the host failed"
         world.enqueue(state.lost(world.kv, now))
     if not ok and nodes[0].failures >= MOST_FAILURES:

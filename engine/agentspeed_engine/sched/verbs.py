@@ -297,6 +297,7 @@ def expect(world: World, link: LinkId, command: Expect, now: float) -> None:
         raise EngineFault("invalid_request", f"seconds is {asked}.", "Give a finite number, 0 or more.")
     _check_name("tool", command.tool)
     world.end_lease(branch.id)
+    _ = world.tools.pop(branch.id, None)
     if command.tool:
         world.tools[branch.id] = command.tool
     seconds = min(asked if asked is not None else world.law_of(branch).residual(0.0), limit)

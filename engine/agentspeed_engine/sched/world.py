@@ -74,6 +74,8 @@ class World:
         """The same by tenant, so that all turns of one can be passed over at once; no tenant without any."""
         self.active: list[tuple[int, BranchId]] = []
         """Promoting, Prefilling and Decoding turns by age."""
+        self.actives: dict[str, list[tuple[int, BranchId]]] = {}
+        """The same by tenant."""
         self.flights: dict[StepSeq, StepPlan] = {}
         self.waiting: dict[BranchId, list[Waiting]] = {}
         self.fill_of: dict[BranchId, tuple[BranchId, int]] = {}
@@ -167,24 +169,21 @@ class World:
     def activate(self, state: Promoting | Prefilling | Decoding) -> None:
         self.states[state.branch.id] = state
         insort(self.active, (state.turn.age, state.branch.id))
+        insort(self.actives.setdefault(tenant_of(state.branch.root), []), (state.turn.age, state.branch.id))
 
     def dequeue(self, turn: Turn, branch: Branch) -> None:
         """Takes a turn off the queue."""
-        _unlist(self.queue, turn, branch.id)
-        tenant = tenant_of(branch.root)
-        _unlist(self.queues[tenant], turn, branch.id)
-        if not self.queues[tenant]:
-            del self.queues[tenant]
+        _unlist(self.queue, self.queues, turn, branch)
         _ = self.fill_of.pop(branch.id, None)
 
-    def deactivate(self, turn: Turn, number: BranchId) -> None:
+    def deactivate(self, turn: Turn, branch: Branch) -> None:
         """Takes a turn off the active ones."""
-        _unlist(self.active, turn, number)
+        _unlist(self.active, self.actives, turn, branch)
 
     def leave(self, state: Promoting | Prefilling | Decoding, then: Then, now: float) -> None:
         """An active branch goes back to rest, at once or when its rows are acknowledged."""
         number = state.branch.id
-        self.deactivate(state.turn, number)
+        self.deactivate(state.turn, self.kv.branches[number])
         match state.leave(self.kv, then, now):
             case Settling() as settling:
                 self.states[number] = settling
@@ -193,8 +192,6 @@ class World:
 
     def land(self, number: BranchId, turn: Turn, landed: AtRest, now: float) -> None:
         """A branch came to rest: its children are born, its turn ends or waits again, replies go out."""
-        if turn.end is not None and turn.admitted and turn.filled_at is None:
-            turn.stopped_at(self.kv.branches[number].resident)
         for child in landed.children:
             self.adopt_child(child)
             if self.sessions[child.branch.session].orphaned:
@@ -231,6 +228,8 @@ class World:
         """The last event of a turn."""
         if turn.end is None:
             raise BrokenInvariant(f"branch {branch.id} came to rest without a reason")
+        if turn.admitted and turn.filled_at is None:
+            turn.new, turn.recomputed = turn.shared + turn.rows_new, turn.rows_again
         self.ended.append(turn.spec.turn)
         message = turn.bound if turn.end == "max_tokens" else turn.message
         self.tell(branch, TurnEnded(branch=branch.id, reason=turn.end, known=branch.known,
@@ -297,11 +296,16 @@ class World:
                 self.out.append((wait.link, Done(request=wait.request, known=known)))
 
 
-def _unlist(listed: list[tuple[int, BranchId]], turn: Turn, number: BranchId) -> None:
-    index = bisect_left(listed, (turn.age, number))
-    if index == len(listed) or listed[index] != (turn.age, number):
-        raise BrokenInvariant(f"branch {number} is not listed where its state says")
-    del listed[index]
+def _unlist(listed: list[tuple[int, BranchId]], of: dict[str, list[tuple[int, BranchId]]], turn: Turn,
+            branch: Branch) -> None:
+    tenant = tenant_of(branch.root)
+    for turns in (listed, of[tenant]):
+        index = bisect_left(turns, (turn.age, branch.id))
+        if index == len(turns) or turns[index] != (turn.age, branch.id):
+            raise BrokenInvariant(f"branch {branch.id} is not listed where its state says")
+        del turns[index]
+    if not of[tenant]:
+        del of[tenant]
 
 
 def _moved_why(branch: Branch, was: Residence, now: Residence) -> str:
