@@ -223,7 +223,7 @@ def save_early(world: World, now: float) -> None:
     if world.early_seen == world.pressure():
         return
     world.early_seen = world.pressure()
-    savable: dict[NodeId, Node] = {}
+    savable: list[tuple[Node, Node]] = []
     clean = kv.pages.free
     for tip in kv.tree.tips.values():
         if clean >= low:
@@ -238,10 +238,12 @@ def save_early(world: World, now: float) -> None:
             clean += len(node.state.pages)
             node = node.parent
         if isinstance(node.state, Device) and not node.pinned_by and not node.failures and _clean_below(node):
-            savable[tip.id] = node
-    best = next((savable[tip.id] for _, tip in _victims(world, None, now).candidates() if tip.id in savable), None)
-    if best is None or clean >= low:
+            savable.append((tip, node))
+    # Not by the ranking of all: it is made for who takes pages, and most that it would rank is saved already.
+    ranked = [(key, -tip.id, node) for tip, node in savable if (key := _key(world, tip, now))[1] > -_NEVER]
+    if not ranked or clean >= low:
         return
+    best = max(ranked)[2]
     count = min(len(best.pages), _SAVE_PAGES, kv.slots.free)
     if count < len(best.pages):
         _ = kv.tree.split(best, len(best.pages) - count)
@@ -327,12 +329,10 @@ def _host_key(world: World, now: float, tip: Node) -> Key | None:
 def _evictable(world: World, tip: Node, now: float) -> bool:
     if tip.pinned_by or not isinstance(tip.state, Device | Both):
         return False
-    if world.firm:
-        for number in (*tip.leaf_of, *tip.seed_of):
-            firm = world.firm.get(number)
-            if firm is not None and firm[0] > now:
-                return False
-    return True
+    firm = world.firm.keys()
+    if firm.isdisjoint(tip.leaf_of) and firm.isdisjoint(tip.seed_of):  # asked for every tip: most are under none
+        return True
+    return all(world.firm[number][0] <= now for number in firm & (tip.leaf_of | tip.seed_of))
 
 
 def _held_below(node: Node) -> AbstractSet[BranchId]:
