@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Final
 
 from agentspeed.errors import InvalidRequest
@@ -55,7 +54,6 @@ def turn_grammar(
     return source
 
 
-@lru_cache(maxsize=256)
 def matches(spec: Regex, text: str) -> bool:
     """Whether the whole text is an output of this shape, by the rules that the engine drew it under."""
     from llguidance import LLMatcher, LLTokenizer

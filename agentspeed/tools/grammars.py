@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Final
 
 from agentspeed.errors import ExtraMissing, SchemaUnsupported
@@ -20,6 +21,7 @@ def json_rule(closed: Schema) -> str:
     return "%json " + json.dumps({**closed, "x-guidance": _COMPACT}, ensure_ascii=False, separators=(",", ":"))
 
 
+@lru_cache(maxsize=256)
 def check_grammar(source: str) -> None:
     """Raises `SchemaUnsupported` with the grammar library's own reason when it cannot express the source."""
     try:

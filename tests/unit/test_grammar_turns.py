@@ -18,6 +18,7 @@ from agentspeed.front.output import Choice, Regex, Schema, output_spec
 from agentspeed.front.parser import CallReady, TurnParser
 from agentspeed.front.tags import Tags
 from agentspeed.tools import Bounds, tools_from
+from agentspeed.tools.grammars import check_grammar
 
 END = 256
 OPEN_ID, CLOSE_ID = 257, 258
@@ -267,3 +268,13 @@ def test_what_the_grammar_lets_through_the_parser_reads_back() -> None:
         assert len(calls) == 2
         for call in calls:
             _ = TOOLS[2].arguments.model_validate_json(call.arguments)
+
+
+def test_a_grammar_is_checked_by_its_library_once_however_many_turns_use_it() -> None:
+    source = turn_grammar(output=Schema.json({"type": "object", "properties": {"seen_once": {"type": "integer"}}}))
+    assert source is not None
+    before = check_grammar.cache_info()
+    for _ in range(5):
+        assert turn_grammar(output=Schema.json({"type": "object", "properties": {"seen_once": {"type": "integer"}}}))
+    after = check_grammar.cache_info()
+    assert (after.misses, after.hits) == (before.misses, before.hits + 5)
