@@ -7,13 +7,21 @@ thread, and the editor clears its line at Ctrl-C as its user expects.
 from __future__ import annotations
 
 import importlib
+import math
+import os
 import signal
 import sys
 import termios
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Any, Self, final
+from typing import Any, Final, Self, final
+
+_SOON: Final = 0.05
+"""Seconds in which a Ctrl-C is heard, if it is heard by itself."""
+_MAIN: Final = threading.main_thread().ident or 0
 
 
 @final
@@ -25,14 +33,25 @@ class Lines:
         self._editor = _editor()
         self._on_interrupt: Callable[[], None] = _raise
         self._before: Any = signal.SIG_DFL
+        self._wakeup_before = -1
+        self._heard_at = -math.inf
+        self._ringing, self._bell = os.pipe()
+        self._watch = threading.Thread(target=self._ring_again, name="agentspeed-interrupts", daemon=True)
 
     def __enter__(self) -> Self:
         self._before = signal.signal(signal.SIGINT, self._interrupted)
+        os.set_blocking(self._bell, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._bell, warn_on_full_buffer=False)
+        self._watch.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
+        _ = signal.set_wakeup_fd(self._wakeup_before)
         _ = signal.signal(signal.SIGINT, self._before)
+        os.close(self._bell)
+        self._watch.join()
+        os.close(self._ringing)
 
     @contextmanager
     def during(self, on_interrupt: Callable[[], None]) -> Iterator[None]:
@@ -76,7 +95,17 @@ class Lines:
                 self._editor.set_auto_history(True)
 
     def _interrupted(self, number: int, frame: FrameType | None) -> None:
+        self._heard_at = time.monotonic()
         self._on_interrupt()
+
+    def _ring_again(self) -> None:
+        """A Ctrl-C that comes while the editor looks at a key, and not while it waits for one, would be heard with the
+        next key only: the editor waits on. So one that was not heard soon is sent once more."""
+        while numbers := os.read(self._ringing, 64):
+            rung = time.monotonic()
+            time.sleep(_SOON)
+            if signal.SIGINT in numbers and self._heard_at < rung - _SOON:
+                signal.pthread_kill(_MAIN, signal.SIGINT)
 
 
 def _raise() -> None:
