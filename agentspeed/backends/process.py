@@ -40,8 +40,8 @@ _MALLOC = {
 these once, at process start. What the user's environment says goes first."""
 _SPINS = {"GOMP_SPINCOUNT": "1000"}
 """OpenMP's threads spin at every barrier, 300,000 times unless told otherwise. Where another process uses a core, that
-is time the awaited thread does not get: beside one busy process on two cores a token of the shipped model took 6.7 ms,
-and takes 4.4 with this; where nothing else runs it takes 3.9 instead of 3.1 (docs/performance.md). Whoever set
+is time the awaited thread does not get: beside one busy process on two cores a token of the shipped model took 10.9 ms,
+and takes 4.3 with this; where nothing else runs it takes 4.6 instead of 2.9 (docs/performance.md). Whoever set
 OMP_WAIT_POLICY has chosen, and this would override it."""
 
 
