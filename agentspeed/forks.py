@@ -61,7 +61,7 @@ async def fork(parent: Session, n: int, at: int | None) -> tuple[Session, ...]:
         # A turn that runs goes on after the fork: what it had said by then is what the children begin with.
         length = len(branch.mirror) if at is None else parent.tokens
         child._branch, child._state, child._forked_at = branch, "open", (moves, length)
-        child._results = dict(parent._results)
+        child._pausing = parent._pausing.forked()
         child._rested_at = parent._rested_at
         parent._children.append(child)
         children.append(child)

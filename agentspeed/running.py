@@ -28,8 +28,6 @@ from agentspeed.whole import whole
 
 T = TypeVar("T")
 _LOG = logging.getLogger("agentspeed.session")
-_UNSEEN_SECONDS: Final = 1.0
-"""What a tool that never ran in this session is taken to need, beside those that did."""
 
 
 @final
@@ -121,8 +119,7 @@ class Run:
         calls = transcript.unanswered(session._mirror)
         by_hand = any(isinstance(message, ToolMessage) for message in prompt)
         goes_on = not prompt and session._mirror.open_at is not None
-        waiting = any(call.id not in session._results for call in calls)
-        if session._state == "open" and waiting and not by_hand and not goes_on:
+        if session._state == "open" and session._pausing.waits(calls) and not by_hand and not goes_on:
             # What the turn would be refused for is refused before any of them runs.
             _ = ask(prompt, self._output, self._options, session.defaults, session.engine.codec)
             tools = {tool.name: tool for tool in (*session.tools, *self._tools)}
@@ -149,7 +146,7 @@ class Run:
     async def _use_tools(self, calls: tuple[ToolCall, ...], tools: tuple[Tool, ...]) -> loop.Answer:
         """One result for each call: of `tools`, or what a `tool_call` block left that ended during the turn."""
         session = self._session
-        left = tuple(call for call in calls if call.id not in session._results)
+        left = session._pausing.waits(calls)
         failures: list[Exception] = []
 
         def tell(event: events.AnyEvent) -> None:
@@ -159,7 +156,7 @@ class Run:
                 failures.append(error)
 
         def arrived(index: int, result: ToolResult) -> None:
-            session._seconds_of[left[index].name] = result.seconds
+            session._pausing.took(left[index].name, result.seconds)
             tell(events.ToolFinished(call=left[index], content=result.content, ok=result.ok, seconds=result.seconds))
 
         batch = ToolBatch(tools, left, session=session, data=self._tool_data, approve=self._approve, arrived=arrived)
@@ -174,9 +171,9 @@ class Run:
                 await batch.run()
             finally:
                 session._branch.on_lease = None
-                ended = zip(left, batch.results(), strict=True)
-                session._results.update((call.id, _message(call, result)) for call, result in ended)
-                messages = await resume(session, tuple(session._results.pop(call.id) for call in calls))
+                for call, result in zip(left, batch.results(), strict=True):
+                    session._pausing.arrived(_message(call, result))
+                messages = await resume(session, session._pausing.take(calls))
         self._results.extend(messages)
         if failures:
             raise failures[0]
@@ -203,20 +200,16 @@ async def pause(session: Session, calls: tuple[ToolCall, ...], expect: float | N
     """The branch is held under a lease. The pause is as long as the slowest of the tools, so that is the one the engine
     learns it of. A hint is only what somebody knows: a last time would hide what the engine learnt. Whoever asks has
     made the session busy."""
-    slowest = max(calls, key=lambda call: session._seconds_of.get(call.name, _UNSEEN_SECONDS))
-    lease = await session._branch.expect(expect, "soft", slowest.name)
-    if session._paused_at is None:
-        session._paused_at = anyio.current_time()
+    lease = await session._branch.expect(expect, "soft", session._pausing.slowest(calls))
+    session._pausing.begin()
     tell(session._stamped(events.Paused(lease=lease)))
 
 
 async def resume(session: Session, results: tuple[ToolMessage, ...]) -> tuple[ToolMessage, ...]:
     """The results enter the log whatever ended the tools: a call without one could not be rendered. Gives them as the
     model reads them. Whoever asks has made the session busy."""
-    if session._paused_at is not None:
-        seconds, session._paused_at = anyio.current_time() - session._paused_at, None
+    if (seconds := session._pausing.end()) is not None:
         session.usage = session.usage + Usage(pauses=1, pause_seconds=seconds)
-        session._resumes = True
     return await whole(lambda: _write(session, results)) if session._state == "open" else results
 
 
@@ -286,7 +279,7 @@ async def tool_call(session: Session, call: ToolCall, *, timeout: float | None, 
     pending = Pending(call)
     try:
         with _block(session, call) as first:
-            if first and session._paused_at is None:
+            if first and not session._pausing.on:
                 await pause(session, transcript.unanswered(session._mirror), expect, lambda event: None)
             started = anyio.current_time()
             outcome = CANCELLED
@@ -303,8 +296,9 @@ async def tool_call(session: Session, call: ToolCall, *, timeout: float | None, 
                 if on_error == "raise":
                     raise
             finally:
-                session._seconds_of[call.name] = anyio.current_time() - started
-                session._results[call.id] = _message(call, replace(outcome, seconds=session._seconds_of[call.name]))
+                seconds = anyio.current_time() - started
+                session._pausing.took(call.name, seconds)
+                session._pausing.arrived(_message(call, replace(outcome, seconds=seconds)))
     finally:
         await _deliver(session)
 
@@ -367,6 +361,6 @@ async def _deliver(session: Session) -> None:
     if session._busy is not None or session._state != "open":
         return
     calls = transcript.unanswered(session._mirror)
-    if calls and all(call.id in session._results for call in calls):
+    if calls and not session._pausing.waits(calls):
         with session._doing(_SERVING):
-            _ = await resume(session, tuple(session._results.pop(call.id) for call in calls))
+            _ = await resume(session, session._pausing.take(calls))

@@ -26,6 +26,7 @@ from agentspeed.front import transcript
 from agentspeed.front.mirror import Checkpoint, Mirror
 from agentspeed.marks import Mark
 from agentspeed.messages import Assistant, Message, ToolCall, ToolMessage
+from agentspeed.pausing import Pausing
 from agentspeed.sampling import Sampling
 from agentspeed.tools import Approve, OnError, Tool, tools_from
 from agentspeed.turn import Reply, Turn, usage_of
@@ -102,11 +103,7 @@ class Session:
         self._forked_at: tuple[int, int] = (0, 0)
         self._events = itertools.count(1)
         self._rested_at: float | None = None
-        self._paused_at: float | None = None
-        self._resumes = False
-        self._results: dict[str, ToolMessage] = {}
-        self._seconds_of: dict[str, float] = {}
-        """How long each tool took the last time: the slowest of some calls names their pause."""
+        self._pausing = Pausing()
 
     # ---- the block ------------------------------------------------------------------------------------------------
     async def __aenter__(self) -> Self:
@@ -220,11 +217,11 @@ class Session:
         with self._doing("add"):
             if any(not isinstance(message, ToolMessage) for message in given):  # whose words close open calls
                 by_hand = {message.call_id for message in given if isinstance(message, ToolMessage)}
-                given = [*(due for due in self._due_results() if due.call_id not in by_hand), *given]
+                given = [*(due for due in self._pausing.due(self._mirror) if due.call_id not in by_hand), *given]
             await self._branch.append(
                 lambda: _beside(given, lambda: transcript.write(self._mirror, self.engine.codec, given)))
             self._moves += 1
-            self._leave_pause()
+            self._pausing.leave(self._mirror)
             if prefill:
                 await self._branch.prefill(self._prefilled)
         return Mark(None, self._mirror)
@@ -268,14 +265,14 @@ class Session:
         child._state = "closed"
         self._children.remove(child)
         self.usage = self.usage + child.usage
-        self._results = child._results
+        self._pausing.adopt(child._pausing)
         self._moves += 1
         for grandchild in child._children:  # they hang below what is the trunk's now, and know how old they are
             grandchild.parent = self
             grandchild._forked_at = (self._moves, self.tokens) if grandchild._forked_at == told else _TOO_OLD
         self._children += child._children
         child._children = []
-        self._leave_pause()
+        self._pausing.leave(self._mirror)
 
     async def mark(self, name: str | None = None) -> Mark:
         """Here, to come back to with `rewind`; a name is remembered, travels to forks and snapshots, and stands for the
@@ -302,7 +299,7 @@ class Session:
     async def _rewind(self, point: Checkpoint) -> None:
         await self._branch.rewind(point)
         self._moves += 1
-        self._leave_pause()
+        self._pausing.leave(self._mirror)
 
     def _point(self, to: Mark | str | int) -> Checkpoint:
         if isinstance(to, str):
@@ -411,7 +408,7 @@ class Session:
     def _state_text(self) -> str:
         if self._state != "open":
             return self._state
-        if self._busy is not None and self._paused_at is None:
+        if self._busy is not None and not self._pausing.on:
             return "running"
         kept = f", {self.lease.keep} lease" if self.lease is not None else ""
         if self.lease is not None and self.lease.seconds:
@@ -457,7 +454,7 @@ class Session:
         continued: list[int] = []
 
         def write() -> list[int]:
-            return transcript.open_reply(self._mirror, codec, [*self._due_results(), *asked.messages])
+            return transcript.open_reply(self._mirror, codec, [*self._pausing.due(self._mirror), *asked.messages])
 
         async def plan() -> wire.Generate:
             nonlocal continued
@@ -476,21 +473,8 @@ class Session:
             self._busy = None
             raise
         self._moves += 1
-        self._paused_at = None  # the results stay until the turn is over: taken back, it leaves their calls open
+        self._pausing.overtaken()
         return continued
-
-    def _due_results(self) -> list[ToolMessage]:
-        """Results of `tool_call` blocks that wait for others, or ended while the turn still ran, in call order."""
-        calls = transcript.unanswered(self._mirror)
-        return [self._results[call.id] for call in calls if call.id in self._results]
-
-    def _leave_pause(self) -> None:
-        """Drops the results of `tool_call` blocks whose calls are open no more, and with the last of them the pause
-        that waited for the others."""
-        waiting = {call.id for call in transcript.unanswered(self._mirror)}
-        self._results = {number: result for number, result in self._results.items() if number in waiting}
-        if not self._results:
-            self._paused_at = None
 
     def _turn_ended(self, turn: Turn[Any], message: Assistant) -> None:
         transcript.record(self._mirror, message, self._reply_at)
@@ -500,7 +484,7 @@ class Session:
     def _rest(self, turn: Turn[Any]) -> None:
         self.usage = self.usage + turn.usage
         self._busy = None
-        self._leave_pause()
+        self._pausing.leave(self._mirror)
         self._rested_at = time.monotonic()
 
     async def _abort(self, turn: Turn[Any], *, keep: bool) -> None:
@@ -531,9 +515,8 @@ class Session:
 
     def _resumed(self, usage: Usage) -> events.Resumed | None:
         """What the first turn after a pause found."""
-        if not self._resumes:
+        if not self._pausing.resumed():
             return None
-        self._resumes = False
         return events.Resumed(device=usage.resumed_device, host=usage.resumed_host, recomputed=usage.recomputed,
                               why=usage.why)
 

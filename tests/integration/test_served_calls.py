@@ -140,7 +140,7 @@ async def test_a_pause_that_was_left_ends_with_what_it_waited_for(half_served: l
             pending.result = 10
         assert results(s)[-1] == "10"
         assert s.usage.pauses == 1 and s.usage.pause_seconds < 0.2
-        assert not s._results and s._paused_at is None
+        assert not s._pausing.due(s._mirror) and not s._pausing.on
 
 
 async def test_a_session_that_speaks_again_is_not_held_by_the_pause_it_left() -> None:

@@ -1,0 +1,99 @@
+"""What a session knows of the calls it waits for: since when, the results that wait for others, how long tools take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final, final
+
+import anyio
+
+from agentspeed.front import transcript
+from agentspeed.front.mirror import Mirror
+from agentspeed.messages import ToolCall, ToolMessage
+
+_UNSEEN_SECONDS: Final = 1.0
+"""What a tool that never ran in this session is taken to need, beside those that did."""
+
+
+@final
+class Pausing:
+    """One for each session. The calls of a turn that have no result in the log are open; a result waits here until
+    every one of them has its own, for they enter the log together and in call order."""
+
+    def __init__(self) -> None:
+        self._results: dict[str, ToolMessage] = {}
+        self._seconds_of: dict[str, float] = {}
+        self._since: float | None = None
+        self._ended = False
+
+    def forked(self) -> Pausing:
+        """What a child begins with: the results are its own to wait for, the pause is not."""
+        child = Pausing()
+        child._results = dict(self._results)
+        return child
+
+    # ---- results --------------------------------------------------------------------------------------------------
+    def waits(self, calls: Iterable[ToolCall]) -> tuple[ToolCall, ...]:
+        """Those of `calls` that no result is known of."""
+        return tuple(call for call in calls if call.id not in self._results)
+
+    def arrived(self, result: ToolMessage) -> None:
+        self._results[result.call_id] = result
+
+    def take(self, calls: Iterable[ToolCall]) -> tuple[ToolMessage, ...]:
+        """The results of `calls`, all of which have arrived, in call order: they wait no more."""
+        return tuple(self._results.pop(call.id) for call in calls)
+
+    def due(self, mirror: Mirror) -> list[ToolMessage]:
+        """Results of calls that are open, in call order."""
+        return [self._results[call.id] for call in transcript.unanswered(mirror) if call.id in self._results]
+
+    def adopt(self, child: Pausing) -> None:
+        """The child's results take the place of these."""
+        self._results = child._results
+
+    def leave(self, mirror: Mirror) -> None:
+        """Drops the results whose calls are open no more, and with the last of them the pause that waited for the
+        others."""
+        open_calls = {call.id for call in transcript.unanswered(mirror)}
+        self._results = {number: result for number, result in self._results.items() if number in open_calls}
+        if not self._results:
+            self._since = None
+
+    # ---- the time -------------------------------------------------------------------------------------------------
+    @property
+    def on(self) -> bool:
+        return self._since is not None
+
+    def begin(self) -> None:
+        """A pause that is on goes on."""
+        if self._since is None:
+            self._since = anyio.current_time()
+
+    def end(self) -> float | None:
+        """How many seconds it was on; None when none was."""
+        if self._since is None:
+            return None
+        seconds, self._since = anyio.current_time() - self._since, None
+        self._ended = True
+        return seconds
+
+    def overtaken(self) -> None:
+        """A turn began: the pause is off. The results stay until the turn is over: taken back, it leaves their calls
+        open."""
+        self._since = None
+
+    def resumed(self) -> bool:
+        """Whether a pause has ended since this was last asked."""
+        ended, self._ended = self._ended, False
+        return ended
+
+    def took(self, tool: str, seconds: float) -> None:
+        self._seconds_of[tool] = seconds
+
+    def slowest(self, calls: Iterable[ToolCall]) -> str:
+        """The tool that took the longest the last time: it names their pause."""
+        return max(calls, key=lambda call: self._seconds_of.get(call.name, _UNSEEN_SECONDS)).name
+
+
+__all__ = ["Pausing"]
