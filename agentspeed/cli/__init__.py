@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from agentspeed.cli.plain import decodable, encodable
+
 
 def main() -> None:
     """Entry point of the console script."""
@@ -14,4 +16,6 @@ def main() -> None:
             raise
         print(f"The command needs {error.name}. Install agentspeed[cli].", file=sys.stderr)
         sys.exit(2)
+    encodable(sys.stdout)
+    decodable(sys.stdin)
     app()

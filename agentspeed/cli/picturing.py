@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from agentspeed.backends.port import wire
+from agentspeed.cli.plain import printable
 
 _BAR_CELLS = 24
 _OWNERS = {
@@ -82,7 +83,7 @@ def _session_rows(session: wire.SessionView, clock: float) -> Iterator[Row]:
         children.setdefault(parent, []).append(view)
     missing = session.branches_total - len(session.branches)
     tops = children.get(None, [])
-    label = f"session {session.session}" + (f" {session.tenant}" if session.tenant else "")
+    label = f"session {session.session}" + (f" {printable(session.tenant)}" if session.tenant else "")
     if len(tops) == 1 and tops[0].branch == session.session:
         yield _row(label, tops[0], clock)
         tops = children.get(tops[0].branch, [])
@@ -125,7 +126,7 @@ def _lease(lease: wire.Lease | None, clock: float) -> str:
 def _note(view: wire.BranchView) -> str:
     """Why it waits, or what it does."""
     if view.state == "Held":
-        return f"rests {_seconds(view.since)}" + (f" for {view.tool}" if view.tool else "")
+        return f"rests {_seconds(view.since)}" + (f" for {printable(view.tool)}" if view.tool else "")
     if view.waiting_for:
         return f"waits for {view.waiting_for} ({_seconds(view.since)})"
     return f"{view.drawn} drawn" if view.state == "Decoding" else _seconds(view.since)
@@ -155,7 +156,7 @@ def drawn(frame: Frame, width: int) -> RenderableType:
 def _title(frame: Frame) -> Text:
     welcome, counts = frame.welcome, frame.picture.counts
     text = Text(no_wrap=True, overflow="ellipsis")
-    _ = text.append(welcome.model, style="bold").append(f"  process {welcome.pid}", style="dim")
+    _ = text.append(printable(welcome.model), style="bold").append(f"  process {welcome.pid}", style="dim")
     _ = text.append(f"  {_many(counts['sessions'], 'session')}, {_many(counts['branches'], 'branch')}")
     states = [f"{counts[name]} {name}" for name in
               ("held", "queued", "promoting", "prefilling", "decoding", "settling") if counts[name]]
@@ -207,7 +208,7 @@ def _tenants(picture: wire.Picture) -> list[Text]:
     if picture.tenant_quota is None or not picture.tenants:
         return []
     fullest = sorted(picture.tenants.items(), key=lambda item: (-item[1], item[0]))
-    told = "  ".join(f"{tenant or 'no name'} {pages}" for tenant, pages in fullest)
+    told = "  ".join(f"{printable(tenant) or 'no name'} {pages}" for tenant, pages in fullest)
     return [Text(f"pages by tenant, of {picture.tenant_quota} each: {told}", no_wrap=True, overflow="ellipsis")]
 
 

@@ -12,6 +12,7 @@ from agentspeed import errors
 from agentspeed.backends.port import wire
 from agentspeed.backends.replaying import NodeLine, Recording, ReplayDiffers, Step, crashes
 from agentspeed.cli.picturing import rows_of
+from agentspeed.cli.plain import printable
 
 EXIT_DIFFERS: Final = 1
 
@@ -20,7 +21,7 @@ def replay(path: Path, at: int | None) -> int:
     """Replays and prints; the exit status. Raises `InvalidRequest` for what is no recording, or has no step `at`."""
     recording = Recording(path)
     if at is None:
-        typer.echo(recording.about())
+        typer.echo(printable(recording.about()))
     first: int | None = None
     last: int | None = None
     try:
@@ -30,7 +31,7 @@ def replay(path: Path, at: int | None) -> int:
             if at is None:
                 typer.echo(line_of(step))
             elif step.seq == at:
-                typer.echo("\n".join((recording.about(), line_of(step), "", *state_of(recording))))
+                typer.echo("\n".join((printable(recording.about()), line_of(step), "", *state_of(recording))))
                 return 0
     except ReplayDiffers as difference:
         typer.echo(str(difference), err=True)
@@ -41,7 +42,7 @@ def replay(path: Path, at: int | None) -> int:
     for note in recording.notes:
         typer.echo(note, err=True)
     if recording.broke:
-        typer.echo(recording.broke)
+        typer.echo(printable(recording.broke))
     typer.echo(f"{0 if first is None or last is None else last - first + 1} steps replayed, "
                f"{recording.compared} recorded digests equal")
     return 0
@@ -55,7 +56,7 @@ def list_crashes(at: int | None) -> int:
     if not found:
         typer.echo("No engine of yours has left a recording: none ended badly.")
     for path, about in reversed(found):
-        typer.echo(f"{path}  {about}")
+        typer.echo(f"{path}  {printable(about)}")
     return 0
 
 

@@ -7,6 +7,7 @@ from typing import Final, final
 from rich.console import Console
 
 from agentspeed import Usage, events
+from agentspeed.cli.plain import printable
 from agentspeed.messages import ToolCall
 from agentspeed.tools import Tool
 
@@ -65,9 +66,8 @@ def shortened(text: str) -> str:
 
 
 def whole(call: ToolCall) -> str:
-    """A call to be approved: all of it, in one line, nothing in it that could hide or reorder what is there."""
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode()
-                   for one in f"{call.name} {call.arguments}")
+    """A call to be approved: all of it."""
+    return printable(f"{call.name} {call.arguments}")
 
 
 def cost(usage: Usage) -> str:

@@ -139,6 +139,15 @@ def test_who_asks_without_reading_gets_one_picture_and_refusals(running: EngineP
     assert front.ask(wire.Look(request=front.number()), wire.Picture).counts["branches"] == 1
 
 
+def test_a_terminal_that_has_ascii_alone_gets_a_frame_drawn_in_it(slow: EngineProcess) -> None:
+    names = busy(slow.connect())
+    done = subprocess.run([*COMMAND, "--once"], capture_output=True, timeout=50, check=False,
+                          env=environment() | {"COLUMNS": "100", "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout.decode("ascii")
+    assert "40 pages ####" in shown and f"| {names['child']} " in shown and "?" not in shown
+
+
 def test_without_an_engine_it_says_so_and_ends_with_status_2(place: Path) -> None:
     for arguments in ((), ("--once",), ("--once", "--json")):
         done = top(*arguments)

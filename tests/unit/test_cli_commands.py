@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shlex
 import subprocess
@@ -13,9 +14,11 @@ from typer.testing import CliRunner
 
 import agentspeed
 from agentspeed import errors
+from agentspeed.checking import check_text
 from agentspeed.cli.app import EXIT_BUG, EXIT_REFUSED, app, reported, run
 from agentspeed.cli.benchmarks import names
 from agentspeed.cli.chatting import Cancel, Chat, Outcome, Talk, tools_of
+from agentspeed.cli.plain import decodable, encodable
 from agentspeed.testing import ScriptedEngine
 
 RUNNER = CliRunner()
@@ -27,6 +30,23 @@ def test_help_names_every_command_with_examples() -> None:
     for name in ("chat", "demo", "env", "top", "bench"):
         assert name in done.output
     assert "agentspeed chat" in done.output
+
+
+def test_whatever_the_output_cannot_encode_is_replaced_and_ends_no_command() -> None:
+    written = io.BytesIO()
+    with io.TextIOWrapper(written, encoding="latin-1", errors="strict") as output:
+        encodable(output)
+        print("é ├ 検索 \ud800", file=output, flush=True)
+        assert written.getvalue() == b"\xe9 | ?? ?\n"
+
+
+def test_a_line_that_cannot_be_decoded_is_refused_when_it_is_used() -> None:
+    with io.TextIOWrapper(io.BytesIO(b"caf\xc3\xa9\nYes\n"), encoding="ascii", errors="strict") as lines:
+        decodable(lines)
+        first, second = lines
+    with pytest.raises(errors.InvalidRequest, match="line holds half a character"):
+        check_text("line", first)
+    check_text("line", second)
 
 
 def test_env_prints_versions_and_every_option() -> None:

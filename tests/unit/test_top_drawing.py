@@ -59,6 +59,19 @@ def test_with_a_quota_the_pages_of_each_tenant_are_shown_fullest_first() -> None
     assert "pages by tenant, of 40 each: no name 12  acme 3" in text_of(Frame("s", WELCOME, shown))
 
 
+def test_names_that_clients_chose_cannot_command_the_terminal_or_break_a_line() -> None:
+    hostile = "t\x1b[2J\x1b]0;owned\x1b\\\u202e\nz"
+    shown = picture(session(branch(1, tool=hostile), tenant=hostile))
+    (row,) = rows_of(shown)
+    assert row.name == "session 1 t\\x1b[2J\\x1b]0;owned\\x1b\\\\u202e\\nz" and row.note.endswith("\\u202e\\nz")
+    calm = text_of(Frame("s", WELCOME, picture(session(branch(1, tool="t"), tenant="t"))), 200)
+    quota = {"tenants": {hostile: 3}, "tenant_quota": 4}
+    welcome = msgspec.structs.replace(WELCOME, model=hostile)
+    text = text_of(Frame("s", welcome, msgspec.structs.replace(shown, **quota)), 200)
+    assert "\x1b" not in text and "\u202e" not in text
+    assert len(text.splitlines()) == len(calm.splitlines()) + 1  # the pages by tenant
+
+
 def test_children_whose_parent_is_closed_stand_below_their_session() -> None:
     rows = rows_of(picture(session(branch(5), branch(6, 5), number=1)))
     assert [row.name for row in rows] == ["session 1", "└ 5", "  └ 6"]
