@@ -134,7 +134,7 @@ def _saving_is_evictable(world: Any, tip: Any, now: float) -> bool:
 def _drop_what_is_saved(world: Any, victim: Any, missing: int) -> None:
     pages = victim.pages
     world.kv.orphan(victim)
-    world.victim = world.kv.tree.detach(victim)
+    world.rankings.left = world.kv.tree.detach(victim)
     world.kv.pages.give(pages)
 
 

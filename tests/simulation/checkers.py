@@ -12,6 +12,7 @@ from agentspeed_engine.ids import BranchId, NodeId
 from agentspeed_engine.kv.branches import Held
 from agentspeed_engine.kv.tree import upward
 from agentspeed_engine.sched.core import Core
+from agentspeed_engine.sched.ranking import Rankings
 from agentspeed_engine.sched.reclaim import reclaim
 from tests.simulation.front import Handle
 
@@ -177,6 +178,7 @@ def nothing_is_left(core: Core, now: float) -> None:
 def pages_nobody_can_have(core: Core, now: float) -> int:
     """Evicts everything that is cached and returns the pages that are not free then."""
     world = core.world
+    world.rankings = Rankings()
     while not reclaim(world, world.kv.pages.total, now) and world.tickets:
         for ticket in list(world.tickets):
             _ = core.copied(ticket, True, now)

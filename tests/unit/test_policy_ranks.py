@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from agentspeed_engine.sched.policy import POLICIES, Facts
+from agentspeed_engine.sched.ranking import Rankings
 from agentspeed_engine.sched.reclaim import reclaim
 from tests.scheduled import Scheduled
 
@@ -49,6 +50,7 @@ def test_pinned_rows_never_go() -> None:
     world = Scheduled(pages=12, policy="pin")
     branch = world.open(range(1, 25))
     _ = world.turn(branch)
+    world.core.world.rankings = Rankings()
     assert not reclaim(world.core.world, 12, 50.0)
     assert world.residence(branch).device >= 24
 

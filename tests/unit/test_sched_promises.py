@@ -9,6 +9,7 @@ from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.sched.core import Core
 from agentspeed_engine.sched.policy import POLICIES, Facts, worth_saving
+from agentspeed_engine.sched.ranking import Rankings
 from agentspeed_engine.sched.reclaim import reclaim
 from tests.scheduled import LINK, Scheduled
 
@@ -191,6 +192,7 @@ def test_rows_that_a_prompt_computes_again_after_it_lost_them_are_told_apart_fro
         _ = world.step()
     _ = world.send(wire.Fork(request=1, branch=branch, n=1))
     _ = world.send(wire.Close(request=1, branch=2))
+    world.core.world.rankings = Rankings()
     assert reclaim(world.core.world, 20, world.now), "all that rests is gone"
     for _ in range(2):
         _ = world.step()

@@ -12,10 +12,11 @@ import pytest
 
 from agentspeed_engine import wire
 from agentspeed_engine.ids import BranchId
-from agentspeed_engine.kv.tree import tenant_of
+from agentspeed_engine.kv.tree import Node, tenant_of
 from agentspeed_engine.sched import reclaim
 from agentspeed_engine.sched.policy import POLICIES, Facts
 from agentspeed_engine.sched.ranking import Key, Ranking
+from agentspeed_engine.sched.world import World
 from tests.any_command import any_command
 from tests.scheduled import Scheduled
 
@@ -26,7 +27,7 @@ TENANTS = ("a", "b")
 def compared_with_everybody() -> Iterator[list[str]]:
     """Wherever the core asks who goes first, all nodes are asked for their key too. Yields what was asked for."""
     asked: list[str] = []
-    first = Ranking.first
+    first, next_victim = Ranking.first, reclaim.next_victim
 
     def checked(self: Ranking) -> Any:
         found = first(self)
@@ -40,7 +41,18 @@ def compared_with_everybody() -> Iterator[list[str]]:
         asked.append(key.func.__name__ if of is None else "of one tenant")
         return found
 
-    with mock.patch.object(Ranking, "first", checked):
+    def whole_branches(world: World, tenant: str | None, now: float) -> Node | None:
+        losing = world.rankings.losing if world.rankings else frozenset[BranchId]()
+        found = next_victim(world, tenant, now)
+        if world.rankings:
+            world.rankings.moved(world.rankings.left)  # it is ranked only once it is passed over
+        ranked = reclaim._victims(world, tenant, now).first()
+        if found is not (None if ranked is None else ranked[1]):
+            assert found is not None and losing and reclaim._held_below(found) == losing
+            asked.append("what is left of it")
+        return found
+
+    with mock.patch.object(Ranking, "first", checked), mock.patch.object(reclaim, "next_victim", whole_branches):
         yield asked
 
 
@@ -62,9 +74,64 @@ def test_the_order_of_victims_is_the_one_that_looking_at_everybody_gives(policy:
                     world.now += chance.choice((0.0, 0.1, 3.0))
     assert asked.count("_victim_key") > 50 and asked.count("of one tenant") > 10
     assert slots != 5 or "_host_key" in asked
+    assert policy != "min_waste" or "what is left of it" in asked
 
 
-class Node:
+@pytest.mark.parametrize("tenant_pages", [None, 20])
+def test_rows_below_which_a_child_ended_are_ranked_like_any(tenant_pages: int | None) -> None:
+    world = Scheduled(pages=60 if tenant_pages else 20, context_limit=48, prefill_chunk=16, tenant_pages=tenant_pages)
+    trunk = world.open(range(1, 25), tenant="a")
+    _ = world.turn(trunk)
+    end_a_child(world, trunk)
+    late = world.open(range(30, 54), tenant="a")
+    _ = world.turn(late)
+    for session, seconds in ((trunk, 1.0), (late, 3600.0)):
+        _ = world.send(wire.Expect(request=1, branch=session, seconds=seconds))
+    _ = world.turn(world.open(range(60, 95), tenant="a"))
+    assert world.residence(trunk).device == 24, "all but the last row, which is drawn from"
+    assert 0 < world.residence(late).device < 24
+
+
+def test_rows_that_nobody_has_go_before_those_a_branch_has_wherever_they_are() -> None:
+    world = Scheduled(pages=20, context_limit=48, prefill_chunk=16)
+    trunk = world.open(range(1, 25))
+    _ = world.turn(trunk)
+    end_a_child(world, trunk)
+    world.now += 1
+    gone = world.open(range(30, 54))
+    _ = world.turn(gone)
+    _ = world.send(wire.Close(request=1, branch=gone))
+    world.now += 1
+    _ = world.turn(world.open(range(60, 95)))
+    assert world.residence(trunk).device == 24
+
+
+def test_a_branch_that_has_begun_to_go_is_taken_up_to_where_one_that_is_needed_soon_has_its_rows_too() -> None:
+    world = Scheduled(pages=19, context_limit=48, prefill_chunk=16)
+    trunk = world.open(range(1, 25))
+    _ = world.turn(trunk)
+    child = world.send(wire.Fork(request=1, branch=trunk, n=1)).branches[0]
+    world.logs[child] = list(world.logs[trunk])
+    _ = world.turn(child, (90, 91, 92, 93, 94))
+    late = world.open(range(30, 54))
+    _ = world.turn(late)
+    for session, seconds in ((trunk, 1.0), (late, 3600.0), (child, 7200.0)):
+        _ = world.send(wire.Expect(request=1, branch=session, seconds=seconds))
+    _ = world.turn(world.open(range(60, 95)))
+    assert world.residence(child).device == 24, "what it has of its own went first"
+    assert world.residence(trunk).device == 24
+    assert 0 < world.residence(late).device < 24
+
+
+def end_a_child(world: Scheduled, trunk: BranchId) -> None:
+    """Leaves rows below the trunk's end that no branch has any more."""
+    child = world.send(wire.Fork(request=1, branch=trunk, n=1)).branches[0]
+    world.logs[child] = list(world.logs[trunk])
+    _ = world.turn(child, (90, 91, 92, 93, 94))
+    _ = world.send(wire.Close(request=1, branch=child))
+
+
+class Ranked:
     """Enough of one to be ranked."""
 
     def __init__(self, number: int) -> None:
@@ -74,7 +141,7 @@ class Node:
 
 def test_a_ranking_finds_keys_that_shrank_by_itself_and_others_when_told() -> None:
     chance = random.Random(3)
-    nodes = [Node(number) for number in range(60)]
+    nodes = [Ranked(number) for number in range(60)]
 
     def key(node: Any) -> Key | None:
         return None if node.rank is None else (0, node.rank)

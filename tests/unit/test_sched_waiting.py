@@ -9,6 +9,7 @@ import pytest
 from agentspeed_engine import wire
 from agentspeed_engine.ids import BranchId
 from agentspeed_engine.kv.branches import Prefilling, Queued
+from agentspeed_engine.kv.log import Log
 from agentspeed_engine.sched import step
 from agentspeed_engine.sched.plan import StepPlan
 from agentspeed_engine.sched.world import World
@@ -145,6 +146,31 @@ def test_turns_that_wait_for_a_quota_are_not_even_looked_at(monkeypatch: pytest.
     for _ in range(3):
         _ = world.step()
     assert len(looked) <= 3, "one a plan finds the tenant at its quota, and the rest are passed over with it"
+
+
+@pytest.mark.parametrize("tenants", [True, False])
+def test_the_prompt_of_a_turn_that_waits_is_read_no_further_than_the_page_that_it_needs_next(
+    monkeypatch: pytest.MonkeyPatch, tenants: bool,
+) -> None:
+    world = Scheduled(pages=34, context_limit=100, tenant_pages=30 if tenants else None, prefill_chunk=64)
+    runs = world.open(range(60), tenant="a")
+    assert isinstance(world.start(runs, most=30), wire.Done)
+    while world.residence(runs).device < 60:
+        _ = world.step()
+    waits = world.open([*reversed(range(90))], tenant="a")
+    assert isinstance(world.start(waits, most=1), wire.Done)
+    _ = world.step()
+    assert why(world, waits) == ("quota" if tenants else "room")
+    read: list[int] = []
+
+    def packed(self: Log, start: int, stop: int) -> bytes:
+        read.append(stop - start)
+        return original(self, start, stop)
+
+    original = Log.packed
+    monkeypatch.setattr(Log, "packed", packed)
+    assert world.core.plan(world.now) is not None
+    assert read and max(read) <= world.core.world.config.page_tokens
 
 
 def test_a_turn_that_a_preemption_put_back_enters_before_younger_ones_of_its_tenant() -> None:

@@ -132,10 +132,13 @@ class Kv:
 
     def extend(self, branch: Branch) -> None:
         """Moves a branch at rest onto rows that others computed of what it knows, keeping one token to feed."""
-        last = branch.known - 1
-        if last <= branch.leaf.end:
+        start, last = branch.leaf.end, branch.known - 1
+        if last <= start:
             return
-        match = self.tree.match(branch.leaf, branch.log.packed(branch.leaf.end, last))
+        page = branch.log.packed(start, min(last, start + self.page_tokens))
+        # A turn that waits is asked at every plan: the rest is of interest only behind a page that somebody has.
+        ids = branch.log.packed(start, last) if page in branch.leaf.children else page
+        match = self.tree.match(branch.leaf, ids)
         if match.node is branch.leaf and match.rows <= branch.seed_rows:
             return
         self.settle_on(branch, match.node, match.seed, match.rows)

@@ -83,8 +83,7 @@ def _node(node: Node) -> Any:
 
 def _tips(world: World) -> Any:
     tree = world.kv.tree
-    victim = None if world.victim is None else world.victim.id
-    return list(tree.tips), [list(tips) for tips in tree.tips_of.values()], list(tree.host_tips), victim
+    return list(tree.tips), [list(tips) for tips in tree.tips_of.values()], list(tree.host_tips)
 
 
 def _leases(world: World) -> Any:

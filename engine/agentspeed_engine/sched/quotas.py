@@ -13,7 +13,7 @@ from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.ids import pages_for
 from agentspeed_engine.kv.branches import Decoding, Prefilling, Promoting
 from agentspeed_engine.kv.owners import Branch
-from agentspeed_engine.kv.tree import Node, tenant_of
+from agentspeed_engine.kv.tree import tenant_of
 from agentspeed_engine.sched import reclaim, tickets
 from agentspeed_engine.sched.world import World
 
@@ -86,21 +86,11 @@ def _shed(world: World, tenant: str, pages: int, now: float) -> bool:
     while (missing := pages - left(world, tenant)) > 0:
         missing = int(missing)
         coming = _coming(world, tenant)
-        victim = None if coming >= missing else _victim(world, tenant, now)
+        victim = None if coming >= missing else reclaim.next_victim(world, tenant, now)
         if victim is None:
             return False
         _ = reclaim.let_go(world, victim, missing, missing - coming, now)
     return True
-
-
-def _victim(world: World, tenant: str, now: float) -> Node | None:
-    """Of the tenant's rows those that are needed last; the one at hand is finished first, as in the whole pool."""
-    at_hand = world.victim
-    if world.rankings is not None:
-        world.rankings.moved(at_hand)
-    if at_hand is not None and tenant_of(at_hand.root) == tenant and reclaim.may_go(world, at_hand, now):
-        return at_hand
-    return reclaim.needed_last(world, tenant, now)
 
 
 def _coming(world: World, tenant: str) -> int:

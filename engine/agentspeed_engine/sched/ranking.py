@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from heapq import heapify, heappop, heappush, heapreplace
 from typing import TypeAlias, final
 
-from agentspeed_engine.ids import NodeId
+from agentspeed_engine.ids import BranchId, NodeId
 from agentspeed_engine.kv.tree import Node, tenant_of, upward
 
 Key: TypeAlias = tuple[int, float]
@@ -70,13 +70,17 @@ def _entry(node: Node, key: Key) -> _Entry:
 class Rankings:
     """Of one plan; each is made when it is first asked for."""
 
-    __slots__ = ("hosts", "victims")
+    __slots__ = ("hosts", "left", "losing", "victims")
 
     def __init__(self) -> None:
         self.victims: dict[str | None, Ranking] = {}
         """Tips: whose device pages go first; of one tenant, or (None) of all."""
         self.hosts: Ranking | None = None
         """Nodes on the host alone: whose slots go first."""
+        self.left: Node | None = None
+        """What is left of the node that lost pages last, or the one above it."""
+        self.losing: frozenset[BranchId] = frozenset()
+        """The branches that lose their rows at present."""
 
     def moved(self, *nodes: Node | None) -> None:
         """Holders came to or left these nodes, or nobody pins them any more."""

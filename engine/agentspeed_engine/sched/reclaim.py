@@ -7,11 +7,12 @@ from collections.abc import Set as AbstractSet
 from enum import Enum
 from functools import partial
 
+from agentspeed_engine.errors import BrokenInvariant
 from agentspeed_engine.ids import BranchId, NodeId
 from agentspeed_engine.kv.branches import Decoding, Held, Next, Prefilling, Promoting, Queued, Then
 from agentspeed_engine.kv.nodes import Both, Device, Host
 from agentspeed_engine.kv.owners import Branch
-from agentspeed_engine.kv.tree import Node, upward
+from agentspeed_engine.kv.tree import Node, tenant_of, upward
 from agentspeed_engine.sched import tickets
 from agentspeed_engine.sched.policy import POLICIES, Facts, worth_saving
 from agentspeed_engine.sched.ranking import Key, Ranking, Rankings
@@ -41,7 +42,7 @@ def reclaim(world: World, pages: int, now: float) -> bool:
     kv = world.kv
     coming = tickets.saving(world) if world.tickets else 0
     while kv.pages.free < pages:
-        victim = _victim(world, now)
+        victim = next_victim(world, None, now)
         if victim is None or kv.pages.free + coming >= pages:
             return False
         missing = pages - kv.pages.free
@@ -83,8 +84,7 @@ def preempt(world: World, state: Promoting | Prefilling | Decoding, why: str, no
     world.preemptions += 1
     branch = state.branch
     world.leave(state, Then(Next.REQUEUE), now)
-    if world.rankings is not None:
-        world.rankings.moved(branch.leaf, branch.seed)
+    _rankings(world).moved(branch.leaf, branch.seed)
 
 
 def make_way(world: World, tenant: str | None, available: Callable[[], float], pages: int, reserve: int, due: Node,
@@ -115,9 +115,9 @@ def make_way(world: World, tenant: str | None, available: Callable[[], float], p
             if not _goes_without_loss(world, here, own, above, now):
                 break
             _ = let_go(world, here, pages - int(available()), 0, now)
-            here = world.victim  # what is left of it, or the node above
-            if world.rankings is not None:
-                world.rankings.moved(here)
+            rankings = _rankings(world)
+            here = rankings.left  # or the node above it
+            rankings.moved(here)
     return available() >= pages
 
 
@@ -136,14 +136,11 @@ def _settling(world: World) -> bool:
 def _evict(world: World, victim: Node, missing: int) -> None:
     """The end of a clean node, or all of it, stays on the host alone."""
     count = len(victim.pages)
-    if missing < count:
-        world.victim = world.kv.tree.split(victim, count - missing)
-    else:
-        world.victim = victim.parent
+    _rankings(world).left = world.kv.tree.split(victim, count - missing) if missing < count else victim.parent
     world.evicted_pages += len(victim.pages)
     world.kv.evict(victim)
-    if world.rankings is not None and world.rankings.hosts is not None:
-        world.rankings.hosts.again(victim)
+    if (hosts := _rankings(world).hosts) is not None:
+        hosts.again(victim)
 
 
 def _drop(world: World, victim: Node, missing: int) -> None:
@@ -152,10 +149,10 @@ def _drop(world: World, victim: Node, missing: int) -> None:
     childless = not victim.children and not victim.stubs
     if missing < held and childless and not kv.tree.is_stub(victim):
         kv.shrink(victim, missing, _NEEDED)
-        world.victim = victim
+        _rankings(world).left = victim
         world.evicted_pages += missing
     else:
-        world.victim = kv.drop_with_all_below(victim, _NEEDED)
+        _rankings(world).left = kv.drop_with_all_below(victim, _NEEDED)
         world.evicted_pages += held
 
 
@@ -169,10 +166,8 @@ def _to_host(world: World, victim: Node, missing: int, now: float) -> bool:
     count = min(len(victim.pages), max(missing, _SAVE_PAGES))
     if not _host_room(world, count, _key(world, victim, now), now):
         return False
-    if count < len(victim.pages):
-        world.victim = kv.tree.split(victim, len(victim.pages) - count)
-    else:
-        world.victim = victim.parent
+    whole = count == len(victim.pages)
+    _rankings(world).left = victim.parent if whole else kv.tree.split(victim, len(victim.pages) - count)
     _ = tickets.save(world, victim, now)
     return True
 
@@ -194,8 +189,7 @@ def _host_room(world: World, slots: int, key: tuple[int, float], now: float) -> 
             return False
         above = kv.drop(first[1], "the host is full: its rows were of the latest use")
         ranking.again(above)
-        if world.rankings is not None:
-            world.rankings.moved(above)
+        _rankings(world).moved(above)
     return True
 
 
@@ -274,30 +268,35 @@ def next_use(world: World, branch: Branch, now: float) -> float:
     return world.law_of(branch).residual(now - branch.rested_at)
 
 
-def _victim(world: World, now: float) -> Node | None:
-    """The tip whose rows are needed last. The one at hand is finished first: victims are whole branches."""
-    last = world.victim
-    if last is not None and last.id in world.kv.tree.tips and _evictable(world, last, now):
-        return last
-    if last is not None and world.rankings is not None:
-        world.rankings.moved(last)
-    return needed_last(world, None, now)
-
-
-def may_go(world: World, tip: Node, now: float) -> bool:
-    """Whether pages can be taken off a node now."""
-    return tip.id in world.kv.tree.tips and _evictable(world, tip, now)
-
-
-def needed_last(world: World, tenant: str | None, now: float) -> Node | None:
-    """The tip that goes first, of all or of one tenant's; None when none can."""
+def next_victim(world: World, tenant: str | None, now: float) -> Node | None:
+    """The tip that goes first, of all or of one tenant's; None when none can. What is left of the branches that lost
+    rows last goes before all others, for victims are whole branches; rows that more branches would lose than those,
+    and rows that nobody has, are ranked like any."""
+    rankings = _rankings(world)
+    left = rankings.left
+    if left is not None and tenant in (None, tenant_of(left.root)) and _goes_on(world, left, rankings.losing, now):
+        return left
+    rankings.moved(left)
     first = _victims(world, tenant, now).first()
+    rankings.losing = frozenset() if first is None else frozenset(_held_below(first[1]))
     return None if first is None else first[1]
+
+
+def _goes_on(world: World, left: Node, losing: frozenset[BranchId], now: float) -> bool:
+    if not losing or left.id not in world.kv.tree.tips or not _evictable(world, left, now):
+        return False
+    return _held_below(left) == losing
+
+
+def _rankings(world: World) -> Rankings:
+    if world.rankings is None:
+        raise BrokenInvariant("rows were to go outside of a plan")
+    return world.rankings
 
 
 def _victims(world: World, tenant: str | None, now: float) -> Ranking:
     """The tips in the order in which their pages go, all or one tenant's."""
-    victims = (world.rankings or Rankings()).victims
+    victims = _rankings(world).victims
     if tenant not in victims:
         tree = world.kv.tree
         tips = tree.tips if tenant is None else tree.tips_of.get(tenant, {})
@@ -307,7 +306,7 @@ def _victims(world: World, tenant: str | None, now: float) -> Ranking:
 
 def _hosts(world: World, now: float) -> Ranking:
     """The tips of what is on the host alone, in the order in which their slots go."""
-    rankings = world.rankings or Rankings()
+    rankings = _rankings(world)
     if rankings.hosts is None:
         rankings.hosts = Ranking(world.kv.tree.host_tips.values(), partial(_host_key, world, now))
     return rankings.hosts

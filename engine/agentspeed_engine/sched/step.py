@@ -51,7 +51,6 @@ def plan(world: World, now: float) -> StepPlan | None:
     tickets.expire(world, now)
     world.rankings = Rankings()
     prefetch.due(world, now)
-    world.victim = None  # a whole branch goes within one step; by the next one another may be needed later
     run = _Pass(world.config.prefill_chunk, world.config.extend_tokens)
     if len(world.flights) <= world.config.depth:
         _walk(world, run, now)
@@ -394,7 +393,7 @@ def _joins_sibling(world: World, branch: Branch) -> bool:
     if start + page > branch.known - 1:
         return False
     wanted = branch.log.packed(start, start + page)
-    for _, number in world.active:
+    for _, number in world.actives.get(tenant_of(branch.root), ()):
         filler = world.states[number]
         if not isinstance(filler, Prefilling) or filler.branch.root != branch.root:
             continue

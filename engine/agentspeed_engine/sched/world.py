@@ -26,7 +26,7 @@ from agentspeed_engine.kv.branches import (
     Then,
 )
 from agentspeed_engine.kv.owners import Branch, Kv
-from agentspeed_engine.kv.tree import Node, tenant_of
+from agentspeed_engine.kv.tree import tenant_of
 from agentspeed_engine.kv.turns import Turn
 from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.sched.pauses import PauseLaw
@@ -108,7 +108,6 @@ class World:
         """Whom the last pass refused pages of a tenant's quota, so that nothing younger of that tenant entered."""
         self.spent = 0
         """Turns up to this age found no token budget left in the last pass; 0: some was left."""
-        self.victim: Node | None = None
         self.rankings: Rankings | None = None
         """Who loses rows first, while one plan is made; None between plans."""
         self.ignored = 0
