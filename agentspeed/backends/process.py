@@ -185,8 +185,10 @@ def open_socket(path: Path) -> socket.socket:
         peer.connect(str(path))
     except OSError as error:
         peer.close()
-        raise errors.ConnectFailed(f"No engine listens at {path}: {error}.",
-                                   remedy="Start one, or unset AGENTSPEED_ENGINE.") from error
+        attached = bool(os.environ.get(ATTACH)) and Path(os.environ[ATTACH]).resolve() == path.resolve()
+        raise errors.ConnectFailed(
+            f"No engine listens at {path}: {error}.",
+            remedy=f"Start one, or {f'unset {ATTACH}' if attached else 'give the path of another'}.") from error
     return peer
 
 

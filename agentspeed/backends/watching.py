@@ -1,9 +1,12 @@
-"""A watcher's end of a link: it finds running engines and asks for pictures, owns no session, and may block."""
+"""A watcher's end of a link: it finds running engines and asks for pictures, each in a thread; it owns no session."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import socket
+import threading
+import time
 from collections.abc import Container
 from pathlib import Path
 from typing import final
@@ -15,11 +18,6 @@ from agentspeed.backends.faults import public_error
 from agentspeed.backends.process import ATTACH, open_socket
 from agentspeed_engine import wire
 from agentspeed_engine.run import registry
-
-_ANSWER_SECONDS = 5.0
-"""An engine answers between two callbacks of its loop, which never waits for a step."""
-_SOON_SECONDS = 0.2
-"""For one that has not answered before: others are watched meanwhile."""
 
 
 def registry_folder() -> Path:
@@ -37,40 +35,86 @@ def sockets(*, known: Container[Path] = ()) -> list[Path]:
 
 @final
 class Watcher:
-    """One engine watched; `close` it."""
+    """One engine watched in a thread of its own, so that one that hangs holds up nobody; `close` it.
 
-    def __init__(self, path: Path, *, patient: bool = True) -> None:
-        """Raises `ConnectFailed` when nobody listens there, or speaks our protocol, or greets in time: soon, unless
-        `patient`."""
+    A link that is not answered stays open: an engine that goes on answers there, and one that ends closes it."""
+
+    def __init__(self, path: Path, branches: int) -> None:
+        """Asks for the first picture, as `ask` does."""
         self.path = path
-        self._socket = open_socket(path)
-        self._socket.settimeout(_ANSWER_SECONDS if patient else _SOON_SECONDS)
+        self.welcome: wire.Welcome | None = None
+        self.seen: tuple[wire.Picture, wire.Picture | None] | None = None
+        """The newest picture and the one before it."""
+        self.ended: Exception | None = None
+        """Why there will be no more: `EngineDied`; `ConnectFailed` when nobody listens there, or nobody who speaks our
+        protocol; or a bug."""
+        self._branches = branches
+        self._asked_at = time.monotonic()
+        self._wanted = threading.Event()
+        self._answered = threading.Event()
+        self._socket: socket.socket | None = None
         self._inbox = bytearray()
         self._request = 0
+        threading.Thread(target=self._watch, name="agentspeed-watcher", daemon=True).start()
+
+    def ask(self, branches: int) -> None:
+        """For a picture in which at most so many branches are described, unless it still owes one."""
+        if self._answered.is_set() and self.ended is None:
+            self._branches, self._asked_at = branches, time.monotonic()
+            self._answered.clear()
+            self._wanted.set()
+
+    def wait(self, seconds: float) -> None:
+        """Until it has answered, at most so long after it was asked."""
+        _ = self._answered.wait(max(0.0, self._asked_at + seconds - time.monotonic()))
+
+    @property
+    def silent(self) -> float:
+        """Seconds for which it owes an answer."""
+        return 0.0 if self._answered.is_set() else time.monotonic() - self._asked_at
+
+    def close(self) -> None:
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread, which closes it
+
+    # ---- the thread -----------------------------------------------------------------------------------------------
+    def _watch(self) -> None:
+        try:
+            with open_socket(self.path) as self._socket:
+                self.welcome = self._greeted()
+                while True:
+                    picture = self._look()
+                    self.seen = picture, None if self.seen is None else self.seen[0]
+                    self._answered.set()
+                    _ = self._wanted.wait()
+                    self._wanted.clear()
+        except Exception as error:  # noqa: BLE001 - a bug too is told by who reads it, in the main thread
+            self.ended = error
+        finally:
+            self._answered.set()
+
+    def _greeted(self) -> wire.Welcome:
         try:
             welcome = self._ask(wire.Hello(request=self._number(), client="agentspeed top"))
         except errors.EngineDied as error:
-            raise errors.ConnectFailed(f"What listens at {path} did not greet: {error}") from error
+            raise errors.ConnectFailed(f"What listens at {self.path} did not greet: {error}") from error
         if not isinstance(welcome, wire.Welcome):
             raise errors.InternalError(f"The engine answered a greeting with {type(welcome).__name__}.")
-        self._socket.settimeout(_ANSWER_SECONDS)
-        self.welcome = welcome
+        return welcome
 
-    def look(self, branches: int) -> wire.Picture:
-        """At most so many branches described. Raises `EngineDied` when the engine is gone."""
-        picture = self._ask(wire.Look(request=self._number(), branches=branches))
+    def _look(self) -> wire.Picture:
+        picture = self._ask(wire.Look(request=self._number(), branches=self._branches))
         if not isinstance(picture, wire.Picture):
             raise errors.InternalError(f"The engine answered Look with {type(picture).__name__}.")
         return picture
-
-    def close(self) -> None:
-        self._socket.close()
 
     def _number(self) -> int:
         self._request += 1
         return self._request
 
     def _ask(self, command: wire.Command) -> wire.Outgoing:
+        assert self._socket is not None
         try:
             with contextlib.suppress(BrokenPipeError):  # it ended: its last words may still wait to be read
                 self._socket.sendall(wire.encode_command(command))
@@ -80,16 +124,8 @@ class Watcher:
                         raise self._refusal(message)
                     if not isinstance(message, wire.Event) and message.request == command.request:
                         return message
-        except TimeoutError as error:
-            self.close()
-            raise errors.EngineDied(f"The engine at {self.path} has not answered for {_ANSWER_SECONDS:g} s.",
-                                    remedy="It hangs or was stopped; end its process and start another.") from error
         except (OSError, msgspec.DecodeError) as error:
-            self.close()
             raise errors.EngineDied(f"The engine at {self.path} ended: {error}.") from error
-        except errors.AgentspeedError:
-            self.close()
-            raise
 
     def _refusal(self, failed: wire.Failed) -> errors.AgentspeedError:
         """To a watcher an engine that stops, even by a bug of its own, has ended: it is not the watcher's bug."""
@@ -105,6 +141,7 @@ class Watcher:
         return wire.decode_outbox(self._exactly(int.from_bytes(head, "little")))
 
     def _exactly(self, count: int) -> bytes:
+        assert self._socket is not None
         while len(self._inbox) < count:
             data = self._socket.recv(1 << 18)
             if not data:

@@ -38,12 +38,14 @@ _WIDE = 110
 @final
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One engine at one moment; `before` is its last picture, for rates."""
+    """One engine at one moment; `before` is its last picture, for rates. `silent`: seconds for which it has not
+    answered, where that is worth saying; the picture is from before."""
 
     socket: str
     welcome: wire.Welcome
     picture: wire.Picture
     before: wire.Picture | None = None
+    silent: float = 0.0
 
 
 @final
@@ -157,6 +159,8 @@ def _title(frame: Frame) -> Text:
     welcome, counts = frame.welcome, frame.picture.counts
     text = Text(no_wrap=True, overflow="ellipsis")
     _ = text.append(printable(welcome.model), style="bold").append(f"  process {welcome.pid}", style="dim")
+    if frame.silent:
+        _ = text.append(f"  has not answered for {frame.silent:.0f} s", style="red")
     _ = text.append(f"  {_many(counts['sessions'], 'session')}, {_many(counts['branches'], 'branch')}")
     states = [f"{counts[name]} {name}" for name in
               ("held", "queued", "promoting", "prefilling", "decoding", "settling") if counts[name]]
@@ -255,10 +259,10 @@ def as_data(frame: Frame) -> dict[str, Any]:
     welcome = frame.welcome
     picture = frame.picture
     return {
-        "socket": frame.socket, "pid": welcome.pid, "model": welcome.model, "source": welcome.source,
-        "page_tokens": welcome.page_tokens, "clock": picture.clock, "pages": picture.pages, "slots": picture.slots,
-        "counts": picture.counts, "tenants": picture.tenants, "tenant_quota": picture.tenant_quota,
-        "sessions": [_named(session) for session in picture.sessions],
+        "socket": frame.socket, "silent_seconds": frame.silent, "pid": welcome.pid, "model": welcome.model,
+        "source": welcome.source, "page_tokens": welcome.page_tokens, "clock": picture.clock, "pages": picture.pages,
+        "slots": picture.slots, "counts": picture.counts, "tenants": picture.tenants,
+        "tenant_quota": picture.tenant_quota, "sessions": [_named(session) for session in picture.sessions],
     }
 
 

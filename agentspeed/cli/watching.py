@@ -1,10 +1,11 @@
-"""What `agentspeed top` does: finds engines, looks at them once or each second, and survives their end."""
+"""What `agentspeed top` does: finds engines, looks at them once or each second, and survives their hanging and end."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import final
 
@@ -16,6 +17,7 @@ from rich.text import Text
 from agentspeed import errors
 from agentspeed.backends import watching
 from agentspeed.cli.picturing import Frame, as_data, drawn, shares
+from agentspeed.cli.plain import printable
 
 EXIT_GONE = 3
 """Every engine that was watched has ended."""
@@ -23,6 +25,12 @@ _LINES_AROUND = 7
 """Of an engine's block, beside its branches."""
 _SECONDS = 1.0
 _AGAIN_SECONDS = 2.0
+_SOON_SECONDS = 0.5
+"""An engine answers between two callbacks of its loop, which never waits for a step: a frame waits no longer for it."""
+_START_SECONDS = (_SOON_SECONDS, 1.0, 2.0, 5.0)
+"""Until one answers, at the start: later ones are for a machine that is busy."""
+_SILENT_SECONDS = 1.0
+"""From then on it is said that an engine does not answer."""
 _REMEDY = "Start one (a session, or `python -m agentspeed_engine.run`), or give the path of its socket."
 
 
@@ -38,54 +46,62 @@ class Top:
         self._console = console or Console()
         self._seconds = seconds
         self._watchers: dict[Path, watching.Watcher] = {}
-        self._last: dict[Path, Frame] = {}
         self._ended: dict[Path, str] = {}
         """What was said of engines that ended meanwhile, or could not be watched."""
         self._again: dict[Path, float] = {}
-        """When to try them again: one may have hung, another may have been started at the same socket."""
+        """When to try them again: another may have been started at the same socket."""
 
     def once(self) -> None:
         """One frame. Raises `ConnectFailed` when there is no engine that answers."""
         try:
-            self._print(self._found())
+            self._print(self._found(_START_SECONDS[-1:]))
+            self._tell()
         finally:
             self._close()
-        self._tell_ended()
 
     def watch(self) -> int:
-        """Frames until Ctrl-C (0), or until every engine watched has ended (3). Raises `ConnectFailed` when there is
-        none at the start."""
+        """Frames until Ctrl-C (0), or until every engine watched has ended (3). Raises `ConnectFailed` when none
+        answers at the start."""
         try:
-            frames = self._found()
+            frames = self._on_time(self._found(_START_SECONDS))
             if self._as_json or not self._console.is_terminal or self._console.is_dumb_terminal:
-                while frames:
-                    self._print(frames)
-                    time.sleep(self._seconds)
-                    frames = self._frames()
+                for frame in frames:
+                    self._print(frame)
             else:
-                self._live(frames)
+                with Live(console=self._console, screen=True, auto_refresh=False) as live:
+                    for frame in frames:
+                        live.update(self._screenful(frame), refresh=True)
+            self._tell()
         except KeyboardInterrupt:
             return 0
         finally:
             self._close()
-        self._tell_ended()
         return EXIT_GONE
 
-    def _tell_ended(self) -> None:
-        for said in self._ended.values():
-            print(said, file=sys.stderr)
+    def _on_time(self, frames: list[Frame]) -> Iterator[list[Frame]]:
+        """Frame after frame until every engine has ended; one that only hangs holds up none."""
+        due = time.monotonic()
+        while self._watchers:
+            yield frames
+            due = max(due + self._seconds, time.monotonic())
+            time.sleep(max(0.0, due - time.monotonic()))
+            frames = self._frames(_SOON_SECONDS)
 
-    def _live(self, frames: list[Frame]) -> None:
-        with Live(console=self._console, screen=True, auto_refresh=False) as live:
-            while frames:
-                live.update(self._screenful(frames), refresh=True)
-                time.sleep(self._seconds)
-                frames = self._frames()
+    def _notes(self) -> list[str]:
+        """Of engines of which there is nothing to draw."""
+        mute = [f"What listens at {path} has not answered for {watcher.silent:.0f} s."
+                for path, watcher in self._watchers.items()
+                if watcher.seen is None and watcher.silent >= _SILENT_SECONDS]
+        return [printable(note) for note in (*self._ended.values(), *mute)]
+
+    def _tell(self) -> None:
+        for note in self._notes():
+            print(note, file=sys.stderr)
 
     def _screenful(self, frames: list[Frame]) -> Group:
         """Every engine has its share of the lines; notes and hint are always there."""
         console = self._console
-        notes = [Text(said, style="red") for said in list(self._ended.values())[-3:]]
+        notes = [Text(note, style="red") for note in self._notes()[-3:]]
         below = console.render_lines(Group(*notes, Text("Ctrl-C ends", style="dim")), pad=False)
         blocks = [console.render_lines(drawn(frame, console.width), pad=False) for frame in frames]
         lines: list[list[Segment]] = []
@@ -97,43 +113,43 @@ class Top:
                 lines.append([Segment(f"… {len(block) - share + 1} lines more of this engine")])
         return Group(*(Segments([*line, Segment.line()]) for line in [*lines, *below]))
 
-    def _found(self) -> list[Frame]:
-        frames = self._frames()
-        if not frames:
-            if self._ended:  # each says what to do
-                raise errors.ConnectFailed(" ".join(self._ended.values()))
-            raise errors.ConnectFailed("No engine of yours is running.", remedy=_REMEDY)
-        return frames
+    def _found(self, patience: Sequence[float]) -> list[Frame]:
+        """The first frames: what there is once some engine has answered."""
+        for seconds in patience:
+            if frames := self._frames(seconds):
+                return frames
+        if notes := self._notes():  # each says what to do
+            raise errors.ConnectFailed(" ".join(notes))
+        raise errors.ConnectFailed("No engine of yours is running.", remedy=_REMEDY)
 
-    def _frames(self) -> list[Frame]:
-        """Everyone who answers. Who does not is remembered in `_ended`, and asked again after a while."""
+    def _frames(self, patience: float) -> list[Frame]:
+        """Everyone of whom there is a picture, which is an old one where the answer did not come within `patience`."""
         self._connect()
-        frames: list[Frame] = []
+        for watcher in self._watchers.values():
+            watcher.ask(self._most())
         for path, watcher in list(self._watchers.items()):
-            try:
-                picture = watcher.look(self._most())
-            except (errors.EngineDied, errors.ConnectFailed) as death:
-                del self._watchers[path]
-                self._again[path] = time.monotonic() + _AGAIN_SECONDS
-                self._ended[path] = f"{watcher.welcome.model}, process {watcher.welcome.pid}: {death}"
-                continue
-            before = self._last.get(path)
-            frames.append(Frame(str(path), watcher.welcome, picture, None if before is None else before.picture))
-        self._last = {Path(frame.socket): frame for frame in frames}
-        return frames
+            watcher.wait(patience)
+            if watcher.ended is not None:
+                self._lost(path, watcher, watcher.ended)
+            elif watcher.welcome is not None:
+                _ = self._ended.pop(path, None)
+        return [frame for watcher in self._watchers.values() if (frame := _frame_of(watcher)) is not None]
+
+    def _lost(self, path: Path, watcher: watching.Watcher, why: Exception) -> None:
+        if not isinstance(why, errors.EngineDied | errors.ConnectFailed):
+            raise why
+        del self._watchers[path]
+        self._again[path] = time.monotonic() + _AGAIN_SECONDS
+        if watcher.welcome is not None:
+            self._ended[path] = f"{watcher.welcome.model}, process {watcher.welcome.pid}: {why}"
+        else:
+            _ = self._ended.setdefault(path, str(why))  # what ended before it says more than that it is not back
 
     def _connect(self) -> None:
         paths = [self._socket] if self._socket is not None else watching.sockets(known=self._watchers)
         for path in paths:
-            if path in self._watchers or time.monotonic() < self._again.get(path, 0.0):
-                continue
-            try:
-                self._watchers[path] = watching.Watcher(path, patient=path not in self._ended)
-            except (errors.EngineDied, errors.ConnectFailed) as error:
-                self._again[path] = time.monotonic() + _AGAIN_SECONDS
-                _ = self._ended.setdefault(path, str(error))
-            else:
-                _ = self._ended.pop(path, None)
+            if path not in self._watchers and time.monotonic() >= self._again.get(path, 0.0):
+                self._watchers[path] = watching.Watcher(path, self._most())
 
     def _most(self) -> int:
         """Branches to ask of each engine: what was wanted, or what the screen has room for."""
@@ -145,7 +161,7 @@ class Top:
 
     def _print(self, frames: list[Frame]) -> None:
         if self._as_json:
-            print(json.dumps({"engines": [as_data(frame) for frame in frames]}), flush=True)
+            print(json.dumps({"engines": [as_data(frame) for frame in frames], "notes": self._notes()}), flush=True)
         else:
             self._console.print(*(drawn(frame, self._console.width) for frame in frames))
 
@@ -153,3 +169,12 @@ class Top:
         for watcher in self._watchers.values():
             watcher.close()
         self._watchers.clear()
+
+
+def _frame_of(watcher: watching.Watcher) -> Frame | None:
+    if watcher.welcome is None or watcher.seen is None:
+        return None
+    (picture, before), silent = watcher.seen, watcher.silent
+    if silent < _SILENT_SECONDS:
+        return Frame(str(watcher.path), watcher.welcome, picture, before)
+    return Frame(str(watcher.path), watcher.welcome, picture, silent=silent)

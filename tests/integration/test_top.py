@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,7 @@ def test_without_an_engine_it_says_so_and_ends_with_status_2(place: Path) -> Non
 def test_a_socket_nobody_listens_at_is_named(tmp_path: Path, place: Path) -> None:
     done = top("--once", str(tmp_path / "none.sock"))
     assert done.returncode == 2
-    assert "none.sock" in done.stderr
+    assert "none.sock" in done.stderr and "AGENTSPEED_ENGINE" not in done.stderr
 
 
 def test_every_engine_of_the_user_is_found_and_killed_ones_are_forgotten(tmp_path: Path, place: Path) -> None:
@@ -178,6 +179,8 @@ def test_the_engine_it_is_told_to_attach_to_is_found_too(running: EngineProcess,
     monkeypatch.setenv("AGENTSPEED_RUNTIME_DIR", str(tmp_path / "empty"))
     monkeypatch.setenv("AGENTSPEED_ENGINE", str(running.path))
     assert shown()["pid"] == running.pid
+    monkeypatch.setenv("AGENTSPEED_ENGINE", str(tmp_path / "none.sock"))
+    assert "unset AGENTSPEED_ENGINE" in top("--once").stderr
 
 
 def test_an_engine_killed_while_it_is_watched_ends_the_watch_with_status_3(running: EngineProcess) -> None:
@@ -192,14 +195,74 @@ def test_an_engine_killed_while_it_is_watched_ends_the_watch_with_status_3(runni
     assert "Traceback" not in said
 
 
-def test_a_stopped_engine_does_not_hang_the_watch(running: EngineProcess) -> None:
-    os.kill(running.pid, signal.SIGSTOP)
+@contextmanager
+def stopped(process: EngineProcess) -> Iterator[None]:
+    """It hangs, and lives."""
+    os.kill(process.pid, signal.SIGSTOP)
     try:
-        done = top("--once", str(running.path))
+        yield
     finally:
-        os.kill(running.pid, signal.SIGCONT)
+        os.kill(process.pid, signal.SIGCONT)
+
+
+@contextmanager
+def watched(*arguments: str) -> Iterator[Callable[[], dict[str, Any]]]:
+    """What `top --json` writes, frame by frame."""
+    with subprocess.Popen([*COMMAND, "--json", *arguments], stdout=subprocess.PIPE, text=True,
+                          env=environment()) as watch:
+        lines = watch.stdout
+        assert lines is not None
+        yield lambda: json.loads(lines.readline())
+        assert watch.poll() is None
+        watch.send_signal(signal.SIGINT)
+        assert watch.wait(20) == 0
+
+
+def test_an_engine_that_does_not_answer_at_the_start_is_named(running: EngineProcess) -> None:
+    with stopped(running):
+        done = top("--once", str(running.path))
     assert done.returncode == 2
-    assert "has not answered" in done.stderr
+    assert f"{running.path} has not answered for 5 s" in done.stderr
+
+
+def test_an_engine_that_hangs_keeps_its_last_picture_and_neither_ends_nor_delays_the_watch(tmp_path: Path,
+                                                                                           place: Path) -> None:
+    with engine(tmp_path / "a", **OPTIONS) as hung, engine(tmp_path / "b", **OPTIONS) as well, watched() as frame:
+        assert {one["silent_seconds"] for one in frame()["engines"]} == {0.0}
+        with stopped(hung):
+            _ = frame()
+            clocks: dict[int, list[float]] = {hung.pid: [], well.pid: []}
+            silent = 0.0
+            for _ in range(8):
+                for one in frame()["engines"]:
+                    clocks[one["pid"]].append(one["clock"])
+                    silent = max(silent, one["silent_seconds"])
+        assert len(set(clocks[hung.pid][2:])) == 1 and silent > 6.0
+        assert len(clocks[well.pid]) == 8
+        assert max(later - earlier for earlier, later in pairwise(clocks[well.pid])) < 2.5
+        after = [one for _ in range(4) for one in frame()["engines"] if one["pid"] == hung.pid]
+        assert after[-1]["silent_seconds"] == 0.0 and after[-1]["clock"] > clocks[hung.pid][-1]
+
+
+def test_a_watch_of_one_engine_alone_outlives_its_hanging(running: EngineProcess) -> None:
+    with watched(str(running.path)) as frame:
+        _ = frame()
+        with stopped(running):
+            while (one := frame()["engines"][0])["silent_seconds"] < 7.0:
+                pass
+        while one["silent_seconds"]:
+            (one,) = frame()["engines"]
+        assert one["pid"] == running.pid
+
+
+def test_a_hanging_engine_that_was_never_seen_is_named_beside_the_others(tmp_path: Path, place: Path) -> None:
+    with engine(tmp_path / "a", **OPTIONS) as hung, engine(tmp_path / "b", **OPTIONS) as well, stopped(hung), \
+            watched() as frame:
+        first = frame()
+        assert [one["pid"] for one in first["engines"]] == [well.pid]
+        while not (notes := frame()["notes"]):
+            pass
+        assert f"{hung.path} has not answered for " in notes[0]
 
 
 def test_in_a_terminal_it_refreshes_and_ctrl_c_ends_it_cleanly(running: EngineProcess) -> None:
@@ -261,7 +324,7 @@ def test_an_engine_that_comes_back_is_watched_again(tmp_path: Path, place: Path)
             _ = watch.until(f"process {second.pid}")
             os.kill(second.pid, signal.SIGSTOP)
             try:
-                _ = watch.until("stopped;")
+                _ = watch.until("has not answered for 2 s")
             finally:
                 os.kill(second.pid, signal.SIGCONT)
             _ = watch.until(f"process {second.pid}  ")

@@ -144,6 +144,11 @@ def test_rates_come_from_two_pictures() -> None:
     assert "100 steps  1000 tokens drawn" in text_of(Frame("s", WELCOME, before))
 
 
+def test_an_engine_that_does_not_answer_is_marked_where_the_title_is_never_cut() -> None:
+    text = text_of(Frame("s", WELCOME, picture(session(branch(1)), held=1), silent=12.3), 60)
+    assert text.splitlines()[0].startswith("nano  process 77  has not answered for 12 s")
+
+
 def test_programs_get_every_value_by_name() -> None:
     lease = wire.Lease(keep="soft", until=51.0, seconds=9.0, residence=wire.Residence(device=320), why="asked")
     data = json.loads(json.dumps(as_data(Frame("s", WELCOME, picture(session(branch(1, lease=lease)))))))
