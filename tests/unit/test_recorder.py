@@ -265,6 +265,29 @@ def test_inputs_larger_than_the_bound_leave_a_gap_that_the_replay_names(tmp_path
     assert [("missing" in note) for note in replay.notes] == [True]
 
 
+@pytest.mark.parametrize(("gone", "told"), [((1,), "segment 000003 is missing"),
+                                            ((1, 2), "segments 000003 to 000004 are missing")])
+def test_segments_missing_in_the_middle_are_named_after_the_steps_before_them(tmp_path: Path, gone: tuple[int, ...],
+                                                                              told: str) -> None:
+    run = RecordedRun(tmp_path)
+    for _ in range(5):
+        run.life(1)
+        run.tape.begin_segment()
+    run.tape.close()
+    segments(run.path)[0].unlink()  # the oldest goes in a long run
+    left = segments(run.path)
+    before = sum(1 for _ in Replay(left[0]).steps())
+    for place in gone:
+        left[place].unlink()
+    steps = 0
+    with pytest.raises(EngineFault, match=told) as refused:
+        for _ in Replay(run.path).steps():
+            steps += 1
+    assert (refused.value.code, steps) == ("invalid_request", before)
+    assert "can be replayed by itself" in refused.value.remedy
+    _ = replayed(left[3])
+
+
 def test_a_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path: Path) -> None:
     _ = (tmp_path / "file").write_text("")
     core = Core(CoreConfig(pages=9, context_limit=8, vocab_size=9, page_tokens=4))

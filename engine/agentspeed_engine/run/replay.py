@@ -138,12 +138,18 @@ class Replay:
 
     def steps(self) -> Iterator[Step]:
         """Every recorded step. Raises `ReplayDiffers`, and `EngineFault` where the recording is damaged."""
+        expected = 0
         for place, path in enumerate(self._segments):
             last = place == len(self._segments) - 1
             if last and place and _is_torn_head(path):
                 self.notes.append(f"{path.name} was cut off before its state was whole; nothing of it is replayed")
                 return
             segment = _Segment(path)
+            number = segment.header.segment
+            if place and number != expected:
+                until = f"s {expected:06d} to {number - 1:06d} are" if number > expected + 1 else f" {expected:06d} is"
+                raise _refused(path.parent, f"segment{until} missing", _OTHERS)
+            expected = number + 1
             self._go_on(segment, follows=place > 0)
             yield from self._replayed(segment, last)
         if not self._ended and not self.notes and self._whole:
