@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import time
 from collections import Counter
@@ -17,13 +18,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
     parser.add_argument("workloads", nargs="*", help=f"names or .toml files; all of {', '.join(names())} when left out")
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
-    parser.add_argument("--seeds", type=int, default=20, help="how many seeds")
+    parser.add_argument("--seeds", type=_count, default=20, help="how many seeds")
     parser.add_argument("--marks", action="store_true", help="print every mark with its count")
     parser.add_argument("--every", choices=FAULT_KINDS, metavar="FAULT", help="instead of the workload's own faults: "
                         f"one run for each point at which this one may strike ({', '.join(FAULT_KINDS)})")
     options = parser.parse_args(arguments)
+    asked = options.workloads or names()
     try:
-        workloads = [load(name) for name in options.workloads or names()]
+        workloads = [load(name) for name in asked]
     except WorkloadError as error:
         print(error, file=sys.stderr)
         return 2
@@ -32,18 +34,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1 if any(failures) else 0
     marks: Counter[str] = Counter()
     failed = False
-    for workload in workloads:
+    for name, workload in zip(asked, workloads, strict=True):
         started = time.monotonic()
         report = run_seeds(workload, range(options.seed, options.seed + options.seeds))
         marks.update(report.marks)
-        failed |= _told(report, time.monotonic() - started)
+        failed |= _told(name, report, time.monotonic() - started)
     if options.marks:
         for mark, why in MARKS.items():
             print(f"  {marks[mark]:7}  {mark:28} {why}")
-    unseen = [mark for mark in MARKS if not marks[mark]]
-    print(f"{len(MARKS) - len(unseen)} of {len(MARKS)} marks hit"
-          + (f"; never: {', '.join(unseen)}" if unseen else ""))
+    if options.marks or not options.workloads:
+        unseen = [mark for mark in MARKS if not marks[mark]]
+        print(f"{len(MARKS) - len(unseen)} of {len(MARKS)} marks hit"
+              + (f"; never: {', '.join(unseen)}" if unseen else ""))
     return 1 if failed else 0
+
+
+def _count(text: str) -> int:
+    """A run of no seeds finds nothing, and would say so as a success."""
+    if not text.isascii() or not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
 
 
 def _at_every_point(workload: Workload, seed: int, kind: str) -> bool:
@@ -58,14 +68,14 @@ def _at_every_point(workload: Workload, seed: int, kind: str) -> bool:
     return failures > 0
 
 
-def _told(report: Report, seconds: float) -> bool:
-    """Prints what came of one workload; True when it failed."""
+def _told(asked: str, report: Report, seconds: float) -> bool:
+    """Prints what came of one workload, by the name or path it was asked for with; True when it failed."""
     faults = ", ".join(f"{kind} {count}" for kind, count in sorted(report.faults.items())) or "no faults"
     print(f"{report.workload.name:26} {report.outcomes:4} seeds {report.turns:7} turns {report.events:8} events "
           f"{report.compared:6} compared  longest turn {report.longest_turn:6.1f} s  {faults}  ({seconds:.1f} s)")
     for outcome in report.failures:
         print(f"FAILED: {outcome}")
-        print(f"again: python -m tests.simulation {outcome.workload} --seed {outcome.seed} --seeds 1")
+        print(f"again: python -m tests.simulation {shlex.quote(asked)} --seed {outcome.seed} --seeds 1")
     missed = [] if report.failures else [*report.never_hit(), *report.never_struck()]
     if missed:
         print(f"FAILED: {report.workload.name} never reached: {', '.join(missed)} (give it more seeds)")

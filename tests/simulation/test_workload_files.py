@@ -42,6 +42,7 @@ def test_a_number_is_a_span_of_itself() -> None:
     ("pages = 24", "pages = 4", "engine", "Give more pages"),
     ("pages = 24\n", "", "engine.pages", "Add it"),
     ("pages = 24", "pages = 24\npolicy = 'chance'", "engine", "One of: "),
+    ("pages = 24", "pages = 24\npolicy = 'pin'", "engine.policy", "One of: next_use"),
     ("[engine]", "[engin]", "engin", "Do you mean 'engine'?"),
     ("pause = 0.5", "pause = [3, 1]", "agents[0].pause", "0 <= low <= high"),
     ("pause = 0.5", "pause = [1, 2, 3]", "agents[0].pause", "[low, high]"),
@@ -51,6 +52,7 @@ def test_a_number_is_a_span_of_itself() -> None:
     ('kind = "abort"', 'kind = "aborts"', "faults[0].kind", "One of: abort"),
     ("rate = 0.1", "rate = 2", "faults[0].rate", "Give 0 to 1"),
     ("rate = 0.1", "at = 3", "faults[0].at", "Give: tuple"),
+    ("rate = 0.1", "rate = 0.1\nat = [3]", "faults[0].at", "another [[faults]] table"),
     ("rate = 0.1", "most = -1", "faults[0].most", "Give 0 or more"),
     ('why = "A test."', 'why = "A test."\nfaults = 3', "(syntax)", "Correct that line"),
     ('why = "A test."', 'why = "A test."\nexpect = 3', "expect", "Write [expect]"),
@@ -95,6 +97,39 @@ def test_the_command_runs_a_file_and_counts_what_it_saw(tmp_path: Path, capsys: 
 def test_the_command_refuses_a_bad_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["nowhere.toml"]) == 2
     assert "nowhere.toml: (file)" in capsys.readouterr().err
+
+
+def test_a_file_in_another_encoding_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "latin.toml"
+    path.write_text(GOOD.replace("A test", "Être"), encoding="latin-1")
+    assert main([str(path)]) == 2
+    assert "latin.toml: (file): This is not UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seeds", ["0", "-1", "x"])
+def test_a_run_of_no_seeds_is_refused(seeds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        _ = main(["tiny", "--seeds", seeds])
+    assert refused.value.code == 2
+    assert "is no whole number above 0" in capsys.readouterr().err
+
+
+def test_marks_are_counted_when_asked_for_and_not_after_a_single_workload(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(GOOD, encoding="utf-8")
+    assert main([str(path), "--seeds", "1"]) == 0
+    assert "marks hit" not in capsys.readouterr().out
+
+
+def test_a_failing_file_is_run_again_by_its_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shipped = Path(__file__).parent / "workloads" / "abort-while-finishing.toml"
+    path = tmp_path / "my own.toml"
+    path.write_text(shipped.read_text(encoding="utf-8"), encoding="utf-8")
+    with without_settling():
+        assert main([str(path), "--seed", "3", "--seeds", "5"]) == 1
+    assert f"again: python -m tests.simulation '{path}' --seed 3 --seeds 1" in capsys.readouterr().out
 
 
 def test_a_failure_shows_its_seed_and_the_last_events(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, final
 
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.sched.config import CoreConfig
+from agentspeed_engine.sched.policy import POLICIES
 from tests.simulation.marks import MARKS
 
 FOLDER = Path(__file__).parent / "workloads"
@@ -23,6 +24,8 @@ FAULT_KINDS = (
     "engine_killed", "turn_refused",
 )
 KEEPS = ("none", "soft", "firm")
+_WEDGES = "pin"
+"""The policy that keeps what it keeps for ever: only benchmarks compare with it."""
 
 T = TypeVar("T")
 
@@ -177,7 +180,11 @@ def load(name_or_path: str) -> Workload:
     path = Path(name_or_path) if name_or_path.endswith(".toml") else FOLDER / f"{name_or_path}.toml"
     if not path.is_file():
         raise WorkloadError(path.name, "(file)", "There is no such workload.", f"One of: {', '.join(names())}.")
-    return parsed(path.read_text(encoding="utf-8"), path.name)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise WorkloadError(path.name, "(file)", f"This is not UTF-8: {error}.", "Save it as UTF-8.") from error
+    return parsed(text, path.name)
 
 
 def parsed(text: str, file: str) -> Workload:
@@ -278,8 +285,14 @@ class _Reader:
             self.one_of(fault.kind, FAULT_KINDS, f"faults[{index}].kind")
             if not 0 <= fault.rate <= 1:
                 raise self.wrong(f"faults[{index}].rate", f"{fault.rate} is no chance.", "Give 0 to 1.")
+            if fault.rate and fault.at:
+                raise self.wrong(f"faults[{index}].at", "There is a rate too.",
+                                 "Give one of them, or another [[faults]] table for the other.")
         for index, mark in enumerate(workload.expect.marks):
             self.one_of(mark, tuple(MARKS), f"expect.marks[{index}]")
+        if workload.engine.policy == _WEDGES:
+            raise self.wrong("engine.policy", f"{_WEDGES!r} can wedge the pool.",
+                             f"One of: {', '.join(name for name in POLICIES if name != _WEDGES)}.")
         try:
             workload.engine.config().check()
         except EngineFault as fault:
