@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import ValuesView
+
 from agentspeed_engine import wire
-from tests.scheduled import Scheduled
+from agentspeed_engine.ids import BranchId
+from agentspeed_engine.kv.owners import Branch
+from agentspeed_engine.sched.packing import packed, unpacked
+from agentspeed_engine.sched.veil import Clear
+from tests.scheduled import LINK, Scheduled
 
 
 def closed(scheduled: Scheduled, branch: int) -> None:
@@ -48,3 +54,74 @@ def test_an_engine_forgets_the_roots_of_private_sessions() -> None:
         _ = scheduled.turn(branch, [1, 2, 3])
         closed(scheduled, branch)
     assert len(scheduled.core.world.kv.tree.roots) == 0
+
+
+class LookedAt(dict[BranchId, Branch]):
+    """Counts the branches that are gone through."""
+
+    count = 0
+
+    def values(self) -> ValuesView[Branch]:
+        self.count += len(self)
+        return super().values()
+
+
+def test_the_end_of_a_private_branch_looks_at_no_other_branch() -> None:
+    scheduled = Scheduled(pages=60, max_sessions=50)
+    for first in range(20):
+        branch = scheduled.open([first, first + 1, first + 2, first + 3], private=True)
+        assert isinstance(scheduled.send(wire.Fork(request=1, branch=branch, n=2)), wire.Forked)
+    branches = scheduled.core.world.kv.branches = LookedAt(scheduled.core.world.kv.branches)
+    _ = scheduled.core.drop_link(LINK, 0.0)
+    assert branches.count == 0
+    assert scheduled.core.counts()["branches"] == 0
+    scheduled.core.check()
+
+
+def private_family() -> tuple[Scheduled, int, int]:
+    """A private session with rows that nobody refers to, and a child of it."""
+    scheduled = Scheduled()
+    trunk = scheduled.open(private=True)
+    _ = scheduled.turn(trunk, range(1, 14), most=3)
+    forked = scheduled.send(wire.Fork(request=1, branch=trunk, n=1))
+    assert isinstance(forked, wire.Forked)
+    child = forked.branches[0]
+    scheduled.logs[child] = list(scheduled.logs[trunk])
+    for branch in (trunk, child):
+        assert isinstance(scheduled.send(wire.Rewind(request=1, branch=branch, tokens=5)), wire.Done)
+        del scheduled.logs[branch][5:]
+    return scheduled, trunk, child
+
+
+def test_rows_of_a_private_session_stay_until_its_last_branch_ends() -> None:
+    scheduled, trunk, child = private_family()
+    closed(scheduled, trunk)
+    scheduled.core.check()
+    assert scheduled.core.counts()["nodes"] > 0
+    closed(scheduled, child)
+    assert scheduled.core.counts()["nodes"] == 0
+
+
+def test_an_adopted_child_is_a_branch_less_of_its_private_session() -> None:
+    scheduled, trunk, _ = private_family()
+    child = scheduled.send(wire.Fork(request=1, branch=trunk, n=1))
+    assert isinstance(child, wire.Forked)
+    assert isinstance(scheduled.send(wire.Adopt(request=1, branch=trunk, child=child.branches[0])), wire.Done)
+    scheduled.core.check()
+    assert list(scheduled.core.world.kv.private.values()) == [2]
+    _ = scheduled.core.drop_link(LINK, 0.0)
+    assert scheduled.core.counts()["nodes"] == 0
+
+
+def test_a_private_session_ends_whole_after_its_engine_was_put_back_or_replayed() -> None:
+    scheduled, trunk, child = private_family()
+    core = scheduled.core
+    taken = core.snapshot()
+    recorded = unpacked(packed(core.world, Clear()), core.config)
+    for world in (taken, recorded):
+        core.restore(world)
+        core.check()
+        for branch in (trunk, child):
+            closed(scheduled, branch)
+        assert core.counts()["nodes"] == 0
+        assert core.world.kv.private == {}

@@ -103,7 +103,6 @@ class Held:
         branch.serial = max(branch.serial, other.serial)
         branch.moves += 1
         kv.settle_on(branch, other.leaf, other.seed, other.seed_rows)
-        other.private = False  # its rows are the trunk's now
         kv.release(other, now)
         return Held(branch), Closed(other.id)
 
@@ -360,7 +359,7 @@ def _born(kv: Kv, parent: Branch, children: tuple[BranchId, ...]) -> tuple[Held,
             lost_why=parent.lost_why, serial=parent.serial, child_index=_child_index(parent.child_index, parent.forks),
             trunk=(parent.id, parent.moves), rested_at=parent.rested_at,
         )
-        kv.branches[number] = child
+        kv.join(child)
         kv.settle_on(child, parent.leaf, parent.seed, parent.seed_rows)
         born.append(Held(child))
     return tuple(born)

@@ -20,6 +20,9 @@ def check(kv: Kv, states: Mapping[BranchId, BranchState]) -> None:
     _nodes_are_sound(kv, states)
     for number, state in states.items():
         _branch_is_sound(kv, number, state)
+    private = Counter(branch.session for branch in kv.branches.values() if branch.private)
+    if private != kv.private:
+        raise BrokenInvariant(f"private sessions have {dict(private)} branches and are counted {kv.private}")
     active = {n for n, state in states.items() if isinstance(state, Promoting | Prefilling | Decoding | Settling)}
     if set(kv.rooms) != active:
         raise BrokenInvariant("(3) a branch at rest has room")

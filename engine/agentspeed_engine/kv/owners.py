@@ -14,7 +14,7 @@ from agentspeed_engine.kv.log import Log
 from agentspeed_engine.kv.nodes import Both, Device, Host
 from agentspeed_engine.kv.pool import Pool
 from agentspeed_engine.kv.runs import NodeRun, PageCopy
-from agentspeed_engine.kv.tree import Match, Node, RootKey, Tree, subtree, tenant_of, upward
+from agentspeed_engine.kv.tree import Match, Node, RootKey, Tree, session_of, subtree, tenant_of, upward
 
 
 @final
@@ -91,6 +91,8 @@ class Kv:
         self.pages: Pool[PageId] = Pool([PageId(number) for number in range(pages)])
         self.branches: dict[BranchId, Branch] = {}
         """Every branch that is not closed."""
+        self.private: dict[SessionId, int] = {}
+        """How many of them each private session has: with the last one its rows end."""
         self.rooms: dict[BranchId, Room] = {}
         """The rooms of active branches, for what a split must tell them. Entries come and go with pins."""
         self.moved: set[BranchId] = set()
@@ -98,6 +100,12 @@ class Kv:
         self.tree = Tree(page_tokens, self._reshaped)
 
     # ---- branches at rest -----------------------------------------------------------------------------------------
+    def join(self, branch: Branch) -> None:
+        """A branch begins; `release` is its end."""
+        self.branches[branch.id] = branch
+        if branch.private:
+            self.private[branch.session] = self.private.get(branch.session, 0) + 1
+
     def settle_on(self, branch: Branch, leaf: Node, seed: Node | None, rows: int) -> None:
         """Moves the leaf and seed references."""
         branch.leaf.leaf_of.discard(branch.id)
@@ -157,9 +165,12 @@ class Kv:
             ends.insert(0, branch.seed)
             branch.seed, branch.seed_rows = None, 0
         if branch.private:
+            self.private[branch.session] -= 1
+            if not self.private[branch.session]:
+                del self.private[branch.session]
             for end in ends:
                 self._drop_unreferenced(end)
-            self.drop_private(branch.root, branch)
+            self.drop_private(branch.root)
         for node in upward(branch.leaf):
             node.used = now
         self.tree.forget_root(branch.leaf)
@@ -171,11 +182,11 @@ class Kv:
                 return  # a copy is in flight: it goes when that ends
             node = self.drop(node)
 
-    def drop_private(self, key: RootKey, ending: Branch | None = None) -> None:
+    def drop_private(self, key: RootKey) -> None:
         """With the last branch of a private root all its rows end, also those a branch went back from; what is being
         copied ends with its copy."""
         root = self.tree.roots.get(key)
-        if root is None or any(other.root == key for other in self.branches.values() if other is not ending):
+        if root is None or session_of(key) in self.private:
             return
         for node in reversed(list(subtree(root))):
             if not node.referenced and isinstance(node.state, Device | Both | Host):

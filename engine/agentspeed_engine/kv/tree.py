@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeAlias, final
 
 from agentspeed_engine.errors import BrokenInvariant
-from agentspeed_engine.ids import BranchId, NodeId, PageId, TicketId, pages_for
+from agentspeed_engine.ids import BranchId, NodeId, PageId, SessionId, TicketId, pages_for
 from agentspeed_engine.kv.nodes import Both, Device, Host, Loading, NodeState, Saving
 from agentspeed_engine.kv.runs import NodeRun
 
@@ -379,6 +379,12 @@ def subtree(top: Node) -> Iterator[Node]:
 def tenant_of(key: RootKey) -> str:
     """Whose rows hang below a root."""
     return key[2].partition("\0")[0]
+
+
+def session_of(key: RootKey) -> SessionId | None:
+    """The private session that alone has rows below a root; None for a root that a tenant's sessions share."""
+    number = key[2].partition("\0")[2]
+    return SessionId(int(number)) if number else None
 
 
 def _below(node: Node) -> Iterator[Node]:

@@ -102,8 +102,9 @@ def _flights(world: World) -> Any:
 
 
 def _sessions(world: World) -> Any:
-    return [(number, session.link, session.orphaned, sorted(session.branches))
-            for number, session in world.sessions.items()]
+    sessions = [(number, session.link, session.orphaned, sorted(session.branches))
+                for number, session in world.sessions.items()]
+    return sessions, list(world.kv.private.items())
 
 
 def _waits(world: World) -> Any:

@@ -75,7 +75,7 @@ def open_session(world: World, link: LinkId, command: Open, now: float) -> None:
                     computed=min(command.computed, len(ids)),
                     lost_why="the engine was started anew" if command.computed else "")
     branch.leaf.leaf_of.add(number)
-    world.kv.branches[number] = branch
+    world.kv.join(branch)
     world.kv.open_at(branch)
     world.sessions[SessionId(number)] = Session(link, command.tenant, {number})
     world.rest(Held(branch))
