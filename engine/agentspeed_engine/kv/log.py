@@ -7,20 +7,24 @@ from collections.abc import Sequence
 from typing import final
 
 _MAX_DEPTH = 24
-"""Parts a log may chain before it is flattened: forks of forks must not make reading slow."""
+"""Parts a log may chain before those below are made one: forks of forks must not make reading slow."""
 
 
 @final
 class _Part:
     """Ids [start, start + len(ids)) of every log that reaches here through `base`."""
 
-    __slots__ = ("base", "depth", "ids", "start")
+    __slots__ = ("base", "ids", "start")
 
     def __init__(self, base: _Part | None, start: int, ids: array[int]) -> None:
         self.base = base
         self.start = start
         self.ids = ids
-        self.depth: int = 0 if base is None else base.depth + 1
+
+    def flatten(self) -> None:
+        """Takes in the ids below it. All who reach here share the result, and to none of them does an id change."""
+        self.ids = _read(self, 0, self.start + len(self.ids))
+        self.base, self.start = None, 0
 
 
 @final
@@ -40,52 +44,62 @@ class Log:
         """Ids at the end. Shared parts stay as they are."""
         part = self._part
         if part.start + len(part.ids) != self._length:  # someone else wrote past our end: start a part of our own
-            part = self._part = self._extended()
+            part = self._part = _above(part, self._length)
         part.ids.extend(ids)
         self._length += len(ids)
 
     def fork(self) -> Log:
         """A log with the same ids; neither sees what the other appends."""
         child = Log()
-        child._part = self._part
+        child._part = _above(self._part, self._length)
         child._length = self._length
-        child._part = child._extended()
         return child
 
     def cut(self, length: int) -> None:
         """Forgets the ids from `length` on."""
         if length == self._length:
             return
+        self._part = _above(self._part, length)
         self._length = length
-        part = self._part
-        while part.base is not None and part.start > length:
-            part = part.base
-        self._part = part
-        self._part = self._extended()
 
     def ids(self, start: int, stop: int) -> array[int]:
         """Ids [start, stop) as a fresh array."""
-        stop = min(stop, self._length)
-        part: _Part | None = self._part
-        if self._part.start <= start:
-            return self._part.ids[start - self._part.start : stop - self._part.start]
-        pieces: list[array[int]] = []
-        while part is not None and stop > start:
-            if part.start < stop:
-                pieces.append(part.ids[max(0, start - part.start) : stop - part.start])
-                stop = part.start
-            part = part.base
-        joined = array("I")
-        for piece in reversed(pieces):
-            joined.extend(piece)
-        return joined
+        return _read(self._part, start, min(stop, self._length))
 
     def packed(self, start: int, stop: int) -> bytes:
         """Ids [start, stop) as little-endian uint32, the form the tree compares."""
         return self.ids(start, stop).tobytes()
 
-    def _extended(self) -> _Part:
-        part = self._part
-        if part.depth >= _MAX_DEPTH:
-            return _Part(None, 0, self.ids(0, self._length))
-        return _Part(part, self._length, array("I"))
+
+def _read(part: _Part, start: int, stop: int) -> array[int]:
+    if part.start <= start:  # most reads are of the end
+        return part.ids[start - part.start : stop - part.start]
+    pieces: list[array[int]] = []
+    here: _Part | None = part
+    while here is not None and stop > start:
+        if here.start < stop:
+            pieces.append(here.ids[max(0, start - here.start) : stop - here.start])
+            stop = here.start
+        here = here.base
+    joined = array("I")
+    for piece in reversed(pieces):
+        joined.extend(piece)
+    return joined
+
+
+def _above(part: _Part, length: int) -> _Part:
+    """An empty part after the first `length` ids of a chain."""
+    while part.base is not None and part.start >= length:  # it has none of them
+        part = part.base
+    if part.base is not None and _depth(part) >= _MAX_DEPTH:
+        part.base.flatten()  # not the new part: what its siblings share is copied once, not for each of them
+    return _Part(part, length, array("I"))
+
+
+def _depth(part: _Part) -> int:
+    """Parts below it. Counted, not kept: flattening one makes every chain through it shorter."""
+    depth = 0
+    while part.base is not None:
+        part = part.base
+        depth += 1
+    return depth
