@@ -101,6 +101,7 @@ class Held:
         branch.log = other.log
         branch.computed, branch.lost_why = other.computed, other.lost_why
         branch.serial = max(branch.serial, other.serial)
+        branch.rested_at = max(branch.rested_at, other.rested_at)
         branch.moves += 1
         kv.settle_on(branch, other.leaf, other.seed, other.seed_rows)
         kv.release(other, now)

@@ -49,6 +49,7 @@ class Branch:
     trunk: tuple[BranchId, int] | None = None
     """(parent, its `moves` at the fork)."""
     rested_at: float = 0.0
+    """Since when it is silent: it gave its room back, or its turn ended without any. The pauses learnt begin here."""
 
     @property
     def known(self) -> int:

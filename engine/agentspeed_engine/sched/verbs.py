@@ -203,6 +203,7 @@ def fork(world: World, link: LinkId, command: Fork, now: float) -> None:
             world.dequeue(turn, state.branch)
             state, born = state.fork(world.kv, children)
             for child in born:
+                child.branch.rested_at = now  # the queue is no pause: its session was heard of just now
                 world.adopt_child(child)
             world.enqueue(state)
             world.tell(branch, Forked(request=command.request, branches=children, known=branch.known))

@@ -227,6 +227,9 @@ class World:
         """The last event of a turn."""
         if turn.end is None:
             raise BrokenInvariant(f"branch {branch.id} came to rest without a reason")
+        branch.rested_at = now  # also of a turn that ended in the queue: waiting there was no pause of its session
+        if self.rankings is not None:
+            self.rankings.moved(branch.leaf, branch.seed)
         if turn.admitted and turn.filled_at is None:
             turn.new, turn.recomputed = turn.shared + turn.rows_new, turn.rows_again
         self.ended.append(turn.spec.turn)
