@@ -102,6 +102,8 @@ class World:
         """A heap of (when, branch); what `due` does not say is out of date."""
         self.early_seen: tuple[int, ...] = ()
         self.ended: list[int] = []
+        """Turns that ended since the last step, for the worker to forget. Only those that some step computed rows of:
+        it knows no others, and between two steps no more can end than had begun before."""
         self.refused: tuple[BranchId, str] | None = None
         """Whom the last pass refused, so that nothing younger entered or grew (L3), and what for."""
         self.over_quota: list[BranchId] = []
@@ -232,7 +234,8 @@ class World:
             self.rankings.moved(branch.leaf, branch.seed)
         if turn.admitted and turn.filled_at is None:
             turn.new, turn.recomputed = turn.shared + turn.rows_new, turn.rows_again
-        self.ended.append(turn.spec.turn)
+        if turn.rows_new or turn.rows_again:
+            self.ended.append(turn.spec.turn)
         message = turn.bound if turn.end == "max_tokens" else turn.message
         self.tell(branch, TurnEnded(branch=branch.id, reason=turn.end, known=branch.known,
                                     usage=usage(turn, now), message=message))
