@@ -46,7 +46,7 @@ def check_messages(messages: Iterable[Message]) -> None:
 
 def check_flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
-        raise InvalidRequest(f"{name} is {value!r}; it must be True or False.")
+        raise InvalidRequest(f"{name} is {shown(value)}; it must be True or False.")
 
 
 def check_seconds(name: str, value: object, *, zero: bool = False, none: bool = True) -> None:
@@ -54,14 +54,14 @@ def check_seconds(name: str, value: object, *, zero: bool = False, none: bool = 
     if value is None and none:
         return
     if not is_number(value) or not (value > 0 or (zero and value == 0)):
-        bound = "0 or more" if zero else "above 0"
-        raise InvalidRequest(f"{name} is {value!r}; it must be seconds {bound}{', or None' if none else ''}.")
+        bound = ("0 or more" if zero else "above 0") + _bits(value)
+        raise InvalidRequest(f"{name} is {shown(value)}; it must be seconds {bound}{', or None' if none else ''}.")
 
 
 def check_number(name: str, value: object) -> None:
-    """A number of any range."""
+    """A number of any range that a frame can carry."""
     if not is_number(value):
-        raise InvalidRequest(f"{name} is {value!r}; it must be a number.")
+        raise InvalidRequest(f"{name} is {shown(value)}; it must be a number{_bits(value)}.")
 
 
 def check_count(name: str, value: object, *, least: int = 1, none: bool = False, remedy: str = "") -> None:
@@ -69,15 +69,15 @@ def check_count(name: str, value: object, *, least: int = 1, none: bool = False,
     if value is None and none:
         return
     if not is_whole(value) or not least <= value <= MOST:
-        bound = "above 0" if least == 1 else f"{least} or more"
+        bound = ("above 0" if least == 1 else f"{least} or more") + _bits(value)
         raise InvalidRequest(
-            f"{name} is {value!r}; it must be a whole number {bound}{', or None' if none else ''}.", remedy=remedy
+            f"{name} is {shown(value)}; it must be a whole number {bound}{', or None' if none else ''}.", remedy=remedy
         )
 
 
 def check_seed(value: object) -> None:
     if value is not None and not (is_whole(value) and abs(value) <= MOST):
-        raise InvalidRequest(f"seed is {value!r}; it must be a whole number of at most 63 bits, or None.")
+        raise InvalidRequest(f"seed is {shown(value)}; it must be a whole number of at most 63 bits, or None.")
 
 
 def check_draw(name: str, value: object, *, whole: bool = False, none: bool = False) -> None:
@@ -85,13 +85,24 @@ def check_draw(name: str, value: object, *, whole: bool = False, none: bool = Fa
     if value is None and none:
         return
     if not (is_whole(value) and abs(value) <= MOST if whole else is_number(value)):
-        kind = "a whole number" if whole else "a number"
-        raise InvalidSampling(f"{name} is {value!r}. It must be {kind}{', or None' if none else ''}.")
+        kind = ("a whole number" if whole else "a number") + _bits(value)
+        raise InvalidSampling(f"{name} is {shown(value)}. It must be {kind}{', or None' if none else ''}.")
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """One that a frame can carry: Python's whole numbers have no end."""
+    return isinstance(value, float) or (is_whole(value) and abs(value) <= MOST)
 
 
 def is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def shown(value: object) -> str:
+    """As Python writes it, which refuses to write very long numbers."""
+    return f"a number of {value.bit_length()} bits" if is_whole(value) and value.bit_length() > 128 else repr(value)
+
+
+def _bits(value: object) -> str:
+    """What to say of a bound that only a very large number goes beyond."""
+    return " of at most 63 bits" if is_whole(value) and abs(value) > MOST else ""

@@ -13,6 +13,7 @@ import anyio.to_thread
 from agentspeed import errors
 from agentspeed.backends.local import LocalEngine, Opener
 from agentspeed.backends.port import wire
+from agentspeed.checking import check_number, is_whole
 from agentspeed.front.codec import ChatCodec
 from agentspeed.whole import whole
 
@@ -42,6 +43,8 @@ class Engine:
         for name, value in self._options.items():
             if value is not None and not isinstance(value, str | int | float):
                 raise errors.InvalidRequest(f"{name} is {value!r}; an engine option is a number, a text, or None.")
+            if is_whole(value):
+                check_number(name, value)
         self._local: LocalEngine | None = None
         self._codec: ChatCodec | None = None
         self._shared = False

@@ -20,7 +20,7 @@ from agentspeed import errors, events
 from agentspeed.asking import Asked, Defaults, Prompt, TurnOptions, ask, check_names, check_session, messages_of
 from agentspeed.backends.port import wire
 from agentspeed.branch import Branch, Opening
-from agentspeed.checking import check_count, check_number, check_text, is_whole
+from agentspeed.checking import check_count, check_number, check_text, is_whole, shown
 from agentspeed.engine import Engine
 from agentspeed.front import transcript
 from agentspeed.front.mirror import Checkpoint, Mirror
@@ -316,7 +316,7 @@ class Session:
             raise errors.MarkNotFound(f"{to!r} is no mark, name or position.",
                                       remedy="Give what mark() gave, a mark's name, or a number of tokens.")
         if not 0 <= to <= len(self._mirror):
-            raise errors.MarkNotFound(f"Position {to} is not in a session of {len(self._mirror)} tokens.")
+            raise errors.MarkNotFound(f"Position {shown(to)} is not in a session of {len(self._mirror)} tokens.")
         return self._mirror.at(to)
 
     # ---- pauses ---------------------------------------------------------------------------------------------------

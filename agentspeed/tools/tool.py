@@ -11,10 +11,10 @@ from typing import Any, Final, Literal, TypeAlias, final, overload
 
 from pydantic import BaseModel, ConfigDict, create_model
 
+from agentspeed.checking import is_number, shown
 from agentspeed.errors import SchemaUnsupported
 from agentspeed.tools.bounds import Json, Schema, bounded
 from agentspeed.tools.grammars import check_expressible
-from agentspeed.tools.keywords import is_number
 from agentspeed.tools.signature import read_signature
 
 OnError = Literal["return", "raise"]
@@ -51,7 +51,8 @@ class Tool:
         if not isinstance(self.description, str):
             raise TypeError(f"tool {self.name}: description is {self.description!r}; it must be a text.")
         if self.timeout is not None and not (is_number(self.timeout) and 0 < self.timeout < math.inf):
-            raise ValueError(f"tool {self.name}: timeout is {self.timeout!r}; it must be seconds above 0, or None.")
+            raise ValueError(f"tool {self.name}: timeout is {shown(self.timeout)}; it must be seconds above 0, or "
+                             "None.")
         if self.on_error not in ("return", "raise"):
             raise ValueError(f"tool {self.name}: on_error is {self.on_error!r}; it must be 'return' or 'raise'.")
         if not isinstance(self.needs_approval, bool) and not callable(self.needs_approval):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from agentspeed import Engine, Sampling, Session, User
+from agentspeed import Engine, Sampling, Session, User, tool
 from agentspeed.errors import AgentspeedError, ChildUnrelated, InvalidRequest, InvalidSampling, MarkNotFound
 from agentspeed.search import Budget, best_of_n
 from agentspeed.testing import ScriptedEngine
@@ -145,6 +145,36 @@ async def test_a_lease_is_asked_for_in_seconds_and_by_its_kind(options: Any) -> 
     async with ScriptedEngine(["Fine."]) as engine, engine.session() as s:
         with pytest.raises(InvalidRequest, match=r"seconds is|keep is 'hard'"):
             _ = await s.expect(**options)
+
+
+def add(a: int) -> int:
+    """A tool."""
+    return a
+
+
+@pytest.mark.parametrize(("sign", "bits"), [(1, 63), (1, 64), (-1, 64), (1, 80), (1, 1_500), (1, 20_000)])
+async def test_a_whole_number_that_no_frame_can_carry_is_refused_wherever_it_is_given(sign: int, bits: int) -> None:
+    size = sign * 2**bits
+    async with ScriptedEngine(["Fine."]) as engine, engine.session() as s:
+        for keep in ("soft", "firm"):
+            with pytest.raises(InvalidRequest, match=r"seconds is .* at most 63 bits"):
+                _ = await s.expect(size, keep=keep)
+        for options in ({"max_tokens": size}, {"temperature": size}, {"sampling": Sampling(top_p=size)},
+                        {"sampling": Sampling(top_k=size)}, {"logprobs": size}, {"seed": size}, {"timeout": size},
+                        {"parallel_calls": size}):
+            with pytest.raises((InvalidRequest, InvalidSampling), match=r" is .* at most 63 bits"):
+                _ = await s.generate("Hi", **options)  # type: ignore[arg-type]
+        with pytest.raises(InvalidRequest, match=r"n is .* at most 63 bits"):
+            _ = s.fork(size)
+        with pytest.raises(InvalidRequest, match=r"expect is .* at most 63 bits"):
+            _ = await s.run("Hi", expect=size)
+        with pytest.raises(MarkNotFound, match="Position "):
+            await s.rewind(size)
+        with pytest.raises(InvalidRequest, match=r"pages is .* at most 63 bits"):
+            _ = Engine(pages=size)
+        with pytest.raises(ValueError, match="timeout is "):
+            _ = tool(timeout=size)(add)
+        assert (await s.generate("Hi")).text == "Fine."
 
 
 @pytest.mark.parametrize("options", [{"max_turns": 1.5}, {"output_retries": "1"}, {"expect": -1}, {"on_event": 5}])
