@@ -72,7 +72,30 @@ def test_a_tenant_past_its_sessions_is_refused_and_others_are_not() -> None:
     _ = world.open(tenant="a")
     refused = world.send(wire.Open(request=1, tenant="a"))
     assert isinstance(refused, wire.Failed) and refused.code == "quota_exceeded" and refused.retryable
+    assert refused.message == "Tenant 'a' has 1 session open, as many as may be."
     _ = world.open(tenant="b")
+
+
+def test_sessions_without_a_tenant_share_one_quota_and_are_told_so() -> None:
+    world = Scheduled(tenant_sessions=2, tenant_pages=7)
+    first, _ = world.open(FIRST), world.open()
+    refused = world.send(wire.Open(request=1))
+    assert isinstance(refused, wire.Failed)
+    assert refused.message == "2 sessions without a tenant are open, as many as may be."
+    refused = world.start(first, SECOND[:5])
+    assert isinstance(refused, wire.Failed)
+    assert refused.message.startswith("All sessions without a tenant together may have 7 pages; this turn needs ")
+
+
+def test_a_fork_into_more_than_a_session_may_ever_have_says_so_and_is_not_to_be_tried_again() -> None:
+    world = Scheduled(max_branches=5)
+    trunk = world.open(FIRST)
+    never = world.send(wire.Fork(request=1, branch=trunk, n=5))
+    assert isinstance(never, wire.Failed) and (never.code, never.retryable) == ("invalid_request", False)
+    assert "Ask for 4 children at most" in never.remedy
+    assert isinstance(world.send(wire.Fork(request=1, branch=trunk, n=3)), wire.Forked)
+    later = world.send(wire.Fork(request=1, branch=trunk, n=4))
+    assert isinstance(later, wire.Failed) and (later.code, later.retryable) == ("too_many_branches", True)
 
 
 def test_a_turn_that_its_tenants_pages_can_never_hold_is_refused_at_the_call() -> None:

@@ -22,7 +22,9 @@ def check_session(world: World, tenant: str) -> None:
     """Raises `EngineFault` (quota_exceeded) when the tenant has all the sessions it may have."""
     quota = world.config.tenant_sessions
     if quota is not None and sum(session.tenant == tenant for session in world.sessions.values()) >= quota:
-        raise EngineFault("quota_exceeded", f"Tenant {tenant!r} has {quota} sessions open.", "Close one first.")
+        many = _many(quota, "session")
+        which = f"Tenant {tenant!r} has {many} open" if tenant else f"{many} without a tenant {_are(quota)} open"
+        raise EngineFault("quota_exceeded", f"{which}, as many as may be.", "Close one first.")
 
 
 def check_turn(world: World, branch: Branch, known: int, least: int) -> int:
@@ -34,9 +36,9 @@ def check_turn(world: World, branch: Branch, known: int, least: int) -> int:
         return world.config.context_limit
     left = quota * world.config.page_tokens - known
     if left < least:
-        needed = pages_for(known + least, world.config.page_tokens)
-        raise EngineFault("context_overflow",
-                          f"Tenant {tenant_of(branch.root)!r} may have {quota} pages; this turn needs {needed}.",
+        needed, tenant = pages_for(known + least, world.config.page_tokens), tenant_of(branch.root)
+        who = f"Tenant {tenant!r} may have" if tenant else "All sessions without a tenant together may have"
+        raise EngineFault("context_overflow", f"{who} {_many(quota, 'page')}; this turn needs {needed}.",
                           "Rewind, start a new session, or ask for a larger quota.")
     return left
 
@@ -91,6 +93,14 @@ def _shed(world: World, tenant: str, pages: int, now: float) -> bool:
             return False
         _ = reclaim.let_go(world, victim, missing, missing - coming, now)
     return True
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
 
 
 def _coming(world: World, tenant: str) -> int:

@@ -182,6 +182,10 @@ def fork(world: World, link: LinkId, command: Fork, now: float) -> None:
     limit = world.config.max_branches
     if command.n < 1:
         raise EngineFault("invalid_request", f"A fork into {command.n}.", "Ask for at least one child.")
+    if command.n >= limit:
+        raise EngineFault("invalid_request", f"A fork into {command.n}: a session has at most {limit} branches, the "
+                          "one that is forked among them.", f"Ask for {limit - 1} children at most."
+                          if limit > 1 else "Start the engine with a larger `max_branches`.")
     if len(session.branches) + command.n + _unborn(world, branch) > limit:
         raise EngineFault("too_many_branches", f"A session has at most {limit} branches.", "Close some first.")
     if command.at is not None and (not isinstance(state, Held) or not 0 <= command.at <= branch.known):
