@@ -88,6 +88,31 @@ def test_a_number_without_sense_is_refused_by_its_name(name: str, value: object)
             options_from({"model": "noop:64:0", name: str(value)})
 
 
+@pytest.mark.parametrize(("given", "told", "remedy"), [
+    ({"record_bytes": 1}, "record_bytes is 1.", "Give 65536 or more."),
+    ({"threads": 5000}, "threads is 5000.", "Give 1 to 1024."),
+    ({"ticket_deadline": 0}, "ticket_deadline is 0.0.", "Give a finite number of seconds above 0."),
+    ({"pages": "x"}, "pages is 'x'.", "Give a whole number or None."),
+    ({"record_content": 1}, "record_content is 1.", "Give true or false."),
+    ({"dtype": "x"}, "dtype is 'x'.", "Give one of float32, float64, bfloat16."),
+    ({"pagse": 3}, "there is no option `pagse`.", "Do you mean `pages`?"),
+    ({"policy": None}, "policy is None.", "Give a text."),
+])  # fmt: skip
+def test_a_wrong_option_is_told_with_its_own_range_in_plain_words(given: dict[str, Any], told: str,
+                                                                  remedy: str) -> None:
+    with pytest.raises(EngineFault) as fault:
+        parse_options(json.dumps({"model": "noop:64:0"} | given))
+    assert (fault.value.message, fault.value.remedy) == (f"The engine options are wrong: {told}", remedy)
+
+
+@pytest.mark.parametrize(("text", "told"), [
+    ("{", "no JSON: Expecting"), ("[]", "no JSON object"), ("{}", "no `model`"),
+])  # fmt: skip
+def test_options_that_are_no_object_with_a_model_are_refused(text: str, told: str) -> None:
+    with pytest.raises(EngineFault, match=told):
+        parse_options(text)
+
+
 @pytest.mark.parametrize("name", ["max_lease_seconds", "tenant_pages", "tenant_sessions", "max_links", "host_slots"])
 def test_options_that_were_made_in_python_are_checked_too(name: str) -> None:
     assert f"{name} is -1" in refusal(**{name: -1}).message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import os
@@ -10,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, final
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, final, get_args
 
 import msgspec
 
@@ -81,7 +83,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     ticket_deadline: float = 5.0
     """Seconds. A host copy that has not begun within half of them counts as failed; one that began is waited for."""
     outbox_bytes: int = 1 << 20
-    """Bytes per link encoded ahead of a late reader; what comes on top waits with its token deltas joined."""
+    """Bytes per link encoded ahead of a late reader, at least 4096; what comes on top waits with its token deltas
+    joined."""
     idle_seconds: float | None = None
     """Seconds without any session after which the engine ends by itself; who only watches does not count. None: never
     (an engine that was started for a session still ends with who started it)."""
@@ -89,7 +92,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """What `agentspeed replay` runs again step by step (docs/how-to/replay.md). `crash`: only an engine that ends badly
     leaves a recording, in the user's state folder. `off`: none does. Else a folder, and every engine leaves one."""
     record_bytes: int = 64 << 20
-    """Most bytes of this engine's recording; the oldest part goes when it is full."""
+    """Most bytes of this engine's recording, at least 65536; the oldest part goes when it is full."""
     record_content: bool = False
     """Record token ids and names of tenants and tools as they are, instead of stand-ins that tell only what equals
     what."""
@@ -114,24 +117,46 @@ def parse_options(text: str) -> EngineOptions:
     """Raises `EngineFault` (bad_options) naming what is wrong."""
     try:
         # Not `msgspec.json`: NaN and Infinity, which Python writes for them, shall be refused by their option's name.
-        options = msgspec.convert(json.loads(text), EngineOptions)
-    except (msgspec.ValidationError, ValueError, RecursionError) as error:
-        raise _wrong(str(error)) from error
-    return _checked(options)
+        given = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _wrong(f"they are no JSON: {error}", "Give one JSON object.") from error
+    if not isinstance(given, dict):
+        raise _wrong("they are no JSON object", "Give one, with an option's name for each value.")
+    return _checked(_converted(given, strict=True))
 
 
 def options_from(flags: Mapping[str, Any]) -> EngineOptions:
     """Options from values that may still be text. Raises `EngineFault` (bad_options) naming what is wrong."""
-    try:
-        options = msgspec.convert(dict(flags), EngineOptions, strict=False)
-    except msgspec.ValidationError as error:
-        raise _wrong(str(error)) from error
-    return _checked(options)
+    return _checked(_converted(flags, strict=False))
 
 
-def _wrong(what: str) -> EngineFault:
-    return EngineFault("bad_options", f"The engine options are wrong: {what}.",
-                       f"Known options: {', '.join(EngineOptions.__struct_fields__)}.")
+def _converted(given: Mapping[str, Any], *, strict: bool) -> EngineOptions:
+    """Each value by itself, so that what is wrong is told in an option's name and plain words."""
+    kinds = {field.name: field.type for field in msgspec.structs.fields(EngineOptions)}
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        if name not in kinds:
+            close = difflib.get_close_matches(name, kinds, 1)
+            raise _wrong(f"there is no option `{name}`",
+                         f"Do you mean `{close[0]}`?" if close else f"The options are: {', '.join(kinds)}.")
+        try:
+            values[name] = msgspec.convert(value, kinds[name], strict=strict)
+        except (msgspec.ValidationError, OverflowError) as error:
+            raise _wrong(f"{name} is {value!r}", f"Give {_in_words(kinds[name])}.") from error
+    if "model" not in values:
+        raise _wrong("there is no `model`", "Give a model folder.")
+    return EngineOptions(**values)
+
+
+def _in_words(kind: Any) -> str:
+    """A type as a person who gives a value thinks of it."""
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "None"}
+    arms = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    return " or ".join(words[arm] if arm in words else f"one of {', '.join(get_args(arm))}" for arm in arms)
+
+
+def _wrong(what: str, remedy: str) -> EngineFault:
+    return EngineFault("bad_options", f"The engine options are wrong: {what}.", remedy)
 
 
 def _checked(options: EngineOptions) -> EngineOptions:
@@ -139,14 +164,14 @@ def _checked(options: EngineOptions) -> EngineOptions:
     for name, (least, most) in _RANGES.items():
         value = getattr(options, name)
         if value is not None and not least <= value <= most:
-            bound = f"at least {least}" if value < least else f"at most {most}"
-            raise _wrong(f"{name} is {value}, and must be {bound}")
+            raise _wrong(f"{name} is {value}",
+                         f"Give {least} or more." if value < least and most == _MOST else f"Give {least} to {most}.")
     for name in _SECONDS:
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
-            raise _wrong(f"{name} is {value}, and must be seconds above 0")
+            raise _wrong(f"{name} is {value}", "Give a finite number of seconds above 0.")
     if options.record == "":
-        raise _wrong("record is empty, and must be `crash`, `off` or a folder")
+        raise _wrong("record is empty", "Give `crash`, `off` or a folder.")
     return options
 
 
