@@ -34,7 +34,7 @@ class _ClientDies:
         return "the client dies"
 
 
-_GONE = _ClientDies()
+GONE = _ClientDies()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,26 +101,20 @@ class _State:
 
 def explore(bounds: Bounds, progress: Callable[[int, int], None] = lambda states, waiting: None) -> Explored:
     """Every state within the bounds, or the first finding. `progress` hears of states found and not yet explored."""
-    core = Core(bounds.config())
-    tenants = _tenants(bounds)
-    for number, ids in enumerate(bounds.setup):
-        tenant = tenants[number % len(tenants)]
-        _ = core.handle(LINK, wire.Open(request=1, ids=pack_ids(ids), tenant=tenant), 0.0)
-    for branch in bounds.turns:
-        _play(core, branch)
+    core = begin(bounds)
     found = Explored()
     states: list[_State] = [_State(-1, "", 0, world=core.snapshot())]
-    index: dict[bytes, int] = {_digest(core.key(), 0): 0}
+    index: dict[bytes, int] = {digest(core.key(), 0): 0}
     cursor = 0
     while cursor < len(states):
         here = states[cursor]
         world, here.world = here.world, None
         assert world is not None
-        for action in _actions(world, bounds, here.verbs):
+        for action in actions(world, bounds, here.verbs):
             core.restore(world)
             try:
                 oldest = _oldest(core.world)
-                _carry_out(core, action)
+                carry_out(core, action)
                 core.check()
                 _check_oldest(core.world, oldest)
             except (BrokenInvariant, LookupError, ValueError) as broken:
@@ -132,7 +126,7 @@ def explore(bounds: Bounds, progress: Callable[[int, int], None] = lambda states
             if not isinstance(action, str):
                 found.reached.add(_met(world, action))
             verbs = here.verbs + (0 if isinstance(action, str) else 1)
-            key = _digest(core.key(), verbs)
+            key = digest(core.key(), verbs)
             number = index.get(key)
             if number is None:
                 if len(states) >= bounds.max_states:
@@ -153,16 +147,28 @@ def explore(bounds: Bounds, progress: Callable[[int, int], None] = lambda states
     return found
 
 
+def begin(bounds: Bounds) -> Core:
+    """What every history begins with."""
+    core = Core(bounds.config())
+    tenants = _tenants(bounds)
+    for number, ids in enumerate(bounds.setup):
+        tenant = tenants[number % len(tenants)]
+        _ = core.handle(LINK, wire.Open(request=1, ids=pack_ids(ids), tenant=tenant), 0.0)
+    for branch in bounds.turns:
+        _play(core, branch)
+    return core
+
+
 def _tenants(bounds: Bounds) -> tuple[str, ...]:
     return ("",) if bounds.tenant_pages is None else ("a", "b")
 
 
-def _digest(key: Hashable, verbs: int) -> bytes:
+def digest(key: Hashable, verbs: int) -> bytes:
     """128 bits instead of a key of kilobytes: among ten million states two that differ meet with a chance of 1e-25."""
     return blake2b(repr((key, verbs)).encode(), digest_size=16).digest()
 
 
-def _actions(world: World, bounds: Bounds, verbs: int) -> Iterator[Any]:
+def actions(world: World, bounds: Bounds, verbs: int) -> Iterator[Any]:
     """The machine's moves first, in the order in which it takes them when nobody interferes."""
     if len(world.flights) <= bounds.depth:
         yield "plan"
@@ -179,7 +185,7 @@ def _actions(world: World, bounds: Bounds, verbs: int) -> Iterator[Any]:
             for ids in ((1,), (1, 1, 1)):
                 yield wire.Open(request=1, ids=pack_ids(ids), tenant=tenant)
     if world.states:
-        yield _GONE
+        yield GONE
     for number in sorted(world.states):
         yield from _verbs(world, number, len(world.states) < bounds.branches, bounds)
 
@@ -206,7 +212,7 @@ def _verbs(world: World, number: Any, room: bool, bounds: Bounds) -> Iterator[An
     yield wire.Close(request=1, branch=number)
 
 
-def _carry_out(core: Core, action: Any) -> None:
+def carry_out(core: Core, action: Any) -> None:
     if action == "plan":
         _ = core.plan(0.0)
         _ = core.events()
@@ -218,7 +224,7 @@ def _carry_out(core: Core, action: Any) -> None:
     elif isinstance(action, str):
         how, index = action.split()
         _ = core.copied(list(core.world.tickets)[int(index)], how == "copied", 0.0)
-    elif action is _GONE:
+    elif action is GONE:
         _ = core.drop_link(LINK, 0.0)
     else:
         _ = core.handle(LINK, action, 0.0)
@@ -226,15 +232,15 @@ def _carry_out(core: Core, action: Any) -> None:
 
 def _play(core: Core, number: int) -> None:
     """A turn to its end, every copy ending well."""
-    _carry_out(core, wire.Generate(request=1, branch=number, ids=pack_ids((1,)), max_tokens=1, stop_ids=(STOP,)))
+    carry_out(core, wire.Generate(request=1, branch=number, ids=pack_ids((1,)), max_tokens=1, stop_ids=(STOP,)))
     for _ in range(100):
         if not _busy(core.world) and not core.world.tickets:
             return
-        _carry_out(core, "plan")
+        carry_out(core, "plan")
         if core.world.flights:
-            _carry_out(core, "acknowledge")
+            carry_out(core, "acknowledge")
         elif core.world.tickets:
-            _carry_out(core, "copied 0")
+            carry_out(core, "copied 0")
         core.check()
     raise BrokenInvariant(f"the turn of branch {number} before the search does not end")
 

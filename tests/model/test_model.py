@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from agentspeed_engine.kv.tables import BRANCHES, NODES
+from tests.model.alike import unlike
 from tests.model.explorer import Bounds, explore, pairs
 from tests.model.mutants import HOST, LOADED, MUTANTS, QUOTA, Mutant
 
@@ -19,6 +20,16 @@ def test_every_state_is_sound_and_every_turn_ends(bounds: Bounds) -> None:
     assert found.complete
     assert found.finding is None, str(found.finding)
     assert found.states > 100
+
+
+@pytest.mark.parametrize("bounds", [
+    Bounds(verbs=3), Bounds(verbs=3, depth=1), Bounds(verbs=2, host_slots=4, setup=((1, 1, 1), (2, 1, 1, 1))),
+    Bounds(verbs=2, pages=6, page_tokens=1, context_limit=4, tenant_pages=5, branches=3, setup=((1,), (1, 2), (2, 1))),
+])
+def test_worlds_that_the_search_takes_for_one_go_on_alike(bounds: Bounds) -> None:
+    merged, found = unlike(bounds)
+    assert merged > 100
+    assert found == []
 
 
 def test_the_search_comes_to_every_state_of_both_machines() -> None:

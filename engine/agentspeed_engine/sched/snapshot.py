@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterable
 from types import MethodType
 from typing import Any, TypeAlias, cast
 
-from agentspeed_engine.ids import BranchId
+from agentspeed_engine.ids import BranchId, NodeId
 from agentspeed_engine.kv.branches import Decoding, Held, Prefilling, Promoting, Settling
 from agentspeed_engine.kv.tree import Node
 from agentspeed_engine.sched.world import World
@@ -110,25 +110,37 @@ _COPIERS: dict[type[Any], _Copier] = {
 
 
 def key(world: World) -> Hashable:
-    """Equal for worlds that behave alike: numbers of pages, nodes, turns and steps are forgotten, order is kept."""
+    """Equal for worlds that behave alike while time stands still: of pages, nodes, turns and steps the numbers are
+    forgotten and their order is kept; of clocks, and of the pauses learnt, there is nothing."""
     branches = sorted(world.states)
-    index = {number: place for place, number in enumerate(branches)}
-    ages = sorted(age for age, _ in (*world.queue, *world.active))
-    settling = sorted(state.turn.age for state in world.states.values() if isinstance(state, Settling))
-    rank = {age: place for place, age in enumerate(sorted({*ages, *settling}))}
+    settling = [state for state in world.states.values() if isinstance(state, Settling)]
+    unborn = [child for state in settling for child in state.then.children]
+    index = {number: place for place, number in enumerate(sorted([*branches, *unborn]))}
+    ages = {age for age, _ in (*world.queue, *world.active)} | {state.turn.age for state in settling}
+    rank = {age: place for place, age in enumerate(sorted(ages))}
+    tree = world.kv.tree
+    nodes = {number: place for place, number in enumerate(sorted(tree.nodes))}
     return (
         tuple(_branch_key(world, number, index, rank) for number in branches),
-        tuple(sorted(_node_key(node, index) for node in world.kv.tree.nodes.values())),
+        tuple(_node_key(tree.nodes[number], index, nodes) for number in nodes),
+        tuple(sorted((root.root, _below(root, nodes)) for root in tree.roots.values())),
         world.kv.pages.free,
         world.kv.slots.free,
         len(world.orders),
         world.early_seen == world.pressure(),
-        tuple(ticket.direction for ticket in world.tickets.values()),
-        len(world.prefetch),
+        tuple((ticket.direction, tuple(nodes[node.id] for node in tree.in_copy[number]))
+              for number, ticket in world.tickets.items()),
+        tuple(sorted((index[number], when) for number, when in world.due.items())),
         tuple(tuple((index.get(row.branch, -1), row.position, len(row.ids), row.sample is not None)
                     for row in plan.rows) for plan in world.flights.values()),
-        tuple(sorted((index[number], index.get(filler, -1)) for number, (filler, _) in world.fill_of.items())),
+        tuple(sorted((index[number], index[filler]) for number, (filler, turn) in world.fill_of.items()
+                     if _runs(world, filler, turn))),
     )
+
+
+def _runs(world: World, number: BranchId, turn: int) -> bool:
+    state = world.states.get(number)
+    return state is not None and not isinstance(state, Held) and state.turn.spec.turn == turn
 
 
 def _branch_key(world: World, number: BranchId, index: dict[BranchId, int], rank: dict[int, int]) -> Hashable:
@@ -142,28 +154,28 @@ def _branch_key(world: World, number: BranchId, index: dict[BranchId, int], rank
         held = state.room
         room = (held.tail_start, len(held.tail), held.issued, held.done, held.copy is not None, held.flight)
     if isinstance(state, Settling):
-        then = (state.then.next, len(state.then.children))
+        then = (state.then.next, tuple(index[child] for child in state.then.children))
     parent = world.kv.branches.get(branch.trunk[0]) if branch.trunk else None
     adoptable = (index[parent.id], parent.moves == branch.trunk[1]) if parent is not None and branch.trunk else None
+    lease, session = world.leases.get(number), world.sessions[branch.session]
     return (
         type(state).__name__, branch.log.packed(0, branch.known), branch.leaf.end, branch.seed_rows, branch.computed,
-        int(branch.session) == int(number), branch.root, branch.private, turn, room, then, adoptable,
-        number in world.firm, len(world.waiting.get(number, ())),
+        index[min(session.branches)], session.orphaned, branch.root, branch.private, turn, room, then, adoptable,
+        None if lease is None else lease.until, world.firm.get(number),
+        tuple(wait.cut for wait in world.waiting.get(number, ())),
     )
 
 
-def _node_key(node: Node, index: dict[BranchId, int]) -> tuple[Any, ...]:
+def _node_key(node: Node, index: dict[BranchId, int], nodes: dict[NodeId, int]) -> Hashable:
     def places(numbers: set[BranchId]) -> tuple[int, ...]:
         return tuple(sorted(index.get(number, -1) for number in numbers))
 
-    prefix: list[bytes] = []
-    above: Node | None = node
-    while above is not None:
-        prefix.append(above.ids)
-        above = above.parent
     return (
-        node.root, b"".join(reversed(prefix)), node.start, type(node.state).__name__, node.failures,
-        places(node.leaf_of), places(node.seed_of), places(node.pinned_by),
+        node.root, node.ids, node.start, type(node.state).__name__, node.failures, places(node.leaf_of),
+        places(node.seed_of), places(node.pinned_by), _below(node, nodes),
     )
 
 
+def _below(node: Node, nodes: dict[NodeId, int]) -> Hashable:
+    """What hangs below a node, in its order: of rows that serve equally, a seed is taken from the first."""
+    return tuple(nodes[one.id] for below in (node.stubs, node.children) for one in below.values())
