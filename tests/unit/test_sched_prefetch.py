@@ -118,6 +118,86 @@ def test_due_rows_leave_a_turn_of_their_tenant_the_quota_that_its_prompt_takes()
     assert world.residence(paused).lost <= 1
 
 
+def paused_at_its_quota(**options: object) -> tuple[Scheduled, int]:
+    """A session of tenant a whose rows are partly on the host and due in 30 s; half of the pool is nobody's."""
+    world = Scheduled(pages=40, context_limit=40, host_slots=40, tenant_pages=14, **options)
+    paused, other = world.open(range(1, 25), tenant="a"), world.open(range(30, 54), tenant="a")
+    for branch, seconds in ((paused, 30.0), (other, 3.0)):
+        _ = world.turn(branch)
+        expected(world, branch, seconds)
+    guest = world.open(range(60, 84), tenant="a")
+    _ = world.turn(guest)
+    _ = world.send(wire.Close(request=1, branch=guest))
+    assert world.residence(paused).host > 0
+    return world, paused
+
+
+def test_a_turn_that_waits_for_another_tenants_quota_does_not_keep_due_rows_on_the_host() -> None:
+    world, paused = paused_at_its_quota()
+    draws, waits = world.open(range(1, 25), tenant="b"), world.open(range(30, 60), tenant="b")
+    for branch, most in ((draws, 16), (waits, 4)):
+        assert isinstance(world.start(branch, (), most), wire.Done)
+    _ = world.step()
+    world.settle_copies()
+    assert world.core.world.over_quota == [waits]
+    world.now = 29.96
+    _ = world.step()
+    world.settle_copies()
+    assert world.residence(paused).host == 0
+
+
+def test_a_turn_that_waits_for_a_siblings_prompt_does_not_keep_due_rows_on_the_host() -> None:
+    world, paused = paused_at_its_quota(prefill_chunk=8)
+    fills, waits = world.open(range(24), tenant="b"), world.open(range(24), tenant="b")
+    for branch in (fills, waits):
+        assert isinstance(world.start(branch), wire.Done)
+    _ = world.step()
+    assert list(world.core.world.fill_of) == [waits]
+    world.now = 29.96
+    _ = world.step()
+    world.settle_copies()
+    assert world.residence(paused).host == 0
+
+
+def a_turn_refused_for(what: str) -> tuple[Scheduled, list[int]]:
+    """Rows that will be due, a turn that draws, and one that it keeps out of the room, or the quota, of both."""
+    world, _ = paused_at_its_quota() if what == "quota" else paused_in_a_pool_of_guests()
+    tenant, size = ("a", 32) if what == "quota" else ("", 190)
+    turns = [world.open([(number * 11 + first) % 90 for number in range(size)], tenant=tenant) for first in (5, 6)]
+    for branch in turns:
+        assert isinstance(world.start(branch, (), 8), wire.Done)
+    return world, turns
+
+
+@pytest.mark.parametrize("what", ["room", "quota"])
+def test_due_rows_wait_for_a_turn_that_was_refused_what_they_would_take_and_come_when_it_is_done(what: str) -> None:
+    world, turns = a_turn_refused_for(what)
+    for _ in range(4):
+        _ = world.step()
+        world.settle_copies()
+    assert turns[1] in (world.core.world.over_quota if what == "quota" else world.core.world.refused or ())
+    world.now = next(iter(world.core.world.due.values()))
+    due = world.now
+    _ = world.step()
+    assert world.core.counts()["prefetches"] == 0
+    wake = world.core.wake_at(world.now)
+    assert wake is not None and due < wake < due + 0.05, "it is tried again"
+    world.run()
+    for branch in turns:
+        _ = world.send(wire.Close(request=1, branch=branch))
+    world.now = wake
+    _ = world.step()
+    assert world.core.counts()["prefetches"] == 1
+
+
+def test_rows_that_cannot_come_before_the_pause_should_end_are_tried_a_few_times_and_then_left_alone() -> None:
+    world, one, _ = two_sessions_and_room_for_one(first=5.0, second=4.99)
+    expected(world, one, 5.0)
+    until(world, 10.0)
+    assert world.core.counts()["prefetches"] == 0
+    assert world.core.wake_at(world.now) is None
+
+
 def test_rows_that_come_back_never_take_the_pages_of_the_rows_above_them() -> None:
     brought = 0
     for policy in ("next_use", "ttl", "min_waste"):

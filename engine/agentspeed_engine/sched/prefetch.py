@@ -5,11 +5,10 @@ from __future__ import annotations
 from functools import partial
 from heapq import heapify, heappop, heappush
 
-from agentspeed_engine.ids import BranchId
-from agentspeed_engine.kv.branches import Held
+from agentspeed_engine.kv.branches import Decoding, Held, Prefilling, Queued
 from agentspeed_engine.kv.nodes import Host
 from agentspeed_engine.kv.owners import Branch
-from agentspeed_engine.kv.tree import tenant_of
+from agentspeed_engine.kv.tree import Node, tenant_of
 from agentspeed_engine.sched import quotas, tickets
 from agentspeed_engine.sched.admission import to_come
 from agentspeed_engine.sched.reclaim import make_way
@@ -25,6 +24,10 @@ _SHARE_LEFT = 16
 """One part in so many of a pool is left to be had."""
 _MARGIN = 0.05
 """Seconds before the moment it is due that are spent waiting for nothing."""
+_AGAIN = 0.02
+"""Seconds, at least, until what could not be brought is tried again."""
+_TRIES = 8
+"""One part in so many of the rest of a pause goes by between two tries."""
 
 
 def expect(world: World, branch: Branch, seconds: float | None, now: float) -> None:
@@ -47,28 +50,52 @@ def expect(world: World, branch: Branch, seconds: float | None, now: float) -> N
 
 def due(world: World, now: float) -> None:
     """Begins the loads that are due. A prediction takes no running turn's room, and no rows that are needed sooner or
-    are nowhere else."""
+    are nowhere else; it waits for both, as long as the pause is expected to last."""
     while world.prefetch and world.prefetch[0][0] <= now:
         when, number = heappop(world.prefetch)
-        if world.due.get(number) == when:
-            del world.due[number]
-            _bring(world, number, now)
+        if world.due.get(number) != when:
+            continue
+        del world.due[number]
+        state = world.states[number]
+        if isinstance(state, Held) and (chain := world.kv.unreadable(state.branch)):
+            if _may_come(world, state.branch, chain, now):
+                tickets.load(world, chain, now)
+                world.prefetched += 1
+            else:
+                _try_again(world, state.branch, now)
 
 
-def _bring(world: World, number: BranchId, now: float) -> None:
-    state = world.states[number]
-    if not isinstance(state, Held):
-        return
-    chain = world.kv.unreadable(state.branch)
-    if not chain or world.queue or not all(isinstance(node.state, Host) for node in chain):
-        return
-    pages, tenant = tickets.pages_of(chain), tenant_of(state.branch.root)
+def _try_again(world: World, branch: Branch, now: float) -> None:
+    """Shortly, unless the branch is expected to run by then."""
+    lease = world.leases[branch.id]
+    end = branch.rested_at + lease.seconds if lease.until is None else lease.until
+    again = now + max(_AGAIN, (end - now) / _TRIES)
+    if again < end:
+        world.due[branch.id] = again
+        heappush(world.prefetch, (again, branch.id))
+
+
+def _may_come(world: World, branch: Branch, chain: list[Node], now: float) -> bool:
+    """Whether the pages for these rows are free now, after what nobody loses anything by went."""
+    tenant = tenant_of(branch.root)
+    if _room_is_wanted(world, tenant) or not all(isinstance(node.state, Host) for node in chain):
+        return False
+    pages = tickets.pages_of(chain)
     if world.config.tenant_pages is not None:
         own = (active for _, active in world.actives.get(tenant, []))
         reserve = to_come(world, own) + world.config.tenant_pages // _SHARE_LEFT
         if not make_way(world, tenant, partial(quotas.left, world, tenant), pages, reserve, chain[0], now):
-            return
+            return False
     reserve = to_come(world, (active for _, active in world.active)) + world.config.pages // _SHARE_LEFT
-    if make_way(world, None, lambda: world.kv.pages.free, pages, reserve, chain[0], now):
-        tickets.load(world, chain, now)
-        world.prefetched += 1
+    return make_way(world, None, lambda: world.kv.pages.free, pages, reserve, chain[0], now)
+
+
+def _room_is_wanted(world: World, tenant: str) -> bool:
+    """Whether a turn still waits to which the last pass refused what these rows would take: room in the pool, or pages
+    of this tenant's quota. Who waits for another tenant's quota, for tokens of a step, for a sibling or for its own
+    rows loses nothing."""
+    if world.refused is not None and isinstance(world.states.get(world.refused[0]), Queued | Prefilling | Decoding):
+        return True
+    waiting = (world.states.get(number) for number in world.over_quota)
+    return any(isinstance(state, Queued | Prefilling | Decoding) and tenant_of(state.branch.root) == tenant
+               for state in waiting)
