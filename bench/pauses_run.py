@@ -122,7 +122,7 @@ class Run:
         self._of_branch: dict[int, _Running] = {}
         self._returns = [(number * 0.5, number) for number in range(load.agents)]
         """A heap of (when a tool returns, whose)."""
-        self._copies: list[tuple[float, TicketId, bool]] = []
+        self._copies: list[tuple[float, TicketId]] = []
         """A heap of copies by their end."""
         self._link_free = 0.0
         if policy == "oracle":
@@ -179,19 +179,16 @@ class Run:
             if tool <= copy:
                 self._resume(self._running[heapq.heappop(self._returns)[1]])
             else:
-                _, ticket, ok = heapq.heappop(self._copies)
-                self._hear(self.core.copied(ticket, ok, self.now))
+                _, ticket = heapq.heappop(self._copies)
+                self._hear(self.core.copied(ticket, True, self.now))
         self.now = max(self.now, end)
 
     def _start_copies(self) -> None:
-        """One link, one copy after the other."""
+        """One link, one copy after the other; none is late, for each begins when the one before it ended."""
         for copy in self.core.host_copies():
-            begin = max(self.now, self._link_free)
-            ok = begin <= copy.begin_by
-            if ok:
-                tokens = self.load.page_tokens * len(copy.pages) * self.load.scale
-                self._link_free = begin + tokens * self.load.costs.copy_token
-            heapq.heappush(self._copies, (self._link_free if ok else begin, copy.ticket, ok))
+            tokens = self.load.page_tokens * len(copy.pages) * self.load.scale
+            self._link_free = max(self.now, self._link_free) + tokens * self.load.costs.copy_token
+            heapq.heappush(self._copies, (self._link_free, copy.ticket))
 
     # ---- agents ---------------------------------------------------------------------------------------------------
     def _resume(self, running: _Running) -> None:

@@ -7,6 +7,7 @@ run, and the same seed is the same run.
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections import Counter, deque
 from collections.abc import Callable
@@ -158,6 +159,7 @@ class Simulation:
         self._device = Device(config.pages, config.host_slots, config.page_tokens, VOCABULARY,
                               self._within)
         self._device_free_at = self._copier_free_at = self.clock.now()
+        self._copy_ended_at = -math.inf
 
     def _call(self, call: str, what: str, action: Callable[[], Out], branch: int = 0) -> None:
         """One call of the core, looked at from both sides."""
@@ -233,7 +235,7 @@ class Simulation:
         self._copier_free_at = begins + takes
 
         def begin() -> None:
-            if self.clock.now() > order.begin_by:
+            if not order.may_begin(self.clock.now(), self._copy_ended_at):
                 self._copied(order, False)
             else:
                 self.core.begun(order.ticket)
@@ -241,6 +243,7 @@ class Simulation:
 
         def carry_out(ok: bool) -> None:
             self._device.copy(order, self.clock.now(), ok=ok)
+            self._copy_ended_at = self.clock.now()
             self._copied(order, ok)
 
         self._in_this_life(begins, begin)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import queue
@@ -19,10 +20,12 @@ from agentspeed_engine.ids import PageId, SlotId, TicketId
 from agentspeed_engine.models.catalog import load
 from agentspeed_engine.run.copies import Copied, Copier
 from agentspeed_engine.run.inprocess import EngineThread
+from agentspeed_engine.run.loop import EngineLoop
 from agentspeed_engine.run.model import CopyFailed
 from agentspeed_engine.run.options import EngineOptions, build, options_from, parse_options
 from agentspeed_engine.run.torch_model import TorchModel
-from agentspeed_engine.sched.plan import HostCopy
+from agentspeed_engine.sched.plan import HostCopy, StepPlan
+from agentspeed_engine.sched.world import Out
 from tests.engine_client import Front, LinkClosed
 from tests.remembering_model import RememberingModel
 from tools.random_checkpoint import make_checkpoint
@@ -183,9 +186,59 @@ def test_a_copy_says_that_it_begins_before_it_looks_at_the_clock() -> None:
     copier = Copier(model, reports, Watched())
     copier.start(replace(copy(1, "save", (1,), (1,)), begin_by=11.0))
     assert reports.next() == Copied(TicketId(1), True)
-    assert heard == [[TicketId(1)]]
+    assert heard[0] == [TicketId(1)]
     assert copier.begun() == []
     copier.close(5)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_copies_that_queued_behind_a_long_one_are_begun_whether_it_failed_or_not(
+    fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, reports, clock = RememberingModel(pages=8, page_tokens=4, vocab_size=9), Reports(), VirtualClock(10.0)
+    model.reserve_host(4)
+
+    def takes_an_hour(*_: object) -> None:
+        clock.advance(3600.0)
+        if fails:
+            raise CopyFailed("planted")
+
+    monkeypatch.setattr(model, "load", takes_an_hour)
+    copier = Copier(model, reports, clock)
+    copier.start(replace(copy(1, "load", (1,), (1,)), begin_by=11.0, patience=1.0))
+    copier.start(replace(copy(2, "save", (1,), (1,)), begin_by=11.0, patience=1.0))
+    assert [reports.next(), reports.next()] == [Copied(TicketId(1), not fails), Copied(TicketId(2), True)]
+    copier.close(5)
+
+
+def test_a_plan_is_never_told_an_older_time_than_the_end_of_a_copy_that_the_core_has_heard_of() -> None:
+    class Hastens:
+        """An hour goes by between two looks at it."""
+
+        def __init__(self) -> None:
+            self._hours = itertools.count()
+
+        def now(self) -> float:
+            return 3600.0 * next(self._hours)
+
+    loop = EngineLoop(build(NOOP), clock=Hastens())
+    told: list[tuple[str, float]] = []
+    plan, copied = loop._core.plan, loop._core.copied
+
+    def planned(now: float) -> StepPlan | None:
+        told.append(("plan", now))
+        loop.stop()
+        return plan(now)
+
+    def ended(ticket: TicketId, ok: bool, now: float) -> Out:
+        told.append(("copied", now))
+        return copied(ticket, ok, now)
+
+    loop._core.plan, loop._core.copied = planned, ended  # type: ignore[method-assign]
+    loop._report(Copied(TicketId(1), True))
+    loop.run()
+    assert [name for name, _ in told] == ["copied", "plan"]
+    assert told[0][1] < told[1][1]
 
 
 def test_a_bug_in_a_copy_is_handed_to_the_loop() -> None:

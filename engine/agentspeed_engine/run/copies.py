@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import queue
 import sys
 import threading
@@ -34,6 +35,8 @@ class Copier:
         self._model = model
         self._clock = MonotonicClock() if clock is None else clock
         self._report = report
+        self._ended = -math.inf
+        """When the last copy that was carried out did."""
         self._begun: queue.SimpleQueue[TicketId] = queue.SimpleQueue()
         self._orders: queue.SimpleQueue[HostCopy | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="agentspeed-copies", daemon=True)
@@ -68,7 +71,7 @@ class Copier:
 
     def _carry_out(self, copy: HostCopy) -> bool:
         self._begun.put(copy.ticket)  # before the clock is read: who reads a later time has heard of it
-        if self._clock.now() > copy.begin_by:
+        if not copy.may_begin(self._clock.now(), self._ended):
             print(f"host copy {copy.ticket} ({copy.direction}) came too late to begin", file=sys.stderr)
             return False
         try:
@@ -79,4 +82,6 @@ class Copier:
         except CopyFailed as reason:
             print(f"host copy {copy.ticket} ({copy.direction}) failed: {reason}", file=sys.stderr)
             return False
+        finally:
+            self._ended = self._clock.now()  # before it is reported: who hears of it reads a later time
         return True

@@ -135,8 +135,10 @@ class EngineLoop:
                     callback()
                 for door in self._doors:
                     door.open_if_due()
-                now = self._clock.now()  # before `_collect`: a copy that began by then has said so
                 self._collect()
+                now = self._clock.now()  # after the ends of copies were heard: the core's time does not go back
+                for ticket in self._copier.begun():  # after the clock was read: who began by then has said so
+                    self._core.begun(ticket)
                 self._plan(now)
                 if self._tape is not None:  # first: what a client has heard of is in the recording
                     self._tape.flush()
@@ -182,8 +184,6 @@ class EngineLoop:
             self._last_words = f"The engine had no session for {self._idle_seconds:g} s (idle_seconds) and ended."
 
     def _collect(self) -> None:
-        for ticket in self._copier.begun():
-            self._core.begun(ticket)
         while True:
             try:
                 report = self._reports.get_nowait()

@@ -81,7 +81,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     policy: str = "next_use"
     """Who loses rows first under pressure; the others are there to compare with (`sched.policy`)."""
     ticket_deadline: float = 5.0
-    """Seconds. A host copy that has not begun within half of them counts as failed; one that began is waited for."""
+    """Seconds. A host copy counts as failed if it has not begun within half of them, counted from its order or from the
+    end of the copy before it; one that began is waited for."""
     outbox_bytes: int = 1 << 20
     """Bytes per link encoded ahead of a late reader, at least 4096; what comes on top waits with its token deltas
     joined."""

@@ -102,8 +102,8 @@ class Core:
         return orders
 
     def begun(self, ticket: TicketId) -> None:
-        """A ticket is about to be carried out, its `begin_by` not yet passed: from now on it has no deadline. To be
-        told before a `plan` whose `now` is past that moment."""
+        """A ticket is about to be carried out, and may begin: from now on it has no deadline. To be told before a
+        `plan` whose `now` is past that moment."""
         tickets.begun(self.world, ticket)
 
     def copied(self, ticket: TicketId, ok: bool, now: float) -> Out:
@@ -116,9 +116,7 @@ class Core:
     def wake_at(self, now: float) -> float | None:
         """When `plan` must be called again though nothing happened: a ticket's deadline, the end of a firm lease, or
         rows to bring back."""
-        times = [ticket.deadline for ticket in self.world.tickets.values() if ticket.deadline < math.inf]
-        if self.world.firm_ends < math.inf:
-            times.append(self.world.firm_ends)
+        times = [when for when in (tickets.deadline(self.world), self.world.firm_ends) if when < math.inf]
         if self.world.prefetch:
             times.append(self.world.prefetch[0][0])
         return max(now, min(times)) if times else None

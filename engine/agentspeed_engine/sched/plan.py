@@ -43,8 +43,14 @@ class HostCopy:
     pages: tuple[PageId, ...]
     slots: tuple[SlotId, ...]
     begin_by: float = math.inf
-    """By the engine's clock: a copy that has not begun by then may not begin any more, because its pages or slots may
-    soon have another owner."""
+    """By the engine's clock."""
+    patience: float = 0.0
+    """Seconds from the end of the copy before it in which it may begin as well."""
+
+    def may_begin(self, now: float, before_ended: float) -> bool:
+        """Else it must not any more: its pages or slots may soon have another owner. `before_ended`: when the copier
+        ended the last copy that it carried out, well or not."""
+        return now <= max(self.begin_by, before_ended + self.patience)
 
 
 @final

@@ -1,4 +1,9 @@
-"""Host copies in flight: begun, carried out elsewhere, and acknowledged or failed by a deadline (L6)."""
+"""Host copies in flight: begun, carried out elsewhere, and acknowledged or failed by a deadline (L6).
+
+They are carried out in their order, one after the other. One that has not begun is given up `ticket_deadline` seconds
+after it was ordered or after another one ended, whichever is later, and while another one is carried out it is not. So
+to queue is no failure, and behind a copier that does nothing any more all are given up together, however many queue.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +30,7 @@ class Ticket:
 
     direction: Literal["save", "load"]
     deadline: float
+    """It moves on whenever another copy ends; infinite once this one has begun."""
 
 
 def save(world: World, node: Node, now: float) -> int:
@@ -57,10 +63,17 @@ def pages_of(chain: list[Node]) -> int:
 
 def copied(world: World, number: TicketId, ok: bool, now: float) -> None:
     """A copy was carried out, or failed. One that comes after its deadline is over already."""
-    ticket = world.tickets.pop(number, None)
-    if ticket is None:
+    if number not in world.tickets:
         world.ignored += 1
         return
+    _end(world, number, ok, now)
+    for waiting, ticket in list(world.tickets.items()):  # the copier lives: those that queue are not late
+        if ticket.deadline < math.inf:
+            world.tickets[waiting] = Ticket(ticket.direction, now + world.config.ticket_deadline)
+
+
+def _end(world: World, number: TicketId, ok: bool, now: float) -> None:
+    ticket = world.tickets.pop(number)
     nodes = world.kv.tree.in_copy.pop(number)
     if ticket.direction == "save":
         for node in nodes:
@@ -80,9 +93,14 @@ def begun(world: World, number: TicketId) -> None:
 
 def expire(world: World, now: float) -> None:
     """Tickets past their deadline fail: nothing waits for ever for a copy that does not begin."""
-    for number in [number for number, ticket in world.tickets.items() if ticket.deadline <= now]:
+    while deadline(world) <= now:
         world.late_tickets += 1
-        copied(world, number, False, now)
+        _end(world, next(iter(world.tickets)), False, now)
+
+
+def deadline(world: World) -> float:
+    """When the oldest ticket is given up. None is before the ones it queues behind."""
+    return next((ticket.deadline for ticket in world.tickets.values()), math.inf)
 
 
 def saving(world: World, tenant: str | None = None) -> int:
@@ -111,7 +129,8 @@ def _order(world: World, number: TicketId, direction: Literal["save", "load"], n
         pages += node.state.pages
         slots += node.state.slots
     world.orders.append(HostCopy(number, direction, tuple(pages), tuple(slots),
-                                 begin_by=now + world.config.ticket_deadline / 2))
+                                 begin_by=now + world.config.ticket_deadline / 2,
+                                 patience=world.config.ticket_deadline / 2))
 
 
 def _saved(world: World, node: Node, ok: bool) -> None:
@@ -150,10 +169,10 @@ def _loaded(world: World, nodes: list[Node], ok: bool, now: float) -> None:
                 world.states[number] = state.landed()
             continue
         world.deactivate(state.turn, state.branch)
-        state.turn.why = "a copy from the host failed"
+        state.turn.why = "a copy from the host failed, or did not begin in time"
         world.enqueue(state.lost(world.kv, now))
     if not ok and nodes[0].failures >= MOST_FAILURES:
-        _ = world.kv.drop_with_all_below(nodes[0], "its rows on the host could not be read twice")
+        _ = world.kv.drop_with_all_below(nodes[0], "its rows could not be brought back from the host twice")
 
 
 def _drop_if_ownerless(world: World, node: Node) -> None:
