@@ -7,6 +7,7 @@ changed nothing, unless it says otherwise.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import zlib
 from collections.abc import Awaitable, Callable, Coroutine
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _LOG = logging.getLogger("agentspeed.session")
+_SOON_SECONDS = 0.5
+"""An engine answers between two steps: for an answer that is only worth this much."""
 
 
 class Make(Protocol):
@@ -248,6 +251,16 @@ class Branch:
             raise errors.InternalError(f"The engine answered Inspect with {type(reply).__name__}.")
         self.residence = residence_of(reply.residence)
         return reply
+
+    async def waits_for(self) -> str:
+        """What a turn that was not admitted yet waits for; empty when it was, or the engine does not say soon."""
+        link = self._link
+        if link is not None:
+            with contextlib.suppress(errors.AgentspeedError), anyio.move_on_after(_SOON_SECONDS):
+                seen = await link.call(lambda request: wire.Inspect(request=request, branch=self._number))
+                if isinstance(seen, wire.Inspected) and seen.state in ("Queued", "Promoting"):
+                    return seen.waiting_for
+        return ""
 
     async def close(self) -> None:
         """Silent about an engine that is gone: it holds nothing any more. One that is busy for longer than

@@ -78,6 +78,8 @@ class Turn(Generic[T]):
         self._logprobs: list[float] = []
         self._top: list[tuple[tuple[int, float], ...]] = []
         self._ended: wire.TurnEnded | None = None
+        self._started = False
+        """The engine has admitted it."""
         self._finished = False
         self._state = "new"
         self._deadline = float("inf")
@@ -97,7 +99,7 @@ class Turn(Generic[T]):
                 continued = await self._session._begin(self, self._asked)
             if continued is None:  # too late before it was queued: by then nothing is cancelled any more
                 self._finished = True
-                raise self._too_late()
+                raise self._too_late("the engine to take it")
         if continued:
             self._absorb(self._text.feed(continued))
             self._ready.clear()
@@ -136,11 +138,15 @@ class Turn(Generic[T]):
         with anyio.move_on_after(self._deadline - anyio.current_time()) as scope:
             await self._wake.wait()
         if scope.cancelled_caught and not self._raw:
-            raise self._too_late()
+            raise self._too_late("" if self._started else await self._session._branch.waits_for())
 
-    def _too_late(self) -> errors.TurnTimeout:
-        return errors.TurnTimeout(f"The turn took longer than {self._asked.timeout} s and was cancelled.",
-                                  partial=self.text, remedy="Give it more time or fewer tokens.")
+    def _too_late(self, waits_for: str) -> errors.TurnTimeout:
+        after = f"{self._asked.timeout} s"
+        if waits_for:
+            return errors.TurnTimeout(f"The turn still waited for {waits_for} after {after} and was cancelled.",
+                                      remedy="Give it more time, or the engine more pages or fewer turns at once.")
+        return errors.TurnTimeout(f"The turn took longer than {after} and was cancelled.", partial=self.text,
+                                  remedy="Give it more time or fewer tokens.")
 
     async def reply(self) -> Reply[T]:
         """Reads to the end. Raises `OutputError` when `output=` was asked for and the text is not that."""
@@ -171,6 +177,7 @@ class Turn(Generic[T]):
                 self._finished = True
                 raise self._session._died(self)
             case wire.TurnStarted():
+                self._started = True
                 self.usage = usage_of(event.usage)
                 self._emit(events.TurnStarted(usage=self.usage))
                 if (resumed := self._session._resumed(self.usage)) is not None:

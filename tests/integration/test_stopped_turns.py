@@ -151,3 +151,23 @@ async def test_a_turn_that_its_tenants_quota_ends_says_so_and_one_that_ends_as_a
             assert not refused.value.retryable
         async with engine.session(tenant="other") as s:
             assert (await s.generate("Speak.", max_tokens=3)).bound == ""
+
+
+async def test_a_timeout_in_the_queue_says_what_the_turn_waited_for(checkpoint: Path) -> None:
+    async with Engine(checkpoint, pages=100, page_tokens=16, context_limit=1500) as engine, \
+            engine.session() as long, engine.session() as late, \
+            long.stream("word " * 220, max_tokens=600) as turn:
+        assert isinstance(await anext(turn), events.TurnStarted)
+        with pytest.raises(errors.TurnTimeout, match=r"still waited for room after 0.2 s") as caught:
+            _ = await late.generate("other " * 220, max_tokens=2, timeout=0.2)
+        assert "more pages or fewer turns" in caught.value.remedy and caught.value.partial == ""
+        assert late.messages == ()
+
+
+async def test_a_timeout_while_the_engine_starts_again_says_so(checkpoint: Path) -> None:
+    async with Engine(checkpoint, pages=64) as engine, engine.session() as s:
+        assert engine.pid is not None
+        os.kill(engine.pid, signal.SIGKILL)
+        with pytest.raises(errors.TurnTimeout, match="still waited for the engine to take it"):
+            _ = await s.generate("Hi", timeout=0.01)
+        assert (await s.generate("Hi", max_tokens=2)).usage.drawn == 2
