@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _LOG = logging.getLogger("agentspeed.session")
+_MOST_LABEL = 64
+"""Characters of a session's id that the engine is told."""
 _SOON_SECONDS = 0.5
 """An engine answers between two steps: for an answer that is only worth this much."""
 
@@ -43,6 +45,8 @@ class Make(Protocol):
 class Opening:
     """How a branch is opened, at first and after an engine's death."""
 
+    label: str
+    """The session's id, for who watches the engine."""
     tenant: str
     private: bool
     seed: int
@@ -50,8 +54,8 @@ class Opening:
 
     def of_child(self, number: int) -> Opening:
         """A child that must be opened anew draws other tokens than its siblings."""
-        return Opening(tenant=self.tenant, private=self.private, seed=zlib.crc32(f"{self.seed}.{number}".encode()),
-                       close_timeout=self.close_timeout)
+        return Opening(label=self.label, tenant=self.tenant, private=self.private, close_timeout=self.close_timeout,
+                       seed=zlib.crc32(f"{self.seed}.{number}".encode()))
 
 
 @final
@@ -105,7 +109,11 @@ class Branch:
 
         _ = await self._call(link, lambda request: wire.Open(
             request=request, ids=pack_ids(self.mirror.ids), tenant=self.opening.tenant, private=self.opening.private,
-            seed=seed, computed=self.mirror.computed), opened)
+            seed=seed, computed=self.mirror.computed, label=self._label()), opened)
+
+    def _label(self) -> str:
+        """A name may be of any length, and hold what the engine takes for the end of one."""
+        return self.opening.label.replace("\0", "")[:_MOST_LABEL]
 
     def _settle(self, link: Connection, number: int) -> None:
         self._link, self._number = link, number

@@ -57,6 +57,7 @@ async def fork(parent: Session, n: int, at: int | None) -> tuple[Session, ...]:
             record_logprobs=defaults.record_logprobs, reasoning=defaults.reasoning,
             close_timeout=opening.close_timeout, name=f"{parent.id}.{number}",
         )
+        branch.opening = child.opening  # the same, but by the child's own name
         child.parent, child._label = parent, f"{parent._label}→b{number}"
         # A turn that runs goes on after the fork: what it had said by then is what the children begin with.
         length = len(branch.mirror) if at is None else parent.tokens

@@ -86,7 +86,7 @@ class Session:
             self.engine, self._owns_engine = Engine.shared(model, engine_options), True
         self.defaults = Defaults(tools=tools_from(tools), sampling=sampling or Sampling(), timeout=timeout,
                                  record_logprobs=record_logprobs, reasoning=reasoning)
-        self.opening = Opening(tenant=tenant or "", private=private, close_timeout=close_timeout,
+        self.opening = Opening(label=self.id, tenant=tenant or "", private=private, close_timeout=close_timeout,
                                seed=secrets.randbits(62) if seed is None else seed)
         self.usage = Usage()
         self._branch = Branch(self.engine, self.opening, Mirror())

@@ -85,7 +85,7 @@ def _session_rows(session: wire.SessionView, clock: float) -> Iterator[Row]:
         children.setdefault(parent, []).append(view)
     missing = session.branches_total - len(session.branches)
     tops = children.get(None, [])
-    label = f"session {session.session}" + (f" {printable(session.tenant)}" if session.tenant else "")
+    label = " ".join(printable(word) for word in (f"session {session.session}", session.label, session.tenant) if word)
     if len(tops) == 1 and tops[0].branch == session.session:
         yield _row(label, tops[0], clock)
         tops = children.get(tops[0].branch, [])

@@ -13,7 +13,7 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Raised whenever a message changes its meaning; `Hello` with another number is refused."""
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
@@ -65,6 +65,8 @@ class Open(Message, frozen=True, kw_only=True):
     computed: int = 0
     """Rows of these ids that an earlier engine had computed: what must be computed again counts as recomputed, not
     new. More than there are ids counts as all of them."""
+    label: str = ""
+    """What its front calls the session: shown to who watches the engine, and used for nothing else."""
 
 
 class Append(Message, frozen=True, kw_only=True):
@@ -237,6 +239,8 @@ class SessionView(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     tenant: str
     branches: tuple[BranchView, ...]
     branches_total: int
+    label: str = ""
+    """What its front calls it."""
 
 
 class TurnUsage(msgspec.Struct, frozen=True, kw_only=True, array_like=True):

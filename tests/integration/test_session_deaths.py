@@ -12,6 +12,7 @@ import pytest
 
 from agentspeed import Engine, Session, errors
 from agentspeed.backends.process import ATTACH, EngineProcess, EngineSlot
+from agentspeed_engine import wire
 
 pytestmark = pytest.mark.anyio
 
@@ -39,6 +40,24 @@ async def test_the_use_after_a_death_goes_on_with_every_committed_token(checkpoi
         assert s.ids == undisturbed.ids
         await undisturbed.rewind(0)
         assert undisturbed.tokens == 0
+
+
+async def labels(engine: Engine) -> list[str]:
+    """What who watches the engine is told that its sessions are called, oldest first."""
+    picture = await (await engine.link()).call(lambda number: wire.Look(request=number))
+    assert isinstance(picture, wire.Picture)
+    return [session.label for session in picture.sessions]
+
+
+async def test_who_watches_finds_a_session_by_its_id_before_and_after_a_death(checkpoint: Path) -> None:
+    async with counting(checkpoint) as engine, engine.session() as s, engine.session(name="a\0b" * 99) as named:
+        assert await labels(engine) == [s.id, ("ab" * 99)[:64]]
+        async with s.fork(2) as (child, _):
+            assert await labels(engine) == [s.id, ("ab" * 99)[:64]], "forks stand below the session"
+            _ = kill(engine)
+            for session in (child, named, s):
+                _ = await session.add("Again.")
+            assert await labels(engine) == [f"{s.id}.1", ("ab" * 99)[:64], s.id]
 
 
 async def test_what_an_engine_computed_before_its_death_is_recomputed_and_not_new(checkpoint: Path) -> None:

@@ -125,7 +125,7 @@ def test_the_digest_changes_with_a_page_a_clock_and_an_order() -> None:
 def secretive(folder: Path, *, content: bool) -> RecordedRun:
     """A run that is given every kind of content; segments begin in the middle of turns too."""
     run = RecordedRun(folder, content=content)
-    branch = run.open(40, tenant="acme-corp")
+    branch = run.open(40, tenant="acme-corp", label="ada-s-session")
     _ = run.send(wire.Expect, branch=branch, seconds=5.0, tool="searching-the-web")
     run.tape.begin_segment()
     _ = run.send(wire.Generate, branch=branch, max_tokens=9, stop_ids=(STOP,), stop_strings=(b"the-stop-string",),
@@ -139,7 +139,7 @@ def secretive(folder: Path, *, content: bool) -> RecordedRun:
 
 def test_a_recording_has_no_ids_and_no_names(tmp_path: Path) -> None:
     data = everything(secretive(tmp_path, content=False).path)
-    for word in (b"acme-corp", b"searching-the-web", b"the-stop-string", b"the-grammar"):
+    for word in (b"acme-corp", b"ada-s-session", b"searching-the-web", b"the-stop-string", b"the-grammar"):
         assert word not in data
     for first in (*range(FIRST, FIRST + 40), *range(DRAWN + 40, DRAWN + 50), STOP):
         for form in (first.to_bytes(4, "little") + b"", b"\xce" + first.to_bytes(4, "big")):
@@ -149,7 +149,8 @@ def test_a_recording_has_no_ids_and_no_names(tmp_path: Path) -> None:
 
 def test_with_content_the_same_recording_has_them(tmp_path: Path) -> None:
     data = everything(secretive(tmp_path, content=True).path)
-    for word in (b"acme-corp", b"searching-the-web", b"the-stop-string", b"the-grammar", pack_ids([FIRST, FIRST + 1])):
+    for word in (b"acme-corp", b"ada-s-session", b"searching-the-web", b"the-stop-string", b"the-grammar",
+                 pack_ids([FIRST, FIRST + 1])):
         assert word in data
 
 

@@ -52,6 +52,11 @@ def test_branches_stand_below_the_branch_they_were_forked_from() -> None:
     assert [row.name for row in rows] == ["session 1 acme", "├ 2", "│ └ 4", "└ 3"]
 
 
+def test_a_session_is_shown_by_what_its_program_calls_it_too() -> None:
+    named = msgspec.structs.replace(session(branch(1), branch(2, 1), tenant="acme"), label="8d8935cc")
+    assert [row.name for row in rows_of(picture(named))] == ["session 1 8d8935cc acme", "└ 2"]
+
+
 def test_with_a_quota_the_pages_of_each_tenant_are_shown_fullest_first() -> None:
     shown = picture(session(branch(1), tenant="acme"), session(branch(2), number=2))
     assert "by tenant" not in text_of(Frame("s", WELCOME, shown))
@@ -61,9 +66,10 @@ def test_with_a_quota_the_pages_of_each_tenant_are_shown_fullest_first() -> None
 
 def test_names_that_clients_chose_cannot_command_the_terminal_or_break_a_line() -> None:
     hostile = "t\x1b[2J\x1b]0;owned\x1b\\\u202e\nz"
-    shown = picture(session(branch(1, tool=hostile), tenant=hostile))
+    named = msgspec.structs.replace(session(branch(1, tool=hostile), tenant=hostile), label="a\rb")
+    shown = picture(named)
     (row,) = rows_of(shown)
-    assert row.name == "session 1 t\\x1b[2J\\x1b]0;owned\\x1b\\\\u202e\\nz" and row.note.endswith("\\u202e\\nz")
+    assert row.name == "session 1 a\\rb t\\x1b[2J\\x1b]0;owned\\x1b\\\\u202e\\nz" and row.note.endswith("\\u202e\\nz")
     calm = text_of(Frame("s", WELCOME, picture(session(branch(1, tool="t"), tenant="t"))), 200)
     quota = {"tenants": {hostile: 3}, "tenant_quota": 4}
     welcome = msgspec.structs.replace(WELCOME, model=hostile)

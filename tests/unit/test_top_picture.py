@@ -124,6 +124,15 @@ def test_a_picture_without_branches_still_counts(asked: int) -> None:
     assert picture.sessions == () and picture.counts["branches"] == 1
 
 
+def test_a_session_is_described_with_what_its_front_calls_it() -> None:
+    world = Scheduled()
+    named, plain = world.open(PROMPT, label="8d8935cc"), world.open(PROMPT)
+    assert {view.session: view.label for view in look(world).sessions} == {named: "8d8935cc", plain: ""}
+    for label in ("x" * 257, "a\0b"):
+        refused = world.send(wire.Open(request=1, label=label))
+        assert isinstance(refused, wire.Failed) and "The name of a session" in refused.message
+
+
 def test_nobody_can_ask_for_an_unbounded_picture() -> None:
     world = Scheduled(max_sessions=1200)
     for _ in range(1100):

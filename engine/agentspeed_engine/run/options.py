@@ -95,8 +95,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     record_bytes: int = 64 << 20
     """Most bytes of this engine's recording, at least 65536; the oldest part goes when it is full."""
     record_content: bool = False
-    """Record token ids and names of tenants and tools as they are, instead of stand-ins that tell only what equals
-    what."""
+    """Record token ids and names of tenants, sessions and tools as they are, instead of stand-ins that tell only what
+    equals what."""
     check_every_step: bool = False
     """Run the ledger after every event (tests; it costs time in proportion to the pool)."""
 

@@ -101,7 +101,7 @@ def _sessions(world: World, chosen: set[BranchId], now: float) -> tuple[SessionV
     for opened, branches in sorted(by_session.items()):
         session = world.sessions[opened]
         views.append(SessionView(
-            session=opened, tenant=session.tenant, branches_total=len(session.branches),
+            session=opened, tenant=session.tenant, label=session.label, branches_total=len(session.branches),
             branches=tuple(_branch(world, branch, now) for branch in branches),
         ))
     return tuple(views)

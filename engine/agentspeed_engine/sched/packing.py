@@ -253,7 +253,7 @@ class _Hidden:
                 return self._veil.ids(held, value.start)
             case Row(), "ids":
                 return self._ids(array("I", held), value.position)
-            case Session() | Room(), "tenant":
+            case Session() | Room(), "tenant" | "label":
                 return self._veil.name(held)
             case Tree(), "owned" | "tips_of":
                 return {self._veil.name(tenant): of_tenant for tenant, of_tenant in held.items()}

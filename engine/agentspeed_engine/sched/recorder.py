@@ -243,7 +243,8 @@ class RecordedCore:
         changed = msgspec.structs.replace
         match command:
             case wire.Open():
-                return changed(command, ids=self._ids(command.ids, 0), tenant=self._name(command.tenant))
+                return changed(command, ids=self._ids(command.ids, 0), tenant=self._name(command.tenant),
+                               label=self._name(command.label))
             case wire.Append():
                 return changed(command, ids=self._ids(command.ids, self._known(command.branch)))
             case wire.Generate(grammar=grammar):

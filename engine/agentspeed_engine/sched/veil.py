@@ -14,7 +14,7 @@ UNUSABLE = b"\xff"
 UNUSABLE_NAME = "\0"
 """Stands for a name that the core refuses."""
 MAX_NAME = 256
-"""Characters of a tenant's or tool's name; there may be many of them, so each has a bound."""
+"""Characters of a tenant's, session's or tool's name; there may be many of them, so each has a bound."""
 
 
 class Veil(Protocol):
@@ -35,7 +35,7 @@ class Veil(Protocol):
         ...
 
     def name(self, text: str) -> str:
-        """Of a tenant or a tool; the empty one stays empty."""
+        """Of a tenant, a session or a tool; the empty one stays empty."""
         ...
 
 

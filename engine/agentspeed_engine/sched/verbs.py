@@ -65,6 +65,7 @@ def open_session(world: World, link: LinkId, command: Open, now: float) -> None:
     if command.computed < 0:
         raise EngineFault("invalid_request", f"computed is {command.computed}.", "Give 0 or more.")
     _check_name("tenant", command.tenant)
+    _check_name("session", command.label)
     quotas.check_session(world, command.tenant)
     number = world.fresh_branch()
     key = (config.model, config.adapter, f"{command.tenant}\0{number if command.private else ''}")
@@ -77,7 +78,7 @@ def open_session(world: World, link: LinkId, command: Open, now: float) -> None:
     branch.leaf.leaf_of.add(number)
     world.kv.join(branch)
     world.kv.open_at(branch)
-    world.sessions[SessionId(number)] = Session(link, command.tenant, {number})
+    world.sessions[SessionId(number)] = Session(link, command.tenant, {number}, command.label)
     world.rest(Held(branch))
     world.tell(branch, Opened(request=command.request, branch=number, residence=world.residence(branch)))
 

@@ -55,6 +55,8 @@ class Session:
     link: LinkId
     tenant: str
     branches: set[BranchId]
+    label: str = ""
+    """What its front calls it; nothing is decided by it."""
     orphaned: bool = False
     """Its front died: what is still to be born ends at once."""
 
