@@ -33,6 +33,8 @@ _COLUMNS: tuple[tuple[str, JustifyMethod, bool], ...] = (
 """Each with whether it gives way when the screen is narrow: the widest of those first."""
 _WIDE = 110
 """Cells from which on there is room for every column."""
+_COMMON = 80
+"""Cells of the terminal that most programs expect at least."""
 
 
 @final
@@ -229,10 +231,11 @@ def _queue(picture: wire.Picture) -> list[Text]:
 
 def _table(picture: wire.Picture, width: int) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), expand=False, header_style="bold")
-    widest = {"branch": 28} if width >= _WIDE else {"branch": 20, "where its rows are": 24}
+    widest = {"branch": min(28, max(20, width // 4))} | ({} if width >= _WIDE else {"where its rows are": 24})
     for name, justify, gives_way in _COLUMNS:
         if name != "tail" or width >= _WIDE:
-            table.add_column(_cut(name), justify=justify, no_wrap=not gives_way, max_width=widest.get(name))
+            stays = not gives_way or (name == "branch" and width >= _COMMON)  # a session's id is not to be cut
+            table.add_column(_cut(name), justify=justify, no_wrap=stays, max_width=widest.get(name))
     for row in rows_of(picture):
         state = Text(row.state, style=_STATE_STYLES.get(row.state, ""))
         tail = [row.tail] if width >= _WIDE else []

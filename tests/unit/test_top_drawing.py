@@ -55,6 +55,8 @@ def test_branches_stand_below_the_branch_they_were_forked_from() -> None:
 def test_a_session_is_shown_by_what_its_program_calls_it_too() -> None:
     named = msgspec.structs.replace(session(branch(1), branch(2, 1), tenant="acme"), label="8d8935cc")
     assert [row.name for row in rows_of(picture(named))] == ["session 1 8d8935cc acme", "└ 2"]
+    for width in (80, 100, 120):
+        assert "session 1 8d8935cc" in text_of(Frame("s", WELCOME, picture(named)), width)
 
 
 def test_with_a_quota_the_pages_of_each_tenant_are_shown_fullest_first() -> None:
