@@ -28,7 +28,7 @@ async def left_after(session: Session, tokens: int, **options: Any) -> int:
 
 @pytest.mark.parametrize("keep", [False, True])
 async def test_a_turn_that_is_left_counts_what_it_drew(checkpoint: Path, keep: bool) -> None:
-    async with Engine(checkpoint, pages=64) as engine, engine.session() as s:
+    async with Session(checkpoint, private=True) as s:
         _ = await left_after(s, 3, keep_on_cancel=keep)
         first = s.usage
         assert first.drawn >= 3 and first.decode_seconds > 0 and first.turns == 1
@@ -39,28 +39,36 @@ async def test_a_turn_that_is_left_counts_what_it_drew(checkpoint: Path, keep: b
 
 
 async def test_a_turn_that_is_left_while_its_prompt_is_computed_counts_what_was_computed(checkpoint: Path) -> None:
-    async with Engine(checkpoint, pages=400, prefill_chunk=16) as engine, engine.session() as s:
-        async with s.stream("word " * 2000, max_tokens=3):
+    async with slow_to_fill(checkpoint) as s:
+        async with s.stream(LONG, max_tokens=3):
             await some_rows(s)
         left = s.usage
-        assert 32 <= left.new < 7000, "not the whole prompt"
-        reply = await s.generate("word " * 2000, max_tokens=3)
+        assert 32 <= left.new < 2000, "not the whole prompt"
+        reply = await s.generate(LONG, max_tokens=3)
         assert reply.usage.shared + reply.usage.resumed == left.new, "what the turn that was taken back had computed"
 
 
 async def test_a_prefill_that_is_cancelled_counts_what_was_computed_and_claims_no_more(checkpoint: Path) -> None:
-    async with Engine(checkpoint, pages=400, prefill_chunk=16) as engine, engine.session() as s:
+    async with slow_to_fill(checkpoint) as s:
         async with anyio.create_task_group() as group:
-            _ = group.start_soon(lambda: s.add("word " * 2000, prefill=True))
+            _ = group.start_soon(lambda: s.add(LONG, prefill=True))
             await some_rows(s)
             group.cancel_scope.cancel()
-        assert 32 <= s.usage.new < 7000 and s.usage.turns == 0
-        assert s.tokens > 8000, "the message stays"
+        assert 32 <= s.usage.new < 2000 and s.usage.turns == 0
+        assert s.tokens > 2400, "the message stays"
         left = s.usage.new
-        assert engine.pid is not None
-        os.kill(engine.pid, signal.SIGKILL)
+        assert s.engine.pid is not None
+        os.kill(s.engine.pid, signal.SIGKILL)
         usage = (await s.generate(max_tokens=2)).usage
         assert usage.recomputed == left
+
+
+LONG = "word " * 600
+
+
+def slow_to_fill(checkpoint: Path) -> Session:
+    """In an engine of many short steps, which the tests that want one share."""
+    return Session(checkpoint, pages=400, prefill_chunk=16, private=True)
 
 
 async def some_rows(session: Session) -> None:
@@ -71,7 +79,7 @@ async def some_rows(session: Session) -> None:
 
 @pytest.mark.parametrize("keep", [False, True])
 async def test_after_a_turn_was_left_the_session_knows_where_its_rows_are(checkpoint: Path, keep: bool) -> None:
-    async with Engine(checkpoint, pages=64) as engine, engine.session() as s:
+    async with Session(checkpoint, private=True) as s:
         _ = await left_after(s, 3, keep_on_cancel=keep)
         told = s.residence
         assert told.device + told.host + told.lost == s.tokens
@@ -93,7 +101,7 @@ async def test_children_of_an_adopted_child_are_the_trunks_and_close_with_it(che
 
 
 async def test_a_grandchild_is_adopted_where_its_parent_was_and_not_where_that_went_on(checkpoint: Path) -> None:
-    async with Engine(checkpoint, pages=64) as engine, engine.session() as s:
+    async with Session(checkpoint) as s:
         (child,) = await s.fork(1).__aenter__()
         _ = await child.generate("Two.", max_tokens=2)
         _ = await child.add("And?")
