@@ -353,7 +353,6 @@ def _nothing_to_fill(world: World, state: Queued, now: float) -> None:
     world.dequeue(turn, state.branch)
     held = state.abort()
     world.rest(held)
-    _moved(world, held.branch)
     world.tell(held.branch, TurnStarted(branch=held.branch.id, usage=usage(turn, now)))
     world.finish_turn(held.branch, turn, now)
 

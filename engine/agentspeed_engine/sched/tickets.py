@@ -15,7 +15,7 @@ from agentspeed_engine.errors import BrokenInvariant
 from agentspeed_engine.ids import PageId, SlotId, TicketId
 from agentspeed_engine.kv.branches import Promoting
 from agentspeed_engine.kv.nodes import Device, Host, Loading, Saving
-from agentspeed_engine.kv.tree import Node, tenant_of
+from agentspeed_engine.kv.tree import Node, session_of, tenant_of
 from agentspeed_engine.sched.plan import HostCopy
 from agentspeed_engine.sched.world import World
 
@@ -177,8 +177,8 @@ def _loaded(world: World, nodes: list[Node], ok: bool, now: float) -> None:
 
 def _drop_if_ownerless(world: World, node: Node) -> None:
     """Rows of a private session that closed meanwhile do not outlive it."""
-    private = node.root[2].partition("\0")[2]
-    if private and node.id in world.kv.tree.nodes and not node.referenced and not node.pinned_by:
+    if session_of(node.root) is None:
+        return
+    if node.id in world.kv.tree.nodes and not node.referenced and not node.pinned_by:
         _ = world.kv.drop(node)
-    if private:
-        world.kv.drop_private(node.root)
+    world.kv.drop_private(node.root)
