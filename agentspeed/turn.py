@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, final
+from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar, final
 
 import anyio
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from agentspeed.session import Session
 
 T = TypeVar("T")
+_TO_BE_TAKEN: Final = "the engine to take it"
 
 
 @final
@@ -99,7 +100,7 @@ class Turn(Generic[T]):
                 continued = await self._session._begin(self, self._asked)
             if continued is None:  # too late before it was queued: by then nothing is cancelled any more
                 self._finished = True
-                raise self._too_late("the engine to take it")
+                raise self._too_late(_TO_BE_TAKEN)
         if continued:
             self._absorb(self._text.feed(continued))
             self._ready.clear()
@@ -143,8 +144,10 @@ class Turn(Generic[T]):
     def _too_late(self, waits_for: str) -> errors.TurnTimeout:
         after = f"{self._asked.timeout} s"
         if waits_for:
+            remedy = ("Give it more time: an engine that starts takes seconds." if waits_for == _TO_BE_TAKEN else
+                      "Give it more time, or the engine more pages or fewer turns at once.")
             return errors.TurnTimeout(f"The turn still waited for {waits_for} after {after} and was cancelled.",
-                                      remedy="Give it more time, or the engine more pages or fewer turns at once.")
+                                      partial=self.text, remedy=remedy)
         return errors.TurnTimeout(f"The turn took longer than {after} and was cancelled.", partial=self.text,
                                   remedy="Give it more time or fewer tokens.")
 

@@ -52,6 +52,7 @@ class Watcher:
         self._asked_at = time.monotonic()
         self._wanted = threading.Event()
         self._answered = threading.Event()
+        self._closed = False
         self._socket: socket.socket | None = None
         self._inbox = bytearray()
         self._request = 0
@@ -74,16 +75,19 @@ class Watcher:
         return 0.0 if self._answered.is_set() else time.monotonic() - self._asked_at
 
     def close(self) -> None:
+        """Its thread ends by itself, even one that waits for an answer."""
+        self._closed = True
+        self._wanted.set()
         if self._socket is not None:
             with contextlib.suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread, which closes it
+                self._socket.shutdown(socket.SHUT_RDWR)
 
     # ---- the thread -----------------------------------------------------------------------------------------------
     def _watch(self) -> None:
         try:
             with open_socket(self.path) as self._socket:
                 self.welcome = self._greeted()
-                while True:
+                while not self._closed:
                     picture = self._look()
                     self.seen = picture, None if self.seen is None else self.seen[0]
                     self._answered.set()

@@ -40,7 +40,7 @@ class Race:
             next(sides[self.chance.random() < self.chance.choice((0.2, 0.5, 0.8))])
 
     def copier(self) -> Iterator[None]:
-        ended = -math.inf
+        progress = -math.inf
         while True:
             yield
             if not self.orders:
@@ -49,11 +49,11 @@ class Race:
             yield
             self.said.append(order.ticket)
             yield
-            ok = order.may_begin(self.now(), ended)
+            ok = order.may_begin(self.now(), progress)
             yield
             if ok:
                 yield from self.carried_out(order)
-                ended = self.now()
+                progress = order.progress(self.now(), progress)
                 yield
             self.refused += not ok
             self.reports.append((order.ticket, ok))

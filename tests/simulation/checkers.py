@@ -14,6 +14,7 @@ from agentspeed_engine.kv.tree import upward
 from agentspeed_engine.sched.core import Core
 from agentspeed_engine.sched.ranking import Rankings
 from agentspeed_engine.sched.reclaim import reclaim
+from agentspeed_engine.sched.world import World
 from tests.simulation.front import Handle
 
 if TYPE_CHECKING:
@@ -178,11 +179,15 @@ def nothing_is_left(core: Core, now: float) -> None:
 def pages_nobody_can_have(core: Core, now: float) -> int:
     """Evicts everything that is cached and returns the pages that are not free then."""
     world = core.world
-    world.rankings = Rankings()
-    while not reclaim(world, world.kv.pages.total, now) and world.tickets:
+    while not everything_goes(world, now) and world.tickets:
         for ticket in list(world.tickets):
             _ = core.copied(ticket, True, now)
     return world.kv.pages.total - world.kv.pages.free
+
+
+def everything_goes(world: World, now: float) -> bool:
+    world.rankings = Rankings()  # a plan's, and what copies changed since the last one is not in it
+    return reclaim(world, world.kv.pages.total, now)
 
 
 def tokens_are_undisturbed(agents: dict[str, Agent], peaceful: dict[str, Agent]) -> int:

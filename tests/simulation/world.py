@@ -159,7 +159,7 @@ class Simulation:
         self._device = Device(config.pages, config.host_slots, config.page_tokens, VOCABULARY,
                               self._within)
         self._device_free_at = self._copier_free_at = self.clock.now()
-        self._copy_ended_at = -math.inf
+        self._progress = -math.inf
 
     def _call(self, call: str, what: str, action: Callable[[], Out], branch: int = 0) -> None:
         """One call of the core, looked at from both sides."""
@@ -235,7 +235,7 @@ class Simulation:
         self._copier_free_at = begins + takes
 
         def begin() -> None:
-            if not order.may_begin(self.clock.now(), self._copy_ended_at):
+            if not order.may_begin(self.clock.now(), self._progress):
                 self._copied(order, False)
             else:
                 self.core.begun(order.ticket)
@@ -243,7 +243,7 @@ class Simulation:
 
         def carry_out(ok: bool) -> None:
             self._device.copy(order, self.clock.now(), ok=ok)
-            self._copy_ended_at = self.clock.now()
+            self._progress = order.progress(self.clock.now(), self._progress)
             self._copied(order, ok)
 
         self._in_this_life(begins, begin)

@@ -192,22 +192,23 @@ def test_a_copy_says_that_it_begins_before_it_looks_at_the_clock() -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_copies_that_queued_behind_a_long_one_are_begun_whether_it_failed_or_not(
-    fails: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("seconds", "begins"), [(0.9, True), (3600.0, False)])
+def test_a_copy_that_queued_behind_another_is_begun_whether_that_failed_or_not_unless_it_took_too_long(
+    fails: bool, seconds: float, begins: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, reports, clock = RememberingModel(pages=8, page_tokens=4, vocab_size=9), Reports(), VirtualClock(10.0)
     model.reserve_host(4)
 
-    def takes_an_hour(*_: object) -> None:
-        clock.advance(3600.0)
+    def takes_long(*_: object) -> None:
+        clock.advance(seconds)
         if fails:
             raise CopyFailed("planted")
 
-    monkeypatch.setattr(model, "load", takes_an_hour)
+    monkeypatch.setattr(model, "load", takes_long)
     copier = Copier(model, reports, clock)
     copier.start(replace(copy(1, "load", (1,), (1,)), begin_by=11.0, patience=1.0))
-    copier.start(replace(copy(2, "save", (1,), (1,)), begin_by=11.0, patience=1.0))
-    assert [reports.next(), reports.next()] == [Copied(TicketId(1), not fails), Copied(TicketId(2), True)]
+    copier.start(replace(copy(2, "save", (1,), (1,)), begin_by=10.5, patience=1.0))
+    assert [reports.next(), reports.next()] == [Copied(TicketId(1), not fails), Copied(TicketId(2), begins)]
     copier.close(5)
 
 

@@ -15,7 +15,7 @@ def carried_out(world: Scheduled, seconds: float) -> int:
     """To the end of all turns, by a copier that takes so long for each copy. Returns how many it refused to begin."""
     world.host = None  # copies are carried out here
     queue: list[HostCopy] = []
-    ended, refused = -math.inf, 0
+    progress, refused = -math.inf, 0
     while True:
         while world.step():
             pass
@@ -23,9 +23,10 @@ def carried_out(world: Scheduled, seconds: float) -> int:
         if not queue:
             return refused
         order = queue.pop(0)
-        if ok := order.may_begin(world.now, ended):
+        if ok := order.may_begin(world.now, progress):
             world.core.begun(order.ticket)
-            ended = world.now = world.now + seconds
+            world.now += seconds
+            progress = order.progress(world.now, progress)
             assert world.core.plan(world.now) is None
             wake = world.core.wake_at(world.now)
             assert wake is None or wake > world.now, "nothing is late behind a copy that is carried out"
@@ -62,7 +63,7 @@ def usages(world: Scheduled) -> list[wire.TurnUsage]:
     return [said.usage for said in world.heard if isinstance(said, wire.TurnEnded)]
 
 
-@pytest.mark.parametrize("seconds", [1.0, 7.0])
+@pytest.mark.parametrize("seconds", [1.0, 2.4])
 def test_sessions_that_return_together_all_resume_from_the_host_however_slow_its_link_is(seconds: float) -> None:
     world, branches = ten_on_the_host()
     for branch in branches:
@@ -94,7 +95,21 @@ def test_behind_a_copier_that_does_nothing_all_turns_go_on_after_twice_the_deadl
     assert {usage.why for usage in usages(world)} == {"a copy from the host failed, or did not begin in time"}
 
 
-def test_copies_that_queue_are_given_up_one_deadline_after_the_last_one_that_ended() -> None:
+def test_behind_a_copy_that_hangs_nothing_waits_for_more_than_a_deadline_and_nothing_begins_after_it() -> None:
+    world, first, queued = one_begun_and_two_that_queue()
+    world.now += 2.0
+    _ = world.step()
+    assert world.core.counts()["tickets_late"] == 2
+    assert first.progress(world.now + 30.0, before=-math.inf) == -math.inf, "it took too long to be any"
+    assert not any(order.may_begin(world.now + 30.0, progress=-math.inf) for order in queued)
+    world.host, world.copies = True, []
+    world.device.copy(first)
+    world.hear(world.core.copied(first.ticket, True, world.now))
+    world.run()
+    assert len(usages(world)) == 3
+
+
+def one_begun_and_two_that_queue() -> tuple[Scheduled, HostCopy, list[HostCopy]]:
     world, branches = ten_on_the_host(ticket_deadline=2.0)
     for branch in branches[:3]:
         _ = world.start(branch, (5,), 1)
@@ -104,13 +119,18 @@ def test_copies_that_queue_are_given_up_one_deadline_after_the_last_one_that_end
     first, *queued = world.copies
     assert len(queued) == 2
     world.core.begun(first.ticket)
-    world.now += 30.0
+    return world, first, queued
+
+
+def test_copies_that_queue_are_given_up_one_deadline_after_the_last_one_that_ended() -> None:
+    world, first, queued = one_begun_and_two_that_queue()
+    world.now += 0.9
     world.device.copy(first)
     world.hear(world.core.copied(first.ticket, True, world.now))
     assert world.core.wake_at(world.now) == world.now + 2.0
     for order in queued:
-        assert order.may_begin(world.now + 1.0, before_ended=world.now)
-        assert not order.may_begin(world.now + 1.1, before_ended=world.now), "well before the core gives it up"
+        assert order.may_begin(world.now + 1.0, progress=world.now)
+        assert not order.may_begin(world.now + 1.1, progress=world.now), "well before the core gives it up"
     world.now += 2.0
     world.copies = []
     _ = world.step()

@@ -190,6 +190,20 @@ def test_due_rows_wait_for_a_turn_that_was_refused_what_they_would_take_and_come
     assert world.core.counts()["prefetches"] == 1
 
 
+def test_a_turn_that_arrives_just_when_rows_are_due_has_its_choice_of_room_first() -> None:
+    world, _ = paused_in_a_pool_of_guests()
+    until(world, world.core.world.prefetch[0][0] - 1e-6)
+    arrives = world.open([(number * 11 + 5) % 90 for number in range(190)])
+    assert isinstance(world.start(arrives, most=1), wire.Done)
+    world.now += 2e-6
+    world.host = None
+    _ = world.step()
+    assert world.core.counts()["prefetches"] == 0
+    while world.step():
+        pass
+    assert any(isinstance(said, wire.TurnEnded) and said.branch == arrives for said in world.heard), "without any copy"
+
+
 def test_rows_that_cannot_come_before_the_pause_should_end_are_tried_a_few_times_and_then_left_alone() -> None:
     world, one, _ = two_sessions_and_room_for_one(first=5.0, second=4.99)
     expected(world, one, 5.0)

@@ -35,8 +35,8 @@ class Copier:
         self._model = model
         self._clock = MonotonicClock() if clock is None else clock
         self._report = report
-        self._ended = -math.inf
-        """When the last copy that was carried out did."""
+        self._progress = -math.inf
+        """When a copy last ended that did not take too long."""
         self._begun: queue.SimpleQueue[TicketId] = queue.SimpleQueue()
         self._orders: queue.SimpleQueue[HostCopy | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="agentspeed-copies", daemon=True)
@@ -71,7 +71,7 @@ class Copier:
 
     def _carry_out(self, copy: HostCopy) -> bool:
         self._begun.put(copy.ticket)  # before the clock is read: who reads a later time has heard of it
-        if not copy.may_begin(self._clock.now(), self._ended):
+        if not copy.may_begin(self._clock.now(), self._progress):
             print(f"host copy {copy.ticket} ({copy.direction}) came too late to begin", file=sys.stderr)
             return False
         try:
@@ -83,5 +83,6 @@ class Copier:
             print(f"host copy {copy.ticket} ({copy.direction}) failed: {reason}", file=sys.stderr)
             return False
         finally:
-            self._ended = self._clock.now()  # before it is reported: who hears of it reads a later time
+            # Before it is reported: who hears of it reads a later time.
+            self._progress = copy.progress(self._clock.now(), self._progress)
         return True

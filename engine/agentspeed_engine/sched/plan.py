@@ -45,12 +45,17 @@ class HostCopy:
     begin_by: float = math.inf
     """By the engine's clock."""
     patience: float = 0.0
-    """Seconds from the end of the copy before it in which it may begin as well."""
+    """Seconds after the copier's last progress in which it may begin as well."""
 
-    def may_begin(self, now: float, before_ended: float) -> bool:
-        """Else it must not any more: its pages or slots may soon have another owner. `before_ended`: when the copier
-        ended the last copy that it carried out, well or not."""
-        return now <= max(self.begin_by, before_ended + self.patience)
+    def may_begin(self, now: float, progress: float) -> bool:
+        """Else it must not any more: its pages or slots may soon have another owner. `progress`: when the copier last
+        made any."""
+        return now <= max(self.begin_by, progress + self.patience)
+
+    def progress(self, ended: float, before: float) -> float:
+        """When the copier last made progress, once it ended this copy, well or not. One that took longer than it might
+        have waited to begin is none: what queued behind it has been given up by then, or will soon be."""
+        return ended if self.may_begin(ended, before) else before
 
 
 @final

@@ -48,9 +48,10 @@ def expect(world: World, branch: Branch, seconds: float | None, now: float) -> N
         heapify(world.prefetch)
 
 
-def due(world: World, now: float) -> None:
-    """Begins the loads that are due. A prediction takes no running turn's room, and no rows that are needed sooner or
-    are nowhere else; it waits for both, as long as the pause is expected to last."""
+def due(world: World, now: float, *, everybody_chose: bool) -> None:
+    """Begins the loads that are due, once all turns that run or wait had their choice of room. A prediction takes no
+    room of theirs, and no rows that are needed sooner or are nowhere else; it waits for both, as long as the pause is
+    expected to last."""
     while world.prefetch and world.prefetch[0][0] <= now:
         when, number = heappop(world.prefetch)
         if world.due.get(number) != when:
@@ -58,7 +59,7 @@ def due(world: World, now: float) -> None:
         del world.due[number]
         state = world.states[number]
         if isinstance(state, Held) and (chain := world.kv.unreadable(state.branch)):
-            if _may_come(world, state.branch, chain, now):
+            if (everybody_chose or not world.queue) and _may_come(world, state.branch, chain, now):
                 tickets.load(world, chain, now)
                 world.prefetched += 1
             else:
@@ -91,9 +92,8 @@ def _may_come(world: World, branch: Branch, chain: list[Node], now: float) -> bo
 
 
 def _room_is_wanted(world: World, tenant: str) -> bool:
-    """Whether a turn still waits to which the last pass refused what these rows would take: room in the pool, or pages
-    of this tenant's quota. Who waits for another tenant's quota, for tokens of a step, for a sibling or for its own
-    rows loses nothing."""
+    """Whether a turn waits to which the pass refused what these rows would take: room in the pool, or pages of this
+    tenant's quota. Others that wait find these pages again: once the rows are here, the host has them too."""
     if world.refused is not None and isinstance(world.states.get(world.refused[0]), Queued | Prefilling | Decoding):
         return True
     waiting = (world.states.get(number) for number in world.over_quota)

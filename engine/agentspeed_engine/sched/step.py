@@ -50,10 +50,11 @@ def plan(world: World, now: float) -> StepPlan | None:
     """The next step, or None when nothing can be computed now."""
     tickets.expire(world, now)
     world.rankings = Rankings()
-    prefetch.due(world, now)
     run = _Pass(world.config.prefill_chunk, world.config.extend_tokens)
-    if len(world.flights) <= world.config.depth:
+    walked = len(world.flights) <= world.config.depth
+    if walked:
         _walk(world, run, now)
+    prefetch.due(world, now, everybody_chose=walked)
     world.rankings = None
     if not run.rows:
         return None

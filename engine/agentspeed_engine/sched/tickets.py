@@ -1,8 +1,8 @@
 """Host copies in flight: begun, carried out elsewhere, and acknowledged or failed by a deadline (L6).
 
 They are carried out in their order, one after the other. One that has not begun is given up `ticket_deadline` seconds
-after it was ordered or after another one ended, whichever is later, and while another one is carried out it is not. So
-to queue is no failure, and behind a copier that does nothing any more all are given up together, however many queue.
+after it was ordered or after another one ended, whichever is later. So to queue is no failure, and behind a copier that
+hangs nothing waits for more than one deadline, however many queue.
 """
 
 from __future__ import annotations
@@ -93,14 +93,14 @@ def begun(world: World, number: TicketId) -> None:
 
 def expire(world: World, now: float) -> None:
     """Tickets past their deadline fail: nothing waits for ever for a copy that does not begin."""
-    while deadline(world) <= now:
+    for number in [number for number, ticket in world.tickets.items() if ticket.deadline <= now]:
         world.late_tickets += 1
-        _end(world, next(iter(world.tickets)), False, now)
+        _end(world, number, False, now)
 
 
 def deadline(world: World) -> float:
-    """When the oldest ticket is given up. None is before the ones it queues behind."""
-    return next((ticket.deadline for ticket in world.tickets.values()), math.inf)
+    """When the next ticket is given up, if none begins or ends before."""
+    return min((ticket.deadline for ticket in world.tickets.values()), default=math.inf)
 
 
 def saving(world: World, tenant: str | None = None) -> int:
