@@ -18,8 +18,8 @@ import anyio
 from msgspec.structs import replace
 
 from agentspeed import errors
-from agentspeed.backends.port import Connection, Sink, Then, pack_ids, unpack_ids, wire
 from agentspeed.front.mirror import Checkpoint, Mirror
+from agentspeed.transport.base import Connection, Sink, Then, pack_ids, unpack_ids, wire
 from agentspeed.usage import Lease, Residence
 from agentspeed.whole import whole
 

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, Self, final
 import anyio.to_thread
 
 from agentspeed import errors
-from agentspeed.backends.local import LocalEngine, Opener
-from agentspeed.backends.port import wire
 from agentspeed.checking import check_number, is_whole
 from agentspeed.front.codec import ChatCodec
+from agentspeed.transport.base import wire
+from agentspeed.transport.shared_engines import LocalEngine, Opener
 from agentspeed.whole import whole
 
 if TYPE_CHECKING:
-    from agentspeed.backends.link import Link
     from agentspeed.session import Session
+    from agentspeed.transport.socket_link import Link
 
 NANO = Path(__file__).parent / "models" / "nano"
 """The model that ships with the package."""

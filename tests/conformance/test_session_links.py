@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from agentspeed import Engine, errors, events
-from agentspeed.backends.local import Opener
-from agentspeed.backends.process import EngineSlot
-from agentspeed.backends.thread import ThreadOpener
+from agentspeed.transport.engine_process import EngineSlot
+from agentspeed.transport.in_thread import ThreadOpener
+from agentspeed.transport.shared_engines import Opener
 
 pytestmark = pytest.mark.anyio
 

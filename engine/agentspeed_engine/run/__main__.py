@@ -43,7 +43,7 @@ _MALLOC = {
     "MALLOC_TOP_PAD_": str(1 << 28),
 }
 _SPINS = {"GOMP_SPINCOUNT": "1000"}
-"""As `agentspeed.backends.process` gives it to the engines that it starts; there is why."""
+"""As `agentspeed.transport.engine_process` gives it to the engines that it starts; there is why."""
 REFUSED, BROKEN = 2, 70
 _LONGEST_SOCKET_PATH = 107
 """Bytes; `sun_path` of Linux without its final zero."""

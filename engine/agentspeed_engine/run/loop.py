@@ -17,11 +17,13 @@ from typing import TypeAlias, final
 from msgspec.structs import replace
 
 from agentspeed_engine.clock import Clock, MonotonicClock
-from agentspeed_engine.errors import RETRYABLE, Code
+from agentspeed_engine.errors import Code
 from agentspeed_engine.ids import LinkId
+from agentspeed_engine.protocol.frames import BadFrame
+from agentspeed_engine.protocol.messages import PROTOCOL, Command, Failed, GetStats, Hello, Look, Stats, Welcome
 from agentspeed_engine.run.copies import Copied, Copier
 from agentspeed_engine.run.door import Door
-from agentspeed_engine.run.links import BadFrame, Link
+from agentspeed_engine.run.links import Link
 from agentspeed_engine.run.options import Built
 from agentspeed_engine.run.recording import RecordingOrder, begun
 from agentspeed_engine.run.worker import Worker
@@ -29,7 +31,6 @@ from agentspeed_engine.sched.core import Core
 from agentspeed_engine.sched.plan import StepPlan, StepResult
 from agentspeed_engine.sched.recorder import RecordedCore
 from agentspeed_engine.sched.world import Out
-from agentspeed_engine.wire import PROTOCOL, Command, Failed, GetStats, Hello, Look, Stats, Welcome
 
 _SWITCH_SECONDS = 0.0005
 """How soon a busy worker thread yields the interpreter to the loop thread."""
@@ -238,18 +239,17 @@ class EngineLoop:
     def _readable(self, link: Link) -> None:
         if link.closing or link.behind:
             return
-        try:
-            commands = link.read()
-        except BadFrame as error:
-            self._refuse(link, "bad_frame", f"This is no frame of the protocol: {error}.", _SAME_VERSION)
-            return
+        commands = link.read()
         if commands is None:
             self._drop(link)
             return
-        for command in commands:
-            if link.id not in self._links or link.closing:
-                return
-            self._handle(link, command)
+        try:
+            for command in commands:
+                self._handle(link, command)
+                if link.id not in self._links or link.closing:
+                    return
+        except BadFrame as error:
+            self._refuse(link, "bad_frame", f"This is no frame of the protocol: {error}.", _SAME_VERSION)
 
     def _handle(self, link: Link, command: Command) -> None:
         if not link.greeted:
@@ -287,7 +287,7 @@ class EngineLoop:
 
     def _refuse(self, link: Link, code: Code, message: str, remedy: str, request: int = 0) -> None:
         """Tells a link why it is closed, and closes it once that was sent."""
-        link.put(Failed(request=request, code=code, message=message, remedy=remedy, retryable=code in RETRYABLE))
+        link.put(Failed(request=request, code=code, message=message, remedy=remedy))
         link.closing = True
         if link.greeted:
             self._deliver(self._core.drop_link(link.id, self._clock.now()))
@@ -308,7 +308,7 @@ class EngineLoop:
 
     def _look(self, link: Link, command: Look) -> None:
         if link.owes_picture:  # whoever does not read them must not pile them up here
-            link.put(Failed(request=command.request, code="overloaded", retryable=True,
+            link.put(Failed(request=command.request, code="overloaded",
                             message="The last picture was not read yet.", remedy="Read it first."))
             return
         picture = self._core.picture(command, self._clock.now())
@@ -317,7 +317,7 @@ class EngineLoop:
     def _tell_all(self, code: Code, message: str, remedy: str) -> None:
         """The last words to every link, as far as its socket takes them."""
         for link in list(self._links.values()):
-            link.put(Failed(request=0, code=code, message=message, remedy=remedy, retryable=code in RETRYABLE))
+            link.put(Failed(request=0, code=code, message=message, remedy=remedy))
             link.write()
 
     # ---- the other threads ----------------------------------------------------------------------------------------

@@ -10,11 +10,7 @@ from typing import final
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.ids import LinkId, TicketId
 from agentspeed_engine.kv import ledger
-from agentspeed_engine.sched import describe, outcome, snapshot, step, tickets, verbs
-from agentspeed_engine.sched.config import CoreConfig
-from agentspeed_engine.sched.plan import HostCopy, StepPlan, StepResult
-from agentspeed_engine.sched.world import Out, World
-from agentspeed_engine.wire import (
+from agentspeed_engine.protocol.messages import (
     Adopt,
     Append,
     Cancel,
@@ -34,6 +30,10 @@ from agentspeed_engine.wire import (
     SessionView,
     Stats,
 )
+from agentspeed_engine.sched import describe, outcome, snapshot, step, tickets, verbs
+from agentspeed_engine.sched.config import CoreConfig
+from agentspeed_engine.sched.plan import HostCopy, StepPlan, StepResult
+from agentspeed_engine.sched.world import Out, World
 
 _VERBS: dict[type, Callable[..., None]] = {
     Open: verbs.open_session, Append: verbs.append, Generate: verbs.generate, Cancel: verbs.cancel, Fork: verbs.fork,
@@ -67,7 +67,7 @@ class Core:
                 _VERBS[type(command)](world, link, command, now)
             except EngineFault as fault:
                 world.out.append((link, Failed(request=command.request, code=fault.code, message=fault.message,
-                                               remedy=fault.remedy, retryable=fault.retryable)))
+                                               remedy=fault.remedy)))
             world.tell_leases()
         return self._taken()
 

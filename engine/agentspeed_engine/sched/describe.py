@@ -14,8 +14,8 @@ from agentspeed_engine.ids import BranchId, NodeId, SessionId
 from agentspeed_engine.kv.branches import BranchState, Decoding, Held, Prefilling, Promoting, Queued, Settling
 from agentspeed_engine.kv.nodes import Both, Device, Host, Loading, Saving
 from agentspeed_engine.kv.tree import Node, tenant_of, upward
+from agentspeed_engine.protocol.messages import MAX_LOOK, BranchView, Look, Picture, Places, SessionView
 from agentspeed_engine.sched.world import World
-from agentspeed_engine.wire import MAX_LOOK, BranchView, Look, Picture, Places, SessionView
 
 MOST_WALKED = 2048
 """Nodes looked at to say who owns the pages; those of others are `unsorted`."""

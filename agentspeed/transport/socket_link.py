@@ -15,10 +15,11 @@ import anyio.lowlevel
 import anyio.to_thread
 
 from agentspeed import errors
-from agentspeed.backends.faults import public_error
-from agentspeed.backends.port import Sink, Then
+from agentspeed.transport.base import Sink, Then
+from agentspeed.transport.error_map import public_error
 from agentspeed.whole import whole
-from agentspeed_engine import wire
+from agentspeed_engine.protocol import messages as wire
+from agentspeed_engine.protocol.frames import encode_command, outbox_reader
 
 _INLINE_BYTES = 32 * 1024
 """A larger frame is sent from a worker thread: the event loop never waits for the engine to read it."""
@@ -99,7 +100,7 @@ class Link:
         number = next(self._requests)
         waiter = self._waiters[number] = _Waiter(then)
         try:
-            await self._send(wire.encode_command(make(number)))
+            await self._send(encode_command(make(number)))
             if patience is None:
                 await waiter.event.wait()
             else:
@@ -178,14 +179,11 @@ class Link:
 
     # ---- the reader thread ----------------------------------------------------------------------------------------
     def _read(self) -> None:
-        buffer = bytearray()
+        reader = outbox_reader()
         with contextlib.suppress(OSError):
             while data := self._socket.recv(1 << 18):
-                buffer += data
-                messages: list[wire.Outgoing] = []
-                while len(buffer) >= 4 and len(buffer) >= 4 + (size := int.from_bytes(buffer[:4], "little")):
-                    messages += wire.decode_outbox(bytes(buffer[4 : 4 + size]))
-                    del buffer[: 4 + size]
+                reader.feed(data)
+                messages = [message for frame in reader for message in frame]
                 if messages and not self._hand_over(self._deliver, messages):
                     break
         self._hand_over(self._ended)

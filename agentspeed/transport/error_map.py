@@ -23,6 +23,7 @@ _CLASSES: dict[str, type[AgentspeedError]] = {
     "position_unknown": errors.MarkNotFound,
     "bad_frame": errors.InternalError,
     "protocol_mismatch": errors.ConnectFailed,
+    "bad_credential": errors.InvalidRequest,
     "overloaded": errors.EngineOverloaded,
     "too_many_links": errors.EngineOverloaded,
     "too_many_sessions": errors.EngineOverloaded,

@@ -15,10 +15,10 @@ import anyio.lowlevel
 import anyio.to_thread
 import msgspec
 
-from agentspeed.backends.faults import public_error
-from agentspeed.backends.link import Link
-from agentspeed.backends.process import ATTACH, EngineSlot, acquire, release
 from agentspeed.errors import ExtraMissing, InvalidRequest
+from agentspeed.transport.engine_process import ATTACH, EngineSlot, acquire, release
+from agentspeed.transport.error_map import public_error
+from agentspeed.transport.socket_link import Link
 
 
 class Opener(Protocol):

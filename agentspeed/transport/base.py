@@ -1,6 +1,6 @@
-"""What a session needs of an engine, message by message; every backend implements exactly this.
+"""What a session needs of an engine, message by message; every transport implements exactly this.
 
-The words themselves (`wire`, and ids as the wire carries them) are handed on here: nothing above `backends` imports the
+The words themselves (`wire`, and ids as the protocol carries them) are handed on here: nothing above `transport` imports the
 engine's packages.
 """
 
@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
 from agentspeed.errors import AgentspeedError
-from agentspeed_engine import wire
-from agentspeed_engine.ids import pack_ids, unpack_ids
+from agentspeed_engine.protocol import messages as wire
+from agentspeed_engine.protocol.token_ids import pack_ids, unpack_ids
 
 __all__ = ["Connection", "Sink", "Then", "pack_ids", "unpack_ids", "wire"]
 

@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any, cast, final
 from weakref import WeakSet
 
 from agentspeed import errors
-from agentspeed.backends.faults import public_error
+from agentspeed.transport.error_map import public_error
 
 if TYPE_CHECKING:
     from io import BufferedReader, TextIOWrapper

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import msgspec
 
-from agentspeed.backends.faults import public_error
+from agentspeed.transport.error_map import public_error
 
 if TYPE_CHECKING:
     from agentspeed_engine.run.inprocess import EngineThread

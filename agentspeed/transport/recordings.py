@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import final
 
-from agentspeed.backends.faults import public_error
 from agentspeed.errors import InvalidRequest
-from agentspeed_engine import wire
+from agentspeed.transport.error_map import public_error
 from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.protocol import messages as wire
 from agentspeed_engine.run.crashes import folder, left
 from agentspeed_engine.run.replay import NodeLine, Replay, ReplayDiffers, Step, nodes_of
 

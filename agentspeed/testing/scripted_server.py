@@ -23,11 +23,12 @@ from llguidance import LLMatcher
 from tokenizers import Tokenizer
 
 from agentspeed.errors import ModelBroken
-from agentspeed_engine import wire
 from agentspeed_engine.errors import EngineFault
-from agentspeed_engine.ids import pack_ids, unpack_ids
+from agentspeed_engine.protocol import messages as wire
+from agentspeed_engine.protocol.frames import command_reader, encode_outbox
+from agentspeed_engine.protocol.sampling import validate_sampling
+from agentspeed_engine.protocol.token_ids import pack_ids, unpack_ids
 from agentspeed_engine.run.vocabulary import Vocabulary
-from agentspeed_engine.sampling_rules import validate_sampling
 
 _LOG: Final = logging.getLogger("agentspeed.testing")
 _CONTEXT_LIMIT: Final = 1 << 20
@@ -229,7 +230,7 @@ class _ServedLink:
         self._thread.join(timeout=5.0)  # in either case: its branches are gone when it has ended, not before
 
     def _run(self) -> None:
-        buffer = bytearray()
+        reader = command_reader()
         with self._peer:
             while not self._stopping:
                 self._peer.settimeout(self._next_due())
@@ -242,29 +243,27 @@ class _ServedLink:
                     break
                 if not data:
                     break
-                buffer += data
-                self._take_frames(buffer)
+                reader.feed(data)
+                for command in reader:
+                    self._take(command)
         self.branches.clear()
 
     def _next_due(self) -> float | None:
         return max(1e-4, self._due[0].at - time.monotonic()) if self._due else None
 
-    def _take_frames(self, buffer: bytearray) -> None:
-        while len(buffer) >= 4 and len(buffer) >= 4 + (size := int.from_bytes(buffer[:4], "little")):
-            command = wire.decode_command(bytes(buffer[4 : 4 + size]))
-            del buffer[: 4 + size]
-            self._server.commands.append(command)
-            try:
-                reply, after = self._answer(command)
-            except EngineFault as refused:
-                reply, after = wire.Failed(request=command.request, code=refused.code, message=refused.message,
-                                           remedy=refused.remedy), ()
-            self._send(reply, *after)
+    def _take(self, command: wire.Command) -> None:
+        self._server.commands.append(command)
+        try:
+            reply, after = self._answer(command)
+        except EngineFault as refused:
+            reply, after = wire.Failed(request=command.request, code=refused.code, message=refused.message,
+                                       remedy=refused.remedy), ()
+        self._send(reply, *after)
 
     def _send(self, *messages: wire.Outgoing) -> None:
         try:
             self._peer.settimeout(None)
-            self._peer.sendall(wire.encode_outbox(messages))
+            self._peer.sendall(encode_outbox(messages))
         except OSError:
             self._stopping = True
 
