@@ -1,7 +1,6 @@
 """What a session needs of an engine, message by message; every transport implements exactly this.
 
-The words themselves (`wire`, and ids as the protocol carries them) are handed on here: nothing above `transport` imports the
-engine's packages.
+The protocol's messages (`wire`) and ids are handed on here: nothing above `transport` imports the engine's packages.
 """
 
 from __future__ import annotations
