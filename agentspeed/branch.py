@@ -32,6 +32,8 @@ _MOST_LABEL = 64
 """Characters of a session's id that the engine is told."""
 _SOON_SECONDS = 0.5
 """An engine answers between two steps: for an answer that is only worth this much."""
+_CANCEL_SECONDS = 1.0
+"""Silence of the engine after which a turn that is cancelled is left behind, however long `close_timeout` is."""
 
 
 class Make(Protocol):
@@ -358,13 +360,15 @@ class Branch:
         if link is not None and base is not None:
             cut = None if keep else base.tokens
             try:
-                _ = await self._call(
-                    link, lambda request: wire.Cancel(request=request, branch=self._number, cut=cut),
-                    None if keep else lambda _: self.mirror.back_to(base))
+                _ = await link.call(
+                    lambda request: wire.Cancel(request=request, branch=self._number, cut=cut),
+                    None if keep else lambda _: self.mirror.back_to(base),
+                    patience=min(_CANCEL_SECONDS, self.opening.close_timeout), keep_link=True)
             except errors.AgentspeedError as error:
                 if isinstance(error, errors.InternalError):
                     raise
                 _LOG.info("cancelling a turn: %s", error)
+                self._leave_behind(link)
         kept = keep and self._base is not None and self.attached
         if not kept and self._base is not None:
             self.mirror.back_to(self._base)
@@ -372,6 +376,13 @@ class Branch:
         if link is not None and base is not None and self.attached:
             await self._look(link)
         return kept
+
+    def _leave_behind(self, link: Connection) -> None:
+        """Nobody knows whether the engine still runs the turn: it ends the branch when it can, and the next use opens
+        another with the ids of here."""
+        link.unlisten(self._number)
+        link.post(lambda request: wire.Close(request=request, branch=self._number))
+        self._link = self._born = None
 
     async def _look(self, link: Connection) -> None:
         """A turn that was stopped may have computed anything between nothing and all of its rows."""

@@ -19,10 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, final
 
+import anyio.to_thread
 from llguidance import LLMatcher
 from tokenizers import Tokenizer
 
 from agentspeed.errors import ModelBroken
+from agentspeed.transport.base import Connection
+from agentspeed.transport.socket_link import SocketLink
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.protocol import messages as wire
 from agentspeed_engine.protocol.frames import command_reader, encode_outbox
@@ -97,7 +100,9 @@ class ScriptRaised(Exception):
 
 @final
 class ScriptedServer:
-    """One thread per link; `open` makes a link. The script is asked in the order in which turns arrive."""
+    """A transport with one thread per link. The script is asked in the order in which turns arrive."""
+
+    pid = None
 
     def __init__(self, folder: Path, script: Script) -> None:
         self._folder = folder
@@ -111,18 +116,22 @@ class ScriptedServer:
         self.commands: list[wire.Command] = []
         """Every command of every link, in order of arrival."""
 
-    def want(self, change: int) -> None:
-        """A link is there at once: nobody waits."""
-
-    def open(self, *, after_death: bool = False) -> socket.socket:
-        """A new link; the engine's side of it runs in a thread."""
+    async def connect(self, *, after_death: bool) -> Connection:
+        """See `transport.base.Transport`."""
         del after_death
+        return await SocketLink.connect(self.open(), "agentspeed")
+
+    async def close(self) -> None:
+        """Ends every link. The threads end with their links."""
+        await anyio.to_thread.run_sync(self._stop)
+
+    def open(self) -> socket.socket:
+        """A new link; the engine's side of it runs in a thread."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._links.append(_ServedLink(self, ours))
         return theirs
 
-    def close(self) -> None:
-        """Ends every link. The threads end with their links."""
+    def _stop(self) -> None:
         for link in self._links:
             link.stop()
 

@@ -1,174 +1,129 @@
-"""The local backend: one link per event loop to an engine process on this machine (or a thread, for tests)."""
+"""The engine of one `Engine` object: one connection per event loop, made anew after a death, perhaps shared by many."""
 
 from __future__ import annotations
 
 import os
-import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, final
-from weakref import WeakKeyDictionary, WeakSet
+from typing import Any, TypeAlias, final
+from weakref import WeakKeyDictionary
 
 import anyio
 import anyio.lowlevel
-import anyio.to_thread
 import msgspec
 
 from agentspeed.errors import ExtraMissing, InvalidRequest
+from agentspeed.transport.base import Connection, Transport
 from agentspeed.transport.engine_process import ATTACH, EngineSlot, acquire, release
-from agentspeed.transport.error_map import public_error
-from agentspeed.transport.socket_link import Link
-
-
-class Opener(Protocol):
-    """Where sockets to an engine come from."""
-
-    def want(self, change: int) -> None:
-        """One more, or one less, waits for `open`: an engine that starts while nobody waits for it any more is
-        ended. Never blocks."""
-        ...
-
-    def open(self, *, after_death: bool) -> socket.socket:
-        """Blocks."""
-        ...
-
-    def close(self) -> None:
-        """Blocks."""
-        ...
+from agentspeed.transport.error_map import converted
+from agentspeed_engine.protocol.messages import as_text
 
 
 @final
-class _LoopLink:
-    """The one link of one event loop to one engine, and how many `LocalEngine`s use it."""
+class _Place:
+    """The one connection of one event loop to one engine, and how many `EngineHandle`s use it."""
 
     def __init__(self) -> None:
         self.users = 0
         self.opening = anyio.Lock()
-        self.peer: socket.socket | None = None
-        self.link: Link | None = None
-        _places.add(self)
-
-    def let_go(self) -> None:
-        """In a process that was forked off: closes this copy of the socket and tells its link. The socket goes first,
-        for `Link.close` shuts it down, and that would end the parent's link as well."""
-        if self.peer is not None:
-            self.peer.close()
-        if self.link is not None:
-            self.link.close()
+        self.connection: Connection | None = None
 
 
-_Loops: TypeAlias = dict[Any, _LoopLink]
-_shared_loops: WeakKeyDictionary[EngineSlot, _Loops] = WeakKeyDictionary()
-"""Sessions of one process-wide engine share the link of their loop: one frame and one wake-up a step for all."""
+_Places: TypeAlias = dict[Any, _Place]
+_shared_places: WeakKeyDictionary[EngineSlot, _Places] = WeakKeyDictionary()
+"""Sessions of one process-wide engine share the connection of their loop: one frame and one wake-up a step for all."""
 _counting = threading.Lock()
-_places: WeakSet[_LoopLink] = WeakSet()
 
 
 def _forked() -> None:
-    """A process that is forked off begins with no link: what it sent would come between its parent's frames."""
+    """A process that is forked off begins with no connection; `socket_link` closes its copies of the parent's."""
     global _counting
     _counting = threading.Lock()
-    for place in list(_places):
-        place.let_go()
-    _places.clear()
-    _shared_loops.clear()
+    _shared_places.clear()
 
 
 os.register_at_fork(after_in_child=_forked)
 
 
 @final
-class LocalEngine:
-    """Sockets from an opener, links by event loop. A dead link is replaced at the next use."""
+class EngineHandle:
+    """Connections of a transport, by event loop. A dead one is replaced at the next use."""
 
-    def __init__(self, opener: Opener, *, on_close: Callable[[], None], loops: _Loops | None = None,
-                 model: str | None = None) -> None:
-        """`model`: the folder that the engine must serve; None takes what it serves."""
-        self.opener = opener
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        on_close: Callable[[], Awaitable[None]] | None = None,
+        places: _Places | None = None,
+        model: str | None = None,
+    ) -> None:
+        """`on_close`: lets go of the transport; None closes it. `model`: the folder that the engine must serve; None
+        takes what it serves."""
+        self.transport = transport
         self._model = None if model is None else str(Path(model).resolve())
-        self._loops: _Loops = {} if loops is None else loops
-        self._joined: dict[Any, _LoopLink] = {}
-        self._on_close = on_close
+        self._places: _Places = {} if places is None else places
+        self._joined: _Places = {}
+        self._on_close = transport.close if on_close is None else on_close
 
     @classmethod
-    def shared(cls, options: Mapping[str, Any]) -> LocalEngine:
+    def shared(cls, options: Mapping[str, Any]) -> EngineHandle:
         """On the process-wide engine of these options."""
         slot = acquire(options)
         with _counting:
-            loops = _shared_loops.setdefault(slot, {})
-        return cls(slot, on_close=lambda: release(slot), loops=loops, model=options["model"])
+            places = _shared_places.setdefault(slot, {})
+
+        async def released() -> None:
+            release(slot)
+
+        return cls(slot, on_close=released, places=places, model=options["model"])
 
     @classmethod
-    def own(cls, options: Mapping[str, Any]) -> LocalEngine:
+    def own(cls, options: Mapping[str, Any]) -> EngineHandle:
         """On an engine of its own, ended by `close`."""
-        slot = EngineSlot(options)
-        return cls(slot, on_close=slot.close, model=options["model"])
+        return cls(EngineSlot(options), model=options["model"])
 
-    async def link(self) -> Link:
-        """The living link of the running event loop. Raises what starting or greeting an engine raises, and
+    async def link(self) -> Connection:
+        """The living connection of the running event loop. Raises what `Transport.connect` raises, and
         `InvalidRequest` when a running engine that was attached to serves another model."""
         place = self._place(anyio.lowlevel.current_token())
         async with place.opening:
-            link = place.link
-            if link is None or not link.alive:
-                place.peer = await self._peer(after_death=link is not None)
-                link = place.link = await Link.connect(place.peer, "agentspeed")
-            self._check_model(link.welcome.source)
-            return link
-
-    async def _peer(self, *, after_death: bool) -> socket.socket:
-        """A socket of the opener's. Whoever is cancelled meanwhile does not wait for an engine that takes long."""
-        lock, made, given_up = threading.Lock(), list[socket.socket](), False
-
-        def opened() -> socket.socket:
-            peer = self.opener.open(after_death=after_death)
-            with lock:
-                made.append(peer)
-                if given_up:
-                    peer.close()
-            return peer
-
-        self.opener.want(+1)
-        try:
-            return await anyio.to_thread.run_sync(opened, abandon_on_cancel=True)
-        except BaseException:
-            with lock:
-                given_up = True
-                for peer in made:
-                    peer.close()
-            raise
-        finally:
-            self.opener.want(-1)
+            connection = place.connection
+            if connection is None or not connection.alive:
+                connection = await self.transport.connect(after_death=connection is not None)
+                place.connection = connection
+            self._check_model(connection.welcome.source)
+            return connection
 
     def _check_model(self, served: str) -> None:
         """Ids of one model mean nothing to another. An engine that names none computes nothing and takes any."""
-        if served and self._model is not None and served != self._model:
+        if served and self._model is not None and served != as_text(self._model):
             raise InvalidRequest(
                 f"{ATTACH} names an engine that serves {served}; this session asks for {self._model}.",
-                remedy=f"Ask for {served}, unset {ATTACH}, or attach to an engine of the model you want.")
+                remedy=f"Ask for {served}, unset {ATTACH}, or attach to an engine of the model you want.",
+            )
 
     async def close(self) -> None:
-        """Lets go of the links, closing those that nobody else uses, and of the engine."""
+        """Lets go of the connections, closing those that nobody else uses, and of the engine."""
         with _counting:
-            left = [(loop, place) for loop, place in self._joined.items()]
+            left = list(self._joined.items())
             self._joined.clear()
             for loop, place in left:
                 place.users -= 1
-                if place.users == 0 and self._loops.get(loop) is place:
-                    del self._loops[loop]
+                if place.users == 0 and self._places.get(loop) is place:
+                    del self._places[loop]
         for _, place in left:
-            if place.users == 0 and place.link is not None:
-                place.link.close()
-        await anyio.to_thread.run_sync(self._on_close)
+            if place.users == 0 and place.connection is not None:
+                place.connection.close()
+        await self._on_close()
 
-    def _place(self, loop: Any) -> _LoopLink:
+    def _place(self, loop: Any) -> _Place:
         place = self._joined.get(loop)
         if place is None:
             with _counting:
-                place = self._loops.get(loop)
+                place = self._places.get(loop)
                 if place is None:
-                    place = self._loops[loop] = _LoopLink()
+                    place = self._places[loop] = _Place()
                 place.users += 1
                 self._joined[loop] = place
         return place
@@ -188,11 +143,8 @@ def engine_defaults() -> dict[str, str]:
 def engine_model(folder: Path) -> str:
     """What a model folder holds, in one line, as far as its configuration tells; torch is not loaded. Raises the public
     error of what the engine would refuse."""
-    from agentspeed_engine.errors import EngineFault
     from agentspeed_engine.models.catalog import describe
 
-    try:
+    with converted():
         found = describe(folder)
-    except EngineFault as fault:
-        raise public_error(fault.code, fault.message, fault.remedy) from fault
     return f"{found.model_type}, {found.layers} layers, a context of {found.context_limit} tokens"

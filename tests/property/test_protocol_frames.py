@@ -140,7 +140,7 @@ def test_what_a_reader_keeps_is_less_than_a_frame_once_it_was_emptied(bodies: li
     assert given == bodies
 
 
-# ---- writers ----------------------------------------------------------------------------------------------------------
+# ---- writers ---------------------------------------------------------------------------------------------------------
 def small_frames(monkeypatch: pytest.MonkeyPatch) -> FrameReader[tuple[wire.Outgoing, ...]]:
     """Both sides with a limit of 200 bytes."""
     monkeypatch.setattr(frames, "MAX_FRAME_BYTES", 200)
@@ -169,9 +169,9 @@ def test_an_outbox_that_no_frame_holds_goes_in_several_and_a_long_delta_in_parts
 
 def test_a_message_that_no_frame_holds_is_refused_by_name_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
     small_frames(monkeypatch)
-    with pytest.raises(Unsendable, match="A frame of .* bytes; the limit is 200"):
+    with pytest.raises(Unsendable, match=r"A frame of .* bytes; the limit is 200"):
         encode_command(wire.Open(request=1, ids=bytes(300)))
-    with pytest.raises(Unsendable, match="A Failed of .* bytes; a frame holds 200"):
+    with pytest.raises(Unsendable, match=r"A Failed of .* bytes; a frame holds 200"):
         encode_outbox((wire.Failed(request=1, code="internal", message="x" * 300),))
 
 
@@ -187,7 +187,7 @@ def test_a_value_that_has_no_form_in_a_frame_is_refused(command: wire.Command) -
         encode_command(command)
 
 
-# ---- ids --------------------------------------------------------------------------------------------------------------
+# ---- ids -------------------------------------------------------------------------------------------------------------
 @given(IDS)
 def test_ids_come_back_as_they_went(ids: list[int]) -> None:
     assert list(unpack_ids(pack_ids(ids))) == ids

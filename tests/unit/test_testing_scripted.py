@@ -198,7 +198,7 @@ def test_a_closed_server_holds_no_branch_also_when_its_client_went_first() -> No
         assert peer.recv(1 << 16)
         assert server.live_branches == 1
     time.sleep(0.05)  # the server's thread has closed its socket, and is about to forget its branches
-    server.close()
+    anyio.run(server.close)
     assert server.live_branches == 0
 
 

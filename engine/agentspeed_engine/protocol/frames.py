@@ -115,7 +115,7 @@ def encode_outbox(messages: tuple[Outgoing, ...]) -> bytes:
     if len(messages) > 1:
         middle = len(messages) // 2
         return encode_outbox(messages[:middle]) + encode_outbox(messages[middle:])
-    return b"".join(encode_outbox((part,)) for part in _halves(messages[0], len(body)))
+    return b"".join(encode_outbox((part,)) for message in messages for part in _halves(message, len(body)))
 
 
 def _halves(message: Outgoing, size: int) -> tuple[Tokens, Tokens]:

@@ -51,6 +51,8 @@ class Hello(Message, frozen=True, kw_only=True):
     request: int
     protocol: int = PROTOCOL
     client: str = ""
+    credential: str = ""
+    """What an engine that asks for one wants to see (`protocol.credential`)."""
 
 
 class Open(Message, frozen=True, kw_only=True):
@@ -406,3 +408,9 @@ class Outbox(msgspec.Struct, frozen=True, array_like=True):
     """One frame from the engine: everything one step (or one command) has for this link, in order."""
 
     messages: tuple[Outgoing, ...]
+
+
+def as_text(name: str) -> str:
+    """A file's name as a message can carry it: bytes that are no UTF-8, which Python keeps as lone surrogates, written
+    out as escapes."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -47,7 +47,7 @@ def folder(environment: Mapping[str, str]) -> Path:
 def entered(place: Path, entry: Entry) -> Iterator[None]:
     """Listed while the block runs. Raises `OSError` when the folder cannot be used or is somebody else's."""
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not _ours(place):
+    if not ours(place):
         raise PermissionError(f"{place} belongs to somebody else, or others may write there")
     address = str(entry.socket.resolve())
     # Process numbers repeat across containers that share a folder; sockets do not.
@@ -65,7 +65,7 @@ def running(place: Path, *, known: Container[Path] = ()) -> list[Entry]:
     """Engines that answer at their sockets, lowest process number first; what nobody answers for is removed.
 
     Sockets in `known` are not asked."""
-    if not place.is_dir() or not _ours(place):
+    if not place.is_dir() or not ours(place):
         return []
     found: list[Entry] = []
     for path in place.glob("*.json"):
@@ -90,7 +90,7 @@ def answers(path: Path) -> bool:
     return True
 
 
-def _ours(place: Path) -> bool:
+def ours(place: Path) -> bool:
     facts = place.stat()
     return facts.st_uid == os.getuid() and not facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
