@@ -468,7 +468,7 @@ class Session:
             turn.sink(event)
 
         try:
-            await self._branch.begin(plan, heard)
+            await self._branch.begin(plan, heard, asked.timeout)
         except BaseException:
             self._busy = None
             raise

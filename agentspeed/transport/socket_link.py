@@ -10,6 +10,7 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final, Protocol, final
 from weakref import WeakSet
 
@@ -309,6 +310,20 @@ class SocketLink:
                 self._why_dead = public_error(message.code, message.message, message.remedy)
             elif (waiter := self._waiters.get(message.request)) is not None:
                 self._answer(waiter, message)
+            else:
+                self._unheard(message)
+
+    def _unheard(self, reply: wire.Reply) -> None:
+        """Branches that were made for a call that was given up meanwhile belong to nobody."""
+        match reply:
+            case wire.Opened():
+                orphans: tuple[int, ...] = (reply.branch,)
+            case wire.Forked():
+                orphans = reply.branches
+            case _:
+                return
+        for branch in orphans:
+            self.post(partial(_closing, branch))
 
     def _answer(self, waiter: _Waiter, reply: wire.Reply) -> None:
         if waiter.then is not None and not isinstance(reply, wire.Failed):
@@ -326,7 +341,7 @@ class SocketLink:
         except Exception as error:  # noqa: BLE001 - told to the branch, which raises it
             _LOG.error("A listener of branch %d raised; the branch is given up.", branch, exc_info=error)
             self.unlisten(branch)
-            self.post(lambda number: wire.Close(request=number, branch=branch))
+            self.post(partial(_closing, branch))
             before = self._why_dead
             self._why_dead = errors.InternalError(f"What the engine said could not be taken in: {error!r}.")
             self._tell_end(sink)
@@ -380,6 +395,10 @@ async def open_link(source: SocketSource, *, after_death: bool, client: str, cre
     finally:
         source.want(-1)
     return await SocketLink.connect(peer, client, credential=credential)
+
+
+def _closing(branch: int, number: int) -> wire.Command:
+    return wire.Close(request=number, branch=branch)
 
 
 def _frame(make: Callable[[int], wire.Command], number: int) -> bytes:
