@@ -134,11 +134,12 @@ def test_a_folder_whose_two_processes_were_killed_goes_when_the_next_is_made() -
     process = EngineProcess(NOOP)
     process.await_readiness()
     folder = process.socket_path.parent
+    os.kill(process.pid, signal.SIGSTOP)  # it does not see the end of its stdin
     process.let_go()  # as if this process had been killed: nobody else holds the folder but the engine
     other = SocketFolder()
     assert folder.exists(), "its engine lives"
     os.kill(process.pid, signal.SIGKILL)
-    until("the engine is gone", lambda: not alive(process.pid))
+    process.wait_for_death()
     third = SocketFolder()
     assert not folder.exists()
     assert other.path.exists()
@@ -188,7 +189,7 @@ import os, sys, anyio
 from agentspeed import Engine
 async def main():
     async with Engine(os.fsdecode(os.fsencode(sys.argv[1])), pages=64) as engine, engine.session() as s:
-        assert (await s.generate("Hello, мир!", max_tokens=2)).usage.drawn == 2
+        assert (await s.generate("Hello, \\u043c!", max_tokens=2)).usage.drawn == 2
 anyio.run(main)
 """
     done = subprocess.run(
@@ -199,15 +200,6 @@ anyio.run(main)
         check=False,
     )
     assert done.returncode == 0, done.stderr.decode(errors="replace")
-
-
-@pytest.mark.anyio
-@pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_a_model_whose_name_is_no_utf_8_is_served(checkpoint: Path, tmp_path: Path) -> None:
-    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/mod\xe8le"))
-    folder.symlink_to(checkpoint)
-    async with Engine(folder, pages=64) as engine, engine.session() as s:
-        assert (await s.generate("Hello!", max_tokens=2)).usage.drawn == 2
 
 
 @pytest.mark.parametrize("executable", ["", "/usr/sbin/uwsgi", sys.executable + "-gone"])
@@ -242,46 +234,46 @@ def test_an_engine_that_computes_nothing_needs_no_pytorch(monkeypatch: pytest.Mo
 # ---- stopped engines -------------------------------------------------------------------------------------------------
 @pytest.mark.anyio
 async def test_a_timeout_is_kept_though_the_engine_is_stopped_and_the_session_goes_on_after(checkpoint: Path) -> None:
-    async with Engine.over(EngineSlot({"model": "noop:512:20", "pages": 256}), checkpoint) as engine:
-        async with engine.session() as s, engine.session() as other:
-            _ = await s.generate("Hi", max_tokens=2)
-            _ = await other.generate("Hi", max_tokens=2)
-            assert engine.pid is not None
-            before, pid = s.ids, engine.pid
-            os.kill(pid, signal.SIGSTOP)
-            try:
-                for _ in range(2):  # the second finds its branch left behind
-                    begun = time.monotonic()
-                    with pytest.raises(errors.TurnTimeout):
-                        _ = await s.generate("Again", max_tokens=2, timeout=0.5)
-                    assert time.monotonic() - begun < 2.5
-                    assert s.ids == before
-            finally:
-                os.kill(pid, signal.SIGCONT)
-            assert (await s.generate("Again", max_tokens=2)).usage.drawn == 2
-            assert (await other.generate("Again", max_tokens=2)).usage.drawn == 2
-            assert engine.pid == pid, "the others of its link have noticed nothing"
-            with anyio.fail_after(10):
-                while (await engine.stats()).counts["branches"] != 2:  # what was left behind is closed
-                    await anyio.sleep(0.05)
+    engine = Engine.over(EngineSlot({"model": "noop:512:20", "pages": 256}), checkpoint)
+    async with engine, engine.session() as s, engine.session() as other:
+        _ = await s.generate("Hi", max_tokens=2)
+        _ = await other.generate("Hi", max_tokens=2)
+        assert engine.pid is not None
+        before, pid = s.ids, engine.pid
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            for _ in range(2):  # the second finds its branch left behind
+                begun = time.monotonic()
+                with pytest.raises(errors.TurnTimeout):
+                    _ = await s.generate("Again", max_tokens=2, timeout=0.5)
+                assert time.monotonic() - begun < 2.5
+                assert s.ids == before
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        assert (await s.generate("Again", max_tokens=2)).usage.drawn == 2
+        assert (await other.generate("Again", max_tokens=2)).usage.drawn == 2
+        assert engine.pid == pid, "the others of its link have noticed nothing"
+        with anyio.fail_after(10):
+            while (await engine.stats()).counts["branches"] != 2:  # noqa: ASYNC110 - what was left behind is closed
+                await anyio.sleep(0.05)
 
 
 @pytest.mark.anyio
 async def test_a_turn_that_runs_is_left_behind_by_a_stopped_engine_within_its_timeout(checkpoint: Path) -> None:
-    async with Engine.over(EngineSlot({"model": "noop:512:20", "pages": 256}), checkpoint) as engine:
-        async with engine.session() as s:
-            assert engine.pid is not None
-            begun = time.monotonic()
-            try:
-                with pytest.raises(errors.TurnTimeout):
-                    async with s.stream("Speak.", max_tokens=2000, timeout=1.0) as turn:
-                        async for _ in turn:
-                            os.kill(engine.pid, signal.SIGSTOP)
-                assert time.monotonic() - begun < 3.5
-                assert s.tokens == 0
-            finally:
-                os.kill(engine.pid, signal.SIGCONT)
-            assert (await s.generate("Hi", max_tokens=2)).usage.drawn == 2
+    engine = Engine.over(EngineSlot({"model": "noop:512:20", "pages": 256}), checkpoint)
+    async with engine, engine.session() as s:
+        assert engine.pid is not None
+        before, begun = s.ids, time.monotonic()
+        try:
+            with pytest.raises(errors.TurnTimeout):
+                async with s.stream("Speak.", max_tokens=2000, timeout=1.0) as turn:
+                    async for _ in turn:
+                        os.kill(engine.pid, signal.SIGSTOP)
+            assert time.monotonic() - begun < 3.5
+            assert s.ids == before
+        finally:
+            os.kill(engine.pid, signal.SIGCONT)
+        assert (await s.generate("Hi", max_tokens=2)).usage.drawn == 2
 
 
 def test_a_stopped_engine_ends_when_it_is_told_to() -> None:
