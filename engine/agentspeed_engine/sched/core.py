@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Hashable
 from typing import final
 
@@ -152,14 +151,12 @@ class Core:
         return describe.picture(self.world, command, now)
 
     def counts(self, now: float = 0.0) -> dict[str, int]:
-        """Owners and states to their numbers."""
+        """Owners and states to their numbers. Takes time in proportion to the branches that run: neither the tree nor
+        the branches at rest are walked, for nobody may hold up the engine by asking."""
         world, kv = self.world, self.world.kv
-        states = Counter(type(state).__name__.lower() for state in world.states.values())
         in_tails = sum(len(room.tail) for room in kv.rooms.values())
-        in_nodes = sum(len(node.pages) for node in kv.tree.nodes.values())
-        counts = {f"branches_{name}": states.get(name, 0)
-                  for name in ("held", "queued", "promoting", "prefilling", "decoding", "settling")}
-        return counts | {
+        in_nodes = kv.pages.total - kv.pages.free - in_tails  # rule (1) of the ledger: there is no other owner
+        return {f"branches_{name}": count for name, count in describe.branches_by_state(world).items()} | {
             "pages_total": kv.pages.total, "pages_free": kv.pages.free, "pages_tail": in_tails,
             "pages_nodes": in_nodes, "nodes": len(kv.tree.nodes), "sessions": len(world.sessions),
             "branches": len(world.states), "waiting_turns": len(world.queue), "steps_in_flight": len(world.flights),

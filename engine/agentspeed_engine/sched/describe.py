@@ -201,15 +201,19 @@ def _owner(node: Node, wanted: set[NodeId]) -> str:
     return "held" if node.id in wanted else "cached"
 
 
-def _counts(world: World) -> dict[str, int]:
+def branches_by_state(world: World) -> dict[str, int]:
+    """Branches per state, counted without a look at those at rest."""
     active = Counter(type(world.states[number]).__name__.lower() for _, number in world.active)
     settling = sum(isinstance(world.states.get(number), Settling)
                    for number in {row.branch for plan in world.flights.values() for row in plan.rows})
     states = {name: active[name] for name in ("promoting", "prefilling", "decoding")} | {
         "queued": len(world.queue), "settling": settling,
     }
-    return states | {
-        "held": len(world.states) - sum(states.values()),
+    return states | {"held": len(world.states) - sum(states.values())}
+
+
+def _counts(world: World) -> dict[str, int]:
+    return branches_by_state(world) | {
         "sessions": len(world.sessions), "branches": len(world.states), "preemptions": world.preemptions,
         "tickets": len(world.tickets), "firm_pages": sum(pages for _, pages in world.firm.values()),
         "firm_budget": world.config.firm_budget(),
