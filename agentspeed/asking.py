@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, final
 
 from agentspeed import errors
-from agentspeed.backends.port import wire
 from agentspeed.checking import (
     check_count,
     check_draw,
@@ -22,6 +21,7 @@ from agentspeed.front.parser import TurnParser
 from agentspeed.messages import Message, User
 from agentspeed.sampling import Sampling
 from agentspeed.tools import Tool, tools_from
+from agentspeed.transport.base import wire
 
 if TYPE_CHECKING:
     from agentspeed.front.codec import ChatCodec

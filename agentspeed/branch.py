@@ -18,8 +18,8 @@ import anyio
 from msgspec.structs import replace
 
 from agentspeed import errors
-from agentspeed.backends.port import Connection, Sink, Then, pack_ids, unpack_ids, wire
 from agentspeed.front.mirror import Checkpoint, Mirror
+from agentspeed.transport.base import Connection, Sink, Then, pack_ids, unpack_ids, wire
 from agentspeed.usage import Lease, Residence
 from agentspeed.whole import whole
 
@@ -32,6 +32,8 @@ _MOST_LABEL = 64
 """Characters of a session's id that the engine is told."""
 _SOON_SECONDS = 0.5
 """An engine answers between two steps: for an answer that is only worth this much."""
+_SILENT_SECONDS = 1.0
+"""Silence of the engine after which a turn is left behind that is cancelled, or whose timeout is not longer."""
 
 
 class Make(Protocol):
@@ -88,15 +90,17 @@ class Branch:
         return self._link is not None and self._link.alive
 
     # ---- the way to the engine ------------------------------------------------------------------------------------
-    async def attach(self) -> Connection:
-        """The living link with this branch open on it; after a death a new branch with the mirrored ids."""
+    async def attach(self, patience: float | None = None) -> Connection:
+        """The living link with this branch open on it; after a death a new branch with the mirrored ids. `patience`:
+        seconds of the engine's silence after which this is given up and the link kept; None waits for `close_timeout`
+        and gives up the link."""
         async with self._attaching:
             link = await self.engine.link()
             if self._link is not link:
-                await whole(lambda: self._open(link))
+                await whole(lambda: self._open(link, patience))
             return link
 
-    async def _open(self, link: Connection) -> None:
+    async def _open(self, link: Connection, patience: float | None) -> None:
         # Draws are keyed by the engine's count of turns, which starts anew: another seed keeps them from repeating.
         again = f"{self.opening.seed}/{self._opened}".encode()
         seed = self.opening.seed if not self._opened else zlib.crc32(again)
@@ -109,7 +113,7 @@ class Branch:
 
         _ = await self._call(link, lambda request: wire.Open(
             request=request, ids=pack_ids(self.mirror.ids), tenant=self.opening.tenant, private=self.opening.private,
-            seed=seed, computed=self.mirror.computed, label=self._label()), opened)
+            seed=seed, computed=self.mirror.computed, label=self._label()), opened, patience)
 
     def _label(self) -> str:
         """A name may be of any length, and hold what the engine takes for the end of one."""
@@ -135,11 +139,14 @@ class Branch:
         link = await self.attach()
         return await whole(lambda: self._call(link, lambda request: make(request, self._number), then))
 
-    def _call(self, link: Connection, make: Callable[[int], wire.Command],
-              then: Then | None = None) -> Coroutine[Any, Any, wire.Reply]:
+    def _call(self, link: Connection, make: Callable[[int], wire.Command], then: Then | None = None,
+              patience: float | None = None) -> Coroutine[Any, Any, wire.Reply]:
         """To be awaited inside of `whole`. What waits for the end of a long step is waited for; an engine that answers
-        nobody for `close_timeout` is given up."""
-        return link.call(make, then, patience=self.opening.close_timeout)
+        nobody for `close_timeout` is given up, link and all. `patience`: this call alone is given up, after less."""
+        most = self.opening.close_timeout
+        if patience is None or patience >= most:
+            return link.call(make, then, patience=most)
+        return link.call(make, then, patience=patience, keep_link=True)
 
     def _heard(self, event: wire.Event | None) -> None:
         """On the event loop, in the engine's order: the mirror first, so that a live fork finds every committed id."""
@@ -293,9 +300,12 @@ class Branch:
             sink(None)
 
     # ---- turns ----------------------------------------------------------------------------------------------------
-    async def begin(self, plan: Callable[[], Awaitable[wire.Generate]], sink: Sink) -> None:
+    async def begin(self, plan: Callable[[], Awaitable[wire.Generate]], sink: Sink,
+                    timeout: float | None = None) -> None:
         """Queues a turn whose events go to `sink`. `plan` appends to the mirror and gives the command; its request,
-        branch and ids are filled in here. Nothing has changed when this raises."""
+        branch and ids are filled in here. `timeout`: the turn's; an engine that is silent is not waited for much
+        longer. Nothing has changed when this raises."""
+        patience = None if timeout is None else max(timeout, _SILENT_SECONDS)
 
         async def queue(link: Connection) -> None:
             self._base = point = self.mirror.checkpoint()
@@ -303,14 +313,17 @@ class Branch:
                 turn = await plan()
                 ids = pack_ids(self.mirror.ids[point.tokens :])
                 _ = await self._call(
-                    link, lambda request: replace(turn, request=request, branch=self._number, ids=ids), queued)
-            except BaseException:
+                    link, lambda request: replace(turn, request=request, branch=self._number, ids=ids), queued,
+                    patience)
+            except BaseException as error:
                 self._base = self._sink = None
                 self.mirror.back_to(point)
+                if isinstance(error, errors.EngineDied):
+                    self._leave_behind(link)
                 raise
 
         async def once() -> None:
-            link = await self.attach()
+            link = await self.attach(patience)
             await whole(lambda: queue(link), undo=lambda _: self.stop(keep=False))
 
         def queued(_: wire.Reply) -> None:
@@ -360,11 +373,12 @@ class Branch:
             try:
                 _ = await self._call(
                     link, lambda request: wire.Cancel(request=request, branch=self._number, cut=cut),
-                    None if keep else lambda _: self.mirror.back_to(base))
+                    None if keep else lambda _: self.mirror.back_to(base), _SILENT_SECONDS)
             except errors.AgentspeedError as error:
                 if isinstance(error, errors.InternalError):
                     raise
                 _LOG.info("cancelling a turn: %s", error)
+                self._leave_behind(link)
         kept = keep and self._base is not None and self.attached
         if not kept and self._base is not None:
             self.mirror.back_to(self._base)
@@ -372,6 +386,13 @@ class Branch:
         if link is not None and base is not None and self.attached:
             await self._look(link)
         return kept
+
+    def _leave_behind(self, link: Connection) -> None:
+        """Nobody knows whether the engine still runs the turn: it ends the branch when it can, and the next use opens
+        another with the ids of here."""
+        link.unlisten(self._number)
+        link.post(lambda request: wire.Close(request=request, branch=self._number))
+        self._link = self._born = None
 
     async def _look(self, link: Connection) -> None:
         """A turn that was stopped may have computed anything between nothing and all of its rows."""

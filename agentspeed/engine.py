@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any, Self, final
 import anyio.to_thread
 
 from agentspeed import errors
-from agentspeed.backends.local import LocalEngine, Opener
-from agentspeed.backends.port import wire
 from agentspeed.checking import check_number, is_whole
 from agentspeed.front.codec import ChatCodec
+from agentspeed.transport.base import Connection, Transport, wire
+from agentspeed.transport.shared_engines import EngineHandle
 from agentspeed.whole import whole
 
 if TYPE_CHECKING:
-    from agentspeed.backends.link import Link
     from agentspeed.session import Session
 
 NANO = Path(__file__).parent / "models" / "nano"
@@ -45,16 +44,16 @@ class Engine:
                 raise errors.InvalidRequest(f"{name} is {value!r}; an engine option is a number, a text, or None.")
             if is_whole(value):
                 check_number(name, value)
-        self._local: LocalEngine | None = None
+        self._local: EngineHandle | None = None
         self._codec: ChatCodec | None = None
         self._shared = False
-        self._opener: Opener | None = None
+        self._transport: Transport | None = None
 
     @classmethod
-    def over(cls, opener: Opener, model: str | os.PathLike[str]) -> Engine:
-        """On links from `opener` instead of a process of its own; `model` gives the tokenizer. For `testing`."""
+    def over(cls, transport: Transport, model: str | os.PathLike[str]) -> Engine:
+        """On connections of `transport` instead of a process of its own; `model` gives the tokenizer."""
         engine = cls(model)
-        engine._opener = opener
+        engine._transport = transport
         return engine
 
     @classmethod
@@ -70,10 +69,10 @@ class Engine:
             folder = await anyio.to_thread.run_sync(resolve, self.model)
             self._codec = await anyio.to_thread.run_sync(_codec_of, folder)
             options = {"model": str(folder), **self._options}
-            if self._opener is not None:
-                self._local = LocalEngine(self._opener, on_close=self._opener.close)
+            if self._transport is not None:
+                self._local = EngineHandle(self._transport)
             else:
-                self._local = LocalEngine.shared(options) if self._shared else LocalEngine.own(options)
+                self._local = EngineHandle.shared(options) if self._shared else EngineHandle.own(options)
         try:
             _ = await self._local.link()
         except BaseException:  # refused or cancelled: nobody may own the process that was started
@@ -107,7 +106,7 @@ class Engine:
             raise errors.SessionClosed("The engine was not started.", remedy="Use it in `async with`.")
         return self._codec
 
-    async def link(self) -> Link:
+    async def link(self) -> Connection:
         """The living link of this event loop; a dead engine is started again."""
         if self._local is None:
             raise errors.SessionClosed("The engine is not running.", remedy="Use it in `async with`.")
@@ -130,8 +129,7 @@ class Engine:
     @property
     def pid(self) -> int | None:
         """Of the engine process, when this object started one."""
-        opener = None if self._local is None else self._local.opener
-        return getattr(opener, "pid", None)
+        return None if self._local is None else self._local.transport.pid
 
     def __repr__(self) -> str:
         return f"<Engine {Path(self.model).name} {'running' if self._local else 'stopped'}>"

@@ -1,6 +1,6 @@
 """Every error a user of agentspeed can meet, in three families: your input, the world, our bug.
 
-The same classes locally and remotely; engine errors travel as codes and one border (`backends`) makes these of them.
+The same classes locally and remotely; engine errors travel as codes and one border (`transport`) makes these of them.
 
     AgentspeedError
     ├── InputError (also ValueError)      your input: change the call

@@ -18,7 +18,6 @@ import msgspec
 
 from agentspeed import errors, events
 from agentspeed.asking import Asked, Defaults, Prompt, TurnOptions, ask, check_names, check_session, messages_of
-from agentspeed.backends.port import wire
 from agentspeed.branch import Branch, Opening
 from agentspeed.checking import check_count, check_number, check_text, is_whole, shown
 from agentspeed.engine import Engine
@@ -29,6 +28,7 @@ from agentspeed.messages import Assistant, Message, ToolCall, ToolMessage
 from agentspeed.pausing import Pausing
 from agentspeed.sampling import Sampling
 from agentspeed.tools import Approve, OnError, Tool, tools_from
+from agentspeed.transport.base import wire
 from agentspeed.turn import Reply, Turn, usage_of
 from agentspeed.usage import Lease, Residence, Usage
 from agentspeed.whole import whole
@@ -468,7 +468,7 @@ class Session:
             turn.sink(event)
 
         try:
-            await self._branch.begin(plan, heard)
+            await self._branch.begin(plan, heard, asked.timeout)
         except BaseException:
             self._busy = None
             raise

@@ -11,7 +11,6 @@ import anyio
 
 from agentspeed import errors, events
 from agentspeed.asking import Asked
-from agentspeed.backends.port import unpack_ids, wire
 from agentspeed.branch import lease_of
 from agentspeed.front.parser import (
     CallBroken,
@@ -25,6 +24,7 @@ from agentspeed.front.parser import (
 from agentspeed.front.stops import StopFilter
 from agentspeed.front.tokenizer import IncrementalText
 from agentspeed.messages import Assistant, ToolCall
+from agentspeed.transport.base import unpack_ids, wire
 from agentspeed.usage import Usage
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "kernels")]
 
-from agentspeed_engine.wire import Sampling
+from agentspeed_engine.protocol.messages import Sampling
 from tests.engine_client import EngineProcess, Front, LinkClosed, TurnRecord, alive, engine, until
 from tools.random_checkpoint import make_checkpoint
 

@@ -23,11 +23,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "kernels")]
 
-from agentspeed_engine.ids import LinkId, pack_ids, pages_for
+from agentspeed_engine.ids import LinkId, pages_for
+from agentspeed_engine.protocol.messages import Close, Command, Fork, Forked, Generate, Open, Opened, Outgoing
+from agentspeed_engine.protocol.token_ids import pack_ids
 from agentspeed_engine.run.options import EngineOptions, build
 from agentspeed_engine.run.worker import Worker
 from agentspeed_engine.sched.core import Core
-from agentspeed_engine.wire import Close, Command, Fork, Forked, Generate, Open, Opened, Outgoing
 from tests.engine_client import engine
 from tools.random_checkpoint import make_checkpoint
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import final
 
 from agentspeed_engine.ids import BranchId, LinkId, TicketId, pages_for
+from agentspeed_engine.protocol.messages import Close, Generate, Open, Opened, TurnEnded
 from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.sched.core import Core
 from agentspeed_engine.sched.plan import Drawn, StepPlan, StepResult
 from agentspeed_engine.sched.world import Out
-from agentspeed_engine.wire import Close, Generate, Open, Opened, TurnEnded
 from bench.pauses_workload import CONTEXT_LIMIT, Agent, Trace, Turn, live_tokens
 
 LINK = LinkId(1)

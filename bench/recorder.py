@@ -21,13 +21,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "engine"))
 
-from agentspeed_engine.ids import LinkId, pack_ids, pages_for
+from agentspeed_engine.ids import LinkId, pages_for
+from agentspeed_engine.protocol.messages import Generate, Open, Opened
+from agentspeed_engine.protocol.token_ids import pack_ids
 from agentspeed_engine.run.recording import RecordingOrder, Tape
 from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.sched.core import Core
 from agentspeed_engine.sched.plan import Drawn, StepPlan, StepResult
 from agentspeed_engine.sched.recorder import RecordedCore
-from agentspeed_engine.wire import Generate, Open, Opened
 
 VOCABULARY, PAGE, LINK, STEPS_A_TURN, SECONDS = 32_000, 64, LinkId(1), 8, 0.03
 

@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "kernels")]
 
-from agentspeed_engine.wire import TurnUsage
+from agentspeed_engine.protocol.messages import TurnUsage
 from tests.engine_client import Front, engine
 from tools.random_checkpoint import make_checkpoint
 

@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "engine"))
 
 from agentspeed_engine.clock import VirtualClock
 from agentspeed_engine.ids import BranchId, LinkId, pages_for
+from agentspeed_engine.protocol.messages import Close, Generate, Open, Opened, TurnEnded
 from agentspeed_engine.sched.core import Core, CoreConfig
 from agentspeed_engine.sched.plan import Drawn, StepResult
-from agentspeed_engine.wire import Close, Generate, Open, Opened, TurnEnded
 
 LINK = LinkId(1)
 PAGE, ROOM, FULL = 64, 12, 50_000

@@ -23,10 +23,11 @@ from typing import TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "engine"))
 
-from agentspeed_engine.ids import LinkId, pack_ids, pages_for
+from agentspeed_engine.ids import LinkId, pages_for
+from agentspeed_engine.protocol.messages import Expect, Fork, Generate, LeaseAnswer, Open, Opened
+from agentspeed_engine.protocol.token_ids import pack_ids
 from agentspeed_engine.sched.core import Core, CoreConfig
 from agentspeed_engine.sched.plan import Drawn, StepPlan, StepResult
-from agentspeed_engine.wire import Expect, Fork, Generate, LeaseAnswer, Open, Opened
 
 T = TypeVar("T")
 VOCABULARY, CONTEXT, PAGE, LIMIT = 32_000, 50_000, 64, 65_536

@@ -26,7 +26,8 @@ import anyio
 from random_checkpoint import make_checkpoint
 
 from agentspeed import Session
-from agentspeed_engine import wire
+from agentspeed_engine.protocol import messages as wire
+from agentspeed_engine.protocol.frames import encode_command, outbox_reader
 
 
 async def client(folder: Path, turns: int, tokens: list[int]) -> None:
@@ -42,16 +43,13 @@ def probe(path: str) -> None:
     """A front of its own process that only sends commands, one as soon as the last was answered, until stdin ends."""
     peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     peer.connect(path)
-    buffer = bytearray()
+    reader = outbox_reader()
 
     def ask(command: wire.Command) -> wire.Outgoing:
-        peer.sendall(wire.encode_command(command))
-        while len(buffer) < 4 or len(buffer) < 4 + int.from_bytes(buffer[:4], "little"):
-            buffer.extend(peer.recv(1 << 16))
-        size = 4 + int.from_bytes(buffer[:4], "little")
-        reply = wire.decode_outbox(bytes(buffer[4:size]))[0]
-        del buffer[:size]
-        return reply
+        peer.sendall(encode_command(command))
+        while (frame := reader.next()) is None:
+            reader.feed(peer.recv(1 << 16))
+        return frame[0]
 
     def steps() -> int:
         reply = ask(wire.GetStats(request=1))

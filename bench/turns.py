@@ -24,12 +24,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "kernels")]
-MALLOC = {
-    # Fresh large tensors fault in every page again unless glibc keeps them; both sides gain from keeping them.
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 36),
-    "MALLOC_TOP_PAD_": str(1 << 28),
-}
+from agentspeed_engine.run.tuning import MALLOC
+
 NEAR_TIE = 1e-4
 """Share of the logits' spread under which the two best count as a tie in float32."""
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from agentspeed_engine import wire
 from agentspeed_engine.kv.branches import Held
+from agentspeed_engine.protocol import messages as wire
 from tests.scheduled import Scheduled
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from agentspeed_engine import wire
+from agentspeed_engine.protocol import messages as wire
 from tests.engine_client import Front, LinkClosed, environment
 
 ENGINE = "from agentspeed_engine.run.__main__ import main; raise SystemExit(main())"

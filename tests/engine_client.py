@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from agentspeed_engine import wire
-from agentspeed_engine.ids import pack_ids, unpack_ids
+from agentspeed_engine.protocol import messages as wire
+from agentspeed_engine.protocol.frames import encode_command, outbox_reader
+from agentspeed_engine.protocol.token_ids import pack_ids, unpack_ids
 
 ROOT = Path(__file__).resolve().parent.parent
 GREEDY = wire.Sampling()
@@ -58,7 +59,7 @@ class Front:
     def __init__(self, link: socket.socket, *, greet: bool = True) -> None:
         self.socket = link
         self.socket.settimeout(30.0)
-        self._inbox = bytearray()
+        self._reader = outbox_reader()
         self._request = 0
         self._replies: dict[int, wire.Outgoing] = {}
         self.turns: defaultdict[int, deque[TurnRecord]] = defaultdict(deque)
@@ -74,26 +75,21 @@ class Front:
     # ---- frames ---------------------------------------------------------------------------------------------------
     def send(self, *commands: wire.Command) -> None:
         try:
-            self.socket.sendall(b"".join(map(wire.encode_command, commands)))
+            self.socket.sendall(b"".join(map(encode_command, commands)))
         except ConnectionError as error:
             raise LinkClosed(self.last) from error
 
     def receive(self) -> tuple[wire.Outgoing, ...]:
         """The next frame. Raises `LinkClosed`."""
-        while True:
-            if len(self._inbox) >= 4:
-                size = int.from_bytes(self._inbox[:4], "little")
-                if len(self._inbox) >= 4 + size:
-                    body = bytes(self._inbox[4 : 4 + size])
-                    del self._inbox[: 4 + size]
-                    return wire.decode_outbox(body)
+        while (frame := self._reader.next()) is None:
             try:
                 data = self.socket.recv(1 << 18)
             except ConnectionError as error:
                 raise LinkClosed(self.last) from error
             if not data:
                 raise LinkClosed(self.last)
-            self._inbox += data
+            self._reader.feed(data)
+        return frame
 
     def step(self) -> None:
         """Takes one frame and files its messages."""

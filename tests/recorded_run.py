@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from agentspeed_engine import wire
-from agentspeed_engine.ids import LinkId, pack_ids
+from agentspeed_engine.ids import LinkId
+from agentspeed_engine.protocol import messages as wire
+from agentspeed_engine.protocol.token_ids import pack_ids
 from agentspeed_engine.run.recording import RecordingOrder, Tape
 from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.sched.core import Core

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import agentspeed
-from agentspeed.backends.local import engine_defaults, engine_model
-from agentspeed.backends.watching import registry_folder
 from agentspeed.engine import NANO, resolve
+from agentspeed.transport.shared_engines import engine_defaults, engine_model
+from agentspeed.transport.stats_client import registry_folder
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "llguidance", "anyio", "msgspec", "pydantic")

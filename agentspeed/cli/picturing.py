@@ -11,8 +11,8 @@ from rich.console import Group, JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from agentspeed.backends.port import wire
 from agentspeed.cli.plain import printable
+from agentspeed.transport.base import wire
 
 _BAR_CELLS = 24
 _OWNERS = {

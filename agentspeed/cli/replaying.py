@@ -9,10 +9,10 @@ from typing import Final
 import typer
 
 from agentspeed import errors
-from agentspeed.backends.port import wire
-from agentspeed.backends.replaying import NodeLine, Recording, ReplayDiffers, Step, crashes
 from agentspeed.cli.picturing import rows_of
 from agentspeed.cli.plain import printable
+from agentspeed.transport.base import wire
+from agentspeed.transport.recordings import NodeLine, Recording, ReplayDiffers, Step, crashes
 
 EXIT_DIFFERS: Final = 1
 

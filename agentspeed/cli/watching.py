@@ -15,9 +15,9 @@ from rich.segment import Segment, Segments
 from rich.text import Text
 
 from agentspeed import errors
-from agentspeed.backends import watching
 from agentspeed.cli.picturing import Frame, as_data, drawn, shares
 from agentspeed.cli.plain import printable
+from agentspeed.transport import stats_client
 
 EXIT_GONE = 3
 """Every engine that was watched has ended."""
@@ -45,7 +45,7 @@ class Top:
         self._as_json = as_json
         self._console = console or Console()
         self._seconds = seconds
-        self._watchers: dict[Path, watching.Watcher] = {}
+        self._watchers: dict[Path, stats_client.Watcher] = {}
         self._ended: dict[Path, str] = {}
         """What was said of engines that ended meanwhile, or could not be watched."""
         self._again: dict[Path, float] = {}
@@ -135,7 +135,7 @@ class Top:
                 _ = self._ended.pop(path, None)
         return [frame for watcher in self._watchers.values() if (frame := _frame_of(watcher)) is not None]
 
-    def _lost(self, path: Path, watcher: watching.Watcher, why: Exception) -> None:
+    def _lost(self, path: Path, watcher: stats_client.Watcher, why: Exception) -> None:
         if not isinstance(why, errors.EngineDied | errors.ConnectFailed):
             raise why
         del self._watchers[path]
@@ -146,10 +146,10 @@ class Top:
             _ = self._ended.setdefault(path, str(why))  # what ended before it says more than that it is not back
 
     def _connect(self) -> None:
-        paths = [self._socket] if self._socket is not None else watching.sockets(known=self._watchers)
+        paths = [self._socket] if self._socket is not None else stats_client.sockets(known=self._watchers)
         for path in paths:
             if path not in self._watchers and time.monotonic() >= self._again.get(path, 0.0):
-                self._watchers[path] = watching.Watcher(path, self._most())
+                self._watchers[path] = stats_client.Watcher(path, self._most())
 
     def _most(self) -> int:
         """Branches to ask of each engine: what was wanted, or what the screen has room for."""
@@ -171,7 +171,7 @@ class Top:
         self._watchers.clear()
 
 
-def _frame_of(watcher: watching.Watcher) -> Frame | None:
+def _frame_of(watcher: stats_client.Watcher) -> Frame | None:
     if watcher.welcome is None or watcher.seen is None:
         return None
     (picture, before), silent = watcher.seen, watcher.silent

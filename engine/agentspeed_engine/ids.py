@@ -6,7 +6,6 @@ therefore lives in the two functions below.
 
 from __future__ import annotations
 
-from array import array
 from typing import NewType
 
 LinkId = NewType("LinkId", int)
@@ -31,15 +30,3 @@ def pages_for(tokens: int, page_tokens: int) -> int:
 def page_floor(tokens: int, page_tokens: int) -> int:
     """The largest multiple of a page that is not above `tokens`."""
     return tokens - tokens % page_tokens
-
-
-def pack_ids(ids: list[int] | tuple[int, ...] | array[int]) -> bytes:
-    """Token ids as the wire carries them: little-endian uint32."""
-    return array("I", ids).tobytes()
-
-
-def unpack_ids(data: bytes) -> array[int]:
-    """The inverse of `pack_ids`. Raises `ValueError` when `data` is not a whole number of ids."""
-    ids = array("I")
-    ids.frombytes(data)
-    return ids

@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 
 from agentspeed import Engine, errors, events
-from agentspeed.backends.local import Opener
-from agentspeed.backends.process import EngineSlot
-from agentspeed.backends.thread import ThreadOpener
+from agentspeed.transport.base import Transport
+from agentspeed.transport.engine_process import EngineSlot
+from agentspeed.transport.in_thread import ThreadTransport
 
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture(params=[EngineSlot, ThreadOpener], ids=["process", "thread"])
-def opener(request: pytest.FixtureRequest, checkpoint: Path) -> Opener:
-    made: Opener = request.param({"model": str(checkpoint), "pages": 128, "check_every_step": True})
+@pytest.fixture(params=[EngineSlot, ThreadTransport], ids=["process", "thread"])
+def transport(request: pytest.FixtureRequest, checkpoint: Path) -> Transport:
+    made: Transport = request.param({"model": str(checkpoint), "pages": 128, "check_every_step": True})
     return made
 
 
@@ -52,8 +52,8 @@ async def story(engine: Engine) -> list[Any]:
 _told: list[list[Any]] = []
 
 
-async def test_the_story_is_the_same_over_every_link_and_loop(opener: Opener, checkpoint: Path) -> None:
-    async with Engine.over(opener, checkpoint) as engine:
+async def test_the_story_is_the_same_over_every_link_and_loop(transport: Transport, checkpoint: Path) -> None:
+    async with Engine.over(transport, checkpoint) as engine:
         _told.append(await story(engine))
     assert _told[-1] == _told[0]
     assert _told[-1][-2:] == [1, 0]
@@ -61,7 +61,7 @@ async def test_the_story_is_the_same_over_every_link_and_loop(opener: Opener, ch
 
 async def test_what_the_engine_refuses_to_load_is_the_same_error_over_every_link(checkpoint: Path) -> None:
     said = []
-    for kind in (EngineSlot, ThreadOpener):
+    for kind in (EngineSlot, ThreadTransport):
         with pytest.raises(errors.InvalidRequest) as refusal:
             async with Engine.over(kind({"model": str(checkpoint), "pages": 4, "context_limit": 9999}), checkpoint):
                 raise AssertionError("an engine whose longest turn never fits was started")

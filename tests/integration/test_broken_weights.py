@@ -11,7 +11,7 @@ import pytest
 from llguidance import LLMatcher
 from safetensors.torch import load_file, save_file
 
-from agentspeed_engine import wire
+from agentspeed_engine.protocol import messages as wire
 from tests.engine_client import Front, engine
 from tools.random_checkpoint import make_checkpoint
 

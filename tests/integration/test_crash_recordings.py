@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from agentspeed import Engine
-from agentspeed.backends.process import EngineSlot
+from agentspeed.transport.engine_process import EngineSlot
 from agentspeed_engine.run.crashes import KEPT
 from agentspeed_engine.run.options import LEAST_BYTES
 from tests.broken_engine import BREAKS, engine_that_breaks

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from agentspeed_engine import wire
-from agentspeed_engine.ids import pack_ids
+from agentspeed_engine.protocol import messages as wire
+from agentspeed_engine.protocol.frames import encode_command
+from agentspeed_engine.protocol.token_ids import pack_ids
 from tests.engine_client import EngineProcess, Front, LinkClosed, Refused, alive, engine, environment, until
 
 NANO = Path(__file__).resolve().parents[2] / "agentspeed" / "models" / "nano"
@@ -254,7 +255,7 @@ def test_hello_comes_first_and_in_this_protocol(running: EngineProcess) -> None:
 
 def test_a_frame_may_arrive_byte_by_byte(running: EngineProcess) -> None:
     front = running.connect()
-    for byte in wire.encode_command(wire.GetStats(request=77)):
+    for byte in encode_command(wire.GetStats(request=77)):
         front.socket.sendall(bytes([byte]))
     assert front.answer(77, wire.Stats).counts["links"] == 1
 
@@ -343,7 +344,7 @@ def test_commands_of_a_reader_that_is_far_behind_wait_in_its_own_socket(tmp_path
     with engine(tmp_path, **NOOP | {"outbox_bytes": 4096}) as process:
         flooder, quick = process.connect(), process.connect()
         count = 20_000
-        frames = b"".join(wire.encode_command(wire.GetStats(request=10 + number)) for number in range(count))
+        frames = b"".join(encode_command(wire.GetStats(request=10 + number)) for number in range(count))
         sender = threading.Thread(target=flooder.socket.sendall, args=(frames,))
         sender.start()
         time.sleep(0.3)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from llguidance import LLMatcher
 
-from agentspeed_engine import wire
+from agentspeed_engine.protocol import messages as wire
 from agentspeed_engine.run.vocabulary import Vocabulary
 from tests.engine_client import Front, TurnRecord, engine
 from tools.random_checkpoint import make_checkpoint

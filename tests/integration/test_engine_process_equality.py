@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from agentspeed_engine import wire
+from agentspeed_engine.protocol import messages as wire
 from tests.engine_client import EngineProcess, Front, engine
 from tools.random_checkpoint import make_checkpoint
 

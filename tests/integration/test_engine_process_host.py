@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from agentspeed_engine import wire
+from agentspeed_engine.protocol import messages as wire
 from tests.engine_client import Front, engine, until
 from tools.random_checkpoint import make_checkpoint
 

@@ -10,7 +10,7 @@ import anyio.to_thread
 import pytest
 
 from agentspeed import Engine, Session
-from agentspeed.backends import process
+from agentspeed.transport import engine_process
 from tests.engine_client import alive, until
 
 pytestmark = pytest.mark.anyio
@@ -26,7 +26,7 @@ async def ended(pid: int) -> float:
 async def test_the_process_wide_engine_ends_after_its_idle_time_and_starts_again_when_used(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(process, "_IDLE_SECONDS", 1.5)
+    monkeypatch.setattr(engine_process, "_IDLE_SECONDS", 1.5)
     async with Session(checkpoint, pages=61) as s:
         first = s.engine.pid
     assert first is not None

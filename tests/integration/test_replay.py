@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from agentspeed import Engine, errors, tool
-from agentspeed_engine import wire
-from agentspeed_engine.ids import pack_ids
+from agentspeed_engine.protocol import messages as wire
+from agentspeed_engine.protocol.token_ids import pack_ids
 from agentspeed_engine.run.recording import FLIGHT, SUFFIX
 from tests.broken_engine import BREAKS, engine_that_breaks
 from tests.engine_client import Front, engine, environment

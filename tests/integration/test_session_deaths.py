@@ -11,8 +11,8 @@ import anyio
 import pytest
 
 from agentspeed import Engine, Session, errors
-from agentspeed.backends.process import ATTACH, EngineProcess, EngineSlot
-from agentspeed_engine import wire
+from agentspeed.transport.engine_process import ATTACH, EngineProcess, EngineSlot
+from agentspeed_engine.protocol import messages as wire
 
 pytestmark = pytest.mark.anyio
 

@@ -12,7 +12,7 @@ import anyio
 import pytest
 
 from agentspeed import Engine, Session
-from agentspeed.backends.process import EngineSlot
+from agentspeed.transport.engine_process import EngineSlot
 
 pytestmark = pytest.mark.anyio
 LOOPS = {"asyncio": {"use_uvloop": False}, "uvloop": {"use_uvloop": True}}

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from agentspeed_engine import wire
+from agentspeed_engine.protocol import messages as wire
 from tests.engine_client import EngineProcess, Front, Refused, engine, environment, until
 from tests.terminal import Terminal, terminal
 

@@ -13,11 +13,12 @@ from hashlib import blake2b
 from sys import intern
 from typing import Any
 
-from agentspeed_engine import wire
 from agentspeed_engine.errors import BrokenInvariant
-from agentspeed_engine.ids import LinkId, StepSeq, pack_ids
+from agentspeed_engine.ids import LinkId, StepSeq
 from agentspeed_engine.kv.branches import Held
 from agentspeed_engine.kv.tables import BRANCHES
+from agentspeed_engine.protocol import messages as wire
+from agentspeed_engine.protocol.token_ids import pack_ids
 from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.sched.core import Core
 from agentspeed_engine.sched.plan import Drawn, StepResult

@@ -6,8 +6,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from agentspeed_engine import wire
-from agentspeed_engine.ids import LinkId, pack_ids, pages_for, unpack_ids
+from agentspeed_engine.ids import LinkId, pages_for
+from agentspeed_engine.protocol import messages as wire
+from agentspeed_engine.protocol.token_ids import pack_ids, unpack_ids
 from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.sched.core import Core
 from agentspeed_engine.sched.plan import HostCopy, StepResult

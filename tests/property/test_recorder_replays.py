@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, rule
 
-from agentspeed_engine import wire
-from agentspeed_engine.ids import LinkId, pack_ids, pages_for
+from agentspeed_engine.ids import LinkId, pages_for
+from agentspeed_engine.protocol import messages as wire
+from agentspeed_engine.protocol.token_ids import pack_ids
 from agentspeed_engine.run.recording import SUFFIX, RecordingOrder, Tape
 from agentspeed_engine.run.replay import Replay
 from agentspeed_engine.sched.config import CoreConfig

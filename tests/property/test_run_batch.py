@@ -10,14 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentspeed_engine.ids import LinkId, pack_ids, unpack_ids
-from agentspeed_engine.run.batch import Batcher
-from agentspeed_engine.run.vocabulary import Vocabulary
-from agentspeed_engine.run.worker import Worker
-from agentspeed_engine.sched.config import CoreConfig
-from agentspeed_engine.sched.core import Core
-from agentspeed_engine.sched.plan import StepPlan, StepResult
-from agentspeed_engine.wire import (
+from agentspeed_engine.ids import LinkId
+from agentspeed_engine.protocol.messages import (
     Adopt,
     Cancel,
     Close,
@@ -33,6 +27,13 @@ from agentspeed_engine.wire import (
     Tokens,
     TurnEnded,
 )
+from agentspeed_engine.protocol.token_ids import pack_ids, unpack_ids
+from agentspeed_engine.run.batch import Batcher
+from agentspeed_engine.run.vocabulary import Vocabulary
+from agentspeed_engine.run.worker import Worker
+from agentspeed_engine.sched.config import CoreConfig
+from agentspeed_engine.sched.core import Core
+from agentspeed_engine.sched.plan import StepPlan, StepResult
 from tests.remembering_model import RememberingModel, continuation
 
 LINK = LinkId(1)

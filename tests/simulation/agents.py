@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, final
 
-from agentspeed_engine import wire
-from agentspeed_engine.ids import LinkId, pack_ids
+from agentspeed_engine.ids import LinkId
+from agentspeed_engine.protocol import messages as wire
+from agentspeed_engine.protocol.token_ids import pack_ids
 from tests.simulation.front import Alone, Ask, Died, Ends, Handle, Join, Script, Sleep, Start, Tool
 from tests.simulation.workload import VOCABULARY, AgentSpec, Span, Workload
 

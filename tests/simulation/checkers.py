@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, final
 
-from agentspeed_engine import wire
 from agentspeed_engine.errors import BrokenInvariant
 from agentspeed_engine.ids import BranchId, NodeId
 from agentspeed_engine.kv.branches import Held
 from agentspeed_engine.kv.tree import upward
+from agentspeed_engine.protocol import messages as wire
 from agentspeed_engine.sched.core import Core
 from agentspeed_engine.sched.ranking import Rankings
 from agentspeed_engine.sched.reclaim import reclaim

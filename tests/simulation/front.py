@@ -6,8 +6,8 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias, TypeVar, final
 
-from agentspeed_engine import wire
 from agentspeed_engine.ids import BranchId, LinkId
+from agentspeed_engine.protocol import messages as wire
 from tests.simulation.device import Mirror
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, final
 
-from agentspeed_engine import wire
+from agentspeed_engine.protocol import messages as wire
 from agentspeed_engine.sched.core import Core
 
 _ACTIVE = ("Promoting", "Prefilling", "Decoding")

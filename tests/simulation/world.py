@@ -17,10 +17,11 @@ from typing import final
 
 import msgspec
 
-from agentspeed_engine import wire
 from agentspeed_engine.clock import VirtualClock
 from agentspeed_engine.errors import BrokenInvariant
-from agentspeed_engine.ids import BranchId, LinkId, unpack_ids
+from agentspeed_engine.ids import BranchId, LinkId
+from agentspeed_engine.protocol import messages as wire
+from agentspeed_engine.protocol.token_ids import unpack_ids
 from agentspeed_engine.sched.core import Core
 from agentspeed_engine.sched.plan import HostCopy, Row, StepPlan
 from agentspeed_engine.sched.world import Out

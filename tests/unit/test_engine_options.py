@@ -11,8 +11,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from agentspeed_engine import wire
 from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.protocol import messages as wire
 from agentspeed_engine.run.inprocess import EngineThread
 from agentspeed_engine.run.options import EngineOptions, build, options_from, parse_options
 from agentspeed_engine.sched.config import CoreConfig

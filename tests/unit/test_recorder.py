@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentspeed_engine import wire
 from agentspeed_engine.errors import BrokenInvariant, EngineFault
-from agentspeed_engine.ids import LinkId, pack_ids, unpack_ids
+from agentspeed_engine.ids import LinkId
+from agentspeed_engine.protocol import messages as wire
+from agentspeed_engine.protocol.token_ids import pack_ids, unpack_ids
 from agentspeed_engine.run import recording
 from agentspeed_engine.run.opaque import Opaque
 from agentspeed_engine.run.recording import SUFFIX, RecordingOrder, Tape

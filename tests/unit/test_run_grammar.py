@@ -13,12 +13,12 @@ from tokenizers import Tokenizer, decoders, models
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.ids import BranchId, PageId, StepSeq
 from agentspeed_engine.kv.runs import TurnSpec
+from agentspeed_engine.protocol.messages import Grammar, Sampling
 from agentspeed_engine.run.grammar import GrammarRefused, Matchers
 from agentspeed_engine.run.noop import NoopModel
 from agentspeed_engine.run.vocabulary import Vocabulary
 from agentspeed_engine.run.worker import Worker
 from agentspeed_engine.sched.plan import Row, StepPlan, StepResult
-from agentspeed_engine.wire import Grammar, Sampling
 from tools.random_checkpoint import byte_tokenizer
 
 SIZE, END = 512, 257

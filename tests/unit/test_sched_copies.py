@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from agentspeed_engine import wire
+from agentspeed_engine.protocol import messages as wire
 from agentspeed_engine.sched.plan import HostCopy
 from tests.scheduled import Scheduled
 

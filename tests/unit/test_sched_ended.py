@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from agentspeed_engine import wire
+from agentspeed_engine.protocol import messages as wire
 from tests.scheduled import LINK, Scheduled
 
 

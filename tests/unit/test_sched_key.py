@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from agentspeed_engine import wire
-from agentspeed_engine.ids import pack_ids
+from agentspeed_engine.protocol import messages as wire
+from agentspeed_engine.protocol.token_ids import pack_ids
 from tests.model.explorer import GONE, Bounds, begin, carry_out
 
 PLAN, ACKNOWLEDGE = "plan", "acknowledge"

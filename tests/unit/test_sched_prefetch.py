@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from agentspeed_engine import wire
 from agentspeed_engine.ids import BranchId
+from agentspeed_engine.protocol import messages as wire
 from agentspeed_engine.sched.reclaim import next_use
 from tests.any_command import any_command
 from tests.scheduled import Scheduled

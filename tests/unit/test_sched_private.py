@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import ValuesView
 
-from agentspeed_engine import wire
 from agentspeed_engine.ids import BranchId
 from agentspeed_engine.kv.owners import Branch
+from agentspeed_engine.protocol import messages as wire
 from agentspeed_engine.sched.packing import packed, unpacked
 from agentspeed_engine.sched.veil import Clear
 from tests.scheduled import LINK, Scheduled

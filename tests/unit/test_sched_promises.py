@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from agentspeed_engine import wire
 from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.protocol import messages as wire
 from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.sched.core import Core
 from agentspeed_engine.sched.policy import POLICIES, Facts, worth_saving

@@ -10,9 +10,9 @@ from unittest import mock
 
 import pytest
 
-from agentspeed_engine import wire
 from agentspeed_engine.ids import BranchId
 from agentspeed_engine.kv.tree import Node, tenant_of
+from agentspeed_engine.protocol import messages as wire
 from agentspeed_engine.sched import reclaim
 from agentspeed_engine.sched.policy import POLICIES, Facts
 from agentspeed_engine.sched.ranking import Key, Ranking

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from agentspeed_engine import wire
-from agentspeed_engine.ids import pack_ids
+from agentspeed_engine.protocol import messages as wire
+from agentspeed_engine.protocol.token_ids import pack_ids
 from tests.scheduled import LINK, Scheduled
 
 

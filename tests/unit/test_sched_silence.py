@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from agentspeed_engine import wire
+from agentspeed_engine.protocol import messages as wire
 from tests.scheduled import Scheduled
 
 

@@ -6,10 +6,10 @@ import random
 
 import pytest
 
-from agentspeed_engine import wire
 from agentspeed_engine.ids import BranchId
 from agentspeed_engine.kv.branches import Prefilling, Queued
 from agentspeed_engine.kv.log import Log
+from agentspeed_engine.protocol import messages as wire
 from agentspeed_engine.sched import step
 from agentspeed_engine.sched.plan import StepPlan
 from agentspeed_engine.sched.world import World

@@ -21,7 +21,7 @@ from agentspeed.errors import (
 )
 from agentspeed.search import Budget, Node, beam, best_of_n
 from agentspeed.testing import ScriptedEngine, Turn, say, tool_call
-from agentspeed_engine import wire
+from agentspeed_engine.protocol import messages as wire
 
 pytestmark = pytest.mark.anyio
 

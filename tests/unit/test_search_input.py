@@ -10,7 +10,7 @@ from agentspeed import Session
 from agentspeed.errors import AgentspeedError, InvalidRequest, InvalidSampling
 from agentspeed.search import Found, Node, beam, best_of_n, mcts, tree_of_thought
 from agentspeed.testing import ScriptedEngine, Turn, tool_call
-from agentspeed_engine import wire
+from agentspeed_engine.protocol import messages as wire
 
 pytestmark = pytest.mark.anyio
 

@@ -13,7 +13,6 @@ import anyio
 import pytest
 
 from agentspeed import Session
-from agentspeed.backends.scripted import ScriptedServer
 from agentspeed.engine import NANO
 from agentspeed.errors import (
     InvalidRequest,
@@ -26,7 +25,9 @@ from agentspeed.errors import (
 )
 from agentspeed.messages import Assistant, ToolCall, User
 from agentspeed.testing import ScriptedEngine, ScriptedText, Turn, say, tool_call
-from agentspeed_engine import wire
+from agentspeed.testing.scripted_server import ScriptedServer
+from agentspeed_engine.protocol import messages as wire
+from agentspeed_engine.protocol.frames import encode_command
 
 pytestmark = pytest.mark.anyio
 
@@ -193,11 +194,11 @@ def test_a_closed_server_holds_no_branch_also_when_its_client_went_first() -> No
     (link,) = server._links
     link.branches = _SlowToClear()
     with peer:
-        peer.sendall(wire.encode_command(wire.Open(request=1, ids=b"")))
+        peer.sendall(encode_command(wire.Open(request=1, ids=b"")))
         assert peer.recv(1 << 16)
         assert server.live_branches == 1
     time.sleep(0.05)  # the server's thread has closed its socket, and is about to forget its branches
-    server.close()
+    anyio.run(server.close)
     assert server.live_branches == 0
 
 

@@ -9,8 +9,8 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from agentspeed.backends.port import wire
 from agentspeed.cli.picturing import Frame, as_data, drawn, left_out, rows_of, shares
+from agentspeed.transport.base import wire
 
 WELCOME = wire.Welcome(request=1, protocol=1, engine="agentspeed", model="nano", vocab_size=512, context_limit=4096,
                        page_tokens=16, pages=100, host_slots=20, pid=77, limits={}, source="/models/nano")

@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from agentspeed_engine import wire
+from agentspeed_engine.protocol import messages as wire
+from agentspeed_engine.protocol.frames import encode_outbox
 from agentspeed_engine.sched import describe
 from tests.scheduled import Scheduled
 
@@ -154,7 +155,7 @@ def test_no_token_leaves_the_engine_in_a_picture() -> None:
     world = Scheduled(pages=40, context_limit=128)
     branch = world.open((93, 94, 95) * 30)
     _ = world.turn(branch, most=4)
-    text = wire.encode_outbox((look(world),))
+    text = encode_outbox((look(world),))
     assert bytes((93, 94, 95)) not in text
     assert bytes((93, 0, 0, 0, 94, 0, 0, 0)) not in text
 

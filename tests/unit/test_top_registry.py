@@ -28,11 +28,39 @@ def test_an_engine_is_listed_while_it_runs(tmp_path: Path) -> None:
 
 
 def test_entries_that_nobody_answers_for_are_removed(tmp_path: Path) -> None:
-    stale = tmp_path / "12-00000000.json"
-    _ = stale.write_text('{"pid": 12, "socket": "/nowhere/e.sock", "model": "m"}')
-    _ = (tmp_path / "13-00000000.json").write_text("half an ent")
+    with entered(tmp_path, Entry(12, tmp_path / "e.sock", "m")):
+        assert len(list(tmp_path.iterdir())) == 1
+        assert running(tmp_path) == []
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_draft_that_a_killed_engine_left_is_removed_once_it_is_old(tmp_path: Path) -> None:
+    old, fresh = tmp_path / "12-0123abcd.new", tmp_path / "13-0123abcd.new"
+    for draft in (old, fresh):
+        _ = draft.write_text("{")
+    os.utime(old, (0, 0))
     assert running(tmp_path) == []
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [fresh]
+
+
+FOREIGN = {
+    "package.json": '{"name": "somebody\'s"}',
+    "settings.json": '{"pid": 12, "socket": "/nowhere/e.sock", "model": "m"}',
+    "12-00000000.json": '{"pid": 12, "socket": "/nowhere/e.sock", "model": "m"}',
+    "13-00000000.json": "half an ent",
+    "deep.json": "[" * 100_000,
+    "notes.new": "kept",
+    "latin-1.json": b"\xff\xfe",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_files_that_are_no_entries_are_left_alone(tmp_path: Path, name: str) -> None:
+    said = FOREIGN[name]
+    _ = (tmp_path / name).write_bytes(said if isinstance(said, bytes) else said.encode())
+    os.utime(tmp_path / name, (0, 0))
+    assert running(tmp_path) == []
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_known_sockets_are_not_asked_again(tmp_path: Path) -> None:

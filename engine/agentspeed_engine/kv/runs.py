@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import final
 
 from agentspeed_engine.ids import BranchId, NodeId, PageId
-from agentspeed_engine.wire import Grammar, Sampling
+from agentspeed_engine.protocol.messages import Grammar, Sampling
 
 
 @final

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import final
 
 from agentspeed_engine.kv.runs import TurnSpec
-from agentspeed_engine.wire import FinishReason
+from agentspeed_engine.protocol.messages import FinishReason
 
 
 @final

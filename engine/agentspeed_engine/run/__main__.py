@@ -3,9 +3,10 @@
     python -m agentspeed_engine.run --socket /run/user/1000/agentspeed/engine.sock --model FOLDER --pages 4096
 
 Options come as flags, or all at once as JSON with `--options`; `run.options.EngineOptions` lists them. While it loads
-it prints JSON lines {"progress": ...} on stdout, then one line {"ready": ..., "pid": ..., "recording": ...} when it
-listens. What it refuses at start it says in one JSON line {"code", "message", "remedy"} on stderr, with exit status 2;
-a bug of its own ends it with status 70 and a traceback on stderr. SIGTERM and end of file on stdin end it with status 0
+it writes JSON lines {"progress": ...}, then one line {"ready": ..., "pid": ..., "recording": ...} when it listens: to
+the descriptor of `--status-fd`, which it closes then, or to stdout. What it refuses at start it says there too, in one
+JSON line {"code", "message", "remedy"} (without `--status-fd` on stderr), and ends with status 2; a bug of its own ends
+it with status 70 and a traceback in its log, which is stderr. SIGTERM and end of file on stdin end it with status 0
 (with `--stay` only SIGTERM does).
 
 It re-executes itself once with an environment that glibc and OpenMP read only at start: malloc keeps large blocks,
@@ -20,6 +21,7 @@ import argparse
 import contextlib
 import gc
 import json
+import logging
 import os
 import signal
 import socket
@@ -27,23 +29,16 @@ import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn, final
+from typing import Any, Final, NoReturn, TextIO, final
 
 import msgspec
 
 from agentspeed_engine.errors import EngineFault
-from agentspeed_engine.run import crashes, registry
+from agentspeed_engine.protocol.credential import credential
+from agentspeed_engine.run import crashes, registry, tuning
 from agentspeed_engine.run.options import EngineOptions, build, options_from, parse_options, recording_of
 
-_MALLOC_SWITCH = "AGENTSPEED_MALLOC"
-_MALLOC = {
-    # glibc hands large freed tensors back to the system and faults every page in again; keeping them is up to 2x.
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 36),
-    "MALLOC_TOP_PAD_": str(1 << 28),
-}
-_SPINS = {"GOMP_SPINCOUNT": "1000"}
-"""As `agentspeed.backends.process` gives it to the engines that it starts; there is why."""
+_LOG: Final = logging.getLogger("agentspeed.engine")
 REFUSED, BROKEN = 2, 70
 _LONGEST_SOCKET_PATH = 107
 """Bytes; `sun_path` of Linux without its final zero."""
@@ -57,16 +52,22 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main() -> int:
-    # Whoever starts engines may have set these already: then one start is enough.
-    tuning = _MALLOC if "OMP_WAIT_POLICY" in os.environ else _MALLOC | _SPINS
-    if _MALLOC_SWITCH not in os.environ and any(name not in os.environ for name in tuning):
-        environment = {**tuning, **os.environ, _MALLOC_SWITCH: "tuned"}
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+    # Whoever starts engines may have tuned their environment already: then one start is enough.
+    tuned = tuning.tuned(os.environ)
+    if tuning.SWITCH not in os.environ and tuned != os.environ:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], tuned | {tuning.SWITCH: "tuned"})
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(message)s")
     try:
         arguments = parse_arguments()
-        return serve(Path(arguments.socket), read_options(arguments), stay=arguments.stay)
+        status = _Status(arguments.status_fd)
     except EngineFault as fault:
-        print(json.dumps({"code": fault.code, "message": fault.message, "remedy": fault.remedy}), file=sys.stderr)
+        _Status(None).refuse(fault)
+        return REFUSED
+    try:
+        return serve(Path(arguments.socket), read_options(arguments), status, stay=arguments.stay,
+                     own_folder=arguments.own_folder)
+    except EngineFault as fault:
+        status.refuse(fault)
         return REFUSED
 
 
@@ -75,6 +76,9 @@ def parse_arguments() -> argparse.Namespace:
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--socket", required=True, help="path of the Unix socket to listen on")
     parser.add_argument("--stay", action="store_true", help="do not end at end of file on stdin")
+    parser.add_argument("--own-folder", action="store_true",
+                        help="remove the socket's folder, which holds nothing else, with the socket")
+    parser.add_argument("--status-fd", type=int, help="descriptor to say on how far the start is; else stdout")
     parser.add_argument("--options", help="all engine options as one JSON object, instead of flags")
     for field in msgspec.structs.fields(EngineOptions):
         parser.add_argument(f"--{field.name.replace('_', '-')}", dest=f"option_{field.name}", metavar="VALUE")
@@ -93,22 +97,23 @@ def read_options(arguments: argparse.Namespace) -> EngineOptions:
     return parse_options(arguments.options)
 
 
-def serve(path: Path, options: EngineOptions, *, stay: bool) -> int:
-    """Loads, listens and runs until told to stop."""
+def serve(path: Path, options: EngineOptions, status: _Status, *, stay: bool, own_folder: bool) -> int:
+    """Loads, listens and runs until told to stop. Raises `EngineFault` for what cannot be served."""
     # Imported late: what is wrong with a command line is answered before anything heavy is loaded.
     from agentspeed_engine.run.loop import EngineLoop
 
     if not stay and not _ends(sys.stdin.fileno()):
         raise EngineFault("bad_options", "stdin is neither a pipe, a socket nor a terminal, so its end cannot be seen.",
                           "Start the engine with a pipe as stdin, or with --stay.")
+    secret = credential(os.environ)
     server = listen_at(path)
     try:
-        loop = EngineLoop(build(options, lambda what: _say(progress=what)), outbox_bytes=options.outbox_bytes,
+        loop = EngineLoop(build(options, lambda what: status.say(progress=what)), outbox_bytes=options.outbox_bytes,
                           check=options.check_every_step, idle_seconds=options.idle_seconds,
-                          recording=recording_of(options, crashes=crashes.folder(os.environ)))
+                          recording=recording_of(options, crashes=crashes.folder(os.environ)), credential=secret)
         recording = None if loop.recording is None else str(loop.recording)
         if recording is not None and options.record != "crash":
-            print(f"recording into {recording}", file=sys.stderr, flush=True)
+            _LOG.info("recording into %s", recording)
         loop.listen(server)
         if not stay:
             loop.stop_at_eof(sys.stdin.fileno())
@@ -117,14 +122,18 @@ def serve(path: Path, options: EngineOptions, *, stay: bool) -> int:
         gc.collect()
         gc.freeze()  # what is loaded stays: no later collection walks over it in the middle of a step
         with _listed(path, options.model):
-            _say(ready=str(path), pid=os.getpid(), recording=recording)
+            status.say(ready=str(path), pid=os.getpid(), recording=recording)
+            status.close()
             try:
                 loop.run()
-            except Exception:  # noqa: BLE001 - the loop printed it and told every link; the status says it was our bug
+            except Exception:  # noqa: BLE001 - the loop logged it and told every link; the status says it was our bug
                 return BROKEN
     finally:
         server.close()
         path.unlink(missing_ok=True)
+        if own_folder:
+            with contextlib.suppress(OSError):  # gone already, or somebody put something there
+                path.parent.rmdir()
     return 0
 
 
@@ -135,7 +144,7 @@ def _listed(path: Path, model: str) -> Iterator[None]:
         try:
             stack.enter_context(registry.entered(registry.folder(os.environ), registry.Entry(os.getpid(), path, model)))
         except OSError as error:
-            _say(progress=f"not listed for `agentspeed top`: {error}")
+            _LOG.warning("not listed for `agentspeed top`: %s", error)
         yield
 
 
@@ -143,7 +152,7 @@ def listen_at(path: Path) -> socket.socket:
     """A socket only its owner can reach. Raises `EngineFault` when the path cannot be used."""
     if len(os.fsencode(path)) > _LONGEST_SOCKET_PATH:
         raise EngineFault("bad_options", f"The socket path {path} is longer than {_LONGEST_SOCKET_PATH} bytes.",
-                          "Use a shorter folder.")
+                          "Give --socket a path in a folder with a shorter name.")
     if path.exists() and registry.answers(path):
         raise EngineFault("bad_options", f"An engine is already listening at {path}.", "Use another path.")
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -168,8 +177,36 @@ def _ends(descriptor: int) -> bool:
     return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or os.isatty(descriptor)
 
 
-def _say(**line: object) -> None:
-    print(json.dumps(line), flush=True)
+@final
+class _Status:
+    """Where the start is reported: a pipe of its own, or the standard streams for those who start an engine by hand."""
+
+    def __init__(self, descriptor: int | None) -> None:
+        """Raises `EngineFault` for a number that is no open descriptor."""
+        self._out: TextIO | None = None
+        if descriptor is not None:
+            try:
+                os.set_inheritable(descriptor, False)
+                self._out = open(descriptor, "w", encoding="utf-8")  # noqa: SIM115 - closed when the engine is ready
+            except OSError as error:
+                raise EngineFault("bad_options", f"--status-fd is {descriptor}: {error}.",
+                                  "Give an open descriptor, or leave it out.") from error
+
+    def say(self, **line: object) -> None:
+        self._print(json.dumps(line), sys.stdout)
+
+    def refuse(self, fault: EngineFault) -> None:
+        line = {"code": fault.code, "message": fault.message, "remedy": fault.remedy}
+        self._print(json.dumps(line), sys.stderr)
+
+    def close(self) -> None:
+        if self._out is not None:
+            self._out.close()
+
+    def _print(self, line: str, otherwise: TextIO) -> None:
+        # Nobody has to listen: an engine whose starter has gone is ended by the end of its stdin.
+        with contextlib.suppress(BrokenPipeError):
+            print(line, file=self._out or otherwise, flush=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +20,8 @@ from agentspeed_engine.sched.recorder import FLIGHT
 FOLDER: Final = "AGENTSPEED_STATE_DIR"
 """Environment variable: the folder to use instead of the user's state folder."""
 KEPT: Final = 4
-"""Recordings of dead engines that a new engine leaves; older ones go."""
+"""Recordings of dead engines that a new engine leaves; older ones go. One that a person renamed is kept."""
+_NAME: Final = re.compile(rf"\d{{8}}-\d{{6}}-\d+-[0-9a-f]{{4}}{re.escape(FLIGHT)}")
 
 
 def folder(environment: Mapping[str, str]) -> Path | None:
@@ -40,7 +42,7 @@ def room(place: Path) -> Iterator[None]:
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _open(place) as descriptor:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        for path in left(place)[:-KEPT]:
+        for path in [path for path in left(place) if _NAME.fullmatch(path.name)][:-KEPT]:
             shutil.rmtree(path, ignore_errors=True)
         yield
 

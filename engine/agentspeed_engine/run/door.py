@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import resource
 import selectors
@@ -13,6 +14,7 @@ from typing import final
 
 from agentspeed_engine.clock import Clock
 
+_LOG = logging.getLogger("agentspeed.engine")
 _RESERVE = 16
 """Descriptors kept back from peers: a tokenizer, a module or a recording may still have to be opened."""
 _PAUSE_SECONDS = 1.0
@@ -56,7 +58,7 @@ class Door:
                 raise
             if not self._said:  # once: whoever brings it about may bring it about for hours
                 self._said = True
-                print(f"links wait, for none can be accepted now: {error}", file=sys.stderr, flush=True)
+                _LOG.warning("links wait, for none can be accepted now: %s", error)
             # The peer stays in the backlog, where it would wake the loop for ever.
             self._selector.unregister(self._server)
             self.opens_at = self._clock.now() + _PAUSE_SECONDS

@@ -10,8 +10,8 @@ from llguidance import LLMatcher
 from numpy.typing import NDArray
 
 from agentspeed_engine.kv.runs import TurnSpec
+from agentspeed_engine.protocol.messages import Grammar
 from agentspeed_engine.run.vocabulary import Vocabulary
-from agentspeed_engine.wire import Grammar
 
 
 class GrammarRefused(Exception):

@@ -1,11 +1,13 @@
-"""The engine loop in a thread of this process: for tests, and for who wants no second process."""
+"""The engine loop in a thread of this process: for tests, and where no second process may be."""
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 from typing import final
 
+from agentspeed_engine.protocol.credential import credential
 from agentspeed_engine.run.loop import EngineLoop
 from agentspeed_engine.run.options import EngineOptions, build, recording_of
 
@@ -19,7 +21,8 @@ class EngineThread:
         # Its process may end at any time without telling it: that is no crash of the engine.
         recording = recording_of(options, crashes=None)
         self._loop = EngineLoop(build(options), outbox_bytes=options.outbox_bytes, check=options.check_every_step,
-                                idle_seconds=options.idle_seconds, recording=recording)
+                                idle_seconds=options.idle_seconds, recording=recording,
+                                credential=credential(os.environ))
         self._listener, self._address = _listener()
         self._loop.listen(self._listener)
         self._thread = threading.Thread(target=self._loop.run, name="agentspeed-engine", daemon=True)

@@ -9,33 +9,18 @@ front that blocks while it sends must still find a reader here, even if it is la
 from __future__ import annotations
 
 import socket
-from array import array
+from collections.abc import Iterator
 from typing import final
 
-import msgspec
-
 from agentspeed_engine.ids import LinkId
-from agentspeed_engine.wire import (
-    MAX_FRAME_BYTES,
-    Command,
-    Event,
-    Outgoing,
-    Picture,
-    Tokens,
-    decode_command,
-    encode_outbox,
-)
+from agentspeed_engine.protocol.frames import command_reader, encode_outbox
+from agentspeed_engine.protocol.messages import Command, Event, Outgoing, Picture, Tokens
 
 _READ_BYTES = 1 << 18
-_HEADER = 4
 _MOST_REPLIES = 1024
 """Unsent replies beside a full outbox at which a link's commands are no longer read."""
 _MOST_MESSAGES = 512
 """Messages that may wait before deltas are joined; a reader that keeps up never has so many."""
-
-
-class BadFrame(Exception):
-    """The peer sent what is no frame of this protocol; its link cannot be read any further."""
 
 
 @final
@@ -48,44 +33,26 @@ class Link:
         self.greeted = False
         self.closing = False
         """Close once everything was sent."""
-        self._inbox = bytearray()
+        self._reader = command_reader()
         self._sending = bytearray()
         self._pending: list[Outgoing] = []
         self._outbox_bytes = outbox_bytes
         self._coalesce_at = _MOST_MESSAGES
         self._replies = 0
 
-    def read(self) -> list[Command] | None:
-        """Whole frames that came; None when the peer is gone. Raises `BadFrame`."""
+    def read(self) -> Iterator[Command] | None:
+        """Commands that came, to be taken at once; None when the peer is gone. The iterator raises `BadFrame` behind
+        the last good one."""
         try:
             data = self.socket.recv(_READ_BYTES)
         except BlockingIOError:
-            return []
+            return iter(())
         except ConnectionError:
             return None
         if not data:
             return None
-        self._inbox += data
-        return self._frames()
-
-    def _frames(self) -> list[Command]:
-        """Takes the whole frames out of the inbox."""
-        commands: list[Command] = []
-        inbox, at = self._inbox, 0
-        while len(inbox) - at >= _HEADER:
-            start = at + _HEADER
-            size = int.from_bytes(inbox[at:start], "little")
-            if size > MAX_FRAME_BYTES:
-                raise BadFrame(f"a frame of {size} bytes; the limit is {MAX_FRAME_BYTES}")
-            if len(inbox) < start + size:
-                break
-            try:
-                commands.append(decode_command(bytes(inbox[start : start + size])))
-            except msgspec.DecodeError as error:
-                raise BadFrame(str(error)) from error
-            at = start + size
-        del inbox[:at]
-        return commands
+        self._reader.feed(data)
+        return iter(self._reader)
 
     def put(self, message: Outgoing) -> None:
         """Takes a message for the next frame. Never blocks."""
@@ -147,11 +114,8 @@ def coalesce(messages: list[Outgoing]) -> list[Outgoing]:
         joined.append(message)
     for index, tokens in parts.items():
         if len(tokens) > 1:
-            ids = array("I")
-            for part in tokens:
-                ids.frombytes(part.ids)
             joined[index] = Tokens(
-                branch=tokens[0].branch, ids=ids.tobytes(),
+                branch=tokens[0].branch, ids=b"".join(part.ids for part in tokens),
                 logprobs=tuple(value for part in tokens for value in part.logprobs),
                 top=tuple(value for part in tokens for value in part.top),
             )

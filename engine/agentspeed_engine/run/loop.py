@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import hmac
+import logging
 import os
 import queue
 import selectors
 import socket
 import sys
 import threading
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias, final
@@ -17,11 +18,24 @@ from typing import TypeAlias, final
 from msgspec.structs import replace
 
 from agentspeed_engine.clock import Clock, MonotonicClock
-from agentspeed_engine.errors import RETRYABLE, Code
+from agentspeed_engine.errors import Code
 from agentspeed_engine.ids import LinkId
+from agentspeed_engine.protocol.credential import CREDENTIAL_FILE
+from agentspeed_engine.protocol.frames import BadFrame
+from agentspeed_engine.protocol.messages import (
+    PROTOCOL,
+    Command,
+    Failed,
+    GetStats,
+    Hello,
+    Look,
+    Stats,
+    Welcome,
+    as_text,
+)
 from agentspeed_engine.run.copies import Copied, Copier
 from agentspeed_engine.run.door import Door
-from agentspeed_engine.run.links import BadFrame, Link
+from agentspeed_engine.run.links import Link
 from agentspeed_engine.run.options import Built
 from agentspeed_engine.run.recording import RecordingOrder, begun
 from agentspeed_engine.run.worker import Worker
@@ -29,8 +43,8 @@ from agentspeed_engine.sched.core import Core
 from agentspeed_engine.sched.plan import StepPlan, StepResult
 from agentspeed_engine.sched.recorder import RecordedCore
 from agentspeed_engine.sched.world import Out
-from agentspeed_engine.wire import PROTOCOL, Command, Failed, GetStats, Hello, Look, Stats, Welcome
 
+_LOG = logging.getLogger("agentspeed.engine")
 _SWITCH_SECONDS = 0.0005
 """How soon a busy worker thread yields the interpreter to the loop thread."""
 _JOIN_SECONDS = 5.0
@@ -52,9 +66,10 @@ class EngineLoop:
 
     def __init__(self, built: Built, *, outbox_bytes: int = 1 << 20, check: bool = False,
                  clock: Clock | None = None, idle_seconds: float | None = None,
-                 recording: RecordingOrder | None = None) -> None:
-        """`check`: run the ledger after every event. `idle_seconds` without a session end the loop. Raises
-        `EngineFault` when the recording cannot be begun."""
+                 recording: RecordingOrder | None = None, credential: str = "") -> None:
+        """`check`: run the ledger after every event. `idle_seconds` without a session end the loop. `credential`: what
+        every greeting must show; empty asks for none. Raises `EngineFault` when the recording cannot be begun."""
+        self._credential = credential.encode()
         self._source = built.source
         self._idle_seconds = idle_seconds
         self._idle_since: float | None = None
@@ -158,9 +173,7 @@ class EngineLoop:
             self._tape.close(error)
             where = f" What led to it: `agentspeed replay {self._tape.path}`."
         self._tell_all("internal", f"{type(error).__name__}: {error}", f"This is a bug of the engine; it stops.{where}")
-        traceback.print_exc()
-        if where:
-            print(where.strip(), file=sys.stderr, flush=True)
+        _LOG.critical("The engine stops by a bug of its own.%s", where, exc_info=error)
 
     def _patience(self) -> float | None:
         """Seconds to wait for an event before the core wants to be asked again."""
@@ -238,18 +251,17 @@ class EngineLoop:
     def _readable(self, link: Link) -> None:
         if link.closing or link.behind:
             return
-        try:
-            commands = link.read()
-        except BadFrame as error:
-            self._refuse(link, "bad_frame", f"This is no frame of the protocol: {error}.", _SAME_VERSION)
-            return
+        commands = link.read()
         if commands is None:
             self._drop(link)
             return
-        for command in commands:
-            if link.id not in self._links or link.closing:
-                return
-            self._handle(link, command)
+        try:
+            for command in commands:
+                self._handle(link, command)
+                if link.id not in self._links or link.closing:
+                    return
+        except BadFrame as error:
+            self._refuse(link, "bad_frame", f"This is no frame of the protocol: {error}.", _SAME_VERSION)
 
     def _handle(self, link: Link, command: Command) -> None:
         if not link.greeted:
@@ -270,6 +282,10 @@ class EngineLoop:
                          f"The client speaks protocol {command.protocol}, this engine {PROTOCOL}.", _SAME_VERSION,
                          command.request)
             return
+        if self._credential and not hmac.compare_digest(command.credential.encode(), self._credential):
+            self._refuse(link, "bad_credential", "The engine asks for a credential, and this is not it.",
+                         f"Name the file that the engine reads it from in {CREDENTIAL_FILE}.", command.request)
+            return
         config = self._core.config
         if sum(other.greeted for other in self._links.values()) >= config.max_links:
             self._refuse(link, "too_many_links", f"The engine has {config.max_links} links (max_links).", _LATER,
@@ -277,17 +293,17 @@ class EngineLoop:
             return
         link.greeted = True
         link.put(Welcome(
-            request=command.request, protocol=PROTOCOL, engine="agentspeed", model=config.model,
+            request=command.request, protocol=PROTOCOL, engine="agentspeed", model=as_text(config.model),
             vocab_size=config.vocab_size, context_limit=config.context_limit, page_tokens=config.page_tokens,
             pages=config.pages, host_slots=config.host_slots, pid=os.getpid(),
             limits={"sessions": config.max_sessions, "branches": config.max_branches, "waiting": config.max_waiting,
                     "firm_pages": config.firm_budget(), "links": config.max_links},
-            source=self._source,
+            source=as_text(self._source),
         ))
 
     def _refuse(self, link: Link, code: Code, message: str, remedy: str, request: int = 0) -> None:
         """Tells a link why it is closed, and closes it once that was sent."""
-        link.put(Failed(request=request, code=code, message=message, remedy=remedy, retryable=code in RETRYABLE))
+        link.put(Failed(request=request, code=code, message=message, remedy=remedy))
         link.closing = True
         if link.greeted:
             self._deliver(self._core.drop_link(link.id, self._clock.now()))
@@ -308,7 +324,7 @@ class EngineLoop:
 
     def _look(self, link: Link, command: Look) -> None:
         if link.owes_picture:  # whoever does not read them must not pile them up here
-            link.put(Failed(request=command.request, code="overloaded", retryable=True,
+            link.put(Failed(request=command.request, code="overloaded",
                             message="The last picture was not read yet.", remedy="Read it first."))
             return
         picture = self._core.picture(command, self._clock.now())
@@ -317,7 +333,7 @@ class EngineLoop:
     def _tell_all(self, code: Code, message: str, remedy: str) -> None:
         """The last words to every link, as far as its socket takes them."""
         for link in list(self._links.values()):
-            link.put(Failed(request=0, code=code, message=message, remedy=remedy, retryable=code in RETRYABLE))
+            link.put(Failed(request=0, code=code, message=as_text(message), remedy=as_text(remedy)))
             link.write()
 
     # ---- the other threads ----------------------------------------------------------------------------------------

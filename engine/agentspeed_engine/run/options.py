@@ -19,6 +19,7 @@ import msgspec
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.ids import pages_for
 from agentspeed_engine.models.catalog import describe, load
+from agentspeed_engine.protocol.messages import as_text
 from agentspeed_engine.run.calibrate import calibrated
 from agentspeed_engine.run.model import Model
 from agentspeed_engine.run.noop import NoopModel
@@ -207,7 +208,7 @@ def build(options: EngineOptions, progress: Callable[[str], None] | None = None)
     folder = Path(options.model)
     info = describe(folder, dtype=options.dtype, page_tokens=options.page_tokens)
     pages, limit = _sizes(options, info.context_limit, info.bytes_per_page)
-    core = _core(options, pages, limit, info.vocab_size, folder.name)
+    core = _core(options, pages, limit, info.vocab_size, as_text(folder.name))
     core.check()
     say(f"loading {folder.name}: {info.weight_bytes / 1e6:.0f} MB of weights, "
         f"{pages * info.bytes_per_page / 1e6:.0f} MB for {pages} pages")

@@ -7,9 +7,9 @@ written ends the recording and never the engine.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -26,6 +26,7 @@ from agentspeed_engine.sched.core import Core
 from agentspeed_engine.sched.recorder import FLIGHT, SUFFIX, Ended, Header, RecordedCore, frame, opening
 from agentspeed_engine.sched.veil import Clear
 
+_LOG: Final = logging.getLogger("agentspeed.engine")
 LEAST_BYTES: Final = 64 * 1024
 STEPS_PER_DIGEST: Final = 64
 _SHARE: Final = 4
@@ -232,4 +233,4 @@ def _version() -> str:
 
 
 def _say(what: str) -> None:
-    print(what, file=sys.stderr, flush=True)
+    _LOG.warning("%s", what)

@@ -1,7 +1,8 @@
 """Where running engines of one user write down that they run, so that `agentspeed top` finds them.
 
 One JSON file per process in a folder that only its owner can write. A killed engine leaves its file behind; whoever
-reads the folder and finds nobody at the socket takes it away.
+reads the folder and finds nobody at the socket takes it away. Nothing else in the folder is touched: an entry is named
+by its process and its socket, and says the same inside.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import stat
 import tempfile
+import time
 import zlib
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +25,9 @@ FOLDER = "AGENTSPEED_RUNTIME_DIR"
 """Environment variable: the folder to use instead of the user's runtime folder."""
 
 _PROBE_SECONDS = 1.0
+_DRAFT = re.compile(r"\d+-[0-9a-f]{8}\.new")
+_DRAFT_SECONDS = 60.0
+"""A draft this old is a killed engine's: it is a file for a moment only."""
 
 
 @final
@@ -47,13 +53,13 @@ def folder(environment: Mapping[str, str]) -> Path:
 def entered(place: Path, entry: Entry) -> Iterator[None]:
     """Listed while the block runs. Raises `OSError` when the folder cannot be used or is somebody else's."""
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not _ours(place):
+    if not ours(place):
         raise PermissionError(f"{place} belongs to somebody else, or others may write there")
     address = str(entry.socket.resolve())
-    # Process numbers repeat across containers that share a folder; sockets do not.
-    path = place / f"{entry.pid}-{zlib.crc32(address.encode()):08x}.json"
+    path = place / _name(entry.pid, address)
     draft = path.with_suffix(".new")
-    _ = draft.write_text(json.dumps({"pid": entry.pid, "socket": address, "model": entry.model}))
+    said = json.dumps({"pid": entry.pid, "socket": address, "model": entry.model})
+    _ = draft.write_text(said, encoding="utf-8")
     _ = draft.replace(path)  # a reader finds a whole entry or none
     try:
         yield
@@ -62,18 +68,21 @@ def entered(place: Path, entry: Entry) -> Iterator[None]:
 
 
 def running(place: Path, *, known: Container[Path] = ()) -> list[Entry]:
-    """Engines that answer at their sockets, lowest process number first; what nobody answers for is removed.
+    """Engines that answer at their sockets, lowest process number first; entries that nobody answers for are removed.
 
-    Sockets in `known` are not asked."""
-    if not place.is_dir() or not _ours(place):
+    Sockets in `known` are not asked. Files that are no entries are left alone."""
+    if not place.is_dir() or not ours(place):
         return []
     found: list[Entry] = []
     for path in place.glob("*.json"):
         entry = _read(path)
-        if entry is not None and (entry.socket in known or answers(entry.socket)):
+        if entry is None:
+            continue
+        if entry.socket in known or answers(entry.socket):
             found.append(entry)
         else:
             path.unlink(missing_ok=True)
+    _sweep_drafts(place)
     return sorted(found, key=lambda entry: entry.pid)
 
 
@@ -90,15 +99,29 @@ def answers(path: Path) -> bool:
     return True
 
 
-def _ours(place: Path) -> bool:
+def ours(place: Path) -> bool:
     facts = place.stat()
     return facts.st_uid == os.getuid() and not facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _name(pid: int, address: str) -> str:
+    """Process numbers repeat across containers that share a folder; sockets do not."""
+    return f"{pid}-{zlib.crc32(os.fsencode(address)):08x}.json"
 
 
 def _read(path: Path) -> Entry | None:
     """None for what is no entry, or is gone meanwhile."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        return Entry(int(data["pid"]), Path(data["socket"]), str(data["model"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        entry = Entry(int(data["pid"]), Path(data["socket"]), str(data["model"]))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+    return entry if path.name == _name(entry.pid, str(entry.socket)) else None
+
+
+def _sweep_drafts(place: Path) -> None:
+    for path in place.glob("*.new"):
+        if _DRAFT.fullmatch(path.name):
+            with contextlib.suppress(OSError):  # it became an entry meanwhile
+                if time.time() - path.stat().st_mtime > _DRAFT_SECONDS:
+                    path.unlink()

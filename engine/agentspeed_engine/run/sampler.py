@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agentspeed_engine.errors import EngineFault
-from agentspeed_engine.sampling_rules import LEAST_TEMPERATURE
-from agentspeed_engine.wire import Sampling
+from agentspeed_engine.protocol.messages import Sampling
+from agentspeed_engine.protocol.sampling import LEAST_TEMPERATURE
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)

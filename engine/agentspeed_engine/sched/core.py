@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Hashable
 from typing import final
 
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.ids import LinkId, TicketId
 from agentspeed_engine.kv import ledger
-from agentspeed_engine.sched import describe, outcome, snapshot, step, tickets, verbs
-from agentspeed_engine.sched.config import CoreConfig
-from agentspeed_engine.sched.plan import HostCopy, StepPlan, StepResult
-from agentspeed_engine.sched.world import Out, World
-from agentspeed_engine.wire import (
+from agentspeed_engine.protocol.messages import (
     Adopt,
     Append,
     Cancel,
@@ -34,6 +29,10 @@ from agentspeed_engine.wire import (
     SessionView,
     Stats,
 )
+from agentspeed_engine.sched import describe, outcome, snapshot, step, tickets, verbs
+from agentspeed_engine.sched.config import CoreConfig
+from agentspeed_engine.sched.plan import HostCopy, StepPlan, StepResult
+from agentspeed_engine.sched.world import Out, World
 
 _VERBS: dict[type, Callable[..., None]] = {
     Open: verbs.open_session, Append: verbs.append, Generate: verbs.generate, Cancel: verbs.cancel, Fork: verbs.fork,
@@ -67,7 +66,7 @@ class Core:
                 _VERBS[type(command)](world, link, command, now)
             except EngineFault as fault:
                 world.out.append((link, Failed(request=command.request, code=fault.code, message=fault.message,
-                                               remedy=fault.remedy, retryable=fault.retryable)))
+                                               remedy=fault.remedy)))
             world.tell_leases()
         return self._taken()
 
@@ -152,14 +151,12 @@ class Core:
         return describe.picture(self.world, command, now)
 
     def counts(self, now: float = 0.0) -> dict[str, int]:
-        """Owners and states to their numbers."""
+        """Owners and states to their numbers. Takes time in proportion to the branches that run: neither the tree nor
+        the branches at rest are walked, for nobody may hold up the engine by asking."""
         world, kv = self.world, self.world.kv
-        states = Counter(type(state).__name__.lower() for state in world.states.values())
         in_tails = sum(len(room.tail) for room in kv.rooms.values())
-        in_nodes = sum(len(node.pages) for node in kv.tree.nodes.values())
-        counts = {f"branches_{name}": states.get(name, 0)
-                  for name in ("held", "queued", "promoting", "prefilling", "decoding", "settling")}
-        return counts | {
+        in_nodes = kv.pages.total - kv.pages.free - in_tails  # rule (1) of the ledger: there is no other owner
+        return {f"branches_{name}": count for name, count in describe.branches_by_state(world).items()} | {
             "pages_total": kv.pages.total, "pages_free": kv.pages.free, "pages_tail": in_tails,
             "pages_nodes": in_nodes, "nodes": len(kv.tree.nodes), "sessions": len(world.sessions),
             "branches": len(world.states), "waiting_turns": len(world.queue), "steps_in_flight": len(world.flights),

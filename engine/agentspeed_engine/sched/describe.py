@@ -14,8 +14,8 @@ from agentspeed_engine.ids import BranchId, NodeId, SessionId
 from agentspeed_engine.kv.branches import BranchState, Decoding, Held, Prefilling, Promoting, Queued, Settling
 from agentspeed_engine.kv.nodes import Both, Device, Host, Loading, Saving
 from agentspeed_engine.kv.tree import Node, tenant_of, upward
+from agentspeed_engine.protocol.messages import MAX_LOOK, BranchView, Look, Picture, Places, SessionView
 from agentspeed_engine.sched.world import World
-from agentspeed_engine.wire import MAX_LOOK, BranchView, Look, Picture, Places, SessionView
 
 MOST_WALKED = 2048
 """Nodes looked at to say who owns the pages; those of others are `unsorted`."""
@@ -201,15 +201,19 @@ def _owner(node: Node, wanted: set[NodeId]) -> str:
     return "held" if node.id in wanted else "cached"
 
 
-def _counts(world: World) -> dict[str, int]:
+def branches_by_state(world: World) -> dict[str, int]:
+    """Branches per state, counted without a look at those at rest."""
     active = Counter(type(world.states[number]).__name__.lower() for _, number in world.active)
     settling = sum(isinstance(world.states.get(number), Settling)
                    for number in {row.branch for plan in world.flights.values() for row in plan.rows})
     states = {name: active[name] for name in ("promoting", "prefilling", "decoding")} | {
         "queued": len(world.queue), "settling": settling,
     }
-    return states | {
-        "held": len(world.states) - sum(states.values()),
+    return states | {"held": len(world.states) - sum(states.values())}
+
+
+def _counts(world: World) -> dict[str, int]:
+    return branches_by_state(world) | {
         "sessions": len(world.sessions), "branches": len(world.states), "preemptions": world.preemptions,
         "tickets": len(world.tickets), "firm_pages": sum(pages for _, pages in world.firm.values()),
         "firm_budget": world.config.firm_budget(),

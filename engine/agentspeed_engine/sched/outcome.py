@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import assert_never
 
 from agentspeed_engine.errors import BrokenInvariant
-from agentspeed_engine.ids import BranchId, pack_ids
+from agentspeed_engine.ids import BranchId
 from agentspeed_engine.kv.branches import (
     AtRest,
     Decoding,
@@ -17,10 +17,11 @@ from agentspeed_engine.kv.branches import (
     Settling,
     Then,
 )
+from agentspeed_engine.protocol.messages import FinishReason, Tokens, TopLogprob
+from agentspeed_engine.protocol.token_ids import pack_ids
 from agentspeed_engine.sched.admission import target
 from agentspeed_engine.sched.plan import Drawn, Row, StepResult
 from agentspeed_engine.sched.world import World
-from agentspeed_engine.wire import FinishReason, Tokens, TopLogprob
 
 
 def apply(world: World, result: StepResult, now: float) -> None:

@@ -22,13 +22,13 @@ from agentspeed_engine.kv.pool import Pool
 from agentspeed_engine.kv.runs import NodeRun, PageCopy, TurnSpec
 from agentspeed_engine.kv.tree import Node, Tree
 from agentspeed_engine.kv.turns import Turn
+from agentspeed_engine.protocol.messages import Grammar, Lease, Residence, Sampling
 from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.sched.pauses import PauseLaw
 from agentspeed_engine.sched.plan import HostCopy, Row, StepPlan
 from agentspeed_engine.sched.tickets import Ticket
 from agentspeed_engine.sched.veil import Veil
 from agentspeed_engine.sched.world import Session, Waiting, World
-from agentspeed_engine.wire import Grammar, Lease, Residence, Sampling
 
 Plain: TypeAlias = list[Any]
 

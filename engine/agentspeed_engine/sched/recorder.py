@@ -12,8 +12,9 @@ from zlib import crc32
 
 import msgspec
 
-from agentspeed_engine import wire
-from agentspeed_engine.ids import BranchId, LinkId, StepSeq, TicketId, unpack_ids
+from agentspeed_engine.ids import BranchId, LinkId, StepSeq, TicketId
+from agentspeed_engine.protocol import messages as wire
+from agentspeed_engine.protocol.token_ids import unpack_ids
 from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.sched.core import Core
 from agentspeed_engine.sched.digest import digests

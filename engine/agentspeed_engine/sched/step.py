@@ -13,6 +13,7 @@ from agentspeed_engine.kv.nodes import Host
 from agentspeed_engine.kv.owners import Branch, Room
 from agentspeed_engine.kv.tree import Node, tenant_of
 from agentspeed_engine.kv.turns import Turn
+from agentspeed_engine.protocol.messages import TurnStarted
 from agentspeed_engine.sched import prefetch, quotas, tickets
 from agentspeed_engine.sched.admission import held_by_firm, lacks, lacks_quota, target
 from agentspeed_engine.sched.plan import PageCopy, Row, StepPlan
@@ -20,7 +21,6 @@ from agentspeed_engine.sched.ranking import Rankings
 from agentspeed_engine.sched.reclaim import Room as Asked
 from agentspeed_engine.sched.reclaim import obtain, reclaim, save_early
 from agentspeed_engine.sched.world import World, usage
-from agentspeed_engine.wire import TurnStarted
 
 _PASSED_OVER = 32
 _FEW = 8

@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Sequence
 from typing import Protocol, final
 
-from agentspeed_engine.ids import unpack_ids
+from agentspeed_engine.protocol.token_ids import unpack_ids
 
 UNUSABLE = b"\xff"
 """Stands for ids that the core refuses: not a whole number of them, or some outside the vocabulary."""

@@ -7,7 +7,7 @@ from array import array
 from typing import assert_never
 
 from agentspeed_engine.errors import EngineFault
-from agentspeed_engine.ids import BranchId, LinkId, SessionId, pages_for, unpack_ids
+from agentspeed_engine.ids import BranchId, LinkId, SessionId, pages_for
 from agentspeed_engine.kv.branches import (
     BranchState,
     Decoding,
@@ -24,13 +24,7 @@ from agentspeed_engine.kv.owners import Branch
 from agentspeed_engine.kv.runs import TurnSpec
 from agentspeed_engine.kv.tree import tenant_of
 from agentspeed_engine.kv.turns import Turn
-from agentspeed_engine.sampling_rules import validate_sampling
-from agentspeed_engine.sched import prefetch, quotas
-from agentspeed_engine.sched.describe import waiting_for
-from agentspeed_engine.sched.pauses import PauseLaw
-from agentspeed_engine.sched.veil import MAX_NAME, usable_name
-from agentspeed_engine.sched.world import Session, Waiting, World
-from agentspeed_engine.wire import (
+from agentspeed_engine.protocol.messages import (
     Adopt,
     Append,
     Cancel,
@@ -48,6 +42,13 @@ from agentspeed_engine.wire import (
     Opened,
     Rewind,
 )
+from agentspeed_engine.protocol.sampling import validate_sampling
+from agentspeed_engine.protocol.token_ids import unpack_ids
+from agentspeed_engine.sched import prefetch, quotas
+from agentspeed_engine.sched.describe import waiting_for
+from agentspeed_engine.sched.pauses import PauseLaw
+from agentspeed_engine.sched.veil import MAX_NAME, usable_name
+from agentspeed_engine.sched.world import Session, Waiting, World
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_BYTES = 1024

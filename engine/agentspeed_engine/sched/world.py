@@ -28,10 +28,19 @@ from agentspeed_engine.kv.branches import (
 from agentspeed_engine.kv.owners import Branch, Kv
 from agentspeed_engine.kv.tree import tenant_of
 from agentspeed_engine.kv.turns import Turn
+from agentspeed_engine.protocol.messages import (
+    Done,
+    Forked,
+    Lease,
+    LeaseChanged,
+    Outgoing,
+    Residence,
+    TurnEnded,
+    TurnUsage,
+)
 from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.sched.pauses import PauseLaw
 from agentspeed_engine.sched.plan import HostCopy, StepPlan
-from agentspeed_engine.wire import Done, Forked, Lease, LeaseChanged, Outgoing, Residence, TurnEnded, TurnUsage
 
 if TYPE_CHECKING:
     from agentspeed_engine.sched.ranking import Rankings

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import final
 
-from agentspeed.backends.faults import public_error
 from agentspeed.errors import InvalidRequest
-from agentspeed_engine import wire
-from agentspeed_engine.errors import EngineFault
+from agentspeed.transport.error_map import converted
+from agentspeed_engine.protocol import messages as wire
 from agentspeed_engine.run.crashes import folder, left
 from agentspeed_engine.run.replay import NodeLine, Replay, ReplayDiffers, Step, nodes_of
 
@@ -24,12 +22,12 @@ class Recording:
 
     def __init__(self, path: Path) -> None:
         """Raises `InvalidRequest` when there is none at `path` that this version can read."""
-        with _converted():
+        with converted():
             self._replay = Replay(path)
 
     def steps(self) -> Iterator[Step]:
         """Raises `ReplayDiffers` where the replay is not the recorded run, and `InvalidRequest` where it is damaged."""
-        with _converted():
+        with converted():
             yield from self._replay.steps()
 
     def about(self) -> str:
@@ -77,11 +75,3 @@ def crashes() -> list[tuple[Path, str]]:
         except InvalidRequest as error:
             found.append((path, str(error)))
     return found
-
-
-@contextmanager
-def _converted() -> Iterator[None]:
-    try:
-        yield
-    except EngineFault as fault:
-        raise public_error(fault.code, fault.message, fault.remedy) from fault

@@ -1,10 +1,9 @@
-"""Every message between a front and the engine: the only part of the engine that `agentspeed.backends` may import.
+"""Every message between a client and an engine.
 
-Frames are a 4-byte little-endian length and one msgpack body. A front sends `Command`s; each carries a `request`
-number of the front's own and is answered by exactly one reply that repeats it (`Done`, `Opened`, `Forked`,
-`LeaseAnswer`, `Inspected`, `Stats`, `Picture` or `Failed`). `Generate` is answered by `Done` when the turn is queued;
-its tokens and its end follow as events. The engine sends `Outbox` frames: all messages of one step for one link.
-Ids travel as little-endian uint32 (`ids.pack_ids`).
+A client sends `Command`s; each carries a `request` number of the client's own and is answered by exactly one reply
+that repeats it. `Generate` is answered by `Done` when the turn is queued; its tokens and its end follow as events. The
+engine sends `Outbox`es: all messages of one step for one link, in order. `frames` says how both are written, and
+`token_ids` how token ids are.
 """
 
 from __future__ import annotations
@@ -13,10 +12,10 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL = 3
-"""Raised whenever a message changes its meaning; `Hello` with another number is refused."""
+from agentspeed_engine.protocol.codes import RETRYABLE
 
-MAX_FRAME_BYTES = 64 * 1024 * 1024
+PROTOCOL = 4
+"""Raised whenever a message changes its meaning; `Hello` with another number is refused."""
 
 Keep = Literal["soft", "firm"]
 FinishReason = Literal["stop_id", "stop_string", "grammar_end", "max_tokens", "cancelled", "forked", "closed", "error"]
@@ -27,7 +26,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=Tr
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
-    """How one turn draws its tokens. Temperature 0 is greedy; so is all below `sampling_rules.LEAST_TEMPERATURE`."""
+    """How one turn draws its tokens. Temperature 0 is greedy; so is all below `sampling.LEAST_TEMPERATURE`."""
 
     temperature: float = 0.0
     top_k: int | None = None
@@ -52,6 +51,8 @@ class Hello(Message, frozen=True, kw_only=True):
     request: int
     protocol: int = PROTOCOL
     client: str = ""
+    credential: str = ""
+    """What an engine that asks for one wants to see (`protocol.credential`)."""
 
 
 class Open(Message, frozen=True, kw_only=True):
@@ -356,7 +357,11 @@ class Failed(Message, frozen=True, kw_only=True):
     code: str
     message: str
     remedy: str = ""
-    retryable: bool = False
+
+    @property
+    def retryable(self) -> bool:
+        """Whether the same command may succeed later; the code says it."""
+        return self.code in RETRYABLE
 
 
 # ---- events -------------------------------------------------------------------------------------------------------
@@ -405,37 +410,7 @@ class Outbox(msgspec.Struct, frozen=True, array_like=True):
     messages: tuple[Outgoing, ...]
 
 
-_COMMANDS = msgspec.msgpack.Decoder(Command)
-_OUTBOX = msgspec.msgpack.Decoder(Outbox)
-_ENCODER = msgspec.msgpack.Encoder()
-
-
-def encode_command(command: Command) -> bytes:
-    """One whole frame, length first."""
-    return _frame(_ENCODER.encode(command))
-
-
-def encode_outbox(messages: tuple[Outgoing, ...]) -> bytes:
-    """One whole frame, length first."""
-    return _frame(_ENCODER.encode(Outbox(messages)))
-
-
-def decode_command(body: bytes) -> Command:
-    """Raises `msgspec.DecodeError` (a `ValidationError` for a well-formed body of another shape)."""
-    try:
-        command: Command = _COMMANDS.decode(body)
-    except (UnicodeDecodeError, RecursionError) as error:  # msgspec lets these two through as they are
-        raise msgspec.DecodeError(str(error)) from error
-    return command
-
-
-def decode_outbox(body: bytes) -> tuple[Outgoing, ...]:
-    """Raises `msgspec.DecodeError` when the body is not an `Outbox`."""
-    try:
-        return _OUTBOX.decode(body).messages
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise msgspec.DecodeError(str(error)) from error
-
-
-def _frame(body: bytes) -> bytes:
-    return len(body).to_bytes(4, "little") + body
+def as_text(name: str) -> str:
+    """A file's name as a message can carry it: bytes that are no UTF-8, which Python keeps as lone surrogates, written
+    out as escapes."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

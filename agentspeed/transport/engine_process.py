@@ -8,65 +8,87 @@ import importlib.util
 import json
 import logging
 import os
-import shutil
+import re
+import signal
 import socket
 import subprocess
-import sys
-import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast, final
+from typing import IO, Any, Final, final
 from weakref import WeakSet
 
-from agentspeed import errors
-from agentspeed.backends.faults import public_error
+import anyio.to_thread
 
-if TYPE_CHECKING:
-    from io import BufferedReader, TextIOWrapper
+from agentspeed import errors
+from agentspeed.transport import launch
+from agentspeed.transport.base import Connection
+from agentspeed.transport.error_map import public_error, shown_credential
+from agentspeed.transport.socket_folder import SocketFolder
+from agentspeed.transport.socket_link import open_link
 
 _LOG = logging.getLogger("agentspeed.engine")
 _IDLE_SECONDS = 60.0
 _STOP_SECONDS = 5.0
+_NOOP: Final = "noop:"
+"""Models of this name compute nothing, and need no PyTorch."""
+_LONGEST_LINE: Final = 1 << 16
+"""Bytes of an engine's output that are one line of the log."""
+_LEVEL: Final = re.compile(r"(DEBUG|INFO|WARNING|ERROR|CRITICAL) ")
 ATTACH = "AGENTSPEED_ENGINE"
 """Environment variable: the socket path of a running engine to use instead of starting one."""
-_MALLOC = {
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 36),
-    "MALLOC_TOP_PAD_": str(1 << 28),
-}
-"""glibc then keeps large tensors instead of giving their pages back and faulting them in again at every step; it reads
-these once, at process start. What the user's environment says goes first."""
-_SPINS = {"GOMP_SPINCOUNT": "1000"}
-"""OpenMP's threads spin at every barrier, 300,000 times unless told otherwise. Where another process uses a core, that
-is time the awaited thread does not get: beside one busy process on two cores a token of the shipped model took 10.9 ms,
-and takes 4.3 with this; where nothing else runs it takes 4.6 instead of 2.9 (docs/performance.md). Whoever set
-OMP_WAIT_POLICY has chosen, and this would override it."""
 
 
 @final
 class EngineProcess:
-    """One engine process, which loads from now on, and the socket it will listen on."""
+    """One engine process, which loads from now on, and the socket it will listen on.
+
+    It has three pipes: stdin, whose end tells it to end; a status pipe of its own, on which it says how far it is; and
+    one for all that it or a library prints, which a thread puts into the log."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        """Raises `ExtraMissing` where there is nothing to start."""
-        if importlib.util.find_spec("torch") is None:
-            raise errors.ExtraMissing("A local engine needs PyTorch, which is not installed.",
-                                      remedy="Install agentspeed[engine].")
+        """Raises `ExtraMissing` where there is nothing to start, and `EngineStartFailed`."""
+        if not str(options.get("model")).startswith(_NOOP) and importlib.util.find_spec("torch") is None:
+            raise errors.ExtraMissing(
+                "A local engine needs PyTorch, which is not installed.", remedy="Install agentspeed[engine]."
+            )
         self._maker = os.getpid()
-        self._folder = Path(tempfile.mkdtemp(prefix="agentspeed-"))
-        self.socket_path = self._folder / "engine.sock"
-        command = [sys.executable, "-m", "agentspeed_engine.run", "--socket", str(self.socket_path),
-                   "--options", json.dumps(dict(options))]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                         stderr=subprocess.PIPE, env=_environment(), text=True)
-        assert self._process.stderr is not None
         self._complaints: list[str] = []
         self._recording: str | None = None
-        self._log_thread = threading.Thread(target=self._log, args=(self._process.stderr,),
-                                            name="agentspeed-engine-log", daemon=True)
-        self._log_thread.start()
+        self._folder = SocketFolder()
+        self.socket_path = self._folder.socket
+        try:
+            self._status, theirs = _pipe()
+            try:
+                self._process = _spawned(options, self._folder, theirs)
+            except BaseException:
+                self._status.close()
+                raise
+            finally:
+                os.close(theirs)
+        except OSError as error:
+            self._folder.remove()
+            raise errors.EngineStartFailed(
+                f"The engine process could not be started: {error}.",
+                remedy=f"See that {launch.PYTHON} or sys.executable is a python, and that `ulimit -u` and `ulimit -n` "
+                "leave room for a process.",
+            ) from error
+        except BaseException:
+            self._folder.remove()
+            raise
+        assert self._process.stdout is not None
+        self._log_thread = threading.Thread(
+            target=self._log, args=(self._process.stdout,), name="agentspeed-engine-log", daemon=True
+        )
+        try:
+            self._log_thread.start()
+        except RuntimeError as error:
+            self.stop()
+            raise errors.EngineStartFailed(
+                f"No thread could be started to read what the engine says: {error}.", remedy="Raise `ulimit -u`."
+            ) from error
         _processes.add(self)
 
     @property
@@ -101,19 +123,21 @@ class EngineProcess:
             end()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_STOP_SECONDS)
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
-        self._log_thread.join(_STOP_SECONDS)
-        if self._process.stderr is not None:
-            self._process.stderr.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._status.close()
+        if self._process.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+        if self._log_thread.ident is not None:
+            self._log_thread.join(_STOP_SECONDS)
+        if self._process.stdout is not None and not self._log_thread.is_alive():
+            self._process.stdout.close()
+        self._folder.remove()
 
     def _end_of_file(self) -> None:
         if self._process.stdin is not None:
             with contextlib.suppress(OSError):
                 self._process.stdin.close()
+        self._process.send_signal(signal.SIGCONT)  # one that is stopped would not see it
 
     def kill(self) -> None:
         """Ends it at once; who waits for it to be ready is told."""
@@ -121,70 +145,89 @@ class EngineProcess:
             self._process.kill()
 
     def let_go(self) -> None:
-        """In a process that was forked off, where the engine is the parent's: closes this copy of the pipes, so that
-        their end is the parent's alone. It goes past the buffers, whose locks a thread that is not here may hold."""
-        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+        """In a process that was forked off, where the engine is the parent's: closes this copy of the pipes and of the
+        hold on the folder, so that their end is the parent's alone."""
+        for pipe in (self._process.stdin, self._process.stdout, self._status):
             if pipe is not None:
-                cast("TextIOWrapper[BufferedReader]", pipe).buffer.raw.close()
+                pipe.close()
+        self._folder.let_go()
         _ = self._process.poll()  # no child of this process: `subprocess` forgets it
 
     def await_readiness(self) -> None:
         """Blocks until it listens. Raises `EngineStartFailed`, or the public error of what the engine refused (model,
         options)."""
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            said = json.loads(line)
+        refusal: errors.AgentspeedError | None = None
+        for said in _status_lines(self._status):
             if "ready" in said:
                 self._recording = said["recording"]
                 return
+            if "code" in said:
+                refusal = public_error(said["code"], said["message"], said["remedy"])
         status = self._process.wait()
         self._log_thread.join(_STOP_SECONDS)
         self.stop()
-        refusal = _refusal(self._complaints)
         if refusal is not None:
             raise refusal
-        tail = " | ".join(self._complaints[-3:])
-        raise errors.EngineStartFailed(f"The engine process ended with status {status} before it was ready: {tail}",
-                                       remedy="Its whole output is in the log `agentspeed.engine`.")
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        said_last = " | ".join(self._complaints[-3:]) or "it said nothing"
+        raise errors.EngineStartFailed(
+            f"The engine process {how} before it was ready: {said_last}",
+            remedy="Its whole output is in the log `agentspeed.engine`.",
+        )
 
-    def _log(self, output: IO[str]) -> None:
-        for line in output:
-            text = line.rstrip()
+    def _log(self, output: IO[bytes]) -> None:
+        """Until the process ends: a pipe that nobody reads would stop it."""
+        while raw := output.readline(_LONGEST_LINE):
+            text = raw.decode("utf-8", "replace").rstrip()
             self._complaints.append(text)
             del self._complaints[:-50]
-            _LOG.info("engine %d: %s", self._process.pid, text)
+            level = logging.INFO
+            if said := _LEVEL.match(text):
+                level, text = logging.getLevelNamesMapping()[said[1]], text[said.end() :]
+            try:
+                _LOG.log(level, "engine %d: %s", self._process.pid, text)
+            except Exception as error:  # noqa: BLE001 - a filter or handler of the program's: the engine goes on
+                self._complaints.append(f"the log agentspeed.engine raised {error!r}")
 
 
-def _refusal(complaints: list[str]) -> errors.AgentspeedError | None:
-    """What the engine said when it refused to start, as a public error."""
-    for line in reversed(complaints):
-        if line.startswith("{"):
-            with contextlib.suppress(ValueError):
-                said = json.loads(line)
-                if isinstance(said, dict) and "code" in said:
-                    return public_error(said["code"], said["message"], said.get("remedy", ""))
-    return None
+def _pipe() -> tuple[FileIO, int]:
+    """A pipe's end to read from, and the other. Raises `OSError`."""
+    ours, theirs = os.pipe()
+    return FileIO(ours), theirs
 
 
-def _environment() -> dict[str, str]:
-    """The child finds the engine where this process found it, installed or not."""
-    spec = importlib.util.find_spec("agentspeed_engine")
-    kernels = importlib.util.find_spec("agentspeed_kernels")
-    paths = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
-    for found in (spec, kernels):
-        if found is not None and found.submodule_search_locations:
-            paths.append(str(Path(next(iter(found.submodule_search_locations))).parent))
-    spins = {} if "OMP_WAIT_POLICY" in os.environ else _SPINS
-    return {**_MALLOC, **spins, **os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+def _spawned(options: Mapping[str, Any], folder: SocketFolder, status: int) -> subprocess.Popen[bytes]:
+    """Raises `OSError`."""
+    said = ["--socket", str(folder.socket), "--own-folder", "--status-fd", str(status), "--options"]
+    return subprocess.Popen(
+        [*launch.command(), *said, json.dumps(dict(options))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        bufsize=0,
+        env=launch.environment(),
+        pass_fds=(status, folder.descriptor),
+    )
+
+
+def _status_lines(status: FileIO) -> Iterator[dict[str, Any]]:
+    """What an engine says of its start, until it is ready or has ended."""
+    rest = b""
+    while data := status.read(_LONGEST_LINE):
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            yield json.loads(line)
 
 
 def open_socket(path: Path) -> socket.socket:
     """A connected socket. Raises `ConnectFailed` when nobody listens there."""
-    peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    peer: socket.socket | None = None
     try:
+        peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         peer.connect(str(path))
-    except OSError as error:
-        peer.close()
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        if peer is not None:
+            peer.close()
         attached = bool(os.environ.get(ATTACH)) and Path(os.environ[ATTACH]).resolve() == path.resolve()
         raise errors.ConnectFailed(
             f"No engine listens at {path}: {error}.",
@@ -216,8 +259,16 @@ class EngineSlot:
         process = self._process
         return None if process is None else process.pid
 
+    async def connect(self, *, after_death: bool) -> Connection:
+        """See `base.Transport`."""
+        return await open_link(self, after_death=after_death, client="agentspeed", credential=shown_credential())
+
+    async def close(self) -> None:
+        """Ends the process, if this slot started one."""
+        await anyio.to_thread.run_sync(self.end)
+
     def want(self, change: int) -> None:
-        """See `local.Opener`."""
+        """See `socket_link.SocketSource`."""
         if self._maker != os.getpid():
             return
         with self._wanting:
@@ -261,7 +312,7 @@ class EngineSlot:
                 self._starting = None
         return process
 
-    def close(self) -> None:
+    def end(self) -> None:
         """Ends the process, if this slot started one. Blocks."""
         if self._maker != os.getpid():
             return
@@ -311,7 +362,7 @@ def _end_idle() -> None:
                 if slot.idle_since is not None and now - slot.idle_since >= _IDLE_SECONDS - 0.5]
         slots = [_shared.pop(key) for key in idle]
     for slot in slots:
-        slot.close()
+        slot.end()
 
 
 @atexit.register
@@ -320,7 +371,7 @@ def _end_all() -> None:
         slots = list(_shared.values())
         _shared.clear()
     for slot in slots:
-        slot.close()
+        slot.end()
 
 
 def _forked() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from agentspeed_engine.errors import EngineFault
-from agentspeed_engine.wire import Sampling
+from agentspeed_engine.protocol.codes import EngineFault
+from agentspeed_engine.protocol.messages import Sampling
 
 MAX_LOGPROBS = 20
 LEAST_TEMPERATURE = 1e-6

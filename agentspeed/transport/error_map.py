@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
+
 from agentspeed import errors
 from agentspeed.errors import AgentspeedError
+from agentspeed_engine.protocol.codes import EngineFault
+from agentspeed_engine.protocol.credential import credential
 
 _CLASSES: dict[str, type[AgentspeedError]] = {
     "unsupported_model": errors.ModelUnsupported,
@@ -23,6 +29,7 @@ _CLASSES: dict[str, type[AgentspeedError]] = {
     "position_unknown": errors.MarkNotFound,
     "bad_frame": errors.InternalError,
     "protocol_mismatch": errors.ConnectFailed,
+    "bad_credential": errors.InvalidRequest,
     "overloaded": errors.EngineOverloaded,
     "too_many_links": errors.EngineOverloaded,
     "too_many_sessions": errors.EngineOverloaded,
@@ -37,3 +44,18 @@ _CLASSES: dict[str, type[AgentspeedError]] = {
 def public_error(code: str, message: str, remedy: str) -> AgentspeedError:
     """The public class for an engine's code; an unknown code is a bug of ours and says so."""
     return _CLASSES.get(code, errors.InternalError)(message, remedy=remedy)
+
+
+@contextlib.contextmanager
+def converted() -> Iterator[None]:
+    """What engine code raises in this process, as public errors."""
+    try:
+        yield
+    except EngineFault as fault:
+        raise public_error(fault.code, fault.message, fault.remedy) from fault
+
+
+def shown_credential() -> str:
+    """What this process shows an engine in its greeting. Raises `InvalidRequest` when its file is no use."""
+    with converted():
+        return credential(os.environ)

@@ -11,12 +11,11 @@ from collections.abc import Container
 from pathlib import Path
 from typing import final
 
-import msgspec
-
 from agentspeed import errors
-from agentspeed.backends.faults import public_error
-from agentspeed.backends.process import ATTACH, open_socket
-from agentspeed_engine import wire
+from agentspeed.transport.engine_process import ATTACH, open_socket
+from agentspeed.transport.error_map import public_error
+from agentspeed_engine.protocol import messages as wire
+from agentspeed_engine.protocol.frames import BadFrame, encode_command, outbox_reader
 from agentspeed_engine.run import registry
 
 
@@ -54,7 +53,7 @@ class Watcher:
         self._answered = threading.Event()
         self._closed = False
         self._socket: socket.socket | None = None
-        self._inbox = bytearray()
+        self._reader = outbox_reader()
         self._request = 0
         threading.Thread(target=self._watch, name="agentspeed-watcher", daemon=True).start()
 
@@ -121,14 +120,14 @@ class Watcher:
         assert self._socket is not None
         try:
             with contextlib.suppress(BrokenPipeError):  # it ended: its last words may still wait to be read
-                self._socket.sendall(wire.encode_command(command))
+                self._socket.sendall(encode_command(command))
             while True:
                 for message in self._frame():
                     if isinstance(message, wire.Failed):
                         raise self._refusal(message)
                     if not isinstance(message, wire.Event) and message.request == command.request:
                         return message
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, BadFrame) as error:
             raise errors.EngineDied(f"The engine at {self.path} ended: {error}.") from error
 
     def _refusal(self, failed: wire.Failed) -> errors.AgentspeedError:
@@ -141,16 +140,10 @@ class Watcher:
         return public_error(failed.code, failed.message, failed.remedy)
 
     def _frame(self) -> tuple[wire.Outgoing, ...]:
-        head = self._exactly(4)
-        return wire.decode_outbox(self._exactly(int.from_bytes(head, "little")))
-
-    def _exactly(self, count: int) -> bytes:
         assert self._socket is not None
-        while len(self._inbox) < count:
+        while (frame := self._reader.next()) is None:
             data = self._socket.recv(1 << 18)
             if not data:
                 raise ConnectionResetError("it closed the link")
-            self._inbox += data
-        taken = bytes(self._inbox[:count])
-        del self._inbox[:count]
-        return taken
+            self._reader.feed(data)
+        return frame

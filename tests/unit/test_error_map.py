@@ -7,8 +7,8 @@ from typing import get_args
 import pytest
 
 from agentspeed import errors
-from agentspeed.backends.faults import public_error
-from agentspeed_engine.errors import RETRYABLE, Code
+from agentspeed.transport.error_map import public_error
+from agentspeed_engine.protocol.codes import RETRYABLE, Code
 
 
 @pytest.mark.parametrize("code", get_args(Code))

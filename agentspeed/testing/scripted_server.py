@@ -19,15 +19,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, final
 
+import anyio.to_thread
 from llguidance import LLMatcher
 from tokenizers import Tokenizer
 
 from agentspeed.errors import ModelBroken
-from agentspeed_engine import wire
+from agentspeed.transport.base import Connection
+from agentspeed.transport.socket_link import SocketLink
 from agentspeed_engine.errors import EngineFault
-from agentspeed_engine.ids import pack_ids, unpack_ids
+from agentspeed_engine.protocol import messages as wire
+from agentspeed_engine.protocol.frames import command_reader, encode_outbox
+from agentspeed_engine.protocol.sampling import validate_sampling
+from agentspeed_engine.protocol.token_ids import pack_ids, unpack_ids
 from agentspeed_engine.run.vocabulary import Vocabulary
-from agentspeed_engine.sampling_rules import validate_sampling
 
 _LOG: Final = logging.getLogger("agentspeed.testing")
 _CONTEXT_LIMIT: Final = 1 << 20
@@ -96,7 +100,9 @@ class ScriptRaised(Exception):
 
 @final
 class ScriptedServer:
-    """One thread per link; `open` makes a link. The script is asked in the order in which turns arrive."""
+    """A transport with one thread per link. The script is asked in the order in which turns arrive."""
+
+    pid = None
 
     def __init__(self, folder: Path, script: Script) -> None:
         self._folder = folder
@@ -110,18 +116,22 @@ class ScriptedServer:
         self.commands: list[wire.Command] = []
         """Every command of every link, in order of arrival."""
 
-    def want(self, change: int) -> None:
-        """A link is there at once: nobody waits."""
-
-    def open(self, *, after_death: bool = False) -> socket.socket:
-        """A new link; the engine's side of it runs in a thread."""
+    async def connect(self, *, after_death: bool) -> Connection:
+        """See `transport.base.Transport`."""
         del after_death
+        return await SocketLink.connect(self.open(), "agentspeed")
+
+    async def close(self) -> None:
+        """Ends every link. The threads end with their links."""
+        await anyio.to_thread.run_sync(self._stop)
+
+    def open(self) -> socket.socket:
+        """A new link; the engine's side of it runs in a thread."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._links.append(_ServedLink(self, ours))
         return theirs
 
-    def close(self) -> None:
-        """Ends every link. The threads end with their links."""
+    def _stop(self) -> None:
         for link in self._links:
             link.stop()
 
@@ -229,7 +239,7 @@ class _ServedLink:
         self._thread.join(timeout=5.0)  # in either case: its branches are gone when it has ended, not before
 
     def _run(self) -> None:
-        buffer = bytearray()
+        reader = command_reader()
         with self._peer:
             while not self._stopping:
                 self._peer.settimeout(self._next_due())
@@ -242,29 +252,27 @@ class _ServedLink:
                     break
                 if not data:
                     break
-                buffer += data
-                self._take_frames(buffer)
+                reader.feed(data)
+                for command in reader:
+                    self._take(command)
         self.branches.clear()
 
     def _next_due(self) -> float | None:
         return max(1e-4, self._due[0].at - time.monotonic()) if self._due else None
 
-    def _take_frames(self, buffer: bytearray) -> None:
-        while len(buffer) >= 4 and len(buffer) >= 4 + (size := int.from_bytes(buffer[:4], "little")):
-            command = wire.decode_command(bytes(buffer[4 : 4 + size]))
-            del buffer[: 4 + size]
-            self._server.commands.append(command)
-            try:
-                reply, after = self._answer(command)
-            except EngineFault as refused:
-                reply, after = wire.Failed(request=command.request, code=refused.code, message=refused.message,
-                                           remedy=refused.remedy), ()
-            self._send(reply, *after)
+    def _take(self, command: wire.Command) -> None:
+        self._server.commands.append(command)
+        try:
+            reply, after = self._answer(command)
+        except EngineFault as refused:
+            reply, after = wire.Failed(request=command.request, code=refused.code, message=refused.message,
+                                       remedy=refused.remedy), ()
+        self._send(reply, *after)
 
     def _send(self, *messages: wire.Outgoing) -> None:
         try:
             self._peer.settimeout(None)
-            self._peer.sendall(wire.encode_outbox(messages))
+            self._peer.sendall(encode_outbox(messages))
         except OSError:
             self._stopping = True
 
