@@ -12,14 +12,18 @@ from types import MethodType
 from typing import Any, TypeAlias, cast
 
 from agentspeed_engine.ids import BranchId, NodeId
-from agentspeed_engine.kv.branches import Decoding, Held, Prefilling, Promoting, Settling
+from agentspeed_engine.kv.branches import Decoding, Held, Next, Prefilling, Promoting, Settling, Then
+from agentspeed_engine.kv.runs import NodeRun, PageCopy, TurnSpec
 from agentspeed_engine.kv.tree import Node
-from agentspeed_engine.sched.world import World
+from agentspeed_engine.sched.config import CoreConfig
+from agentspeed_engine.sched.plan import HostCopy, Row, StepPlan
+from agentspeed_engine.sched.tickets import Ticket
+from agentspeed_engine.sched.world import Waiting, World
+from agentspeed_engine.wire import Lease, Residence
 
 _PLAIN: frozenset[type[Any]] = frozenset({int, float, str, bytes, bool, type(None)})
-_FROZEN_NAMES = frozenset({
-    "NodeRun", "TurnSpec", "PageCopy", "StepPlan", "Row", "HostCopy", "CoreConfig", "Then", "Waiting", "Lease",
-    "Residence", "Next", "Ticket",
+_FROZEN: frozenset[type[Any]] = frozenset({
+    NodeRun, TurnSpec, PageCopy, StepPlan, Row, HostCopy, CoreConfig, Then, Waiting, Lease, Residence, Next, Ticket,
 })
 _UNSET = object()
 _Memo: TypeAlias = dict[int, Any]
@@ -41,7 +45,7 @@ def _copy(value: object, memo: _Memo) -> Any:
 
 def _copier(kind: type[Any]) -> _Copier:
     """How values of a class are copied that is none of the built-in ones."""
-    if kind.__name__ in _FROZEN_NAMES or not kind.__module__.startswith("agentspeed_engine."):
+    if kind in _FROZEN or not kind.__module__.startswith("agentspeed_engine."):
         return _same  # also an immutable struct of the wire
     slots = tuple(name for name in getattr(kind, "__slots__", ()) if name != "__weakref__")
 
