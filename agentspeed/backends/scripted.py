@@ -25,8 +25,8 @@ from tokenizers import Tokenizer
 from agentspeed.errors import ModelBroken
 from agentspeed_engine import wire
 from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.exec.vocabulary import Vocabulary
 from agentspeed_engine.ids import pack_ids, unpack_ids
-from agentspeed_engine.run.vocabulary import Vocabulary
 from agentspeed_engine.sampling_rules import validate_sampling
 
 _LOG: Final = logging.getLogger("agentspeed.testing")

@@ -12,7 +12,7 @@ import pytest
 from llguidance import LLMatcher
 
 from agentspeed_engine import wire
-from agentspeed_engine.run.vocabulary import Vocabulary
+from agentspeed_engine.exec.vocabulary import Vocabulary
 from tests.engine_client import Front, TurnRecord, engine
 from tools.random_checkpoint import make_checkpoint
 

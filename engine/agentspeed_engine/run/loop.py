@@ -18,13 +18,15 @@ from msgspec.structs import replace
 
 from agentspeed_engine.clock import Clock, MonotonicClock
 from agentspeed_engine.errors import RETRYABLE, Code
+from agentspeed_engine.exec.copies import Copied, Copier
+from agentspeed_engine.exec.cpu import CpuExecutor
+from agentspeed_engine.exec.executor import Executor
+from agentspeed_engine.exec.worker import Worker
 from agentspeed_engine.ids import LinkId
-from agentspeed_engine.run.copies import Copied, Copier
 from agentspeed_engine.run.door import Door
 from agentspeed_engine.run.links import BadFrame, Link
 from agentspeed_engine.run.options import Built
 from agentspeed_engine.run.recording import RecordingOrder, begun
-from agentspeed_engine.run.worker import Worker
 from agentspeed_engine.sched.core import Core
 from agentspeed_engine.sched.plan import StepPlan, StepResult
 from agentspeed_engine.sched.recorder import RecordedCore
@@ -63,8 +65,8 @@ class EngineLoop:
         core = Core(built.core)
         self._tape = begun(core, recording, began=self._clock.now())
         self._core: Core | RecordedCore = core if self._tape is None else self._tape.core
-        self._worker = Worker(built.model, built.vocabulary)
-        self._copier = Copier(built.model, self._report, self._clock)
+        self._executor: Executor = CpuExecutor(built.model, built.vocabulary, depth=built.core.depth)
+        self._copier = Copier(self._executor, self._report, self._clock)
         self._check = check
         self._outbox_bytes = outbox_bytes
         self._selector = selectors.DefaultSelector()
@@ -85,7 +87,9 @@ class EngineLoop:
         self._rows = 0
         self._tokens = 0
         self._planning_seconds = 0.0
-        self._thread = threading.Thread(target=self._work, name="agentspeed-worker", daemon=True)
+        worker = Worker(self._executor)
+        self._thread = threading.Thread(target=worker.run, args=(self._plans, self._report),
+                                        name="agentspeed-worker", daemon=True)
 
     @property
     def recording(self) -> Path | None:
@@ -202,7 +206,7 @@ class EngineLoop:
         started = self._clock.now()
         while (plan := self._core.plan(now)) is not None:
             self._steps += 1
-            self._rows += sum(len(row.ids) for row in plan.rows)
+            self._rows += sum(row.tokens for row in plan.rows)
             self._plans.put(plan)
             self._deliver(self._core.events())
         self._deliver(self._core.events())
@@ -302,7 +306,7 @@ class EngineLoop:
     def _stats(self, request: int) -> Stats:
         counts = self._core.counts() | {"steps": self._steps, "rows_computed": self._rows,
                                         "tokens_drawn": self._tokens, "links": len(self._links)}
-        seconds = {"model": self._worker.model_seconds, "sampling": self._worker.sampling_seconds,
+        seconds = {"model": self._executor.model_seconds, "sampling": self._executor.sampling_seconds,
                    "planning": self._planning_seconds, "clock": self._clock.now()}
         return Stats(request=request, counts=counts, seconds=seconds)
 
@@ -321,13 +325,6 @@ class EngineLoop:
             link.write()
 
     # ---- the other threads ----------------------------------------------------------------------------------------
-    def _work(self) -> None:
-        while (plan := self._plans.get()) is not None:
-            try:
-                self._report(self._worker.execute(plan))
-            except BaseException as error:  # noqa: BLE001 - handed to the loop thread, which raises it
-                self._report(error)
-
     def _report(self, report: _Report) -> None:
         self._reports.put(report)
         self._wake()

@@ -17,13 +17,13 @@ from typing import Any, Literal, TypeVar, final, get_args
 import msgspec
 
 from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.exec.calibrate import calibrated
+from agentspeed_engine.exec.model import Model
+from agentspeed_engine.exec.noop import NoopModel
+from agentspeed_engine.exec.vocabulary import Vocabulary
 from agentspeed_engine.ids import pages_for
 from agentspeed_engine.models.catalog import describe, load
-from agentspeed_engine.run.calibrate import calibrated
-from agentspeed_engine.run.model import Model
-from agentspeed_engine.run.noop import NoopModel
 from agentspeed_engine.run.recording import LEAST_BYTES, RecordingOrder
-from agentspeed_engine.run.vocabulary import Vocabulary
 from agentspeed_engine.sched.config import CoreConfig
 
 T = TypeVar("T")
@@ -214,7 +214,7 @@ def build(options: EngineOptions, progress: Callable[[str], None] | None = None)
     loaded = _aside(lambda: load(folder, dtype=options.dtype, pages=pages, page_tokens=options.page_tokens,
                                  threads=options.threads))
     # Imported late: a no-op engine starts without torch.
-    from agentspeed_engine.run.torch_model import TorchModel
+    from agentspeed_engine.exec.torch_model import TorchModel
 
     model = TorchModel(loaded)
     if options.host_slots:

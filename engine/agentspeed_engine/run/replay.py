@@ -236,7 +236,7 @@ class Replay:
         states = Counter(type(state).__name__.lower() for state in world.states.values())
         return Step(
             seq=plan.seq, at=self.now - self.header.began, rows=len(plan.rows),
-            tokens=sum(len(row.ids) for row in plan.rows), states={name: states[name] for name in STATES},
+            tokens=sum(row.tokens for row in plan.rows), states={name: states[name] for name in STATES},
             pages=pages_by_owner(world), slots_free=world.kv.slots.free, leases=len(world.leases),
             firm_pages=sum(pages for _, pages in world.firm.values()), queue=len(world.queue), digest=whole(world),
         )

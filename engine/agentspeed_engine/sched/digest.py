@@ -103,7 +103,7 @@ def _tickets(world: World) -> Any:
 
 
 def _flights(world: World) -> Any:
-    return [(seq, [(row.branch, row.epoch, row.position, len(row.ids), row.tail_pages) for row in plan.rows])
+    return [(seq, [(row.branch, row.epoch, row.position, row.tokens, row.tail_pages) for row in plan.rows])
             for seq, plan in world.flights.items()]
 
 

@@ -40,7 +40,7 @@ def _row_came_back(world: World, row: Row, token: Drawn | None, refusal: str | N
     if state is None or state.branch.epoch != row.epoch:
         world.ignored += 1
         return
-    count = len(row.ids)
+    count = row.tokens
     if isinstance(state, Prefilling | Settling) and state.turn.filled_at is None:
         state.turn.computed(row.position, row.position + count, state.branch.computed)
     match state:

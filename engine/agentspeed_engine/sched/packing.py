@@ -24,7 +24,7 @@ from agentspeed_engine.kv.tree import Node, Tree
 from agentspeed_engine.kv.turns import Turn
 from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.sched.pauses import PauseLaw
-from agentspeed_engine.sched.plan import HostCopy, Row, StepPlan
+from agentspeed_engine.sched.plan import HostCopy, Row, StepPlan, TokenOf
 from agentspeed_engine.sched.tickets import Ticket
 from agentspeed_engine.sched.veil import Veil
 from agentspeed_engine.sched.world import Session, Waiting, World
@@ -54,6 +54,7 @@ _PART: Final[type] = vars(log)["_Part"]
 _CLASSES: Final[dict[str, type[Any]]] = {
     "World": World, "Kv": Kv, "Tree": Tree, "Pool": Pool, "Node": Node, "Branch": Branch, "Room": Room, "Log": log.Log,
     "_Part": _PART, "Turn": Turn, "TurnSpec": TurnSpec, "NodeRun": NodeRun, "PageCopy": PageCopy, "Row": Row,
+    "TokenOf": TokenOf,
     "StepPlan": StepPlan, "HostCopy": HostCopy, "Ticket": Ticket, "Session": Session, "PauseLaw": PauseLaw,
     "Held": Held, "Queued": Queued, "Promoting": Promoting, "Prefilling": Prefilling, "Decoding": Decoding,
     "Settling": Settling, "Then": Then, "Device": nodes.Device, "Saving": nodes.Saving, "Both": nodes.Both,

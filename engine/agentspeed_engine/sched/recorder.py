@@ -234,7 +234,7 @@ class RecordedCore:
             elif drawn.end is not None:
                 ends[len(ids)] = drawn.end
             ids.append(drawn.id)
-            positions.append(row.position + len(row.ids))
+            positions.append(row.end)
         reasons = {place: refused[row.branch, row.epoch] if self._veil.clear else ""
                    for place, row in enumerate(rows) if (row.branch, row.epoch) in refused} if refused else {}
         return Applied(result.seq, now, self._veil.drawn(ids, positions), ends, reasons, tuple(missing))

@@ -16,14 +16,15 @@ from agentspeed_engine.kv.branches import Decoding, Held, Next, Prefilling, Prom
 from agentspeed_engine.kv.runs import NodeRun, PageCopy, TurnSpec
 from agentspeed_engine.kv.tree import Node
 from agentspeed_engine.sched.config import CoreConfig
-from agentspeed_engine.sched.plan import HostCopy, Row, StepPlan
+from agentspeed_engine.sched.plan import HostCopy, Row, StepPlan, TokenOf
 from agentspeed_engine.sched.tickets import Ticket
 from agentspeed_engine.sched.world import Waiting, World
 from agentspeed_engine.wire import Lease, Residence
 
 _PLAIN: frozenset[type[Any]] = frozenset({int, float, str, bytes, bool, type(None)})
 _FROZEN: frozenset[type[Any]] = frozenset({
-    NodeRun, TurnSpec, PageCopy, StepPlan, Row, HostCopy, CoreConfig, Then, Waiting, Lease, Residence, Next, Ticket,
+    NodeRun, TurnSpec, PageCopy, StepPlan, Row, TokenOf, HostCopy, CoreConfig, Then, Waiting, Lease, Residence, Next,
+    Ticket,
 })
 _UNSET = object()
 _Memo: TypeAlias = dict[int, Any]
@@ -135,7 +136,7 @@ def key(world: World) -> Hashable:
         tuple((ticket.direction, tuple(nodes[node.id] for node in tree.in_copy[number]))
               for number, ticket in world.tickets.items()),
         tuple(sorted((index[number], when) for number, when in world.due.items())),
-        tuple(tuple((index.get(row.branch, -1), row.position, len(row.ids), row.sample is not None)
+        tuple(tuple((index.get(row.branch, -1), row.position, row.tokens, row.sample is not None)
                     for row in plan.rows) for plan in world.flights.values()),
         tuple(sorted((index[number], index[filler]) for number, (filler, turn) in world.fill_of.items()
                      if _runs(world, filler, turn))),

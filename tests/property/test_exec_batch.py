@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agentspeed_engine.exec.batch import Batcher
+from agentspeed_engine.exec.cpu import CpuExecutor
+from agentspeed_engine.exec.vocabulary import Vocabulary
+from agentspeed_engine.exec.worker import Worker
 from agentspeed_engine.ids import LinkId, pack_ids, unpack_ids
-from agentspeed_engine.run.batch import Batcher
-from agentspeed_engine.run.vocabulary import Vocabulary
-from agentspeed_engine.run.worker import Worker
 from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.sched.core import Core
 from agentspeed_engine.sched.plan import StepPlan, StepResult
@@ -46,7 +47,7 @@ class World:
         self.core = Core(CoreConfig(pages=pages, context_limit=context, vocab_size=VOCABULARY, page_tokens=PAGE,
                                     prefill_chunk=11, extend_tokens=5, depth=depth, firm_pages=0))
         self.model = RememberingModel(pages, PAGE, VOCABULARY)
-        self.worker = Worker(self.model, Vocabulary(Path("none"), VOCABULARY, ()))
+        self.worker = Worker(CpuExecutor(self.model, Vocabulary(Path("none"), VOCABULARY, ())))
         self.logs: dict[int, list[int]] = {}
         self.asked: dict[int, list[int]] = {}
         """Log at the time of `generate` of branches whose turn runs."""
@@ -198,7 +199,7 @@ def plans() -> Iterator[StepPlan]:
 
 def test_a_shared_prefix_is_one_run_with_the_queries_of_all_branches() -> None:
     batcher = Batcher(PAGE)
-    batches = [batcher.flatten(plan) for plan in plans()]
+    batches = [batcher.step_input(plan).batch for plan in plans()]
     shared = [run for run in batches[-1].runs if not run.causal]
     assert [len(run.queries) for run in shared] == [3]
     assert shared[0].tokens == 20
@@ -206,7 +207,8 @@ def test_a_shared_prefix_is_one_run_with_the_queries_of_all_branches() -> None:
 
 def test_page_arrays_are_made_once_per_node_run() -> None:
     batcher = Batcher(PAGE)
-    pages = [run.pages for plan in plans() for run in batcher.flatten(plan).runs if not run.causal and run.tokens == 20]
+    batches = [batcher.step_input(plan).batch for plan in plans()]
+    pages = [run.pages for batch in batches for run in batch.runs if not run.causal and run.tokens == 20]
     assert len(pages) > 1
     assert all(array is pages[0] for array in pages)
 
@@ -219,5 +221,5 @@ def test_a_tail_names_only_the_pages_it_has_reached(tokens: int) -> None:
     world.tell(Generate(request=2, branch=opened.branch, max_tokens=1))
     plan = world.core.plan(0.0)
     assert plan is not None
-    (tail,) = Batcher(PAGE).flatten(plan).runs
+    (tail,) = Batcher(PAGE).step_input(plan).batch.runs
     assert len(tail.pages) == -(-tokens // PAGE)

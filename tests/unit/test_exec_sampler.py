@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentspeed_engine.errors import EngineFault
-from agentspeed_engine.run.sampler import draw, gumbel
+from agentspeed_engine.exec.sampler import draw, gumbel
 from agentspeed_engine.sampling_rules import LEAST_TEMPERATURE, validate_sampling
 from agentspeed_engine.wire import Sampling
 
