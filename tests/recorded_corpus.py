@@ -1,7 +1,7 @@
 """Recorded runs that are kept in the repository, and the digests they replay to: the gate of every refactor.
 
-`python -m tests.recorded_corpus` records them anew. That is right only after a change that is meant to change what the
-scheduler decides; a refactor replays the runs as they are.
+`python -m tests.recorded_corpus` records the runs that are not there yet. To record one anew its file is deleted first,
+which is right only after a change that is meant to change what the scheduler decides.
 
 A run is an xz file of the frames of a recording (`sched.recorder`) without the state it begins with, for that is an
 empty scheduler: so it names no class and no field of the scheduler's state, and outlives their renaming. What it names
@@ -84,7 +84,9 @@ def runs() -> Iterator[tuple[str, bytes]]:
     for name in names():
         workload = load(name)
         for depth in sorted({0, workload.engine.depth}):
-            engine = dataclasses.replace(workload.engine, depth=depth)
+            engine = dataclasses.replace(
+                workload.engine, depth=depth, decode_ahead=workload.engine.decode_ahead and depth > 0
+            )
             lives = _Lives(Clear())
             outcome = Simulation(
                 dataclasses.replace(workload, engine=engine), 0, sight=Sight.USER, recorded=lives.begin
@@ -130,11 +132,11 @@ def _recording(core: RecordedCore) -> bytes:
 
 def main() -> int:
     FOLDER.mkdir(parents=True, exist_ok=True)
-    for path in FOLDER.glob(f"*{KIND}"):
-        path.unlink()
-    digests: dict[str, Any] = {}
+    digests: dict[str, Any] = json.loads(DIGESTS.read_text(encoding="utf-8")) if DIGESTS.exists() else {}
     for name, data in runs():
         path = FOLDER / f"{name}{KIND}"
+        if path.exists():
+            continue
         _ = path.write_bytes(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME))
         digests[name] = dataclasses.asdict(replayed(path))
         print(f"{name:40} {path.stat().st_size:7} bytes  {digests[name]}", flush=True)

@@ -43,11 +43,12 @@ VOCABULARY, PAGE = 50, 4
 class World:
     """A core and a worker driven by hand, with every branch's log mirrored as a front does."""
 
-    def __init__(self, pages: int, context: int, depth: int = 0) -> None:
+    def __init__(self, pages: int, context: int, depth: int = 0, ahead: bool = False) -> None:
         self.core = Core(CoreConfig(pages=pages, context_limit=context, vocab_size=VOCABULARY, page_tokens=PAGE,
-                                    prefill_chunk=11, extend_tokens=5, depth=depth, firm_pages=0))
+                                    prefill_chunk=11, extend_tokens=5, depth=depth, decode_ahead=ahead,
+                                    firm_pages=0))
         self.model = RememberingModel(pages, PAGE, VOCABULARY)
-        self.worker = Worker(CpuExecutor(self.model, Vocabulary(Path("none"), VOCABULARY, ())))
+        self.worker = Worker(CpuExecutor(self.model, Vocabulary(Path("none"), VOCABULARY, ()), depth=depth))
         self.logs: dict[int, list[int]] = {}
         self.asked: dict[int, list[int]] = {}
         """Log at the time of `generate` of branches whose turn runs."""
@@ -99,7 +100,7 @@ class World:
         seen = iter(self.model.seen)
         for row in plan.rows:
             known = next(seen)
-            for _ in row.ids[1:]:
+            for _ in range(1, row.tokens):
                 known = next(seen)
             log = self.logs.get(row.branch)
             if log is not None:
@@ -164,10 +165,11 @@ def fork(world: World, branch: int, request: int, at: int | None = None) -> None
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 2**32), pages=st.sampled_from([16, 24, 60]), depth=st.sampled_from([0, 0, 1]))
-def test_every_query_sees_exactly_its_own_log(seed: int, pages: int, depth: int) -> None:
+@given(seed=st.integers(0, 2**32), pages=st.sampled_from([16, 24, 60]), depth=st.sampled_from([0, 0, 1, 2]),
+       ahead=st.booleans())
+def test_every_query_sees_exactly_its_own_log(seed: int, pages: int, depth: int, ahead: bool) -> None:
     draw = Random(seed)
-    world = World(pages, context=56, depth=depth)
+    world = World(pages, context=56, depth=depth, ahead=ahead and depth > 0)
     for request in range(60):
         act(world, draw, request)
         for _ in range(draw.randrange(4)):

@@ -216,10 +216,14 @@ class Simulation:
         """What a branch must find and make on the device."""
         if self.checkers.sight is Sight.USER:
             return None
-        mirror, end = self._handles[row.branch].mirror, row.position + len(row.ids)
-        if list(row.ids) != mirror.ids[row.position : end]:
+        mirror = self._handles[row.branch].mirror
+        if row.token_of is not None:
+            if len(mirror.ids) != row.position:
+                raise Violation(f"wrong ids: branch {row.branch} is fed a token as unknown that its front has heard")
+            return mirror.ahead(VOCABULARY)
+        if list(row.ids) != mirror.ids[row.position : row.end]:
             raise Violation(f"wrong ids: branch {row.branch} is fed ids that its front does not know")
-        return mirror.rows[:end]
+        return mirror.rows[: row.end]
 
     def _done(self, step: Step) -> None:
         self._device.carry_out(self.clock.now())

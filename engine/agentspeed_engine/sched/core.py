@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable
 from typing import final
 
-from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.errors import BrokenInvariant, EngineFault
 from agentspeed_engine.ids import LinkId, TicketId
 from agentspeed_engine.kv import ledger
 from agentspeed_engine.sched import describe, outcome, snapshot, step, tickets, verbs
@@ -130,6 +130,7 @@ class Core:
         """The ledger: raises `BrokenInvariant` naming the rule that does not hold."""
         ledger.check(self.world.kv, self.world.states)
         ledger.check_flights(self.world.states, [row for plan in self.world.flights.values() for row in plan.rows])
+        _check_tokens_in_flight(self.world)
 
     def snapshot(self) -> World:
         """Everything the core knows, copied; give it to `restore` as often as you like."""
@@ -173,3 +174,16 @@ class Core:
     def _taken(self) -> Out:
         out, self.world.out = self.world.out, []
         return out
+
+
+def _check_tokens_in_flight(world: World) -> None:
+    """(9): a row whose token is not known names the sample of its own branch right before it."""
+    for plan in world.flights.values():
+        for row in plan.rows:
+            step = None if row.token_of is None else world.flights.get(row.token_of.step)
+            if row.token_of is None or step is None:
+                continue  # the step was acknowledged since
+            samples = [other for other in step.rows if other.sample is not None]
+            named = samples[row.token_of.place] if row.token_of.place < len(samples) else None
+            if named is None or (named.branch, named.epoch, named.end) != (row.branch, row.epoch, row.position):
+                raise BrokenInvariant(f"(9) branch {row.branch} is fed with a token that is not the one before")

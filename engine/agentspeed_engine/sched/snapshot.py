@@ -154,7 +154,8 @@ def _branch_key(world: World, number: BranchId, index: dict[BranchId, int], rank
     turn = room = then = None
     if not isinstance(state, Held):
         asked = state.turn
-        turn = (rank[asked.age], asked.drawn, asked.max_tokens, asked.end, asked.admitted)
+        turn = (rank[asked.age], asked.drawn, asked.max_tokens, asked.end, asked.admitted,
+                asked.spec.grammar is not None or bool(asked.spec.stop_strings))
     if isinstance(state, Promoting | Prefilling | Decoding | Settling):
         held = state.room
         room = (held.tail_start, len(held.tail), held.issued, held.done, held.copy is not None, held.flight)
