@@ -23,7 +23,7 @@ from typing import Any, Final, final
 from agentspeed_engine.run.opaque import Opaque
 from agentspeed_engine.run.replay import Replay
 from agentspeed_engine.sched.core import Core
-from agentspeed_engine.sched.digest import whole
+from agentspeed_engine.sched.digest import PARTS, digests
 from agentspeed_engine.sched.packing import packed
 from agentspeed_engine.sched.recorder import (
     FRAME_HEAD,
@@ -55,8 +55,8 @@ class Replayed:
     steps: int
     compared: int
     """Digests that were recorded and found equal."""
-    digest: str
-    """Of the state at the end."""
+    end: dict[str, str]
+    """Digests of the parts of the state at the end, by their names."""
 
 
 def replayed(path: Path) -> Replayed:
@@ -68,7 +68,8 @@ def replayed(path: Path) -> Replayed:
         steps = sum(1 for _ in replay.steps())
     assert (replay.notes, replay.broke) == ([], "")
     replay.core.check()
-    return Replayed(steps, replay.compared, whole(replay.core.world))
+    parts = zip(PARTS, digests(replay.core.world), strict=True)
+    return Replayed(steps, replay.compared, {name: part.hex() for name, part in parts})
 
 
 def _with_state(data: bytes) -> bytes:
@@ -132,15 +133,15 @@ def _recording(core: RecordedCore) -> bytes:
 
 def main() -> int:
     FOLDER.mkdir(parents=True, exist_ok=True)
-    digests: dict[str, Any] = json.loads(DIGESTS.read_text(encoding="utf-8")) if DIGESTS.exists() else {}
+    recorded: dict[str, Any] = json.loads(DIGESTS.read_text(encoding="utf-8")) if DIGESTS.exists() else {}
     for name, data in runs():
         path = FOLDER / f"{name}{KIND}"
         if path.exists():
             continue
         _ = path.write_bytes(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME))
-        digests[name] = dataclasses.asdict(replayed(path))
-        print(f"{name:40} {path.stat().st_size:7} bytes  {digests[name]}", flush=True)
-    _ = DIGESTS.write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
+        recorded[name] = dataclasses.asdict(replayed(path))
+        print(f"{name:40} {path.stat().st_size:7} bytes  {recorded[name]}", flush=True)
+    _ = DIGESTS.write_text(json.dumps(recorded, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 
 from agentspeed_engine.kv.tables import BRANCHES, NODES
 from tests.model.explorer import Bounds, Explored, explore, pairs
-from tests.model.mutants import AHEAD, AHEAD_FAR, AHEAD_TWO, HOST, LOADED, MUTANTS, QUOTA
+from tests.model.mutants import AHEAD, AHEAD_FAR, AHEAD_TWO, HOST, LOADED, MUTANTS, PREPARED, QUOTA
 
 SMALL = (
     Bounds(verbs=4),
@@ -22,13 +22,14 @@ SMALL = (
     LOADED,
     QUOTA,
 )
-SMALL_AHEAD = (
+SMALL_LATER = (
     AHEAD_TWO,
     replace(AHEAD, verbs=4),
     replace(AHEAD_FAR, verbs=3),
     replace(AHEAD, verbs=3, firm_pages=1, pages=5),
     replace(HOST, verbs=2, depth=1, decode_ahead=True),
     replace(QUOTA, verbs=1, depth=1, decode_ahead=True),
+    PREPARED,
 )
 _PROMPTS = ((1, 1, 1), (2, 1, 1, 1))
 LARGE = (
@@ -44,15 +45,16 @@ LARGE = (
     replace(QUOTA, verbs=3, depth=1),
 )
 """The longest first, so that two processes end together."""
-LARGE_AHEAD = (
+LARGE_LATER = (
     replace(AHEAD, verbs=5),
     replace(AHEAD_TWO, verbs=3),
     replace(AHEAD_FAR, verbs=4),
     replace(HOST, verbs=4, depth=1, decode_ahead=True),
     replace(QUOTA, verbs=2, depth=1, decode_ahead=True),
+    replace(PREPARED, verbs=5, depth=1, decode_ahead=True),
 )
-"""With rows issued for tokens in flight. They are counted apart, so that what the others come to can be compared with
-what they came to before there were such rows."""
+"""With rows for tokens in flight, and turns that wait for their grammar. They are counted apart, so that what the
+others come to can be compared with what they came to before there was either."""
 ENDS = {"Closed"}
 """What is in no table any more."""
 
@@ -96,7 +98,8 @@ def main() -> int:
     with ProcessPoolExecutor(options.processes) as pool:
         small = options.bounds == "small"
         for what, bounds in (("", SMALL if small else LARGE),
-                             (" with rows for tokens in flight", SMALL_AHEAD if small else LARGE_AHEAD)):
+                             (" with rows for tokens in flight or turns to prepare",
+                              SMALL_LATER if small else LARGE_LATER)):
             started, states, unsafe = time.monotonic(), 0, False
             for one, found in zip(bounds, pool.map(search, bounds), strict=True):
                 states += found.states

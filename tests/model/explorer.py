@@ -48,6 +48,8 @@ class Bounds:
     decode_ahead: bool = False
     """Rows are issued for tokens in flight. Then a step may also draw the token that ends a turn, or refuse one; and a
     turn of those that a user begins has a stop string, so nothing runs ahead of its tokens."""
+    prepares: bool = False
+    """Turns with stop strings wait to be prepared, which ends well or not, at any moment."""
     firm_pages: int = 0
     host_slots: int = 0
     """With any, every copy may end well or fail, at any moment."""
@@ -68,7 +70,7 @@ class Bounds:
     def config(self) -> CoreConfig:
         return CoreConfig(pages=self.pages, page_tokens=self.page_tokens, context_limit=self.context_limit,
                           vocab_size=4, prefill_chunk=3, extend_tokens=2, depth=self.depth,
-                          decode_ahead=self.decode_ahead, firm_pages=self.firm_pages,
+                          decode_ahead=self.decode_ahead, prepares=self.prepares, firm_pages=self.firm_pages,
                           host_slots=self.host_slots, tenant_pages=self.tenant_pages,
                           max_branches=self.branches, max_sessions=self.branches)
 
@@ -187,6 +189,9 @@ def actions(world: World, bounds: Bounds, verbs: int) -> Iterator[Any]:
         yield f"copied {index}"
     for index in range(len(world.tickets)):
         yield f"failed {index}"
+    for index in range(len(world.preparing)):
+        yield f"prepared {index}"
+        yield f"unprepared {index}"
     if verbs >= bounds.verbs:
         return
     if len(world.states) < bounds.branches:
@@ -206,7 +211,7 @@ def _verbs(world: World, number: Any, room: bool, bounds: Bounds) -> Iterator[An
         for ids, most in (((), 1), ((1, 2), bounds.most), ((2,), 0)):
             if known + len(ids):
                 yield wire.Generate(request=1, branch=number, ids=pack_ids(ids), max_tokens=most, stop_ids=(STOP,))
-        if bounds.decode_ahead:
+        if bounds.decode_ahead or bounds.prepares:
             yield wire.Generate(request=1, branch=number, ids=pack_ids((2,)), max_tokens=3, stop_strings=(b"x",))
         for cut in {0, known // 2, known - 1} - {known, -1}:
             yield wire.Rewind(request=1, branch=number, tokens=cut)
@@ -228,8 +233,13 @@ def carry_out(core: Core, action: Any) -> None:
         _ = core.plan(0.0)
         _ = core.events()
         _ = core.host_copies()
+        _ = core.preparations()
     elif isinstance(action, str) and action.startswith("acknowledge"):
         _ = core.apply(_result(core.world, action.removeprefix("acknowledge").strip()), 0.0)
+    elif isinstance(action, str) and "prepared" in action:
+        how, index = action.split()
+        turn = list(core.world.preparing)[int(index)]
+        _ = core.prepared(turn, None if how == "prepared" else "refused", 0.0)
     elif isinstance(action, str):
         how, index = action.split()
         _ = core.copied(list(core.world.tickets)[int(index)], how == "copied", 0.0)

@@ -16,6 +16,7 @@ from agentspeed_engine.kv.tree import upward
 from agentspeed_engine.sched import outcome, quotas, reclaim, step, tickets, verbs
 from agentspeed_engine.sched.plan import TokenOf
 from agentspeed_engine.sched.reclaim import Room
+from agentspeed_engine.sched.world import World
 from tests.model.explorer import Bounds
 
 
@@ -206,6 +207,25 @@ def _ahead_takes_room(world: Any, run: Any, state: Any, now: float) -> None:
     step._row(world, run, state, 1, run.sampled[state.branch.id])
 
 
+PREPARED = Bounds(verbs=4, prepares=True)
+
+
+def _prepared_stays_out(world: Any, turn: int, refusal: Any, now: float) -> None:
+    """What was prepared is taken off the list, and put on no other."""
+    if (number := world.preparing.get(turn)) is not None:
+        world.dequeue(world.states[number].turn, world.states[number].branch)
+
+
+def _forgets_what_waits(original: Any) -> Any:
+    """A turn that waits to be prepared is taken off no list when it is cancelled, forked or closed."""
+
+    def dequeue(self: Any, turn: Any, branch: Any) -> None:
+        if not turn.waits:
+            original(self, turn, branch)
+
+    return dequeue
+
+
 MUTANTS = (
     Mutant("held-with-rows-in-flight", "a branch lets go of its room while a step still writes it",
            ((branches, "_leave", _rest_at_once),)),
@@ -257,6 +277,10 @@ MUTANTS = (
            ((outcome, "_row_came_back", _late_row_is_ignored(outcome._row_came_back)),), AHEAD),
     Mutant("ahead-takes-room", "a turn that runs ahead takes room from an older one",
            ((step, "_decode_ahead", _ahead_takes_room),), AHEAD_TWO),
+    Mutant("prepared-stays-out", "a turn whose grammar is ready is in no queue",
+           ((outcome, "prepared", _prepared_stays_out),), PREPARED),
+    Mutant("cancelled-still-prepares", "a turn that ended while its grammar was compiled is awaited",
+           ((World, "dequeue", _forgets_what_waits(World.dequeue)),), PREPARED),
 )
 
 __all__ = ["MUTANTS", "Mutant"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,10 @@ RECORDED: dict[str, dict[str, Any]] = json.loads(DIGESTS.read_text(encoding="utf
 @pytest.mark.parametrize("name", RECORDED)
 def test_a_recorded_run_replays_to_the_digests_it_was_recorded_with(name: str) -> None:
     found = replayed(FOLDER / f"{name}{KIND}")
-    assert asdict(found) == RECORDED[name]
+    recorded = RECORDED[name]
+    assert (found.steps, found.compared) == (recorded["steps"], recorded["compared"])
+    ended = {part: found.end.get(part) for part in recorded["end"]}  # there may be parts that were not known then
+    assert len(ended) >= 14 and ended == recorded["end"]
     assert found.compared == found.steps > 0
 
 

@@ -83,6 +83,14 @@ class CpuExecutor:
             return str(reason)
         return None
 
+    def discard(self, turn: int) -> None:
+        self._matchers.forget((turn,))
+
+    @property
+    def turns(self) -> frozenset[int]:
+        """The turns of which something is kept."""
+        return frozenset(self._matchers.turns | self._stops.keys())
+
     def save(self, pages: Sequence[int], slots: Sequence[int]) -> None:
         self._model.save(pages, slots)
 

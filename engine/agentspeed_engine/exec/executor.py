@@ -93,7 +93,11 @@ class Executor(Protocol):
         calling thread. Returns why the turn cannot be served, or None. A turn that was not prepared is prepared by the
         step that samples it first, which then takes longer.
 
-        What is kept for the turn goes when a step says that the turn has ended."""
+        What is kept for the turn goes when a step says that the turn has ended, or with `discard`."""
+        ...
+
+    def discard(self, turn: int) -> None:
+        """A turn that was prepared will never be sampled: what is kept for it goes."""
         ...
 
     def save(self, pages: Sequence[int], slots: Sequence[int]) -> None:

@@ -69,6 +69,11 @@ class Matchers:
         progress.consumed += 1
         return bool(progress.matcher.is_stopped())
 
+    @property
+    def turns(self) -> set[int]:
+        """The turns that have a matcher."""
+        return set(self._by_turn)
+
     def forget(self, turns: tuple[int, ...]) -> None:
         for turn in turns:
             self._by_turn.pop(turn, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import queue
 import selectors
@@ -21,6 +22,7 @@ from agentspeed_engine.errors import RETRYABLE, Code
 from agentspeed_engine.exec.copies import Copied, Copier
 from agentspeed_engine.exec.cpu import CpuExecutor
 from agentspeed_engine.exec.executor import Executor
+from agentspeed_engine.exec.prepare import Prepared, Preparer
 from agentspeed_engine.exec.worker import Worker
 from agentspeed_engine.ids import LinkId
 from agentspeed_engine.run.door import Door
@@ -45,7 +47,7 @@ _MOST_STRANGERS = 64
 _SAME_VERSION = "Use a client of the same version as the engine."
 _LATER = "Close links that are not needed, raise max_links or `ulimit -n`, or try again later."
 
-_Report: TypeAlias = StepResult | Copied | BaseException
+_Report: TypeAlias = StepResult | Copied | Prepared | BaseException
 
 
 @final
@@ -54,19 +56,21 @@ class EngineLoop:
 
     def __init__(self, built: Built, *, outbox_bytes: int = 1 << 20, check: bool = False,
                  clock: Clock | None = None, idle_seconds: float | None = None,
-                 recording: RecordingOrder | None = None) -> None:
-        """`check`: run the ledger after every event. `idle_seconds` without a session end the loop. Raises
-        `EngineFault` when the recording cannot be begun."""
+                 recording: RecordingOrder | None = None, executor: Executor | None = None) -> None:
+        """`check`: run the ledger after every event. `idle_seconds` without a session end the loop. `executor`: None
+        is one on this process's CPU. Raises `EngineFault` when the recording cannot be begun."""
         self._source = built.source
         self._idle_seconds = idle_seconds
         self._idle_since: float | None = None
         self._last_words = "The engine was told to stop."
         self._clock: Clock = clock if clock is not None else MonotonicClock()
-        core = Core(built.core)
+        core = Core(dataclasses.replace(built.core, prepares=True))
         self._tape = begun(core, recording, began=self._clock.now())
         self._core: Core | RecordedCore = core if self._tape is None else self._tape.core
-        self._executor: Executor = CpuExecutor(built.model, built.vocabulary, depth=built.core.depth)
+        self._executor: Executor = executor if executor is not None else CpuExecutor(
+            built.model, built.vocabulary, depth=built.core.depth)
         self._copier = Copier(self._executor, self._report, self._clock)
+        self._preparer = Preparer(self._executor, self._report)
         self._check = check
         self._outbox_bytes = outbox_bytes
         self._selector = selectors.DefaultSelector()
@@ -199,11 +203,17 @@ class EngineLoop:
                     self._deliver(self._core.apply(report, self._clock.now()))
                 case Copied():
                     self._deliver(self._core.copied(report.ticket, report.ok, self._clock.now()))
+                case Prepared():
+                    if not self._core.awaits(report.turn):  # it was cancelled meanwhile
+                        self._executor.discard(report.turn)
+                    self._deliver(self._core.prepared(report.turn, report.refusal, self._clock.now()))
                 case BaseException():
                     raise report
 
     def _plan(self, now: float) -> None:
         started = self._clock.now()
+        for spec in self._core.preparations():
+            self._preparer.start(spec)
         while (plan := self._core.plan(now)) is not None:
             self._steps += 1
             self._rows += sum(row.tokens for row in plan.rows)
@@ -345,6 +355,7 @@ class EngineLoop:
         self._plans.put(None)
         self._thread.join(timeout=_JOIN_SECONDS)
         self._copier.close(_JOIN_SECONDS)
+        self._preparer.close()
         if self._tape is not None:
             self._tape.close()
         for link in self._links.values():

@@ -211,8 +211,13 @@ def build(options: EngineOptions, progress: Callable[[str], None] | None = None)
     core.check()
     say(f"loading {folder.name}: {info.weight_bytes / 1e6:.0f} MB of weights, "
         f"{pages * info.bytes_per_page / 1e6:.0f} MB for {pages} pages")
-    loaded = _aside(lambda: load(folder, dtype=options.dtype, pages=pages, page_tokens=options.page_tokens,
-                                 threads=options.threads))
+    vocabulary = Vocabulary(folder, info.vocab_size, info.eos_ids)
+    with ThreadPoolExecutor(1) as beside:  # it takes the interpreter's lock for long, so no step may run beside it
+        unusable = beside.submit(vocabulary.load)
+        loaded = _aside(lambda: load(folder, dtype=options.dtype, pages=pages, page_tokens=options.page_tokens,
+                                     threads=options.threads))
+    if unusable.result():
+        say(f"turns with stop strings or a grammar will be refused: {unusable.result()}")
     # Imported late: a no-op engine starts without torch.
     from agentspeed_engine.exec.torch_model import TorchModel
 
@@ -221,7 +226,7 @@ def build(options: EngineOptions, progress: Callable[[str], None] | None = None)
         model.reserve_host(options.host_slots)
         say("measuring what copies and prefill cost")
         core = _aside(partial(calibrated, core, model))
-    return Built(core, model, Vocabulary(folder, info.vocab_size, info.eos_ids), str(folder.resolve()))
+    return Built(core, model, vocabulary, str(folder.resolve()))
 
 
 def _aside(call: Callable[[], T]) -> T:

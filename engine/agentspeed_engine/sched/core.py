@@ -10,6 +10,8 @@ from typing import final
 from agentspeed_engine.errors import BrokenInvariant, EngineFault
 from agentspeed_engine.ids import LinkId, TicketId
 from agentspeed_engine.kv import ledger
+from agentspeed_engine.kv.branches import Queued
+from agentspeed_engine.kv.runs import TurnSpec
 from agentspeed_engine.sched import describe, outcome, snapshot, step, tickets, verbs
 from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.sched.plan import HostCopy, StepPlan, StepResult
@@ -101,6 +103,23 @@ class Core:
         orders, self.world.orders = tuple(self.world.orders), []
         return orders
 
+    def preparations(self) -> tuple[TurnSpec, ...]:
+        """Turns that the executor is to be made ready for, each given out once. `prepared` is due for each of them."""
+        specs = tuple(spec for spec in self.world.unprepared if spec.turn in self.world.preparing)
+        self.world.unprepared = []
+        return specs
+
+    def awaits(self, turn: int) -> bool:
+        """Whether a turn still waits to be prepared: it may have been cancelled."""
+        return turn in self.world.preparing
+
+    def prepared(self, turn: int, refusal: str | None, now: float) -> Out:
+        """The executor is ready for a turn. `refusal`: why it can never be; then the turn ends with this reason."""
+        self.world.lapse(now)
+        outcome.prepared(self.world, turn, refusal, now)
+        self.world.tell_leases()
+        return self._taken()
+
     def begun(self, ticket: TicketId) -> None:
         """A ticket is about to be carried out, and may begin: from now on it has no deadline. To be told before a
         `plan` whose `now` is past that moment."""
@@ -131,6 +150,7 @@ class Core:
         ledger.check(self.world.kv, self.world.states)
         ledger.check_flights(self.world.states, [row for plan in self.world.flights.values() for row in plan.rows])
         _check_tokens_in_flight(self.world)
+        _check_queue(self.world)
 
     def snapshot(self) -> World:
         """Everything the core knows, copied; give it to `restore` as often as you like."""
@@ -163,7 +183,7 @@ class Core:
         return counts | {
             "pages_total": kv.pages.total, "pages_free": kv.pages.free, "pages_tail": in_tails,
             "pages_nodes": in_nodes, "nodes": len(kv.tree.nodes), "sessions": len(world.sessions),
-            "branches": len(world.states), "waiting_turns": len(world.queue), "steps_in_flight": len(world.flights),
+            "branches": len(world.states), "waiting_turns": world.waiting_turns, "steps_in_flight": len(world.flights),
             "late_rows_ignored": world.ignored, "pages_evicted": world.evicted_pages,
             "pages_copied": world.copied_pages, "slots_total": kv.slots.total, "slots_free": kv.slots.free,
             "pages_saved": world.saved_pages, "pages_loaded": world.loaded_pages, "prefetches": world.prefetched,
@@ -187,3 +207,12 @@ def _check_tokens_in_flight(world: World) -> None:
             named = samples[row.token_of.place] if row.token_of.place < len(samples) else None
             if named is None or (named.branch, named.epoch, named.end) != (row.branch, row.epoch, row.position):
                 raise BrokenInvariant(f"(9) branch {row.branch} is fed with a token that is not the one before")
+
+
+def _check_queue(world: World) -> None:
+    """A turn that waits to be prepared is in no queue, every other queued one is in its place."""
+    queued = [state for state in world.states.values() if isinstance(state, Queued)]
+    listed = sorted((state.turn.age, state.branch.id) for state in queued if not state.turn.waits)
+    waiting = {state.turn.spec.turn: state.branch.id for state in queued if state.turn.waits}
+    if listed != world.queue or waiting != world.preparing:
+        raise BrokenInvariant(f"queued turns are {listed} and {waiting}, listed {world.queue} and {world.preparing}")

@@ -136,4 +136,9 @@ PARTS: Final[dict[str, Callable[[World], Any]]] = {
     "waits": _waits,
     "pauses": _pauses,
     "counters": lambda world: [getattr(world, name) for name in _COUNTERS],
+    "preparations": lambda world: (
+        list(world.preparing.items()), [spec.turn for spec in world.unprepared],
+        sorted(number for number, state in world.states.items() if not isinstance(state, Held) and state.turn.prepared),
+    ),
 }
+"""New parts come last: a recording made before a part was known is compared in those that it has."""

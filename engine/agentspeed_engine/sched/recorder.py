@@ -14,6 +14,7 @@ import msgspec
 
 from agentspeed_engine import wire
 from agentspeed_engine.ids import BranchId, LinkId, StepSeq, TicketId, unpack_ids
+from agentspeed_engine.kv.runs import TurnSpec
 from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.sched.core import Core
 from agentspeed_engine.sched.digest import digests
@@ -95,6 +96,17 @@ class Ordered(msgspec.Struct, frozen=True, array_like=True, tag="host_copies"):
     """Tickets were handed out."""
 
 
+class Preparing(msgspec.Struct, frozen=True, array_like=True, tag="preparations"):
+    """Turns were handed out to be prepared."""
+
+
+class Prepared(msgspec.Struct, frozen=True, array_like=True, tag="prepared"):
+    turn: int
+    refusal: str | None
+    """Empty where only the fact is recorded."""
+    now: float
+
+
 class Checked(msgspec.Struct, frozen=True, array_like=True, tag="digests"):
     """Not an input: what the state was after step `seq` had been planned."""
 
@@ -108,7 +120,9 @@ class Ended(msgspec.Struct, frozen=True, array_like=True, tag="end"):
     broke: str = ""
 
 
-Record: TypeAlias = Handled | Dropped | Planned | Applied | Begun | Copied | Ordered | Checked | Ended
+Record: TypeAlias = (
+    Handled | Dropped | Planned | Applied | Begun | Copied | Ordered | Preparing | Prepared | Checked | Ended
+)
 
 _ENCODER = msgspec.msgpack.Encoder()
 _HEADER = msgspec.msgpack.Decoder(Header)
@@ -152,7 +166,7 @@ class RecordedCore:
         self._records: list[Record] = []
         self.config = core.config
         self.check, self.counts, self.picture = core.check, core.counts, core.picture
-        self.events, self.wake_at = core.events, core.wake_at
+        self.events, self.wake_at, self.awaits = core.events, core.wake_at, core.awaits
 
     # ---- for who writes it down -----------------------------------------------------------------------------------
     def taken(self) -> list[Record]:
@@ -197,6 +211,16 @@ class RecordedCore:
     def apply(self, result: StepResult, now: float) -> Out:
         self._records.append(self._applied(self._core.world.flights.get(result.seq), result, now))
         return self._core.apply(result, now)
+
+    def preparations(self) -> tuple[TurnSpec, ...]:
+        if self._core.world.unprepared:
+            self._records.append(Preparing())
+        return self._core.preparations()
+
+    def prepared(self, turn: int, refusal: str | None, now: float) -> Out:
+        told = refusal if refusal is None or self._veil.clear else ""
+        self._records.append(Prepared(turn, told, now))
+        return self._core.prepared(turn, refusal, now)
 
     def begun(self, ticket: TicketId) -> None:
         self._records.append(Begun(ticket))

@@ -121,7 +121,7 @@ def key(world: World) -> Hashable:
     settling = [state for state in world.states.values() if isinstance(state, Settling)]
     unborn = [child for state in settling for child in state.then.children]
     index = {number: place for place, number in enumerate(sorted([*branches, *unborn]))}
-    ages = {age for age, _ in (*world.queue, *world.active)} | {state.turn.age for state in settling}
+    ages = {state.turn.age for state in world.states.values() if not isinstance(state, Held)}
     rank = {age: place for place, age in enumerate(sorted(ages))}
     tree = world.kv.tree
     nodes = {number: place for place, number in enumerate(sorted(tree.nodes))}
@@ -155,7 +155,7 @@ def _branch_key(world: World, number: BranchId, index: dict[BranchId, int], rank
     if not isinstance(state, Held):
         asked = state.turn
         turn = (rank[asked.age], asked.drawn, asked.max_tokens, asked.end, asked.admitted,
-                asked.spec.grammar is not None or bool(asked.spec.stop_strings))
+                asked.spec.grammar is not None or bool(asked.spec.stop_strings), asked.waits, asked.prepared)
     if isinstance(state, Promoting | Prefilling | Decoding | Settling):
         held = state.room
         room = (held.tail_start, len(held.tail), held.issued, held.done, held.copy is not None, held.flight)
