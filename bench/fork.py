@@ -23,11 +23,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "kernels")]
 
+from agentspeed_engine.exec.cpu import CpuExecutor
+from agentspeed_engine.exec.worker import Worker
 from agentspeed_engine.ids import LinkId, pages_for
 from agentspeed_engine.protocol.messages import Close, Command, Fork, Forked, Generate, Open, Opened, Outgoing
 from agentspeed_engine.protocol.token_ids import pack_ids
 from agentspeed_engine.run.options import EngineOptions, build
-from agentspeed_engine.run.worker import Worker
 from agentspeed_engine.sched.core import Core
 from tests.engine_client import engine
 from tools.random_checkpoint import make_checkpoint
@@ -56,7 +57,7 @@ def fork_times(checkpoint: Path, options: argparse.Namespace) -> dict[str, float
     """Median microseconds of one fork of a branch of 1 k and of 32 k tokens, taken in turns."""
     built = build(EngineOptions(model=str(checkpoint), pages=2 * LONG // 64, context_limit=LONG + 64,
                                 threads=options.threads, prefill_chunk=1024))
-    core, worker = Core(built.core), Worker(built.model, built.vocabulary)
+    core, worker = Core(built.core), Worker(CpuExecutor(built.model, built.vocabulary))
     draw = random.Random(options.seed)
     branches = {}
     for name, tokens in (("fork_us_1k", SHORT), ("fork_us_32k", LONG)):

@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT / "engine"), str(ROOT / "kernels")]
 
 import torch
 
-from agentspeed_engine.run.arena import HostArena
+from agentspeed_engine.exec.arena import HostArena
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")

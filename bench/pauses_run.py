@@ -159,8 +159,8 @@ class Run:
 
     def _step(self, plan: StepPlan) -> None:
         load = self.load
-        fed = sum(len(row.ids) for row in plan.rows)
-        decoding = sum(row.sample is not None and len(row.ids) == 1 for row in plan.rows)
+        fed = sum(row.tokens for row in plan.rows)
+        decoding = sum(row.sample is not None and row.tokens == 1 for row in plan.rows)
         seconds = load.scale * (
             load.costs.decode_step + load.costs.decode_row * decoding + load.costs.prefill_token * (fed - decoding)
         )

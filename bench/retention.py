@@ -94,7 +94,7 @@ class Run:
             plan = self.core.plan(self.clock.now())
             self.core.events()
             if plan is not None:
-                self.clock.advance(STEP_SECONDS + TOKEN_SECONDS * sum(len(row.ids) for row in plan.rows))
+                self.clock.advance(STEP_SECONDS + TOKEN_SECONDS * sum(row.tokens for row in plan.rows))
             copies = self.core.host_copies()
             for copy in copies:
                 self.clock.advance(COPY_SECONDS * PAGE * len(copy.pages))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from agentspeed_engine.ids import PageId, SlotId
+from agentspeed_engine.ids import PageId, SlotId, StepSeq
 from agentspeed_engine.sched.plan import Drawn, HostCopy, Row, StepPlan, StepResult
 
 
@@ -26,6 +26,8 @@ class FakeDevice:
         """Each row as the ids it depends on."""
         self.slots: dict[SlotId, list[tuple[int, ...]]] = {}
         self.tokens_computed = 0
+        self.sampled: dict[StepSeq, list[int]] = {}
+        """What each step drew: later ones may be fed with it before anybody knows it."""
 
     def execute(self, plan: StepPlan, logs: dict[int, Sequence[int]]) -> StepResult:
         for copy in plan.copies:
@@ -33,13 +35,18 @@ class FakeDevice:
         drawn: list[Drawn] = []
         for row in plan.rows:
             log = tuple(logs[row.branch])
+            if row.token_of is not None:
+                if len(log) != row.position:
+                    raise WrongRow(f"branch {row.branch} is fed a token as unknown that its log has")
+                log = (*log, self.sampled[row.token_of.step][row.token_of.place])
             self._check_ids(row, log)
             self._write(row, log)
             self._read(row, log)
-            self.tokens_computed += len(row.ids)
+            self.tokens_computed += row.tokens
             if row.sample is not None:
-                token = next_token(log[: row.position + len(row.ids)], self.vocab_size)
+                token = next_token(log[: row.end], self.vocab_size)
                 drawn.append(Drawn(row.branch, row.epoch, token))
+        self.sampled[plan.seq] = [one.id for one in drawn]
         return StepResult(plan.seq, tuple(drawn))
 
     def copy(self, order: HostCopy) -> None:
@@ -51,11 +58,11 @@ class FakeDevice:
                 self.pages[page] = list(self.slots[slot])
 
     def _check_ids(self, row: Row, log: tuple[int, ...]) -> None:
-        if tuple(row.ids) != log[row.position : row.position + len(row.ids)]:
+        if row.token_of is None and tuple(row.ids) != log[row.position : row.end]:
             raise WrongRow(f"branch {row.branch} was fed ids that are not its log's")
 
     def _write(self, row: Row, log: tuple[int, ...]) -> None:
-        for position in range(row.position, row.position + len(row.ids)):
+        for position in range(row.position, row.end):
             page, offset = self._place(row, position)
             rows = self.pages.setdefault(page, [])
             if len(rows) < offset:

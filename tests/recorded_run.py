@@ -72,7 +72,7 @@ class RecordedRun:
             self.tape.flush()
 
     def result(self, plan: StepPlan) -> StepResult:
-        ends = [row.position + len(row.ids) for row in plan.rows if row.sample is not None]
+        ends = [row.end for row in plan.rows if row.sample is not None]
         rows = [row for row in plan.rows if row.sample is not None]
         return StepResult(plan.seq, tuple(
             Drawn(row.branch, row.epoch, STOP if end == self.stop_at else DRAWN + end)

@@ -27,11 +27,11 @@ from agentspeed.errors import ModelBroken
 from agentspeed.transport.base import Connection
 from agentspeed.transport.socket_link import SocketLink
 from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.exec.vocabulary import Vocabulary
 from agentspeed_engine.protocol import messages as wire
 from agentspeed_engine.protocol.frames import command_reader, encode_outbox
 from agentspeed_engine.protocol.sampling import validate_sampling
 from agentspeed_engine.protocol.token_ids import pack_ids, unpack_ids
-from agentspeed_engine.run.vocabulary import Vocabulary
 
 _LOG: Final = logging.getLogger("agentspeed.testing")
 _CONTEXT_LIMIT: Final = 1 << 20

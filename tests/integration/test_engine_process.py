@@ -183,7 +183,7 @@ def test_a_bug_of_the_engine_ends_it_with_status_70_and_is_told_to_every_link(tm
     script = f"""
 import sys
 from agentspeed_engine.run import __main__ as start
-from agentspeed_engine.run.noop import NoopModel
+from agentspeed_engine.exec.noop import NoopModel
 def logits(self, batch):
     raise ZeroDivisionError("planted")
 NoopModel.logits = logits

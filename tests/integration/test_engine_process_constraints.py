@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from llguidance import LLMatcher
 
+from agentspeed_engine.exec.vocabulary import Vocabulary
 from agentspeed_engine.protocol import messages as wire
-from agentspeed_engine.run.vocabulary import Vocabulary
 from tests.engine_client import Front, TurnRecord, engine
 from tools.random_checkpoint import make_checkpoint
 

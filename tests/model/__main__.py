@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 
 from agentspeed_engine.kv.tables import BRANCHES, NODES
 from tests.model.explorer import Bounds, Explored, explore, pairs
-from tests.model.mutants import LOADED, MUTANTS, QUOTA
+from tests.model.mutants import AHEAD, AHEAD_FAR, AHEAD_TWO, HOST, LOADED, MUTANTS, PREPARED, QUOTA
 
 SMALL = (
     Bounds(verbs=4),
@@ -21,6 +21,15 @@ SMALL = (
     Bounds(verbs=2, setup=((1,), (2, 1, 1)), depth=1),
     LOADED,
     QUOTA,
+)
+SMALL_LATER = (
+    AHEAD_TWO,
+    replace(AHEAD, verbs=4),
+    replace(AHEAD_FAR, verbs=3),
+    replace(AHEAD, verbs=3, firm_pages=1, pages=5),
+    replace(HOST, verbs=2, depth=1, decode_ahead=True),
+    replace(QUOTA, verbs=1, depth=1, decode_ahead=True),
+    PREPARED,
 )
 _PROMPTS = ((1, 1, 1), (2, 1, 1, 1))
 LARGE = (
@@ -36,6 +45,16 @@ LARGE = (
     replace(QUOTA, verbs=3, depth=1),
 )
 """The longest first, so that two processes end together."""
+LARGE_LATER = (
+    replace(AHEAD, verbs=5),
+    replace(AHEAD_TWO, verbs=3),
+    replace(AHEAD_FAR, verbs=4),
+    replace(HOST, verbs=4, depth=1, decode_ahead=True),
+    replace(QUOTA, verbs=2, depth=1, decode_ahead=True),
+    replace(PREPARED, verbs=5, depth=1, decode_ahead=True),
+)
+"""With rows for tokens in flight, and turns that wait for their grammar. They are counted apart, so that what the
+others come to can be compared with what they came to before there was either."""
 ENDS = {"Closed"}
 """What is in no table any more."""
 
@@ -74,21 +93,26 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--skip-mutants", action="store_true")
     options = parser.parse_args()
-    failed, states = False, 0
+    failed = False
     reached: set[str] = set()
     with ProcessPoolExecutor(options.processes) as pool:
-        started = time.monotonic()
-        bounds = SMALL if options.bounds == "small" else LARGE
-        for one, found in zip(bounds, pool.map(search, bounds), strict=True):
-            states += found.states
-            reached |= found.reached
-            verdict = "complete" if found.complete else "CUT SHORT"
-            print(f"{found.states:>9} states {found.transitions:>10} transitions  {verdict}  {told(one)}", flush=True)
-            if found.finding is not None or not found.complete:
-                print(f"VIOLATION: {found.finding}")
-                failed = True
-        print(f"{states:>9} states in {time.monotonic() - started:.0f} s: "
-              f"{'FAILED' if failed else 'safe, and every turn ends'}", flush=True)
+        small = options.bounds == "small"
+        for what, bounds in (("", SMALL if small else LARGE),
+                             (" with rows for tokens in flight or turns to prepare",
+                              SMALL_LATER if small else LARGE_LATER)):
+            started, states, unsafe = time.monotonic(), 0, False
+            for one, found in zip(bounds, pool.map(search, bounds), strict=True):
+                states += found.states
+                reached |= found.reached
+                verdict = "complete" if found.complete else "CUT SHORT"
+                print(f"{found.states:>9} states {found.transitions:>10} transitions  {verdict}  {told(one)}",
+                      flush=True)
+                if found.finding is not None or not found.complete:
+                    print(f"VIOLATION: {found.finding}")
+                    unsafe = True
+            print(f"{states:>9} states{what} in {time.monotonic() - started:.0f} s: "
+                  f"{'FAILED' if unsafe else 'safe, and every turn ends'}", flush=True)
+            failed |= unsafe
         missing = (set(BRANCHES) | set(NODES) | pairs()) - reached - ENDS
         print(f"{len((set(BRANCHES) | set(NODES)) & reached)} states of branches and nodes reached, "
               f"{len(pairs() & reached)} of {len(pairs())} pairs of a command and the state it met"

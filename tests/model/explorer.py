@@ -46,6 +46,11 @@ class Bounds:
     page_tokens: int = 2
     context_limit: int = 6
     depth: int = 0
+    decode_ahead: bool = False
+    """Rows are issued for tokens in flight. Then a step may also draw the token that ends a turn, or refuse one; and a
+    turn of those that a user begins has a stop string, so nothing runs ahead of its tokens."""
+    prepares: bool = False
+    """Turns with stop strings wait to be prepared, which ends well or not, at any moment."""
     firm_pages: int = 0
     host_slots: int = 0
     """With any, every copy may end well or fail, at any moment."""
@@ -55,6 +60,8 @@ class Bounds:
     """Branches that may exist at once."""
     verbs: int = 5
     """User verbs in a history."""
+    most: int = 3
+    """Tokens that the longest turns ask for."""
     setup: tuple[tuple[int, ...], ...] = ()
     """Sessions opened before the search begins, by their ids."""
     turns: tuple[int, ...] = ()
@@ -64,7 +71,8 @@ class Bounds:
     def config(self) -> CoreConfig:
         return CoreConfig(pages=self.pages, page_tokens=self.page_tokens, context_limit=self.context_limit,
                           vocab_size=4, prefill_chunk=3, extend_tokens=2, depth=self.depth,
-                          firm_pages=self.firm_pages, host_slots=self.host_slots, tenant_pages=self.tenant_pages,
+                          decode_ahead=self.decode_ahead, prepares=self.prepares, firm_pages=self.firm_pages,
+                          host_slots=self.host_slots, tenant_pages=self.tenant_pages,
                           max_branches=self.branches, max_sessions=self.branches)
 
 
@@ -175,10 +183,16 @@ def actions(world: World, bounds: Bounds, verbs: int) -> Iterator[Any]:
         yield "plan"
     if world.flights:
         yield "acknowledge"
+        if bounds.decode_ahead and any(row.sample is not None for row in world.flights[min(world.flights)].rows):
+            yield "acknowledge stop"
+            yield "acknowledge refused"
     for index in range(len(world.tickets)):
         yield f"copied {index}"
     for index in range(len(world.tickets)):
         yield f"failed {index}"
+    for index in range(len(world.preparing)):
+        yield f"prepared {index}"
+        yield f"unprepared {index}"
     if verbs >= bounds.verbs:
         return
     if len(world.states) < bounds.branches:
@@ -195,9 +209,11 @@ def _verbs(world: World, number: Any, room: bool, bounds: Bounds) -> Iterator[An
     state = world.states[number]
     if isinstance(state, Held):
         known = state.branch.known
-        for ids, most in (((), 1), ((1, 2), 3), ((2,), 0)):
+        for ids, most in (((), 1), ((1, 2), bounds.most), ((2,), 0)):
             if known + len(ids):
                 yield wire.Generate(request=1, branch=number, ids=pack_ids(ids), max_tokens=most, stop_ids=(STOP,))
+        if bounds.decode_ahead or bounds.prepares:
+            yield wire.Generate(request=1, branch=number, ids=pack_ids((2,)), max_tokens=3, stop_strings=(b"x",))
         for cut in {0, known // 2, known - 1} - {known, -1}:
             yield wire.Rewind(request=1, branch=number, tokens=cut)
         for other in sorted(world.states):
@@ -218,10 +234,13 @@ def carry_out(core: Core, action: Any) -> None:
         _ = core.plan(0.0)
         _ = core.events()
         _ = core.host_copies()
-    elif action == "acknowledge":
-        seq = StepSeq(min(core.world.flights))
-        drawn = tuple(Drawn(row.branch, row.epoch, 1) for row in core.world.flights[seq].rows if row.sample is not None)
-        _ = core.apply(StepResult(seq, drawn), 0.0)
+        _ = core.preparations()
+    elif isinstance(action, str) and action.startswith("acknowledge"):
+        _ = core.apply(_result(core.world, action.removeprefix("acknowledge").strip()), 0.0)
+    elif isinstance(action, str) and "prepared" in action:
+        how, index = action.split()
+        turn = list(core.world.preparing)[int(index)]
+        _ = core.prepared(turn, None if how == "prepared" else "refused", 0.0)
     elif isinstance(action, str):
         how, index = action.split()
         _ = core.copied(list(core.world.tickets)[int(index)], how == "copied", 0.0)
@@ -229,6 +248,16 @@ def carry_out(core: Core, action: Any) -> None:
         _ = core.drop_link(LINK, 0.0)
     else:
         _ = core.handle(LINK, action, 0.0)
+
+
+def _result(world: World, first: str) -> StepResult:
+    """Of the oldest step. `first`: what the first of its samples came to, a `stop` or `refused`; the others go on."""
+    seq = StepSeq(min(world.flights))
+    rows = [row for row in world.flights[seq].rows if row.sample is not None]
+    refused = [(row.branch, row.epoch, "refused") for row in rows[:1]] if first == "refused" else []
+    drawn = [Drawn(row.branch, row.epoch, STOP if first == "stop" and not place else 1)
+             for place, row in enumerate(rows) if place or not refused]
+    return StepResult(seq, tuple(drawn), tuple(refused))
 
 
 def _play(core: Core, number: int) -> None:

@@ -9,12 +9,14 @@ from typing import Any
 from unittest import mock
 
 from agentspeed_engine.kv import branches
-from agentspeed_engine.kv.branches import Held, Next, Queued, Then
+from agentspeed_engine.kv.branches import Held, Next, Queued, Settling, Then
 from agentspeed_engine.kv.nodes import Device, Saving
 from agentspeed_engine.kv.owners import Kv
 from agentspeed_engine.kv.tree import upward
-from agentspeed_engine.sched import quotas, reclaim, step, tickets, verbs
+from agentspeed_engine.sched import outcome, quotas, reclaim, step, tickets, verbs
+from agentspeed_engine.sched.plan import TokenOf
 from agentspeed_engine.sched.reclaim import Room
+from agentspeed_engine.sched.world import World
 from tests.model.explorer import Bounds
 
 
@@ -147,6 +149,83 @@ QUOTA = Bounds(verbs=2, pages=14, page_tokens=1, context_limit=8, tenant_pages=8
                setup=((1,), (1, 2), (2, 1)))
 """Two sessions of one tenant, whose prompts fit its quota and whose answers do not, and one of another."""
 
+AHEAD = Bounds(verbs=3, depth=1, decode_ahead=True)
+"""A row is issued while the token it is fed with is in flight."""
+AHEAD_TWO = Bounds(verbs=2, depth=1, decode_ahead=True, pages=5, context_limit=8, most=5, setup=((1,), (2, 1)))
+"""Two turns run ahead at once, and their answers do not fit beside each other."""
+AHEAD_FAR = Bounds(verbs=2, depth=2, decode_ahead=True, pages=5, context_limit=8, most=5)
+"""Three steps in flight: there would be room for a second row whose token is not known."""
+
+
+def _two_ahead(state: Any) -> bool:
+    return bool(state.turn.drawn + 2 < state.turn.max_tokens)
+
+
+def _two_unknown(branch: Any, room: Any, tokens: int, unknown: int = 0) -> None:
+    room.issued += tokens
+    room.flight += 1
+
+
+def _dead_rows_count(branch: Any, room: Any, tokens: int) -> int:
+    return int(room.done + tokens)
+
+
+def _ahead_of_the_last(state: Any) -> bool:
+    return bool(state.room.issued == state.branch.known) and not state.turn.spec.stop_strings
+
+
+def _ahead_of_stop_strings(state: Any) -> bool:
+    return bool(state.room.issued == state.branch.known and state.turn.drawn + 1 < state.turn.max_tokens)
+
+
+def _fed_with_the_first_token(world: Any) -> Any:
+    return {row.branch: TokenOf(seq, 0) for seq, plan in world.flights.items()
+            for row in plan.rows if row.sample is not None}
+
+
+def _late_row_is_ignored(original: Any) -> Any:
+    """A row whose turn has ended by the token before it is taken for one of an older epoch."""
+
+    def came_back(world: Any, row: Any, token: Any, refusal: Any, now: float) -> None:
+        state = world.states.get(row.branch)
+        if row.token_of is not None and isinstance(state, Settling):
+            world.ignored += 1
+            return
+        original(world, row, token, refusal, now)
+
+    return came_back
+
+
+def _ahead_takes_room(world: Any, run: Any, state: Any, now: float) -> None:
+    oldest = world.active[0][1]
+    if world.kv.pages_to(state.room, state.room.issued + 1):
+        if not world.kv.pages.free and oldest != state.branch.id:
+            reclaim.preempt(world, world.states[oldest], "preempted", now)
+        if not world.kv.pages.free:
+            return
+        world.kv.grow(state.room, 1)
+    step._row(world, run, state, 1, run.sampled[state.branch.id])
+
+
+PREPARED = Bounds(verbs=4, prepares=True)
+
+
+def _prepared_stays_out(world: Any, turn: int, refusal: Any, now: float) -> None:
+    """What was prepared is taken off the list, and put on no other."""
+    if (number := world.preparing.get(turn)) is not None:
+        world.dequeue(world.states[number].turn, world.states[number].branch)
+
+
+def _forgets_what_waits(original: Any) -> Any:
+    """A turn that waits to be prepared is taken off no list when it is cancelled, forked or closed."""
+
+    def dequeue(self: Any, turn: Any, branch: Any) -> None:
+        if not turn.waits:
+            original(self, turn, branch)
+
+    return dequeue
+
+
 MUTANTS = (
     Mutant("held-with-rows-in-flight", "a branch lets go of its room while a step still writes it",
            ((branches, "_leave", _rest_at_once),)),
@@ -181,6 +260,27 @@ MUTANTS = (
            ((Kv, "grow", _tails_are_not_counted),), QUOTA),
     Mutant("wait-for-the-queued", "a turn waits for one that is not computing what it needs",
            ((step, "_waits_for_sibling", _waits_for_anyone),), Bounds(verbs=4)),
+    Mutant("two-tokens-ahead", "a row is issued for the token of a row whose own token is not known",
+           ((step, "_may_run_ahead", _two_ahead), (branches, "_issue", _two_unknown)),
+           AHEAD_FAR),
+    Mutant("dead-rows-count", "a row counts as done whose token the log never took",
+           ((branches, "_done", _dead_rows_count),), AHEAD),
+    Mutant("rest-with-a-row-ahead", "a turn that ends lets go of its room while the row after its last token runs",
+           ((branches, "_leave", _rest_at_once),), AHEAD),
+    Mutant("ahead-of-the-last-token", "a row is issued for a token that ends its turn for certain",
+           ((step, "_may_run_ahead", _ahead_of_the_last),), AHEAD),
+    Mutant("ahead-of-stop-strings", "a row is issued for a token that the host must see first",
+           ((step, "_may_run_ahead", _ahead_of_stop_strings),), AHEAD),
+    Mutant("fed-with-anothers-token", "a row names the token of another branch in the step before",
+           ((step, "_sampled", _fed_with_the_first_token),), AHEAD_TWO),
+    Mutant("dead-row-is-ignored", "a dead row is never acknowledged, and its branch settles for ever",
+           ((outcome, "_row_came_back", _late_row_is_ignored(outcome._row_came_back)),), AHEAD),
+    Mutant("ahead-takes-room", "a turn that runs ahead takes room from an older one",
+           ((step, "_decode_ahead", _ahead_takes_room),), AHEAD_TWO),
+    Mutant("prepared-stays-out", "a turn whose grammar is ready is in no queue",
+           ((outcome, "prepared", _prepared_stays_out),), PREPARED),
+    Mutant("cancelled-still-prepares", "a turn that ended while its grammar was compiled is awaited",
+           ((World, "dequeue", _forgets_what_waits(World.dequeue)),), PREPARED),
 )
 
 __all__ = ["MUTANTS", "Mutant"]

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from agentspeed_engine.kv.tables import BRANCHES, NODES
 from tests.model.alike import unlike
 from tests.model.explorer import Bounds, explore, pairs
-from tests.model.mutants import HOST, LOADED, MUTANTS, QUOTA, Mutant
+from tests.model.mutants import AHEAD, AHEAD_FAR, HOST, LOADED, MUTANTS, PREPARED, QUOTA, Mutant
 
 
 @pytest.mark.parametrize("bounds", [
     Bounds(verbs=3), Bounds(verbs=3, depth=1), Bounds(verbs=3, firm_pages=1, pages=5),
     Bounds(verbs=2, setup=((1,), (2, 1, 1)), depth=1), Bounds(verbs=2, host_slots=4, setup=((1, 1, 1), (2, 1, 1, 1))),
-    QUOTA,
+    QUOTA, AHEAD, AHEAD_FAR, replace(PREPARED, verbs=3),
 ])
 def test_every_state_is_sound_and_every_turn_ends(bounds: Bounds) -> None:
     found = explore(bounds)
@@ -25,6 +27,7 @@ def test_every_state_is_sound_and_every_turn_ends(bounds: Bounds) -> None:
 @pytest.mark.parametrize("bounds", [
     Bounds(verbs=3), Bounds(verbs=3, depth=1), Bounds(verbs=2, host_slots=4, setup=((1, 1, 1), (2, 1, 1, 1))),
     Bounds(verbs=2, pages=6, page_tokens=1, context_limit=4, tenant_pages=5, branches=3, setup=((1,), (1, 2), (2, 1))),
+    AHEAD, replace(PREPARED, verbs=3),
 ])
 def test_worlds_that_the_search_takes_for_one_go_on_alike(bounds: Bounds) -> None:
     merged, found = unlike(bounds)

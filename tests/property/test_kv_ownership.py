@@ -23,13 +23,15 @@ class Ownership(RuleBasedStateMachine):
     """The engine's core between a user who does anything at any time and a device that checks every row."""
 
     @initialize(page=st.sampled_from([2, 3, 4]), limit=st.sampled_from([12, 20]), spare=st.integers(0, 6),
-                chunk=st.sampled_from([3, 8]), depth=st.integers(0, 1), slots=st.sampled_from([0, 2, 5, 40]),
+                chunk=st.sampled_from([3, 8]), depth=st.integers(0, 2), ahead=st.booleans(),
+                slots=st.sampled_from([0, 2, 5, 40]),
                 policy=st.sampled_from(["next_use", "lru", "ttl", "min_waste"]))
-    def start(self, page: int, limit: int, spare: int, chunk: int, depth: int, slots: int, policy: str) -> None:
+    def start(self, page: int, limit: int, spare: int, chunk: int, depth: int, ahead: bool, slots: int,
+              policy: str) -> None:
         self.core = Core(CoreConfig(
             pages=pages_for(limit, page) + 1 + spare, firm_pages=min(1, spare), context_limit=limit,
             vocab_size=VOCABULARY, page_tokens=page, prefill_chunk=chunk, extend_tokens=2, max_branches=6,
-            max_sessions=4, depth=depth, host_slots=slots, policy=policy))
+            max_sessions=4, depth=depth, decode_ahead=ahead and depth > 0, host_slots=slots, policy=policy))
         self.device = FakeDevice(page, VOCABULARY)
         self.logs: dict[int, list[int]] = {}
         self.running: set[int] = set()

@@ -101,13 +101,14 @@ class Agent:
         before = handle.known
         while True:
             reply = yield from self.ask(handle, lambda number: wire.Generate(
-                request=0, branch=number, ids=pack_ids(list(ids)), max_tokens=most))
+                request=0, branch=number, ids=pack_ids(list(ids)), max_tokens=most,
+                stop_ids=tuple(range(self.spec.stops))))
             assert isinstance(reply, wire.Done), reply
             if meanwhile is not None:
                 action, meanwhile = meanwhile, None
                 yield from action()
             ended = yield Ends(handle)
-            if isinstance(ended, wire.TurnEnded) and ended.reason == "max_tokens":
+            if isinstance(ended, wire.TurnEnded) and ended.reason in ("max_tokens", "stop_id"):
                 self.transcript[f"{self.label}/{label}"] = tuple(handle.mirror.ids)
                 return
             yield Sleep(0.01)

@@ -29,6 +29,10 @@ _EDGE = 2.0
 """How much more often a row is carried out in the very first or last moment of its step than in between."""
 
 
+_KEPT = 16
+"""Steps whose tokens the device keeps; more than are ever in flight."""
+
+
 class WrongRow(AssertionError):
     """A step or a copy met rows that are not those it was ordered for."""
 
@@ -65,6 +69,10 @@ class Mirror:
 
     def cut(self, known: int) -> None:
         del self.ids[known:], self.rows[known:], self.readings[known:]
+
+    def ahead(self, vocabulary: int) -> list[int]:
+        """The rows with the one of the token that an undisturbed model draws next, before its front has heard of it."""
+        return [*self.rows, grown(self.readings[-1], self.following(vocabulary))]
 
     def copy(self, known: int) -> Mirror:
         return Mirror(self.ids[:known], self.rows[:known], self.readings[:known])
@@ -111,6 +119,8 @@ class Device:
         self._serial = 0
         self._last: dict[BranchId, float] = {}
         """When the last row of a branch is carried out."""
+        self._samples: dict[int, list[Task]] = {}
+        """Of the latest steps, in the order of their rows: later steps may name the token of one."""
 
     # ---- steps ----------------------------------------------------------------------------------------------------
     def begin(self, plan: StepPlan, expected: Sequence[Sequence[int] | None], begins: float, ends: float) -> Step:
@@ -126,6 +136,8 @@ class Device:
             self._serial += 1
             heappush(self._due, (at, self._serial, task))
             tasks.append(task)
+        self._samples[plan.seq] = [task for task in tasks if task.row.sample is not None]
+        _ = self._samples.pop(plan.seq - _KEPT, None)
         return Step(plan, tuple(tasks))
 
     def carry_out(self, until: float) -> None:
@@ -161,10 +173,11 @@ class Device:
             self.pages[copy.dst][: copy.rows] = self.pages[copy.src][: copy.rows]
         for value in self._path(row):
             reading = grown(reading, value)
-        for position in range(row.tail_start, row.position + len(row.ids)):
+        ids = row.ids if row.token_of is None else (self._samples[row.token_of.step][row.token_of.place].token,)
+        for position in range(row.tail_start, row.end):
             page, offset = self._place(row, position)
             if position >= row.position:
-                self.pages[page][offset] = grown(reading, row.ids[position - row.position])
+                self.pages[page][offset] = grown(reading, ids[position - row.position])
             reading = grown(reading, self.pages[page][offset])
         self._look(task, carried_out=True)
         task.token = next_token(reading, self.vocabulary)
@@ -203,7 +216,7 @@ class Device:
         if position != row.tail_start:
             raise WrongRow(f"the tail of branch {row.branch} starts at {row.tail_start}, its path ends at {position}")
         if carried_out:
-            _ = self._expect(row, row.tail_pages, position, row.position + len(row.ids), rows)
+            _ = self._expect(row, row.tail_pages, position, row.end, rows)
 
     def _expect(self, row: Row, pages: Sequence[PageId], start: int, end: int, rows: Sequence[int]) -> int:
         for index, position in enumerate(range(start, end, self.page_tokens)):

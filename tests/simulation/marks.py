@@ -29,7 +29,8 @@ class Glance:
              "copied": world.copied_pages, "saved": world.saved_pages, "loaded": world.loaded_pages,
              "prefetched": world.prefetched, "late": world.late_tickets, "tickets": world.next_ticket,
              "reshaped": sum(room.stale for room in world.kv.rooms.values()), "joined": len(world.fill_of),
-             "queued": len(world.queue), "free": world.kv.pages.free, "full": len(world.over_quota)},
+             "queued": len(world.queue), "free": world.kv.pages.free, "full": len(world.over_quota),
+             "ahead": sum(room.issued > world.kv.branches[number].known for number, room in world.kv.rooms.items())},
         )
 
 
@@ -125,6 +126,10 @@ _RULES: dict[str, tuple[str, Callable[[Event], bool]]] = {
     "fork-in-flight": ("forked while its rows are in a step",
                        lambda e: e.what == "Fork" and e.moved(("Prefilling", "Decoding"), ("Settling",))),
     "fork-while-settling": ("forked while it already lets go", lambda e: e.found("Fork", "Settling")),
+    "ran-ahead": ("a row is issued for a token that is in flight",
+                  lambda e: e.call == "plan" and e.more("ahead")),
+    "ended-before-a-row-ahead": ("a turn ends with a token whose row is in flight already",
+                                 lambda e: e.call == "apply" and e.moved(("Decoding",), ("Settling",))),
     "settled-by-ack": ("the last row of a branch that left comes back, and its room goes",
                        lambda e: e.call == "apply" and e.moved(("Settling",), ("Held", "Queued", ""))),
     "split-under-a-pin": ("a command splits rows that a running turn reads",

@@ -60,6 +60,7 @@ class EngineSpec:
     prefill_chunk: int = 16
     extend_tokens: int = 8
     depth: int = 0
+    decode_ahead: bool = False
     host_slots: int = 0
     firm_pages: int | None = None
     max_sessions: int = 1024
@@ -107,6 +108,8 @@ class AgentSpec:
     sent: Span = Span(1, 6)
     """Ids of a later message or a tool's result."""
     drawn: Span = Span(1, 8)
+    stops: int = 0
+    """Ids below this one end a turn, of a vocabulary of 509."""
     pause: Span = Span(0.1, 2.0)
     """How long its tools take."""
     keep: str = "none"

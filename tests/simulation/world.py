@@ -24,6 +24,7 @@ from agentspeed_engine.protocol import messages as wire
 from agentspeed_engine.protocol.token_ids import unpack_ids
 from agentspeed_engine.sched.core import Core
 from agentspeed_engine.sched.plan import HostCopy, Row, StepPlan
+from agentspeed_engine.sched.recorder import RecordedCore
 from agentspeed_engine.sched.world import Out
 from tests.simulation import checkers
 from tests.simulation.agents import Agent, Ending, Refused, cast, hog
@@ -46,8 +47,11 @@ _SPINS = 1000
 class Simulation:
     """The world around one core. `run` once."""
 
-    def __init__(self, workload: Workload, seed: int, *, sight: Sight = Sight.LEDGER) -> None:
+    def __init__(self, workload: Workload, seed: int, *, sight: Sight = Sight.LEDGER,
+                 recorded: Callable[[Core], RecordedCore] | None = None) -> None:
+        """`recorded`: what notes the inputs of each core that is started, one after every death of the engine."""
         self.workload = workload
+        self._recorded = recorded
         self.seed = seed
         self.clock = VirtualClock()
         self.faults = Faults.of(workload, seed)
@@ -157,6 +161,7 @@ class Simulation:
     def _boot(self) -> None:
         config = self.workload.engine.config()
         self.core = Core(config)
+        self._driven: Core | RecordedCore = self.core if self._recorded is None else self._recorded(self.core)
         self._device = Device(config.pages, config.host_slots, config.page_tokens, VOCABULARY,
                               self._within)
         self._device_free_at = self._copier_free_at = self.clock.now()
@@ -185,15 +190,15 @@ class Simulation:
         """Plans as long as there is something to plan, as the engine's loop does after every event."""
         while (plan := self._plan()) is not None:
             self._launch(plan)
-        for copy in self.core.host_copies():
+        for copy in self._driven.host_copies():
             self._copy(copy)
 
     def _plan(self) -> StepPlan | None:
         found: list[StepPlan | None] = []
 
         def plan() -> Out:
-            found.append(self.core.plan(self.clock.now()))
-            return self.core.events()
+            found.append(self._driven.plan(self.clock.now()))
+            return self._driven.events()
 
         self._call("plan", "", plan)
         return found[0]
@@ -212,10 +217,14 @@ class Simulation:
         """What a branch must find and make on the device."""
         if self.checkers.sight is Sight.USER:
             return None
-        mirror, end = self._handles[row.branch].mirror, row.position + len(row.ids)
-        if list(row.ids) != mirror.ids[row.position : end]:
+        mirror = self._handles[row.branch].mirror
+        if row.token_of is not None:
+            if len(mirror.ids) != row.position:
+                raise Violation(f"wrong ids: branch {row.branch} is fed a token as unknown that its front has heard")
+            return mirror.ahead(VOCABULARY)
+        if list(row.ids) != mirror.ids[row.position : row.end]:
             raise Violation(f"wrong ids: branch {row.branch} is fed ids that its front does not know")
-        return mirror.rows[:end]
+        return mirror.rows[: row.end]
 
     def _done(self, step: Step) -> None:
         self._device.carry_out(self.clock.now())
@@ -224,7 +233,7 @@ class Simulation:
             token = result.drawn[0]
             refusal = (token.branch, token.epoch, "its grammar admits no token")
             result = replace(result, drawn=result.drawn[1:], refused=(refusal,))
-        self._call("apply", f"step {result.seq}", lambda: self.core.apply(result, self.clock.now()))
+        self._call("apply", f"step {result.seq}", lambda: self._driven.apply(result, self.clock.now()))
 
     def _copy(self, order: HostCopy) -> None:
         """One copy after the other, in a thread of its own; one whose time to begin has passed does not begin."""
@@ -239,7 +248,7 @@ class Simulation:
             if not order.may_begin(self.clock.now(), self._progress):
                 self._copied(order, False)
             else:
-                self.core.begun(order.ticket)
+                self._driven.begun(order.ticket)
                 self._in_this_life(self.clock.now() + takes, lambda: carry_out(ok))
 
         def carry_out(ok: bool) -> None:
@@ -251,7 +260,7 @@ class Simulation:
 
     def _copied(self, order: HostCopy, ok: bool) -> None:
         what = f"{order.direction} {'done' if ok else 'failed'}"
-        self._call("copied", what, lambda: self.core.copied(order.ticket, ok, self.clock.now()))
+        self._call("copied", what, lambda: self._driven.copied(order.ticket, ok, self.clock.now()))
 
     def _reopen(self, why: str) -> None:
         """The engine is gone with all it held. Another one starts; fronts open their sessions again when they need
@@ -428,7 +437,7 @@ class Simulation:
         self._asked[self._request] = (agent, handle, command)
         self.checkers.told(self.core, handle, command)
         self._call("handle", type(command).__name__,
-                   lambda: self.core.handle(handle.link, command, self.clock.now()), handle.number or 0)
+                   lambda: self._driven.handle(handle.link, command, self.clock.now()), handle.number or 0)
 
     # ---- faults ---------------------------------------------------------------------------------------------------
     def _strike(self) -> None:
@@ -462,7 +471,7 @@ class Simulation:
         for number, (_, handle, _) in list(self._asked.items()):
             if handle.link == link:
                 del self._asked[number]
-        self._call("drop_link", f"link {link}", lambda: self.core.drop_link(link, self.clock.now()))
+        self._call("drop_link", f"link {link}", lambda: self._driven.drop_link(link, self.clock.now()))
         for branch, handle in list(self._handles.items()):
             if handle.link == link:
                 handle.number, handle.running = None, False

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from agentspeed_engine.errors import EngineFault
-from agentspeed_engine.run.arena import HostArena
-from agentspeed_engine.run.model import CopyFailed
+from agentspeed_engine.exec.arena import HostArena
+from agentspeed_engine.exec.executor import CopyFailed
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

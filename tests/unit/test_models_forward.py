@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from agentspeed_engine.exec.arena import HostArena
 from agentspeed_engine.models.catalog import load
 from agentspeed_engine.models.loaded import LoadedModel
 from agentspeed_engine.models.memory import zeros_on_demand
-from agentspeed_engine.run.arena import HostArena
 from tests.paged import CONFIG, Trail, batch
 from tools.random_checkpoint import make_checkpoint
 

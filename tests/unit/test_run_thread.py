@@ -16,14 +16,14 @@ import pytest
 
 from agentspeed_engine.clock import VirtualClock
 from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.exec.copies import Copied, Copier
+from agentspeed_engine.exec.executor import CopyFailed
+from agentspeed_engine.exec.torch_model import TorchModel
 from agentspeed_engine.ids import PageId, SlotId, TicketId
 from agentspeed_engine.models.catalog import load
-from agentspeed_engine.run.copies import Copied, Copier
 from agentspeed_engine.run.inprocess import EngineThread
 from agentspeed_engine.run.loop import EngineLoop
-from agentspeed_engine.run.model import CopyFailed
 from agentspeed_engine.run.options import EngineOptions, build, options_from, parse_options
-from agentspeed_engine.run.torch_model import TorchModel
 from agentspeed_engine.sched.plan import HostCopy, StepPlan
 from agentspeed_engine.sched.world import Out
 from tests.engine_client import Front, LinkClosed

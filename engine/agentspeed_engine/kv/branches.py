@@ -253,7 +253,8 @@ class Decoding:
         return branch
 
     def issue(self, tokens: int) -> None:
-        _issue(self.branch, self.room, tokens)
+        """While the newest token is in flight, one row more may be issued than ids are known: the one it is fed to."""
+        _issue(self.branch, self.room, tokens, unknown=1 if self.room.flight else 0)
 
     def commit(self, kv: Kv, tokens: int) -> None:
         _commit(kv, self.branch, self.room, tokens)
@@ -289,7 +290,8 @@ class Settling:
         return branch
 
     def ack(self, kv: Kv, tokens: int, now: float) -> Settling | AtRest:
-        """One step's rows came back; the last one lets go of the room."""
+        """One step's rows came back; the last one lets go of the room. A row that was fed with a token which the log
+        never took is dead: it is acknowledged and does not count as done."""
         branch, room = self._moved(), self.room
         _commit(kv, branch, room, tokens)
         if room.flight:
@@ -314,8 +316,8 @@ BranchState: TypeAlias = Held | Queued | Promoting | Prefilling | Decoding | Set
 """What a branch that exists is; `Closed` ones are forgotten."""
 
 
-def _issue(branch: Branch, room: Room, tokens: int) -> None:
-    if room.issued + tokens > branch.known:
+def _issue(branch: Branch, room: Room, tokens: int, unknown: int = 0) -> None:
+    if room.issued + tokens > branch.known + unknown:
         raise BrokenInvariant(f"branch {branch.id} issued rows of ids it does not know")
     room.issued += tokens
     room.flight += 1
@@ -325,9 +327,13 @@ def _commit(kv: Kv, branch: Branch, room: Room, tokens: int) -> None:
     if room.flight == 0 or room.done + tokens > room.issued:
         raise BrokenInvariant(f"branch {branch.id} acknowledged rows that were not in flight")
     room.flight -= 1
-    room.done += tokens
+    room.done = _done(branch, room, tokens)
     if room.copy is not None:
         kv.copied(branch, room)
+
+
+def _done(branch: Branch, room: Room, tokens: int) -> int:
+    return min(room.done + tokens, branch.known)
 
 
 def _leave(kv: Kv, branch: Branch, turn: Turn, room: Room, then: Then, now: float) -> Settling | AtRest:

@@ -1,4 +1,4 @@
-"""The eight invariants of the ownership machines, recounted from the owners themselves."""
+"""The invariants of the ownership machines, recounted from the owners themselves."""
 
 from __future__ import annotations
 
@@ -122,7 +122,10 @@ def _branch_is_sound(kv: Kv, number: BranchId, state: BranchState) -> None:
         room = state.room
         if kv.rooms.get(number) is not room:
             raise BrokenInvariant(f"(3) branch {number} has room nobody knows of")
-        if not room.done <= room.issued <= branch.known:
+        unknown = room.issued - branch.known
+        if unknown > 0:
+            _runs_ahead_soundly(number, state, unknown)
+        if not room.done <= min(room.issued, branch.known):
             raise BrokenInvariant(f"branch {number}: done {room.done}, issued {room.issued}, known {branch.known}")
         if not isinstance(state, Settling) and room.done > branch.known - 1:
             raise BrokenInvariant(f"(8) branch {number} has no token left to feed")
@@ -138,6 +141,17 @@ def _branch_is_sound(kv: Kv, number: BranchId, state: BranchState) -> None:
             raise BrokenInvariant(f"(4) branch {number} has a gap between path and tail")
     elif any(number in node.pinned_by for node in upward(branch.leaf)):
         raise BrokenInvariant(f"(3) branch {number} is at rest and pins its path")
+
+
+def _runs_ahead_soundly(number: BranchId, state: Promoting | Prefilling | Decoding | Settling, unknown: int) -> None:
+    """(9): at most one row is fed with a token that is not known, and only where the token may be followed by one."""
+    turn, room = state.turn, state.room
+    if unknown > 1 or isinstance(state, Promoting | Prefilling) or not room.flight:
+        raise BrokenInvariant(f"(9) branch {number} issued {unknown} rows of ids it does not know")
+    if isinstance(state, Decoding) and turn.drawn + 1 >= turn.max_tokens:
+        raise BrokenInvariant(f"(9) branch {number} runs ahead of the last token that its turn may draw")
+    if turn.spec.grammar is not None or turn.spec.stop_strings:
+        raise BrokenInvariant(f"(9) branch {number} runs ahead of a token that its grammar or stop strings must see")
 
 
 def _all(*sets: set[BranchId]) -> set[BranchId]:

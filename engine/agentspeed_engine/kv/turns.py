@@ -26,6 +26,10 @@ class Turn:
     end: FinishReason | None = None
     """Set when the turn is to leave `hold` or `close`."""
     message: str = ""
+    waits: bool = False
+    """The executor is making ready what its sampling needs: it is in no queue yet."""
+    prepared: bool = False
+    """The executor has: it must hear of the turn's end."""
     admitted: bool = False
     """Its usage was reported: what was resumed is counted once, at the first admission."""
     new: int = 0

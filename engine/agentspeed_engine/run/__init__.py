@@ -1,1 +1,1 @@
-"""The thin shell: process, loop thread, worker thread, sockets."""
+"""The thin shell: process, loop thread, sockets."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hmac
 import logging
 import os
@@ -19,6 +20,11 @@ from msgspec.structs import replace
 
 from agentspeed_engine.clock import Clock, MonotonicClock
 from agentspeed_engine.errors import Code
+from agentspeed_engine.exec.copies import Copied, Copier
+from agentspeed_engine.exec.cpu import CpuExecutor
+from agentspeed_engine.exec.executor import Executor
+from agentspeed_engine.exec.prepare import Prepared, Preparer
+from agentspeed_engine.exec.worker import Worker
 from agentspeed_engine.ids import LinkId
 from agentspeed_engine.protocol.credential import CREDENTIAL_FILE
 from agentspeed_engine.protocol.frames import BadFrame
@@ -33,12 +39,10 @@ from agentspeed_engine.protocol.messages import (
     Welcome,
     as_text,
 )
-from agentspeed_engine.run.copies import Copied, Copier
 from agentspeed_engine.run.door import Door
 from agentspeed_engine.run.links import Link
 from agentspeed_engine.run.options import Built
 from agentspeed_engine.run.recording import RecordingOrder, begun
-from agentspeed_engine.run.worker import Worker
 from agentspeed_engine.sched.core import Core
 from agentspeed_engine.sched.plan import StepPlan, StepResult
 from agentspeed_engine.sched.recorder import RecordedCore
@@ -57,7 +61,7 @@ _MOST_STRANGERS = 64
 _SAME_VERSION = "Use a client of the same version as the engine."
 _LATER = "Close links that are not needed, raise max_links or `ulimit -n`, or try again later."
 
-_Report: TypeAlias = StepResult | Copied | BaseException
+_Report: TypeAlias = StepResult | Copied | Prepared | BaseException
 
 
 @final
@@ -66,20 +70,24 @@ class EngineLoop:
 
     def __init__(self, built: Built, *, outbox_bytes: int = 1 << 20, check: bool = False,
                  clock: Clock | None = None, idle_seconds: float | None = None,
-                 recording: RecordingOrder | None = None, credential: str = "") -> None:
+                 recording: RecordingOrder | None = None, credential: str = "",
+                 executor: Executor | None = None) -> None:
         """`check`: run the ledger after every event. `idle_seconds` without a session end the loop. `credential`: what
-        every greeting must show; empty asks for none. Raises `EngineFault` when the recording cannot be begun."""
+        every greeting must show; empty asks for none. `executor`: None is one on this process's CPU. Raises
+        `EngineFault` when the recording cannot be begun."""
         self._credential = credential.encode()
         self._source = built.source
         self._idle_seconds = idle_seconds
         self._idle_since: float | None = None
         self._last_words = "The engine was told to stop."
         self._clock: Clock = clock if clock is not None else MonotonicClock()
-        core = Core(built.core)
+        core = Core(dataclasses.replace(built.core, prepares=True))
         self._tape = begun(core, recording, began=self._clock.now())
         self._core: Core | RecordedCore = core if self._tape is None else self._tape.core
-        self._worker = Worker(built.model, built.vocabulary)
-        self._copier = Copier(built.model, self._report, self._clock)
+        self._executor: Executor = executor if executor is not None else CpuExecutor(
+            built.model, built.vocabulary, depth=built.core.depth)
+        self._copier = Copier(self._executor, self._report, self._clock)
+        self._preparer = Preparer(self._executor, self._report)
         self._check = check
         self._outbox_bytes = outbox_bytes
         self._selector = selectors.DefaultSelector()
@@ -100,7 +108,9 @@ class EngineLoop:
         self._rows = 0
         self._tokens = 0
         self._planning_seconds = 0.0
-        self._thread = threading.Thread(target=self._work, name="agentspeed-worker", daemon=True)
+        worker = Worker(self._executor)
+        self._thread = threading.Thread(target=worker.run, args=(self._plans, self._report),
+                                        name="agentspeed-worker", daemon=True)
 
     @property
     def recording(self) -> Path | None:
@@ -208,14 +218,20 @@ class EngineLoop:
                     self._deliver(self._core.apply(report, self._clock.now()))
                 case Copied():
                     self._deliver(self._core.copied(report.ticket, report.ok, self._clock.now()))
+                case Prepared():
+                    if not self._core.awaits(report.turn):  # it was cancelled meanwhile
+                        self._executor.discard(report.turn)
+                    self._deliver(self._core.prepared(report.turn, report.refusal, self._clock.now()))
                 case BaseException():
                     raise report
 
     def _plan(self, now: float) -> None:
         started = self._clock.now()
+        for spec in self._core.preparations():
+            self._preparer.start(spec)
         while (plan := self._core.plan(now)) is not None:
             self._steps += 1
-            self._rows += sum(len(row.ids) for row in plan.rows)
+            self._rows += sum(row.tokens for row in plan.rows)
             self._plans.put(plan)
             self._deliver(self._core.events())
         self._deliver(self._core.events())
@@ -318,7 +334,7 @@ class EngineLoop:
     def _stats(self, request: int) -> Stats:
         counts = self._core.counts() | {"steps": self._steps, "rows_computed": self._rows,
                                         "tokens_drawn": self._tokens, "links": len(self._links)}
-        seconds = {"model": self._worker.model_seconds, "sampling": self._worker.sampling_seconds,
+        seconds = {"model": self._executor.model_seconds, "sampling": self._executor.sampling_seconds,
                    "planning": self._planning_seconds, "clock": self._clock.now()}
         return Stats(request=request, counts=counts, seconds=seconds)
 
@@ -337,13 +353,6 @@ class EngineLoop:
             link.write()
 
     # ---- the other threads ----------------------------------------------------------------------------------------
-    def _work(self) -> None:
-        while (plan := self._plans.get()) is not None:
-            try:
-                self._report(self._worker.execute(plan))
-            except BaseException as error:  # noqa: BLE001 - handed to the loop thread, which raises it
-                self._report(error)
-
     def _report(self, report: _Report) -> None:
         self._reports.put(report)
         self._wake()
@@ -364,6 +373,7 @@ class EngineLoop:
         self._plans.put(None)
         self._thread.join(timeout=_JOIN_SECONDS)
         self._copier.close(_JOIN_SECONDS)
+        self._preparer.close()
         if self._tape is not None:
             self._tape.close()
         for link in self._links.values():

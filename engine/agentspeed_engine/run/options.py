@@ -17,14 +17,14 @@ from typing import Any, Literal, TypeVar, final, get_args
 import msgspec
 
 from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.exec.calibrate import calibrated
+from agentspeed_engine.exec.model import Model
+from agentspeed_engine.exec.noop import NoopModel
+from agentspeed_engine.exec.vocabulary import Vocabulary
 from agentspeed_engine.ids import pages_for
 from agentspeed_engine.models.catalog import describe, load
 from agentspeed_engine.protocol.messages import as_text
-from agentspeed_engine.run.calibrate import calibrated
-from agentspeed_engine.run.model import Model
-from agentspeed_engine.run.noop import NoopModel
 from agentspeed_engine.run.recording import LEAST_BYTES, RecordingOrder
-from agentspeed_engine.run.vocabulary import Vocabulary
 from agentspeed_engine.sched.config import CoreConfig
 
 T = TypeVar("T")
@@ -212,17 +212,22 @@ def build(options: EngineOptions, progress: Callable[[str], None] | None = None)
     core.check()
     say(f"loading {folder.name}: {info.weight_bytes / 1e6:.0f} MB of weights, "
         f"{pages * info.bytes_per_page / 1e6:.0f} MB for {pages} pages")
-    loaded = _aside(lambda: load(folder, dtype=options.dtype, pages=pages, page_tokens=options.page_tokens,
-                                 threads=options.threads))
+    vocabulary = Vocabulary(folder, info.vocab_size, info.eos_ids)
+    with ThreadPoolExecutor(1) as beside:  # it takes the interpreter's lock for long, so no step may run beside it
+        unusable = beside.submit(vocabulary.load)
+        loaded = _aside(lambda: load(folder, dtype=options.dtype, pages=pages, page_tokens=options.page_tokens,
+                                     threads=options.threads))
+    if unusable.result():
+        say(f"turns with stop strings or a grammar will be refused: {unusable.result()}")
     # Imported late: a no-op engine starts without torch.
-    from agentspeed_engine.run.torch_model import TorchModel
+    from agentspeed_engine.exec.torch_model import TorchModel
 
     model = TorchModel(loaded)
     if options.host_slots:
         model.reserve_host(options.host_slots)
         say("measuring what copies and prefill cost")
         core = _aside(partial(calibrated, core, model))
-    return Built(core, model, Vocabulary(folder, info.vocab_size, info.eos_ids), str(folder.resolve()))
+    return Built(core, model, vocabulary, str(folder.resolve()))
 
 
 def _aside(call: Callable[[], T]) -> T:

@@ -28,6 +28,12 @@ class CoreConfig:
     """Tokens of a step kept for short extends (resumes), so that they do not queue behind cold prompts."""
     depth: int = 0
     """Plans in flight beyond the first."""
+    decode_ahead: bool = False
+    """A turn may have a decode row issued while the token that the row is fed with is still in flight. The executor
+    must keep what a step sampled for the steps planned meanwhile (`exec.executor`); it takes a depth of 1 or more."""
+    prepares: bool = False
+    """Turns with a grammar or stop strings wait until somebody says that the executor is ready for them
+    (`Core.preparations`, `Core.prepared`). Else the step that samples them first makes that ready."""
     host_slots: int = 0
     firm_pages: int | None = None
     """Most pages under firm leases; None: a quarter of what L1 leaves."""
@@ -70,6 +76,8 @@ class CoreConfig:
                 raise EngineFault("bad_options", f"{name} is {value}.", "Give at least 1, or None for no quota.")
         if self.depth < 0 or self.host_slots < 0 or (self.firm_pages is not None and self.firm_pages < 0):
             raise EngineFault("bad_options", "depth, host_slots and firm_pages cannot be negative.")
+        if self.decode_ahead and not self.depth:
+            raise EngineFault("bad_options", "decode_ahead needs steps that are planned ahead.", "Give a depth of 1.")
         if self.policy not in POLICIES:
             raise EngineFault("bad_options", f"There is no policy {self.policy!r}.", f"One of: {', '.join(POLICIES)}.")
         for name in ("ticket_deadline", "max_lease_seconds"):

@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable, Hashable
 from typing import final
 
-from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.errors import BrokenInvariant, EngineFault
 from agentspeed_engine.ids import LinkId, TicketId
 from agentspeed_engine.kv import ledger
+from agentspeed_engine.kv.branches import Queued
+from agentspeed_engine.kv.runs import TurnSpec
 from agentspeed_engine.protocol.messages import (
     Adopt,
     Append,
@@ -100,6 +102,23 @@ class Core:
         orders, self.world.orders = tuple(self.world.orders), []
         return orders
 
+    def preparations(self) -> tuple[TurnSpec, ...]:
+        """Turns that the executor is to be made ready for, each given out once. `prepared` is due for each of them."""
+        specs = tuple(spec for spec in self.world.unprepared if spec.turn in self.world.preparing)
+        self.world.unprepared = []
+        return specs
+
+    def awaits(self, turn: int) -> bool:
+        """Whether a turn still waits to be prepared: it may have been cancelled."""
+        return turn in self.world.preparing
+
+    def prepared(self, turn: int, refusal: str | None, now: float) -> Out:
+        """The executor is ready for a turn. `refusal`: why it can never be; then the turn ends with this reason."""
+        self.world.lapse(now)
+        outcome.prepared(self.world, turn, refusal, now)
+        self.world.tell_leases()
+        return self._taken()
+
     def begun(self, ticket: TicketId) -> None:
         """A ticket is about to be carried out, and may begin: from now on it has no deadline. To be told before a
         `plan` whose `now` is past that moment."""
@@ -129,6 +148,8 @@ class Core:
         """The ledger: raises `BrokenInvariant` naming the rule that does not hold."""
         ledger.check(self.world.kv, self.world.states)
         ledger.check_flights(self.world.states, [row for plan in self.world.flights.values() for row in plan.rows])
+        _check_tokens_in_flight(self.world)
+        _check_queue(self.world)
 
     def snapshot(self) -> World:
         """Everything the core knows, copied; give it to `restore` as often as you like."""
@@ -159,7 +180,7 @@ class Core:
         return {f"branches_{name}": count for name, count in describe.branches_by_state(world).items()} | {
             "pages_total": kv.pages.total, "pages_free": kv.pages.free, "pages_tail": in_tails,
             "pages_nodes": in_nodes, "nodes": len(kv.tree.nodes), "sessions": len(world.sessions),
-            "branches": len(world.states), "waiting_turns": len(world.queue), "steps_in_flight": len(world.flights),
+            "branches": len(world.states), "waiting_turns": world.waiting_turns, "steps_in_flight": len(world.flights),
             "late_rows_ignored": world.ignored, "pages_evicted": world.evicted_pages,
             "pages_copied": world.copied_pages, "slots_total": kv.slots.total, "slots_free": kv.slots.free,
             "pages_saved": world.saved_pages, "pages_loaded": world.loaded_pages, "prefetches": world.prefetched,
@@ -170,3 +191,25 @@ class Core:
     def _taken(self) -> Out:
         out, self.world.out = self.world.out, []
         return out
+
+
+def _check_tokens_in_flight(world: World) -> None:
+    """(9): a row whose token is not known names the sample of its own branch right before it."""
+    for plan in world.flights.values():
+        for row in plan.rows:
+            step = None if row.token_of is None else world.flights.get(row.token_of.step)
+            if row.token_of is None or step is None:
+                continue  # the step was acknowledged since
+            samples = [other for other in step.rows if other.sample is not None]
+            named = samples[row.token_of.place] if row.token_of.place < len(samples) else None
+            if named is None or (named.branch, named.epoch, named.end) != (row.branch, row.epoch, row.position):
+                raise BrokenInvariant(f"(9) branch {row.branch} is fed with a token that is not the one before")
+
+
+def _check_queue(world: World) -> None:
+    """A turn that waits to be prepared is in no queue, every other queued one is in its place."""
+    queued = [state for state in world.states.values() if isinstance(state, Queued)]
+    listed = sorted((state.turn.age, state.branch.id) for state in queued if not state.turn.waits)
+    waiting = {state.turn.spec.turn: state.branch.id for state in queued if state.turn.waits}
+    if listed != world.queue or waiting != world.preparing:
+        raise BrokenInvariant(f"queued turns are {listed} and {waiting}, listed {world.queue} and {world.preparing}")

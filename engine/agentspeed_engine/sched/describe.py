@@ -22,6 +22,7 @@ MOST_WALKED = 2048
 _PLACES: Final[dict[type[object], str]] = {
     Device: "device", Saving: "device", Both: "both", Host: "host", Loading: "loading",
 }
+_PREPARATION = "its grammar or stop strings"
 _NEXT_STEP = "the next step"
 _BUDGET = "token budget"
 _ROOM = "room"
@@ -83,6 +84,7 @@ def _chosen(world: World, most: int) -> set[BranchId]:
     for listed in (
         (number for plan in world.flights.values() for number in (row.branch for row in plan.rows)),
         (number for _, number in world.queue),
+        world.preparing.values(),
         (number for session in world.sessions.values() for number in sorted(session.branches)),
     ):
         for number in listed:
@@ -145,6 +147,8 @@ def _why_not_in_the_step(world: World, state: Prefilling | Decoding) -> str:
 
 def _why_queued(world: World, state: Queued) -> str:
     branch = state.branch
+    if state.turn.waits:
+        return _PREPARATION
     filler = world.fill_of.get(branch.id)
     if filler is not None:
         return f"branch {filler[0]}'s prefix"
@@ -207,7 +211,7 @@ def branches_by_state(world: World) -> dict[str, int]:
     settling = sum(isinstance(world.states.get(number), Settling)
                    for number in {row.branch for plan in world.flights.values() for row in plan.rows})
     states = {name: active[name] for name in ("promoting", "prefilling", "decoding")} | {
-        "queued": len(world.queue), "settling": settling,
+        "queued": world.waiting_turns, "settling": settling,
     }
     return states | {"held": len(world.states) - sum(states.values())}
 

@@ -12,14 +12,20 @@ from typing import Any, Final
 
 import msgspec
 
-from agentspeed_engine.kv.branches import BranchState, Held, Queued, Settling
-from agentspeed_engine.kv.nodes import Both, Host, Loading, Saving
+from agentspeed_engine.kv.branches import BranchState, Decoding, Held, Prefilling, Promoting, Queued, Settling
+from agentspeed_engine.kv.nodes import Both, Device, Host, Loading, Saving
 from agentspeed_engine.kv.owners import Room
 from agentspeed_engine.kv.tree import Node
 from agentspeed_engine.kv.turns import Turn
 from agentspeed_engine.sched.world import World
 
 _BYTES = 8
+_STATES: Final[dict[type[Any], str]] = {
+    Held: "Held", Queued: "Queued", Promoting: "Promoting", Prefilling: "Prefilling", Decoding: "Decoding",
+    Settling: "Settling", Device: "Device", Saving: "Saving", Both: "Both", Host: "Host", Loading: "Loading",
+    type(None): "NoneType",
+}
+"""What digests call a state. It stays when a class is renamed, or no recording would replay to its digests."""
 _ENCODER = msgspec.msgpack.Encoder()
 _COUNTERS = (
     "ignored", "evicted_pages", "copied_pages", "preemptions", "saved_pages", "loaded_pages", "prefetched",
@@ -47,7 +53,7 @@ def _branch(state: BranchState) -> Any:
     room = None if isinstance(state, Held | Queued) else _room(state.room)
     then = (int(state.then.next), state.then.children) if isinstance(state, Settling) else None
     return (
-        branch.id, type(state).__name__, branch.session, branch.link, branch.private, branch.draw_seed, branch.known,
+        branch.id, _STATES[type(state)], branch.session, branch.link, branch.private, branch.draw_seed, branch.known,
         branch.leaf.id, None if branch.seed is None else branch.seed.id, branch.seed_rows, branch.computed,
         branch.lost_why, branch.serial, branch.child_index, branch.forks, branch.epoch, branch.moves, branch.trunk,
         branch.rested_at, turn, room, then,
@@ -75,7 +81,7 @@ def _nodes(world: World) -> Any:
 def _node(node: Node) -> Any:
     slots = node.state.slots if isinstance(node.state, Saving | Both | Host | Loading) else ()
     return (
-        node.id, node.start, node.end, None if node.parent is None else node.parent.id, type(node.state).__name__,
+        node.id, node.start, node.end, None if node.parent is None else node.parent.id, _STATES[type(node.state)],
         node.pages, slots, sorted(node.leaf_of), sorted(node.seed_of), sorted(node.pinned_by), node.used,
         node.failures, node.pages_below, [child.id for child in node.children.values()], list(node.stubs),
     )
@@ -97,7 +103,7 @@ def _tickets(world: World) -> Any:
 
 
 def _flights(world: World) -> Any:
-    return [(seq, [(row.branch, row.epoch, row.position, len(row.ids), row.tail_pages) for row in plan.rows])
+    return [(seq, [(row.branch, row.epoch, row.position, row.tokens, row.tail_pages) for row in plan.rows])
             for seq, plan in world.flights.items()]
 
 
@@ -130,4 +136,9 @@ PARTS: Final[dict[str, Callable[[World], Any]]] = {
     "waits": _waits,
     "pauses": _pauses,
     "counters": lambda world: [getattr(world, name) for name in _COUNTERS],
+    "preparations": lambda world: (
+        list(world.preparing.items()), [spec.turn for spec in world.unprepared],
+        sorted(number for number, state in world.states.items() if not isinstance(state, Held) and state.turn.prepared),
+    ),
 }
+"""New parts come last: a recording made before a part was known is compared in those that it has."""

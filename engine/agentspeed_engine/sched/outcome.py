@@ -36,12 +36,31 @@ def apply(world: World, result: StepResult, now: float) -> None:
         _row_came_back(world, row, drawn.get(key), refused.get(key), now)
 
 
+def prepared(world: World, turn: int, refusal: str | None, now: float) -> None:
+    """The executor is ready for a turn, which takes its place in the queue by its age; or the turn cannot be served."""
+    number = world.preparing.get(turn)
+    if number is None:
+        return  # it was cancelled or closed meanwhile
+    state = world.states[number]
+    assert isinstance(state, Queued)
+    world.dequeue(state.turn, state.branch)
+    state.turn.waits = False
+    if refusal is None:
+        state.turn.prepared = True
+        world.enqueue(state)
+        return
+    state.turn.end, state.turn.message = "error", refusal
+    held = state.abort()
+    world.rest(held)
+    world.finish_turn(held.branch, state.turn, now)
+
+
 def _row_came_back(world: World, row: Row, token: Drawn | None, refusal: str | None, now: float) -> None:
     state = world.states.get(row.branch)
     if state is None or state.branch.epoch != row.epoch:
         world.ignored += 1
         return
-    count = len(row.ids)
+    count = row.tokens
     if isinstance(state, Prefilling | Settling) and state.turn.filled_at is None:
         state.turn.computed(row.position, row.position + count, state.branch.computed)
     match state:
@@ -106,4 +125,4 @@ def _end(world: World, state: Prefilling | Decoding, reason: FinishReason, now: 
     world.leave(state, Then(Next.HOLD), now)
 
 
-__all__ = ["BranchId", "apply"]
+__all__ = ["BranchId", "apply", "prepared"]

@@ -25,7 +25,7 @@ from agentspeed_engine.kv.turns import Turn
 from agentspeed_engine.protocol.messages import Grammar, Lease, Residence, Sampling
 from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.sched.pauses import PauseLaw
-from agentspeed_engine.sched.plan import HostCopy, Row, StepPlan
+from agentspeed_engine.sched.plan import HostCopy, Row, StepPlan, TokenOf
 from agentspeed_engine.sched.tickets import Ticket
 from agentspeed_engine.sched.veil import Veil
 from agentspeed_engine.sched.world import Session, Waiting, World
@@ -51,12 +51,19 @@ class _Code(IntEnum):
 
 
 _PART: Final[type] = vars(log)["_Part"]
-_CLASSES: Final[dict[str, type[Any]]] = {kind.__name__: kind for kind in (
-    World, Kv, Tree, Pool, Node, Branch, Room, log.Log, _PART, Turn, TurnSpec, NodeRun, PageCopy, Row, StepPlan,
-    HostCopy, Ticket, Session, PauseLaw, Held, Queued, Promoting, Prefilling, Decoding, Settling, Then,
-    nodes.Device, nodes.Saving, nodes.Both, nodes.Host, nodes.Loading,
-)}
-_STRUCTS: Final[dict[str, type[Any]]] = {kind.__name__: kind for kind in (Lease, Residence, Sampling, Grammar)}
+_CLASSES: Final[dict[str, type[Any]]] = {
+    "World": World, "Kv": Kv, "Tree": Tree, "Pool": Pool, "Node": Node, "Branch": Branch, "Room": Room, "Log": log.Log,
+    "_Part": _PART, "Turn": Turn, "TurnSpec": TurnSpec, "NodeRun": NodeRun, "PageCopy": PageCopy, "Row": Row,
+    "TokenOf": TokenOf,
+    "StepPlan": StepPlan, "HostCopy": HostCopy, "Ticket": Ticket, "Session": Session, "PauseLaw": PauseLaw,
+    "Held": Held, "Queued": Queued, "Promoting": Promoting, "Prefilling": Prefilling, "Decoding": Decoding,
+    "Settling": Settling, "Then": Then, "Device": nodes.Device, "Saving": nodes.Saving, "Both": nodes.Both,
+    "Host": nodes.Host, "Loading": nodes.Loading,
+}
+"""By the tag that a recording calls them by. A tag stays when a class is renamed: recordings outlive names."""
+_STRUCTS: Final[dict[str, type[Any]]] = {
+    "Lease": Lease, "Residence": Residence, "Sampling": Sampling, "Grammar": Grammar}
+_TAGS: Final[dict[type[Any], str]] = {kind: tag for tags in (_CLASSES, _STRUCTS) for tag, kind in tags.items()}
 _PLAIN = (int, float, str, bytes, bool, type(None))
 _MANY = 16
 """Numbers in a tuple or list from which on they are packed at once."""
@@ -111,17 +118,17 @@ class _Packer:
         rows: list[Any] = []
         for value in self._objects:  # grows while it is walked
             kind = _kind(value)
-            name = kind.__name__
+            name = _TAGS.get(kind)
+            if name is None:
+                raise BrokenInvariant(f"{kind.__qualname__} cannot be recorded")
             if name not in names:
-                if _CLASSES.get(name) is not kind:
-                    raise BrokenInvariant(f"{kind.__qualname__} cannot be recorded")
                 names[name] = tuple(field for field in fields(kind, value) if (name, field) not in _LEFT_OUT)
             rows.append([name, *(self._field(value, field) for field in names[name])])
         return [names, rows]
 
     def _field(self, value: Any, name: str) -> Any:
         held = self._hide(value, name, getattr(value, name))
-        if (type(value).__name__, name) in _KEYED:
+        if (_TAGS[_kind(value)], name) in _KEYED:
             return [self._ref(node) for node in held.values()]
         return self._value(held)
 
@@ -153,9 +160,9 @@ class _Packer:
             return [_Code.WAITING, *map(self._value, value)]
         if kind is MethodType:
             return [_Code.METHOD, *self._ref(value.__self__)]
-        if kind.__name__ in _STRUCTS:
+        if issubclass(kind, msgspec.Struct) and kind in _TAGS:
             values = (self._value(getattr(value, name)) for name in kind.__struct_fields__)
-            return [_Code.STRUCT, kind.__name__, *values]
+            return [_Code.STRUCT, _TAGS[kind], *values]
         return self._ref(value)
 
 

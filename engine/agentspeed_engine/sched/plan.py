@@ -17,6 +17,16 @@ DrawnEnd: TypeAlias = Literal["stop_id", "stop_string", "grammar_end"]
 
 @final
 @dataclass(frozen=True, slots=True)
+class TokenOf:
+    """A token that is not known yet: the one that a step in flight samples."""
+
+    step: StepSeq
+    place: int
+    """Of its row among the rows of that step that sample, in their order."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class Row:
     """Consecutive tokens of one branch in one step."""
 
@@ -31,6 +41,18 @@ class Row:
     tail_pages: tuple[PageId, ...]
     sample: TurnSpec | None
     """Draw one token from the logits of the last id; None for a chunk that does not end the prompt."""
+    token_of: TokenOf | None = None
+    """Set for a decode row that is issued before its token is known; `ids` is empty then, and the row has one token."""
+
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return len(self.ids) if self.token_of is None else 1
+
+    @property
+    def end(self) -> int:
+        """The position after its last token: that of the token it samples."""
+        return self.position + self.tokens
 
 
 @final
@@ -67,7 +89,7 @@ class StepPlan:
     rows: tuple[Row, ...]
     copies: tuple[PageCopy, ...] = ()
     ended: tuple[int, ...] = ()
-    """Turns that ended since the last plan: a worker forgets their matchers and automata."""
+    """Turns that ended since the last plan: an executor forgets their matchers and automata."""
 
 
 @final

@@ -13,6 +13,7 @@ from zlib import crc32
 import msgspec
 
 from agentspeed_engine.ids import BranchId, LinkId, StepSeq, TicketId
+from agentspeed_engine.kv.runs import TurnSpec
 from agentspeed_engine.protocol import messages as wire
 from agentspeed_engine.protocol.token_ids import unpack_ids
 from agentspeed_engine.sched.config import CoreConfig
@@ -96,6 +97,17 @@ class Ordered(msgspec.Struct, frozen=True, array_like=True, tag="host_copies"):
     """Tickets were handed out."""
 
 
+class Preparing(msgspec.Struct, frozen=True, array_like=True, tag="preparations"):
+    """Turns were handed out to be prepared."""
+
+
+class Prepared(msgspec.Struct, frozen=True, array_like=True, tag="prepared"):
+    turn: int
+    refusal: str | None
+    """Empty where only the fact is recorded."""
+    now: float
+
+
 class Checked(msgspec.Struct, frozen=True, array_like=True, tag="digests"):
     """Not an input: what the state was after step `seq` had been planned."""
 
@@ -109,7 +121,9 @@ class Ended(msgspec.Struct, frozen=True, array_like=True, tag="end"):
     broke: str = ""
 
 
-Record: TypeAlias = Handled | Dropped | Planned | Applied | Begun | Copied | Ordered | Checked | Ended
+Record: TypeAlias = (
+    Handled | Dropped | Planned | Applied | Begun | Copied | Ordered | Preparing | Prepared | Checked | Ended
+)
 
 _ENCODER = msgspec.msgpack.Encoder()
 _HEADER = msgspec.msgpack.Decoder(Header)
@@ -153,7 +167,7 @@ class RecordedCore:
         self._records: list[Record] = []
         self.config = core.config
         self.check, self.counts, self.picture = core.check, core.counts, core.picture
-        self.events, self.wake_at = core.events, core.wake_at
+        self.events, self.wake_at, self.awaits = core.events, core.wake_at, core.awaits
 
     # ---- for who writes it down -----------------------------------------------------------------------------------
     def taken(self) -> list[Record]:
@@ -199,6 +213,16 @@ class RecordedCore:
         self._records.append(self._applied(self._core.world.flights.get(result.seq), result, now))
         return self._core.apply(result, now)
 
+    def preparations(self) -> tuple[TurnSpec, ...]:
+        if self._core.world.unprepared:
+            self._records.append(Preparing())
+        return self._core.preparations()
+
+    def prepared(self, turn: int, refusal: str | None, now: float) -> Out:
+        told = refusal if refusal is None or self._veil.clear else ""
+        self._records.append(Prepared(turn, told, now))
+        return self._core.prepared(turn, refusal, now)
+
     def begun(self, ticket: TicketId) -> None:
         self._records.append(Begun(ticket))
         self._core.begun(ticket)
@@ -235,7 +259,7 @@ class RecordedCore:
             elif drawn.end is not None:
                 ends[len(ids)] = drawn.end
             ids.append(drawn.id)
-            positions.append(row.position + len(row.ids))
+            positions.append(row.end)
         reasons = {place: refused[row.branch, row.epoch] if self._veil.clear else ""
                    for place, row in enumerate(rows) if (row.branch, row.epoch) in refused} if refused else {}
         return Applied(result.seq, now, self._veil.drawn(ids, positions), ends, reasons, tuple(missing))

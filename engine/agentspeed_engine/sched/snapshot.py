@@ -12,14 +12,19 @@ from types import MethodType
 from typing import Any, TypeAlias, cast
 
 from agentspeed_engine.ids import BranchId, NodeId
-from agentspeed_engine.kv.branches import Decoding, Held, Prefilling, Promoting, Settling
+from agentspeed_engine.kv.branches import Decoding, Held, Next, Prefilling, Promoting, Settling, Then
+from agentspeed_engine.kv.runs import NodeRun, PageCopy, TurnSpec
 from agentspeed_engine.kv.tree import Node
-from agentspeed_engine.sched.world import World
+from agentspeed_engine.protocol.messages import Lease, Residence
+from agentspeed_engine.sched.config import CoreConfig
+from agentspeed_engine.sched.plan import HostCopy, Row, StepPlan, TokenOf
+from agentspeed_engine.sched.tickets import Ticket
+from agentspeed_engine.sched.world import Waiting, World
 
 _PLAIN: frozenset[type[Any]] = frozenset({int, float, str, bytes, bool, type(None)})
-_FROZEN_NAMES = frozenset({
-    "NodeRun", "TurnSpec", "PageCopy", "StepPlan", "Row", "HostCopy", "CoreConfig", "Then", "Waiting", "Lease",
-    "Residence", "Next", "Ticket",
+_FROZEN: frozenset[type[Any]] = frozenset({
+    NodeRun, TurnSpec, PageCopy, StepPlan, Row, TokenOf, HostCopy, CoreConfig, Then, Waiting, Lease, Residence, Next,
+    Ticket,
 })
 _UNSET = object()
 _Memo: TypeAlias = dict[int, Any]
@@ -41,7 +46,7 @@ def _copy(value: object, memo: _Memo) -> Any:
 
 def _copier(kind: type[Any]) -> _Copier:
     """How values of a class are copied that is none of the built-in ones."""
-    if kind.__name__ in _FROZEN_NAMES or not kind.__module__.startswith("agentspeed_engine."):
+    if kind in _FROZEN or not kind.__module__.startswith("agentspeed_engine."):
         return _same  # also an immutable struct of the wire
     slots = tuple(name for name in getattr(kind, "__slots__", ()) if name != "__weakref__")
 
@@ -116,7 +121,7 @@ def key(world: World) -> Hashable:
     settling = [state for state in world.states.values() if isinstance(state, Settling)]
     unborn = [child for state in settling for child in state.then.children]
     index = {number: place for place, number in enumerate(sorted([*branches, *unborn]))}
-    ages = {age for age, _ in (*world.queue, *world.active)} | {state.turn.age for state in settling}
+    ages = {state.turn.age for state in world.states.values() if not isinstance(state, Held)}
     rank = {age: place for place, age in enumerate(sorted(ages))}
     tree = world.kv.tree
     nodes = {number: place for place, number in enumerate(sorted(tree.nodes))}
@@ -131,7 +136,7 @@ def key(world: World) -> Hashable:
         tuple((ticket.direction, tuple(nodes[node.id] for node in tree.in_copy[number]))
               for number, ticket in world.tickets.items()),
         tuple(sorted((index[number], when) for number, when in world.due.items())),
-        tuple(tuple((index.get(row.branch, -1), row.position, len(row.ids), row.sample is not None)
+        tuple(tuple((index.get(row.branch, -1), row.position, row.tokens, row.sample is not None)
                     for row in plan.rows) for plan in world.flights.values()),
         tuple(sorted((index[number], index[filler]) for number, (filler, turn) in world.fill_of.items()
                      if _runs(world, filler, turn))),
@@ -149,7 +154,8 @@ def _branch_key(world: World, number: BranchId, index: dict[BranchId, int], rank
     turn = room = then = None
     if not isinstance(state, Held):
         asked = state.turn
-        turn = (rank[asked.age], asked.drawn, asked.max_tokens, asked.end, asked.admitted)
+        turn = (rank[asked.age], asked.drawn, asked.max_tokens, asked.end, asked.admitted,
+                asked.spec.grammar is not None or bool(asked.spec.stop_strings), asked.waits, asked.prepared)
     if isinstance(state, Promoting | Prefilling | Decoding | Settling):
         held = state.room
         room = (held.tail_start, len(held.tail), held.issued, held.done, held.copy is not None, held.flight)

@@ -16,7 +16,7 @@ from agentspeed_engine.kv.turns import Turn
 from agentspeed_engine.protocol.messages import TurnStarted
 from agentspeed_engine.sched import prefetch, quotas, tickets
 from agentspeed_engine.sched.admission import held_by_firm, lacks, lacks_quota, target
-from agentspeed_engine.sched.plan import PageCopy, Row, StepPlan
+from agentspeed_engine.sched.plan import PageCopy, Row, StepPlan, TokenOf
 from agentspeed_engine.sched.ranking import Rankings
 from agentspeed_engine.sched.reclaim import Room as Asked
 from agentspeed_engine.sched.reclaim import obtain, reclaim, save_early
@@ -44,6 +44,8 @@ class _Pass:
     """Cold prompts that found no tokens left; behind a few of them nobody looks for a short extend."""
     rows: list[Row] = field(default_factory=list[Row])
     copies: list[PageCopy] = field(default_factory=list[PageCopy])
+    sampled: dict[BranchId, TokenOf] = field(default_factory=dict[BranchId, TokenOf])
+    """The newest token in flight of each branch, where turns may run ahead of it."""
 
 
 def plan(world: World, now: float) -> StepPlan | None:
@@ -51,6 +53,8 @@ def plan(world: World, now: float) -> StepPlan | None:
     tickets.expire(world, now)
     world.rankings = Rankings()
     run = _Pass(world.config.prefill_chunk, world.config.extend_tokens)
+    if world.config.decode_ahead:
+        run.sampled = _sampled(world)
     walked = len(world.flights) <= world.config.depth
     if walked:
         _walk(world, run, now)
@@ -76,6 +80,8 @@ def _walk(world: World, run: _Pass, now: float) -> None:
             case Decoding() as state:
                 if not state.room.flight:
                     _decode(world, run, state, now)
+                elif world.config.decode_ahead and _may_run_ahead(state):
+                    _decode_ahead(world, run, state, now)
             case Prefilling() as state:
                 _prefill(world, run, state, now)
             case Queued() as state:
@@ -141,6 +147,36 @@ def _decode(world: World, run: _Pass, state: Decoding, now: float) -> None:
     if world.kv.pages_to(room, room.issued + 1) and not _grow(world, run, state, now):
         return
     _row(world, run, state, 1)
+
+
+def _sampled(world: World) -> dict[BranchId, TokenOf]:
+    found: dict[BranchId, TokenOf] = {}
+    for seq, step in world.flights.items():
+        rows = [row for row in step.rows if row.sample is not None]
+        found.update((row.branch, TokenOf(seq, place)) for place, row in enumerate(rows))
+    return found
+
+
+def _may_run_ahead(state: Decoding) -> bool:
+    """Whether a row may be issued for the token that is in flight. It must be the only one that is not known, not the
+    last that the turn may draw, and of a turn whose tokens nobody on the host must see before the next is drawn."""
+    turn = state.turn
+    if turn.spec.grammar is not None or turn.spec.stop_strings:
+        return False
+    return state.room.issued == state.branch.known and turn.drawn + 1 < turn.max_tokens
+
+
+def _decode_ahead(world: World, run: _Pass, state: Decoding, now: float) -> None:
+    """A row for the token in flight. The row is dead if that token ends the turn, so no running turn gives up room for
+    it: where no page is to be had otherwise, the turn grows when the token is there."""
+    room = state.room
+    if world.kv.pages_to(room, room.issued + 1):
+        if run.refused or room.tenant in run.full:
+            return
+        _stretch(world, room, 1, now)
+        if world.kv.pages_to(room, room.issued + 1):
+            return
+    _row(world, run, state, 1, run.sampled[state.branch.id])
 
 
 def _prefill(world: World, run: _Pass, state: Prefilling, now: float) -> None:
@@ -218,7 +254,8 @@ def _stretch(world: World, room: Room, tokens: int, now: float) -> None:
         world.kv.grow(room, min(missing, world.kv.pages.free))
 
 
-def _row(world: World, run: _Pass, state: Prefilling | Decoding, tokens: int) -> None:
+def _row(world: World, run: _Pass, state: Prefilling | Decoding, tokens: int, token_of: TokenOf | None = None) -> None:
+    """`token_of`: the one token of the row, when it is not known yet."""
     room, branch, turn = state.room, state.branch, state.turn
     if tokens <= 0:
         raise BrokenInvariant(f"branch {branch.id} was given a row of {tokens} tokens")
@@ -227,12 +264,12 @@ def _row(world: World, run: _Pass, state: Prefilling | Decoding, tokens: int) ->
     position = room.issued
     if room.copy is not None and room.flight == 0:
         run.copies.append(room.copy)
-    last = position + tokens == branch.known
+    last = position + tokens == branch.known or token_of is not None
     state.issue(tokens)
     run.rows.append(Row(
         branch=branch.id, epoch=branch.epoch, position=position, ids=branch.log.ids(position, position + tokens),
         path=room.path, tail_start=room.tail_start, tail_pages=tuple(room.tail),
-        sample=turn.spec if last and turn.max_tokens else None,
+        sample=turn.spec if last and turn.max_tokens else None, token_of=token_of,
     ))
     if isinstance(state, Prefilling):
         short = min(tokens, run.short) if _is_short(world, turn, branch, position) else 0

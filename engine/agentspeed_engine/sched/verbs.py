@@ -108,7 +108,7 @@ def generate(world: World, link: LinkId, command: Generate, now: float) -> None:
     within = quotas.check_turn(world, branch, known, 0 if command.max_tokens == 0 else 1)
     if left < 0 or (left < 1 and command.max_tokens != 0):
         raise _overflow(world, known)
-    if len(world.queue) >= config.max_waiting:
+    if world.waiting_turns >= config.max_waiting:
         raise EngineFault("overloaded", f"{config.max_waiting} turns are waiting.", "Try again later.")
     validate_sampling(command.sampling)
     if len(command.stop_strings) > MAX_STOP_STRINGS or sum(map(len, command.stop_strings)) > MAX_STOP_BYTES:
@@ -137,7 +137,10 @@ def generate(world: World, link: LinkId, command: Generate, now: float) -> None:
     if within < left:
         left, bound = within, f"the tenant's quota of {config.tenant_pages} pages"
     wanted = left if command.max_tokens is None else min(command.max_tokens, left)
-    world.enqueue(held.enqueue(Turn(spec=spec, age=world.next_age, max_tokens=wanted, queued_at=now,
+    waits = config.prepares and (grammar is not None or bool(command.stop_strings))
+    if waits:
+        world.unprepared.append(spec)
+    world.enqueue(held.enqueue(Turn(spec=spec, age=world.next_age, max_tokens=wanted, queued_at=now, waits=waits,
                                     bound="" if wanted == command.max_tokens else bound)))
     world.tell(branch, Done(request=command.request, known=known))
 

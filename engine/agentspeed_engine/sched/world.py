@@ -26,6 +26,7 @@ from agentspeed_engine.kv.branches import (
     Then,
 )
 from agentspeed_engine.kv.owners import Branch, Kv
+from agentspeed_engine.kv.runs import TurnSpec
 from agentspeed_engine.kv.tree import tenant_of
 from agentspeed_engine.kv.turns import Turn
 from agentspeed_engine.protocol.messages import (
@@ -83,6 +84,10 @@ class World:
         """Queued turns by age."""
         self.queues: dict[str, list[tuple[int, BranchId]]] = {}
         """The same by tenant, so that all turns of one can be passed over at once; no tenant without any."""
+        self.preparing: dict[int, BranchId] = {}
+        """Queued turns that are in no queue yet, because the executor is not ready for them, with their branches."""
+        self.unprepared: list[TurnSpec] = []
+        """Those of them that nobody was asked to prepare yet."""
         self.active: list[tuple[int, BranchId]] = []
         """Promoting, Prefilling and Decoding turns by age."""
         self.actives: dict[str, list[tuple[int, BranchId]]] = {}
@@ -113,8 +118,8 @@ class World:
         """A heap of (when, branch); what `due` does not say is out of date."""
         self.early_seen: tuple[int, ...] = ()
         self.ended: list[int] = []
-        """Turns that ended since the last step, for the worker to forget. Only those that some step computed rows of:
-        it knows no others, and between two steps no more can end than had begun before."""
+        """Turns that ended since the last step, for the executor to forget. Only those that it was made ready for or
+        that some step computed rows of: it knows no others, and between two steps no more can end than had begun."""
         self.refused: tuple[BranchId, str] | None = None
         """Whom the last pass refused, so that nothing younger entered or grew (L3), and what for."""
         self.over_quota: list[BranchId] = []
@@ -137,6 +142,11 @@ class World:
         self.next_seq = 0
         self.next_ticket = 0
         self.out: Out = []
+
+    @property
+    def waiting_turns(self) -> int:
+        """Turns that are not admitted."""
+        return len(self.queue) + len(self.preparing)
 
     # ---- small facts ----------------------------------------------------------------------------------------------
     def tell(self, branch: Branch, message: Outgoing) -> None:
@@ -175,6 +185,9 @@ class World:
     def enqueue(self, state: Queued) -> None:
         number = state.branch.id
         self.states[number] = state
+        if state.turn.waits:
+            self.preparing[state.turn.spec.turn] = number
+            return
         insort(self.queue, (state.turn.age, number))
         insort(self.queues.setdefault(tenant_of(state.branch.root), []), (state.turn.age, number))
 
@@ -185,6 +198,9 @@ class World:
 
     def dequeue(self, turn: Turn, branch: Branch) -> None:
         """Takes a turn off the queue."""
+        if turn.waits:
+            del self.preparing[turn.spec.turn]
+            return
         _unlist(self.queue, self.queues, turn, branch)
         _ = self.fill_of.pop(branch.id, None)
 
@@ -245,7 +261,7 @@ class World:
             self.rankings.moved(branch.leaf, branch.seed)
         if turn.admitted and turn.filled_at is None:
             turn.new, turn.recomputed = turn.shared + turn.rows_new, turn.rows_again
-        if turn.rows_new or turn.rows_again:
+        if turn.rows_new or turn.rows_again or turn.prepared:
             self.ended.append(turn.spec.turn)
         message = turn.bound if turn.end == "max_tokens" else turn.message
         self.tell(branch, TurnEnded(branch=branch.id, reason=turn.end, known=branch.known,

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.exec.sampler import draw, gumbel
 from agentspeed_engine.protocol.messages import Sampling
 from agentspeed_engine.protocol.sampling import LEAST_TEMPERATURE, validate_sampling
-from agentspeed_engine.run.sampler import draw, gumbel
 
 KEY = (1, 2, 3)
 LOGITS = np.array([0.0, 2.0, 1.0, -1.0, 2.0])

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.exec.executor import CopyFailed
 from agentspeed_engine.models.memory import zeros_on_demand
-from agentspeed_engine.run.model import CopyFailed
 
 _cuda: Any = torch.cuda
 """torch gives these no types."""

@@ -1,4 +1,4 @@
-"""What the worker needs of a model: logits of a step, and the moves of pages."""
+"""What the CPU executor needs of a model: logits of a step, and the moves of pages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from agentspeed_engine.models.inputs import FlatBatch
 
 
 class Model(Protocol):
-    """`run.torch_model.TorchModel` and `run.noop.NoopModel` are ones.
+    """`exec.torch_model.TorchModel` and `exec.noop.NoopModel` are ones.
 
     `save` and `load` are called from another thread than the rest: they touch only pages that no step writes."""
 
@@ -37,7 +37,3 @@ class Model(Protocol):
     def load(self, slots: Sequence[int], pages: Sequence[int]) -> None:
         """Host slots to device pages. Raises `CopyFailed`."""
         ...
-
-
-class CopyFailed(Exception):
-    """A host copy did not happen; the engine goes on without it."""

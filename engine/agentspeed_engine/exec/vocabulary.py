@@ -15,12 +15,21 @@ from agentspeed_engine.errors import EngineFault
 
 @final
 class Vocabulary:
-    """Loaded on first use: turns without stop strings and grammars never need it."""
+    """What turns with stop strings and grammars need. It is made on first use, or ahead of it by `load`."""
 
     def __init__(self, folder: Path, vocab_size: int, eos_ids: tuple[int, ...]) -> None:
         self._path = folder / "tokenizer.json"
         self.vocab_size = vocab_size
         self.eos_ids = eos_ids
+
+    def load(self) -> str:
+        """Makes everything ready, because no other thread runs meanwhile: a vocabulary of 128 thousand ids holds the
+        interpreter's lock for the better part of a second. Returns why it cannot be used, or nothing."""
+        try:
+            _ = self.token_bytes, self.llguidance
+        except EngineFault as fault:
+            return fault.message
+        return ""
 
     @cached_property
     def _text(self) -> str:

@@ -11,13 +11,14 @@ from llguidance import LLMatcher
 from tokenizers import Tokenizer, decoders, models
 
 from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.exec.cpu import CpuExecutor
+from agentspeed_engine.exec.grammar import GrammarRefused, Matchers
+from agentspeed_engine.exec.noop import NoopModel
+from agentspeed_engine.exec.vocabulary import Vocabulary
+from agentspeed_engine.exec.worker import Worker
 from agentspeed_engine.ids import BranchId, PageId, StepSeq
 from agentspeed_engine.kv.runs import TurnSpec
 from agentspeed_engine.protocol.messages import Grammar, Sampling
-from agentspeed_engine.run.grammar import GrammarRefused, Matchers
-from agentspeed_engine.run.noop import NoopModel
-from agentspeed_engine.run.vocabulary import Vocabulary
-from agentspeed_engine.run.worker import Worker
 from agentspeed_engine.sched.plan import Row, StepPlan, StepResult
 from tools.random_checkpoint import byte_tokenizer
 
@@ -116,7 +117,7 @@ def step(worker: Worker, spec: TurnSpec, position: int, token: int = 5) -> StepR
 
 
 def test_the_worker_ends_a_turn_with_its_grammar(vocabulary: Vocabulary) -> None:
-    worker, spec = Worker(NoopModel(SIZE, 0.0, 64), vocabulary), turn()
+    worker, spec = Worker(CpuExecutor(NoopModel(SIZE, 0.0, 64), vocabulary)), turn()
     ends = [step(worker, spec, position).drawn[0] for position in range(3)]
     assert [drawn.end for drawn in ends] == [None, None, "grammar_end"]
     assert b"".join(vocabulary.token_bytes[drawn.id] for drawn in ends).isdigit()
@@ -124,7 +125,7 @@ def test_the_worker_ends_a_turn_with_its_grammar(vocabulary: Vocabulary) -> None
 
 def test_the_worker_ends_a_turn_with_a_stop_string(vocabulary: Vocabulary) -> None:
     spec = turn(None, stop_strings=(b"cd",), temperature=0.0)
-    worker = Worker(NoopModel(SIZE, 0.0, 64), vocabulary)
+    worker = Worker(CpuExecutor(NoopModel(SIZE, 0.0, 64), vocabulary))
     b, c = ids_of(vocabulary, "bc")
     (first,), (second,) = step(worker, spec, 0, b).drawn, step(worker, spec, 1, c).drawn
     assert (first.id, first.end) == (c, None)
@@ -134,7 +135,7 @@ def test_the_worker_ends_a_turn_with_a_stop_string(vocabulary: Vocabulary) -> No
 def test_a_turn_the_worker_cannot_serve_is_refused_and_the_others_are_served(tmp_path: Path) -> None:
     vocabulary = Vocabulary(tmp_path, SIZE, ())
     (tmp_path / "tokenizer.json").write_text(json.dumps({"not": "a tokenizer"}))
-    worker = Worker(NoopModel(SIZE, 0.0, 64), vocabulary)
+    worker = Worker(CpuExecutor(NoopModel(SIZE, 0.0, 64), vocabulary))
     broken = Row(branch=BranchId(1), epoch=4, position=0, ids=(5,), path=(), tail_start=0, tail_pages=(PageId(0),),
                  sample=turn())
     sound = Row(branch=BranchId(2), epoch=1, position=0, ids=(8,), path=(), tail_start=0, tail_pages=(PageId(1),),
@@ -148,7 +149,7 @@ def test_a_turn_the_worker_cannot_serve_is_refused_and_the_others_are_served(tmp
 def test_a_step_without_sampling_rows_draws_nothing(vocabulary: Vocabulary) -> None:
     row = Row(branch=BranchId(1), epoch=1, position=0, ids=(5, 6), path=(), tail_start=0, tail_pages=(PageId(0),),
               sample=None)
-    assert Worker(NoopModel(SIZE, 0.0, 64), vocabulary).execute(StepPlan(StepSeq(1), (row,))).drawn == ()
+    assert Worker(CpuExecutor(NoopModel(SIZE, 0.0, 64), vocabulary)).execute(StepPlan(StepSeq(1), (row,))).drawn == ()
 
 
 # ---- bytes of a vocabulary ----------------------------------------------------------------------------------------

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from agentspeed_engine.exec.model import Model
 from agentspeed_engine.ids import pages_for
 from agentspeed_engine.models.inputs import FlatBatch, Run
-from agentspeed_engine.run.model import Model
 from agentspeed_engine.sched.config import CoreConfig
 
 _TOKENS = 128

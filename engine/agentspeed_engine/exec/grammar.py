@@ -9,9 +9,9 @@ import numpy as np
 from llguidance import LLMatcher
 from numpy.typing import NDArray
 
+from agentspeed_engine.exec.vocabulary import Vocabulary
 from agentspeed_engine.kv.runs import TurnSpec
 from agentspeed_engine.protocol.messages import Grammar
-from agentspeed_engine.run.vocabulary import Vocabulary
 
 
 class GrammarRefused(Exception):
@@ -33,6 +33,11 @@ class Matchers:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
         self._by_turn: dict[int, _Progress] = {}
+
+    def prepare(self, spec: TurnSpec, grammar: Grammar) -> None:
+        """Compiles the turn's grammar, in the calling thread. Raises `GrammarRefused`, and `EngineFault` when the
+        vocabulary cannot be read."""
+        self._by_turn[spec.turn] = _Progress(self._compiled(spec, grammar))
 
     def allowed(self, spec: TurnSpec, grammar: Grammar, drawn: int) -> NDArray[np.bool_]:
         """[vocab] of the ids that may follow the turn's first `drawn` ids. Raises `GrammarRefused`."""
@@ -63,6 +68,11 @@ class Matchers:
             raise GrammarRefused(f"the grammar does not accept id {token}")
         progress.consumed += 1
         return bool(progress.matcher.is_stopped())
+
+    @property
+    def turns(self) -> set[int]:
+        """The turns that have a matcher."""
+        return set(self._by_turn)
 
     def forget(self, turns: tuple[int, ...]) -> None:
         for turn in turns:

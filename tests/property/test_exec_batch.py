@@ -10,6 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agentspeed_engine.exec.batch import Batcher
+from agentspeed_engine.exec.cpu import CpuExecutor
+from agentspeed_engine.exec.vocabulary import Vocabulary
+from agentspeed_engine.exec.worker import Worker
 from agentspeed_engine.ids import LinkId
 from agentspeed_engine.protocol.messages import (
     Adopt,
@@ -28,9 +32,6 @@ from agentspeed_engine.protocol.messages import (
     TurnEnded,
 )
 from agentspeed_engine.protocol.token_ids import pack_ids, unpack_ids
-from agentspeed_engine.run.batch import Batcher
-from agentspeed_engine.run.vocabulary import Vocabulary
-from agentspeed_engine.run.worker import Worker
 from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.sched.core import Core
 from agentspeed_engine.sched.plan import StepPlan, StepResult
@@ -43,11 +44,12 @@ VOCABULARY, PAGE = 50, 4
 class World:
     """A core and a worker driven by hand, with every branch's log mirrored as a front does."""
 
-    def __init__(self, pages: int, context: int, depth: int = 0) -> None:
+    def __init__(self, pages: int, context: int, depth: int = 0, ahead: bool = False) -> None:
         self.core = Core(CoreConfig(pages=pages, context_limit=context, vocab_size=VOCABULARY, page_tokens=PAGE,
-                                    prefill_chunk=11, extend_tokens=5, depth=depth, firm_pages=0))
+                                    prefill_chunk=11, extend_tokens=5, depth=depth, decode_ahead=ahead,
+                                    firm_pages=0))
         self.model = RememberingModel(pages, PAGE, VOCABULARY)
-        self.worker = Worker(self.model, Vocabulary(Path("none"), VOCABULARY, ()))
+        self.worker = Worker(CpuExecutor(self.model, Vocabulary(Path("none"), VOCABULARY, ()), depth=depth))
         self.logs: dict[int, list[int]] = {}
         self.asked: dict[int, list[int]] = {}
         """Log at the time of `generate` of branches whose turn runs."""
@@ -99,7 +101,7 @@ class World:
         seen = iter(self.model.seen)
         for row in plan.rows:
             known = next(seen)
-            for _ in row.ids[1:]:
+            for _ in range(1, row.tokens):
                 known = next(seen)
             log = self.logs.get(row.branch)
             if log is not None:
@@ -164,10 +166,11 @@ def fork(world: World, branch: int, request: int, at: int | None = None) -> None
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 2**32), pages=st.sampled_from([16, 24, 60]), depth=st.sampled_from([0, 0, 1]))
-def test_every_query_sees_exactly_its_own_log(seed: int, pages: int, depth: int) -> None:
+@given(seed=st.integers(0, 2**32), pages=st.sampled_from([16, 24, 60]), depth=st.sampled_from([0, 0, 1, 2]),
+       ahead=st.booleans())
+def test_every_query_sees_exactly_its_own_log(seed: int, pages: int, depth: int, ahead: bool) -> None:
     draw = Random(seed)
-    world = World(pages, context=56, depth=depth)
+    world = World(pages, context=56, depth=depth, ahead=ahead and depth > 0)
     for request in range(60):
         act(world, draw, request)
         for _ in range(draw.randrange(4)):
@@ -199,7 +202,7 @@ def plans() -> Iterator[StepPlan]:
 
 def test_a_shared_prefix_is_one_run_with_the_queries_of_all_branches() -> None:
     batcher = Batcher(PAGE)
-    batches = [batcher.flatten(plan) for plan in plans()]
+    batches = [batcher.step_input(plan).batch for plan in plans()]
     shared = [run for run in batches[-1].runs if not run.causal]
     assert [len(run.queries) for run in shared] == [3]
     assert shared[0].tokens == 20
@@ -207,7 +210,8 @@ def test_a_shared_prefix_is_one_run_with_the_queries_of_all_branches() -> None:
 
 def test_page_arrays_are_made_once_per_node_run() -> None:
     batcher = Batcher(PAGE)
-    pages = [run.pages for plan in plans() for run in batcher.flatten(plan).runs if not run.causal and run.tokens == 20]
+    batches = [batcher.step_input(plan).batch for plan in plans()]
+    pages = [run.pages for batch in batches for run in batch.runs if not run.causal and run.tokens == 20]
     assert len(pages) > 1
     assert all(array is pages[0] for array in pages)
 
@@ -220,5 +224,5 @@ def test_a_tail_names_only_the_pages_it_has_reached(tokens: int) -> None:
     world.tell(Generate(request=2, branch=opened.branch, max_tokens=1))
     plan = world.core.plan(0.0)
     assert plan is not None
-    (tail,) = Batcher(PAGE).flatten(plan).runs
+    (tail,) = Batcher(PAGE).step_input(plan).batch.runs
     assert len(tail.pages) == -(-tokens // PAGE)

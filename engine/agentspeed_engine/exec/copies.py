@@ -7,13 +7,13 @@ import math
 import queue
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Protocol, final
 
 from agentspeed_engine.clock import Clock, MonotonicClock
+from agentspeed_engine.exec.executor import CopyFailed
 from agentspeed_engine.ids import TicketId
-from agentspeed_engine.run.model import CopyFailed, Model
 from agentspeed_engine.sched.plan import HostCopy
 
 
@@ -26,13 +26,21 @@ class Copied:
     ok: bool
 
 
+class Transfers(Protocol):
+    """What the copier needs of an executor (`exec.executor.Executor`)."""
+
+    def save(self, pages: Sequence[int], slots: Sequence[int]) -> None: ...
+
+    def load(self, slots: Sequence[int], pages: Sequence[int]) -> None: ...
+
+
 @final
 class Copier:
     """One thread, one copy after the other. `report` is called from that thread."""
 
-    def __init__(self, model: Model, report: Callable[[Copied | Exception], None],
+    def __init__(self, executor: Transfers, report: Callable[[Copied | Exception], None],
                  clock: Clock | None = None) -> None:
-        self._model = model
+        self._executor = executor
         self._clock = MonotonicClock() if clock is None else clock
         self._report = report
         self._progress = -math.inf
@@ -76,9 +84,9 @@ class Copier:
             return False
         try:
             if copy.direction == "save":
-                self._model.save(copy.pages, copy.slots)
+                self._executor.save(copy.pages, copy.slots)
             else:
-                self._model.load(copy.slots, copy.pages)
+                self._executor.load(copy.slots, copy.pages)
         except CopyFailed as reason:
             print(f"host copy {copy.ticket} ({copy.direction}) failed: {reason}", file=sys.stderr)
             return False

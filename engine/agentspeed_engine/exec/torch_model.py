@@ -1,4 +1,4 @@
-"""A loaded model behind the worker's protocol, with the host slots its pages can be saved to."""
+"""A loaded model behind the executor's protocol, with the host slots its pages can be saved to."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from agentspeed_engine.exec.arena import HostArena
+from agentspeed_engine.exec.executor import CopyFailed
 from agentspeed_engine.models.inputs import FlatBatch
 from agentspeed_engine.models.loaded import LoadedModel
-from agentspeed_engine.run.arena import HostArena
-from agentspeed_engine.run.model import CopyFailed
 
 
 @final

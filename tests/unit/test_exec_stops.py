@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentspeed_engine.run.stops import StopAutomaton, StopWatch
+from agentspeed_engine.exec.stops import StopAutomaton, StopWatch
 
 TEXT = st.binary(max_size=40).map(lambda data: bytes(byte % 3 + 97 for byte in data))
 STOPS = st.lists(TEXT.filter(bool).map(lambda data: data[:4]), min_size=1, max_size=4)

@@ -1,0 +1,145 @@
+"""The executor of one CPU process: a forward pass, then one draw per sample, both when the step is launched."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agentspeed_engine.errors import BrokenInvariant, EngineFault
+from agentspeed_engine.exec.executor import Pending, Refusal, Sampled, Token
+from agentspeed_engine.exec.grammar import GrammarRefused, Matchers
+from agentspeed_engine.exec.model import Model
+from agentspeed_engine.exec.sampler import draw
+from agentspeed_engine.exec.step_input import Sample, StepInput
+from agentspeed_engine.exec.stops import StopWatch
+from agentspeed_engine.exec.vocabulary import Vocabulary
+from agentspeed_engine.kv.runs import TurnSpec
+from agentspeed_engine.models.inputs import FlatBatch, Int64s
+from agentspeed_engine.sched.plan import DrawnEnd
+
+_REFUSED = 0
+"""Stands for the token of a sample that was refused: the row that is fed with it is dead."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A step that is through."""
+
+    step: int
+    sampled: Sampled
+
+    def done(self) -> bool:
+        return True
+
+
+@final
+class CpuExecutor:
+    """`exec.executor.Executor` over a model in this process. A launched step is computed when `launch` returns."""
+
+    def __init__(self, model: Model, vocabulary: Vocabulary, *, depth: int = 0) -> None:
+        """`depth`: steps that are planned before an earlier one was collected (`CoreConfig.depth`)."""
+        self._model = model
+        self._vocabulary = vocabulary
+        self._depth = depth
+        self._matchers = Matchers(vocabulary)
+        self._stops: dict[int, StopWatch] = {}
+        self._tokens: dict[int, Int64s] = {}
+        """What the latest steps sampled: later steps may name it."""
+        self.page_tokens = model.page_tokens
+        self.model_seconds = 0.0
+        self.sampling_seconds = 0.0
+
+    def launch(self, step: StepInput) -> Computed:
+        started = time.perf_counter()
+        self._forget(step.ended)
+        for copy in step.copies:
+            self._model.copy_rows(copy.src, copy.dst, copy.rows)
+        logits = self._model.logits(self._known(step))
+        computed = time.perf_counter()
+        sampled = tuple(self._sample(one, row) for one, row in zip(step.samples, logits, strict=True))
+        self._keep(step.step, sampled)
+        self.model_seconds += computed - started
+        self.sampling_seconds += time.perf_counter() - computed
+        return Computed(step.step, sampled)
+
+    def collect(self, pending: Pending) -> Sampled:
+        if not isinstance(pending, Computed):
+            raise BrokenInvariant(f"step {pending.step} was not launched here")
+        return pending.sampled
+
+    def prepare(self, spec: TurnSpec) -> str | None:
+        try:
+            if spec.stop_strings:
+                _ = self._vocabulary.token_bytes
+            if spec.grammar is not None:
+                self._matchers.prepare(spec, spec.grammar)
+        except (GrammarRefused, EngineFault) as reason:
+            return str(reason)
+        return None
+
+    def discard(self, turn: int) -> None:
+        self._matchers.forget((turn,))
+
+    @property
+    def turns(self) -> frozenset[int]:
+        """The turns of which something is kept."""
+        return frozenset(self._matchers.turns | self._stops.keys())
+
+    def save(self, pages: Sequence[int], slots: Sequence[int]) -> None:
+        self._model.save(pages, slots)
+
+    def load(self, slots: Sequence[int], pages: Sequence[int]) -> None:
+        self._model.load(slots, pages)
+
+    # ---- tokens that were not known when the step was planned -----------------------------------------------------
+    def _known(self, step: StepInput) -> FlatBatch:
+        unknown = step.unknown
+        if not len(unknown.at):
+            return step.batch
+        ids = step.batch.ids.copy()
+        for at, earlier, place in zip(unknown.at, unknown.step.tolist(), unknown.place, strict=True):
+            if earlier not in self._tokens:
+                raise BrokenInvariant(f"step {step.step} names a token of step {earlier}, which is not kept any more")
+            ids[at] = self._tokens[earlier][place]
+        return replace(step.batch, ids=ids)
+
+    def _keep(self, step: int, sampled: Sampled) -> None:
+        """A step is named only by those that were planned while it was in flight: at most `depth` later ones."""
+        if self._depth:
+            ids = (one.id if isinstance(one, Token) else _REFUSED for one in sampled)
+            self._tokens[step] = np.fromiter(ids, np.int64, len(sampled))
+            for old in [old for old in self._tokens if old <= step - self._depth]:
+                del self._tokens[old]
+
+    # ---- sampling -------------------------------------------------------------------------------------------------
+    def _sample(self, sample: Sample, logits: NDArray[Any]) -> Token | Refusal:
+        spec, position = sample.spec, sample.position
+        earlier = position - spec.prompt_tokens
+        try:
+            allowed = None if spec.grammar is None else self._matchers.allowed(spec, spec.grammar, earlier)
+            chosen = draw(logits, spec.sampling, spec.draw_key, position, allowed)
+            complete = spec.grammar is not None and self._matchers.consume(spec, chosen.id)
+            stopped = self._completes_stop_string(spec, earlier, chosen.id)
+        except (GrammarRefused, EngineFault) as reason:
+            return Refusal(str(reason))
+        end: DrawnEnd | None = "stop_string" if stopped else "grammar_end" if complete else None
+        return Token(chosen.id, chosen.logprob, chosen.top, end)
+
+    def _completes_stop_string(self, spec: TurnSpec, earlier: int, token: int) -> bool:
+        if not spec.stop_strings or token in spec.stop_ids:
+            return False
+        watch = self._stops.get(spec.turn)
+        if watch is None:
+            watch = self._stops[spec.turn] = StopWatch(spec.stop_strings)
+        return watch.saw(earlier, self._vocabulary.token_bytes[token])
+
+    def _forget(self, turns: tuple[int, ...]) -> None:
+        self._matchers.forget(turns)
+        for turn in turns:
+            self._stops.pop(turn, None)
