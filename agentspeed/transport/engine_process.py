@@ -105,7 +105,8 @@ class EngineProcess:
             self._process.wait(1.0)
 
     def obituary(self) -> str:
-        """Of a process that is dead: how it ended, and where to look; empty after an orderly end."""
+        """How the process ended, if it is dead, and the command that replays its recording; empty after an orderly
+        end."""
         status = self._process.poll()
         if not status:
             return ""
