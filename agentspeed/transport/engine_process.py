@@ -161,6 +161,7 @@ class EngineProcess:
         for said in _status_lines(self._status):
             if "ready" in said:
                 self._recording = said["recording"]
+                self._status.close()
                 return
             if "code" in said:
                 refusal = public_error(said["code"], said["message"], said["remedy"])
