@@ -32,6 +32,8 @@ from agentspeed_engine.protocol import messages as wire
 from agentspeed_engine.protocol.frames import command_reader, encode_outbox
 from agentspeed_engine.protocol.sampling import validate_sampling
 from agentspeed_engine.protocol.token_ids import pack_ids, unpack_ids
+from agentspeed_engine.run.model_files import ServedFiles
+from agentspeed_engine.exec.vocabulary import Vocabulary
 
 _LOG: Final = logging.getLogger("agentspeed.testing")
 _CONTEXT_LIMIT: Final = 1 << 20
@@ -107,6 +109,7 @@ class ScriptedServer:
     def __init__(self, folder: Path, script: Script) -> None:
         self._folder = folder
         self._script = script
+        self.files = ServedFiles(folder)
         self._tokenizer = _tokenizer(folder)
         size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self._vocabulary = Vocabulary(folder, size, ())
@@ -285,6 +288,10 @@ class _ServedLink:
                 return self._server.welcome(request), ()
             case wire.GetStats():
                 return wire.Stats(request=request, counts={"branches": len(self.branches)}, seconds={}), ()
+            case wire.GetModelFiles():
+                return self._server.files.listed(command), ()
+            case wire.ReadModelFile():
+                return self._server.files.part(command), ()
             case wire.Open():
                 number = self._new(_Branch(parent=None, forked_at=0, log=list(unpack_ids(command.ids))))
                 return wire.Opened(request=request, branch=number, residence=wire.Residence()), ()

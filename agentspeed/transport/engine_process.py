@@ -105,7 +105,8 @@ class EngineProcess:
             self._process.wait(1.0)
 
     def obituary(self) -> str:
-        """Of a process that is dead: how it ended, and where to look; empty after an orderly end."""
+        """How the process ended, if it is dead, and the command that replays its recording; empty after an orderly
+        end."""
         status = self._process.poll()
         if not status:
             return ""
@@ -160,6 +161,7 @@ class EngineProcess:
         for said in _status_lines(self._status):
             if "ready" in said:
                 self._recording = said["recording"]
+                self._status.close()
                 return
             if "code" in said:
                 refusal = public_error(said["code"], said["message"], said["remedy"])

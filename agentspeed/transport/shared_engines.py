@@ -134,8 +134,9 @@ def engine_defaults() -> dict[str, str]:
     try:
         from agentspeed_engine.run.options import EngineOptions
     except ModuleNotFoundError as error:
-        raise ExtraMissing(f"The engine needs {error.name}, which is not installed.",
-                           remedy="Install agentspeed[engine].") from error
+        raise ExtraMissing(
+            f"The engine needs {error.name}, which is not installed.", remedy="Install agentspeed[engine]."
+        ) from error
     fields = msgspec.structs.fields(EngineOptions)
     return {field.name: "required" if field.required else repr(field.default) for field in fields}
 

@@ -208,9 +208,7 @@ class SocketLink:
         remedy = "Use the session again: it is opened anew from its ids."
         if keep_link:
             return errors.EngineDied(f"The engine did not answer for {patience:g} s.", remedy=remedy)
-        death = errors.EngineDied(
-            f"The engine did not answer for {patience:g} s; its link was closed.", remedy=remedy
-        )
+        death = errors.EngineDied(f"The engine did not answer for {patience:g} s; its link was closed.", remedy=remedy)
         self._why_dead = death
         self.close()
         return death

@@ -13,7 +13,7 @@ from typing import final
 
 from agentspeed import errors
 from agentspeed.transport.engine_process import ATTACH, open_socket
-from agentspeed.transport.error_map import public_error
+from agentspeed.transport.error_map import public_error, shown_credential
 from agentspeed_engine.protocol import messages as wire
 from agentspeed_engine.protocol.frames import BadFrame, encode_command, outbox_reader
 from agentspeed_engine.run import registry
@@ -99,7 +99,9 @@ class Watcher:
 
     def _greeted(self) -> wire.Welcome:
         try:
-            welcome = self._ask(wire.Hello(request=self._number(), client="agentspeed top"))
+            welcome = self._ask(
+                wire.Hello(request=self._number(), client="agentspeed top", credential=shown_credential())
+            )
         except errors.EngineDied as error:
             raise errors.ConnectFailed(f"What listens at {self.path} did not greet: {error}") from error
         if not isinstance(welcome, wire.Welcome):

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from agentspeed_engine.protocol import messages as wire
-from agentspeed_engine.protocol.frames import encode_command
+from agentspeed_engine.protocol.frames import MAX_FRAME_BYTES, encode_command
 from agentspeed_engine.protocol.token_ids import pack_ids
 from tests.engine_client import EngineProcess, Front, LinkClosed, Refused, alive, engine, environment, until
 
@@ -210,7 +210,7 @@ sys.exit(start.main())
     "garbage",
     [
         pytest.param(b"\x05\0\0\0hello", id="no msgpack"),
-        pytest.param((wire.MAX_FRAME_BYTES + 1).to_bytes(4, "little"), id="too long"),
+        pytest.param((MAX_FRAME_BYTES + 1).to_bytes(4, "little"), id="too long"),
         pytest.param(b"GET / HTTP/1.1\r\n\r\n", id="http"),
         pytest.param(b"\x01\0\0\0\xc0", id="nil"),
         pytest.param(b"\0\0\0\0", id="empty"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -135,6 +136,16 @@ def test_a_compiler_that_fails_is_a_reason_and_not_a_crash(
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     why = detect().absent[native.FEATURE]
     assert "failed: no such target" in why
+
+
+@pytest.mark.usefixtures("fresh_library")
+def test_a_user_without_a_home_goes_without_native_kernels_and_is_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert "XDG_CACHE_HOME" in detect().absent[native.FEATURE]
 
 
 def test_costs_count_the_context_once_whatever_the_number_of_rows() -> None:

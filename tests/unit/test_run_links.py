@@ -114,6 +114,17 @@ def test_frames_arrive_whole_however_they_are_cut(pair: tuple[Link, socket.socke
         assert link.read() is None
 
 
+def test_commands_before_what_is_no_frame_are_taken_though_they_came_with_it(pair: tuple[Link, socket.socket]) -> None:
+    link, theirs = pair
+    with link.socket, theirs:
+        theirs.sendall(encode_command(Hello(request=1)) + encode_command(GetStats(request=2)) + b"\xff\xff\xff\xff")
+        commands = link.read()
+        assert commands is not None
+        assert (next(commands), next(commands)) == (Hello(request=1), GetStats(request=2))
+        with pytest.raises(BadFrame):
+            _ = next(commands)
+
+
 def framed(body: bytes) -> bytes:
     return len(body).to_bytes(4, "little") + body
 

@@ -173,8 +173,37 @@ class Look(Message, frozen=True, kw_only=True):
 
 MAX_LOOK = 1000
 
+
+class GetModelFiles(Message, frozen=True, kw_only=True):
+    """Which files a client needs to make ids of text and text of ids: tokenizer, chat template, configuration."""
+
+    request: int
+
+
+class ReadModelFile(Message, frozen=True, kw_only=True):
+    """A part of one of them. Ask for the next part when this one has come."""
+
+    request: int
+    name: str
+    offset: int
+
+
 Command = (
-    Hello | Open | Append | Generate | Cancel | Fork | Rewind | Adopt | Close | Expect | Inspect | GetStats | Look
+    Hello
+    | Open
+    | Append
+    | Generate
+    | Cancel
+    | Fork
+    | Rewind
+    | Adopt
+    | Close
+    | Expect
+    | Inspect
+    | GetStats
+    | Look
+    | GetModelFiles
+    | ReadModelFile
 )
 
 
@@ -264,6 +293,16 @@ class TurnUsage(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """Why rows were recomputed; empty if none were."""
 
 
+class ModelFile(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """A file as it was when the engine loaded the model."""
+
+    name: str
+    """Without a folder."""
+    bytes: int
+    sha256: str
+    """In hexadecimal."""
+
+
 class TopLogprob(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     id: int
     logprob: float
@@ -350,6 +389,20 @@ class Picture(Message, frozen=True, kw_only=True):
     """Most pages that one may have."""
 
 
+class ModelFiles(Message, frozen=True, kw_only=True):
+    """The answer to `GetModelFiles`; none of an engine that computes nothing."""
+
+    request: int
+    files: tuple[ModelFile, ...]
+
+
+class FilePart(Message, frozen=True, kw_only=True):
+    """The answer to `ReadModelFile`: what stands at the offset, at most 1 MiB; nothing at the file's end."""
+
+    request: int
+    data: bytes
+
+
 class Failed(Message, frozen=True, kw_only=True):
     """The command was refused; nothing changed."""
 
@@ -399,7 +452,19 @@ class LeaseChanged(Message, frozen=True, kw_only=True):
     lease: Lease
 
 
-Reply = Welcome | Done | Opened | Forked | LeaseAnswer | Inspected | Stats | Picture | Failed
+Reply = (
+    Welcome
+    | Done
+    | Opened
+    | Forked
+    | LeaseAnswer
+    | Inspected
+    | Stats
+    | Picture
+    | ModelFiles
+    | FilePart
+    | Failed
+)
 Event = TurnStarted | Tokens | TurnEnded | LeaseChanged
 Outgoing = Reply | Event
 

@@ -14,7 +14,7 @@ from typing import final
 
 from agentspeed_engine.ids import LinkId
 from agentspeed_engine.protocol.frames import command_reader, encode_outbox
-from agentspeed_engine.protocol.messages import Command, Event, Outgoing, Picture, Tokens
+from agentspeed_engine.protocol.messages import Command, Event, Outgoing, Tokens
 
 _READ_BYTES = 1 << 18
 _MOST_REPLIES = 1024
@@ -68,10 +68,9 @@ class Link:
     def has_output(self) -> bool:
         return bool(self._sending or self._pending)
 
-    @property
-    def owes_picture(self) -> bool:
-        """One was taken and its reader has not made place for it."""
-        return any(isinstance(message, Picture) for message in self._pending)
+    def owes(self, kind: type[Outgoing]) -> bool:
+        """A message of this kind was taken and its reader has not made place for it."""
+        return any(isinstance(message, kind) for message in self._pending)
 
     @property
     def behind(self) -> bool:

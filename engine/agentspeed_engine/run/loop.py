@@ -19,7 +19,7 @@ from typing import TypeAlias, final
 from msgspec.structs import replace
 
 from agentspeed_engine.clock import Clock, MonotonicClock
-from agentspeed_engine.errors import Code
+from agentspeed_engine.errors import Code, EngineFault
 from agentspeed_engine.exec.copies import Copied, Copier
 from agentspeed_engine.exec.cpu import CpuExecutor
 from agentspeed_engine.exec.executor import Executor
@@ -32,15 +32,20 @@ from agentspeed_engine.protocol.messages import (
     PROTOCOL,
     Command,
     Failed,
+    FilePart,
+    GetModelFiles,
     GetStats,
     Hello,
     Look,
+    Picture,
+    ReadModelFile,
     Stats,
     Welcome,
     as_text,
 )
 from agentspeed_engine.run.door import Door
 from agentspeed_engine.run.links import Link
+from agentspeed_engine.run.model_files import ServedFiles
 from agentspeed_engine.run.options import Built
 from agentspeed_engine.run.recording import RecordingOrder, begun
 from agentspeed_engine.sched.core import Core
@@ -77,6 +82,7 @@ class EngineLoop:
         `EngineFault` when the recording cannot be begun."""
         self._credential = credential.encode()
         self._source = built.source
+        self._files = ServedFiles(Path(built.source) if built.source else None)
         self._idle_seconds = idle_seconds
         self._idle_since: float | None = None
         self._last_words = "The engine was told to stop."
@@ -286,6 +292,10 @@ class EngineLoop:
             link.put(self._stats(command.request))
         elif isinstance(command, Look):
             self._look(link, command)
+        elif isinstance(command, GetModelFiles):
+            link.put(self._files.listed(command))
+        elif isinstance(command, ReadModelFile):
+            self._read_file(link, command)
         else:
             self._deliver(self._core.handle(link.id, command, self._clock.now()))
 
@@ -339,12 +349,23 @@ class EngineLoop:
         return Stats(request=request, counts=counts, seconds=seconds)
 
     def _look(self, link: Link, command: Look) -> None:
-        if link.owes_picture:  # whoever does not read them must not pile them up here
+        if link.owes(Picture):  # whoever does not read them must not pile them up here
             link.put(Failed(request=command.request, code="overloaded",
                             message="The last picture was not read yet.", remedy="Read it first."))
             return
         picture = self._core.picture(command, self._clock.now())
         link.put(replace(picture, counts=picture.counts | {"steps": self._steps, "tokens_drawn": self._tokens}))
+
+    def _read_file(self, link: Link, command: ReadModelFile) -> None:
+        if link.owes(FilePart):  # as with pictures: parts that nobody reads must not pile up here
+            link.put(Failed(request=command.request, code="overloaded",
+                            message="The last part was not read yet.", remedy="Read it first."))
+            return
+        try:
+            link.put(self._files.part(command))
+        except EngineFault as fault:
+            link.put(Failed(request=command.request, code=fault.code, message=as_text(fault.message),
+                            remedy=fault.remedy))
 
     def _tell_all(self, code: Code, message: str, remedy: str) -> None:
         """The last words to every link, as far as its socket takes them."""

@@ -134,8 +134,13 @@ def _cpu_features() -> str:
 
 
 def _cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "agentspeed"
+    """Raises `OSError` for a user without a home, who named no folder."""
+    if root := os.environ.get("XDG_CACHE_HOME"):
+        return Path(root) / "agentspeed"
+    try:
+        return Path.home() / ".cache" / "agentspeed"
+    except RuntimeError as error:
+        raise OSError(f"{error} Set XDG_CACHE_HOME to a folder of yours.") from error
 
 
 def _said(error: Exception) -> str:
