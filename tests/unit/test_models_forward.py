@@ -96,7 +96,7 @@ def test_copied_rows_continue_like_the_original(model: LoadedModel) -> None:
 def test_pages_survive_the_way_to_host_memory_and_back(model: LoadedModel) -> None:
     trail = Trail(PAGE, [46, 47])
     model.forward(batch(PAGE, [(trail, IDS[:16])]))
-    arena = HostArena(model.pool, 3)
+    arena = HostArena(model.pools.tensors, 3)
     arena.save([46, 47], [2, 0])
     model.forward(batch(PAGE, [(Trail(PAGE, [46, 47]), IDS[100:116])]))
     arena.load([2, 0], [120, 119])

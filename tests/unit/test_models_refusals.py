@@ -37,7 +37,7 @@ def refusal(folder: Path) -> EngineFault:
 
 
 CONTRADICTIONS: list[tuple[dict[str, Any], str, str]] = [
-    ({"model_type": "llama"}, "unsupported_model", "model_type 'llama' is not supported"),
+    ({"model_type": "mamba"}, "unsupported_model", "model_type 'mamba' is not supported"),
     ({"model_type": None}, "unsupported_model", "model_type None is not supported"),
     ({"kv_lora_rank": None}, "bad_config", "kv_lora_rank is missing"),
     ({"hidden_size": -1}, "bad_config", "hidden_size is -1"),
@@ -186,8 +186,8 @@ def test_an_unknown_dtype_and_an_empty_pool_are_refused(folder: Path) -> None:
 
 
 def test_every_refusal_tells_what_to_do(folder: Path) -> None:
-    change(folder, model_type="llama")
-    assert "Supported are deepseek_v2 and deepseek_v3" in refusal(folder).remedy
+    change(folder, model_type="qwen2")
+    assert refusal(folder).remedy.startswith("The nearest family that runs is qwen3. Supported are deepseek_v2, deepse")
 
 
 def test_shards_and_one_file_are_the_same_model(folder: Path) -> None:

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from agentspeed_engine.errors import EngineFault
-from agentspeed_engine.models.catalog import load, read_config
-from agentspeed_engine.models.checkpoint import Checkpoint
-from agentspeed_engine.models.deepseek import build, check_mesh
+from agentspeed_engine.models.catalog import load, read_source
 from agentspeed_engine.models.inputs import FlatBatch
-from agentspeed_engine.models.loaded import step_state
+from agentspeed_engine.models.kv_pools import KvPools
+from agentspeed_engine.models.loaded import step_state, weight_source
+from agentspeed_engine.models.mesh import check_cuts
 from agentspeed_engine.models.rope import Rope
 from agentspeed_engine.spmd.logical import run_logical
 from agentspeed_engine.spmd.placement import TOKENS, Layout, Mesh, Replicate, Shard
@@ -41,22 +41,19 @@ class Ranks:
     """N ranks of one model in this process."""
 
     def __init__(self, folder: Path, mesh: Mesh) -> None:
-        config, _ = read_config(folder)
+        source = read_source(folder)
+        family, config = source.family, source.config
         kernels = Kernels(standard(), detect(), "float64", tuple(OPS))
-        weights = Checkpoint(folder, config, torch.float64)
+        weights = weight_source(source, "float64")
         self.mesh = mesh
-        self.rope = Rope(config, torch.float64)
+        self.rope = Rope(config.rope, config.context_limit, torch.float64)
         self.workspaces = [Workspace() for _ in range(mesh.size)]
         self.chains = [
-            build(config, weights, self._pools(config.layers, config.latent_width), rank, kernels)
+            family.build(config, weights, KvPools(family.kv_layout(config, "float64", mesh), 32, PAGE), rank, kernels)
             for rank in mesh.ranks()
         ]
         boundaries = [module.boundary for module in self.chains[0]]
         self.plan: Plan = plan(boundaries, mesh, start=TOKENS_OVER_DP, finish=EVERYWHERE)
-
-    @staticmethod
-    def _pools(layers: int, width: int) -> list[torch.Tensor]:
-        return [torch.zeros(32, PAGE, width, dtype=torch.float64) for _ in range(layers)]
 
     def forward(self, batches: list[FlatBatch]) -> list[torch.Tensor]:
         """One batch per dp rank, the same for its tp ranks."""
@@ -96,6 +93,6 @@ def test_experts_spread_over_dp_gather_tokens_before_and_scatter_sums_after(fold
 
 @pytest.mark.parametrize("mesh", [Mesh(tp=3), Mesh(dp=16), Mesh(tp=8)], ids=str)
 def test_a_mesh_that_does_not_divide_the_model_is_refused(folder: Path, mesh: Mesh) -> None:
-    config, _ = read_config(folder)
+    source = read_source(folder)
     with pytest.raises(EngineFault, match="does not divide by"):
-        check_mesh(config, mesh)
+        check_cuts(source.family.cuts(source.config, mesh))
