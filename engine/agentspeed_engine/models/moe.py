@@ -72,6 +72,8 @@ class Moe:
 
     def __call__(self, x: Tensor, residual: Tensor | None, state: StepState) -> tuple[Tensor, Tensor | None]:
         rows = x.shape[0]
+        if not rows:  # no rank has any
+            return x, residual
         out = state.workspace.take("fed", (rows, x.shape[1]), x.dtype)
         ids, weights = self._kernels["route"].at(rows)(x, self._router, self._bias, self._rule)
         if self._first is not None:

@@ -8,7 +8,7 @@ from typing import Any
 _SPARSE = "DeepSeek sparse attention, whose indexer is not implemented"
 _WINDOWS = "sliding-window attention, which cannot go back to any token"
 _RECURRENT = "recurrent state, which cannot go back to any token"
-_KNOWN: dict[str, tuple[str, str]] = {
+KNOWN: dict[str, tuple[str, str]] = {
     "deepseek": ("a DeepSeek-MoE with multi-head attention, whose routing is not implemented", "qwen3_moe"),
     "deepseek_v32": (f"a DeepSeek-V3.2 has {_SPARSE}", "deepseek_v3"),
     "deepseek_v4": ("a DeepSeek-V4 compresses its cache along the tokens, which is not implemented", "deepseek_v3"),
@@ -50,8 +50,8 @@ def missing(raw: Mapping[str, Any]) -> tuple[str, str]:
     kind = raw.get("model_type")
     if not isinstance(kind, str) or not kind:
         return "config.json does not say which architecture it is", ""
-    if kind in _KNOWN:
-        return _KNOWN[kind]
+    if kind in KNOWN:
+        return KNOWN[kind]
     if isinstance(raw.get("text_config"), Mapping):
         inner = raw["text_config"].get("model_type")
         return f"it holds a language model ({inner!r}) among others, which is not implemented", ""

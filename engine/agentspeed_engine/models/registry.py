@@ -11,18 +11,19 @@ from agentspeed_engine.models.family import Family
 from agentspeed_engine.models.other_types import missing
 
 FAMILIES: tuple[Family[Any], ...] = (*deepseek.FAMILIES, *grouped.FAMILIES)
-_BY_TYPE: dict[str, Family[Any]] = {name: family for family in FAMILIES for name in family.model_types}
+BY_TYPE: dict[str, Family[Any]] = {name: family for family in FAMILIES for name in family.model_types}
+"""By every name that a family is published under."""
 
 
 def supported_types() -> tuple[str, ...]:
     """Every `model_type` that runs, in the registry's order."""
-    return tuple(_BY_TYPE)
+    return tuple(BY_TYPE)
 
 
 def family_of(raw: Mapping[str, Any]) -> Family[Any]:
     """The family of a config.json. Raises `EngineFault` (unsupported_model)."""
     kind = raw.get("model_type")
-    family = _BY_TYPE.get(kind) if isinstance(kind, str) else None
+    family = BY_TYPE.get(kind) if isinstance(kind, str) else None
     if family is None:
         what, nearest = missing(raw)
         raise EngineFault(

@@ -68,9 +68,7 @@ def parse_rope(fields: Fields, width: int) -> RopeConfig:
     theta = scaling.number("rope_theta") if "rope_theta" in nested else _outer_theta(fields)
     kind = nested.get("rope_type", nested.get("type", "default"))
     if kind in ("yarn", "llama3"):
-        original = fields.optional_count("original_max_position_embeddings")
-        if original is None:
-            original = scaling.count("original_max_position_embeddings")
+        original = _original_context(fields, scaling)
         found = _yarn(scaling, fields, original) if kind == "yarn" else _llama3(scaling, original)
         return RopeConfig(width=width, theta=theta, scaling=found)
     fields.require(kind == "default", f"RoPE scaling {kind!r} is not supported", "Supported: default, yarn and llama3.")
@@ -79,6 +77,18 @@ def parse_rope(fields: Fields, width: int) -> RopeConfig:
 
 def _outer_theta(fields: Fields) -> float:
     return DEFAULT_THETA if fields.raw.get("rope_theta") is None else fields.number("rope_theta")
+
+
+def _original_context(fields: Fields, scaling: Fields) -> int:
+    name = "original_max_position_embeddings"
+    outer = fields.optional_count(name)
+    inner = scaling.count(name, outer)
+    fields.require(
+        outer in (None, inner),
+        f"{name} is {outer}, and {inner} where RoPE is described",
+        "Make them equal: the published code takes now the one, now the other.",
+    )
+    return inner
 
 
 def _yarn(scaling: Fields, fields: Fields, original: int) -> Yarn:

@@ -26,8 +26,8 @@ def gqa_rows(
     q: Tensor, key_pool: Tensor, value_pool: Tensor, tiles: TilePlan, scale: float, workspace: Workspace, out: Tensor
 ) -> None:
     """Two batched products a tile: the batch is a head of the pools with all query heads that read it."""
-    merged = RunningMerge(workspace, *q.shape, q.dtype)
-    width = q.shape[2]
+    tokens, heads, width = q.shape
+    merged = RunningMerge(workspace, tokens, heads, width, q.dtype)
     for tile in tiles.tiles:
         keys, values = _heads_of(key_pool, value_pool, tile, width, workspace)
         groups, count, rows = keys.shape[0], tile.rows.size, rows_of(tile)
@@ -48,8 +48,8 @@ def gqa_extend(
     q: Tensor, key_pool: Tensor, value_pool: Tensor, tiles: TilePlan, scale: float, workspace: Workspace, out: Tensor
 ) -> None:
     """The flash attention of torch, a head of the pools as one of its batch: nothing is repeated for query heads."""
-    merged = RunningMerge(workspace, *q.shape, q.dtype)
-    width = q.shape[2]
+    tokens, heads, width = q.shape
+    merged = RunningMerge(workspace, tokens, heads, width, q.dtype)
     for tile in tiles.tiles:
         keys, values = _heads_of(key_pool, value_pool, tile, width, workspace)
         groups, count, rows = keys.shape[0], tile.rows.size, rows_of(tile)

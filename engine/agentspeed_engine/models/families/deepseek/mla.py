@@ -87,6 +87,8 @@ class Mla:
 
     def __call__(self, x: Tensor, residual: Tensor | None, state: StepState) -> tuple[Tensor, Tensor | None]:
         config, rows, take = self._config, x.shape[0], state.workspace.take
+        if not rows:  # a dp rank whose branches all rest
+            return x, residual
         run = self._kernels
         q = self._project(x, state)
         turned = q[:, :, config.nope :]

@@ -84,6 +84,8 @@ class GroupedAttention:
 
     def __call__(self, x: Tensor, residual: Tensor | None, state: StepState) -> tuple[Tensor, Tensor | None]:
         rows, take, run = x.shape[0], state.workspace.take, self._kernels
+        if not rows:  # a dp rank whose branches all rest
+            return x, residual
         q = self._project(x, state)
         mixed = take("mixed", (rows, self._heads, self._config.head), x.dtype)
         for op, tiles in (("gqa_rows", state.few), ("gqa_extend", state.many)):
@@ -98,7 +100,7 @@ class GroupedAttention:
         rows, take, run, head = x.shape[0], state.workspace.take, self._kernels, self._config.head
         joined = take("qkv", (rows, self._joined.shape[0]), x.dtype)
         run["linear"].at(rows)(x, self._joined, self._bias, joined)
-        q, k, v = joined.view(rows, -1, head).split([self._heads, self._kv_heads, self._kv_heads], dim=1)
+        q, k, v = torch.split(joined.view(rows, -1, head), [self._heads, self._kv_heads, self._kv_heads], dim=1)
         q, k = self._normed(q, self._q_norm, "q_normed", state), self._normed(k, self._k_norm, "k_normed", state)
         run["rope"].at(rows)(q, state.cos, state.sin)
         run["kv_append"].at(rows)(k, v, state.cos, state.sin, state.slots, self._keys, self._values)

@@ -80,6 +80,8 @@ def parse_qwen3_moe(fields: Fields) -> GroupedConfig:
 def _parsed(fields: Fields, *, head_norm: bool, head: int | None, moe: MoeConfig | None) -> GroupedConfig:
     """`head`: the width of a head where config.json gives none; None for hidden_size / num_attention_heads."""
     heads, hidden = fields.count("num_attention_heads"), fields.count("hidden_size")
+    if head_norm:  # the default of Qwen3's published code is a number of heads, whatever the heads of queries are
+        fields.require("num_key_value_heads" in fields.raw, "num_key_value_heads is missing", "Add it.")
     kv_heads = fields.optional_count("num_key_value_heads") or heads
     fields.require(
         heads % kv_heads == 0,
