@@ -17,6 +17,7 @@ import msgspec
 
 from agentspeed.backends.faults import public_error
 from agentspeed.backends.link import Link
+from agentspeed.backends.model_files import fingerprint
 from agentspeed.backends.process import ATTACH, EngineSlot, acquire, release
 from agentspeed.errors import ExtraMissing, InvalidRequest
 
@@ -93,8 +94,8 @@ class LocalEngine:
 
     @classmethod
     def shared(cls, options: Mapping[str, Any]) -> LocalEngine:
-        """On the process-wide engine of these options."""
-        slot = acquire(options)
+        """On the process-wide engine of these options and of the model's files as they are now."""
+        slot = acquire(options, fingerprint(Path(options["model"])))
         with _counting:
             loops = _shared_loops.setdefault(slot, {})
         return cls(slot, on_close=lambda: release(slot), loops=loops, model=options["model"])

@@ -12,7 +12,8 @@ from pathlib import Path
 import agentspeed
 from agentspeed.backends.local import engine_defaults, engine_model
 from agentspeed.backends.watching import registry_folder
-from agentspeed.engine import NANO, resolve
+from agentspeed.backends.hub import resolve
+from agentspeed.engine import NANO
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "llguidance", "anyio", "msgspec", "pydantic")

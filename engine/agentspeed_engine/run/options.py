@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,12 +16,12 @@ from typing import Any, Literal, TypeVar, final, get_args
 import msgspec
 
 from agentspeed_engine.errors import EngineFault
-from agentspeed_engine.ids import pages_for
 from agentspeed_engine.models.catalog import describe, load
 from agentspeed_engine.run.calibrate import calibrated
 from agentspeed_engine.run.model import Model
 from agentspeed_engine.run.noop import NoopModel
 from agentspeed_engine.run.recording import LEAST_BYTES, RecordingOrder
+from agentspeed_engine.run.sizing import sizes
 from agentspeed_engine.run.vocabulary import Vocabulary
 from agentspeed_engine.sched.config import CoreConfig
 
@@ -33,8 +32,6 @@ _NOOP_PAGE_BYTES = 1024
 """Of a model without rows: about what the engine itself keeps of a page."""
 _MOST_NOOP_VOCABULARY = 1 << 24
 _MOST_NOOP_SECONDS = 3600.0
-_MOST_DEFAULT_PAGES = 16_384
-"""A default pool never asks for more pages than this: a million tokens is plenty until someone says otherwise."""
 
 
 class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -47,7 +44,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     context_limit: int | None = None
     """None: the model's own, as far as the pool allows it."""
     pages: int | None = None
-    """None: a quarter of the machine's memory."""
+    """None: a quarter of the memory that this process may use, or what the weights leave of it."""
     page_tokens: int = 64
     """Rows of a page; what is shared between branches is shared in whole pages."""
     threads: int | None = None
@@ -206,7 +203,7 @@ def build(options: EngineOptions, progress: Callable[[str], None] | None = None)
     say = progress if progress is not None else lambda what: None
     folder = Path(options.model)
     info = describe(folder, dtype=options.dtype, page_tokens=options.page_tokens)
-    pages, limit = _sizes(options, info.context_limit, info.bytes_per_page)
+    pages, limit = sizes(options, info.context_limit, info.bytes_per_page, info.parameters)
     core = _core(options, pages, limit, info.vocab_size, folder.name)
     core.check()
     say(f"loading {folder.name}: {info.weight_bytes / 1e6:.0f} MB of weights, "
@@ -240,7 +237,7 @@ def _build_noop(options: EngineOptions) -> Built:
         raise EngineFault("bad_options", f"{options.model!r} is not noop:VOCABULARY:MILLISECONDS.") from error
     if not 1 <= size <= _MOST_NOOP_VOCABULARY or not 0 <= step <= _MOST_NOOP_SECONDS:
         raise EngineFault("bad_options", f"{options.model!r} has an impossible vocabulary or step time.")
-    pages, limit = _sizes(options, _NOOP_CONTEXT, _NOOP_PAGE_BYTES)
+    pages, limit = sizes(options, _NOOP_CONTEXT, _NOOP_PAGE_BYTES, 0)
     core = _core(options, pages, limit, size, options.model)
     core.check()
     return Built(core, NoopModel(size, step, options.page_tokens), Vocabulary(Path(options.model), size, ()), "")
@@ -255,36 +252,3 @@ def _core(options: EngineOptions, pages: int, limit: int, vocab_size: int, name:
         ticket_deadline=options.ticket_deadline, max_lease_seconds=options.max_lease_seconds,
         tenant_pages=options.tenant_pages, tenant_sessions=options.tenant_sessions, policy=options.policy,
     )
-
-
-def _sizes(options: EngineOptions, model_limit: int, bytes_per_page: int) -> tuple[int, int]:
-    """(pages, context limit): what was asked for, else what the machine and the model give (rule L1)."""
-    if options.context_limit is not None and options.context_limit > model_limit:
-        raise EngineFault("bad_options", f"context_limit is {options.context_limit}; the model has {model_limit}.",
-                          "Give a number between 1 and the model's own limit.")
-    wanted = options.context_limit or model_limit
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for what, count in (("pages", options.pages or 0), ("host_slots", options.host_slots)):
-        if count * bytes_per_page > memory:
-            raise EngineFault("bad_options", f"{what} is {count}; that many take "
-                              f"{count * bytes_per_page / 1e9:.0f} GB, the machine has {memory / 1e9:.0f} GB.",
-                              f"Give fewer {what}, or leave `{what}` out.")
-    pages = options.pages
-    if pages is None:
-        most = max(_MOST_DEFAULT_PAGES, 2 * pages_for(wanted, options.page_tokens) + (options.firm_pages or 0))
-        pages = min(memory // 4 // bytes_per_page, most)
-        if pages < 2:
-            raise EngineFault("bad_options", f"A page of {options.page_tokens} tokens takes "
-                              f"{bytes_per_page / 1e9:.1f} GB, the machine has {memory / 1e9:.0f} GB.",
-                              "Give a smaller `page_tokens`.")
-    if options.context_limit is not None:
-        return pages, wanted
-    firm = options.firm_pages
-    if firm is None:
-        # Firm leases get a share of a pool that was sized for them, and only what is left of one that the user sized.
-        firm = pages // 4 + 1 if options.pages is None else 0
-    fits = (pages - firm - 1) * options.page_tokens
-    if fits < 1:
-        raise EngineFault("bad_options", f"{pages} pages, {firm} of them for firm leases, leave none for a turn, which "
-                          "needs 2 (rule L1).", "Give more pages or fewer firm pages.")
-    return pages, min(wanted, fits)
