@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import agentspeed
+from agentspeed.backends.hub import resolve
 from agentspeed.backends.local import engine_defaults, engine_model
 from agentspeed.backends.watching import registry_folder
-from agentspeed.backends.hub import resolve
 from agentspeed.engine import NANO
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeAlias, final
 
+from agentspeed.backends.hub import resolve
 from agentspeed.backends.port import wire
 from agentspeed.backends.scripted import Asked, ScriptedServer, ScriptedText, ScriptRaised
 from agentspeed.checking import check_seconds, check_text
-from agentspeed.backends.hub import resolve
 from agentspeed.engine import Engine
 from agentspeed.front.tags import DEFAULT_TAGS
 from agentspeed.session import Session

@@ -23,6 +23,7 @@ from tools.random_checkpoint import make_checkpoint
 transformers = needed("transformers", "transformers is the reference")
 
 SEEDS = 12
+"""Of which the suite takes three; `pytest -m slow` takes the others."""
 NEW = 200
 """Long enough that a prompt at once takes the path for many rows."""
 _MODULES = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu", "llama", "qwen3", "qwen3_moe", "kimi_k25")
@@ -70,7 +71,9 @@ def test_every_type_that_runs_is_compared() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # no shared experts, in the reference
-@pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=[pytest.mark.slow] if seed > 2 else []) for seed in range(SEEDS)]
+)
 @pytest.mark.parametrize("model_type", ARCHITECTURE)
 def test_logits_equal_the_reference(model_type: str, seed: int, tmp_path: Path) -> None:
     folder = make_checkpoint(random_config(model_type, seed), tmp_path, seed=seed, dtype="float64")

@@ -40,16 +40,19 @@ class Hub:
         """(Status, headers, body) of a GET."""
         path = path.split("?")[0]
         if path.startswith(f"/api/models/{REPO}"):
-            *_, kind, revision = path.removeprefix(f"/api/models/{REPO}").split("/") if path.count("/") > 4 else (
-                "", "revision", "main")
+            *_, kind, revision = (
+                path.removeprefix(f"/api/models/{REPO}").split("/") if path.count("/") > 4 else ("", "revision", "main")
+            )
             self.revisions.append(revision)
             commit = self.commits.get(revision)
             if commit is None:
                 return 404, {"X-Error-Code": "RevisionNotFound"}, b"{}"
             names = sorted(self.files[commit])
             if kind == "tree":
-                listed: Any = [{"type": "file", "path": name, "size": len(self.files[commit][name]), "oid": "0" * 40}
-                               for name in names]
+                listed: Any = [
+                    {"type": "file", "path": name, "size": len(self.files[commit][name]), "oid": "0" * 40}
+                    for name in names
+                ]
             else:
                 listed = {"id": REPO, "sha": commit, "siblings": [{"rfilename": name} for name in names]}
             return 200, {"Content-Type": "application/json"}, json.dumps(listed).encode()
@@ -100,9 +103,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(constants, "ENDPOINT", address)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
-    )
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -118,8 +119,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-NOT_NEEDED = {"README.md": b"words", "pytorch_model.bin": b"old", "model.onnx": b"other", "modeling.py": b"raise",
-              "consolidated.safetensors": b"the same again", "original/params.json": b"{}", "logo.json": b"{}"}
+NOT_NEEDED = {
+    "README.md": b"words",
+    "pytorch_model.bin": b"old",
+    "model.onnx": b"other",
+    "modeling.py": b"raise",
+    "consolidated.safetensors": b"the same again",
+    "original/params.json": b"{}",
+    "logo.json": b"{}",
+}
 
 
 def test_a_model_is_fetched_configuration_first_and_nothing_that_is_not_needed(
@@ -182,9 +190,7 @@ def test_an_index_that_leaves_the_folder_fetches_nothing_more(hub: Hub, model: d
 
 
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors"])
-def test_a_repository_without_a_file_that_is_needed_is_told_so(
-    hub: Hub, model: dict[str, bytes], missing: str
-) -> None:
+def test_a_repository_without_a_file_that_is_needed_is_told_so(hub: Hub, model: dict[str, bytes], missing: str) -> None:
     hub.publish("main", {name: held for name, held in model.items() if name != missing} | {"pytorch_model.bin": b"x"})
     with pytest.raises(errors.ModelBroken, match=missing) as caught:
         resolve(REPO)

@@ -1,4 +1,4 @@
-"""A pool is sized for the memory that the process may use, and weights that cannot fit are refused before any is read."""
+"""A pool is sized for the memory that the process may use; weights that cannot fit are refused before any is read."""
 
 from __future__ import annotations
 

@@ -45,8 +45,12 @@ def full_config(model_type: str) -> dict[str, Any]:
 
 def seen(config: Any) -> dict[str, Any]:
     """What of our configuration has a name in the reference's."""
-    found: dict[str, Any] = {"rms_norm_eps": config.eps, "tie_word_embeddings": config.tied,
-                             "attention_bias": config.attention_bias, "rope_theta": config.rope.theta}
+    found: dict[str, Any] = {
+        "rms_norm_eps": config.eps,
+        "tie_word_embeddings": config.tied,
+        "attention_bias": config.attention_bias,
+        "rope_theta": config.rope.theta,
+    }
     if isinstance(config, DeepseekConfig) and config.model_type != "deepseek_v2":
         found["rope_interleave"] = config.interleaved
     if isinstance(config, GroupedConfig):

@@ -42,7 +42,10 @@ def refusal(folder: Path) -> EngineFault:
 
 
 DECLARED: list[tuple[Any, str]] = [
-    ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "'compressed-tensors' (format pack-quantized)"),
+    (
+        {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+        "'compressed-tensors' (format pack-quantized)",
+    ),
     ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "'gptq' (bits 4, group_size 128)"),
     ({"quant_method": "awq", "bits": 4}, "'awq' (bits 4)"),
     ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "'bitsandbytes' (load_in_4bit True)"),
@@ -108,8 +111,15 @@ def test_a_weight_of_a_format_that_is_not_implemented_is_refused_by_its_name(
     assert f"{WEIGHT} is stored as" in fault.message
 
 
-@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight",
-                                  "model.layers.1.mlp.gate.e_score_correction_bias"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+        "model.layers.1.mlp.gate.e_score_correction_bias",
+    ],
+)
 def test_integers_under_any_weights_name_are_refused(folder: Path, name: str) -> None:
     held = load_file(folder / "model.safetensors")[name]
     rewrite(folder, **{name: torch.ones(held.shape, dtype=torch.int32)})

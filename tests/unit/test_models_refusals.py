@@ -64,8 +64,11 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"routed_scaling_factor": 10**400}, "bad_config", "routed_scaling_factor is 1000"),
     ({"num_nextn_predict_layers": -1}, "bad_config", "num_nextn_predict_layers is -1"),
 ]
-SIZES = [name for name, value in CONFIG.items() if isinstance(value, int) and not isinstance(value, bool)
-         and not name.endswith("_token_id")]
+SIZES = [
+    name
+    for name, value in CONFIG.items()
+    if isinstance(value, int) and not isinstance(value, bool) and not name.endswith("_token_id")
+]
 
 
 @pytest.mark.parametrize(("fields", "code", "message"), CONTRADICTIONS, ids=[case[2] for case in CONTRADICTIONS])

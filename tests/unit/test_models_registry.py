@@ -1,4 +1,4 @@
-"""Which model types run, and what is said of those that do not; what a family keeps of a token; where weights come from."""
+"""Which model types run, what is said of others, what a family keeps of a token, and where weights come from."""
 
 from __future__ import annotations
 
@@ -111,9 +111,16 @@ def test_a_cache_takes_the_bytes_its_layout_says(model_type: str, tmp_path: Path
 def test_published_models_keep_so_many_bytes_of_a_token() -> None:
     """DeepSeek-V3 in bfloat16: 61 layers of 512 + 64; Llama 3.1 8B: 32 layers of 8 heads of 128, twice."""
     v3 = CONFIG | {"num_hidden_layers": 61, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
-    llama = {"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
-             "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-             "max_position_embeddings": 131072}
+    llama = {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+    }
     for raw, wanted in ((v3, 70_272), (llama, 131_072)):
         family = next(found for found in FAMILIES if raw["model_type"] in found.model_types)
         assert family.kv_layout(parse(raw), "bfloat16", Mesh()).bytes_per_token == wanted
@@ -122,8 +129,12 @@ def test_published_models_keep_so_many_bytes_of_a_token() -> None:
 
 
 def test_rows_are_copied_in_every_layer_of_every_pool() -> None:
-    layout = KvLayout(pools=(KvPool(name="a", layers=2, width=3, dtype="float32"),
-                             KvPool(name="b", layers=1, width=5, dtype="bfloat16")))
+    layout = KvLayout(
+        pools=(
+            KvPool(name="a", layers=2, width=3, dtype="float32"),
+            KvPool(name="b", layers=1, width=5, dtype="bfloat16"),
+        )
+    )
     pools = KvPools(layout, pages=3, page_tokens=4)
     for number, pool in enumerate(pools.tensors):
         pool[:, 1] = number + 1
@@ -146,9 +157,7 @@ def test_a_chain_is_built_of_shapes_alone(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["deepseek_v3", "qwen3_moe", "kimi_k25"])
-def test_random_weights_need_a_configuration_only_and_are_the_same_every_time(
-    model_type: str, tmp_path: Path
-) -> None:
+def test_random_weights_need_a_configuration_only_and_are_the_same_every_time(model_type: str, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(random_config(model_type, 4)))
     step = [(Trail(8, [0, 1]), [1, 2, 3])]

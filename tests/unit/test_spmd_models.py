@@ -117,8 +117,13 @@ def test_a_step_without_rows_gives_no_logits_and_writes_nothing(
     tmp_path: Path, config: dict[str, Any], dtype: Any
 ) -> None:
     model = load(make_checkpoint(config, tmp_path, seed=9), dtype=dtype, pages=4, page_tokens=PAGE)
-    empty = FlatBatch(ids=np.zeros(0, np.int64), positions=np.zeros(0, np.int64), slots=np.zeros(0, np.int64), runs=(),
-                      select=np.zeros(0, np.int64))
+    empty = FlatBatch(
+        ids=np.zeros(0, np.int64),
+        positions=np.zeros(0, np.int64),
+        slots=np.zeros(0, np.int64),
+        runs=(),
+        select=np.zeros(0, np.int64),
+    )
     assert model.forward(empty).shape == (0, 300)
     assert all(not pool.any() for pool in model.pools.tensors)
 

@@ -43,8 +43,14 @@ def check_experts(fields: Fields, moe: MoeConfig, layers: int, name: str) -> Non
         f"num_hidden_layers times {name} is {layers * moe.experts}",
         f"It must be at most {_MOST_EXPERTS}.",
     )
-    fields.require(moe.experts % moe.groups == 0, f"{name} {moe.experts} does not divide into n_group {moe.groups}", "Correct n_group.")
-    fields.require(moe.top_groups <= moe.groups, f"topk_group {moe.top_groups} is above n_group {moe.groups}", "Lower topk_group.")
+    fields.require(
+        moe.experts % moe.groups == 0,
+        f"{name} {moe.experts} does not divide into n_group {moe.groups}",
+        "Correct n_group.",
+    )
+    fields.require(
+        moe.top_groups <= moe.groups, f"topk_group {moe.top_groups} is above n_group {moe.groups}", "Lower topk_group."
+    )
     reachable = moe.experts // moe.groups * moe.top_groups
     fields.require(
         moe.top <= reachable,

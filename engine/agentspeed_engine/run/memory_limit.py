@@ -40,8 +40,8 @@ def _group_limits(root: Path) -> Iterator[int]:
 
 
 def _upwards(top: Path, path: str, name: str) -> Iterator[int]:
-    """A group may use what it and every group around it may. Inside a container the path may be one of the host's, which
-    is not there; the container's own limit then stands at the top."""
+    """A group may use what it and every group around it may. Inside a container the path may be one of the host's,
+    which is not there; the container's own limit then stands at the top."""
     inner = PurePosixPath(path.lstrip("/"))
     for group in (inner, *inner.parents):
         limit = _text(top / group / name).strip()

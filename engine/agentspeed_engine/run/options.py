@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, final, get_args
 import msgspec
 
 from agentspeed_engine.errors import EngineFault
-from agentspeed_engine.models.catalog import describe, load
+from agentspeed_engine.models.catalog import RANDOM, describe, load
 from agentspeed_engine.run.calibrate import calibrated
 from agentspeed_engine.run.model import Model
 from agentspeed_engine.run.noop import NoopModel
@@ -38,7 +38,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """All options of an engine process. Unknown names are refused."""
 
     model: str
-    """A Hugging Face model folder; `noop:VOCABULARY:MILLISECONDS` for benchmarks of everything around a model."""
+    """A Hugging Face model folder; `random:CONFIG` for a model of that config.json (or folder) with weights by chance;
+    `noop:VOCABULARY:MILLISECONDS` for benchmarks of everything around a model."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     """Of weights, activations and cache."""
     context_limit: int | None = None
@@ -201,14 +202,16 @@ def build(options: EngineOptions, progress: Callable[[str], None] | None = None)
     if options.model.startswith(_NOOP):
         return _build_noop(options)
     say = progress if progress is not None else lambda what: None
-    folder = Path(options.model)
-    info = describe(folder, dtype=options.dtype, page_tokens=options.page_tokens)
+    folder = Path(options.model.removeprefix(RANDOM))
+    info = describe(options.model, dtype=options.dtype, page_tokens=options.page_tokens)
     pages, limit = sizes(options, info.context_limit, info.bytes_per_page, info.parameters)
     core = _core(options, pages, limit, info.vocab_size, folder.name)
     core.check()
+    if info.notice:
+        say(info.notice)
     say(f"loading {folder.name}: {info.weight_bytes / 1e6:.0f} MB of weights, "
         f"{pages * info.bytes_per_page / 1e6:.0f} MB for {pages} pages")
-    loaded = _aside(lambda: load(folder, dtype=options.dtype, pages=pages, page_tokens=options.page_tokens,
+    loaded = _aside(lambda: load(options.model, dtype=options.dtype, pages=pages, page_tokens=options.page_tokens,
                                  threads=options.threads))
     # Imported late: a no-op engine starts without torch.
     from agentspeed_engine.run.torch_model import TorchModel
@@ -218,7 +221,8 @@ def build(options: EngineOptions, progress: Callable[[str], None] | None = None)
         model.reserve_host(options.host_slots)
         say("measuring what copies and prefill cost")
         core = _aside(partial(calibrated, core, model))
-    return Built(core, model, Vocabulary(folder, info.vocab_size, info.eos_ids), str(folder.resolve()))
+    texts = folder if folder.is_dir() else folder.parent
+    return Built(core, model, Vocabulary(texts, info.vocab_size, info.eos_ids), str(folder.resolve()))
 
 
 def _aside(call: Callable[[], T]) -> T:
