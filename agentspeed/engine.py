@@ -14,6 +14,7 @@ from agentspeed import errors
 from agentspeed.checking import check_number, is_whole
 from agentspeed.front.codec import ChatCodec
 from agentspeed.transport.base import Connection, Transport, wire
+from agentspeed.transport.hub import resolve
 from agentspeed.transport.shared_engines import EngineHandle
 from agentspeed.whole import whole
 
@@ -31,12 +32,16 @@ class Engine:
     """`async with Engine("model", pages=4096) as engine: async with engine.session() as s: ...`
 
     `model` is a Hugging Face model folder or a repository id; None is the model that ships with the package. Options
-    are those of `agentspeed_engine.run.options.EngineOptions`; unknown ones are refused when the process starts."""
+    are those of `agentspeed_engine.run.options.EngineOptions`; unknown ones are refused when the process starts.
+    `revision` is a branch, a tag or a commit of a repository."""
 
     def __init__(self, model: str | os.PathLike[str] | None = None, **options: Any) -> None:
         if model is not None and not isinstance(model, str | os.PathLike):
             raise errors.InvalidRequest(f"model is {model!r}; it must be a folder or a repository id.")
         self.model = NANO if model is None else model
+        self.revision: str | None = options.pop("revision", None)
+        if not isinstance(self.revision, str | None):
+            raise errors.InvalidRequest(f"revision is {self.revision!r}; it must be a branch, a tag or a commit.")
         self._options = {name: os.fspath(value) if isinstance(value, os.PathLike) else value
                          for name, value in options.items()}
         for name, value in self._options.items():
@@ -66,7 +71,7 @@ class Engine:
     async def start(self) -> Self:
         """Starts the process (or finds the shared one) and loads the tokenizer. Calling it again does nothing."""
         if self._local is None:
-            folder = await anyio.to_thread.run_sync(resolve, self.model)
+            folder = await anyio.to_thread.run_sync(resolve, self.model, self.revision)
             self._codec = await anyio.to_thread.run_sync(_codec_of, folder)
             options = {"model": str(folder), **self._options}
             if self._transport is not None:
@@ -133,35 +138,6 @@ class Engine:
 
     def __repr__(self) -> str:
         return f"<Engine {Path(self.model).name} {'running' if self._local else 'stopped'}>"
-
-
-def resolve(model: str | os.PathLike[str]) -> Path:
-    """A local folder as it is; a repository id through the hub's cache. Raises what to do when there is neither."""
-    text = os.fspath(model)
-    try:
-        folder = Path(text).expanduser()
-    except RuntimeError as error:  # `~name`, and nobody is called so
-        raise errors.ModelBroken(f"{text} is not a folder: {str(error).rstrip('.')}.",
-                                 remedy="Give a model folder.") from error
-    if folder.is_dir():
-        return folder
-    if text.startswith(("http://", "https://")):
-        raise errors.InvalidRequest(f"{text} is a server's address; this version talks to local engines only.",
-                                    remedy="Give a model folder, a repository id, or nothing for the shipped model.")
-    if folder.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1:
-        raise errors.ModelBroken(f"{text} is not a folder.", remedy="Give a Hugging Face model folder or owner/name.")
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    except ImportError as error:
-        raise errors.ExtraMissing("Repository ids need the huggingface-hub package.",
-                                  remedy="Install agentspeed[engine].") from error
-    try:
-        return Path(snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise errors.ModelBroken(f"{text} could not be fetched: {reason}.",
-                                 remedy="Check the name and the network, or give a local folder.") from error
 
 
 def _codec_of(folder: Path) -> ChatCodec:

@@ -43,7 +43,7 @@ def main() -> None:
     torch.manual_seed(0)
     pool = torch.empty((LAYERS, PAGES, PAGE_TOKENS, WIDTH), dtype=DTYPE, device=DEVICE).normal_()
     started = time.perf_counter()
-    arena = HostArena(pool, BATCH)
+    arena = HostArena([pool], BATCH)
     made = time.perf_counter() - started
     figures: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if ON_GPU else "CPU", "page_bytes": PAGE_BYTES, "pages": BATCH,

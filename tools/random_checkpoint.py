@@ -1,4 +1,4 @@
-"""Writes a random checkpoint in the Hugging Face `deepseek_v3` layout, so that tests and benchmarks need no download.
+"""Writes a random checkpoint of any family that runs, in its published layout: tests and benchmarks need no download.
 
     python tools/random_checkpoint.py bench/models/tiny.json .checkpoints/tiny --seed 0 --dtype float32
 
@@ -19,6 +19,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from agentspeed_engine.models.config import parse_as
+from agentspeed_engine.models.family import Shape
+from agentspeed_engine.models.registry import family_of
+from agentspeed_engine.models.weights import random_tensor
 
 SPECIALS = (
     "<|begin|>",
@@ -51,14 +56,15 @@ def make_checkpoint(config: dict[str, Any], out: Path, seed: int = 0, dtype: str
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n")
     save_file(random_weights(config, seed, DTYPES[dtype]), str(out / "model.safetensors"), metadata={"format": "pt"})
-    byte_tokenizer(config["vocab_size"]).save(str(out / "tokenizer.json"))
+    described = config.get("text_config", config)
+    byte_tokenizer(described["vocab_size"]).save(str(out / "tokenizer.json"))
     (out / "tokenizer_config.json").write_text(
         json.dumps(
             {
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "bos_token": SPECIALS[0],
                 "eos_token": SPECIALS[1],
-                "model_max_length": config["max_position_embeddings"],
+                "model_max_length": described["max_position_embeddings"],
                 "chat_template": CHAT_TEMPLATE,
             },
             indent=2,
@@ -68,75 +74,20 @@ def make_checkpoint(config: dict[str, Any], out: Path, seed: int = 0, dtype: str
     return out
 
 
-def weight_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every tensor of the checkpoint with its shape, in file order."""
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    yield "model.embed_tokens.weight", (config["vocab_size"], hidden)
-    for layer in range(config["num_hidden_layers"]):
-        at = f"model.layers.{layer}."
-        yield at + "input_layernorm.weight", (hidden,)
-        yield from _attention_shapes(config, at + "self_attn.", hidden, heads)
-        yield at + "post_attention_layernorm.weight", (hidden,)
-        if layer < config["first_k_dense_replace"]:
-            yield from _mlp_shapes(at + "mlp.", hidden, config["intermediate_size"])
-        else:
-            yield from _moe_shapes(config, at + "mlp.", hidden)
-    yield "model.norm.weight", (hidden,)
-    if not config.get("tie_word_embeddings", False):
-        yield "lm_head.weight", (config["vocab_size"], hidden)
-
-
-def _attention_shapes(
-    config: dict[str, Any], at: str, hidden: int, heads: int
-) -> Iterator[tuple[str, tuple[int, ...]]]:
-    rope, nope, value = config["qk_rope_head_dim"], config["qk_nope_head_dim"], config["v_head_dim"]
-    rank, q_rank, bias = config["kv_lora_rank"], config.get("q_lora_rank"), config.get("attention_bias", False)
-    if q_rank is None:
-        yield at + "q_proj.weight", (heads * (nope + rope), hidden)
-    else:
-        yield at + "q_a_proj.weight", (q_rank, hidden)
-        if bias:
-            yield at + "q_a_proj.bias", (q_rank,)
-        yield at + "q_a_layernorm.weight", (q_rank,)
-        yield at + "q_b_proj.weight", (heads * (nope + rope), q_rank)
-    yield at + "kv_a_proj_with_mqa.weight", (rank + rope, hidden)
-    if bias:
-        yield at + "kv_a_proj_with_mqa.bias", (rank + rope,)
-    yield at + "kv_a_layernorm.weight", (rank,)
-    yield at + "kv_b_proj.weight", (heads * (nope + value), rank)
-    yield at + "o_proj.weight", (hidden, heads * value)
-    if bias:
-        yield at + "o_proj.bias", (hidden,)
-
-
-def _mlp_shapes(at: str, hidden: int, inner: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield at + "gate_proj.weight", (inner, hidden)
-    yield at + "up_proj.weight", (inner, hidden)
-    yield at + "down_proj.weight", (hidden, inner)
-
-
-def _moe_shapes(config: dict[str, Any], at: str, hidden: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    inner = config["moe_intermediate_size"]
-    yield at + "gate.weight", (config["n_routed_experts"], hidden)
-    if config["model_type"] == "deepseek_v3":
-        yield at + "gate.e_score_correction_bias", (config["n_routed_experts"],)
-    for expert in range(config["n_routed_experts"]):
-        yield from _mlp_shapes(f"{at}experts.{expert}.", hidden, inner)
-    yield from _mlp_shapes(at + "shared_experts.", hidden, inner * config["n_shared_experts"])
+def weight_shapes(config: dict[str, Any]) -> Iterator[tuple[str, Shape]]:
+    """Every tensor of the checkpoint as it is named there, with its shape, in file order."""
+    family = family_of(config)
+    parsed, _ = parse_as(family, config, None)
+    for name, shape in family.shapes(parsed):
+        yield family.prefix + name, shape
 
 
 def random_weights(config: dict[str, Any], seed: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Matrices of variance 1 / fan-in, so that activations and logits keep a scale of about one at any size."""
+    """Drawn one after the other in file order; the router's correction stays float32, as it is published."""
     noise = torch.Generator().manual_seed(seed)
     weights: dict[str, torch.Tensor] = {}
     for name, shape in weight_shapes(config):
-        drawn = torch.randn(shape, generator=noise, dtype=torch.float32)
-        if name.endswith("norm.weight"):
-            drawn = 1 + 0.1 * drawn
-        elif len(shape) == 1:
-            drawn = 0.05 * drawn
-        elif "embed_tokens" not in name:
-            drawn = drawn / math.sqrt(shape[1])
+        drawn = random_tensor(name, shape, noise)
         weights[name] = drawn if name.endswith("e_score_correction_bias") else drawn.to(dtype)
     return weights
 
@@ -179,7 +130,7 @@ def _merges() -> Iterator[tuple[str, str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path, help="a config.json of model_type deepseek_v3 or deepseek_v2")
+    parser.add_argument("config", type=Path, help="a config.json of a model_type that runs")
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")

@@ -19,6 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "kernels")]
 
 import api_pages
 import cli_pages
+import model_pages
 
 from agentspeed import errors
 from agentspeed_engine.kv.tables import BRANCHES, NODES, Verb
@@ -125,9 +126,14 @@ def cli() -> str:
     return f"{NOTE}{cli_pages.page()}"
 
 
+def models() -> str:
+    """What runs and what is refused."""
+    return f"{NOTE}{model_pages.page()}"
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "states.md": states, "modules.md": modules, "errors.md": error_tree, "engine-options.md": options,
-    "cli.md": cli,
+    "cli.md": cli, "models.md": models,
 }
 PAGES |= {name: partial(api, module) for module, name in API.items()}
 
@@ -137,11 +143,12 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
     stale = []
-    for name, page in PAGES.items():
-        path = ROOT / "docs" / "reference" / name
-        text = page()
+    readme = ROOT / "README.md"
+    written = {ROOT / "docs" / "reference" / name: page() for name, page in PAGES.items()}
+    written[readme] = model_pages.with_table(readme.read_text(encoding="utf-8"))
+    for path, text in written.items():
         if not path.exists() or path.read_text(encoding="utf-8") != text:
-            stale.append(name)
+            stale.append(path.name)
             if not check:
                 _ = path.write_text(text, encoding="utf-8")
     print(f"{'stale' if check else 'written'}: {', '.join(stale) or 'nothing'}")

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import agentspeed
-from agentspeed.engine import NANO, resolve
+from agentspeed.engine import NANO
+from agentspeed.transport.hub import resolve
 from agentspeed.transport.shared_engines import engine_defaults, engine_model
 from agentspeed.transport.stats_client import registry_folder
 

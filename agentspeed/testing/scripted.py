@@ -9,11 +9,12 @@ from types import TracebackType
 from typing import Any, Self, TypeAlias, final
 
 from agentspeed.checking import check_seconds, check_text
-from agentspeed.engine import Engine, resolve
+from agentspeed.engine import Engine
 from agentspeed.front.tags import DEFAULT_TAGS
 from agentspeed.session import Session
 from agentspeed.testing.scripted_server import Asked, ScriptedServer, ScriptedText, ScriptRaised
 from agentspeed.transport.base import wire
+from agentspeed.transport.hub import resolve
 
 Turn: TypeAlias = Asked
 """What a function script is given: `log` (the whole text), `turn` (of the engine), `session_turn`."""

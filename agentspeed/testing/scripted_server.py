@@ -33,7 +33,6 @@ from agentspeed_engine.protocol.frames import command_reader, encode_outbox
 from agentspeed_engine.protocol.sampling import validate_sampling
 from agentspeed_engine.protocol.token_ids import pack_ids, unpack_ids
 from agentspeed_engine.run.model_files import ServedFiles
-from agentspeed_engine.exec.vocabulary import Vocabulary
 
 _LOG: Final = logging.getLogger("agentspeed.testing")
 _CONTEXT_LIMIT: Final = 1 << 20

@@ -330,13 +330,14 @@ _shared: dict[str, EngineSlot] = {}
 _shared_lock = threading.Lock()
 
 
-def acquire(options: Mapping[str, Any]) -> EngineSlot:
-    """The process-wide engine of these options, counted; give it back with `release`."""
+def acquire(options: Mapping[str, Any], files: str = "") -> EngineSlot:
+    """The process-wide engine of these options, counted; give it back with `release`. `files` tells apart models that
+    stood, one after the other, in the same folder."""
     attach = os.environ.get(ATTACH)
     if attach and (unused := sorted(set(options) - {"model"})):
         _LOG.warning("%s names a running engine, which has options of its own: %s of this one are not used.", ATTACH,
                      ", ".join(unused))
-    key = attach or json.dumps(dict(options), sort_keys=True)
+    key = attach or json.dumps([dict(options), files], sort_keys=True)
     with _shared_lock:
         slot = _shared.get(key)
         if slot is None:

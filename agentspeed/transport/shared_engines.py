@@ -17,6 +17,7 @@ from agentspeed.errors import ExtraMissing, InvalidRequest
 from agentspeed.transport.base import Connection, Transport
 from agentspeed.transport.engine_process import ATTACH, EngineSlot, acquire, release
 from agentspeed.transport.error_map import converted
+from agentspeed.transport.fingerprint import fingerprint
 from agentspeed_engine.protocol.messages import as_text
 
 
@@ -68,8 +69,8 @@ class EngineHandle:
 
     @classmethod
     def shared(cls, options: Mapping[str, Any]) -> EngineHandle:
-        """On the process-wide engine of these options."""
-        slot = acquire(options)
+        """On the process-wide engine of these options and of the model's files as they are now."""
+        slot = acquire(options, fingerprint(Path(options["model"])))
         with _counting:
             places = _shared_places.setdefault(slot, {})
 

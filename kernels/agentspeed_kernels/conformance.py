@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from agentspeed_kernels.reference import definitions as define
+from agentspeed_kernels.reference import grouped as define_grouped
 from agentspeed_kernels.routing import RouteRule
 from agentspeed_kernels.signature import Dtype, KernelSpec
 from agentspeed_kernels.tiles import Int32s, TilePlan, plan_tiles
@@ -207,6 +208,33 @@ def _mla_extend(call: Call, draw: _Draw) -> Pairs:
     return pairs
 
 
+def _kv_append(call: Call, draw: _Draw) -> Pairs:
+    width = draw.rope
+    joined = draw.tensor(draw.rows, 3 * draw.heads, width)
+    keys, values = joined[:, : draw.heads], joined[:, draw.heads : 2 * draw.heads]
+    pools = [draw.empty(3, 40, draw.heads * width).nan_to_num_(0.5) for _ in range(2)]
+    cos, sin = draw.angles()
+    slots = torch.randperm(3 * 40, generator=torch.Generator().manual_seed(3))[: draw.rows]
+    wanted = define_grouped.kv_append(keys, values, cos, sin, slots, *pools)
+    call(keys, values, cos, sin, slots, *pools)
+    return list(zip(pools, wanted, strict=True))
+
+
+def _gqa(call: Call, draw: _Draw) -> Pairs:
+    """Each head of the pools by one head of queries, by several, and by all."""
+    latents, tiles = _attention(draw)
+    pairs: Pairs = []
+    for heads, groups in ((draw.heads, draw.heads), (2 * draw.heads, draw.heads), (draw.heads, 1)):
+        width = 2 * draw.rope
+        key_pool, value_pool = (draw.tensor(*latents.shape[:2], groups * width) for _ in range(2))
+        q = draw.tensor(draw.rows, heads + 1, width)[:, :heads]
+        out = draw.tensor(draw.rows, heads, width)
+        wanted = define_grouped.gqa(q, key_pool, value_pool, tiles, width**-0.5, out)
+        call(q, key_pool, value_pool, tiles, width**-0.5, Workspace(), out)
+        pairs.append((out, wanted))
+    return pairs
+
+
 def _route(call: Call, draw: _Draw) -> Pairs:
     """Equal scores may be taken in any order, so the chosen scores are compared, not the ids."""
     wide = torch.float64 if draw.kind == torch.float64 else torch.float32
@@ -274,6 +302,9 @@ _CALLS: dict[str, Callable[[Call, _Draw], Pairs]] = {
     "latent_append": _latent_append,
     "mla_rows": _mla_rows,
     "mla_extend": _mla_extend,
+    "kv_append": _kv_append,
+    "gqa_rows": _gqa,
+    "gqa_extend": _gqa,
     "route": _route,
     "experts": _experts,
 }

@@ -1,6 +1,7 @@
 """The public ops: their names, what a call means in one line, and the least bytes and FLOPs a call costs.
 
-Axes: T tokens, K inputs, N outputs, H heads, R latent rank, D hidden, E experts, I expert width, C context tokens.
+Axes: T tokens, K inputs, N outputs, H heads, G heads of keys and values, W head width, R latent rank, D hidden,
+E experts, I expert width, C context tokens.
 """
 
 from __future__ import annotations
@@ -61,6 +62,17 @@ def _mla_extend(d: Dims, item: int) -> Cost:
     return Cost(bytes=item * moved, flops=expand + attend)
 
 
+def _kv_append(d: Dims, item: int) -> Cost:
+    width = d["G"] * d["W"]
+    return Cost(bytes=item * 4 * d["T"] * width, flops=3 * d["T"] * width)
+
+
+def _gqa(d: Dims, item: int) -> Cost:
+    """C tokens of context are read once, whatever the number of rows that see them."""
+    moved = 2 * d["C"] * d["G"] * d["W"] + 2 * d["T"] * d["H"] * d["W"]
+    return Cost(bytes=item * moved, flops=4 * d["T"] * d["H"] * d["C"] * d["W"])
+
+
 def _route(d: Dims, item: int) -> Cost:
     return Cost(bytes=item * (d["T"] + d["E"]) * d["D"], flops=2 * d["T"] * d["E"] * d["D"])
 
@@ -100,6 +112,19 @@ OPS: dict[str, Op] = {
             call="q[T,H,nope+rope], pool, key_up[H,R,nope], value_up[H,value,R], tiles, scale, workspace, out",
             cost=_mla_extend,
         ),
+        Op(
+            name="kv_append",
+            call="keys[T,G,W], values[T,G,W] (both may be strided), cos[T,W/2], sin[T,W/2], slots[T], "
+            "key_pool[pages,page_tokens,G*W], value_pool (written)",
+            cost=_kv_append,
+        ),
+        Op(
+            name="gqa_rows",
+            call="q[T,H,W] (may be strided), key_pool, value_pool, tiles, scale, workspace, out[T,H,W]; rows without a "
+            "tile keep what they had",
+            cost=_gqa,
+        ),
+        Op(name="gqa_extend", call="as gqa_rows, for tiles of many rows", cost=_gqa),
         Op(name="route", call="x[T,D], weight[E,D], bias[E]|None, rule -> ids[T,top], weights[T,top]", cost=_route),
         Op(
             name="experts",

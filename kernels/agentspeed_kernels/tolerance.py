@@ -23,6 +23,9 @@ KIND_OF: dict[str, Kind] = {
     "mla_rows": "attention",
     "mla_extend": "attention",
     "experts": "experts",
+    "kv_append": "elementwise",
+    "gqa_rows": "attention",
+    "gqa_extend": "attention",
 }
 
 TOLERANCE: dict[tuple[Kind, Dtype], tuple[float, str]] = {

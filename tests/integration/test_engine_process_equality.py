@@ -14,7 +14,8 @@ from agentspeed_engine.protocol import messages as wire
 from tests.engine_client import EngineProcess, Front, engine
 from tools.random_checkpoint import make_checkpoint
 
-CONFIG = Path(__file__).parents[2] / "bench/models/tiny.json"
+CONFIGS = {name: Path(__file__).parents[2] / f"bench/models/{name}.json" for name in ("tiny", "tiny-qwen3-moe")}
+"""One pool of latents, and two of keys and values."""
 OPTIONS = {"dtype": "float64", "page_tokens": 16, "context_limit": 1024, "threads": 1, "check_every_step": True,
            "prefill_chunk": 96, "extend_tokens": 40}
 HOT = wire.Sampling(temperature=1.3, top_k=200, top_p=0.98, min_p=0.001, logprobs=2)
@@ -22,9 +23,10 @@ LOGPROB_TOLERANCE = 1e-10
 """Of float64 logprobs: batches of other shapes may sum in another order."""
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(json.loads(CONFIG.read_text()), tmp_path_factory.mktemp("tiny"), seed=3, dtype="float64")
+@pytest.fixture(scope="module", params=CONFIGS.values(), ids=CONFIGS.keys())
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = json.loads(request.param.read_text())
+    return make_checkpoint(config, tmp_path_factory.mktemp("tiny"), seed=3, dtype="float64")
 
 
 @pytest.fixture(scope="module")

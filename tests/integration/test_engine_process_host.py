@@ -13,7 +13,8 @@ from agentspeed_engine.protocol import messages as wire
 from tests.engine_client import Front, engine, until
 from tools.random_checkpoint import make_checkpoint
 
-CONFIG = Path(__file__).parents[2] / "bench/models/tiny.json"
+CONFIGS = {name: Path(__file__).parents[2] / f"bench/models/{name}.json" for name in ("tiny", "tiny-qwen3-moe")}
+"""One pool of latents, and two of keys and values."""
 OPTIONS = {"dtype": "float64", "page_tokens": 16, "context_limit": 400, "threads": 1, "check_every_step": True,
            "firm_pages": 0}
 HOT = wire.Sampling(temperature=1.2, logprobs=0)
@@ -22,9 +23,10 @@ PAGES = 40
 """Room for about three of the five sessions; one turn of the context limit needs 26."""
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(json.loads(CONFIG.read_text()), tmp_path_factory.mktemp("tiny"), seed=6, dtype="float64")
+@pytest.fixture(scope="module", params=CONFIGS.values(), ids=CONFIGS.keys())
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = json.loads(request.param.read_text())
+    return make_checkpoint(config, tmp_path_factory.mktemp("tiny"), seed=6, dtype="float64")
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,9 @@ import sys
 sys.path[:0] = {paths!r}
 import torch, torch.distributed as dist
 from pathlib import Path
-from agentspeed_engine.models.catalog import read_config
-from agentspeed_engine.models.checkpoint import Checkpoint
-from agentspeed_engine.models.deepseek import build
-from agentspeed_engine.models.loaded import step_state
+from agentspeed_engine.models.catalog import read_source
+from agentspeed_engine.models.kv_pools import KvPools
+from agentspeed_engine.models.loaded import step_state, weight_source
 from agentspeed_engine.models.rope import Rope
 from agentspeed_engine.spmd.distributed import DistributedComm
 from agentspeed_engine.spmd.lower import lower, run
@@ -42,14 +41,15 @@ mesh = Mesh(dp=int(sys.argv[3]), tp=int(sys.argv[4]))
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{{out}}/meet", rank=index, world_size=mesh.size)
 rank, kind = mesh.rank(index), torch.float64
-config, _ = read_config(Path({folder!r}))
-pools = [torch.zeros(16, {page}, config.latent_width, dtype=kind) for _ in range(config.layers)]
+source = read_source(Path({folder!r}))
+family, config = source.family, source.config
+pools = KvPools(family.kv_layout(config, 'float64', mesh), 16, {page})
 kernels = Kernels(standard(), detect(), "float64", tuple(OPS))
-chain = build(config, Checkpoint(Path({folder!r}), config, kind), pools, rank, kernels)
+chain = family.build(config, weight_source(source, 'float64'), pools, rank, kernels)
 start = Layout(dp=Shard(TOKENS), tp=Replicate())
 made = plan([module.boundary for module in chain], mesh, start=start, finish=EVERYWHERE)
 mine = batch({page}, [(Trail({page}, list(range(10))), shares[rank.dp])])
-state = step_state(mine, Rope(config, kind), {page}, Workspace())
+state = step_state(mine, Rope(config.rope, config.context_limit, kind), {page}, Workspace())
 steps = lower(made, chain, DistributedComm(rank))
 logits = run(steps, torch.from_numpy(mine.ids), state, [len(share) for share in shares])
 torch.save(logits, out / f"{{index}}.pt")

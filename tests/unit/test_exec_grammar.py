@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from tools.random_checkpoint import byte_tokenizer
 
 SIZE, END = 512, 257
 DIGITS = LLMatcher.grammar_from_regex("[0-9]{3}")
+DIGITS_GRAMMAR = Grammar(source=DIGITS)
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +174,34 @@ def test_byte_fallback_pieces_become_their_byte(tmp_path: Path) -> None:
 def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(EngineFault, match=r"tokenizer\.json"):
         _ = Vocabulary(tmp_path, 5, ()).token_bytes
+
+
+@pytest.mark.parametrize("extra", [1, 40])
+def test_a_tokenizer_with_more_ids_than_the_model_draws_from_masks_those_it_draws_from(
+    tmp_path: Path, extra: int
+) -> None:
+    """As those with ids for images: a model's vocabulary ends before them."""
+    tokenizer = byte_tokenizer(SIZE)
+    tokenizer.add_special_tokens([f"<|image {number}|>" for number in range(extra)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    larger = Vocabulary(tmp_path, SIZE, (END,))
+    assert len(larger.token_bytes) == SIZE
+    matchers, spec = Matchers(larger), turn()
+    for index, number in enumerate(ids_of(larger, "123")):
+        mask = matchers.allowed(spec, DIGITS_GRAMMAR, index)
+        assert mask.shape == (SIZE,)
+        assert all(larger.token_bytes[found].isdigit() for found in np.flatnonzero(mask))
+        matchers.consume(spec, number)
+    assert allowed(matchers, spec, 3) == {END}
+
+
+def test_a_grammar_that_could_go_on_with_an_id_beyond_the_vocabulary_alone_is_refused(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(SIZE)
+    tokenizer.add_special_tokens(["<|image|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    matchers = Matchers(Vocabulary(tmp_path, SIZE, ()))
+    spec = turn(LLMatcher.grammar_from_lark("start: <|image|>"))
+    spec = replace(spec, stop_ids=frozenset())
+    assert spec.grammar is not None
+    with pytest.raises(GrammarRefused, match="allows no token"):
+        matchers.allowed(spec, spec.grammar, 0)

@@ -19,7 +19,7 @@ def pool(request: pytest.FixtureRequest) -> torch.Tensor:
 
 
 def test_pages_come_back_bit_for_bit_into_other_pages_and_nothing_else_changes(pool: torch.Tensor) -> None:
-    arena, before = HostArena(pool, 4), pool.clone()
+    arena, before = HostArena([pool], 4), pool.clone()
     arena.save([7, 2, 5], [3, 0, 1])
     pool[:, [2, 5, 7]] = -1
     arena.load([0, 3], [8, 4])
@@ -29,7 +29,7 @@ def test_pages_come_back_bit_for_bit_into_other_pages_and_nothing_else_changes(p
 
 
 def test_a_slot_keeps_the_last_page_that_was_saved_to_it(pool: torch.Tensor) -> None:
-    arena, before = HostArena(pool, 1), pool.clone()
+    arena, before = HostArena([pool], 1), pool.clone()
     arena.save([1], [0])
     arena.save([6], [0])
     arena.load([0], [3])
@@ -39,7 +39,7 @@ def test_a_slot_keeps_the_last_page_that_was_saved_to_it(pool: torch.Tensor) -> 
 def test_a_copy_that_breaks_is_named_and_the_next_one_works(
     pool: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arena, before = HostArena(pool, 2), pool.clone()
+    arena, before = HostArena([pool], 2), pool.clone()
     with monkeypatch.context() as patched:
         patched.setattr(torch.Tensor, "copy_", _breaks)
         with pytest.raises(CopyFailed, match="planted"):
@@ -51,7 +51,7 @@ def test_a_copy_that_breaks_is_named_and_the_next_one_works(
 
 def test_more_slots_than_the_machine_has_memory_for_are_refused(pool: torch.Tensor) -> None:
     with pytest.raises(EngineFault, match=str(2**40)) as refused:
-        HostArena(pool, 2**40)
+        HostArena([pool], 2**40)
     assert refused.value.code == "out_of_memory"
 
 

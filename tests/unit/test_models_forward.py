@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from agentspeed_engine.exec.arena import HostArena
 from agentspeed_engine.models.catalog import load
 from agentspeed_engine.models.loaded import LoadedModel
 from agentspeed_engine.models.memory import zeros_on_demand
+from tests.conformance.family_configs import random_config
 from tests.paged import CONFIG, Trail, batch
 from tools.random_checkpoint import make_checkpoint
 
@@ -21,9 +23,22 @@ PAGE = 8
 IDS = np.random.default_rng(5).integers(0, 300, 400).tolist()
 
 
+GROUPED = random_config("qwen3_moe", 0) | {
+    "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 12,
+    "num_experts": 8, "num_experts_per_tok": 3, "decoder_sparse_step": 1, "mlp_only_layers": [0],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[CONFIG, GROUPED], ids=["latent", "grouped"])
+def config(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """One pool of latents, and two of keys and values."""
+    found: dict[str, Any] = request.param
+    return found
+
+
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    folder = make_checkpoint(CONFIG, tmp_path_factory.mktemp("model"), seed=6, dtype="float64")
+def model(config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    folder = make_checkpoint(config, tmp_path_factory.mktemp("model"), seed=6, dtype="float64")
     return load(folder, dtype="float64", pages=256, page_tokens=PAGE)
 
 
@@ -96,7 +111,7 @@ def test_copied_rows_continue_like_the_original(model: LoadedModel) -> None:
 def test_pages_survive_the_way_to_host_memory_and_back(model: LoadedModel) -> None:
     trail = Trail(PAGE, [46, 47])
     model.forward(batch(PAGE, [(trail, IDS[:16])]))
-    arena = HostArena(model.pool, 3)
+    arena = HostArena(model.pools.tensors, 3)
     arena.save([46, 47], [2, 0])
     model.forward(batch(PAGE, [(Trail(PAGE, [46, 47]), IDS[100:116])]))
     arena.load([2, 0], [120, 119])
@@ -110,8 +125,10 @@ def test_a_mesh_of_one_runs_the_chain_without_collectives(model: LoadedModel) ->
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_lower_formats_stay_near_float64(tmp_path: Path, model: LoadedModel, dtype: str) -> None:
-    folder = make_checkpoint(CONFIG, tmp_path, seed=6, dtype="float64")
+def test_lower_formats_stay_near_float64(
+    tmp_path: Path, config: dict[str, Any], model: LoadedModel, dtype: str
+) -> None:
+    folder = make_checkpoint(config, tmp_path, seed=6, dtype="float64")
     other = load(folder, dtype=dtype, pages=256, page_tokens=PAGE)  # type: ignore[arg-type]
     wanted, got = fresh(model, IDS[:60]), fresh(other, IDS[:60]).double()
     # Positions where rounding flips an expert choice may differ widely in bfloat16, hence the median.

@@ -1,4 +1,4 @@
-"""Host slots for the pages of a latent pool: pinned memory and streams of their own where the pool is on a GPU."""
+"""Host slots for the pages of a cache: pinned memory and streams of their own where its pools are on a GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _cuda: Any = torch.cuda
 
 @final
 class HostArena:
-    """`pool` is [layers, pages, page_tokens, width]; a slot holds one page of every layer in one contiguous piece.
+    """Each pool is [layers, pages, page_tokens, width]; a slot holds one page of all, a contiguous piece for each pool.
 
     `save` and `load` return when the rows have arrived. They may be called from another thread than the one that runs
     steps, and wait for no step: no unacknowledged step writes a page that is saved, or reads one that is loaded into.
@@ -29,26 +29,36 @@ class HostArena:
     On a CPU the arena is a second one in the same memory: it proves that copies are right, not that they pay.
     """
 
-    def __init__(self, pool: Tensor, slots: int) -> None:
+    def __init__(self, pools: Sequence[Tensor], slots: int) -> None:
         """Raises `EngineFault` (out_of_memory)."""
-        self._pool = pool
+        self._pools = pools
+        on_gpu = pools[0].is_cuda
         try:
-            self._slots = zeros_on_demand((slots, pool.shape[0], *pool.shape[2:]), pool.dtype)
-            if pool.is_cuda:
-                _pin(self._slots, self)
+            self._slots = [zeros_on_demand((slots, pool.shape[0], *pool.shape[2:]), pool.dtype) for pool in pools]
+            if on_gpu:
+                for held in self._slots:
+                    _pin(held, self)
         except (OSError, RuntimeError) as error:
             raise EngineFault("out_of_memory", f"No host memory for {slots} slots: {error}.",
                               "Give fewer host slots.") from error
         # Two, so that the pieces of one page are gathered while another is on its way.
-        self._streams = tuple(_cuda.Stream(pool.device) for _ in range(2)) if pool.is_cuda else ()
+        self._streams = tuple(_cuda.Stream(pools[0].device) for _ in range(2)) if on_gpu else ()
 
     def save(self, pages: Sequence[int], slots: Sequence[int]) -> None:
         """Raises `CopyFailed`."""
-        self._copy((self._slots[slot], self._pool[:, page]) for page, slot in zip(pages, slots, strict=True))
+        self._copy(
+            (held[slot], pool[:, page])
+            for page, slot in zip(pages, slots, strict=True)
+            for pool, held in zip(self._pools, self._slots, strict=True)
+        )
 
     def load(self, slots: Sequence[int], pages: Sequence[int]) -> None:
         """Raises `CopyFailed`."""
-        self._copy((self._pool[:, page], self._slots[slot]) for slot, page in zip(slots, pages, strict=True))
+        self._copy(
+            (pool[:, page], held[slot])
+            for slot, page in zip(slots, pages, strict=True)
+            for pool, held in zip(self._pools, self._slots, strict=True)
+        )
 
     def _copy(self, moves: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Each is (target, source)."""

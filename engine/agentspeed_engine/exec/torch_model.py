@@ -32,7 +32,7 @@ class TorchModel:
         self._model.copy_rows(src_page, dst_page, rows)
 
     def reserve_host(self, slots: int) -> None:
-        self._host = HostArena(self._model.pool, slots)
+        self._host = HostArena(self._model.pools.tensors, slots)
 
     def save(self, pages: Sequence[int], slots: Sequence[int]) -> None:
         self._arena().save(pages, slots)

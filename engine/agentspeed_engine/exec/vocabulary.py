@@ -69,11 +69,22 @@ class Vocabulary:
                            "Take the tokenizer.json the model was published with.")
 
     @cached_property
+    def _tokenizer_ids(self) -> int:
+        """One more than the highest id of tokenizer.json."""
+        try:
+            ids = Tokenizer.from_str(self._text).get_vocab(with_added_tokens=True).values()
+        except Exception as error:  # the library raises plain Exception for a malformed file
+            raise self._broken(error) from error
+        return 1 + max(ids, default=0)
+
+    @cached_property
     def llguidance(self) -> LLTokenizer:
         """The same vocabulary as llguidance's masks see it."""
         eos = list(self.eos_ids) or None
         try:
-            return LLTokenizer(self._text, n_vocab=self.vocab_size, eos_token=eos)
+            # A tokenizer may have more ids than the model draws from (those of images, say), and one more than the
+            # vocabulary is not what a mask can be made for: masks are cut to what is drawn from.
+            return LLTokenizer(self._text, n_vocab=max(self.vocab_size, self._tokenizer_ids), eos_token=eos)
         except ValueError as error:
             raise self._broken(error) from error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, final
 
@@ -12,37 +11,37 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from agentspeed_engine.errors import EngineFault
-from agentspeed_engine.models.config import ModelConfig, read_json
-from agentspeed_engine.models.shapes import Shape, tensor_shapes
+from agentspeed_engine.models.family import Family, ModelConfig, Shape
+from agentspeed_engine.models.quantization import FP8_BLOCK, PACKED, packed_refusal
+from agentspeed_engine.models.shards import shard_paths
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-FP8_BLOCK = 128
 _SCALE = "_scale_inv"
+_FLOATS = ("F64", "F32", "F16", "BF16")
+"""Names of safetensors for the formats of a weight that is stored as it is, and of scales."""
+_FP8 = "F8_E4M3"
 _HARMLESS = re.compile(r"rotary_emb\.inv_freq$")
 """Tables that older checkpoints carry and every loader recomputes."""
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 _DOWNLOAD = "Download the checkpoint again."
+_OTHER_CONFIG = "The configuration belongs to another checkpoint; use the one that came with these weights."
 
 
 @final
 class Checkpoint:
-    """The weights of one folder. Tensors are read when asked for and given in the compute dtype."""
+    """The weights of one folder, a `WeightSource`. Tensors are read when asked for and given in the compute dtype."""
 
-    __slots__ = ("_drafts", "_dtype", "_files", "_shapes", "_shards")
+    __slots__ = ("_drafts", "_dtype", "_family", "_files", "_folder", "_shapes")
 
-    def __init__(self, folder: Path, config: ModelConfig, dtype: torch.dtype) -> None:
-        """Opens every shard and checks every name and shape. Raises `EngineFault("bad_weights")`."""
-        self._dtype = dtype
-        self._shapes = tensor_shapes(config)
-        self._shards = {path: _open(path) for path in _shard_paths(folder)}
-        self._files: dict[str, Any] = {}
-        for shard in self._shards.values():
-            self._files |= dict.fromkeys(shard.keys(), shard)
+    def __init__(self, folder: Path, family: Family[Any], config: ModelConfig, dtype: torch.dtype) -> None:
+        """Opens every shard and checks every name, shape and format. Raises `EngineFault`: bad_weights, or
+        unsupported_model where the tensors are quantised in a way that is not implemented."""
+        self._folder, self._family, self._dtype = folder, family, dtype
+        self._shapes: dict[str, Shape] = dict(family.shapes(config))
         self._drafts = range(config.layers, config.layers + config.draft_layers)
-        self._check_names(folder)
+        self._files = self._opened()
+        self._check_names()
         for name, shape in self._shapes.items():
-            self._check_shape(name, shape)
+            self._check(name, shape)
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """One tensor, contiguous; fp8 blocks are multiplied by their scales."""
@@ -52,20 +51,46 @@ class Checkpoint:
         return held.to(dtype or self._dtype).contiguous()
 
     def _read(self, name: str) -> Tensor:
-        tensor: Tensor = self._files[name].get_tensor(name)
+        try:
+            tensor: Tensor = self._files[name].get_tensor(self._family.prefix + name)
+        except (SafetensorError, OSError) as error:
+            raise EngineFault("bad_weights", f"{name} of {self._folder} cannot be read: {error}.", _DOWNLOAD) from error
         return tensor
 
-    def _check_names(self, folder: Path) -> None:
+    def _opened(self) -> dict[str, Any]:
+        """The shard of every tensor, by its name without the family's prefix; what is left unread is not in it."""
+        found: dict[str, Any] = {}
+        for path in shard_paths(self._folder):
+            shard = _open(path)
+            for full in list(shard.keys()):
+                if self._family.unread is not None and self._family.unread.search(full):
+                    continue
+                name = full.removeprefix(self._family.prefix)
+                if not full.startswith(self._family.prefix):
+                    raise self._unexplained([full])
+                if name in found:
+                    raise EngineFault("bad_weights", f"{full} is in two files of {self._folder}.", _DOWNLOAD)
+                found[name] = shard
+        return found
+
+    def _check_names(self) -> None:
+        packed = [name for name in self._files if PACKED.search(name) and name not in self._shapes]
+        if packed:
+            raise packed_refusal(packed[0])
         missing = [name for name in self._shapes if name not in self._files]
         if missing:
-            raise EngineFault("bad_weights", f"{folder} lacks {len(missing)} tensors, first {missing[0]}.", _DOWNLOAD)
-        unknown = [name for name in self._files if not self._explained(name)]
-        if unknown:
             raise EngineFault(
                 "bad_weights",
-                f"{folder} holds {len(unknown)} tensors that config.json does not explain, first {unknown[0]}.",
-                "The configuration belongs to another checkpoint; use the one that came with these weights.",
+                f"{self._folder} lacks {len(missing)} tensors, first {self._family.prefix}{missing[0]}.",
+                _DOWNLOAD,
             )
+        unknown = [name for name in self._files if not self._explained(name)]
+        if unknown:
+            raise self._unexplained([self._family.prefix + name for name in unknown])
+
+    def _unexplained(self, names: list[str]) -> EngineFault:
+        message = f"{self._folder} holds {len(names)} tensors that config.json does not explain, first {names[0]}."
+        return EngineFault("bad_weights", message, _OTHER_CONFIG)
 
     def _explained(self, name: str) -> bool:
         """Layers for drafting follow the model's own: DeepSeek-V3 has 61 and says `num_nextn_predict_layers` 1, so its
@@ -77,29 +102,51 @@ class Checkpoint:
             return True
         if name.endswith(_SCALE):
             return name.removesuffix(_SCALE) in self._shapes
-        return name == "lm_head.weight"
+        # No shared experts are written as matrices without rows.
+        return name == "lm_head.weight" or 0 in self._slice(name).get_shape()
 
-    def _check_shape(self, name: str, wanted: Shape) -> None:
-        held = self._files[name].get_slice(name)
-        shape = tuple(held.get_shape())
+    def _slice(self, name: str) -> Any:
+        return self._files[name].get_slice(self._family.prefix + name)
+
+    def _check(self, name: str, wanted: Shape) -> None:
+        held = self._slice(name)
+        shape, kind = tuple(held.get_shape()), str(held.get_dtype())
+        full = self._family.prefix + name
+        if kind not in (*_FLOATS, _FP8):
+            raise EngineFault(
+                "unsupported_model",
+                f"{full} is stored as {kind}.",
+                f"Weights must be {', '.join(_FLOATS)}, or {_FP8} with a scale for each block; take such a version.",
+            )
         if shape != wanted:
+            raise EngineFault("bad_weights", f"{full} has shape {shape}, config.json says {wanted}.", _OTHER_CONFIG)
+        if kind == _FP8:
+            self._check_scales(name, shape)
+        elif name + _SCALE in self._files:
             raise EngineFault(
                 "bad_weights",
-                f"{name} has shape {shape}, config.json says {wanted}.",
-                "The configuration belongs to another checkpoint; use the one that came with these weights.",
+                f"{full} is stored as {kind} and has scales as well ({full}{_SCALE}).",
+                "Nobody can tell whether they were applied; take the checkpoint as it was published.",
             )
-        if held.get_dtype() == "F8_E4M3":
-            self._check_scales(name, shape)
 
     def _check_scales(self, name: str, shape: Shape) -> None:
-        scales = name + _SCALE
+        scales, full = name + _SCALE, self._family.prefix + name
         if scales not in self._files:
-            raise EngineFault("bad_weights", f"{name} is fp8 but {scales} is missing.", _DOWNLOAD)
+            raise EngineFault("bad_weights", f"{full} is fp8 but {full}{_SCALE} is missing.", _DOWNLOAD)
         blocks = tuple(-(-extent // FP8_BLOCK) for extent in shape)
-        held = tuple(self._files[scales].get_slice(scales).get_shape())
-        if held != blocks:
+        held = self._slice(scales)
+        if len(shape) != 2 or tuple(held.get_shape()) != blocks:
             raise EngineFault(
-                "bad_weights", f"{scales} has shape {held}, blocks of {FP8_BLOCK} need {blocks}.", _DOWNLOAD
+                "unsupported_model",
+                f"{full}{_SCALE} has shape {tuple(held.get_shape())}, blocks of {FP8_BLOCK} × {FP8_BLOCK} of "
+                f"{shape} need {blocks}.",
+                f"Only matrices with a scale for each block of {FP8_BLOCK} × {FP8_BLOCK} are supported.",
+            )
+        if held.get_dtype() not in _FLOATS:
+            raise EngineFault(
+                "unsupported_model",
+                f"{full}{_SCALE} is stored as {held.get_dtype()}.",
+                f"Scales must be {', '.join(_FLOATS)}.",
             )
 
 
@@ -107,18 +154,6 @@ def _unblock(weight: Tensor, scales: Tensor) -> Tensor:
     rows, columns = weight.shape
     wide = scales.float().repeat_interleave(FP8_BLOCK, 0)[:rows].repeat_interleave(FP8_BLOCK, 1)[:, :columns]
     return weight.float() * wide
-
-
-def _shard_paths(folder: Path) -> list[Path]:
-    if (folder / INDEX).exists():
-        return [folder / name for name in _indexed(read_json(folder / INDEX).get("weight_map"), folder)]
-    return [folder / SINGLE]
-
-
-def _indexed(weight_map: object, folder: Path) -> Iterable[str]:
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise EngineFault("bad_weights", f"{folder / INDEX} has no weight_map.", _DOWNLOAD)
-    return sorted({str(name) for name in weight_map.values()})
 
 
 def _open(path: Path) -> Any:

@@ -76,6 +76,8 @@ class Dense:
         self.boundary = Boundary(name=name, input=TOKEN_SHARD, output=TOKEN_SHARD_PARTIAL, width=down.shape[0])
 
     def __call__(self, x: Tensor, residual: Tensor | None, state: StepState) -> tuple[Tensor, Tensor | None]:
+        if not x.shape[0]:  # a dp rank whose branches all rest
+            return x, residual
         out = state.workspace.take("fed", (x.shape[0], x.shape[1]), x.dtype)
         ids = state.workspace.take("dense_ids", (x.shape[0], 1), torch.int64).zero_()
         weights = state.workspace.take("dense_weights", (x.shape[0], 1), _wide(x.dtype)).fill_(1)

@@ -1,8 +1,7 @@
-"""A model in memory: its compiled chain, its latent pool, and the moves of pages the engine orders."""
+"""A model in memory: its compiled chain, its cache, and the moves of pages the engine orders."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import final
 
 import numpy as np
@@ -10,14 +9,13 @@ import torch
 from torch import Tensor
 
 from agentspeed_engine.models.attention_plan import plan_attention
-from agentspeed_engine.models.catalog import Dtype, ModelInfo
+from agentspeed_engine.models.catalog import Dtype, ModelInfo, ModelSource
 from agentspeed_engine.models.checkpoint import Checkpoint
-from agentspeed_engine.models.config import ModelConfig
-from agentspeed_engine.models.deepseek import build
 from agentspeed_engine.models.inputs import FlatBatch
-from agentspeed_engine.models.memory import zeros_on_demand
+from agentspeed_engine.models.kv_pools import TORCH_DTYPES, KvPools
 from agentspeed_engine.models.rope import Rope
 from agentspeed_engine.models.state import StepState
+from agentspeed_engine.models.weights import RandomWeights, WeightSource
 from agentspeed_engine.spmd.lower import lower, run
 from agentspeed_engine.spmd.placement import ONE
 from agentspeed_engine.spmd.plan import Plan, plan
@@ -28,11 +26,12 @@ from agentspeed_kernels.registry import standard
 from agentspeed_kernels.select import Kernels
 from agentspeed_kernels.workspace import Workspace
 
-TORCH_DTYPES: dict[Dtype, torch.dtype] = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-}
+
+def weight_source(source: ModelSource, dtype: Dtype) -> WeightSource:
+    """The files of a folder, checked, or chance. Raises `EngineFault`."""
+    if source.random:
+        return RandomWeights(dict(source.family.shapes(source.config)), TORCH_DTYPES[dtype])
+    return Checkpoint(source.path, source.family, source.config, TORCH_DTYPES[dtype])
 
 
 @final
@@ -41,8 +40,7 @@ class LoadedModel:
 
     def __init__(
         self,
-        folder: Path,
-        config: ModelConfig,
+        source: ModelSource,
         info: ModelInfo,
         *,
         dtype: Dtype,
@@ -52,29 +50,27 @@ class LoadedModel:
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
-        kind = TORCH_DTYPES[dtype]
         self.info = info
         self.page_tokens = page_tokens
-        weights = Checkpoint(folder, config, kind)
-        self.pool = zeros_on_demand((config.layers, pages, page_tokens, config.latent_width), kind)
-        """[layers, pages, page_tokens, latent width]; the engine says whose a page is."""
+        weights = weight_source(source, dtype)
+        self.pools = KvPools(info.kv, pages, page_tokens)
         self._kernels = Kernels(standard(), detect(), dtype, tuple(OPS))
-        chain = build(config, weights, list(self.pool), ONE, self._kernels)
+        chain = source.family.build(source.config, weights, self.pools, ONE, self._kernels)
         self.plan: Plan = plan([module.boundary for module in chain], ONE.mesh, start=EVERYWHERE, finish=EVERYWHERE)
         self._steps = lower(self.plan, chain, None)
-        self._rope = Rope(config, kind)
+        self._rope = Rope(source.config.rope, source.config.context_limit, TORCH_DTYPES[dtype])
         self._workspace = Workspace()
 
     @torch.inference_mode()
     def forward(self, batch: FlatBatch) -> Tensor:
-        """Logits [S, vocab] of the selected rows; the latents of all rows are in the pool afterwards."""
+        """Logits [S, vocab] of the selected rows; the cache has the rows of all tokens afterwards."""
         state = step_state(batch, self._rope, self.page_tokens, self._workspace)
         logits: Tensor = run(self._steps, torch.from_numpy(batch.ids), state, (len(batch.ids),))
         return logits
 
     def copy_rows(self, src_page: int, dst_page: int, rows: int) -> None:
         """The first `rows` rows of a page, in every layer."""
-        self.pool[:, dst_page, :rows] = self.pool[:, src_page, :rows]
+        self.pools.copy_rows(src_page, dst_page, rows)
 
 
 def step_state(batch: FlatBatch, rope: Rope, page_tokens: int, workspace: Workspace) -> StepState:

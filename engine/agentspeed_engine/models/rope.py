@@ -1,4 +1,4 @@
-"""The angles of rotary embeddings for any position, and the factor yarn puts on attention scores."""
+"""The angles of rotary embeddings for any position, and the factors that yarn puts on them and on scores."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from agentspeed_engine.models.config import ModelConfig, Yarn
+from agentspeed_engine.models.rope_config import Llama3Rope, RopeConfig, Yarn
 
 
 @final
@@ -17,10 +17,10 @@ class Rope:
 
     __slots__ = ("_cos", "_dtype", "_sin")
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: RopeConfig, context_limit: int, dtype: torch.dtype) -> None:
         frequencies, factor = _frequencies(config)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        positions = torch.arange(config.context_limit, dtype=wide)
+        positions = torch.arange(context_limit, dtype=wide)
         angles = positions[:, None] * frequencies.to(wide)
         self._dtype = dtype
         self._cos = (angles.cos() * factor).to(dtype)
@@ -30,46 +30,54 @@ class Rope:
         return self._cos[positions], self._sin[positions]
 
 
-def score_scale(config: ModelConfig) -> float:
-    scale = (config.nope + config.rope) ** -0.5
-    if config.yarn is not None and config.yarn.mscale_all_dim:
-        scale *= _mscale(config.yarn.factor, config.yarn.mscale_all_dim) ** 2
-    return float(scale)
-
-
 def half_order(rope: int) -> list[int]:
     """Order that takes interleaved pairs (0, 1), (2, 3), ... to pairs (i, i + rope / 2)."""
     return [*range(0, rope, 2), *range(1, rope, 2)]
 
 
-def _frequencies(config: ModelConfig) -> tuple[Tensor, float]:
-    pairs = config.rope // 2
-    bases = config.rope_theta ** (torch.arange(0, config.rope, 2, dtype=torch.float32) / config.rope)
-    plain = 1.0 / bases
-    if config.yarn is None:
-        return plain, 1.0
-    yarn = config.yarn
+def yarn_scale(factor: float, weight: float) -> float:
+    """How much yarn raises magnitudes for contexts `factor` times as long (Peng et al. 2023, section 3.4)."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def _frequencies(config: RopeConfig) -> tuple[Tensor, float]:
+    bases = config.theta ** (torch.arange(0, config.width, 2, dtype=torch.float32) / config.width)
+    match config.scaling:
+        case Yarn() as yarn:
+            return _yarn_frequencies(config, yarn, bases), _yarn_factor(yarn)
+        case Llama3Rope() as llama3:
+            return _llama3_frequencies(llama3, 1.0 / bases), 1.0
+        case None:
+            return 1.0 / bases, 1.0
+
+
+def _yarn_frequencies(config: RopeConfig, yarn: Yarn, bases: Tensor) -> Tensor:
     low, high = (_turn_dim(beta, config, yarn) for beta in (yarn.beta_fast, yarn.beta_slow))
     if yarn.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, config.rope - 1)
+    low, high = max(low, 0), min(high, config.width - 1)
     span = high - low or 0.001
-    stretched = ((torch.arange(pairs, dtype=torch.float32) - low) / span).clamp(0, 1)
-    return 1.0 / (yarn.factor * bases) * stretched + plain * (1 - stretched), _yarn_factor(yarn)
+    stretched = ((torch.arange(config.width // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
+    return 1.0 / (yarn.factor * bases) * stretched + 1.0 / bases * (1 - stretched)
 
 
-def _turn_dim(turns: float, config: ModelConfig, yarn: Yarn) -> float:
+def _turn_dim(turns: float, config: RopeConfig, yarn: Yarn) -> float:
     """The (fractional) pair that makes `turns` full turns over the original context."""
-    return config.rope * math.log(yarn.original_context / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+    return config.width * math.log(yarn.original_context / (turns * 2 * math.pi)) / (2 * math.log(config.theta))
 
 
 def _yarn_factor(yarn: Yarn) -> float:
     if yarn.attention_factor is not None:
         return yarn.attention_factor
     if yarn.mscale and yarn.mscale_all_dim:
-        return _mscale(yarn.factor, yarn.mscale) / _mscale(yarn.factor, yarn.mscale_all_dim)
-    return _mscale(yarn.factor, 1.0)
+        return yarn_scale(yarn.factor, yarn.mscale) / yarn_scale(yarn.factor, yarn.mscale_all_dim)
+    return yarn_scale(yarn.factor, 1.0)
 
 
-def _mscale(factor: float, weight: float) -> float:
-    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+def _llama3_frequencies(scaling: Llama3Rope, plain: Tensor) -> Tensor:
+    """Waves that turn less than `low` times over the original context are stretched, those above `high` times kept."""
+    waves = 2 * math.pi / plain
+    share = (scaling.original_context / waves - scaling.low) / (scaling.high - scaling.low)
+    between = (1 - share) * plain / scaling.factor + share * plain
+    found = torch.where(waves > scaling.original_context / scaling.low, plain / scaling.factor, between)
+    return torch.where(waves < scaling.original_context / scaling.high, plain, found)

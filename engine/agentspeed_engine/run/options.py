@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,10 +20,10 @@ from agentspeed_engine.exec.calibrate import calibrated
 from agentspeed_engine.exec.model import Model
 from agentspeed_engine.exec.noop import NoopModel
 from agentspeed_engine.exec.vocabulary import Vocabulary
-from agentspeed_engine.ids import pages_for
-from agentspeed_engine.models.catalog import describe, load
+from agentspeed_engine.models.catalog import RANDOM, describe, load
 from agentspeed_engine.protocol.messages import as_text
 from agentspeed_engine.run.recording import LEAST_BYTES, RecordingOrder
+from agentspeed_engine.run.sizing import sizes
 from agentspeed_engine.sched.config import CoreConfig
 
 T = TypeVar("T")
@@ -34,21 +33,20 @@ _NOOP_PAGE_BYTES = 1024
 """Of a model without rows: about what the engine itself keeps of a page."""
 _MOST_NOOP_VOCABULARY = 1 << 24
 _MOST_NOOP_SECONDS = 3600.0
-_MOST_DEFAULT_PAGES = 16_384
-"""A default pool never asks for more pages than this: a million tokens is plenty until someone says otherwise."""
 
 
 class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All options of an engine process. Unknown names are refused."""
 
     model: str
-    """A Hugging Face model folder; `noop:VOCABULARY:MILLISECONDS` for benchmarks of everything around a model."""
+    """A Hugging Face model folder; `random:CONFIG` for a model of that config.json (or folder) with weights by chance;
+    `noop:VOCABULARY:MILLISECONDS` for benchmarks of everything around a model."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     """Of weights, activations and cache."""
     context_limit: int | None = None
     """None: the model's own, as far as the pool allows it."""
     pages: int | None = None
-    """None: a quarter of the machine's memory."""
+    """None: a quarter of the memory that this process may use, or what the weights leave of it."""
     page_tokens: int = 64
     """Rows of a page; what is shared between branches is shared in whole pages."""
     threads: int | None = None
@@ -205,17 +203,20 @@ def build(options: EngineOptions, progress: Callable[[str], None] | None = None)
     if options.model.startswith(_NOOP):
         return _build_noop(options)
     say = progress if progress is not None else lambda what: None
-    folder = Path(options.model)
-    info = describe(folder, dtype=options.dtype, page_tokens=options.page_tokens)
-    pages, limit = _sizes(options, info.context_limit, info.bytes_per_page)
+    folder = Path(options.model.removeprefix(RANDOM))
+    info = describe(options.model, dtype=options.dtype, page_tokens=options.page_tokens)
+    pages, limit = sizes(options, info.context_limit, info.bytes_per_page, info.parameters)
     core = _core(options, pages, limit, info.vocab_size, as_text(folder.name))
     core.check()
+    if info.notice:
+        say(info.notice)
     say(f"loading {folder.name}: {info.weight_bytes / 1e6:.0f} MB of weights, "
         f"{pages * info.bytes_per_page / 1e6:.0f} MB for {pages} pages")
-    vocabulary = Vocabulary(folder, info.vocab_size, info.eos_ids)
+    texts = folder if folder.is_dir() else folder.parent
+    vocabulary = Vocabulary(texts, info.vocab_size, info.eos_ids)
     with ThreadPoolExecutor(1) as beside:  # it takes the interpreter's lock for long, so no step may run beside it
         unusable = beside.submit(vocabulary.load)
-        loaded = _aside(lambda: load(folder, dtype=options.dtype, pages=pages, page_tokens=options.page_tokens,
+        loaded = _aside(lambda: load(options.model, dtype=options.dtype, pages=pages, page_tokens=options.page_tokens,
                                      threads=options.threads))
     if unusable.result():
         say(f"turns with stop strings or a grammar will be refused: {unusable.result()}")
@@ -246,7 +247,7 @@ def _build_noop(options: EngineOptions) -> Built:
         raise EngineFault("bad_options", f"{options.model!r} is not noop:VOCABULARY:MILLISECONDS.") from error
     if not 1 <= size <= _MOST_NOOP_VOCABULARY or not 0 <= step <= _MOST_NOOP_SECONDS:
         raise EngineFault("bad_options", f"{options.model!r} has an impossible vocabulary or step time.")
-    pages, limit = _sizes(options, _NOOP_CONTEXT, _NOOP_PAGE_BYTES)
+    pages, limit = sizes(options, _NOOP_CONTEXT, _NOOP_PAGE_BYTES, 0)
     core = _core(options, pages, limit, size, options.model)
     core.check()
     return Built(core, NoopModel(size, step, options.page_tokens), Vocabulary(Path(options.model), size, ()), "")
@@ -261,36 +262,3 @@ def _core(options: EngineOptions, pages: int, limit: int, vocab_size: int, name:
         ticket_deadline=options.ticket_deadline, max_lease_seconds=options.max_lease_seconds,
         tenant_pages=options.tenant_pages, tenant_sessions=options.tenant_sessions, policy=options.policy,
     )
-
-
-def _sizes(options: EngineOptions, model_limit: int, bytes_per_page: int) -> tuple[int, int]:
-    """(pages, context limit): what was asked for, else what the machine and the model give (rule L1)."""
-    if options.context_limit is not None and options.context_limit > model_limit:
-        raise EngineFault("bad_options", f"context_limit is {options.context_limit}; the model has {model_limit}.",
-                          "Give a number between 1 and the model's own limit.")
-    wanted = options.context_limit or model_limit
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for what, count in (("pages", options.pages or 0), ("host_slots", options.host_slots)):
-        if count * bytes_per_page > memory:
-            raise EngineFault("bad_options", f"{what} is {count}; that many take "
-                              f"{count * bytes_per_page / 1e9:.0f} GB, the machine has {memory / 1e9:.0f} GB.",
-                              f"Give fewer {what}, or leave `{what}` out.")
-    pages = options.pages
-    if pages is None:
-        most = max(_MOST_DEFAULT_PAGES, 2 * pages_for(wanted, options.page_tokens) + (options.firm_pages or 0))
-        pages = min(memory // 4 // bytes_per_page, most)
-        if pages < 2:
-            raise EngineFault("bad_options", f"A page of {options.page_tokens} tokens takes "
-                              f"{bytes_per_page / 1e9:.1f} GB, the machine has {memory / 1e9:.0f} GB.",
-                              "Give a smaller `page_tokens`.")
-    if options.context_limit is not None:
-        return pages, wanted
-    firm = options.firm_pages
-    if firm is None:
-        # Firm leases get a share of a pool that was sized for them, and only what is left of one that the user sized.
-        firm = pages // 4 + 1 if options.pages is None else 0
-    fits = (pages - firm - 1) * options.page_tokens
-    if fits < 1:
-        raise EngineFault("bad_options", f"{pages} pages, {firm} of them for firm leases, leave none for a turn, which "
-                          "needs 2 (rule L1).", "Give more pages or fewer firm pages.")
-    return pages, min(wanted, fits)

@@ -15,14 +15,14 @@ from agentspeed_kernels.workspace import Workspace
 def mla_rows(q: Tensor, pool: Tensor, tiles: TilePlan, scale: float, workspace: Workspace, out: Tensor) -> None:
     rank = out.shape[-1]
     heads, width = q.shape[1], q.shape[2]
-    merged = _Merge(workspace, q.shape[0], heads, rank, q.dtype)
+    merged = RunningMerge(workspace, q.shape[0], heads, rank, q.dtype)
     for tile in tiles.tiles:
         latents = latents_of(pool, tile, workspace)
         rows = rows_of(tile)
         scores = (q[rows].reshape(-1, width) @ latents.T).view(tile.rows.size, heads, -1)
         scores = scores.to(merged.dtype).mul_(scale)
         if tile.shape != "full":
-            _hide(scores, tile)
+            hide_unseen(scores, tile)
         peak = scores.amax(-1, keepdim=True)
         shares = scores.sub_(peak).exp_()
         total = shares.sum(-1, keepdim=True)
@@ -43,7 +43,7 @@ def mla_extend(
 ) -> None:
     """Keys and values are decompressed a tile at a time; cheaper than absorbed attention once many rows share them."""
     rank, value = key_up.shape[1], out.shape[-1]
-    merged = _Merge(workspace, q.shape[0], q.shape[1], value, q.dtype)
+    merged = RunningMerge(workspace, q.shape[0], q.shape[1], value, q.dtype)
     # Widths must be equal: the narrower of keys and values is padded with zeros.
     padded = q if q.shape[2] >= value else torch.nn.functional.pad(q, (0, value - q.shape[2]))
     for tile in tiles.tiles:
@@ -51,7 +51,7 @@ def mla_extend(
         keys, values = _decompress(latents, key_up, value_up, rank, q.shape[2], workspace)
         rows = rows_of(tile)
         queries = padded[rows].transpose(0, 1).unsqueeze(0)
-        mask = None if tile.shape != "ragged" else _mask(tile, q.dtype)
+        mask = None if tile.shape != "ragged" else seen_mask(tile, q.dtype)
         # The public function does not return the log-sum-exp that merging needs.
         part, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             queries, keys.unsqueeze(0), values.unsqueeze(0), 0.0, tile.shape == "diagonal", attn_mask=mask, scale=scale
@@ -77,13 +77,13 @@ def _decompress(
     return keys, values
 
 
-def latents_of(pool: Tensor, tile: Tile, workspace: Workspace) -> Tensor:
-    """[tokens, width]: a view when the pages are neighbours, else gathered once."""
+def latents_of(pool: Tensor, tile: Tile, workspace: Workspace, name: str = "gathered") -> Tensor:
+    """[tokens, width]: a view when the pages are neighbours, else gathered once, into the scratch memory `name`."""
     page_tokens, width = pool.shape[1], pool.shape[2]
     if tile.contiguous:
         first = int(tile.pages[0]) * page_tokens + tile.offset
         return pool.view(-1, width)[first : first + tile.tokens]
-    gathered = workspace.take("gathered", (tile.pages.size, page_tokens, width), pool.dtype)
+    gathered = workspace.take(name, (tile.pages.size, page_tokens, width), pool.dtype)
     torch.index_select(pool, 0, torch.from_numpy(tile.pages), out=gathered)
     return gathered.view(-1, width)[tile.offset : tile.offset + tile.tokens]
 
@@ -95,18 +95,20 @@ def rows_of(tile: Tile) -> slice | Tensor:
     return torch.from_numpy(tile.rows).long()
 
 
-def _hide(scores: Tensor, tile: Tile) -> None:
+def hide_unseen(scores: Tensor, tile: Tile) -> None:
+    """Takes what a row does not see out of its scores [..., rows, heads, tokens]."""
     hidden = torch.arange(tile.tokens) >= torch.from_numpy(tile.visible)[:, None]
     scores.masked_fill_(hidden[:, None, :], float("-inf"))
 
 
-def _mask(tile: Tile, dtype: torch.dtype) -> Tensor:
+def seen_mask(tile: Tile, dtype: torch.dtype) -> Tensor:
+    """[1, 1, rows, tokens] to add to scores."""
     hidden = torch.arange(tile.tokens) >= torch.from_numpy(tile.visible)[:, None]
     return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))[None, None]
 
 
 @final
-class _Merge:
+class RunningMerge:
     """The attention of each row over the tiles added so far: `sum` is normalised, `weight` its log-sum-exp."""
 
     __slots__ = ("dtype", "sum", "weight")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agentspeed_kernels.cpu import torch_attention
+from agentspeed_kernels.cpu import torch_attention, torch_grouped
 from agentspeed_kernels.routing import RouteRule
 from agentspeed_kernels.signature import Dtype, KernelSpec
 from agentspeed_kernels.workspace import Workspace
@@ -121,6 +121,9 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "experts": experts,
     "mla_rows": torch_attention.mla_rows,
     "mla_extend": torch_attention.mla_extend,
+    "kv_append": torch_grouped.kv_append,
+    "gqa_rows": torch_grouped.gqa_rows,
+    "gqa_extend": torch_grouped.gqa_extend,
 }
 
 SPECS: tuple[KernelSpec, ...] = tuple(

@@ -8,9 +8,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from agentspeed_engine.models.config import LAYER_NORM_EPS, ModelConfig
+from agentspeed_engine.models.families.deepseek.config import LATENT_NORM_EPS, DeepseekConfig
 from agentspeed_engine.models.layers import piece
-from agentspeed_engine.models.rope import half_order, score_scale
+from agentspeed_engine.models.rope import half_order, yarn_scale
 from agentspeed_engine.models.state import StepState
 from agentspeed_engine.spmd.placement import Rank
 from agentspeed_engine.spmd.spec import TOKEN_SHARD, TOKEN_SHARD_PARTIAL, Boundary
@@ -60,11 +60,11 @@ class Mla:
     )  # fmt: skip
 
     def __init__(
-        self, name: str, config: ModelConfig, weights: MlaWeights, pool: Tensor, rank: Rank, kernels: Kernels
+        self, name: str, config: DeepseekConfig, weights: MlaWeights, pool: Tensor, rank: Rank, kernels: Kernels
     ) -> None:
         self._config, self._pool, self._kernels = config, pool, kernels
         self._heads = config.heads // rank.mesh.tp
-        self._scale = score_scale(config)
+        self._scale = _score_scale(config)
         self._q_rank = config.q_rank or 0
         weights = _half_layout(config, weights) if config.interleaved else weights
         self._down, self._down_bias = _joined_down(weights)
@@ -87,6 +87,8 @@ class Mla:
 
     def __call__(self, x: Tensor, residual: Tensor | None, state: StepState) -> tuple[Tensor, Tensor | None]:
         config, rows, take = self._config, x.shape[0], state.workspace.take
+        if not rows:  # a dp rank whose branches all rest
+            return x, residual
         run = self._kernels
         q = self._project(x, state)
         turned = q[:, :, config.nope :]
@@ -108,7 +110,7 @@ class Mla:
         run["latent_append"].at(rows)(
             down[:, self._q_rank :],
             self._kv_norm,
-            LAYER_NORM_EPS,
+            LATENT_NORM_EPS,
             state.cos,
             state.sin,
             state.slots,
@@ -117,7 +119,7 @@ class Mla:
         low = x
         if self._q_norm is not None:
             low = take("q_low", (rows, self._q_rank), x.dtype)
-            run["rms_norm"].at(rows)(down[:, : self._q_rank], self._q_norm, LAYER_NORM_EPS, low)
+            run["rms_norm"].at(rows)(down[:, : self._q_rank], self._q_norm, LATENT_NORM_EPS, low)
         q = take("q", (rows, self._q.shape[0]), x.dtype)
         run["linear"].at(rows)(low, self._q, None, q)
         return q.view(rows, self._heads, -1)
@@ -146,6 +148,14 @@ class Mla:
             mixed[rows] = out[rows]
 
 
+def _score_scale(config: DeepseekConfig) -> float:
+    """Of attention scores; yarn with `mscale_all_dim` makes them sharper (DeepSeek-V2)."""
+    scale = float((config.nope + config.rope.width) ** -0.5)
+    if config.yarn is not None and config.yarn.mscale_all_dim:
+        scale *= yarn_scale(config.yarn.factor, config.yarn.mscale_all_dim) ** 2
+    return scale
+
+
 def _joined_down(weights: MlaWeights) -> tuple[Tensor, Tensor | None]:
     """Both down-projections as one matrix: one product reads the hidden rows once."""
     if weights.q_a is None:
@@ -156,10 +166,10 @@ def _joined_down(weights: MlaWeights) -> tuple[Tensor, Tensor | None]:
     return joined, torch.cat([weights.q_a_bias, weights.kv_a_bias])
 
 
-def _half_layout(config: ModelConfig, weights: MlaWeights) -> MlaWeights:
+def _half_layout(config: DeepseekConfig, weights: MlaWeights) -> MlaWeights:
     """Reorders the rotary rows of both sides once, so that at run time pairs are always (i, i + rope / 2)."""
-    order = torch.tensor(half_order(config.rope))
-    q = weights.q.view(config.heads, config.nope + config.rope, -1).clone()
+    order = torch.tensor(half_order(config.rope.width))
+    q = weights.q.view(config.heads, config.nope + config.rope.width, -1).clone()
     q[:, config.nope :] = q[:, config.nope + order]
     kv_order = torch.cat([torch.arange(config.kv_rank), config.kv_rank + order])
     return MlaWeights(

@@ -1,0 +1,1 @@
+"""One folder a family: configuration, shapes, and the chain of modules."""

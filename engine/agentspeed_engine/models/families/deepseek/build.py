@@ -1,0 +1,60 @@
+"""The MLA families: weights to the chain of local modules of one rank."""
+
+from __future__ import annotations
+
+from agentspeed_engine.models.families.deepseek.config import DeepseekConfig
+from agentspeed_engine.models.families.deepseek.mla import Mla, MlaWeights
+from agentspeed_engine.models.families.deepseek.shapes import LATENT, cuts
+from agentspeed_engine.models.kv_pools import KvPools
+from agentspeed_engine.models.layers import AddNorm, Embed, Head
+from agentspeed_engine.models.mesh import check_cuts
+from agentspeed_engine.models.moe import feed_forward
+from agentspeed_engine.models.state import StepState
+from agentspeed_engine.models.weights import WeightSource
+from agentspeed_engine.spmd.lower import Module
+from agentspeed_engine.spmd.placement import Rank
+from agentspeed_kernels.select import Kernels
+
+Chain = list[Module[StepState]]
+
+
+def build(config: DeepseekConfig, weights: WeightSource, pools: KvPools, rank: Rank, kernels: Kernels) -> Chain:
+    """`pools` are those of `shapes.kv_layout` and belong to this rank alone.
+
+    Raises `EngineFault` (bad_config) for a mesh that does not divide the model.
+    """
+    check_cuts(cuts(config, rank.mesh))
+    latents = pools[LATENT]
+    embedding = weights.tensor("model.embed_tokens.weight")
+    chain: Chain = [Embed("embed", embedding, rank)]
+    for layer in range(config.layers):
+        at = f"model.layers.{layer}."
+        chain.append(_norm(config, weights, at + "input_layernorm", kernels))
+        chain.append(Mla(at + "self_attn", config, _mla_weights(config, weights, at), latents[layer], rank, kernels))
+        chain.append(_norm(config, weights, at + "post_attention_layernorm", kernels))
+        chain.append(feed_forward(at + "mlp", weights, None if config.is_dense(layer) else config.moe, rank, kernels))
+    chain.append(_norm(config, weights, "model.norm", kernels))
+    head = embedding if config.tied else weights.tensor("lm_head.weight")
+    chain.append(Head("head", head, rank, kernels))
+    return chain
+
+
+def _norm(config: DeepseekConfig, weights: WeightSource, name: str, kernels: Kernels) -> AddNorm:
+    return AddNorm(name, weights.tensor(name + ".weight"), config.eps, kernels)
+
+
+def _mla_weights(config: DeepseekConfig, weights: WeightSource, layer_at: str) -> MlaWeights:
+    at = layer_at + "self_attn."
+    low, bias = config.q_rank is not None, config.attention_bias
+    return MlaWeights(
+        q_a=weights.tensor(at + "q_a_proj.weight") if low else None,
+        q_a_bias=weights.tensor(at + "q_a_proj.bias") if low and bias else None,
+        q_a_norm=weights.tensor(at + "q_a_layernorm.weight") if low else None,
+        q=weights.tensor(at + ("q_b_proj.weight" if low else "q_proj.weight")),
+        kv_a=weights.tensor(at + "kv_a_proj_with_mqa.weight"),
+        kv_a_bias=weights.tensor(at + "kv_a_proj_with_mqa.bias") if bias else None,
+        kv_a_norm=weights.tensor(at + "kv_a_layernorm.weight"),
+        kv_b=weights.tensor(at + "kv_b_proj.weight"),
+        o=weights.tensor(at + "o_proj.weight"),
+        o_bias=weights.tensor(at + "o_proj.bias") if bias else None,
+    )

@@ -1,0 +1,70 @@
+"""Every tensor a checkpoint of the MLA families must hold, what a mesh cuts of them, and their cache. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from agentspeed_engine.models.families.deepseek.config import DeepseekConfig
+from agentspeed_engine.models.family import Cut, Shape
+from agentspeed_engine.models.kv_layout import KvLayout, KvPool
+from agentspeed_engine.models.moe_config import expert_shapes, feed_forward_shapes
+from agentspeed_engine.spmd.placement import Mesh
+
+LATENT = "latent"
+"""The one pool: a token's compressed keys and values, then its turned key."""
+
+
+def shapes(config: DeepseekConfig) -> Iterator[tuple[str, Shape]]:
+    """Names and shapes, in the order of the layers."""
+    yield "model.embed_tokens.weight", (config.vocab_size, config.hidden)
+    for layer in range(config.layers):
+        at = f"model.layers.{layer}."
+        yield at + "input_layernorm.weight", (config.hidden,)
+        yield from _attention(config, at + "self_attn.")
+        yield at + "post_attention_layernorm.weight", (config.hidden,)
+        if config.moe is None or config.is_dense(layer):
+            yield from feed_forward_shapes(at + "mlp.", config.hidden, config.inner)
+        else:
+            yield from expert_shapes(config.moe, config.hidden, at + "mlp.")
+    yield "model.norm.weight", (config.hidden,)
+    if not config.tied:
+        yield "lm_head.weight", (config.vocab_size, config.hidden)
+
+
+def _attention(config: DeepseekConfig, at: str) -> Iterator[tuple[str, Shape]]:
+    query, bias = config.heads * (config.nope + config.rope.width), config.attention_bias
+    if config.q_rank is None:
+        yield at + "q_proj.weight", (query, config.hidden)
+    else:
+        yield at + "q_a_proj.weight", (config.q_rank, config.hidden)
+        if bias:
+            yield at + "q_a_proj.bias", (config.q_rank,)
+        yield at + "q_a_layernorm.weight", (config.q_rank,)
+        yield at + "q_b_proj.weight", (query, config.q_rank)
+    yield at + "kv_a_proj_with_mqa.weight", (config.latent_width, config.hidden)
+    if bias:
+        yield at + "kv_a_proj_with_mqa.bias", (config.latent_width,)
+    yield at + "kv_a_layernorm.weight", (config.kv_rank,)
+    yield at + "kv_b_proj.weight", (config.heads * (config.nope + config.value), config.kv_rank)
+    yield at + "o_proj.weight", (config.hidden, config.heads * config.value)
+    if bias:
+        yield at + "o_proj.bias", (config.hidden,)
+
+
+def cuts(config: DeepseekConfig, mesh: Mesh) -> list[Cut]:
+    """Heads, vocabulary and dense widths over tp; experts over all ranks."""
+    found: list[Cut] = [
+        ("num_attention_heads", config.heads, mesh.tp),
+        ("vocab_size", config.vocab_size, mesh.tp),
+        ("intermediate_size", config.inner, mesh.tp),
+    ]
+    if config.moe is not None:
+        found.append(("n_routed_experts", config.moe.experts, mesh.size))
+        found.append(("moe_intermediate_size * n_shared_experts", config.moe.inner * config.moe.shared, mesh.size))
+    return found
+
+
+def kv_layout(config: DeepseekConfig, dtype: str, mesh: Mesh) -> KvLayout:
+    """The latent is the same for all heads, so every rank of tp keeps it whole."""
+    del mesh
+    return KvLayout(pools=(KvPool(name=LATENT, layers=config.layers, width=config.latent_width, dtype=dtype),))

@@ -1,0 +1,117 @@
+"""Grouped-query attention over paged keys and values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from agentspeed_engine.models.families.grouped.config import GroupedConfig
+from agentspeed_engine.models.layers import piece
+from agentspeed_engine.models.state import StepState
+from agentspeed_engine.spmd.placement import Rank
+from agentspeed_engine.spmd.spec import TOKEN_SHARD, TOKEN_SHARD_PARTIAL, Boundary
+from agentspeed_kernels.select import Kernels
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupedWeights:
+    """As the checkpoint names them; a bias or norm that a family lacks is None."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_bias: Tensor | None
+    k_bias: Tensor | None
+    v_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o: Tensor
+    o_bias: Tensor | None
+
+
+@final
+class GroupedAttention:
+    """One attention layer of one rank: heads of queries, keys and values are cut over tp together."""
+
+    __slots__ = (
+        "_bias",
+        "_config",
+        "_heads",
+        "_joined",
+        "_k_norm",
+        "_kernels",
+        "_keys",
+        "_kv_heads",
+        "_o",
+        "_o_bias",
+        "_q_norm",
+        "_scale",
+        "_values",
+        "boundary",
+    )
+
+    def __init__(
+        self,
+        name: str,
+        config: GroupedConfig,
+        weights: GroupedWeights,
+        keys: Tensor,
+        values: Tensor,
+        rank: Rank,
+        kernels: Kernels,
+    ) -> None:
+        """`keys` and `values` are [pages, page_tokens, this rank's kv heads * head] and belong to this layer."""
+        self._config, self._kernels, self._keys, self._values = config, kernels, keys, values
+        cut = (rank.tp, rank.mesh.tp)
+        self._heads, self._kv_heads = config.heads // rank.mesh.tp, config.kv_heads // rank.mesh.tp
+        self._scale = float(config.head**-0.5)
+        # One product reads the hidden rows once for queries, keys and values.
+        self._joined = torch.cat([piece(part, 0, *cut) for part in (weights.q, weights.k, weights.v)])
+        biases = (weights.q_bias, weights.k_bias, weights.v_bias)
+        given = [piece(bias, 0, *cut) for bias in biases if bias is not None]
+        self._bias = torch.cat(given) if given else None
+        self._q_norm, self._k_norm = weights.q_norm, weights.k_norm
+        self._o = piece(weights.o, 1, *cut)
+        # Partial outputs are summed over tp, so one rank alone adds the bias.
+        self._o_bias = weights.o_bias if rank.tp == 0 else None
+        self.boundary = Boundary(
+            name=name, input=TOKEN_SHARD, output=TOKEN_SHARD_PARTIAL, width=config.hidden, cache=TOKEN_SHARD
+        )
+
+    def __call__(self, x: Tensor, residual: Tensor | None, state: StepState) -> tuple[Tensor, Tensor | None]:
+        rows, take, run = x.shape[0], state.workspace.take, self._kernels
+        if not rows:  # a dp rank whose branches all rest
+            return x, residual
+        q = self._project(x, state)
+        mixed = take("mixed", (rows, self._heads, self._config.head), x.dtype)
+        for op, tiles in (("gqa_rows", state.few), ("gqa_extend", state.many)):
+            if tiles is not None:
+                run[op].at(rows)(q, self._keys, self._values, tiles, self._scale, state.workspace, mixed)
+        out = take("attended", (rows, self._config.hidden), x.dtype)
+        run["linear"].at(rows)(mixed.view(rows, -1), self._o, self._o_bias, out)
+        return out, residual
+
+    def _project(self, x: Tensor, state: StepState) -> Tensor:
+        """Turned queries [T, H, head]; keys and values are written to the pools on the way."""
+        rows, take, run, head = x.shape[0], state.workspace.take, self._kernels, self._config.head
+        joined = take("qkv", (rows, self._joined.shape[0]), x.dtype)
+        run["linear"].at(rows)(x, self._joined, self._bias, joined)
+        q, k, v = torch.split(joined.view(rows, -1, head), [self._heads, self._kv_heads, self._kv_heads], dim=1)
+        q, k = self._normed(q, self._q_norm, "q_normed", state), self._normed(k, self._k_norm, "k_normed", state)
+        run["rope"].at(rows)(q, state.cos, state.sin)
+        run["kv_append"].at(rows)(k, v, state.cos, state.sin, state.slots, self._keys, self._values)
+        return q
+
+    def _normed(self, x: Tensor, gain: Tensor | None, name: str, state: StepState) -> Tensor:
+        """Each head by itself: one row of the norm is one head of one token."""
+        if gain is None:
+            return x
+        rows = x.shape[0] * x.shape[1]
+        flat = x.reshape(rows, x.shape[2])
+        out = state.workspace.take(name, (rows, x.shape[2]), x.dtype)
+        self._kernels["rms_norm"].at(rows)(flat, gain, self._config.eps, out)
+        return out.view(x.shape)

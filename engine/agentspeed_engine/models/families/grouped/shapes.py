@@ -1,0 +1,65 @@
+"""Every tensor a checkpoint of the grouped-query families must hold, what a mesh cuts, and their cache. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from agentspeed_engine.models.families.grouped.config import GroupedConfig
+from agentspeed_engine.models.family import Cut, Shape
+from agentspeed_engine.models.kv_layout import KvLayout, KvPool
+from agentspeed_engine.models.moe_config import expert_shapes, feed_forward_shapes
+from agentspeed_engine.spmd.placement import Mesh
+
+KEYS, VALUES = "keys", "values"
+"""The two pools: a token's turned keys and its values, head after head."""
+
+
+def shapes(config: GroupedConfig) -> Iterator[tuple[str, Shape]]:
+    """Names and shapes, in the order of the layers."""
+    yield "model.embed_tokens.weight", (config.vocab_size, config.hidden)
+    for layer in range(config.layers):
+        at = f"model.layers.{layer}."
+        yield at + "input_layernorm.weight", (config.hidden,)
+        yield from _attention(config, at + "self_attn.")
+        yield at + "post_attention_layernorm.weight", (config.hidden,)
+        if config.moe is None or config.is_dense(layer):
+            yield from feed_forward_shapes(at + "mlp.", config.hidden, config.inner)
+        else:
+            yield from expert_shapes(config.moe, config.hidden, at + "mlp.")
+    yield "model.norm.weight", (config.hidden,)
+    if not config.tied:
+        yield "lm_head.weight", (config.vocab_size, config.hidden)
+
+
+def _attention(config: GroupedConfig, at: str) -> Iterator[tuple[str, Shape]]:
+    for name, heads in (("q", config.heads), ("k", config.kv_heads), ("v", config.kv_heads)):
+        yield f"{at}{name}_proj.weight", (heads * config.head, config.hidden)
+        if config.attention_bias:
+            yield f"{at}{name}_proj.bias", (heads * config.head,)
+    if config.head_norm:
+        yield at + "q_norm.weight", (config.head,)
+        yield at + "k_norm.weight", (config.head,)
+    yield at + "o_proj.weight", (config.hidden, config.heads * config.head)
+    if config.attention_bias:
+        yield at + "o_proj.bias", (config.hidden,)
+
+
+def cuts(config: GroupedConfig, mesh: Mesh) -> list[Cut]:
+    """Heads of queries and of keys, vocabulary and dense widths over tp; experts over all ranks."""
+    found: list[Cut] = [
+        ("num_attention_heads", config.heads, mesh.tp),
+        ("num_key_value_heads", config.kv_heads, mesh.tp),
+        ("vocab_size", config.vocab_size, mesh.tp),
+        ("intermediate_size", config.inner, mesh.tp),
+    ]
+    if config.moe is not None:
+        found.append(("num_experts", config.moe.experts, mesh.size))
+    return found
+
+
+def kv_layout(config: GroupedConfig, dtype: str, mesh: Mesh) -> KvLayout:
+    """Each rank of tp keeps the keys and values of its own heads."""
+    width = config.kv_heads // mesh.tp * config.head
+    return KvLayout(
+        pools=tuple(KvPool(name=name, layers=config.layers, width=width, dtype=dtype) for name in (KEYS, VALUES))
+    )

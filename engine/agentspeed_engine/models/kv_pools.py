@@ -1,0 +1,47 @@
+"""The memory behind a cache layout: one tensor a pool, and the copies of rows that all pools make together."""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor
+
+from agentspeed_engine.models.kv_layout import KvLayout
+from agentspeed_engine.models.memory import zeros_on_demand
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+}
+"""By the names of `kv_layout.DTYPE_BYTES`."""
+
+
+@final
+class KvPools:
+    """The rows of `pages` pages. The engine says whose a page is; nothing here knows."""
+
+    __slots__ = ("_by_name", "layout")
+
+    def __init__(self, layout: KvLayout, pages: int, page_tokens: int) -> None:
+        """Allocates [layers, pages, page_tokens, width] for each pool, memory being taken where it is written."""
+        self.layout = layout
+        self._by_name = {
+            pool.name: zeros_on_demand((pool.layers, pages, page_tokens, pool.width), TORCH_DTYPES[pool.dtype])
+            for pool in layout.pools
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        """[layers, pages, page_tokens, width] of one pool."""
+        return self._by_name[name]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Of all pools, in the layout's order."""
+        return tuple(self._by_name.values())
+
+    def copy_rows(self, src_page: int, dst_page: int, rows: int) -> None:
+        """The first `rows` rows of a page, in every layer of every pool."""
+        for pool in self._by_name.values():
+            pool[:, dst_page, :rows] = pool[:, src_page, :rows]

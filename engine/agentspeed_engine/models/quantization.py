@@ -1,0 +1,93 @@
+"""What a checkpoint declares about how its weights are stored, and the refusal by name of what is not implemented."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from agentspeed_engine.errors import EngineFault
+
+FP8_BLOCK = 128
+"""Rows and columns that share one scale."""
+Scheme = Literal["none", "fp8_blocks"]
+_SUPPORTED = (
+    f"Supported are bfloat16, float16 and float32 weights, and fp8 e4m3 with a scale for each block of {FP8_BLOCK} × "
+    f"{FP8_BLOCK}; take such a version of the model."
+)
+_SIDE_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+"""Where tools other than transformers declare it: ModelOpt, GPTQ and AWQ."""
+PACKED = re.compile(
+    r"\.(qweight|qzeros|scales|g_idx|weight_packed|weight_shape|weight_scale|weight_scale_2|weight_zero_point"
+    r"|input_scale|absmax|quant_map|quant_state\..+|SCB|weight_format|[kv]_scale|blocks)$"
+)
+"""Names that only quantised checkpoints have, and that none of the supported ones has."""
+
+
+def declared_scheme(raw: Mapping[str, Any], folder: Path | None = None) -> Scheme:
+    """Of a config.json (and the files beside it), before any weight is read.
+
+    Raises `EngineFault`: unsupported_model for what is not implemented, bad_config for what says nothing.
+    """
+    for side in _SIDE_FILES:
+        if folder is not None and (folder / side).exists():
+            raise _unsupported(f"{side} declares quantised weights")
+    declared = _declared(raw)
+    if declared is None:
+        return "none"
+    method = declared.get("quant_method")
+    if method is None:
+        raise EngineFault("bad_config", "config.json: quantization_config has no quant_method.", _SUPPORTED)
+    if method != "fp8":
+        raise _unsupported(f"the weights are quantised with {method!r}{_details(declared)}")
+    _check_fp8(declared)
+    return "fp8_blocks"
+
+
+def packed_refusal(name: str) -> EngineFault:
+    """For a tensor that `PACKED` knows, where the configuration said nothing of it."""
+    return _unsupported(f"the weights are quantised ({name}), though config.json declares nothing about it")
+
+
+def _declared(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Of the model or of its text part; null and an empty object declare nothing."""
+    text = raw.get("text_config")
+    for holder in (raw, text if isinstance(text, Mapping) else {}):
+        for key in ("quantization_config", "compression_config"):
+            found = holder.get(key)
+            if not found:
+                continue
+            if not isinstance(found, Mapping):
+                raise EngineFault(
+                    "bad_config", f"config.json: {key} is {found!r}, not an object.", "Write it as an object or null."
+                )
+            return found
+    return None
+
+
+def _check_fp8(declared: Mapping[str, Any]) -> None:
+    block = declared.get("weight_block_size")
+    if block is None:
+        raise _unsupported("the weights are fp8 without weight_block_size, which is one scale for a whole tensor")
+    if list(block if isinstance(block, (list, tuple)) else [block]) != [FP8_BLOCK, FP8_BLOCK]:
+        raise _unsupported(f"the weights are fp8 with weight_block_size {block!r}")
+    for key, known in (
+        ("fmt", ("e4m3",)),
+        ("activation_scheme", ("dynamic",)),
+        ("scale_fmt", ("float", "ue8m0")),
+        ("expert_dtype", ("fp8",)),
+    ):
+        value = declared.get(key)
+        if value is not None and value not in known:
+            raise _unsupported(f"the weights are fp8 with {key} {value!r}")
+
+
+def _details(declared: Mapping[str, Any]) -> str:
+    """The few words of a declaration by which people know it."""
+    words = [f"{key} {declared[key]}" for key in ("format", "bits", "group_size", "load_in_4bit") if key in declared]
+    return f" ({', '.join(words)})" if words else ""
+
+
+def _unsupported(what: str) -> EngineFault:
+    return EngineFault("unsupported_model", f"This quantisation is not supported: {what}.", _SUPPORTED)

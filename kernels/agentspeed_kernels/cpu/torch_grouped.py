@@ -1,0 +1,89 @@
+"""Grouped-query attention over paged keys and values on torch: any format, any number of rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from agentspeed_kernels.cpu.torch_attention import RunningMerge, hide_unseen, latents_of, rows_of, seen_mask
+from agentspeed_kernels.tiles import Tile, TilePlan
+from agentspeed_kernels.workspace import Workspace
+
+
+def kv_append(
+    keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, key_pool: Tensor, value_pool: Tensor
+) -> None:
+    """Keys are turned on their way into the pool."""
+    half = keys.shape[-1] // 2
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    low, high = keys[..., :half], keys[..., half:]
+    turned = torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
+    for pool, rows in ((key_pool, turned), (value_pool, values)):
+        pool.view(-1, pool.shape[-1]).index_copy_(0, slots, rows.reshape(rows.shape[0], -1))
+
+
+def gqa_rows(
+    q: Tensor, key_pool: Tensor, value_pool: Tensor, tiles: TilePlan, scale: float, workspace: Workspace, out: Tensor
+) -> None:
+    """Two batched products a tile: the batch is a head of the pools with all query heads that read it."""
+    tokens, heads, width = q.shape
+    merged = RunningMerge(workspace, tokens, heads, width, q.dtype)
+    for tile in tiles.tiles:
+        keys, values = _heads_of(key_pool, value_pool, tile, width, workspace)
+        groups, count, rows = keys.shape[0], tile.rows.size, rows_of(tile)
+        queries = q[rows].view(count, groups, -1, width).permute(1, 0, 2, 3).reshape(groups, -1, width)
+        scores = torch.bmm(queries, keys.transpose(1, 2)).to(merged.dtype).mul_(scale)
+        scores = scores.view(groups, count, -1, tile.tokens)
+        if tile.shape != "full":
+            hide_unseen(scores, tile)
+        peak = scores.amax(-1, keepdim=True)
+        shares = scores.sub_(peak).exp_()
+        total = shares.sum(-1, keepdim=True)
+        part = torch.bmm(shares.to(q.dtype).view(groups, -1, tile.tokens), values).view(groups, count, -1, width)
+        merged.add(rows, _by_row(part / total), _by_row(peak + total.log()))
+    _give(merged, tiles, out)
+
+
+def gqa_extend(
+    q: Tensor, key_pool: Tensor, value_pool: Tensor, tiles: TilePlan, scale: float, workspace: Workspace, out: Tensor
+) -> None:
+    """The flash attention of torch, a head of the pools as one of its batch: nothing is repeated for query heads."""
+    tokens, heads, width = q.shape
+    merged = RunningMerge(workspace, tokens, heads, width, q.dtype)
+    for tile in tiles.tiles:
+        keys, values = _heads_of(key_pool, value_pool, tile, width, workspace)
+        groups, count, rows = keys.shape[0], tile.rows.size, rows_of(tile)
+        queries = q[rows].view(count, groups, -1, width).permute(1, 2, 0, 3)
+        shared = (groups, queries.shape[1], tile.tokens, width)
+        mask = None if tile.shape != "ragged" else seen_mask(tile, q.dtype)
+        # The public function does not return the log-sum-exp that merging needs.
+        part, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            queries,
+            keys.unsqueeze(1).expand(shared),
+            values.unsqueeze(1).expand(shared),
+            0.0,
+            tile.shape == "diagonal",
+            attn_mask=mask,
+            scale=scale,
+        )
+        merged.add(rows, _by_row(part.transpose(1, 2)), _by_row(weight.transpose(1, 2).unsqueeze(-1)))
+    _give(merged, tiles, out)
+
+
+def _heads_of(
+    key_pool: Tensor, value_pool: Tensor, tile: Tile, width: int, workspace: Workspace
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of a tile, each [G, tokens, W]; views where the pages are neighbours."""
+    keys = latents_of(key_pool, tile, workspace, "gathered_keys").view(tile.tokens, -1, width)
+    values = latents_of(value_pool, tile, workspace, "gathered_values").view(tile.tokens, -1, width)
+    return keys.transpose(0, 1), values.transpose(0, 1)
+
+
+def _by_row(parts: Tensor) -> Tensor:
+    """[G, rows, H / G, x] to [rows, H, x]."""
+    return parts.transpose(0, 1).reshape(parts.shape[1], -1, parts.shape[3])
+
+
+def _give(merged: RunningMerge, tiles: TilePlan, out: Tensor) -> None:
+    rows = torch.from_numpy(tiles.merge_rows).long()
+    out[rows] = merged.sum[rows].to(out.dtype)
