@@ -7,9 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, final
 
+from torch import Tensor
+
+from agentspeed_kernels.ops import WEIGHT_OPS
+from agentspeed_kernels.packing import Weight, pack
 from agentspeed_kernels.platform import Platform
 from agentspeed_kernels.registry import Registry
-from agentspeed_kernels.signature import Dtype, KernelSpec, Need
+from agentspeed_kernels.signature import Dtype, KernelSpec, Layout, Need
 
 log = logging.getLogger("agentspeed.kernels")
 
@@ -48,9 +52,12 @@ def _misfit(spec: KernelSpec, need: Need, platform: Platform) -> str | None:
     if need.dtype not in spec.dtypes:
         return f"formats are {', '.join(sorted(spec.dtypes))}"
     for feature in sorted(spec.features - platform.features):
-        return f"needs {feature}: {platform.absent.get(feature, 'absent')}"
+        why = platform.absent.get(feature) or platform.lacks.get(feature, "absent")
+        return f"needs {feature}: {why}"
     if spec.most_rows is not None and need.rows > spec.most_rows:
         return f"up to {spec.most_rows} rows"
+    if need.layout is not None and spec.layout != need.layout:
+        return f"takes weights in {spec.layout}, not {need.layout}"
     return None
 
 
@@ -78,22 +85,41 @@ UNBOUNDED = 1 << 62
 class Kernels:
     """All ops for one dtype on one platform."""
 
-    __slots__ = ("_ladders", "dtype")
+    __slots__ = ("_ladders", "dtype", "layout")
 
     def __init__(self, registry: Registry, platform: Platform, dtype: Dtype, ops: tuple[str, ...]) -> None:
         self.dtype: Dtype = dtype
-        self._ladders = {op: _ladder(registry.candidates(op), platform, dtype, op) for op in ops}
+        self.layout: Layout = _layout(registry, platform, dtype)
+        """Of all weights: that of the best kernel for single rows, where weights are what a step waits for."""
+        self._ladders = {op: _ladder(registry.candidates(op), platform, dtype, op, self.layout) for op in ops}
         for feature, why in platform.absent.items():
             log.warning("slower kernels run because %s is absent: %s", feature, why)
 
     def __getitem__(self, op: str) -> Ladder:
         return self._ladders[op]
 
+    def weight(self, held: Tensor, parts: int = 1) -> Weight:
+        """`held` [..., N, K] as the kernels want it. `parts`: matrices of equal height that N joins (gate and up), each
+        of which begins a tile of its own. Keep the result and drop `held`: then there is no second copy."""
+        if self.layout == "rows":
+            return held
+        return pack(held.unflatten(-2, (parts, -1)) if parts > 1 else held)
 
-def _ladder(candidates: tuple[KernelSpec, ...], platform: Platform, dtype: Dtype, op: str) -> Ladder:
+
+def _layout(registry: Registry, platform: Platform, dtype: Dtype) -> Layout:
+    need = Need(op="linear", dtype=dtype, rows=1)
+    return select(need, registry.candidates("linear"), platform).kernel.layout
+
+
+def _ladder(
+    candidates: tuple[KernelSpec, ...], platform: Platform, dtype: Dtype, op: str, layout: Layout
+) -> Ladder:
+    asked = layout if op in WEIGHT_OPS else None
     edges = sorted({spec.most_rows for spec in candidates if spec.most_rows is not None})
-    bands = tuple((edge, select(Need(op=op, dtype=dtype, rows=edge), candidates, platform)) for edge in edges)
-    last = select(Need(op=op, dtype=dtype, rows=UNBOUNDED), candidates, platform)
+    bands = tuple(
+        (edge, select(Need(op=op, dtype=dtype, rows=edge, layout=asked), candidates, platform)) for edge in edges
+    )
+    last = select(Need(op=op, dtype=dtype, rows=UNBOUNDED, layout=asked), candidates, platform)
     for edge, choice in bands:
         log.info("%s up to %d rows: %s", dtype, edge, choice.explain())
     log.info("%s: %s", dtype, last.explain())
