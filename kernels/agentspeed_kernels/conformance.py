@@ -110,9 +110,7 @@ class _Draw:
 
     def laid(self, weight: Tensor, parts: int = 1) -> Weight:
         """In the layout of the kernel that is checked."""
-        if self.layout == "rows":
-            return weight
-        return pack(weight.unflatten(-2, (parts, -1)) if parts > 1 else weight)
+        return weight if self.layout == "rows" else pack(weight, parts)
 
     def gain(self, width: int) -> Tensor:
         return (1 + 0.1 * torch.randn(width, generator=self._noise, dtype=torch.float64)).to(self.kind)

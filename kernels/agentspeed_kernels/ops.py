@@ -106,7 +106,7 @@ OPS: dict[str, Op] = {
         Op(name="route", call="x[T,D], weight[E,D], bias[E]|None, rule -> ids[T,top], weights[T,top]", cost=_route),
         Op(
             name="experts",
-            call="x[T,D], gate_up[E,2I,D] (tiles: [E,2,I,D]), down[E,D,I], ids[T,top], weights[T,top], workspace, out[T,D]",
+            call="x[T,D], gate_up[E,2I,D] (in tiles [E,2,I,D]), down[E,D,I], ids[T,top], weights, workspace, out[T,D]",
             cost=_experts,
         ),
     )

@@ -39,12 +39,15 @@ Weight = Tensor | Packed
 """What an op with weights is given: the layout its kernel asks for."""
 
 
-def pack(weight: Tensor) -> Packed:
-    """[..., N, K] in bfloat16. The result is aligned as torch aligns: to 64 bytes, which tile rows need."""
+def pack(weight: Tensor, parts: int = 1) -> Packed:
+    """[..., N, K] in bfloat16. `parts`: matrices of equal height that N joins (gate and up), each of which begins a
+    tile of its own. The result is aligned as torch aligns: to 64 bytes, which tile rows need."""
+    if parts > 1:
+        weight = weight.reshape(*weight.shape[:-2], parts, -1, weight.shape[-1])
     outputs, inputs = weight.shape[-2:]
     tiles, steps = -(-outputs // TILE_OUTPUTS), -(-inputs // TILE_INPUTS)
     padding = (0, steps * TILE_INPUTS - inputs, 0, tiles * TILE_OUTPUTS - outputs)
     whole = torch.nn.functional.pad(weight, padding) if any(padding) else weight
-    parts = whole.reshape(-1, tiles, TILE_OUTPUTS, steps, TILE_INPUTS // 2, 2)
-    data = parts.permute(0, 1, 3, 4, 2, 5).contiguous()
+    split = whole.reshape(-1, tiles, TILE_OUTPUTS, steps, TILE_INPUTS // 2, 2)
+    data = split.permute(0, 1, 3, 4, 2, 5).contiguous()
     return Packed(data.view(*weight.shape[:-2], *data.shape[1:]), tuple(weight.shape))

@@ -32,7 +32,7 @@ def detect() -> Platform:
             arch=host.machine(),
             features=frozenset(),
             absent={native.FEATURE: library.reason},
-            lacks={form.feature: library.reason for form in native.FORMS},
+            lacks={form.feature: library.reason for form in native.forms_here()},
         )
     return Platform(
         device="cpu",

@@ -99,11 +99,9 @@ class Kernels:
         return self._ladders[op]
 
     def weight(self, held: Tensor, parts: int = 1) -> Weight:
-        """`held` [..., N, K] as the kernels want it. `parts`: matrices of equal height that N joins (gate and up), each
-        of which begins a tile of its own. Keep the result and drop `held`: then there is no second copy."""
-        if self.layout == "rows":
-            return held
-        return pack(held.unflatten(-2, (parts, -1)) if parts > 1 else held)
+        """`held` [..., N, K] as the kernels want it (`parts` as in `pack`). Keep the result and drop `held`: then there
+        is no second copy."""
+        return held if self.layout == "rows" else pack(held, parts)
 
 
 def _layout(registry: Registry, platform: Platform, dtype: Dtype) -> Layout:
@@ -111,9 +109,7 @@ def _layout(registry: Registry, platform: Platform, dtype: Dtype) -> Layout:
     return select(need, registry.candidates("linear"), platform).kernel.layout
 
 
-def _ladder(
-    candidates: tuple[KernelSpec, ...], platform: Platform, dtype: Dtype, op: str, layout: Layout
-) -> Ladder:
+def _ladder(candidates: tuple[KernelSpec, ...], platform: Platform, dtype: Dtype, op: str, layout: Layout) -> Ladder:
     asked = layout if op in WEIGHT_OPS else None
     edges = sorted({spec.most_rows for spec in candidates if spec.most_rows is not None})
     bands = tuple(

@@ -10,7 +10,7 @@ from torch import Tensor
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.models.checkpoint import Checkpoint
 from agentspeed_engine.models.config import ModelConfig, MoeConfig
-from agentspeed_engine.models.layers import AddNorm, Dense, Embed, Head
+from agentspeed_engine.models.layers import AddNorm, Dense, Embed, Head, piece
 from agentspeed_engine.models.mla import Mla, MlaWeights
 from agentspeed_engine.models.moe import FeedForward, Moe, own_experts
 from agentspeed_engine.models.state import StepState
@@ -25,8 +25,10 @@ Chain = list[Module[StepState]]
 def build(config: ModelConfig, weights: Checkpoint, pools: list[Tensor], rank: Rank, kernels: Kernels) -> Chain:
     """`pools[layer]` is [pages, page_tokens, latent width] and belongs to this rank alone."""
     check_mesh(config, rank.mesh)
-    embedding = weights.tensor("model.embed_tokens.weight")
-    chain: Chain = [Embed("embed", embedding, rank)]
+    cut = (0, rank.tp, rank.mesh.tp)
+    embedding = piece(weights.tensor("model.embed_tokens.weight"), *cut)
+    head = kernels.weight(embedding if config.tied else piece(weights.tensor("lm_head.weight"), *cut))
+    chain: Chain = [Embed("embed", head if config.tied else embedding, rank)]
     for layer in range(config.layers):
         at = f"model.layers.{layer}."
         chain.append(_norm(config, weights, at + "input_layernorm", kernels))
@@ -34,7 +36,6 @@ def build(config: ModelConfig, weights: Checkpoint, pools: list[Tensor], rank: R
         chain.append(_norm(config, weights, at + "post_attention_layernorm", kernels))
         chain.append(_feed_forward(config, weights, layer, rank, kernels))
     chain.append(_norm(config, weights, "model.norm", kernels))
-    head = embedding if config.tied else weights.tensor("lm_head.weight")
     chain.append(Head("head", head, rank, kernels))
     return chain
 

@@ -58,11 +58,12 @@ class Moe:
         """`experts` are this rank's own (`own_experts`), `shared` is whole."""
         self._router, self._bias, self._rule, self._kernels = router, bias, rule, kernels
         self._first = rank.index * len(experts) if rank.mesh.size > 1 else None
-        self._gate_up = torch.stack([torch.cat([one.gate, one.up]) for one in experts])
-        self._down = torch.stack([one.down for one in experts])
+        self._gate_up = kernels.weight(torch.stack([torch.cat([one.gate, one.up]) for one in experts]), parts=2)
+        self._down = kernels.weight(torch.stack([one.down for one in experts]))
         cut = (rank.index, rank.mesh.size)
-        self._shared_gate_up = torch.cat([piece(shared.gate, 0, *cut), piece(shared.up, 0, *cut)])[None]
-        self._shared_down = piece(shared.down, 1, *cut)[None]
+        joined = torch.cat([piece(shared.gate, 0, *cut), piece(shared.up, 0, *cut)])[None]
+        self._shared_gate_up = kernels.weight(joined, parts=2)
+        self._shared_down = kernels.weight(piece(shared.down, 1, *cut)[None])
         self.boundary = Boundary(name=name, input=EVERYWHERE, output=PARTIAL_EVERYWHERE, width=shared.down.shape[0])
 
     def __call__(self, x: Tensor, residual: Tensor | None, state: StepState) -> tuple[Tensor, Tensor | None]:

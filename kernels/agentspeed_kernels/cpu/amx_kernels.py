@@ -161,4 +161,5 @@ SPECS: tuple[KernelSpec, ...] = tuple(
         layout="tiles",
     )
     for op, call in _CALLS.items()
+    if native.AMX in native.forms_here()
 )

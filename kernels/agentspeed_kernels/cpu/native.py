@@ -120,6 +120,11 @@ _AMX: Arguments = (
 )
 
 
+def forms_here() -> tuple[Form, ...]:
+    """Those written for this architecture, whether or not this very processor can run them."""
+    return tuple(form for form in FORMS if platform.machine() in form.machines)
+
+
 def arguments(form: Form, kind: Kind) -> Arguments:
     """The C functions of a form in one kind of number: name to argument types."""
     if form is AMX:
@@ -152,7 +157,7 @@ class Library:
         self.refused: dict[str, str] = {}
         """Features it has and this process may not use."""
         self._functions: dict[tuple[Form, Kind], dict[str, Any]] = {}
-        for form in FORMS:
+        for form in forms_here():
             why = _unusable(form, answer, highest)
             if why is None:
                 try:
@@ -163,15 +168,13 @@ class Library:
                 self.refused[form.feature] = why
             else:
                 self.lacks[form.feature] = why
-        self.forms = tuple(form for form in FORMS if (form, form.kinds[0]) in self._functions)
+        self.forms = tuple(form for form in forms_here() if (form, form.kinds[0]) in self._functions)
 
     def functions(self, form: Form, kind: Kind) -> dict[str, Any]:
         return self._functions[(form, kind)]
 
 
 def _unusable(form: Form, answer: int, highest: Form | None) -> str | None:
-    if platform.machine() not in form.machines:
-        return f"this is {platform.machine()}"
     if highest is not None and FORMS.index(form) < FORMS.index(highest):
         return f"{SWITCH} is {highest.name}"
     if form is AMX and answer & _AMX_REFUSED:
@@ -197,7 +200,7 @@ def library() -> Library | Unavailable:
     named = {form.name: form for form in FORMS}
     if asked and asked not in named:
         log.warning("%s=%s is neither 0 nor one of %s: it is ignored", SWITCH, asked, ", ".join(named))
-    if not any(platform.machine() in form.machines for form in FORMS):
+    if not forms_here():
         return Unavailable(f"no C kernels are written for {platform.machine()}")
     compiler = _compiler()
     if compiler is None:
@@ -248,8 +251,7 @@ def _compiled(compiler: str, sources: Sequence[Path], scratch: Path) -> list[Pat
                 for source in sources
                 if source.match(form.sources) and source not in always
             ]
-            for form in FORMS
-            if platform.machine() in form.machines
+            for form in forms_here()
         }
         objects = [unit() for unit in base]
         failed: list[tuple[Form, subprocess.SubprocessError]] = []
@@ -258,8 +260,8 @@ def _compiled(compiler: str, sources: Sequence[Path], scratch: Path) -> list[Pat
                 objects += [unit() for unit in waiting]
             except subprocess.SubprocessError as error:
                 failed.append((form, error))
-    for form, error in failed:
-        log.warning("the %s kernels are left out: %s", form.name, _said(error))
+    for form, why in failed:
+        log.warning("the %s kernels are left out: %s", form.name, _said(why))
     if len(failed) == len(units) and failed:
         raise failed[0][1]
     return [path for path in objects if not any(f"-{form.name}-" in path.name for form, _ in failed)]

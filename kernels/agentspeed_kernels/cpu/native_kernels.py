@@ -275,5 +275,9 @@ def _specs(form: native.Form, kind: native.Kind, priority: int) -> tuple[KernelS
 
 _PRIORITY = {native.AVX512: 12, native.AVX2: 11, native.NEON: 10}
 SPECS: tuple[KernelSpec, ...] = tuple(
-    spec for form, priority in _PRIORITY.items() for kind in form.kinds for spec in _specs(form, kind, priority)
+    spec
+    for form, priority in _PRIORITY.items()
+    if form in native.forms_here()
+    for kind in form.kinds
+    for spec in _specs(form, kind, priority)
 )
