@@ -42,6 +42,8 @@ class KernelSpec:
     """Platform features without which it cannot run."""
     most_rows: int | None = None
     """Above this many query rows another kernel is faster or this one does not apply."""
+    recordable: bool = False
+    """Its calls go to the C library alone, so `cpu.recording` can repeat them."""
     layout: Layout = "rows"
     """What its weights must be in; means nothing for an op without weights."""
 

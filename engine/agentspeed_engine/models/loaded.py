@@ -16,6 +16,7 @@ from agentspeed_engine.models.config import ModelConfig
 from agentspeed_engine.models.deepseek import build
 from agentspeed_engine.models.inputs import FlatBatch
 from agentspeed_engine.models.memory import zeros_on_demand
+from agentspeed_engine.models.programs import Programs
 from agentspeed_engine.models.rope import Rope
 from agentspeed_engine.models.state import StepState
 from agentspeed_engine.spmd.lower import lower, run
@@ -62,6 +63,7 @@ class LoadedModel:
         chain = build(config, weights, list(self.pool), ONE, self._kernels)
         self.plan: Plan = plan([module.boundary for module in chain], ONE.mesh, start=EVERYWHERE, finish=EVERYWHERE)
         self._steps = lower(self.plan, chain, None)
+        self._programs = Programs(self._steps, self._kernels)
         self._rope = Rope(config, kind)
         self._workspace = Workspace()
 
@@ -69,7 +71,11 @@ class LoadedModel:
     def forward(self, batch: FlatBatch) -> Tensor:
         """Logits [S, vocab] of the selected rows; the latents of all rows are in the pool afterwards."""
         state = step_state(batch, self._rope, self.page_tokens, self._workspace)
-        logits: Tensor = run(self._steps, torch.from_numpy(batch.ids), state, (len(batch.ids),))
+        ids = torch.from_numpy(batch.ids)
+        repeated = self._programs.run(ids, state)
+        if repeated is not None:
+            return repeated
+        logits: Tensor = run(self._steps, ids, state, (len(batch.ids),))
         return logits
 
     def copy_rows(self, src_page: int, dst_page: int, rows: int) -> None:

@@ -129,7 +129,7 @@ class Mla:
         rows = q.shape[0]
         absorbed = take("absorbed", (rows, self._heads, config.latent_width), q.dtype)
         run["heads_linear"].at(rows)(q[:, :, : config.nope], self._absorb, absorbed[:, :, : config.kv_rank])
-        absorbed[:, :, config.kv_rank :] = q[:, :, config.nope :]
+        run.copy(q[:, :, config.nope :], absorbed[:, :, config.kv_rank :])
         latent = take("latent_out", (rows, self._heads, config.kv_rank), q.dtype)
         attend = run["mla_rows"].at(rows)
         attend(absorbed, self._pool, state.few, self._scale, state.workspace, latent)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from agentspeed_kernels.cpu import native
 from agentspeed_kernels.cpu.native_kernels import call_mla_rows, opened, rows_packed
+from agentspeed_kernels.cpu.recording import call
 from agentspeed_kernels.packing import TILE_INPUTS, Packed
 from agentspeed_kernels.signature import KernelSpec
 from agentspeed_kernels.tiles import TilePlan
@@ -25,17 +26,20 @@ class AmxKernels:
     __slots__ = ("_functions",)
 
     def __init__(self) -> None:
-        self._functions: dict[str, Any] | None = None
+        self._functions: dict[str, native.Function] | None = None
 
     @property
-    def functions(self) -> dict[str, Any]:
+    def functions(self) -> dict[str, native.Function]:
         if self._functions is None:
             self._functions = opened(native.AMX, "bf16")
         return self._functions
 
     def linear(self, x: Tensor, weight: Packed, bias: Tensor | None, out: Tensor) -> None:
         assert rows_packed(x, out)
-        self.functions["linear"](
+        call(
+            self.functions,
+            "linear",
+            (x, weight, bias, out),
             x.data_ptr(),
             x.stride(0),
             weight.data_ptr(),
@@ -49,7 +53,10 @@ class AmxKernels:
 
     def heads_linear(self, x: Tensor, weight: Packed, out: Tensor) -> None:
         assert rows_packed(x, out)
-        self.functions["heads_linear"](
+        call(
+            self.functions,
+            "heads_linear",
+            (x, weight, out),
             x.data_ptr(),
             x.stride(0),
             x.stride(1),
@@ -72,7 +79,10 @@ class AmxKernels:
         act = workspace.take("expert_inner", (pairs, _steps(inner)), torch.bfloat16)
         sums = workspace.take("expert_sums", (tokens, _steps(hidden)), torch.float32)
         order = workspace.take("expert_order", (pairs + count + 1,), torch.int32)
-        self.functions["experts"](
+        call(
+            self.functions,
+            "experts",
+            (x, gate_up, down, ids, weights, gathered, act, sums, order, out),
             x.data_ptr(),
             gate_up.data_ptr(),
             down.data_ptr(),
@@ -95,7 +105,7 @@ class AmxKernels:
     def mla_rows(
         self, q: Tensor, pool: Tensor, tiles: TilePlan, scale: float, workspace: Workspace, out: Tensor
     ) -> None:
-        call_mla_rows(self.functions["mla_rows"], q, pool, tiles, scale, workspace, out, _steps(out.shape[2]))
+        call_mla_rows(self.functions, q, pool, tiles, scale, workspace, out, _steps(out.shape[2]))
 
     def mla_extend(
         self,
@@ -111,7 +121,10 @@ class AmxKernels:
         """Rows without a tile keep what `out` had."""
         assert rows_packed(q) and pool.is_contiguous() and out.is_contiguous()
         heads, rank, nope = key_up.shape
-        self.functions["mla_extend"](
+        call(
+            self.functions,
+            "mla_extend",
+            (q, pool, key_up, value_up, out),
             q.data_ptr(),
             q.stride(0),
             q.stride(1),
@@ -155,11 +168,12 @@ SPECS: tuple[KernelSpec, ...] = tuple(
         name="amx-bf16",
         dtypes=frozenset({"bfloat16"}),
         device="cpu",
-        call=call,
+        call=run,
         priority=PRIORITY,
         features=frozenset({native.AMX.feature}),
         layout="tiles",
+        recordable=op != "mla_extend",
     )
-    for op, call in _CALLS.items()
+    for op, run in _CALLS.items()
     if native.AMX in native.forms_here()
 )

@@ -88,12 +88,14 @@ NEON = Form(
 FORMS = (AMX, AVX512, AVX2, NEON)
 """From the fastest on; of two that run, the first is preferred."""
 _AMX_REFUSED = 16
-_ALWAYS = frozenset({"native_forms.c", "native_scratch.c"})
+_ALWAYS = frozenset({"native_forms.c", "native_scratch.c", "native_run.c"})
 """Compiled once, for any processor of the architecture."""
 
 P, L, N, F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 Arguments = dict[str, tuple[Any, ...]]
 _ROWS: Arguments = {
+    "copy": (P, L, L, P, L, L, L, L, L),
+    "add": (P, P, L),
     "rms_norm": (P, L, P, F, P, L, L, L, N),
     "add_rms_norm": (P, P, P, F, P, L, L, N),
     "rope": (P, L, L, P, P, N, L, L, L, N),
@@ -132,6 +134,30 @@ def arguments(form: Form, kind: Kind) -> Arguments:
     return _PLAIN | _EXTEND if kind == "f32" else _PLAIN
 
 
+def entries_source(form: Form) -> str:
+    """C for calling the functions of a form with arguments from memory, which is how a recorded step calls them."""
+    lines = ['#include "native_run.h"']
+    member = {P: "p", L: "l", N: "i", F: "f"}
+    spelled = {P: "void *", L: "long", N: "int", F: "float"}
+    for kind in form.kinds:
+        for op, types in arguments(form, kind).items():
+            name = f"agentspeed_{form.name}_{kind}_{op}"
+            given = ", ".join(f"a[{index}].{member[each]}" for index, each in enumerate(types))
+            lines.append(f"void {name}({', '.join(spelled[each] for each in types)});")
+            lines.append(f"EXPORT void {name}_entry(const argument *a) {{ {name}({given}); }}")
+    return "\n".join(lines) + "\n"
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Function:
+    """A C function, and the address of what calls it with arguments from memory."""
+
+    call: Any
+    types: tuple[Any, ...]
+    entry: int
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class Unavailable:
@@ -142,7 +168,7 @@ class Unavailable:
 class Library:
     """The C functions by form, kind and name: an op, or a step of one."""
 
-    __slots__ = ("_functions", "forms", "lacks", "path", "refused")
+    __slots__ = ("_functions", "forms", "lacks", "path", "refused", "run")
 
     def __init__(self, path: Path, highest: Form | None) -> None:
         """Forms above `highest` are left out."""
@@ -152,11 +178,14 @@ class Library:
         opened = ctypes.CDLL(str(path))
         answer = int(opened.agentspeed_forms())
         self.path = path
+        self.run = opened.agentspeed_run
+        """(calls, how many): see native_run.h."""
+        self.run.argtypes, self.run.restype = (P, L), None
         self.lacks: dict[str, str] = {}
         """Features this processor does not have, with the reason."""
         self.refused: dict[str, str] = {}
         """Features it has and this process may not use."""
-        self._functions: dict[tuple[Form, Kind], dict[str, Any]] = {}
+        self._functions: dict[tuple[Form, Kind], dict[str, Function]] = {}
         for form in forms_here():
             why = _unusable(form, answer, highest)
             if why is None:
@@ -170,7 +199,7 @@ class Library:
                 self.lacks[form.feature] = why
         self.forms = tuple(form for form in forms_here() if (form, form.kinds[0]) in self._functions)
 
-    def functions(self, form: Form, kind: Kind) -> dict[str, Any]:
+    def functions(self, form: Form, kind: Kind) -> dict[str, Function]:
         return self._functions[(form, kind)]
 
 
@@ -182,12 +211,14 @@ def _unusable(form: Form, answer: int, highest: Form | None) -> str | None:
     return None if answer & form.bit else f"the processor lacks {form.wants}"
 
 
-def _opened(opened: ctypes.CDLL, form: Form, kind: Kind) -> dict[str, Any]:
-    functions: dict[str, Any] = {}
+def _opened(opened: ctypes.CDLL, form: Form, kind: Kind) -> dict[str, Function]:
+    functions: dict[str, Function] = {}
     for op, types in arguments(form, kind).items():
-        function = getattr(opened, f"agentspeed_{form.name}_{kind}_{op}")
-        function.argtypes, function.restype = types, None
-        functions[op] = function
+        call = getattr(opened, f"agentspeed_{form.name}_{kind}_{op}")
+        call.argtypes, call.restype = types, None
+        entry = ctypes.cast(getattr(opened, f"agentspeed_{form.name}_{kind}_{op}_entry"), P).value
+        assert entry is not None
+        functions[op] = Function(call, types, entry)
     return functions
 
 
@@ -253,6 +284,10 @@ def _compiled(compiler: str, sources: Sequence[Path], scratch: Path) -> list[Pat
             ]
             for form in forms_here()
         }
+        for form, waiting in units.items():
+            entries = scratch / f"entries-{form.name}.c"
+            entries.write_text(entries_source(form))
+            waiting.append(start(entries, f"entries-{form.name}-all", f"-I{Path(__file__).parent}"))
         objects = [unit() for unit in base]
         failed: list[tuple[Form, subprocess.SubprocessError]] = []
         for form, waiting in units.items():
@@ -281,7 +316,7 @@ def _key(compiler: str, sources: list[Path]) -> str:
     for source in sources:
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=30).stdout
-    flags = [flag for form in FORMS for flag in (form.name, *form.flags)]
+    flags = [text for form in FORMS for text in (form.name, *form.flags, entries_source(form))]
     digest.update("\0".join((compiler, version, platform.machine(), *FLAGS, *flags)).encode())
     return digest.hexdigest()[:20]
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from agentspeed_kernels.cpu import native, native_extend
+from agentspeed_kernels.cpu.recording import PARTIALS, call, note_partials
 from agentspeed_kernels.routing import RouteRule
 from agentspeed_kernels.signature import Dtype, KernelSpec
 from agentspeed_kernels.tiles import TilePlan
@@ -27,7 +28,7 @@ class NotBuilt(RuntimeError):
     """A native kernel was called though selection found the library or its form absent."""
 
 
-def opened(form: native.Form, kind: native.Kind) -> dict[str, Any]:
+def opened(form: native.Form, kind: native.Kind) -> dict[str, native.Function]:
     """The C functions of a form. Raises `NotBuilt`."""
     library = native.library()
     if isinstance(library, native.Unavailable):
@@ -49,17 +50,20 @@ class NativeKernels:
 
     def __init__(self, form: native.Form, kind: native.Kind) -> None:
         self._form, self._kind = form, kind
-        self._functions: dict[str, Any] | None = None
+        self._functions: dict[str, native.Function] | None = None
 
     @property
-    def functions(self) -> dict[str, Any]:
+    def functions(self) -> dict[str, native.Function]:
         if self._functions is None:
             self._functions = opened(self._form, self._kind)
         return self._functions
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         assert rows_packed(x, out) and weight.is_contiguous()
-        self.functions["linear"](
+        call(
+            self.functions,
+            "linear",
+            (x, weight, bias, out),
             x.data_ptr(),
             x.stride(0),
             weight.data_ptr(),
@@ -73,7 +77,10 @@ class NativeKernels:
 
     def heads_linear(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
         assert rows_packed(x, out) and weight.is_contiguous()
-        self.functions["heads_linear"](
+        call(
+            self.functions,
+            "heads_linear",
+            (x, weight, out),
             x.data_ptr(),
             x.stride(0),
             x.stride(1),
@@ -96,7 +103,10 @@ class NativeKernels:
         act = workspace.take("expert_act", (pairs, inner), torch.float32)
         order = workspace.take("expert_order", (pairs + count + 1,), torch.int32)
         sums = out if out.dtype == torch.float32 else workspace.take("expert_sums", tuple(out.shape), torch.float32)
-        self.functions["experts"](
+        call(
+            self.functions,
+            "experts",
+            (x, gate_up, down, ids, weights, act, order, sums, out),
             x.data_ptr(),
             gate_up.data_ptr(),
             down.data_ptr(),
@@ -117,7 +127,10 @@ class NativeKernels:
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
         assert rows_packed(x, out)
-        self.functions["rms_norm"](
+        call(
+            self.functions,
+            "rms_norm",
+            (x, weight, out),
             x.data_ptr(),
             x.stride(0),
             weight.data_ptr(),
@@ -130,7 +143,10 @@ class NativeKernels:
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
         assert x.is_contiguous() and residual.is_contiguous() and out.is_contiguous()
-        self.functions["add_rms_norm"](
+        call(
+            self.functions,
+            "add_rms_norm",
+            (x, residual, weight, out),
             x.data_ptr(),
             residual.data_ptr(),
             weight.data_ptr(),
@@ -142,7 +158,10 @@ class NativeKernels:
 
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> None:
         assert rows_packed(x) and cos.is_contiguous() and sin.is_contiguous()
-        self.functions["rope"](
+        call(
+            self.functions,
+            "rope",
+            (x, cos, sin),
             x.data_ptr(),
             x.stride(0),
             x.stride(1),
@@ -160,7 +179,10 @@ class NativeKernels:
     ) -> None:
         assert rows_packed(raw) and cos.is_contiguous() and sin.is_contiguous()
         assert pool.is_contiguous() and slots.is_contiguous()
-        self.functions["latent_append"](
+        call(
+            self.functions,
+            "latent_append",
+            (raw, weight, cos, sin, slots, pool),
             raw.data_ptr(),
             raw.stride(0),
             weight.data_ptr(),
@@ -180,7 +202,10 @@ class NativeKernels:
         assert x.is_contiguous() and weight.is_contiguous() and weight.dtype == torch.float32
         ids = torch.empty(x.shape[0], rule.top, dtype=torch.int64)
         weights = torch.empty(x.shape[0], rule.top, dtype=torch.float32)
-        self.functions["route"](
+        call(
+            self.functions,
+            "route",
+            (x, weight, bias, ids, weights),
             x.data_ptr(),
             weight.data_ptr(),
             None if bias is None else bias.data_ptr(),
@@ -199,17 +224,38 @@ class NativeKernels:
         )
         return ids, weights
 
+    def copy(self, x: Tensor, out: Tensor) -> None:
+        """[T, H, N]; both may be strided."""
+        assert rows_packed(x, out)
+        call(
+            self.functions,
+            "copy",
+            (x, out),
+            x.data_ptr(),
+            x.stride(0),
+            x.stride(1),
+            out.data_ptr(),
+            out.stride(0),
+            out.stride(1),
+            *x.shape,
+        )
+
+    def add(self, x: Tensor, total: Tensor) -> None:
+        assert x.is_contiguous() and total.is_contiguous()
+        call(self.functions, "add", (x, total), x.data_ptr(), total.data_ptr(), x.numel())
+
     def mla_rows(
         self, q: Tensor, pool: Tensor, tiles: TilePlan, scale: float, workspace: Workspace, out: Tensor
     ) -> None:
-        call_mla_rows(self.functions["mla_rows"], q, pool, tiles, scale, workspace, out, out.shape[2])
+        call_mla_rows(self.functions, q, pool, tiles, scale, workspace, out, out.shape[2])
 
     def mla_extend(self, *arguments: Any) -> None:
-        native_extend.mla_extend(self.functions, *arguments)
+        steps = {op: function.call for op, function in self.functions.items()}
+        native_extend.mla_extend(steps, *arguments)
 
 
 def call_mla_rows(
-    function: Any,
+    functions: dict[str, native.Function],
     q: Tensor,
     pool: Tensor,
     tiles: TilePlan,
@@ -221,8 +267,11 @@ def call_mla_rows(
     """`partial_width`: floats that a form keeps of a row's sums in each tile."""
     assert rows_packed(q) and pool.is_contiguous() and out.is_contiguous()
     heads, rank = out.shape[1], out.shape[2]
-    partials = workspace.take("mla_partials", (tiles.entries * heads, partial_width + 2), torch.float32)
-    function(
+    partials = workspace.take(PARTIALS, (tiles.entries * heads, partial_width + 2), torch.float32)
+    call(
+        functions,
+        "mla_rows",
+        (q, pool, partials, out),
         q.data_ptr(),
         q.stride(0),
         q.stride(1),
@@ -241,6 +290,7 @@ def call_mla_rows(
         out.data_ptr(),
         torch.get_num_threads(),
     )
+    note_partials(heads * (partial_width + 2))
 
 
 def _specs(form: native.Form, kind: native.Kind, priority: int) -> tuple[KernelSpec, ...]:
@@ -264,13 +314,21 @@ def _specs(form: native.Form, kind: native.Kind, priority: int) -> tuple[KernelS
             name=f"{form.name}-{kind}",
             dtypes=frozenset({DTYPES[kind]}),
             device="cpu",
-            call=call,
+            call=run,
             priority=priority,
             features=frozenset({form.feature}),
             most_rows=most_rows,
+            recordable=op != "mla_extend",
         )
-        for op, call, most_rows in calls
+        for op, run, most_rows in calls
     )
+
+
+def moves(features: frozenset[str], dtype: Dtype) -> NativeKernels | None:
+    """What copies and adds between ops: of the best form that runs here."""
+    forms = (form for form in _PRIORITY if form.feature in features)
+    kind = next((kind for kind, named in DTYPES.items() if named == dtype), None)
+    return next((NativeKernels(form, kind) for form in forms if kind in form.kinds), None) if kind else None
 
 
 _PRIORITY = {native.AVX512: 12, native.AVX2: 11, native.NEON: 10}

@@ -36,6 +36,19 @@ static void turn(const num *x, const void *cosines, const void *sines, long at, 
 
 #define PARALLEL_ROWS 32
 
+/* out[t][h] = x[t][h], rows of n numbers; both may be strided. */
+EXPORT void NAME(copy)(const num *x, long x_t, long x_h, num *out, long out_t, long out_h, long tokens, long heads, long n) {
+    for (long t = 0; t < tokens; t++)
+        for (long h = 0; h < heads; h++) memcpy(out + t * out_t + h * out_h, x + t * x_t + h * x_h, n * sizeof(num));
+}
+
+/* sum += x, n numbers */
+EXPORT void NAME(add)(const num *x, num *sum, long n) {
+    long i = 0;
+    for (; i + LANES <= n; i += LANES) write_vec(sum + i, read_vec(sum + i) + read_vec(x + i));
+    for (; i < n; i++) sum[i] = round_one(read_one(sum[i]) + read_one(x[i]));
+}
+
 EXPORT void NAME(rms_norm)(const num *x, long x_stride, const num *weight, float eps, num *out, long out_stride, long tokens,
                            long n, int threads) {
 #pragma omp parallel for num_threads(threads) if (tokens >= PARALLEL_ROWS && threads > 1)
@@ -46,12 +59,8 @@ EXPORT void NAME(add_rms_norm)(const num *x, num *residual, const num *weight, f
                                int threads) {
 #pragma omp parallel for num_threads(threads) if (tokens >= PARALLEL_ROWS && threads > 1)
     for (long t = 0; t < tokens; t++) {
-        num *sum = residual + t * n;
-        const num *add = x + t * n;
-        long i = 0;
-        for (; i + LANES <= n; i += LANES) write_vec(sum + i, read_vec(sum + i) + read_vec(add + i));
-        for (; i < n; i++) sum[i] = round_one(read_one(sum[i]) + read_one(add[i]));
-        norm_row(sum, weight, eps, out + t * n, n);
+        NAME(add)(x + t * n, residual + t * n, n);
+        norm_row(residual + t * n, weight, eps, out + t * n, n);
     }
 }
 
