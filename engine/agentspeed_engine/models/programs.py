@@ -1,9 +1,9 @@
 """Steps of few rows as one call into the kernel library: recorded for a number of rows, checked, and then repeated.
 
-Between its kernels a step of one token is mostly Python. The chain between the embedding and the head does the same calls
-with the same memory in every step of as many rows, so they are recorded once and repeated. A module that computes
-something the record does not have would be left out silently; so each record first runs beside the modules themselves, in
-a step other than the one it was made in, and is used only if every bit agrees.
+Between its kernels a step of one token is mostly Python. The chain between the embedding and the head does the same
+calls with the same memory in every step of as many rows, so they are recorded once and repeated. A module that computes
+something the record does not have would be left out silently; so each record first runs beside the modules themselves,
+in a step other than the one it was made in, and is used only if every bit agrees.
 """
 
 from __future__ import annotations
@@ -95,7 +95,15 @@ class Programs:
         return x
 
     def _record(self, x: Tensor, state: StepState) -> _Program:
-        held = _Program(Workspace(), *(each.clone() for each in (x, state.cos, state.sin, state.slots)), Tape(), x)
+        held = _Program(
+            workspace=Workspace(),
+            x=x.clone(),
+            cos=state.cos.clone(),
+            sin=state.sin.clone(),
+            slots=state.slots.clone(),
+            tape=Tape(),
+            out=x,
+        )
         # Buffers of a workspace grow, and move, until the largest call of a step has been made.
         self._chain(held.x, held.inner(state))
         held.x.copy_(x)

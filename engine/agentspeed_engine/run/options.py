@@ -18,7 +18,7 @@ import msgspec
 
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.ids import pages_for
-from agentspeed_engine.models.catalog import describe, load
+from agentspeed_engine.models.catalog import Dtype, describe, load, read_config
 from agentspeed_engine.run.calibrate import calibrated
 from agentspeed_engine.run.model import Model
 from agentspeed_engine.run.noop import NoopModel
@@ -42,8 +42,9 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     model: str
     """A Hugging Face model folder; `noop:VOCABULARY:MILLISECONDS` for benchmarks of everything around a model."""
-    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
-    """Of weights, activations and cache."""
+    dtype: Literal["auto", "float32", "float64", "bfloat16"] = "auto"
+    """Of weights, activations and cache. auto: bfloat16 where the checkpoint is in 16 bits or fewer and the processor
+    has matrix units for it, else float32; the engine says at its start which and why."""
     context_limit: int | None = None
     """None: the model's own, as far as the pool allows it."""
     pages: int | None = None
@@ -205,13 +206,16 @@ def build(options: EngineOptions, progress: Callable[[str], None] | None = None)
         return _build_noop(options)
     say = progress if progress is not None else lambda what: None
     folder = Path(options.model)
-    info = describe(folder, dtype=options.dtype, page_tokens=options.page_tokens)
+    dtype, why = _dtype(options, folder)
+    info = describe(folder, dtype=dtype, page_tokens=options.page_tokens)
     pages, limit = _sizes(options, info.context_limit, info.bytes_per_page)
     core = _core(options, pages, limit, info.vocab_size, folder.name)
     core.check()
+    if why:
+        say(f"{dtype}: {why}")
     say(f"loading {folder.name}: {info.weight_bytes / 1e6:.0f} MB of weights, "
         f"{pages * info.bytes_per_page / 1e6:.0f} MB for {pages} pages")
-    loaded = _aside(lambda: load(folder, dtype=options.dtype, pages=pages, page_tokens=options.page_tokens,
+    loaded = _aside(lambda: load(folder, dtype=dtype, pages=pages, page_tokens=options.page_tokens,
                                  threads=options.threads))
     # Imported late: a no-op engine starts without torch.
     from agentspeed_engine.run.torch_model import TorchModel
@@ -222,6 +226,18 @@ def build(options: EngineOptions, progress: Callable[[str], None] | None = None)
         say("measuring what copies and prefill cost")
         core = _aside(partial(calibrated, core, model))
     return Built(core, model, Vocabulary(folder, info.vocab_size, info.eos_ids), str(folder.resolve()))
+
+
+def _dtype(options: EngineOptions, folder: Path) -> tuple[Dtype, str]:
+    """(format, why), no reason where it was asked for."""
+    if options.dtype != "auto":
+        return options.dtype, ""
+    _, raw = read_config(folder)
+    # Imported late, as torch is.
+    from agentspeed_engine.models.precision import choose
+    from agentspeed_kernels.platform import detect
+
+    return choose(raw, _aside(detect))
 
 
 def _aside(call: Callable[[], T]) -> T:

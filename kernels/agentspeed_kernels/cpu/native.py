@@ -96,6 +96,7 @@ Arguments = dict[str, tuple[Any, ...]]
 _ROWS: Arguments = {
     "copy": (P, L, L, P, L, L, L, L, L),
     "add": (P, P, L),
+    "read": (P, L, P, N),
     "rms_norm": (P, L, P, F, P, L, L, L, N),
     "add_rms_norm": (P, P, P, F, P, L, L, N),
     "rope": (P, L, L, P, P, N, L, L, L, N),

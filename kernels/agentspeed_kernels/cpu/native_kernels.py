@@ -49,7 +49,8 @@ class NativeKernels:
     __slots__ = ("_form", "_functions", "_kind")
 
     def __init__(self, form: native.Form, kind: native.Kind) -> None:
-        self._form, self._kind = form, kind
+        self._form = form
+        self._kind: native.Kind = kind
         self._functions: dict[str, native.Function] | None = None
 
     @property

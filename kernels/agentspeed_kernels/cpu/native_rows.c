@@ -42,6 +42,26 @@ EXPORT void NAME(copy)(const num *x, long x_t, long x_h, num *out, long out_t, l
         for (long h = 0; h < heads; h++) memcpy(out + t * out_t + h * out_h, x + t * x_t + h * x_h, n * sizeof(num));
 }
 
+/* Reads `bytes`, a multiple of 256, and does nothing else: what a kernel that must read as much is measured against. One
+   vector of each thread's exclusive or goes to seen[threads]. */
+EXPORT void NAME(read)(const char *from, long bytes, ivec *seen, int threads) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        long index = 0, count = 1;
+#ifdef _OPENMP
+        index = omp_get_thread_num(), count = omp_get_num_threads();
+#endif
+        const char *at = from + bytes / 256 * index / count * 256, *end = from + bytes / 256 * (index + 1) / count * 256;
+        ivec a = {0}, b = a, c = a, d = a;
+        for (; at < end; at += 256) {
+            for (int line = 0; line < 4; line++) __builtin_prefetch(at + 6144 + line * 64, 0, 3);
+            const ivec *v = (const ivec *)at;
+            a ^= v[0], b ^= v[1], c ^= v[2], d ^= v[3];
+        }
+        seen[index] = a ^ b ^ c ^ d;
+    }
+}
+
 /* sum += x, n numbers */
 EXPORT void NAME(add)(const num *x, num *sum, long n) {
     long i = 0;

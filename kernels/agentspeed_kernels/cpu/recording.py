@@ -1,7 +1,7 @@
 """Records the C calls of a step, so that the next step like it is one call into the library.
 
-A tape holds addresses. Whoever records sees to it that they stay what they are: buffers come from a workspace that lives
-as long as the tape, and what the calls read from outside is copied to the same place each time. The plan of attention is
+A tape holds addresses. The caller sees to it that they stay what they are: buffers come from a workspace that lives as
+long as the tape, and what the calls read from outside is copied to the same place each time. The plan of attention is
 the exception: its arrays are new in every step, and `Tape.attend` puts their addresses into the calls that read them.
 """
 
