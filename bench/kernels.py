@@ -3,11 +3,12 @@
     python bench/kernels.py
     python bench/kernels.py --dtype bfloat16 --only linear
 
-Every case has four kinds of contestants: the kernels of the registry that run here, torch's, and a pure read of the bytes
-that the op's cost model says a call must read. All of them run once a round, in an order drawn anew each round, over
-copies of weights or pools that together are larger than the caches near the cores. A ratio is the median over rounds of
-ratios taken within a round, with the quartiles: on a shared machine nothing else can be compared. Shapes are those of one
-layer of bench/models/v3-50m.json, and larger ones. The last line is JSON; a miss of what must be reached is printed so.
+The contestants of a case are the kernels of the registry that run here, torch's among them, and a pure read of the
+bytes that the op's cost model says a call must move. All of them run once a round, in an order drawn anew each round,
+over copies of weights or pools that together are larger than the caches near the cores. A ratio is the median over
+rounds of ratios taken within a round, with the quartiles: on a shared machine nothing else can be compared. Shapes are
+those of one layer of bench/models/v3-50m.json, and larger ones. The last line is JSON; what must be reached and is not
+is printed as missed.
 """
 
 from __future__ import annotations
@@ -99,7 +100,8 @@ def measured(case: Case, dtype: Dtype, rounds: int, threads: int) -> dict[str, d
         verdict = "" if must is None else f"  must {must}: {'reached' if middle >= must else 'MISSED'}"
         print(
             f"{case.name:28} {dtype:8} rows {rows:4} {name:12} {taken * 1e6:9.1f} us  of read {middle:5.2f} "
-            f"({low:.2f} to {high:.2f})  x torch {np.median(faster):5.2f}  {cost.flops / taken / 1e9:7.1f} GFLOP/s{verdict}",
+            f"({low:.2f} to {high:.2f})  x torch {np.median(faster):5.2f}  "
+            f"{cost.flops / taken / 1e9:7.1f} GFLOP/s{verdict}",
             flush=True,
         )
         figures[f"{case.name}/{dtype}/{rows}/{name}"] = {

@@ -1,4 +1,4 @@
-/* Products of bf16 rows with weights in tile order: one kernel for 1 to 16 rows, blocks of 64 above. */
+/* Products of bf16 rows with weights in tile order: one kernel for 1 to 16 rows, blocks of 256 above. */
 #include "amx_linear.h"
 
 EXPORT void NAME(linear)(const bf16 *x, long x_stride, const bf16 *weight, const bf16 *bias, bf16 *out,

@@ -3,10 +3,10 @@
 #define AGENTSPEED_AMX_LINEAR_H
 #include "amx_common.h"
 
-#define BLOCK_ROWS 64   /* rows that share one pass over the weights */
-#define LONG_STEPS 32   /* a longer chain is cut: rows and weights of a cut chain stay in the first cache */
-#define CUT_STEPS 16
-#define CUT_COLUMNS 8
+#define BLOCK_ROWS 256 /* rows that share one pass over the weights, which come from far where they are many */
+#define LONG_STEPS 32  /* a longer chain is cut, so that its weights stay in the first cache and its rows in the second */
+#define CUT_STEPS 8
+#define CUT_COLUMNS 4
 
 /* Where a tile of sums goes: 16 columns from `column` of up to 16 rows. */
 typedef struct {
@@ -58,16 +58,17 @@ static left left_of(const product *p, long first, long count, int copy) {
     return copied;
 }
 
+/* `next`: weights of the next column, to be fetched meanwhile; 0 for none. */
 INLINE void chain_left(const left *a, long block, long from, const bf16 *w, long steps, float *sums, int full, int more,
-                       int ahead) {
+                       const bf16 *next) {
     const bf16 *x = a->x + block * a->row_block + from * a->step;
-    if (a->step == STEP) chain(x, a->bytes, w, steps, sums, full, more, ahead);
+    if (a->step == STEP) chain(x, a->bytes, w, steps, sums, full, more, next != 0);
     else {
         /* Rows of a copied tile are neighbours. */
         if (more) TILE_LOAD(0, sums, 64);
         else TILE_ZERO(0);
         for (long s = 0; s < steps; s++) {
-            if (ahead) for (int z = 0; z < 16; z++) NEAR((const char *)(w + s * TILE + z * STEP) + 6144);
+            if (next) for (int z = 0; z < 16; z++) FAR(next + s * TILE + z * STEP);
             TILE_LOAD(1, x + s * TILE, 64);
             TILE_LOAD(2, w + s * TILE, 64);
             TILE_DOT(0, 1, 2);
@@ -85,7 +86,8 @@ static void multiply_block(const product *p, const left *a, long first, long cou
     int side = 0;
     for (long t = low; t < high; t++)
         for (long i = 0; i < count; i += 16) {
-            chain_left(a, i / 16, 0, p->weight + t * steps * TILE, steps, sums[side], count - i >= 16, 0, i == 0);
+            chain_left(a, i / 16, 0, p->weight + t * steps * TILE, steps, sums[side], count - i >= 16, 0,
+                       i == 0 ? p->weight + (t + 1) * steps * TILE : 0);
             if (before.out) put_tile(sums[side ^ 1], &before);
             before = place_of(p, first + i, t);
             side ^= 1;
@@ -102,7 +104,8 @@ static void multiply_cut(const product *p, const left *a, long first, long count
             for (long t = 0; t < columns; t++)
                 for (long i = 0; i < count; i += 16)
                     chain_left(a, i / 16, s, p->weight + ((from + t) * steps + s) * TILE, at_most(steps - s, CUT_STEPS),
-                               sums[t * (BLOCK_ROWS / 16) + i / 16], count - i >= 16, s > 0, i == 0);
+                               sums[t * (BLOCK_ROWS / 16) + i / 16], count - i >= 16, s > 0,
+                               i == 0 ? p->weight + ((from + t + 1) * steps + s) * TILE : 0);
         for (long t = 0; t < columns; t++)
             for (long i = 0; i < count; i += 16) {
                 place to = place_of(p, first + i, from + t);

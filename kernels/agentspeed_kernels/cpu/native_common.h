@@ -16,6 +16,11 @@
 #endif
 
 #define LANES 16
+#ifdef __AVX512F__
+#define REGISTERS 32 /* that hold a vector of LANES */
+#else
+#define REGISTERS 8
+#endif
 #define WORTH_A_TEAM (1L << 16) /* multiply-adds below which waking the other threads costs more than they save */
 #define INLINE static inline __attribute__((always_inline))
 #define EXPORT __attribute__((visibility("default")))
@@ -180,6 +185,11 @@ INLINE void dots4(const num *w, long w_stride, const float *const *x, int count,
 }
 
 INLINE void dots4_any(const num *w, long w_stride, const float *const *x, long count, long n, float out[][4]) {
+#if REGISTERS < 32
+    /* The sums of more tokens would not stay in registers. */
+    for (long t = 0; t < count; t++) dots4(w, w_stride, x + t, 1, n, out + t);
+    return;
+#endif
     while (count >= 4) {
         dots4(w, w_stride, x, 4, n, out);
         x += 4, out += 4, count -= 4;

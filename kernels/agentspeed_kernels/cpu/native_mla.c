@@ -3,6 +3,8 @@
 
 #define BLOCK 32     /* tokens scored at a time; two vectors of scores a row */
 #define ROWS 8      /* (row, head) pairs whose queries stay in the first cache */
+#define AT_ONCE (REGISTERS / 4)  /* of them, with sums for 2 tokens in registers */
+#define COLUMNS (REGISTERS / 8)  /* vectors of columns, with sums for 4 pairs in registers */
 #define GROUP 64     /* (row, head) pairs that share one pass over a tile */
 #define NEVER -1e30f /* below every finite score, and its difference to itself is 0, not NaN */
 
@@ -22,19 +24,23 @@ typedef struct {
    too short a stream for the hardware to run ahead on. */
 INLINE void scores8(const float *q, const num *const *k, const num *const *ahead, long width, float *s) {
     vec acc[LANES];
-    for (int i = 0; i < LANES; i++) acc[i] = splat(0);
     long j = 0;
-    for (; j + LANES <= width; j += LANES) {
-        vec first = read_vec(k[0] + j), second = read_vec(k[1] + j);
-        if (ahead) {
-            __builtin_prefetch(ahead[0] + j, 0, 2);
-            __builtin_prefetch(ahead[1] + j, 0, 2);
+    for (int low = 0; low < ROWS; low += AT_ONCE) {
+        vec part[2 * AT_ONCE];
+        for (int i = 0; i < 2 * AT_ONCE; i++) part[i] = splat(0);
+        for (j = 0; j + LANES <= width; j += LANES) {
+            vec first = read_vec(k[0] + j), second = read_vec(k[1] + j);
+            if (ahead && low == 0) {
+                __builtin_prefetch(ahead[0] + j, 0, 2);
+                __builtin_prefetch(ahead[1] + j, 0, 2);
+            }
+            for (int i = 0; i < AT_ONCE; i++) {
+                vec row = load(q + (low + i) * width + j);
+                part[2 * i] += row * first;
+                part[2 * i + 1] += row * second;
+            }
         }
-        for (int i = 0; i < ROWS; i++) {
-            vec row = load(q + i * width + j);
-            acc[2 * i] += row * first;
-            acc[2 * i + 1] += row * second;
-        }
+        memcpy(acc + 2 * low, part, sizeof part);
     }
     float sums[LANES];
     store(sums, totals(acc));
@@ -63,7 +69,7 @@ INLINE void values4(float *o, long o_stride, const float *keep, const float *p, 
 
 INLINE void add_values(float *o, long rank, const float *keep, const float *p, const num *const *v) {
     long column = 0;
-    for (; column + 4 * LANES <= rank; column += 4 * LANES) values4(o, rank, keep, p, v, column, 4);
+    for (; column + COLUMNS * LANES <= rank; column += COLUMNS * LANES) values4(o, rank, keep, p, v, column, COLUMNS);
     for (; column + LANES <= rank; column += LANES) values4(o, rank, keep, p, v, column, 1);
     for (; column < rank; column++)
         for (int i = 0; i < 4; i++) {
