@@ -1,12 +1,15 @@
-"""How near each CPU kernel comes to what the machine can do, by the cost model its op declares.
+"""How near each CPU kernel comes to reading its bytes once, and to torch, in one interleaved run.
 
     python bench/kernels.py
+    python bench/kernels.py --dtype bfloat16 --only linear
 
-The limit of a call is the larger of bytes / read bandwidth and FLOPs / product rate, both the best seen on this machine
-with the same threads before and after the kernels; kernels are medians. Weights and pools rotate over more memory than
-the caches near the cores hold. Shapes are those of one layer of bench/models/v3-50m.json. The last line is JSON.
+The contestants of a case are the kernels of the registry that run here, torch's among them, and a pure read of the
+bytes that the op's cost model says a call must move. All of them run once a round, in an order drawn anew each round,
+over copies of weights or pools that together are larger than the caches near the cores. A ratio is the median over
+rounds of ratios taken within a round, with the quartiles: on a shared machine nothing else can be compared. Shapes are
+those of one layer of bench/models/v3-50m.json, and larger ones. The last line is JSON; what must be reached and is not
+is printed as missed.
 """
-
 
 from __future__ import annotations
 
@@ -16,9 +19,8 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,135 +30,219 @@ import numpy as np
 import torch
 
 from agentspeed_engine.models.inputs import Run
+from agentspeed_kernels.cpu import native
 from agentspeed_kernels.ops import OPS
+from agentspeed_kernels.packing import Weight, pack
 from agentspeed_kernels.platform import detect
 from agentspeed_kernels.registry import standard
-from agentspeed_kernels.signature import KernelSpec
+from agentspeed_kernels.signature import DTYPE_BYTES, Dtype, KernelSpec
 from agentspeed_kernels.tiles import plan_tiles
 from agentspeed_kernels.workspace import Workspace
 
-HIDDEN, HEADS, RANK, ROPE, NOPE, VALUE, EXPERTS, INNER, TOP = 512, 8, 512, 64, 128, 128, 8, 256, 2
-CONTEXT, PAGE, COPIES = 4096, 64, 8
-Case = tuple[str, dict[str, int], Callable[[KernelSpec, int], None]]
+HEADS, RANK, ROPE, NOPE, VALUE = 8, 512, 64, 128, 128
+EXPERTS, INNER, HIDDEN, TOP = 8, 256, 512, 2
+PAGE = 64
+COLD_BYTES = 96 << 20
+"""All copies of a case together."""
+KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MUST = {
+    ("linear 512x1024", 1): 0.75, ("linear 2048x2048", 1): 0.75, ("linear 5632x2048", 1): 0.75,
+    ("mla_rows 8 heads at 4096", 1): 0.5, ("mla_rows 8 heads at 16384", 1): 0.5,
+}  # fmt: skip
+"""In bfloat16, of the pure read."""
+
+Step = Callable[[int], None]
+"""Runs one contestant on a copy."""
+
+
+@dataclass(slots=True)
+class Case:
+    name: str
+    op: str
+    sizes: dict[str, int]
+    copies: int
+    contestant: Callable[[KernelSpec], Step]
+    """Lays out what the kernel reads, and gives what runs it."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--dtype", choices=list(KINDS), action="append")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    before = read_bandwidth(arguments.repeats), product_rate(arguments.repeats)
-    measured = [
-        (f"{op}/{spec.name}", op, sizes, timed(partial(call, spec), arguments.repeats))
-        for op, sizes, call in cases()
-        for spec in runnable(op, sizes["T"])
-    ]
-    after = read_bandwidth(arguments.repeats), product_rate(arguments.repeats)
-    bandwidth, rate = (max(pair) for pair in zip(before, after, strict=True))
-    print(f"limits: {bandwidth / 1e9:.1f} GB/s read, {rate / 1e9:.0f} GFLOP/s float32 products")
     figures: dict[str, dict[str, float]] = {}
-    for name, op, sizes, seconds in measured:
-        taken, rows = median(seconds), sizes["T"]
-        ratio = OPS[op].cost(sizes, 4).limit_seconds(bandwidth, rate) / taken
-        figures[f"{name}/{rows}"] = {"us": round(taken * 1e6, 1), "of_limit": round(ratio, 3)}
-        print(f"{name:20} rows {rows:4}  {taken * 1e6:9.1f} us  {ratio:6.1%} of the limit")
-    limits = {"gbps": round(bandwidth / 1e9, 1), "gflops": round(rate / 1e9)}
-    print(json.dumps({"bench": "kernels", "threads": arguments.threads, **limits, "kernels": figures}))
+    for dtype in arguments.dtype or list(KINDS):
+        for case in cases(KINDS[dtype]):
+            if arguments.only in case.name:
+                figures |= measured(case, dtype, arguments.rounds, arguments.threads)
+    print(
+        json.dumps({"bench": "kernels", "threads": arguments.threads, "load": os.getloadavg()[0], "kernels": figures})
+    )
 
 
-def runnable(op: str, rows: int) -> list[KernelSpec]:
+def measured(case: Case, dtype: Dtype, rounds: int, threads: int) -> dict[str, dict[str, float]]:
+    rows = case.sizes["T"]
+    cost = OPS[case.op].cost(case.sizes, DTYPE_BYTES[dtype])
+    contestants = {spec.name: case.contestant(spec) for spec in runnable(case.op, dtype, rows)}
+    contestants["read"] = reader(cost.bytes, case.copies, threads)
+    seconds = interleaved(contestants, case.copies, rounds)
+    figures: dict[str, dict[str, float]] = {}
+    for name in contestants:
+        if name == "read":
+            continue
+        of_read, faster = seconds["read"] / seconds[name], seconds["torch"] / seconds[name]
+        taken = float(np.median(seconds[name]))
+        low, middle, high = np.percentile(of_read, (25, 50, 75))
+        must = MUST.get((case.name, rows)) if dtype == "bfloat16" and name.startswith("amx") else None
+        verdict = "" if must is None else f"  must {must}: {'reached' if middle >= must else 'MISSED'}"
+        print(
+            f"{case.name:28} {dtype:8} rows {rows:4} {name:12} {taken * 1e6:9.1f} us  of read {middle:5.2f} "
+            f"({low:.2f} to {high:.2f})  x torch {np.median(faster):5.2f}  "
+            f"{cost.flops / taken / 1e9:7.1f} GFLOP/s{verdict}",
+            flush=True,
+        )
+        figures[f"{case.name}/{dtype}/{rows}/{name}"] = {
+            "us": round(taken * 1e6, 1),
+            "of_read": round(float(middle), 3),
+            "x_torch": round(float(np.median(faster)), 2),
+        }
+    return figures
+
+
+def runnable(op: str, dtype: Dtype, rows: int) -> list[KernelSpec]:
     present = detect().features
     return [
         spec
         for spec in standard().candidates(op)
-        if not spec.features - present and (spec.most_rows is None or rows <= spec.most_rows)
+        if not spec.features - present and dtype in spec.dtypes and (spec.most_rows is None or rows <= spec.most_rows)
     ]
 
 
-def timed(call: Callable[[int], None], repeats: int) -> list[float]:
-    """Seconds of each call; consecutive calls use different copies of weights and pools."""
-    for copy in range(COPIES):
-        call(copy)
-    seconds: list[float] = []
-    for _ in range(repeats):
-        for copy in range(COPIES):
+def interleaved(contestants: dict[str, Step], copies: int, rounds: int) -> dict[str, np.ndarray[Any, Any]]:
+    """Seconds of one call, by round: the mean over all copies."""
+    order, draw = list(contestants), np.random.default_rng(1)
+    seconds: dict[str, list[float]] = {name: [] for name in order}
+    for turn in range(rounds + 1):
+        draw.shuffle(order)
+        for name in order:
+            step = contestants[name]
             started = time.perf_counter()
-            call(copy)
-            seconds.append(time.perf_counter() - started)
-    return seconds
+            for copy in range(copies):
+                step(copy)
+            if turn:  # the first round warms up
+                seconds[name].append((time.perf_counter() - started) / copies)
+    return {name: np.array(taken) for name, taken in seconds.items()}
 
 
-def read_bandwidth(repeats: int) -> float:
-    blocks = torch.ones(COPIES, 4 << 20)
-    return blocks[0].numel() * 4 / min(timed(lambda copy: add_up(blocks[copy]), repeats))
+def reader(size: int, copies: int, threads: int) -> Step:
+    library = native.library()
+    if isinstance(library, native.Unavailable):
+        raise SystemExit(f"the pure read is one of the native kernels, and they are absent: {library.reason}")
+    read = library.functions(library.forms[-1], "f32")["read"].call
+    blocks = [torch.ones(max(size // 256, 1) * 64) for _ in range(copies)]
+    seen = torch.empty(threads, 16)
+    return lambda copy: read(blocks[copy].data_ptr(), blocks[copy].nbytes, seen.data_ptr(), threads)
 
 
-def product_rate(repeats: int) -> float:
-    left, right, out = torch.randn(1024, 1024), torch.randn(1024, 1024), torch.empty(1024, 1024)
-    return 2 * 1024**3 / min(timed(lambda _: multiply(left, right, out), repeats))
+def laid(spec: KernelSpec, weights: list[torch.Tensor], parts: int = 1) -> list[Weight]:
+    return [pack(weight, parts) if spec.layout == "tiles" else weight for weight in weights]
 
 
-def add_up(block: torch.Tensor) -> None:
-    block.sum()
+def drawn(kind: torch.dtype, copies: int, *shape: int) -> list[torch.Tensor]:
+    return [(torch.randn(*shape) * shape[-1] ** -0.5).to(kind) for _ in range(copies)]
 
 
-def multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
-    torch.mm(left, right, out=out)
+def copies_of(size: int) -> int:
+    return max(2, min(64, COLD_BYTES // size))
 
 
-def cases() -> list[Case]:
-    return [*(linear(rows) for rows in (1, 8, 512)), *(heads(rows) for rows in (1, 8)),
-            *(experts(rows) for rows in (1, 8, 512)), *(attend(rows) for rows in (1, 8)), extend(256)]  # fmt: skip
+def cases(kind: torch.dtype) -> list[Case]:
+    return [
+        *(linear(kind, rows, *shape) for shape in ((512, 1024), (1536, 512), (2048, 2048), (5632, 2048))
+          for rows in (1, 8, 16, 64, 512)),
+        *(heads(kind, rows) for rows in (1, 16)),
+        *(experts(kind, rows) for rows in (1, 16, 512)),
+        attend(kind, 1, HEADS, 4096), attend(kind, 1, 16, 4096), attend(kind, 1, HEADS, 16384),
+        attend(kind, 8, HEADS, 8192), attend(kind, 32, HEADS, 8192),
+        extend(kind, 200, 2048), extend(kind, 512, 4096),
+    ]  # fmt: skip
 
 
-def linear(rows: int) -> Case:
-    x, weights, out = torch.randn(rows, 1024), torch.randn(COPIES, HIDDEN, 1024), torch.empty(rows, HIDDEN)
-    sizes = {"T": rows, "N": HIDDEN, "K": 1024}
-    return "linear", sizes, lambda spec, copy: spec.call(x, weights[copy], None, out)
+def linear(kind: torch.dtype, rows: int, outputs: int, inputs: int) -> Case:
+    copies = copies_of(outputs * inputs * kind.itemsize)
+
+    def contestant(spec: KernelSpec) -> Step:
+        weights = laid(spec, drawn(kind, copies, outputs, inputs))
+        x, out = torch.randn(rows, inputs).to(kind), torch.empty(rows, outputs, dtype=kind)
+        return lambda copy: spec.call(x, weights[copy], None, out)
+
+    return Case(f"linear {outputs}x{inputs}", "linear", {"T": rows, "N": outputs, "K": inputs}, copies, contestant)
 
 
-def heads(rows: int) -> Case:
-    x, weights = torch.randn(rows, HEADS, NOPE), torch.randn(COPIES, HEADS, RANK, NOPE)
-    out = torch.empty(rows, HEADS, RANK)
-    sizes = {"T": rows, "H": HEADS, "N": RANK, "K": NOPE}
-    return "heads_linear", sizes, lambda spec, copy: spec.call(x, weights[copy], out)
+def heads(kind: torch.dtype, rows: int) -> Case:
+    copies = copies_of(HEADS * RANK * NOPE * kind.itemsize)
+
+    def contestant(spec: KernelSpec) -> Step:
+        weights = laid(spec, drawn(kind, copies, HEADS, RANK, NOPE))
+        x, out = torch.randn(rows, HEADS, NOPE).to(kind), torch.empty(rows, HEADS, RANK, dtype=kind)
+        return lambda copy: spec.call(x, weights[copy], out)
+
+    return Case("heads_linear", "heads_linear", {"T": rows, "H": HEADS, "N": RANK, "K": NOPE}, copies, contestant)
 
 
-def experts(rows: int) -> Case:
-    x, out, workspace = torch.randn(rows, HIDDEN), torch.empty(rows, HIDDEN), Workspace()
-    gate_up, down = torch.randn(COPIES, EXPERTS, 2 * INNER, HIDDEN), torch.randn(COPIES, EXPERTS, HIDDEN, INNER)
+def experts(kind: torch.dtype, rows: int) -> Case:
+    copies = copies_of(3 * EXPERTS * INNER * HIDDEN * kind.itemsize)
     ids = torch.stack([torch.randperm(EXPERTS)[:TOP] for _ in range(rows)])
-    weights = torch.rand(rows, TOP)
     sizes = {"T": rows, "D": HIDDEN, "I": INNER, "top": TOP, "hit": len(set(ids.flatten().tolist()))}
-    return "experts", sizes, lambda spec, copy: spec.call(x, gate_up[copy], down[copy], ids, weights, workspace, out)
+
+    def contestant(spec: KernelSpec) -> Step:
+        gate_up = laid(spec, drawn(kind, copies, EXPERTS, 2 * INNER, HIDDEN), parts=2)
+        down = laid(spec, drawn(kind, copies, EXPERTS, HIDDEN, INNER))
+        x, out = torch.randn(rows, HIDDEN).to(kind), torch.empty(rows, HIDDEN, dtype=kind)
+        weights, workspace = torch.rand(rows, TOP), Workspace()
+        return lambda copy: spec.call(x, gate_up[copy], down[copy], ids, weights, workspace, out)
+
+    return Case("experts", "experts", sizes, copies, contestant)
 
 
-def context(rows: int, chunk: int, block: int) -> tuple[torch.Tensor, Any]:
-    """`rows` branches below one shared context."""
-    run = Run(pages=np.arange(CONTEXT // PAGE, dtype=np.int32), start=0, tokens=CONTEXT,
-              queries=np.arange(rows, dtype=np.int32), causal=False)  # fmt: skip
-    tiles = plan_tiles([run], np.full(rows, CONTEXT), page_tokens=PAGE, chunk_tokens=chunk, block_rows=block)
-    return torch.randn(COPIES, CONTEXT // PAGE, PAGE, RANK + ROPE), tiles
+def context(tokens: int, rows: int, chunk: int, block: int) -> Any:
+    """`rows` branches below one shared context, whose pages are scattered."""
+    order = np.random.default_rng(0).permutation(tokens // PAGE).astype(np.int32)
+    run = Run(pages=order, start=0, tokens=tokens, queries=np.arange(rows, dtype=np.int32), causal=False)
+    return plan_tiles([run], np.full(rows, tokens), page_tokens=PAGE, chunk_tokens=chunk, block_rows=block)
 
 
-def attend(rows: int) -> Case:
-    pools, tiles = context(rows, 512, 32)
-    q, out, workspace = torch.randn(rows, HEADS, RANK + ROPE), torch.empty(rows, HEADS, RANK), Workspace()
-    sizes = {"T": rows, "H": HEADS, "R": RANK, "rope": ROPE, "C": CONTEXT}
-    return "mla_rows", sizes, lambda spec, copy: spec.call(q, pools[copy], tiles, 0.07, workspace, out)
+def attend(kind: torch.dtype, rows: int, heads_count: int, tokens: int) -> Case:
+    copies = copies_of(tokens * (RANK + ROPE) * kind.itemsize)
+    sizes = {"T": rows, "H": heads_count, "R": RANK, "rope": ROPE, "C": tokens}
+    tiles = context(tokens, rows, 512, 32)
+
+    def contestant(spec: KernelSpec) -> Step:
+        pools = [torch.randn(tokens // PAGE, PAGE, RANK + ROPE).to(kind) for _ in range(copies)]
+        q, out = torch.randn(rows, heads_count, RANK + ROPE).to(kind), torch.empty(rows, heads_count, RANK, dtype=kind)
+        workspace = Workspace()
+        return lambda copy: spec.call(q, pools[copy], tiles, 0.07, workspace, out)
+
+    return Case(f"mla_rows {heads_count} heads at {tokens}", "mla_rows", sizes, copies, contestant)
 
 
-def extend(rows: int) -> Case:
-    pools, tiles = context(rows, 512, 512)
-    q, out, workspace = torch.randn(rows, HEADS, NOPE + ROPE), torch.empty(rows, HEADS, VALUE), Workspace()
-    key_up, value_up = torch.randn(HEADS, RANK, NOPE), torch.randn(HEADS, VALUE, RANK)
-    sizes = {"T": rows, "H": HEADS, "R": RANK, "rope": ROPE, "nope": NOPE, "value": VALUE, "C": CONTEXT}
-    return (
-        "mla_extend",
-        sizes,
-        lambda spec, copy: spec.call(q, pools[copy], key_up, value_up, tiles, 0.07, workspace, out),
-    )
+def extend(kind: torch.dtype, rows: int, tokens: int) -> Case:
+    sizes = {"T": rows, "H": HEADS, "R": RANK, "rope": ROPE, "nope": NOPE, "value": VALUE, "C": tokens}
+    tiles = context(tokens, rows, 512, 512)
+
+    def contestant(spec: KernelSpec) -> Step:
+        pools = [torch.randn(tokens // PAGE, PAGE, RANK + ROPE).to(kind) for _ in range(2)]
+        key_up, value_up = (
+            laid(spec, drawn(kind, 1, *shape))[0] for shape in ((HEADS, RANK, NOPE), (HEADS, VALUE, RANK))
+        )
+        q, out = torch.randn(rows, HEADS, NOPE + ROPE).to(kind), torch.empty(rows, HEADS, VALUE, dtype=kind)
+        workspace = Workspace()
+        return lambda copy: spec.call(q, pools[copy], key_up, value_up, tiles, 0.07, workspace, out)
+
+    return Case(f"mla_extend over {tokens}", "mla_extend", sizes, 2, contestant)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ A kernel from outside is checked the same way: `worst_error(spec, case)` for eac
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from agentspeed_kernels.packing import Weight, pack
 from agentspeed_kernels.reference import definitions as define
 from agentspeed_kernels.reference import grouped as define_grouped
 from agentspeed_kernels.routing import RouteRule
-from agentspeed_kernels.signature import Dtype, KernelSpec
+from agentspeed_kernels.signature import Dtype, KernelSpec, Layout
 from agentspeed_kernels.tiles import Int32s, TilePlan, plan_tiles
 from agentspeed_kernels.tolerance import KIND_OF, UNDEFINED
 from agentspeed_kernels.workspace import Workspace
@@ -59,7 +61,7 @@ def cases(spec: KernelSpec) -> Iterator[Case]:
 
 def worst_error(spec: KernelSpec, case: Case) -> float:
     """max|d| / max|definition| of one call; infinite when the kernel gives anything that is not finite."""
-    draw = _Draw(case)
+    draw = _Draw(case, spec.layout)
     pairs = _CALLS[case.op](spec.call, draw)
     return max(_relative(got, wanted) for got, wanted in pairs)
 
@@ -75,8 +77,9 @@ def _relative(got: Tensor, wanted: Tensor) -> float:
 class _Draw:
     """Seeded tensors in a case's format and manner."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, layout: Layout) -> None:
         self.case = case
+        self.layout = layout
         self.kind = KINDS[case.dtype]
         self.rows = case.rows
         self.hidden = {"small": 32, "odd": 45, "wide": 512}[case.size]
@@ -106,6 +109,10 @@ class _Draw:
         drawn = torch.randn(*shape, generator=self._noise, dtype=torch.float64)
         return (drawn / math.sqrt(shape[-1])).to(self.kind)
 
+    def laid(self, weight: Tensor, parts: int = 1) -> Weight:
+        """In the layout of the kernel that is checked."""
+        return weight if self.layout == "rows" else pack(weight, parts)
+
     def gain(self, width: int) -> Tensor:
         return (1 + 0.1 * torch.randn(width, generator=self._noise, dtype=torch.float64)).to(self.kind)
 
@@ -127,7 +134,7 @@ def _linear(call: Call, draw: _Draw) -> Pairs:
     pairs: Pairs = []
     for bias in (None, draw.gain(draw.rank + 5)):
         out = draw.empty(draw.rows, draw.rank + 5)
-        call(x, weight, bias, out)
+        call(x, draw.laid(weight), bias, out)
         pairs.append((out, define.linear(x, weight, bias)))
     return pairs
 
@@ -136,7 +143,7 @@ def _heads_linear(call: Call, draw: _Draw) -> Pairs:
     x = draw.tensor(draw.rows, draw.heads, draw.rope + 7)[:, :, : draw.rope]
     weight = draw.weight(draw.heads, draw.rank, draw.rope)
     out = draw.empty(draw.rows, draw.heads, draw.rank + 4)[:, :, : draw.rank]
-    call(x, weight, out)
+    call(x, draw.laid(weight), out)
     return [(out, define.heads_linear(x, weight))]
 
 
@@ -173,7 +180,36 @@ def _latent_append(call: Call, draw: _Draw) -> Pairs:
     return [(pool, wanted)]
 
 
-def _attention(draw: _Draw) -> tuple[Tensor, TilePlan]:
+def _attentions(draw: _Draw) -> Iterator[tuple[Tensor, TilePlan]]:
+    """Pools and plans: small pages, pages of a running engine, and pieces that begin within a page."""
+    yield _small_pages(draw)
+    if draw.case.manner != "random":
+        return
+    for page_tokens, chunk, block in ((64, 512, 32), (48, 100, 7)):
+        yield _long_pages(draw, page_tokens, chunk, block)
+
+
+def _long_pages(draw: _Draw, page_tokens: int, chunk: int, block: int) -> tuple[Tensor, TilePlan]:
+    """A shared context of some hundred tokens and a causal piece. What no token was written to is not a number: rows of
+    a session that ended, in pages that another one got."""
+    shared, own = 300 + draw.rows, draw.rows + 9
+    order = np.random.default_rng(2).permutation(-(-shared // page_tokens) + -(-own // page_tokens)).astype(np.int32)
+    held = -(-shared // page_tokens)
+    pool = torch.full((order.size, page_tokens, draw.rank + draw.rope), float("nan"), dtype=draw.kind)
+    for pages, tokens in ((order[:held], shared), (order[held:], own)):
+        for index, page in enumerate(pages.tolist()):
+            written = min(page_tokens, tokens - index * page_tokens)
+            pool[page, :written] = draw.tensor(written, draw.rank + draw.rope)
+    everyone = np.arange(draw.rows, dtype=np.int32)
+    pieces = [_Piece(order[:held], 0, shared, everyone, False), _Piece(order[held:], shared, own, everyone, True)]
+    positions = np.arange(draw.rows, dtype=np.int64) + shared + 9
+    align: Literal["page", "query"] = "page" if page_tokens == 64 else "query"
+    return pool, plan_tiles(
+        pieces, positions, page_tokens=page_tokens, chunk_tokens=chunk, block_rows=block, align=align
+    )
+
+
+def _small_pages(draw: _Draw) -> tuple[Tensor, TilePlan]:
     """A pool of scattered pages and a plan with a shared piece, causal tails and a long piece in chunks."""
     page_tokens, pages = 4, 12
     pool = draw.tensor(pages, page_tokens, draw.rank + draw.rope)
@@ -188,22 +224,24 @@ def _attention(draw: _Draw) -> tuple[Tensor, TilePlan]:
 
 
 def _mla_rows(call: Call, draw: _Draw) -> Pairs:
-    pool, tiles = _attention(draw)
-    q = draw.tensor(draw.rows, draw.heads, draw.rank + draw.rope)
-    out, scale = draw.empty(draw.rows, draw.heads, draw.rank), (draw.rank + draw.rope) ** -0.5
-    call(q, pool, tiles, scale, Workspace(), out)
-    return [(out, define.mla_rows(q, pool, tiles, scale, draw.rank))]
+    pairs: Pairs = []
+    for pool, tiles in _attentions(draw):
+        q = draw.tensor(draw.rows, draw.heads, draw.rank + draw.rope)
+        out, scale = draw.empty(draw.rows, draw.heads, draw.rank), (draw.rank + draw.rope) ** -0.5
+        call(q, pool, tiles, scale, Workspace(), out)
+        pairs.append((out, define.mla_rows(q, pool, tiles, scale, draw.rank)))
+    return pairs
 
 
 def _mla_extend(call: Call, draw: _Draw) -> Pairs:
-    pool, tiles = _attention(draw)
     pairs: Pairs = []
-    for value in (draw.rope + 1, 3 * draw.rope):  # narrower and wider than the keys
-        nope = draw.rope
+    # narrower and wider than the keys, and the usual widths
+    widths = [(draw.rope, draw.rope + 1), (draw.rope, 3 * draw.rope)] + [(128, 128)] * (draw.case.size == "wide")
+    for (nope, value), (pool, tiles) in itertools.product(widths, _attentions(draw)):
         q = draw.tensor(draw.rows, draw.heads, nope + draw.rope)
         key_up, value_up = draw.weight(draw.heads, draw.rank, nope), draw.weight(draw.heads, value, draw.rank)
         out, scale = draw.empty(draw.rows, draw.heads, value), (nope + draw.rope) ** -0.5
-        call(q, pool, key_up, value_up, tiles, scale, Workspace(), out)
+        call(q, pool, draw.laid(key_up), draw.laid(value_up), tiles, scale, Workspace(), out)
         pairs.append((out, define.mla_extend(q, pool, key_up, value_up, tiles, scale)))
     return pairs
 
@@ -222,7 +260,7 @@ def _kv_append(call: Call, draw: _Draw) -> Pairs:
 
 def _gqa(call: Call, draw: _Draw) -> Pairs:
     """Each head of the pools by one head of queries, by several, and by all."""
-    latents, tiles = _attention(draw)
+    latents, tiles = _small_pages(draw)
     pairs: Pairs = []
     for heads, groups in ((draw.heads, draw.heads), (2 * draw.heads, draw.heads), (draw.heads, 1)):
         width = 2 * draw.rope
@@ -267,18 +305,22 @@ _RULES = (_rule("sigmoid", 1, True), _rule("sigmoid", 4, True), _rule("softmax",
 
 def _experts(call: Call, draw: _Draw) -> Pairs:
     pairs: Pairs = []
-    for count, top in ((5, 2), (1, 1)):
+    for count, top, dense in ((5, 2, False), (1, 1, True), (1, 2, False)):
         inner, hidden = draw.rank + 3, draw.hidden
         x = draw.tensor(draw.rows, hidden)
         gate_up, down = draw.weight(count, 2 * inner, hidden), draw.weight(count, hidden, inner)
         noise = torch.Generator().manual_seed(5)
-        ids = torch.stack([torch.randperm(count, generator=noise)[:top] for _ in range(draw.rows)])
+        # A rank that has one expert sees choices of others as its own, with weight 0, and so twice the same expert.
+        ids = torch.stack([torch.randperm(max(count, top), generator=noise)[:top] for _ in range(draw.rows)])
+        ids = ids.clamp(max=count - 1)
         wide = torch.float64 if draw.kind == torch.float64 else torch.float32
-        weights = (
-            torch.rand(draw.rows, top, generator=noise).to(wide) if count > 1 else torch.ones(draw.rows, 1, dtype=wide)
-        )
+        weights = torch.rand(draw.rows, top, generator=noise).to(wide)
+        if dense:
+            weights.fill_(1)
+        elif count == 1:
+            weights[::2, 1] = 0
         out = draw.empty(draw.rows, hidden)
-        call(x, gate_up, down, ids, weights, Workspace(), out)
+        call(x, draw.laid(gate_up, 2), draw.laid(down), ids, weights, Workspace(), out)
         pairs.append((out, define.experts(x, gate_up, down, ids, weights)))
     return pairs
 

@@ -83,6 +83,9 @@ def _experts(d: Dims, item: int) -> Cost:
     return Cost(bytes=item * (weights + 2 * d["T"] * d["D"]), flops=6 * visits * d["I"] * d["D"])
 
 
+WEIGHT_OPS = frozenset({"linear", "heads_linear", "experts", "mla_extend"})
+"""Ops whose weights may be packed. A model's weights have one layout, so these kernels are chosen together."""
+
 OPS: dict[str, Op] = {
     op.name: op
     for op in (
@@ -128,7 +131,7 @@ OPS: dict[str, Op] = {
         Op(name="route", call="x[T,D], weight[E,D], bias[E]|None, rule -> ids[T,top], weights[T,top]", cost=_route),
         Op(
             name="experts",
-            call="x[T,D], gate_up[E,2I,D], down[E,D,I], ids[T,top], weights[T,top], workspace, out[T,D]",
+            call="x[T,D], gate_up[E,2I,D] (in tiles [E,2,I,D]), down[E,D,I], ids[T,top], weights, workspace, out[T,D]",
             cost=_experts,
         ),
     )

@@ -16,7 +16,9 @@ class Platform:
     arch: str
     features: frozenset[str]
     absent: dict[str, str] = field(default_factory=dict)
-    """Why a feature that could be here is not."""
+    """Why a feature that could be here is not: worth a warning, since something can be done about it."""
+    lacks: dict[str, str] = field(default_factory=dict)
+    """Why a feature cannot be here: what the processor does not have."""
 
 
 def detect() -> Platform:
@@ -26,6 +28,16 @@ def detect() -> Platform:
     library = native.library()
     if isinstance(library, native.Unavailable):
         return Platform(
-            device="cpu", arch=host.machine(), features=frozenset(), absent={native.FEATURE: library.reason}
+            device="cpu",
+            arch=host.machine(),
+            features=frozenset(),
+            absent={native.FEATURE: library.reason},
+            lacks={form.feature: library.reason for form in native.forms_here()},
         )
-    return Platform(device="cpu", arch=host.machine(), features=frozenset({native.FEATURE}))
+    return Platform(
+        device="cpu",
+        arch=host.machine(),
+        features=frozenset({native.FEATURE, *(form.feature for form in library.forms)}),
+        absent=library.refused,
+        lacks=library.lacks,
+    )

@@ -53,9 +53,9 @@ def _same_rank(left: KernelSpec, right: KernelSpec) -> bool:
 
 def standard() -> Registry:
     """The project's kernels plus those of installed packages (entry points: a callable returning specs)."""
-    from agentspeed_kernels.cpu import native_kernels, torch_kernels
+    from agentspeed_kernels.cpu import amx_kernels, native_kernels, torch_kernels
 
-    registry = Registry((*torch_kernels.SPECS, *native_kernels.SPECS))
+    registry = Registry((*torch_kernels.SPECS, *native_kernels.SPECS, *amx_kernels.SPECS))
     for point in entry_points(group=ENTRY_POINTS):
         for spec in point.load()():
             registry.add(spec)

@@ -8,6 +8,8 @@ from typing import Any, Literal, final
 
 Dtype = Literal["float32", "float64", "bfloat16"]
 Device = Literal["cpu", "cuda"]
+Layout = Literal["rows", "tiles"]
+"""Of weights: as the checkpoint has them, or in the order of matrix tiles (`packing`)."""
 DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "float64": 8, "bfloat16": 2}
 
 
@@ -40,6 +42,10 @@ class KernelSpec:
     """Platform features without which it cannot run."""
     most_rows: int | None = None
     """Above this many query rows another kernel is faster or this one does not apply."""
+    recordable: bool = False
+    """Its calls go to the C library alone, so `cpu.recording` can repeat them."""
+    layout: Layout = "rows"
+    """What its weights must be in; means nothing for an op without weights."""
 
     def __repr__(self) -> str:
         return f"<kernel {self.op}/{self.name}>"
@@ -54,3 +60,5 @@ class Need:
     dtype: Dtype
     rows: int
     """Query rows (tokens) of the call."""
+    layout: Layout | None = None
+    """What the weights are in; None: any, or the op has none."""

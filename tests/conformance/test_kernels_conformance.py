@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 
 from agentspeed_kernels import conformance
 from agentspeed_kernels.ops import OPS
@@ -16,6 +19,15 @@ KERNELS = tuple(standard())
 
 def names(spec: KernelSpec) -> str:
     return f"{spec.op}-{spec.name}"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Teams on busy cores wait for each other; test_bf16_logits.py checks that the count of threads changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("spec", KERNELS, ids=names)

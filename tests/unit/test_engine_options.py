@@ -94,7 +94,7 @@ def test_a_number_without_sense_is_refused_by_its_name(name: str, value: object)
     ({"ticket_deadline": 0}, "ticket_deadline is 0.0.", "Give a finite number of seconds above 0."),
     ({"pages": "x"}, "pages is 'x'.", "Give a whole number or None."),
     ({"record_content": 1}, "record_content is 1.", "Give true or false."),
-    ({"dtype": "x"}, "dtype is 'x'.", "Give one of float32, float64, bfloat16."),
+    ({"dtype": "x"}, "dtype is 'x'.", "Give one of auto, float32, float64, bfloat16."),
     ({"pagse": 3}, "there is no option `pagse`.", "Do you mean `pages`?"),
     ({"policy": None}, "policy is None.", "Give a text."),
 ])  # fmt: skip

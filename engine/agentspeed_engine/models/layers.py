@@ -10,6 +10,7 @@ from torch import Tensor
 from agentspeed_engine.models.state import StepState
 from agentspeed_engine.spmd.placement import FEATURES, TOKENS, Layout, Rank, Shard
 from agentspeed_engine.spmd.spec import TOKEN_SHARD, TOKEN_SHARD_PARTIAL, Boundary
+from agentspeed_kernels.packing import Packed, Weight
 from agentspeed_kernels.select import Kernels
 
 
@@ -24,8 +25,9 @@ class Embed:
 
     __slots__ = ("_first", "_table", "boundary")
 
-    def __init__(self, name: str, table: Tensor, rank: Rank) -> None:
-        self._table = piece(table, 0, rank.tp, rank.mesh.tp)
+    def __init__(self, name: str, table: Weight, rank: Rank) -> None:
+        """`table` is this rank's piece: the head's own weight where both are tied."""
+        self._table = table
         self._first = rank.tp * self._table.shape[0] if rank.mesh.tp > 1 else None
         self.boundary = Boundary(
             name=name,
@@ -36,10 +38,13 @@ class Embed:
 
     def __call__(self, x: Tensor, residual: Tensor | None, state: StepState) -> tuple[Tensor, Tensor | None]:
         if self._first is None:
-            return self._table[x], residual
+            return self._rows(x), residual
         local = x - self._first
         mine = (local >= 0) & (local < self._table.shape[0])
-        return self._table[local.clamp(0, self._table.shape[0] - 1)] * mine[:, None], residual
+        return self._rows(local.clamp(0, self._table.shape[0] - 1)) * mine[:, None], residual
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        return self._table.rows(ids) if isinstance(self._table, Packed) else self._table[ids]
 
 
 @final
@@ -70,8 +75,9 @@ class Dense:
     __slots__ = ("_down", "_gate_up", "_kernels", "boundary")
 
     def __init__(self, name: str, gate: Tensor, up: Tensor, down: Tensor, rank: Rank, kernels: Kernels) -> None:
-        self._gate_up = torch.cat([piece(part, 0, rank.tp, rank.mesh.tp) for part in (gate, up)])[None]
-        self._down = piece(down, 1, rank.tp, rank.mesh.tp)[None]
+        joined = torch.cat([piece(part, 0, rank.tp, rank.mesh.tp) for part in (gate, up)])[None]
+        self._gate_up = kernels.weight(joined, parts=2)
+        self._down = kernels.weight(piece(down, 1, rank.tp, rank.mesh.tp)[None])
         self._kernels = kernels
         self.boundary = Boundary(name=name, input=TOKEN_SHARD, output=TOKEN_SHARD_PARTIAL, width=down.shape[0])
 
@@ -91,14 +97,14 @@ class Head:
 
     __slots__ = ("_kernels", "_table", "boundary")
 
-    def __init__(self, name: str, table: Tensor, rank: Rank, kernels: Kernels) -> None:
-        self._table = piece(table, 0, rank.tp, rank.mesh.tp)
-        self._kernels = kernels
+    def __init__(self, name: str, table: Weight, rank: Rank, kernels: Kernels) -> None:
+        """`table` is this rank's piece, in the layout of the kernels."""
+        self._table, self._kernels = table, kernels
         self.boundary = Boundary(
             name=name,
             input=TOKEN_SHARD,
             output=Layout(dp=Shard(TOKENS), tp=Shard(FEATURES)),
-            width=table.shape[0],
+            width=table.shape[0] * rank.mesh.tp,
         )
 
     def __call__(self, x: Tensor, residual: Tensor | None, state: StepState) -> tuple[Tensor, Tensor | None]:

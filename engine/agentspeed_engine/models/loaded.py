@@ -13,6 +13,7 @@ from agentspeed_engine.models.catalog import Dtype, ModelInfo, ModelSource
 from agentspeed_engine.models.checkpoint import Checkpoint
 from agentspeed_engine.models.inputs import FlatBatch
 from agentspeed_engine.models.kv_pools import TORCH_DTYPES, KvPools
+from agentspeed_engine.models.programs import Programs
 from agentspeed_engine.models.rope import Rope
 from agentspeed_engine.models.state import StepState
 from agentspeed_engine.models.weights import RandomWeights, WeightSource
@@ -58,6 +59,7 @@ class LoadedModel:
         chain = source.family.build(source.config, weights, self.pools, ONE, self._kernels)
         self.plan: Plan = plan([module.boundary for module in chain], ONE.mesh, start=EVERYWHERE, finish=EVERYWHERE)
         self._steps = lower(self.plan, chain, None)
+        self._programs = Programs(self._steps, self._kernels)
         self._rope = Rope(source.config.rope, source.config.context_limit, TORCH_DTYPES[dtype])
         self._workspace = Workspace()
 
@@ -65,7 +67,11 @@ class LoadedModel:
     def forward(self, batch: FlatBatch) -> Tensor:
         """Logits [S, vocab] of the selected rows; the cache has the rows of all tokens afterwards."""
         state = step_state(batch, self._rope, self.page_tokens, self._workspace)
-        logits: Tensor = run(self._steps, torch.from_numpy(batch.ids), state, (len(batch.ids),))
+        ids = torch.from_numpy(batch.ids)
+        repeated = self._programs.run(ids, state)
+        if repeated is not None:
+            return repeated
+        logits: Tensor = run(self._steps, ids, state, (len(batch.ids),))
         return logits
 
     def copy_rows(self, src_page: int, dst_page: int, rows: int) -> None:

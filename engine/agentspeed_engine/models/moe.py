@@ -61,13 +61,14 @@ class Moe:
         """`experts` are this rank's own (`own_experts`), `shared` is whole or absent."""
         self._router, self._bias, self._rule, self._kernels = router, bias, rule, kernels
         self._first = rank.index * len(experts) if rank.mesh.size > 1 else None
-        self._gate_up = torch.stack([torch.cat([one.gate, one.up]) for one in experts])
-        self._down = torch.stack([one.down for one in experts])
+        self._gate_up = kernels.weight(torch.stack([torch.cat([one.gate, one.up]) for one in experts]), parts=2)
+        self._down = kernels.weight(torch.stack([one.down for one in experts]))
         cut = (rank.index, rank.mesh.size)
         self._shared_gate_up, self._shared_down = None, None
         if shared is not None:
-            self._shared_gate_up = torch.cat([piece(shared.gate, 0, *cut), piece(shared.up, 0, *cut)])[None]
-            self._shared_down = piece(shared.down, 1, *cut)[None]
+            joined = torch.cat([piece(shared.gate, 0, *cut), piece(shared.up, 0, *cut)])[None]
+            self._shared_gate_up = kernels.weight(joined, parts=2)
+            self._shared_down = kernels.weight(piece(shared.down, 1, *cut)[None])
         self.boundary = Boundary(name=name, input=EVERYWHERE, output=PARTIAL_EVERYWHERE, width=router.shape[1])
 
     def __call__(self, x: Tensor, residual: Tensor | None, state: StepState) -> tuple[Tensor, Tensor | None]:
@@ -86,7 +87,8 @@ class Moe:
         always = state.workspace.take("dense_ids", (rows, 1), torch.int64).zero_()
         ones = state.workspace.take("dense_weights", (rows, 1), weights.dtype).fill_(1)
         run(x, self._shared_gate_up, self._shared_down, always, ones, state.workspace, shared)
-        return out.add_(shared), residual
+        self._kernels.add(shared, out)
+        return out, residual
 
     def _mine(self, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Choices of experts that live elsewhere count nothing here."""

@@ -20,7 +20,7 @@ from agentspeed_engine.exec.calibrate import calibrated
 from agentspeed_engine.exec.model import Model
 from agentspeed_engine.exec.noop import NoopModel
 from agentspeed_engine.exec.vocabulary import Vocabulary
-from agentspeed_engine.models.catalog import RANDOM, describe, load
+from agentspeed_engine.models.catalog import RANDOM, Dtype, describe, load, read_source
 from agentspeed_engine.protocol.messages import as_text
 from agentspeed_engine.run.recording import LEAST_BYTES, RecordingOrder
 from agentspeed_engine.run.sizing import sizes
@@ -41,8 +41,9 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     model: str
     """A Hugging Face model folder; `random:CONFIG` for a model of that config.json (or folder) with weights by chance;
     `noop:VOCABULARY:MILLISECONDS` for benchmarks of everything around a model."""
-    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
-    """Of weights, activations and cache."""
+    dtype: Literal["auto", "float32", "float64", "bfloat16"] = "auto"
+    """Of weights, activations and cache. auto: bfloat16 where the checkpoint is in 16 bits or fewer and the processor
+    has matrix units for it, else float32; the engine says at its start which and why."""
     context_limit: int | None = None
     """None: the model's own, as far as the pool allows it."""
     pages: int | None = None
@@ -204,19 +205,23 @@ def build(options: EngineOptions, progress: Callable[[str], None] | None = None)
         return _build_noop(options)
     say = progress if progress is not None else lambda what: None
     folder = Path(options.model.removeprefix(RANDOM))
-    info = describe(options.model, dtype=options.dtype, page_tokens=options.page_tokens)
+    dtype, why = _dtype(options)
+    options = msgspec.structs.replace(options, dtype=dtype)
+    info = describe(options.model, dtype=dtype, page_tokens=options.page_tokens)
     pages, limit = sizes(options, info.context_limit, info.bytes_per_page, info.parameters)
     core = _core(options, pages, limit, info.vocab_size, as_text(folder.name))
     core.check()
     if info.notice:
         say(info.notice)
+    if why:
+        say(f"{dtype}: {why}")
     say(f"loading {folder.name}: {info.weight_bytes / 1e6:.0f} MB of weights, "
         f"{pages * info.bytes_per_page / 1e6:.0f} MB for {pages} pages")
     texts = folder if folder.is_dir() else folder.parent
     vocabulary = Vocabulary(texts, info.vocab_size, info.eos_ids)
     with ThreadPoolExecutor(1) as beside:  # it takes the interpreter's lock for long, so no step may run beside it
         unusable = beside.submit(vocabulary.load)
-        loaded = _aside(lambda: load(options.model, dtype=options.dtype, pages=pages, page_tokens=options.page_tokens,
+        loaded = _aside(lambda: load(options.model, dtype=dtype, pages=pages, page_tokens=options.page_tokens,
                                      threads=options.threads))
     if unusable.result():
         say(f"turns with stop strings or a grammar will be refused: {unusable.result()}")
@@ -229,6 +234,18 @@ def build(options: EngineOptions, progress: Callable[[str], None] | None = None)
         say("measuring what copies and prefill cost")
         core = _aside(partial(calibrated, core, model))
     return Built(core, model, vocabulary, str(folder.resolve()))
+
+
+def _dtype(options: EngineOptions) -> tuple[Dtype, str]:
+    """(format, why), no reason where it was asked for."""
+    if options.dtype != "auto":
+        return options.dtype, ""
+    raw = read_source(options.model).raw
+    # Imported late, as torch is.
+    from agentspeed_engine.models.precision import choose
+    from agentspeed_kernels.platform import detect
+
+    return choose(raw, _aside(detect))
 
 
 def _aside(call: Callable[[], T]) -> T:

@@ -1,4 +1,7 @@
-/* Vectors of 16 floats and the few operations the kernels share. Plain C with vector extensions: any gcc or clang target. */
+/* Vectors of 16 floats and the few operations the kernels share. Plain C with vector extensions: any gcc or clang target.
+
+   Each source is compiled once for every form (FORM: avx2, avx512, neon, ...) and kind of number (KIND: f32, or bf16 with
+   HALF defined); all sums are float. */
 #ifndef AGENTSPEED_NATIVE_COMMON_H
 #define AGENTSPEED_NATIVE_COMMON_H
 
@@ -13,9 +16,17 @@
 #endif
 
 #define LANES 16
+#ifdef __AVX512F__
+#define REGISTERS 32 /* that hold a vector of LANES */
+#else
+#define REGISTERS 8
+#endif
 #define WORTH_A_TEAM (1L << 16) /* multiply-adds below which waking the other threads costs more than they save */
 #define INLINE static inline __attribute__((always_inline))
 #define EXPORT __attribute__((visibility("default")))
+#define NAME_OF(form, kind, op) agentspeed_##form##_##kind##_##op
+#define NAMED(form, kind, op) NAME_OF(form, kind, op)
+#define NAME(op) NAMED(FORM, KIND, op)
 
 typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(64), aligned(4), may_alias));
@@ -24,6 +35,53 @@ INLINE vec load(const float *at) { return *(const vec *)at; }
 INLINE void store(float *at, vec v) { *(vec *)at = v; }
 INLINE vec splat(float x) { return (vec){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 INLINE vec pick(ivec mask, vec yes, vec no) { return (vec)(((ivec)yes & mask) | ((ivec)no & ~mask)); }
+
+#ifdef HALF
+typedef uint16_t num; /* bf16: the upper half of a float */
+typedef uint16_t half16 __attribute__((vector_size(32), aligned(2), may_alias));
+typedef uint32_t uvec __attribute__((vector_size(64), aligned(4), may_alias));
+
+INLINE vec read_vec(const num *at) { return (vec)(__builtin_convertvector(*(const half16 *)at, uvec) << 16); }
+/* Rounded to the nearest, to even between two; what is not a number stays none. */
+INLINE void write_vec(num *at, vec v) {
+    uvec bits = (uvec)v;
+    bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    bits = (uvec)pick((ivec)(v != v), (vec)(bits * 0 + 0x7fc0), (vec)bits);
+    *(half16 *)at = __builtin_convertvector(bits, half16);
+}
+INLINE float read_one(num x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+INLINE num round_one(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return x != x ? 0x7fc0 : (num)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+#else
+typedef float num;
+INLINE vec read_vec(const num *at) { return load(at); }
+INLINE void write_vec(num *at, vec v) { store(at, v); }
+INLINE float read_one(num x) { return x; }
+INLINE num round_one(float x) { return x; }
+#endif
+
+INLINE void widen_row(float *to, const num *from, long n) {
+    long i = 0;
+    for (; i + LANES <= n; i += LANES) store(to + i, read_vec(from + i));
+    for (; i < n; i++) to[i] = read_one(from[i]);
+}
+INLINE void round_row(num *to, const float *from, long n) {
+    long i = 0;
+    for (; i + LANES <= n; i += LANES) write_vec(to + i, load(from + i));
+    for (; i < n; i++) to[i] = round_one(from[i]);
+}
+
+/* Memory of this thread that lasts until its next call with the same `use`; 64-byte aligned. */
+enum { FOR_ROWS, FOR_ATTENTION };
+void *agentspeed_scratch(int use, size_t bytes);
 
 INLINE float total(vec v) {
 #ifdef __AVX512F__
@@ -91,28 +149,28 @@ INLINE vec exp_down(vec x) {
     return pick(low, splat(0.0f), p * (vec)bits);
 }
 
-INLINE float dot(const float *a, const float *b, long n) {
+INLINE float dot(const num *a, const float *b, long n) {
     vec first = splat(0), second = splat(0);
     long k = 0;
     for (; k + 2 * LANES <= n; k += 2 * LANES) {
-        first += load(a + k) * load(b + k);
-        second += load(a + k + LANES) * load(b + k + LANES);
+        first += read_vec(a + k) * load(b + k);
+        second += read_vec(a + k + LANES) * load(b + k + LANES);
     }
-    for (; k + LANES <= n; k += LANES) first += load(a + k) * load(b + k);
+    for (; k + LANES <= n; k += LANES) first += read_vec(a + k) * load(b + k);
     float sum = total(first + second);
-    for (; k < n; k++) sum += a[k] * b[k];
+    for (; k < n; k++) sum += read_one(a[k]) * b[k];
     return sum;
 }
 
 /* out[t][r] = x[t] . w[r] for 4 weight rows and `count` (a constant) tokens: each weight is loaded once. */
-INLINE void dots4(const float *w, long w_stride, const float *const *x, int count, long n, float out[][4]) {
+INLINE void dots4(const num *w, long w_stride, const float *const *x, int count, long n, float out[][4]) {
     vec acc[4][4];
     for (int r = 0; r < 4; r++)
         for (int t = 0; t < count; t++) acc[r][t] = splat(0);
     long k = 0;
     for (; k + LANES <= n; k += LANES) {
         vec rows[4];
-        for (int r = 0; r < 4; r++) rows[r] = load(w + r * w_stride + k);
+        for (int r = 0; r < 4; r++) rows[r] = read_vec(w + r * w_stride + k);
         for (int t = 0; t < count; t++) {
             vec v = load(x[t] + k);
             for (int r = 0; r < 4; r++) acc[r][t] += rows[r] * v;
@@ -121,12 +179,17 @@ INLINE void dots4(const float *w, long w_stride, const float *const *x, int coun
     for (int t = 0; t < count; t++)
         for (int r = 0; r < 4; r++) {
             float sum = total(acc[r][t]);
-            for (long j = k; j < n; j++) sum += w[r * w_stride + j] * x[t][j];
+            for (long j = k; j < n; j++) sum += read_one(w[r * w_stride + j]) * x[t][j];
             out[t][r] = sum;
         }
 }
 
-INLINE void dots4_any(const float *w, long w_stride, const float *const *x, long count, long n, float out[][4]) {
+INLINE void dots4_any(const num *w, long w_stride, const float *const *x, long count, long n, float out[][4]) {
+#if REGISTERS < 32
+    /* The sums of more tokens would not stay in registers. */
+    for (long t = 0; t < count; t++) dots4(w, w_stride, x + t, 1, n, out + t);
+    return;
+#endif
     while (count >= 4) {
         dots4(w, w_stride, x, 4, n, out);
         x += 4, out += 4, count -= 4;

@@ -3,7 +3,7 @@
 
 /* scores[heads][rows][tokens] become exp(scale * (score - peak)); row r sees visible[r] tokens, the others become 0.
    peaks and sums are [heads][rows]. */
-EXPORT void agentspeed_soften(float *scores, const int *visible, float scale, float *peaks, float *sums, long heads,
+EXPORT void NAME(soften)(float *scores, const int *visible, float scale, float *peaks, float *sums, long heads,
                               long rows, long tokens, int threads) {
     const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
@@ -35,7 +35,7 @@ EXPORT void agentspeed_soften(float *scores, const int *visible, float scale, fl
 
 /* Adds a tile's part[heads][rows][width] to held[all_rows][heads][width], where tile row r is row at[r] of the whole.
    held stays unnormalised; most and weight are [all_rows][heads]. */
-EXPORT void agentspeed_merge(const float *part, const float *peaks, const float *sums, const int *at, float *held,
+EXPORT void NAME(merge)(const float *part, const float *peaks, const float *sums, const int *at, float *held,
                              float *most, float *weight, long heads, long rows, long width, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (long r = 0; r < rows; r++)
@@ -52,7 +52,7 @@ EXPORT void agentspeed_merge(const float *part, const float *peaks, const float 
 }
 
 /* out[row] = held[row] / weight[row] for `count` rows of (row, head). */
-EXPORT void agentspeed_normalise(const float *held, const float *weight, const int *at, float *out, long heads,
+EXPORT void NAME(normalise)(const float *held, const float *weight, const int *at, float *out, long heads,
                                  long rows, long width, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (long r = 0; r < rows; r++)

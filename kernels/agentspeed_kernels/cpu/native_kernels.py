@@ -1,209 +1,284 @@
-"""The C kernels as entries of the registry: float32, and mostly a few rows, where torch stays far from memory speed."""
+"""The plain C kernels as entries of the registry: mostly for a few rows, where torch stays far from memory speed.
+
+One set for each form (class of processors) and kind of number; weights are as the checkpoint has them.
+"""
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
+from collections.abc import Callable
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from agentspeed_kernels.cpu import native, native_extend
+from agentspeed_kernels.cpu.recording import PARTIALS, call, note_partials
 from agentspeed_kernels.routing import RouteRule
-from agentspeed_kernels.signature import KernelSpec
+from agentspeed_kernels.signature import Dtype, KernelSpec
 from agentspeed_kernels.tiles import TilePlan
 from agentspeed_kernels.workspace import Workspace
 
-GROUP = 64
-"""`GROUP` of native_mla.c: scratch rows a thread needs."""
 MOST_PRODUCT_ROWS = 8
 """Above this the BLAS of torch is faster; the C code itself takes 16."""
 MOST_ATTENTION_ROWS = 512
+DTYPES: dict[native.Kind, Dtype] = {"f32": "float32", "bf16": "bfloat16"}
 
 
 class NotBuilt(RuntimeError):
-    """A native kernel was called though selection found the library absent."""
+    """A native kernel was called though selection found the library or its form absent."""
 
 
-@cache
-def _functions() -> dict[str, Any]:
+def opened(form: native.Form, kind: native.Kind) -> dict[str, native.Function]:
+    """The C functions of a form. Raises `NotBuilt`."""
     library = native.library()
     if isinstance(library, native.Unavailable):
         raise NotBuilt(library.reason)
-    return library.functions
+    if form not in library.forms:
+        raise NotBuilt((library.lacks | library.refused).get(form.feature, f"{form.name} was not built"))
+    return library.functions(form, kind)
 
 
-def _function(op: str) -> Any:
-    return _functions()[op]
-
-
-def _rows_packed(*tensors: Tensor) -> bool:
+def rows_packed(*tensors: Tensor) -> bool:
     return all(tensor.stride(-1) == 1 for tensor in tensors)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    assert _rows_packed(x, out) and weight.is_contiguous()
-    _function("linear")(
-        x.data_ptr(),
-        x.stride(0),
-        weight.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        out.stride(0),
-        x.shape[0],
-        *weight.shape,
-        torch.get_num_threads(),
-    )
+@final
+class NativeKernels:
+    """The ops of one form and kind; the library is opened at the first call."""
+
+    __slots__ = ("_form", "_functions", "_kind")
+
+    def __init__(self, form: native.Form, kind: native.Kind) -> None:
+        self._form = form
+        self._kind: native.Kind = kind
+        self._functions: dict[str, native.Function] | None = None
+
+    @property
+    def functions(self) -> dict[str, native.Function]:
+        if self._functions is None:
+            self._functions = opened(self._form, self._kind)
+        return self._functions
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        assert rows_packed(x, out) and weight.is_contiguous()
+        call(
+            self.functions,
+            "linear",
+            (x, weight, bias, out),
+            x.data_ptr(),
+            x.stride(0),
+            weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            out.stride(0),
+            x.shape[0],
+            *weight.shape,
+            torch.get_num_threads(),
+        )
+
+    def heads_linear(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
+        assert rows_packed(x, out) and weight.is_contiguous()
+        call(
+            self.functions,
+            "heads_linear",
+            (x, weight, out),
+            x.data_ptr(),
+            x.stride(0),
+            x.stride(1),
+            weight.data_ptr(),
+            out.data_ptr(),
+            out.stride(0),
+            out.stride(1),
+            x.shape[0],
+            *weight.shape,
+            torch.get_num_threads(),
+        )
+
+    def experts(
+        self, x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, workspace: Workspace, out: Tensor
+    ) -> None:
+        assert x.is_contiguous() and gate_up.is_contiguous() and down.is_contiguous() and out.is_contiguous()
+        assert ids.is_contiguous() and weights.is_contiguous()
+        count, hidden, inner = down.shape
+        pairs = ids.numel()
+        act = workspace.take("expert_act", (pairs, inner), torch.float32)
+        order = workspace.take("expert_order", (pairs + count + 1,), torch.int32)
+        sums = out if out.dtype == torch.float32 else workspace.take("expert_sums", tuple(out.shape), torch.float32)
+        call(
+            self.functions,
+            "experts",
+            (x, gate_up, down, ids, weights, act, order, sums, out),
+            x.data_ptr(),
+            gate_up.data_ptr(),
+            down.data_ptr(),
+            ids.data_ptr(),
+            weights.data_ptr(),
+            act.data_ptr(),
+            order.data_ptr(),
+            order.data_ptr() + 4 * pairs,
+            sums.data_ptr(),
+            out.data_ptr(),
+            x.shape[0],
+            ids.shape[1],
+            count,
+            inner,
+            hidden,
+            torch.get_num_threads(),
+        )
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+        assert rows_packed(x, out)
+        call(
+            self.functions,
+            "rms_norm",
+            (x, weight, out),
+            x.data_ptr(),
+            x.stride(0),
+            weight.data_ptr(),
+            eps,
+            out.data_ptr(),
+            out.stride(0),
+            *x.shape,
+            torch.get_num_threads(),
+        )
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+        assert x.is_contiguous() and residual.is_contiguous() and out.is_contiguous()
+        call(
+            self.functions,
+            "add_rms_norm",
+            (x, residual, weight, out),
+            x.data_ptr(),
+            residual.data_ptr(),
+            weight.data_ptr(),
+            eps,
+            out.data_ptr(),
+            *x.shape,
+            torch.get_num_threads(),
+        )
+
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+        assert rows_packed(x) and cos.is_contiguous() and sin.is_contiguous()
+        call(
+            self.functions,
+            "rope",
+            (x, cos, sin),
+            x.data_ptr(),
+            x.stride(0),
+            x.stride(1),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            cos.dtype == torch.float32,
+            x.shape[0],
+            x.shape[1],
+            cos.shape[1],
+            torch.get_num_threads(),
+        )
+
+    def latent_append(
+        self, raw: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, slots: Tensor, pool: Tensor
+    ) -> None:
+        assert rows_packed(raw) and cos.is_contiguous() and sin.is_contiguous()
+        assert pool.is_contiguous() and slots.is_contiguous()
+        call(
+            self.functions,
+            "latent_append",
+            (raw, weight, cos, sin, slots, pool),
+            raw.data_ptr(),
+            raw.stride(0),
+            weight.data_ptr(),
+            eps,
+            cos.data_ptr(),
+            sin.data_ptr(),
+            cos.dtype == torch.float32,
+            slots.data_ptr(),
+            pool.data_ptr(),
+            raw.shape[0],
+            weight.shape[0],
+            cos.shape[1],
+            torch.get_num_threads(),
+        )
+
+    def route(self, x: Tensor, weight: Tensor, bias: Tensor | None, rule: RouteRule) -> tuple[Tensor, Tensor]:
+        assert x.is_contiguous() and weight.is_contiguous() and weight.dtype == torch.float32
+        ids = torch.empty(x.shape[0], rule.top, dtype=torch.int64)
+        weights = torch.empty(x.shape[0], rule.top, dtype=torch.float32)
+        call(
+            self.functions,
+            "route",
+            (x, weight, bias, ids, weights),
+            x.data_ptr(),
+            weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            ids.data_ptr(),
+            weights.data_ptr(),
+            *x.shape,
+            weight.shape[0],
+            rule.top,
+            rule.groups,
+            rule.top_groups,
+            rule.score == "softmax",
+            rule.group_score == "top2",
+            rule.normalise,
+            rule.scale,
+            torch.get_num_threads(),
+        )
+        return ids, weights
+
+    def copy(self, x: Tensor, out: Tensor) -> None:
+        """[T, H, N]; both may be strided."""
+        assert rows_packed(x, out)
+        call(
+            self.functions,
+            "copy",
+            (x, out),
+            x.data_ptr(),
+            x.stride(0),
+            x.stride(1),
+            out.data_ptr(),
+            out.stride(0),
+            out.stride(1),
+            *x.shape,
+        )
+
+    def add(self, x: Tensor, total: Tensor) -> None:
+        assert x.is_contiguous() and total.is_contiguous()
+        call(self.functions, "add", (x, total), x.data_ptr(), total.data_ptr(), x.numel())
+
+    def mla_rows(
+        self, q: Tensor, pool: Tensor, tiles: TilePlan, scale: float, workspace: Workspace, out: Tensor
+    ) -> None:
+        call_mla_rows(self.functions, q, pool, tiles, scale, workspace, out, out.shape[2])
+
+    def mla_extend(self, *arguments: Any) -> None:
+        steps = {op: function.call for op, function in self.functions.items()}
+        native_extend.mla_extend(steps, *arguments)
 
 
-def heads_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    assert _rows_packed(x, out) and weight.is_contiguous()
-    _function("heads_linear")(
-        x.data_ptr(),
-        x.stride(0),
-        x.stride(1),
-        weight.data_ptr(),
-        out.data_ptr(),
-        out.stride(0),
-        out.stride(1),
-        x.shape[0],
-        *weight.shape,
-        torch.get_num_threads(),
-    )
-
-
-def experts(
-    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, workspace: Workspace, out: Tensor
+def call_mla_rows(
+    functions: dict[str, native.Function],
+    q: Tensor,
+    pool: Tensor,
+    tiles: TilePlan,
+    scale: float,
+    workspace: Workspace,
+    out: Tensor,
+    partial_width: int,
 ) -> None:
-    assert x.is_contiguous() and gate_up.is_contiguous() and down.is_contiguous() and out.is_contiguous()
-    assert ids.is_contiguous() and weights.is_contiguous()
-    count, hidden, inner = down.shape
-    pairs = ids.numel()
-    act = workspace.take("expert_act", (pairs, inner), torch.float32)
-    order = workspace.take("expert_order", (pairs + count + 1,), torch.int32)
-    _function("experts")(
-        x.data_ptr(),
-        gate_up.data_ptr(),
-        down.data_ptr(),
-        ids.data_ptr(),
-        weights.data_ptr(),
-        act.data_ptr(),
-        order.data_ptr(),
-        order.data_ptr() + 4 * pairs,
-        out.data_ptr(),
-        x.shape[0],
-        ids.shape[1],
-        count,
-        inner,
-        hidden,
-        torch.get_num_threads(),
-    )
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
-    assert _rows_packed(x, out)
-    _function("rms_norm")(
-        x.data_ptr(),
-        x.stride(0),
-        weight.data_ptr(),
-        eps,
-        out.data_ptr(),
-        out.stride(0),
-        *x.shape,
-        torch.get_num_threads(),
-    )
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
-    assert x.is_contiguous() and residual.is_contiguous() and out.is_contiguous()
-    _function("add_rms_norm")(
-        x.data_ptr(),
-        residual.data_ptr(),
-        weight.data_ptr(),
-        eps,
-        out.data_ptr(),
-        *x.shape,
-        torch.get_num_threads(),
-    )
-
-
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    assert _rows_packed(x) and cos.is_contiguous() and sin.is_contiguous()
-    _function("rope")(
-        x.data_ptr(),
-        x.stride(0),
-        x.stride(1),
-        cos.data_ptr(),
-        sin.data_ptr(),
-        x.shape[0],
-        x.shape[1],
-        cos.shape[1],
-        torch.get_num_threads(),
-    )
-
-
-def latent_append(
-    raw: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, slots: Tensor, pool: Tensor
-) -> None:
-    assert _rows_packed(raw) and cos.is_contiguous() and sin.is_contiguous()
-    assert pool.is_contiguous() and slots.is_contiguous()
-    _function("latent_append")(
-        raw.data_ptr(),
-        raw.stride(0),
-        weight.data_ptr(),
-        eps,
-        cos.data_ptr(),
-        sin.data_ptr(),
-        slots.data_ptr(),
-        pool.data_ptr(),
-        raw.shape[0],
-        weight.shape[0],
-        cos.shape[1],
-        torch.get_num_threads(),
-    )
-
-
-def route(x: Tensor, weight: Tensor, bias: Tensor | None, rule: RouteRule) -> tuple[Tensor, Tensor]:
-    assert x.is_contiguous() and weight.is_contiguous()
-    experts_count = weight.shape[0]
-    scratch = torch.empty(3 * experts_count, dtype=torch.float32)
-    kept = torch.empty(rule.groups, dtype=torch.int64)
-    ids = torch.empty(x.shape[0], rule.top, dtype=torch.int64)
-    weights = torch.empty(x.shape[0], rule.top, dtype=torch.float32)
-    _function("route")(
-        x.data_ptr(),
-        weight.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        scratch.data_ptr(),
-        kept.data_ptr(),
-        ids.data_ptr(),
-        weights.data_ptr(),
-        *x.shape,
-        experts_count,
-        rule.top,
-        rule.groups,
-        rule.top_groups,
-        rule.score == "softmax",
-        rule.group_score == "top2",
-        rule.normalise,
-        rule.scale,
-    )
-    return ids, weights
-
-
-def mla_rows(q: Tensor, pool: Tensor, tiles: TilePlan, scale: float, workspace: Workspace, out: Tensor) -> None:
-    assert _rows_packed(q) and pool.is_contiguous() and out.is_contiguous()
-    heads, width, rank = q.shape[1], q.shape[2], out.shape[2]
-    threads = torch.get_num_threads()
-    partials = workspace.take("mla_partials", (tiles.entries * heads, rank + 2), torch.float32)
-    scratch = workspace.take("mla_scratch", (threads, GROUP, width + rank), torch.float32)
-    _function("mla_rows")(
+    """`partial_width`: floats that a form keeps of a row's sums in each tile."""
+    assert rows_packed(q) and pool.is_contiguous() and out.is_contiguous()
+    heads, rank = out.shape[1], out.shape[2]
+    partials = workspace.take(PARTIALS, (tiles.entries * heads, partial_width + 2), torch.float32)
+    call(
+        functions,
+        "mla_rows",
+        (q, pool, partials, out),
         q.data_ptr(),
         q.stride(0),
         q.stride(1),
         pool.data_ptr(),
         pool.shape[1],
-        width,
+        pool.shape[2],
         rank,
         heads,
         tiles.count,
@@ -213,37 +288,55 @@ def mla_rows(q: Tensor, pool: Tensor, tiles: TilePlan, scale: float, workspace: 
         scale,
         partials.data_ptr(),
         tiles.entries,
-        scratch.data_ptr(),
         out.data_ptr(),
-        threads,
+        torch.get_num_threads(),
+    )
+    note_partials(heads * (partial_width + 2))
+
+
+def _specs(form: native.Form, kind: native.Kind, priority: int) -> tuple[KernelSpec, ...]:
+    kernels = NativeKernels(form, kind)
+    calls: tuple[tuple[str, Callable[..., Any], int | None], ...] = (
+        ("linear", kernels.linear, MOST_PRODUCT_ROWS),
+        ("heads_linear", kernels.heads_linear, MOST_PRODUCT_ROWS),
+        ("experts", kernels.experts, MOST_PRODUCT_ROWS),
+        ("mla_rows", kernels.mla_rows, MOST_ATTENTION_ROWS),
+        ("rms_norm", kernels.rms_norm, None),
+        ("add_rms_norm", kernels.add_rms_norm, None),
+        ("rope", kernels.rope, None),
+        ("latent_append", kernels.latent_append, None),
+        ("route", kernels.route, None),
+        # Its products are torch's, and torch's own attention in bf16 is as fast.
+        *((("mla_extend", kernels.mla_extend, None),) if kind == "f32" else ()),
+    )
+    return tuple(
+        KernelSpec(
+            op=op,
+            name=f"{form.name}-{kind}",
+            dtypes=frozenset({DTYPES[kind]}),
+            device="cpu",
+            call=run,
+            priority=priority,
+            features=frozenset({form.feature}),
+            most_rows=most_rows,
+            recordable=op != "mla_extend",
+        )
+        for op, run, most_rows in calls
     )
 
 
-def mla_extend(*arguments: Any) -> None:
-    native_extend.mla_extend(_functions(), *arguments)
+def moves(features: frozenset[str], dtype: Dtype) -> NativeKernels | None:
+    """What copies and adds between ops: of the best form that runs here."""
+    forms = (form for form in _PRIORITY if form.feature in features)
+    kind = next((kind for kind, named in DTYPES.items() if named == dtype), None)
+    return next((NativeKernels(form, kind) for form in forms if kind in form.kinds), None) if kind else None
 
 
+_PRIORITY = {native.AVX512: 12, native.AVX2: 11, native.NEON: 10}
 SPECS: tuple[KernelSpec, ...] = tuple(
-    KernelSpec(
-        op=op,
-        name="native",
-        dtypes=frozenset({"float32"}),
-        device="cpu",
-        call=call,
-        priority=10,
-        features=frozenset({native.FEATURE}),
-        most_rows=most_rows,
-    )
-    for op, call, most_rows in (
-        ("linear", linear, MOST_PRODUCT_ROWS),
-        ("heads_linear", heads_linear, MOST_PRODUCT_ROWS),
-        ("experts", experts, MOST_PRODUCT_ROWS),
-        ("mla_rows", mla_rows, MOST_ATTENTION_ROWS),
-        ("mla_extend", mla_extend, None),
-        ("rms_norm", rms_norm, None),
-        ("add_rms_norm", add_rms_norm, None),
-        ("rope", rope, None),
-        ("latent_append", latent_append, None),
-        ("route", route, MOST_PRODUCT_ROWS),
-    )
+    spec
+    for form, priority in _PRIORITY.items()
+    if form in native.forms_here()
+    for kind in form.kinds
+    for spec in _specs(form, kind, priority)
 )

@@ -1,20 +1,21 @@
-/* Products of a few rows with weight matrices, and the feed-forward of routed experts: one pass over the weights. */
+/* Products of a few rows with weight matrices, and the feed-forward of routed experts: one pass over the weights. Rows are
+   taken to float once, so that only weights are converted in the inner loop. */
 #include "native_common.h"
 
 #define MOST_ROWS 16
 
 /* Rows [low, high) of w against every token; out[t][r]. */
-static void rows_of(const float *w, const float *const *x, long tokens, long k, long low, long high, const float *bias,
-                    float *const *out) {
+static void rows_of(const num *w, const float *const *x, long tokens, long k, long low, long high, const num *bias,
+                    num *const *out) {
     float held[MOST_ROWS][4];
     long r = low;
     for (; r + 4 <= high; r += 4) {
         dots4_any(w + r * k, k, x, tokens, k, held);
         for (long t = 0; t < tokens; t++)
-            for (int j = 0; j < 4; j++) out[t][r + j] = held[t][j] + (bias ? bias[r + j] : 0.0f);
+            for (int j = 0; j < 4; j++) out[t][r + j] = round_one(held[t][j] + (bias ? read_one(bias[r + j]) : 0.0f));
     }
     for (; r < high; r++)
-        for (long t = 0; t < tokens; t++) out[t][r] = dot(w + r * k, x[t], k) + (bias ? bias[r] : 0.0f);
+        for (long t = 0; t < tokens; t++) out[t][r] = round_one(dot(w + r * k, x[t], k) + (bias ? read_one(bias[r]) : 0.0f));
 }
 
 /* This thread's rows, cut at multiples of 4. */
@@ -24,11 +25,21 @@ INLINE void share(long n, long *low, long *high, int index, int count) {
     *high = *low + part < n ? *low + part : n;
 }
 
-EXPORT void agentspeed_linear(const float *x, long x_stride, const float *w, const float *bias, float *out,
-                              long out_stride, long tokens, long n, long k, int threads) {
-    const float *rows[MOST_ROWS];
-    float *outs[MOST_ROWS];
-    for (long t = 0; t < tokens; t++) rows[t] = x + t * x_stride, outs[t] = out + t * out_stride;
+/* The rows as floats: where they lie, or copies that last until the thread's next product. */
+INLINE void wide_rows(const num *x, long x_stride, long tokens, long k, const float **rows) {
+#ifdef HALF
+    float *held = agentspeed_scratch(FOR_ROWS, tokens * k * sizeof(float));
+    for (long t = 0; t < tokens; t++) widen_row(held + t * k, x + t * x_stride, k), rows[t] = held + t * k;
+#else
+    (void)k;
+    for (long t = 0; t < tokens; t++) rows[t] = x + t * x_stride;
+#endif
+}
+
+EXPORT void NAME(linear)(const num *x, long x_stride, const num *w, const num *bias, num *out, long out_stride, long tokens,
+                         long n, long k, int threads) {
+    num *outs[MOST_ROWS];
+    for (long t = 0; t < tokens; t++) outs[t] = out + t * out_stride;
     if (tokens * n * k < WORTH_A_TEAM) threads = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -38,19 +49,22 @@ EXPORT void agentspeed_linear(const float *x, long x_stride, const float *w, con
 #endif
         long low, high;
         share(n, &low, &high, index, count);
+        const float *rows[MOST_ROWS];
+        wide_rows(x, x_stride, tokens, k, rows);
         rows_of(w, rows, tokens, k, low, high, bias, outs);
     }
 }
 
 /* x[t * x_t + h * x_h], w[h][n][k], out[t * out_t + h * out_h]. */
-EXPORT void agentspeed_heads_linear(const float *x, long x_t, long x_h, const float *w, float *out, long out_t,
-                                    long out_h, long tokens, long heads, long n, long k, int threads) {
+EXPORT void NAME(heads_linear)(const num *x, long x_t, long x_h, const num *w, num *out, long out_t, long out_h, long tokens,
+                               long heads, long n, long k, int threads) {
     if (tokens * heads * n * k < WORTH_A_TEAM) threads = 1;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (long h = 0; h < heads; h++) {
         const float *rows[MOST_ROWS];
-        float *outs[MOST_ROWS];
-        for (long t = 0; t < tokens; t++) rows[t] = x + t * x_t + h * x_h, outs[t] = out + t * out_t + h * out_h;
+        num *outs[MOST_ROWS];
+        wide_rows(x + h * x_h, x_t, tokens, k, rows);
+        for (long t = 0; t < tokens; t++) outs[t] = out + t * out_t + h * out_h;
         rows_of(w + h * n * k, rows, tokens, k, 0, n, 0, outs);
     }
 }
@@ -69,10 +83,11 @@ static long by_expert(const int64_t *ids, long pairs, long experts, int *order, 
     return used;
 }
 
-/* act[pairs][inner] is scratch, order[pairs] and start[experts + 1] too. out is overwritten. tokens <= MOST_ROWS. */
-EXPORT void agentspeed_experts(const float *x, const float *gate_up, const float *down, const int64_t *ids,
-                               const float *weights, float *act, int *order, int *start, float *out, long tokens,
-                               long top, long experts, long inner, long hidden, int threads) {
+/* act[pairs][inner], order[pairs], start[experts + 1] and sums[tokens][hidden] are scratch; sums may be out where that is
+   float. out is overwritten. tokens <= MOST_ROWS. */
+EXPORT void NAME(experts)(const num *x, const num *gate_up, const num *down, const int64_t *ids, const float *weights,
+                          float *act, int *order, int *start, float *sums, num *out, long tokens, long top, long experts,
+                          long inner, long hidden, int threads) {
     by_expert(ids, tokens * top, experts, order, start);
     if (3 * tokens * top * inner * hidden < WORTH_A_TEAM) threads = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -82,13 +97,15 @@ EXPORT void agentspeed_experts(const float *x, const float *gate_up, const float
         index = omp_get_thread_num(), count = omp_get_num_threads();
 #endif
         long low, high;
+        const float *wide[MOST_ROWS];
+        wide_rows(x, hidden, tokens, hidden, wide);
         share(inner, &low, &high, index, count);
         for (long e = 0; e < experts; e++) {
-            const float *both = gate_up + e * 2 * inner * hidden;
+            const num *both = gate_up + e * 2 * inner * hidden;
             for (int at = start[e]; at < start[e + 1]; at += MOST_ROWS) {
                 long many = start[e + 1] - at < MOST_ROWS ? start[e + 1] - at : MOST_ROWS;
                 const float *rows[MOST_ROWS];
-                for (long i = 0; i < many; i++) rows[i] = x + (order[at + i] / top) * hidden;
+                for (long i = 0; i < many; i++) rows[i] = wide[order[at + i] / top];
                 for (long r = low; r < high; r += 4) {
                     float gate[MOST_ROWS][4], up[MOST_ROWS][4];
                     if (r + 4 <= high) {
@@ -108,9 +125,9 @@ EXPORT void agentspeed_experts(const float *x, const float *gate_up, const float
         }
 #pragma omp barrier
         share(hidden, &low, &high, index, count);
-        for (long t = 0; t < tokens; t++) memset(out + t * hidden + low, 0, (high - low) * sizeof(float));
+        for (long t = 0; t < tokens; t++) memset(sums + t * hidden + low, 0, (high - low) * sizeof(float));
         for (long e = 0; e < experts; e++) {
-            const float *matrix = down + e * hidden * inner;
+            const num *matrix = down + e * hidden * inner;
             for (int at = start[e]; at < start[e + 1]; at += MOST_ROWS) {
                 long many = start[e + 1] - at < MOST_ROWS ? start[e + 1] - at : MOST_ROWS;
                 const float *rows[MOST_ROWS];
@@ -121,13 +138,18 @@ EXPORT void agentspeed_experts(const float *x, const float *gate_up, const float
                     dots4_any(matrix + r * inner, inner, rows, many, inner, held);
                     for (long i = 0; i < many; i++)
                         for (int j = 0; j < 4; j++)
-                            out[(order[at + i] / top) * hidden + r + j] += weights[order[at + i]] * held[i][j];
+                            sums[(order[at + i] / top) * hidden + r + j] += weights[order[at + i]] * held[i][j];
                 }
                 for (; r < high; r++)
                     for (long i = 0; i < many; i++)
-                        out[(order[at + i] / top) * hidden + r] +=
+                        sums[(order[at + i] / top) * hidden + r] +=
                             weights[order[at + i]] * dot(matrix + r * inner, rows[i], inner);
             }
         }
+#ifdef HALF
+        for (long t = 0; t < tokens; t++) round_row(out + t * hidden + low, sums + t * hidden + low, high - low);
+#else
+        (void)out;
+#endif
     }
 }

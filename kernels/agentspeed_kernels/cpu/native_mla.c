@@ -3,13 +3,15 @@
 
 #define BLOCK 32     /* tokens scored at a time; two vectors of scores a row */
 #define ROWS 8      /* (row, head) pairs whose queries stay in the first cache */
+#define AT_ONCE (REGISTERS / 4)  /* of them, with sums for 2 tokens in registers */
+#define COLUMNS (REGISTERS / 8)  /* vectors of columns, with sums for 4 pairs in registers */
 #define GROUP 64     /* (row, head) pairs that share one pass over a tile */
 #define NEVER -1e30f /* below every finite score, and its difference to itself is 0, not NaN */
 
 typedef struct {
-    const float *q;
+    const num *q;
     long q_t, q_h;
-    const float *pool;
+    const num *pool;
     long page_tokens, width, rank, heads;
     const int *page_at, *pages, *offset, *tokens, *row_at, *rows, *visible;
     float scale;
@@ -20,38 +22,42 @@ typedef struct {
 
 /* s[i][b] = q[i] . k[b] for 8 rows × 2 tokens. With `ahead` the tokens there are fetched meanwhile: a row of one page is
    too short a stream for the hardware to run ahead on. */
-INLINE void scores8(const float *q, const float *const *k, const float *const *ahead, long width, float *s) {
+INLINE void scores8(const float *q, const num *const *k, const num *const *ahead, long width, float *s) {
     vec acc[LANES];
-    for (int i = 0; i < LANES; i++) acc[i] = splat(0);
     long j = 0;
-    for (; j + LANES <= width; j += LANES) {
-        vec first = load(k[0] + j), second = load(k[1] + j);
-        if (ahead) {
-            __builtin_prefetch(ahead[0] + j, 0, 2);
-            __builtin_prefetch(ahead[1] + j, 0, 2);
+    for (int low = 0; low < ROWS; low += AT_ONCE) {
+        vec part[2 * AT_ONCE];
+        for (int i = 0; i < 2 * AT_ONCE; i++) part[i] = splat(0);
+        for (j = 0; j + LANES <= width; j += LANES) {
+            vec first = read_vec(k[0] + j), second = read_vec(k[1] + j);
+            if (ahead && low == 0) {
+                __builtin_prefetch(ahead[0] + j, 0, 2);
+                __builtin_prefetch(ahead[1] + j, 0, 2);
+            }
+            for (int i = 0; i < AT_ONCE; i++) {
+                vec row = load(q + (low + i) * width + j);
+                part[2 * i] += row * first;
+                part[2 * i + 1] += row * second;
+            }
         }
-        for (int i = 0; i < ROWS; i++) {
-            vec row = load(q + i * width + j);
-            acc[2 * i] += row * first;
-            acc[2 * i + 1] += row * second;
-        }
+        memcpy(acc + 2 * low, part, sizeof part);
     }
     float sums[LANES];
     store(sums, totals(acc));
     for (; j < width; j++)
-        for (int i = 0; i < LANES; i++) sums[i] += q[(i / 2) * width + j] * k[i % 2][j];
+        for (int i = 0; i < LANES; i++) sums[i] += q[(i / 2) * width + j] * read_one(k[i % 2][j]);
     for (int i = 0; i < ROWS; i++) memcpy(s + i * BLOCK, sums + 2 * i, 2 * sizeof(float));
 }
 
 /* o[i] = o[i] * keep[i] + sum_b p[i][b] * v[b] for 4 rows and `many` (a constant) vectors of columns. */
-INLINE void values4(float *o, long o_stride, const float *keep, const float *p, const float *const *v, long column,
+INLINE void values4(float *o, long o_stride, const float *keep, const float *p, const num *const *v, long column,
                     int many) {
     vec acc[4][4];
     for (int i = 0; i < 4; i++)
         for (int c = 0; c < many; c++) acc[i][c] = load(o + i * o_stride + column + c * LANES) * keep[i];
     for (int b = 0; b < BLOCK; b++) {
         vec columns[4];
-        for (int c = 0; c < many; c++) columns[c] = load(v[b] + column + c * LANES);
+        for (int c = 0; c < many; c++) columns[c] = read_vec(v[b] + column + c * LANES);
         for (int i = 0; i < 4; i++) {
             vec share = splat(p[i * BLOCK + b]);
             for (int c = 0; c < many; c++) acc[i][c] += share * columns[c];
@@ -61,14 +67,14 @@ INLINE void values4(float *o, long o_stride, const float *keep, const float *p, 
         for (int c = 0; c < many; c++) store(o + i * o_stride + column + c * LANES, acc[i][c]);
 }
 
-INLINE void add_values(float *o, long rank, const float *keep, const float *p, const float *const *v) {
+INLINE void add_values(float *o, long rank, const float *keep, const float *p, const num *const *v) {
     long column = 0;
-    for (; column + 4 * LANES <= rank; column += 4 * LANES) values4(o, rank, keep, p, v, column, 4);
+    for (; column + COLUMNS * LANES <= rank; column += COLUMNS * LANES) values4(o, rank, keep, p, v, column, COLUMNS);
     for (; column + LANES <= rank; column += LANES) values4(o, rank, keep, p, v, column, 1);
     for (; column < rank; column++)
         for (int i = 0; i < 4; i++) {
             float sum = o[i * rank + column] * keep[i];
-            for (int b = 0; b < BLOCK; b++) sum += p[i * BLOCK + b] * v[b][column];
+            for (int b = 0; b < BLOCK; b++) sum += p[i * BLOCK + b] * read_one(v[b][column]);
             o[i * rank + column] = sum;
         }
 }
@@ -93,7 +99,7 @@ INLINE float soften(float *s, long seen, float scale, float *most, float *sum) {
 }
 
 /* Pointers to BLOCK tokens from `at`; past the end the last one is repeated (its shares are 0). */
-INLINE void locate(const step *s, long tile, long at, const float **k) {
+INLINE void locate(const step *s, long tile, long at, const num **k) {
     const int *pages = s->pages + s->page_at[tile];
     for (int b = 0; b < BLOCK; b++) {
         long token = at + b < s->tokens[tile] ? at + b : s->tokens[tile] - 1;
@@ -112,14 +118,14 @@ static void pairs_of(const step *s, long tile, long low, float *q, float *o) {
         long entry = first + (low + i) / s->heads, head = (low + i) % s->heads;
         most[i] = NEVER, sum[i] = 0;
         if (i < pairs) {
-            memcpy(q + i * s->width, s->q + s->rows[entry] * s->q_t + head * s->q_h, s->width * sizeof(float));
+            widen_row(q + i * s->width, s->q + s->rows[entry] * s->q_t + head * s->q_h, s->width);
             seen[i] = s->visible[entry];
         } else
             memset(q + i * s->width, 0, s->width * sizeof(float));
     }
     memset(o, 0, padded * s->rank * sizeof(float));
     for (long at = 0; at < s->tokens[tile]; at += BLOCK) {
-        const float *k[BLOCK], *next[BLOCK];
+        const num *k[BLOCK], *next[BLOCK];
         locate(s, tile, at, k);
         locate(s, tile, at + BLOCK, next);
         for (long i = 0; i < padded; i += ROWS) {
@@ -140,27 +146,28 @@ static void pairs_of(const step *s, long tile, long low, float *q, float *o) {
     memcpy(s->weights + slot, sum, pairs * sizeof(float));
 }
 
-/* out[row][head] = the partials of the row's entries, weighted by their share of the whole softmax. */
-static void merge_row(const step *s, const int *entries, long count, long head, float *out) {
-    float most = NEVER, sum = 0;
+/* out[rank] = the partials of the row's entries, weighted by their share of the whole softmax. */
+static void merge_row(const step *s, const int *entries, long count, long head, num *out) {
+    float most = NEVER, sum = 0, *held = agentspeed_scratch(FOR_ATTENTION, s->rank * sizeof(float));
     for (long i = 0; i < count; i++) most = fmaxf(most, s->peaks[entries[i] * s->heads + head]);
-    memset(out, 0, s->rank * sizeof(float));
+    memset(held, 0, s->rank * sizeof(float));
     for (long i = 0; i < count; i++) {
         long slot = entries[i] * s->heads + head;
         float by = expf(s->peaks[slot] - most);
         const float *part = s->sums + slot * s->rank;
         sum += by * s->weights[slot];
-        for (long j = 0; j < s->rank; j++) out[j] += by * part[j];
+        for (long j = 0; j < s->rank; j++) held[j] += by * part[j];
     }
-    for (long j = 0; j < s->rank; j++) out[j] /= sum;
+    for (long j = 0; j < s->rank; j++) held[j] /= sum;
+    round_row(out, held, s->rank);
 }
 
-EXPORT void agentspeed_mla_rows(const float *q, long q_t, long q_h, const float *pool, long page_tokens, long width,
-                                long rank, long heads, long tiles, const int *page_at, const int *pages,
-                                const int *offset, const int *tokens, const int *row_at, const int *rows,
-                                const int *visible, long merges, const int *merge_rows, const int *merge_at,
-                                const int *merge, float scale, float *partials, long entries, float *scratch,
-                                float *out, int threads) {
+/* partials: [entries][heads] rows of rank + 2 floats. */
+EXPORT void NAME(mla_rows)(const num *q, long q_t, long q_h, const num *pool, long page_tokens, long width, long rank,
+                           long heads, long tiles, const int *page_at, const int *pages, const int *offset,
+                           const int *tokens, const int *row_at, const int *rows, const int *visible, long merges,
+                           const int *merge_rows, const int *merge_at, const int *merge, float scale, float *partials,
+                           long entries, num *out, int threads) {
     step s = {q, q_t, q_h, pool, page_tokens, width, rank, heads, page_at, pages, offset, tokens, row_at, rows,
               visible, scale, partials, partials + entries * heads * rank,
               partials + entries * heads * (rank + 1)};
@@ -169,11 +176,7 @@ EXPORT void agentspeed_mla_rows(const float *q, long q_t, long q_h, const float 
     if (pairs * heads * (width + rank) < WORTH_A_TEAM) threads = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        int index = 0;
-#ifdef _OPENMP
-        index = omp_get_thread_num();
-#endif
-        float *mine = scratch + (long)index * GROUP * (width + rank);
+        float *mine = agentspeed_scratch(FOR_ATTENTION, GROUP * (width + rank) * sizeof(float));
 #pragma omp for schedule(dynamic)
         for (long tile = 0; tile < tiles; tile++)
             for (long low = 0; low < (row_at[tile + 1] - row_at[tile]) * heads; low += GROUP)

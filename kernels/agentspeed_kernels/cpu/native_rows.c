@@ -1,58 +1,108 @@
 /* Row-wise work between the products: norms, rotary turns, latent rows written to their pages, and routing. */
 #include "native_common.h"
 
-static void norm_row(const float *x, const float *weight, float eps, float *out, long n) {
-    float scale = 1.0f / sqrtf(dot(x, x, n) / n + eps);
+static float squares(const num *x, long n) {
+    vec first = splat(0), second = splat(0);
     long i = 0;
-    for (; i + LANES <= n; i += LANES) store(out + i, load(x + i) * scale * load(weight + i));
-    for (; i < n; i++) out[i] = x[i] * scale * weight[i];
+    for (; i + 2 * LANES <= n; i += 2 * LANES) {
+        vec a = read_vec(x + i), b = read_vec(x + i + LANES);
+        first += a * a, second += b * b;
+    }
+    float sum = total(first + second);
+    for (; i < n; i++) sum += read_one(x[i]) * read_one(x[i]);
+    return sum;
 }
 
-static void turn(const float *x, const float *cos_row, const float *sin_row, float *out, long half) {
+static void norm_row(const num *x, const num *weight, float eps, num *out, long n) {
+    float scale = 1.0f / sqrtf(squares(x, n) / n + eps);
+    long i = 0;
+    for (; i + LANES <= n; i += LANES) write_vec(out + i, read_vec(x + i) * scale * read_vec(weight + i));
+    for (; i < n; i++) out[i] = round_one(read_one(x[i]) * scale * read_one(weight[i]));
+}
+
+/* Cosines and sines may be floats whatever the rows are. */
+INLINE float angle(const void *table, long i, int wide) {
+    return wide ? ((const float *)table)[i] : read_one(((const num *)table)[i]);
+}
+
+static void turn(const num *x, const void *cosines, const void *sines, long at, long half, int wide, num *out) {
     for (long i = 0; i < half; i++) {
-        float low = x[i], high = x[half + i];
-        out[i] = low * cos_row[i] - high * sin_row[i];
-        out[half + i] = high * cos_row[i] + low * sin_row[i];
+        float low = read_one(x[i]), high = read_one(x[half + i]);
+        float c = angle(cosines, at + i, wide), s = angle(sines, at + i, wide);
+        out[i] = round_one(low * c - high * s);
+        out[half + i] = round_one(high * c + low * s);
     }
 }
 
 #define PARALLEL_ROWS 32
 
-EXPORT void agentspeed_rms_norm(const float *x, long x_stride, const float *weight, float eps, float *out,
-                                long out_stride, long tokens, long n, int threads) {
+/* out[t][h] = x[t][h], rows of n numbers; both may be strided. */
+EXPORT void NAME(copy)(const num *x, long x_t, long x_h, num *out, long out_t, long out_h, long tokens, long heads, long n) {
+    for (long t = 0; t < tokens; t++)
+        for (long h = 0; h < heads; h++) memcpy(out + t * out_t + h * out_h, x + t * x_t + h * x_h, n * sizeof(num));
+}
+
+/* Reads `bytes`, a multiple of 256, and does nothing else: what a kernel that must read as much is measured against. One
+   vector of each thread's exclusive or goes to seen[threads]. */
+EXPORT void NAME(read)(const char *from, long bytes, ivec *seen, int threads) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        long index = 0, count = 1;
+#ifdef _OPENMP
+        index = omp_get_thread_num(), count = omp_get_num_threads();
+#endif
+        const char *at = from + bytes / 256 * index / count * 256, *end = from + bytes / 256 * (index + 1) / count * 256;
+        ivec a = {0}, b = a, c = a, d = a;
+        for (; at < end; at += 256) {
+            for (int line = 0; line < 4; line++) __builtin_prefetch(at + 6144 + line * 64, 0, 3);
+            const ivec *v = (const ivec *)at;
+            a ^= v[0], b ^= v[1], c ^= v[2], d ^= v[3];
+        }
+        seen[index] = a ^ b ^ c ^ d;
+    }
+}
+
+/* sum += x, n numbers */
+EXPORT void NAME(add)(const num *x, num *sum, long n) {
+    long i = 0;
+    for (; i + LANES <= n; i += LANES) write_vec(sum + i, read_vec(sum + i) + read_vec(x + i));
+    for (; i < n; i++) sum[i] = round_one(read_one(sum[i]) + read_one(x[i]));
+}
+
+EXPORT void NAME(rms_norm)(const num *x, long x_stride, const num *weight, float eps, num *out, long out_stride, long tokens,
+                           long n, int threads) {
 #pragma omp parallel for num_threads(threads) if (tokens >= PARALLEL_ROWS && threads > 1)
     for (long t = 0; t < tokens; t++) norm_row(x + t * x_stride, weight, eps, out + t * out_stride, n);
 }
 
-EXPORT void agentspeed_add_rms_norm(const float *x, float *residual, const float *weight, float eps, float *out,
-                                    long tokens, long n, int threads) {
+EXPORT void NAME(add_rms_norm)(const num *x, num *residual, const num *weight, float eps, num *out, long tokens, long n,
+                               int threads) {
 #pragma omp parallel for num_threads(threads) if (tokens >= PARALLEL_ROWS && threads > 1)
     for (long t = 0; t < tokens; t++) {
-        float *sum = residual + t * n;
-        for (long i = 0; i < n; i++) sum[i] += x[t * n + i];
-        norm_row(sum, weight, eps, out + t * n, n);
+        NAME(add)(x + t * n, residual + t * n, n);
+        norm_row(residual + t * n, weight, eps, out + t * n, n);
     }
 }
 
-EXPORT void agentspeed_rope(float *x, long x_t, long x_h, const float *cos_rows, const float *sin_rows, long tokens,
-                            long heads, long half, int threads) {
+EXPORT void NAME(rope)(num *x, long x_t, long x_h, const void *cosines, const void *sines, int wide, long tokens, long heads,
+                       long half, int threads) {
 #pragma omp parallel for num_threads(threads) if (tokens >= PARALLEL_ROWS && threads > 1)
     for (long t = 0; t < tokens; t++)
         for (long h = 0; h < heads; h++) {
-            float *at = x + t * x_t + h * x_h;
-            turn(at, cos_rows + t * half, sin_rows + t * half, at, half);
+            num *at = x + t * x_t + h * x_h;
+            turn(at, cosines, sines, t * half, half, wide, at);
         }
 }
 
-EXPORT void agentspeed_latent_append(const float *raw, long raw_stride, const float *weight, float eps,
-                                     const float *cos_rows, const float *sin_rows, const int64_t *slots, float *pool,
-                                     long tokens, long rank, long half, int threads) {
+EXPORT void NAME(latent_append)(const num *raw, long raw_stride, const num *weight, float eps, const void *cosines,
+                                const void *sines, int wide, const int64_t *slots, num *pool, long tokens, long rank,
+                                long half, int threads) {
     long width = rank + 2 * half;
 #pragma omp parallel for num_threads(threads) if (tokens >= PARALLEL_ROWS && threads > 1)
     for (long t = 0; t < tokens; t++) {
-        float *row = pool + slots[t] * width;
+        num *row = pool + slots[t] * width;
         norm_row(raw + t * raw_stride, weight, eps, row, rank);
-        turn(raw + t * raw_stride + rank, cos_rows + t * half, sin_rows + t * half, row + rank, half);
+        turn(raw + t * raw_stride + rank, cosines, sines, t * half, half, wide, row + rank);
     }
 }
 
@@ -87,12 +137,25 @@ static void keep_groups(float *choice, float *worth, int64_t *kept, long experts
     }
 }
 
-static void scores_of(const float *x, const float *weight, float *score, long experts, long hidden, int softmax) {
+/* logits[t][e] = x[t] . weight[e] for up to 4 tokens: a weight is read once for all of them. */
+static void logits_of(const num *x, const float *weight, long tokens, long experts, long hidden, float *logits) {
+    long e = 0;
+    if (tokens == 4)
+        for (; e + 4 <= experts; e += 4) {
+            const float *rows[4];
+            float held[4][4];
+            for (int i = 0; i < 4; i++) rows[i] = weight + (e + i) * hidden;
+            dots4(x, hidden, rows, 4, hidden, held);
+            for (int i = 0; i < 4; i++)
+                for (int t = 0; t < 4; t++) logits[t * experts + e + i] = held[i][t];
+        }
+    for (; e < experts; e++)
+        for (long t = 0; t < tokens; t++) logits[t * experts + e] = dot(x + t * hidden, weight + e * hidden, hidden);
+}
+
+static void scores_of(float *score, long experts, int softmax) {
     float most = -INFINITY, sum = 0;
-    for (long e = 0; e < experts; e++) {
-        score[e] = dot(x, weight + e * hidden, hidden);
-        most = score[e] > most ? score[e] : most;
-    }
+    for (long e = 0; e < experts; e++) most = score[e] > most ? score[e] : most;
     for (long e = 0; e < experts; e++) {
         score[e] = softmax ? expf(score[e] - most) : 1.0f / (1.0f + expf(-score[e]));
         sum += score[e];
@@ -100,19 +163,32 @@ static void scores_of(const float *x, const float *weight, float *score, long ex
     for (long e = 0; e < experts && softmax; e++) score[e] /= sum;
 }
 
-/* scratch[3 * experts]; ids and out are [tokens][top]. */
-EXPORT void agentspeed_route(const float *x, const float *weight, const float *bias, float *scratch, int64_t *kept,
-                             int64_t *ids, float *out, long tokens, long hidden, long experts, long top, long groups,
-                             long top_groups, int softmax, int top2, int normalise, float scale) {
-    float *score = scratch, *choice = scratch + experts, *worth = scratch + 2 * experts;
-    for (long t = 0; t < tokens; t++) {
-        scores_of(x + t * hidden, weight, score, experts, hidden, softmax);
-        for (long e = 0; e < experts; e++) choice[e] = score[e] + (bias ? bias[e] : 0.0f);
-        if (groups > 1) keep_groups(choice, worth, kept, experts, groups, top_groups, top2);
-        take_top(choice, experts, top, ids + t * top);
-        float sum = 0;
-        for (long c = 0; c < top; c++) sum += out[t * top + c] = score[ids[t * top + c]];
-        float by = normalise ? scale / (sum + 1e-20f) : scale;
-        for (long c = 0; c < top; c++) out[t * top + c] *= by;
+/* The router's weight and bias are floats whatever the rows are. ids and out are [tokens][top]. */
+EXPORT void NAME(route)(const num *x, const float *weight, const float *bias, int64_t *ids, float *out, long tokens,
+                        long hidden, long experts, long top, long groups, long top_groups, int softmax, int top2,
+                        int normalise, float scale, int threads) {
+    if (tokens * experts * hidden < WORTH_A_TEAM) threads = 1;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        size_t floats = (6 * experts + 1) / 2 * 2;
+        float *scores = agentspeed_scratch(FOR_ROWS, floats * sizeof(float) + groups * sizeof(int64_t));
+        float *choice = scores + 4 * experts, *worth = scores + 5 * experts;
+        int64_t *kept = (int64_t *)(scores + floats);
+#pragma omp for schedule(static)
+        for (long block = 0; block < tokens; block += 4) {
+            long count = tokens - block < 4 ? tokens - block : 4;
+            logits_of(x + block * hidden, weight, count, experts, hidden, scores);
+            for (long t = block; t < block + count; t++) {
+                float *score = scores + (t - block) * experts;
+                scores_of(score, experts, softmax);
+                for (long e = 0; e < experts; e++) choice[e] = score[e] + (bias ? bias[e] : 0.0f);
+                if (groups > 1) keep_groups(choice, worth, kept, experts, groups, top_groups, top2);
+                take_top(choice, experts, top, ids + t * top);
+                float sum = 0;
+                for (long c = 0; c < top; c++) sum += out[t * top + c] = score[ids[t * top + c]];
+                float by = normalise ? scale / (sum + 1e-20f) : scale;
+                for (long c = 0; c < top; c++) out[t * top + c] *= by;
+            }
+        }
     }
 }

@@ -81,7 +81,8 @@ def experts(
 ) -> None:
     """Tokens are sorted by expert, so each hit expert is one pair of matrix products."""
     if gate_up.shape[0] == 1:
-        out.copy_(_swiglu(x, gate_up[0], down[0]))
+        # Rows of a rank with one expert may have chosen others: their weights are 0 here.
+        torch.mul(_swiglu(x, gate_up[0], down[0]), weights.sum(1, keepdim=True).to(x.dtype), out=out)
         return
     top = ids.shape[1]
     flat = ids.reshape(-1)

@@ -6,7 +6,7 @@ from agentspeed_engine.models.families.deepseek.config import DeepseekConfig
 from agentspeed_engine.models.families.deepseek.mla import Mla, MlaWeights
 from agentspeed_engine.models.families.deepseek.shapes import LATENT, cuts
 from agentspeed_engine.models.kv_pools import KvPools
-from agentspeed_engine.models.layers import AddNorm, Embed, Head
+from agentspeed_engine.models.layers import AddNorm, Embed, Head, piece
 from agentspeed_engine.models.mesh import check_cuts
 from agentspeed_engine.models.moe import feed_forward
 from agentspeed_engine.models.state import StepState
@@ -25,8 +25,10 @@ def build(config: DeepseekConfig, weights: WeightSource, pools: KvPools, rank: R
     """
     check_cuts(cuts(config, rank.mesh))
     latents = pools[LATENT]
-    embedding = weights.tensor("model.embed_tokens.weight")
-    chain: Chain = [Embed("embed", embedding, rank)]
+    cut = (0, rank.tp, rank.mesh.tp)
+    embedding = piece(weights.tensor("model.embed_tokens.weight"), *cut)
+    head = kernels.weight(embedding if config.tied else piece(weights.tensor("lm_head.weight"), *cut))
+    chain: Chain = [Embed("embed", head if config.tied else embedding, rank)]
     for layer in range(config.layers):
         at = f"model.layers.{layer}."
         chain.append(_norm(config, weights, at + "input_layernorm", kernels))
@@ -34,7 +36,6 @@ def build(config: DeepseekConfig, weights: WeightSource, pools: KvPools, rank: R
         chain.append(_norm(config, weights, at + "post_attention_layernorm", kernels))
         chain.append(feed_forward(at + "mlp", weights, None if config.is_dense(layer) else config.moe, rank, kernels))
     chain.append(_norm(config, weights, "model.norm", kernels))
-    head = embedding if config.tied else weights.tensor("lm_head.weight")
     chain.append(Head("head", head, rank, kernels))
     return chain
 

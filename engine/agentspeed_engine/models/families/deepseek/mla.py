@@ -67,16 +67,17 @@ class Mla:
         self._scale = _score_scale(config)
         self._q_rank = config.q_rank or 0
         weights = _half_layout(config, weights) if config.interleaved else weights
-        self._down, self._down_bias = _joined_down(weights)
+        down, self._down_bias = _joined_down(weights)
+        self._down = kernels.weight(down)
         self._q_norm, self._kv_norm = weights.q_a_norm, weights.kv_a_norm
         cut = (rank.tp, rank.mesh.tp)
-        self._q = piece(weights.q, 0, *cut)
-        self._o = piece(weights.o, 1, *cut)
+        self._q = kernels.weight(piece(weights.q, 0, *cut))
+        self._o = kernels.weight(piece(weights.o, 1, *cut))
         # Partial outputs are summed over tp, so one rank alone adds the bias.
         self._o_bias = weights.o_bias if rank.tp == 0 else None
         up = piece(weights.kv_b, 0, *cut).view(self._heads, config.nope + config.value, config.kv_rank)
-        self._absorb = up[:, : config.nope].transpose(1, 2).contiguous()
-        self._value_up = up[:, config.nope :].contiguous()
+        self._absorb = kernels.weight(up[:, : config.nope].transpose(1, 2).contiguous())
+        self._value_up = kernels.weight(up[:, config.nope :].contiguous())
         self.boundary = Boundary(
             name=name,
             input=TOKEN_SHARD,
@@ -130,7 +131,7 @@ class Mla:
         rows = q.shape[0]
         absorbed = take("absorbed", (rows, self._heads, config.latent_width), q.dtype)
         run["heads_linear"].at(rows)(q[:, :, : config.nope], self._absorb, absorbed[:, :, : config.kv_rank])
-        absorbed[:, :, config.kv_rank :] = q[:, :, config.nope :]
+        run.copy(q[:, :, config.nope :], absorbed[:, :, config.kv_rank :])
         latent = take("latent_out", (rows, self._heads, config.kv_rank), q.dtype)
         attend = run["mla_rows"].at(rows)
         attend(absorbed, self._pool, state.few, self._scale, state.workspace, latent)

@@ -1,0 +1,27 @@
+"""Which format a model runs in when nobody said: the faster one that keeps what the checkpoint has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from agentspeed_engine.models.catalog import Dtype
+from agentspeed_kernels.cpu.native import AMX
+from agentspeed_kernels.platform import Platform
+
+_HALF = frozenset({"bfloat16", "float16", "float8_e4m3fn"})
+"""Formats of checkpoints that bfloat16 keeps nearly all of."""
+
+
+def choose(config: Mapping[str, Any], platform: Platform) -> tuple[Dtype, str]:
+    """(format, why). `config` is config.json as it is; both of its names for the format are read."""
+    stored = config.get("dtype") or config.get("torch_dtype")
+    if stored not in _HALF and "quantization_config" not in config:
+        said = f"the checkpoint is {stored}" if stored else "the checkpoint does not name its format"
+        return "float32", f"{said}, and bfloat16 would round it"
+    if platform.device != "cpu":
+        return "bfloat16", f"the checkpoint is {stored or 'quantized'} and {platform.device} has matrix units for it"
+    if AMX.feature in platform.features:
+        return "bfloat16", f"the checkpoint is {stored or 'quantized'} and the processor has AMX tiles for it"
+    why = platform.absent.get(AMX.feature) or platform.lacks.get(AMX.feature, "there are no kernels for AMX tiles")
+    return "float32", f"prompts are slower in bfloat16 here: {why}"

@@ -1,0 +1,179 @@
+"""The AMX kernels as entries of the registry: bfloat16, weights in tile order, any number of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from agentspeed_kernels.cpu import native
+from agentspeed_kernels.cpu.native_kernels import call_mla_rows, opened, rows_packed
+from agentspeed_kernels.cpu.recording import call
+from agentspeed_kernels.packing import TILE_INPUTS, Packed
+from agentspeed_kernels.signature import KernelSpec
+from agentspeed_kernels.tiles import TilePlan
+from agentspeed_kernels.workspace import Workspace
+
+PRIORITY = 20
+
+
+@final
+class AmxKernels:
+    """The library is opened, and the tiles asked for, at the first call."""
+
+    __slots__ = ("_functions",)
+
+    def __init__(self) -> None:
+        self._functions: dict[str, native.Function] | None = None
+
+    @property
+    def functions(self) -> dict[str, native.Function]:
+        if self._functions is None:
+            self._functions = opened(native.AMX, "bf16")
+        return self._functions
+
+    def linear(self, x: Tensor, weight: Packed, bias: Tensor | None, out: Tensor) -> None:
+        assert rows_packed(x, out)
+        call(
+            self.functions,
+            "linear",
+            (x, weight, bias, out),
+            x.data_ptr(),
+            x.stride(0),
+            weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            out.stride(0),
+            x.shape[0],
+            *weight.shape,
+            torch.get_num_threads(),
+        )
+
+    def heads_linear(self, x: Tensor, weight: Packed, out: Tensor) -> None:
+        assert rows_packed(x, out)
+        call(
+            self.functions,
+            "heads_linear",
+            (x, weight, out),
+            x.data_ptr(),
+            x.stride(0),
+            x.stride(1),
+            weight.data_ptr(),
+            out.data_ptr(),
+            out.stride(0),
+            out.stride(1),
+            x.shape[0],
+            *weight.shape,
+            torch.get_num_threads(),
+        )
+
+    def experts(
+        self, x: Tensor, gate_up: Packed, down: Packed, ids: Tensor, weights: Tensor, workspace: Workspace, out: Tensor
+    ) -> None:
+        assert x.is_contiguous() and out.is_contiguous() and ids.is_contiguous() and weights.is_contiguous()
+        count, hidden, inner = down.shape
+        pairs, tokens = ids.numel(), x.shape[0]
+        gathered = workspace.take("expert_rows", (pairs, _steps(hidden)), torch.bfloat16)
+        act = workspace.take("expert_inner", (pairs, _steps(inner)), torch.bfloat16)
+        sums = workspace.take("expert_sums", (tokens, _steps(hidden)), torch.float32)
+        order = workspace.take("expert_order", (pairs + count + 1,), torch.int32)
+        call(
+            self.functions,
+            "experts",
+            (x, gate_up, down, ids, weights, gathered, act, sums, order, out),
+            x.data_ptr(),
+            gate_up.data_ptr(),
+            down.data_ptr(),
+            ids.data_ptr(),
+            weights.data_ptr(),
+            gathered.data_ptr(),
+            act.data_ptr(),
+            sums.data_ptr(),
+            order.data_ptr(),
+            order.data_ptr() + 4 * pairs,
+            out.data_ptr(),
+            tokens,
+            ids.shape[1],
+            count,
+            inner,
+            hidden,
+            torch.get_num_threads(),
+        )
+
+    def mla_rows(
+        self, q: Tensor, pool: Tensor, tiles: TilePlan, scale: float, workspace: Workspace, out: Tensor
+    ) -> None:
+        call_mla_rows(self.functions, q, pool, tiles, scale, workspace, out, _steps(out.shape[2]))
+
+    def mla_extend(
+        self,
+        q: Tensor,
+        pool: Tensor,
+        key_up: Packed,
+        value_up: Packed,
+        tiles: TilePlan,
+        scale: float,
+        workspace: Workspace,
+        out: Tensor,
+    ) -> None:
+        """Rows without a tile keep what `out` had."""
+        assert rows_packed(q) and pool.is_contiguous() and out.is_contiguous()
+        heads, rank, nope = key_up.shape
+        call(
+            self.functions,
+            "mla_extend",
+            (q, pool, key_up, value_up, out),
+            q.data_ptr(),
+            q.stride(0),
+            q.stride(1),
+            pool.data_ptr(),
+            pool.shape[1],
+            pool.shape[2],
+            key_up.data_ptr(),
+            value_up.data_ptr(),
+            heads,
+            rank,
+            nope,
+            q.shape[2] - nope,
+            value_up.shape[1],
+            q.shape[0],
+            tiles.count,
+            *tiles.addresses[:7],
+            tiles.merge_rows.size,
+            tiles.addresses[7],
+            scale,
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+
+
+def _steps(width: int) -> int:
+    """In whole steps of a tile."""
+    return -(-width // TILE_INPUTS) * TILE_INPUTS
+
+
+_KERNELS = AmxKernels()
+_CALLS: dict[str, Callable[..., Any]] = {
+    "linear": _KERNELS.linear,
+    "heads_linear": _KERNELS.heads_linear,
+    "experts": _KERNELS.experts,
+    "mla_rows": _KERNELS.mla_rows,
+    "mla_extend": _KERNELS.mla_extend,
+}
+SPECS: tuple[KernelSpec, ...] = tuple(
+    KernelSpec(
+        op=op,
+        name="amx-bf16",
+        dtypes=frozenset({"bfloat16"}),
+        device="cpu",
+        call=run,
+        priority=PRIORITY,
+        features=frozenset({native.AMX.feature}),
+        layout="tiles",
+        recordable=op != "mla_extend",
+    )
+    for op, run in _CALLS.items()
+    if native.AMX in native.forms_here()
+)

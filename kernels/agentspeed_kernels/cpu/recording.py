@@ -1,0 +1,109 @@
+"""Records the C calls of a step, so that the next step like it is one call into the library.
+
+A tape holds addresses. The caller sees to it that they stay what they are: buffers come from a workspace that lives as
+long as the tape, and what the calls read from outside is copied to the same place each time. The plan of attention is
+the exception: its arrays are new in every step, and `Tape.attend` puts their addresses into the calls that read them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, final
+
+import numpy as np
+import torch
+
+from agentspeed_kernels.cpu import native
+from agentspeed_kernels.tiles import TilePlan
+from agentspeed_kernels.workspace import Workspace
+
+PARTIALS = "mla_partials"
+"""The scratch of `mla_rows`, whose size follows the plan of the step."""
+MOST_ARGUMENTS = 31
+"""As in native_run.h."""
+_STORED: dict[Any, Any] = {native.P: np.uint64, native.L: np.int64, native.N: np.int32, native.F: np.float32}
+_PLAN_AT, _PARTIALS_AT, _ENTRIES_AT = 8, 21, 22
+"""Where `mla_rows` takes the plan, its scratch and the number of its entries."""
+
+
+@final
+class Tape:
+    """The calls of one step. Not thread-safe."""
+
+    __slots__ = ("_attends", "_calls", "_held", "_rows", "_run", "partial_floats")
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[native.Function, tuple[Any, ...]]] = []
+        self._held: list[object] = []
+        self._attends: list[int] = []
+        self._calls = np.zeros((0, MOST_ARGUMENTS + 1), dtype=np.uint64)
+        self._run: Any = None
+        self.partial_floats = 0
+        """Of the scratch of `mla_rows`, for one entry of the plan."""
+
+    def add(self, op: str, function: native.Function, held: tuple[object, ...], given: tuple[Any, ...]) -> None:
+        """`held` owns the memory that `given` names: a tape must not write to memory that went back."""
+        self._held += held
+        if op == "mla_rows":
+            self._attends.append(len(self._rows))
+        self._rows.append((function, given))
+
+    def close(self) -> None:
+        """Lays the calls out as the library reads them."""
+        library = native.library()
+        assert isinstance(library, native.Library)
+        self._run = library.run
+        self._calls = np.zeros((len(self._rows), MOST_ARGUMENTS + 1), dtype=np.uint64)
+        for row, (function, given) in zip(self._calls, self._rows, strict=True):
+            row[0] = function.entry
+            for index, (kind, value) in enumerate(zip(function.types, given, strict=True)):
+                row[index + 1 : index + 2].view(_STORED[kind])[0] = 0 if value is None else value
+
+    def attend(self, tiles: TilePlan, workspace: Workspace) -> None:
+        """Puts a step's plan into the calls that attend."""
+        partials = workspace.take(PARTIALS, (tiles.entries, self.partial_floats), torch.float32)
+        plan = (tiles.count, *tiles.addresses[:7], tiles.merge_rows.size, *tiles.addresses[7:])
+        self._calls[self._attends, 1 + _PLAN_AT : 1 + _PLAN_AT + len(plan)] = plan
+        self._calls[self._attends, 1 + _PARTIALS_AT] = partials.data_ptr()
+        self._calls[self._attends, 1 + _ENTRIES_AT] = tiles.entries
+
+    def run(self) -> None:
+        self._run(self._calls.ctypes.data, len(self._calls))
+
+    @property
+    def length(self) -> int:
+        return len(self._rows)
+
+
+class _State(threading.local):
+    tape: Tape | None = None
+
+
+_state = _State()
+
+
+@contextmanager
+def recording() -> Iterator[Tape]:
+    """The C calls that this thread makes meanwhile are made, and recorded as well."""
+    assert _state.tape is None
+    _state.tape = tape = Tape()
+    try:
+        yield tape
+    finally:
+        _state.tape = None
+    tape.close()
+
+
+def call(functions: dict[str, native.Function], op: str, held: tuple[object, ...], *given: Any) -> None:
+    """Calls a C function with `given`, addresses within what `held` has; on a recording thread the tape gets both."""
+    function = functions[op]
+    function.call(*given)
+    if _state.tape is not None:
+        _state.tape.add(op, function, held, given)
+
+
+def note_partials(floats: int) -> None:
+    if _state.tape is not None:
+        _state.tape.partial_floats = floats

@@ -1,0 +1,53 @@
+"""Weights in the order in which matrix tiles read them: packed once when a model is loaded, instead of the original."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+TILE_OUTPUTS, TILE_INPUTS = 16, 32
+"""A tile holds 32 inputs of 16 outputs: 1 KB of bfloat16."""
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Packed:
+    """A bfloat16 weight [..., N, K] as [..., N / 16, K / 32, 16, 16, 2]: tile row i has inputs 2i and 2i + 1 of 16
+    outputs. N and K are padded with zeros to whole tiles."""
+
+    data: Tensor
+    shape: tuple[int, ...]
+    """Of the weight before it was packed."""
+
+    def data_ptr(self) -> int:
+        return self.data.data_ptr()
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows `ids` [T] of a weight [N, K], as [T, K]: a tied embedding is looked up in the head's own weight."""
+        found = self.data[ids // TILE_OUTPUTS, :, :, ids % TILE_OUTPUTS]
+        return found.reshape(ids.shape[0], -1)[:, : self.shape[-1]]
+
+
+Weight = Tensor | Packed
+"""What an op with weights is given: the layout its kernel asks for."""
+
+
+def pack(weight: Tensor, parts: int = 1) -> Packed:
+    """[..., N, K] in bfloat16. `parts`: matrices of equal height that N joins (gate and up), each of which begins a
+    tile of its own. The result is aligned as torch aligns: to 64 bytes, which tile rows need."""
+    if parts > 1:
+        weight = weight.reshape(*weight.shape[:-2], parts, -1, weight.shape[-1])
+    outputs, inputs = weight.shape[-2:]
+    tiles, steps = -(-outputs // TILE_OUTPUTS), -(-inputs // TILE_INPUTS)
+    padding = (0, steps * TILE_INPUTS - inputs, 0, tiles * TILE_OUTPUTS - outputs)
+    whole = torch.nn.functional.pad(weight, padding) if any(padding) else weight
+    split = whole.reshape(-1, tiles, TILE_OUTPUTS, steps, TILE_INPUTS // 2, 2)
+    data = split.permute(0, 1, 3, 4, 2, 5).contiguous()
+    return Packed(data.view(*weight.shape[:-2], *data.shape[1:]), tuple(weight.shape))
