@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, final
 
 from agentspeed import errors
@@ -24,7 +24,7 @@ from agentspeed.sampling import Sampling
 from agentspeed.tools import Tool, tools_from
 
 if TYPE_CHECKING:
-    from agentspeed.front.codec import ChatCodec
+    from agentspeed.front.codec import ChatCodec, History
 
 Prompt: TypeAlias = "str | Message | Sequence[str | Message] | None"
 """What a turn adds before the model speaks; a string is a user's message."""
@@ -86,6 +86,8 @@ class Defaults:
     timeout: float | None
     record_logprobs: bool
     reasoning: bool
+    history_reasoning: History = "template"
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
 
 
 def check_names(options: TurnOptions) -> None:
@@ -141,7 +143,7 @@ def ask(prompt: Prompt, output: Any, options: TurnOptions, defaults: Defaults, c
         messages=messages_of(prompt), output=spec, grammar=_grammar(spec, tools, options, defaults, codec),
         sampling=_sampling(options, defaults), max_tokens=_max_tokens(options), stop=stops, seed=_seed(options),
         keep_on_cancel=keep, timeout=timeout,
-        parser=TurnParser(codec.tags, reasoning=defaults.reasoning),
+        parser=TurnParser(codec.tags, reasoning=defaults.reasoning, tools={tool.name: tool.schema for tool in tools}),
     )
 
 
