@@ -108,10 +108,16 @@ class ChatCodec:
         self.switch = self._switch()
         if reasoning is not None and self.switch is not None and self.switch not in variables:
             self._variables[self.switch] = reasoning
-        self._opening = Opening(model.template, self.tokenizer, self._variables)
+        self._opening = Opening(model.template, self.tokenizer, self._variables, tells=self._writes_calls())
+        if tools and not self._opening.shows_tools():
+            if not self._opening.tells:
+                _ = self._opening.shape()  # raises what is missing
+            system, tools_shown = True, False
+        else:
+            tools_shown = tools
         think = next((pair for pair in _PAIRS if pair[0] in model.template.source), _PAIRS[0])
         self._thinks = think[0] in model.template.source or think[1] in model.template.source
-        self._frames = self._framed(think[1], system, tools)
+        self._frames = self._framed(think[1], system, tools_shown)
         check_base(self._frames, think)
         derived = call_format(self._frames, lambda text: text) if self._calls else None
         self._calls = derived is not None
@@ -232,6 +238,33 @@ class ChatCodec:
         written = [mark in text for mark in marks]
         thought = isinstance(message, Assistant) and bool(message.reasoning)
         return (thought and not shown) or written != [self._holds(ids, mark) for mark in marks]
+
+    # ---- what it is -----------------------------------------------------------------------------------------------
+    @property
+    def variables(self) -> Mapping[str, Any]:
+        """What the template is given beside messages and tools."""
+        return self._variables
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the template knows reasoning."""
+        return self._thinks
+
+    def described(
+        self, system: str | None, tools: list[dict[str, Any]]
+    ) -> tuple[str | None, list[dict[str, Any]]]:
+        """The system text and the tools that the template itself is given (`Opening.described`)."""
+        return self._opening.described(system, tools)
+
+    @property
+    def as_text(self) -> bool:
+        """Whether the template takes the arguments of calls as text, or as an object."""
+        return self._frames.skeletons.as_text
+
+    @property
+    def empty(self) -> str | None:
+        """What the template takes for the text of a message that has only calls."""
+        return "" if self._frames.skeletons.empty == "text" else None
 
     # ---- shapes and contents --------------------------------------------------------------------------------------
     def shapes(self, messages: Sequence[Message]) -> list[Shape]:
@@ -361,6 +394,12 @@ class ChatCodec:
                 return name
         return None
 
+    def _writes_calls(self) -> bool:
+        def render(messages: list[dict[str, Any]], tools: bool, generate: bool) -> str:
+            return self._model.template(messages, generate=generate, variables=self._variables)
+
+        return ways_of_calls(lambda empty, text: Skeletons(render, system=False, tools=False, empty=empty, as_text=text)) is not None
+
     def _render(self, messages: list[dict[str, Any]], tools: bool, generate: bool) -> str:
         given = self._opening.probes() if tools else None
         return self._model.template(messages, tools=given, generate=generate, variables=self._variables)
@@ -440,6 +479,7 @@ class ChatCodec:
             lead=lead if lead.isspace() else "",
             roomy=self._is_roomy(closed),
             thinking=prompt.rstrip().endswith(opened),
+            thinks=answer.startswith(prompt) and opened in answer[len(prompt) :],
             text_end=text_end,
             ids=ids,
         )

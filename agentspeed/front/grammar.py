@@ -86,7 +86,7 @@ class _Rules:
 
     def __init__(self, tags: Tags, reasoning: bool) -> None:
         self._tags = tags
-        self._reasoning = reasoning or tags.thinking
+        self._reasoning = reasoning or tags.thinking or tags.thinks
         self._rules: dict[str, str] = {}
         self._marks = Marks(tags.ids)
         # Beside a reasoning rule other text must not begin as reasoning, or a mark inside it would count as a call.

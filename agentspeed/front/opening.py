@@ -5,6 +5,7 @@ Definitions are rendered twice, so that what somebody wrote into them never coun
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any, Final, TypeAlias, final
@@ -18,7 +19,8 @@ from agentspeed.front.tokenizer import TextTokenizer
 _SLOT: Final = "\ue000content\ue001"
 """Stands for the system text; private-use characters that no template writes."""
 _USER: Final[dict[str, Any]] = {"role": "user", "content": "a"}
-_ASSISTANT: Final[dict[str, Any]] = {"role": "assistant", "content": "b"}
+_SAID: Final = "\ue010"
+_ASSISTANT: Final[dict[str, Any]] = {"role": "assistant", "content": _SAID}
 _TOOL: Final[dict[str, Any]] = {
     "name": "look_up_probe",
     "description": "Looks something up.",
@@ -38,7 +40,11 @@ _SHAPES: Final[tuple[_Shape, ...]] = (
 class Opening:
     """Of one template under one set of variables."""
 
-    def __init__(self, template: ChatTemplate, tokenizer: TextTokenizer, variables: Mapping[str, Any]) -> None:
+    def __init__(
+        self, template: ChatTemplate, tokenizer: TextTokenizer, variables: Mapping[str, Any], *, tells: bool = False
+    ) -> None:
+        """`tells`: where the template does not show tools, the system text does."""
+        self.tells = tells
         self._template = template
         self._tokenizer = tokenizer
         self._variables = variables
@@ -46,6 +52,7 @@ class Opening:
 
     def ids(self, system: str | None, tools: list[dict[str, Any]], *, now: datetime) -> list[int]:
         """Raises `InvalidRequest` for a system text or tools that the template does not show to the model."""
+        system, tools = self.described(system, tools)
         messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": _SLOT}]
         shape = self.shape() if tools else None
         text = self._head(messages, shape, tools, now)
@@ -85,6 +92,24 @@ class Opening:
             "system text and parse the answer yourself.",
         )
 
+    def shows_tools(self) -> bool:
+        """Whether the template writes definitions of tools itself."""
+        try:
+            _ = self.shape()
+        except InvalidRequest:
+            return False
+        return True
+
+    def described(
+        self, system: str | None, tools: list[dict[str, Any]]
+    ) -> tuple[str | None, list[dict[str, Any]]]:
+        """The system text and the tools that the template is given: it may write calls, and no definitions."""
+        if not tools or not self.tells or self.shows_tools():
+            return system, tools
+        lines = [json.dumps(tool, ensure_ascii=False) for tool in tools]
+        told = "\n".join(["## Tools", "", "You can call these functions:", "", *lines])
+        return (told if not system else f"{system}\n\n{told}"), []
+
     def probes(self) -> list[dict[str, Any]]:
         """One tool, as the template expects it, for renders in which only messages matter."""
         return [self.shape()(_TOOL)]
@@ -116,13 +141,9 @@ class Opening:
     @staticmethod
     def _frame(text: str, answered: str, again: str) -> str | None:
         """A user's message as the template writes it, which must be the end of `text`."""
-        if not again.startswith(answered):  # the template rewrites its last answer once something follows
-            for length in range(len(text), 0, -1):
-                if again.endswith(text[-length:]):
-                    return text[-length:]
-            return None
-        frame = again[len(answered) :]
-        return frame if text.endswith(frame) else None
+        silent, later = answered.rpartition(_SAID)[2], again.rpartition(_SAID)[2]
+        frame = later.removeprefix(silent)
+        return frame if frame and text.endswith(frame) else None
 
     def _trimmed(
         self, system: str, shape: _Shape | None, tools: list[dict[str, Any]], now: datetime

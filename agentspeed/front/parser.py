@@ -43,7 +43,7 @@ class TurnParser:
         self._form = tags.calls
         self._tools = tools or {}
         starts_thinking = starts_thinking or tags.thinking
-        self._may_think = reasoning or starts_thinking
+        self._may_think = reasoning or starts_thinking or tags.thinks
         self._mode: _Mode = "reasoning" if starts_thinking else "text"
         self._held = ""
         self._call: CallReader | None = None

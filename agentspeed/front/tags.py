@@ -26,6 +26,8 @@ class Tags:
     """Ends of lines around reasoning are the template's, not the model's."""
     thinking: bool = False
     """The prompt opens the reasoning: a message begins inside of it."""
+    thinks: bool = False
+    """The template shows reasoning in every answer, so the model may always think, asked or not."""
     text_end: str = ""
     """A control token that the model may write after its text, where that token does not end the turn: calls may
     follow it."""
