@@ -19,6 +19,7 @@ from agentspeed.checking import (
 )
 from agentspeed.front.output import OutputSpec, output_spec
 from agentspeed.front.parser import TurnParser
+from agentspeed.front.tags import Tags
 from agentspeed.messages import Message, User
 from agentspeed.sampling import Sampling
 from agentspeed.tools import Tool, tools_from
@@ -123,8 +124,10 @@ def check_session(
                    "sampling=Sampling(...).")
 
 
-def ask(prompt: Prompt, output: Any, options: TurnOptions, defaults: Defaults, codec: ChatCodec) -> Asked:
-    """Raises `InvalidRequest`, `SchemaUnsupported` or TypeError for what cannot be asked for."""
+def ask(prompt: Prompt, output: Any, options: TurnOptions, defaults: Defaults, codec: ChatCodec,
+        tags: Tags | None = None) -> Asked:
+    """Raises `InvalidRequest`, `SchemaUnsupported` or TypeError for what cannot be asked for. `tags`: the marks of the
+    model's next message, where they are not those of an answer to a question."""
     given = options.get("tools")
     tools = defaults.tools if given is None else _among(tools_from(given), defaults.tools)
     spec = output_spec(output)
@@ -140,10 +143,11 @@ def ask(prompt: Prompt, output: Any, options: TurnOptions, defaults: Defaults, c
     keep = options.get("keep_on_cancel", False)
     check_flag("keep_on_cancel", keep)
     return Asked(
-        messages=messages_of(prompt), output=spec, grammar=_grammar(spec, tools, options, defaults, codec),
+        messages=messages_of(prompt), output=spec, grammar=_grammar(spec, tools, options, defaults, tags or codec.tags),
         sampling=_sampling(options, defaults), max_tokens=_max_tokens(options), stop=stops, seed=_seed(options),
         keep_on_cancel=keep, timeout=timeout,
-        parser=TurnParser(codec.tags, reasoning=defaults.reasoning, tools={tool.name: tool.schema for tool in tools}),
+        parser=TurnParser(tags or codec.tags, reasoning=defaults.reasoning,
+                          tools={tool.name: tool.schema for tool in tools}),
     )
 
 
@@ -173,7 +177,7 @@ def _among(tools: tuple[Tool, ...], known: tuple[Tool, ...]) -> tuple[Tool, ...]
 
 
 def _grammar(spec: OutputSpec | None, tools: tuple[Tool, ...], options: TurnOptions, defaults: Defaults,
-             codec: ChatCodec) -> str | None:
+             tags: Tags) -> str | None:
     choice, parallel = options.get("tool_choice", "auto"), options.get("parallel_calls", 16)
     check_count("parallel_calls", parallel)
     if not tools and choice in ("auto", "none"):
@@ -183,7 +187,7 @@ def _grammar(spec: OutputSpec | None, tools: tuple[Tool, ...], options: TurnOpti
     from agentspeed.front.grammar import turn_grammar
 
     return turn_grammar(tools=tools, tool_choice=choice, parallel_calls=parallel, output=spec,
-                        reasoning=defaults.reasoning, tags=codec.tags)
+                        reasoning=defaults.reasoning, tags=tags)
 
 
 def _sampling(options: TurnOptions, defaults: Defaults) -> wire.Sampling:

@@ -170,7 +170,9 @@ class Session:
         a turn runs, and `InvalidRequest`, `SchemaUnsupported` or `ContextOverflow` for what cannot be."""
         self._must_be_open()
         check_names(options)
-        return Turn(self, ask(prompt, output, options, self.defaults, self.codec))
+        codec, given = self.codec, [*self._pausing.due(self._mirror), *messages_of(prompt)]
+        tags = codec.tags if self._busy is not None else transcript.tags_for(self._mirror, codec, given)
+        return Turn(self, ask(prompt, output, options, self.defaults, codec, tags))
 
     @overload
     async def generate(self, prompt: Prompt = None, **options: Unpack[TurnOptions]) -> Reply[str]: ...

@@ -1,7 +1,8 @@
-"""Random conversations written into a log message by message, as sessions do, beside what the template writes at once."""
+"""Random conversations, written into a log message by message, beside what the template writes at once."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from agentspeed.front.codec import ChatCodec
 from agentspeed.front.environment import ChatTemplate, load_template
 from agentspeed.front.mirror import Mirror
 from agentspeed.front.parser import CallReady, ReasoningPiece, TextPiece, TurnParser
+from agentspeed.front.tags import Tags
 from agentspeed.messages import Message
 
 WORDS = ("Some words.", "é 😀, and more", "two\nlines here", "a {b} | c", "1", "Is it? It is", "日本語", "x" * 40)
@@ -46,19 +48,21 @@ TOOLS: list[dict[str, Any]] = [
 ]
 
 
-def folder_of(folder: Path, template: str, controls: Sequence[str], *, end: str = "", plain: Sequence[str] = ()) -> Path:
+def folder_of(
+    folder: Path, template: str, controls: Sequence[str], *, end: str = "", plain: Sequence[str] = ()
+) -> Path:
     """A model folder without weights: the shipped model's vocabulary with a family's control tokens. `plain` ones are
     added tokens that are not special."""
     raw = json.loads((NANO / "tokenizer.json").read_text())
-    first = len(raw["model"]["vocab"])
-    known = set(raw["model"]["vocab"])
+    known = raw["model"]["vocab"]
+    free = itertools.count(len(known))
     raw["added_tokens"] = []
     for token in ("<BOS>", "<EOS>", *controls, *plain):
-        if token in known or any(token == other["content"] for other in raw["added_tokens"]):
+        if any(token == other["content"] for other in raw["added_tokens"]):
             continue
         raw["added_tokens"].append(
             {
-                "id": first + len(raw["added_tokens"]),
+                "id": known[token] if token in known else next(free),
                 "content": token,
                 "single_word": False,
                 "lstrip": False,
@@ -92,9 +96,14 @@ class Log:
     def __init__(self, folder: Path, *, reasoning: bool, system: str | None, tools: bool, history: str = "template"):
         self.system, self.tools, self.reasoning = system, tools, reasoning
         self.codec = _codec(folder).view(
-            reasoning=reasoning, history=history, variables=None, system=system is not None, tools=tools  # type: ignore[arg-type]
+            reasoning=reasoning,
+            history=history,
+            variables=None,
+            system=system is not None,
+            tools=tools,  # type: ignore[arg-type]
         )
         self.template = _template(folder)
+        self.tags = self.codec.tags
         self.mirror = Mirror()
         self.mirror.append(self.codec.opening(system, TOOLS if tools else []))
         self.revisions = 0
@@ -106,11 +115,12 @@ class Log:
     def ask(self, *messages: Message) -> None:
         """Ready for the model to speak."""
         self._revise(messages, complete=True)
+        self.tags = transcript.tags_for(self.mirror, self.codec, messages)
         _ = transcript.open_reply(self.mirror, self.codec, messages)
 
     def drawn(self, said: Assistant, end: int) -> None:
         """The model says this, in its family's way, and ends its turn with `end`."""
-        raw = written(self.codec, [span.message for span in self.mirror.spans], said)
+        raw = written(self.codec, self.tags, [span.message for span in self.mirror.spans], said)
         assert self.mirror.open_at is not None
         opened = self.mirror.open_at
         self.mirror.drew([*self.codec.tokenizer.template_ids(raw), end], [])
@@ -120,7 +130,7 @@ class Log:
     def parsed(self, raw: str, said: Assistant) -> Assistant:
         """What a turn makes of what was drawn, which must be what was meant."""
         parser = TurnParser(
-            self.codec.tags, reasoning=self.reasoning, tools={tool["name"]: tool["parameters"] for tool in TOOLS}
+            self.tags, reasoning=self.reasoning, tools={tool["name"]: tool["parameters"] for tool in TOOLS}
         )
         pieces = [*parser.feed(raw), *parser.finish()]
         calls = tuple(
@@ -150,18 +160,18 @@ class Log:
             transcript.revise(self.mirror, found)
 
 
-def written(codec: ChatCodec, history: Sequence[Message], said: Assistant) -> str:
+def written(codec: ChatCodec, tags: Tags, history: Sequence[Message], said: Assistant) -> str:
     """What the model draws to say this after its prompt: as the template shows it, with the reasoning where it goes."""
-    tokenizer, tags = codec.tokenizer, codec.tags
+    tokenizer = codec.tokenizer
     prompt = tokenizer.text(codec.prompt(history))
     whole = tokenizer.text(codec.append(history, [said])[0])
     whole = whole.removesuffix(tokenizer.text(codec.closing(history)))
     hidden = bool(said.reasoning) and said.reasoning not in whole
     if whole.startswith(prompt) and not hidden:
         return whole[len(prompt) :]
-    begun = commonprefix([prompt, whole])
+    begun = commonprefix([prompt, whole])  # noqa: RUF071
     at = begun.rfind("<")
-    rest = whole[len(begun) if ">" in begun[at:] else at :]
+    rest = whole[len(begun) if at < 0 or ">" in begun[at:] else at :]
     for mark in (tags.think_open, tags.think_close):
         rest = rest.lstrip("\n").removeprefix(mark)
     if not tags.thinking and not hidden:

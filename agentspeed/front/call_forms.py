@@ -133,7 +133,14 @@ def _is_json(rest: Sequence[Part]) -> bool:
 
 
 def _cut(
-    frames: Frames, made: _Parts, start: str, end: str, two: Script | None, *, value_close: str = "", numbered: bool = False
+    frames: Frames,
+    made: _Parts,
+    start: str,
+    end: str,
+    two: Script | None,
+    *,
+    value_close: str = "",
+    numbered: bool = False,
 ) -> tuple[str, str, str, str, str]:
     """(call_close, joint, call_open, section_open, section_close) of what stands around calls."""
     close = end.removesuffix(made.shown) if end.endswith(made.shown) else end
@@ -208,9 +215,7 @@ def _with_keys(frames: Frames, made: _Parts, start: str, two: Script | None) -> 
         joint=call_joint,
         section_close=section_close,
         spaced=True,
-        keys=Keys(
-            key_open=key_open, text_open=text_open, json_open=json_open, value_close=value_close, joint=joint
-        ),
+        keys=Keys(key_open=key_open, text_open=text_open, json_open=json_open, value_close=value_close, joint=joint),
     )
 
 
@@ -231,13 +236,13 @@ def _literal(region: Sequence[Part], at: int) -> str:
 
 def _shared_start(one: str, other: str) -> str:
     """What both begin with, without a tag that only begins there."""
-    shared = commonprefix([one, other])
+    shared = commonprefix([one, other])  # noqa: RUF071
     opened = shared.rfind("<")
     return shared if opened < 0 or ">" in shared[opened:] else shared[:opened]
 
 
 def _shared_end(one: str, other: str) -> int:
-    return len(commonprefix([one[::-1], other[::-1]]))
+    return len(commonprefix([one[::-1], other[::-1]]))  # noqa: RUF071
 
 
 def _shared_text(one: str, other: str) -> str:

@@ -98,6 +98,54 @@ class CallRules:
         keys = self._form.keys
         if keys is None or not isinstance(closed, dict):
             return ""
+        close = keys.value_close.rstrip()
+        if isinstance(given, dict) and is_text(given, close):
+            return f" {self._marks.rule(keys.text_open)} {self._text(name, for_the_grammar(given), closed)}"
+        schema = dict(closed)
+        if definitions is not None:
+            schema["$defs"] = definitions
+        end = self._marks.after(keys.value_close)
+        return f" {self._marks.rule(keys.json_open)} {json_rule(schema, spaced=True)}{end}"
+
+    def _text(self, name: str, given: Schema, closed: Schema) -> str:
+        """Bare text and what closes it. A text may begin as its close does, so both are told apart in one lexeme."""
+        close = "" if self._form.keys is None else self._form.keys.value_close
+        options = texts(given)
+        if options is not None:
+            return f"({' | '.join(quoted(option) for option in options)}){self._marks.after(close)}"
+        text = f"(?s:.){{{closed.get('minLength', 0)},{closed['maxLength']}}}"
+        spelt, special = self._marks.first_special(close)
+        if special is None:
+            return self._add(f"value_{name}[lazy]", f"/{text}/ {quoted(close)}")
+        rule = f"/{text}{literal(spelt)}/{without(close.rstrip()[len(spelt) :])}"
+        return f"{self._add(f'VALUE_{name}', rule)}{self._marks.after(close[len(spelt) :])}"
+
+
+_OF_OBJECTS:
+            raise SchemaUnsupported(
+                f"The parameters of {tool.name} are no plain object, and this model writes arguments one by one.",
+                remedy="Give the tool one parameter for each value.",
+            )
+        raw = tool.schema.get("properties", {})
+        required = closed.get("required", [])
+        definitions = closed.get("$defs")
+        rules: list[str] = []
+        for at, (key, schema) in enumerate(properties.items()):
+            given = raw.get(key) if isinstance(raw, dict) else None
+            value = self._value(f"{number}_{at}", given, schema, definitions)
+            needed = isinstance(required, list) and key in required
+            rules.append(self._add(f"key_{number}_{at}", f"{self._key(key)}{value}") + ("" if needed else "?"))
+        return " ".join(rules)
+
+    def _key(self, key: str) -> str:
+        keys = self._form.keys
+        return self._marks.rule(keys.key_open + key) if keys is not None else ""
+
+    def _value(self, name: str, given: object, closed: object, definitions: object) -> str:
+        """The rest of an argument after its key."""
+        keys = self._form.keys
+        if keys is None or not isinstance(closed, dict):
+            return ""
         end = self._marks.after(keys.value_close)
         close = keys.value_close.rstrip()
         if isinstance(given, dict) and is_text(given, close):
@@ -134,4 +182,5 @@ def quoted(text: str) -> str:
 
 
 def literal(text: str) -> str:
-    return re.escape(text).replace("/", r"\/")
+    """A text as a pattern between slashes."""
+    return re.escape(text).replace("/", r"\/").replace("\\\n", r"\n").replace(r"\ ", " ")

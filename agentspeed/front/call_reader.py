@@ -28,6 +28,9 @@ class CallReader:
         self._form = form
         self._tools = tools
         self._close = form.close_mark
+        first = mark == form.trigger.lstrip()
+        self._begun = form.opening[len(form.trigger) :] if first else form.call_open[len(form.next_trigger) :]
+        """What of the opening was not taken: it stands before the name."""
         self._raw = mark if form.only_at_start else ""
         self._unread = len(self._raw)
         self._name: str | None = None
@@ -124,7 +127,7 @@ class CallReader:
     # ---- a name and a JSON object in frames of their own ----------------------------------------------------------
     def _read_framed(self, pieces: list[Piece]) -> str | None:
         if self._name is None:
-            head = _framed_head(self._form).match(self._raw)
+            head = _framed_head(self._form, self._begun).match(self._raw)
             if head is None:
                 return self._given_up(pieces)
             self._opened(head[1], pieces)
@@ -179,7 +182,7 @@ class CallReader:
     # ---- a name and arguments one by one --------------------------------------------------------------------------
     def _read_keys(self, pieces: list[Piece]) -> str | None:
         if self._name is None:
-            head = _framed_head(self._form).match(self._raw)
+            head = _framed_head(self._form, self._begun).match(self._raw)
             if head is None:
                 return self._given_up(pieces)
             if head.end() == len(self._raw):
@@ -280,7 +283,9 @@ def written_as_read(value: object) -> str:
         case _Digits():
             return str(value)
         case dict():
-            inside = ",".join(f"{json.dumps(key, ensure_ascii=False)}:{written_as_read(item)}" for key, item in value.items())
+            inside = ",".join(
+                f"{json.dumps(key, ensure_ascii=False)}:{written_as_read(item)}" for key, item in value.items()
+            )
             return f"{{{inside}}}"
         case list():
             return f"[{','.join(map(written_as_read, value))}]"
@@ -315,9 +320,9 @@ def _object_head(form: CallFormat) -> re.Pattern[str]:
 
 
 @lru_cache(maxsize=64)
-def _framed_head(form: CallFormat) -> re.Pattern[str]:
+def _framed_head(form: CallFormat, begun: str) -> re.Pattern[str]:
     """The name: after what of the opening is no tag, before what ends it."""
-    before = _lenient(form.call_open[len(form.next_trigger) :])
+    before = _lenient(begun)
     after = _lenient(form.name_end)
     if form.kind == "keys":
         ends = [_lenient(form.keys.key_open) if form.keys is not None else "", re.escape(form.close_mark)]

@@ -98,7 +98,12 @@ class CallFormat:
         pieces = [self.section_open]
         for number, call in enumerate(calls):
             pieces[-1] += (self.joint if number else "") + self.call_open
-            pieces += [json.dumps(call.name, ensure_ascii=False)[1:-1], self.name_end, self.styled(call), self.call_close]
+            pieces += [
+                json.dumps(call.name, ensure_ascii=False)[1:-1],
+                self.name_end,
+                self.styled(call),
+                self.call_close,
+            ]
         pieces[-1] += self.section_close
         return pieces
 
@@ -147,5 +152,5 @@ def _no_object(call: ToolCall) -> InvalidRequest:
     shown = call.arguments if len(call.arguments) < 200 else f"{call.arguments[:200]}..."
     return InvalidRequest(
         f"The arguments of the call of {call.name} are not an object: {shown!r}.",
-        remedy='Give the JSON text of an object, such as \'{"a": 1}\'.',
+        remedy="Give the JSON text of an object, such as '{\"a\": 1}'.",
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, final
@@ -103,6 +103,7 @@ class ChatCodec:
         tools: bool,
     ) -> None:
         self._model, self.history = model, history
+        self._calls = False
         self.tokenizer = model.tokenizer
         self._variables = {**_VARIABLES, **variables}
         self.switch = self._switch()
@@ -124,7 +125,8 @@ class ChatCodec:
         self._format = derived or DEFAULT_CALLS
         self._frames.trims.update(trims(self._frames, self._format if self._calls else None))
         self._prove(tools)
-        self.tags = self._tags(think, tools)
+        self.tags = self._base_tags(think, tools)
+        self.tags = self._tags_of([USER])
         self.generation_ids = tuple(self._frames.text_ids(self._frames.prompt([USER])))
         self.stop_ids = self._stop_ids(tools)
 
@@ -250,9 +252,7 @@ class ChatCodec:
         """Whether the template knows reasoning."""
         return self._thinks
 
-    def described(
-        self, system: str | None, tools: list[dict[str, Any]]
-    ) -> tuple[str | None, list[dict[str, Any]]]:
+    def described(self, system: str | None, tools: list[dict[str, Any]]) -> tuple[str | None, list[dict[str, Any]]]:
         """The system text and the tools that the template itself is given (`Opening.described`)."""
         return self._opening.described(system, tools)
 
@@ -398,7 +398,10 @@ class ChatCodec:
         def render(messages: list[dict[str, Any]], tools: bool, generate: bool) -> str:
             return self._model.template(messages, generate=generate, variables=self._variables)
 
-        return ways_of_calls(lambda empty, text: Skeletons(render, system=False, tools=False, empty=empty, as_text=text)) is not None
+        return (
+            ways_of_calls(lambda empty, text: Skeletons(render, system=False, tools=False, empty=empty, as_text=text))
+            is not None
+        )
 
     def _render(self, messages: list[dict[str, Any]], tools: bool, generate: bool) -> str:
         given = self._opening.probes() if tools else None
@@ -421,7 +424,6 @@ class ChatCodec:
 
     def _framed(self, think_close: str, system: bool, tools: bool) -> Frames:
         """Frames under the way of giving calls that the template understands."""
-        self._calls = False
         found = ways_of_calls(
             lambda empty, as_text: Skeletons(self._render, system=system, tools=tools, empty=empty, as_text=as_text)
         )
@@ -454,34 +456,43 @@ class ChatCodec:
             remedy="A session appends any message to any other; use a template that writes them all.",
         )
 
-    def _tags(self, think: tuple[str, str], tools: bool) -> Tags:
-        opened, closed = think
-        frames, form = self._frames, self._format
-        prompt = frames.prompt([USER])
-        answer = frames.before([USER], ANSWER).removeprefix(frames.closing([USER]))
+    def tags_after(self, history: Sequence[Message]) -> Tags:
+        """The marks of an answer to `history`: a prompt may open the reasoning, or not."""
+        shapes = self.shapes(history)
+        while shapes and shapes[-1].role == "assistant":
+            _ = shapes.pop()  # an answer that goes on, or follows another
+        try:
+            return self._tags_of(shapes or [USER])
+        except ValueError:
+            return self.tags  # it will be refused when it is asked
+
+    def _tags_of(self, shapes: Sequence[Shape]) -> Tags:
+        opened, closed = self.tags.think_open, self.tags.think_close
+        prompt = self._frames.prompt(shapes)
+        answer = self._frames.before(shapes, ANSWER).removeprefix(self._frames.closing(shapes))
         lead = answer.removeprefix(prompt) if answer.startswith(prompt) else ""
-        lead = lead.rpartition(closed)[2]
-        tail = frames.closing([USER, ANSWER])
+        bare = lead.rpartition(closed)[2]
+        return replace(
+            self.tags,
+            lead=bare if bare.isspace() else "",
+            thinking=prompt.rstrip().endswith(opened),
+            thinks=opened in lead,
+        )
+
+    def _base_tags(self, think: tuple[str, str], tools: bool) -> Tags:
+        """Without what depends on the prompt."""
+        opened, closed = think
+        form = self._format
+        tail = self._frames.closing([USER, ANSWER])
         text_end = tail if tools and self._calls and tail and form.opening.startswith(tail) else ""
-        marks = [opened, closed, text_end]
-        texts = [form.opening, form.name_end, form.call_close, form.joint, form.section_close]
+        texts = [form.opening, form.name_end, form.call_close, form.joint, form.section_close, opened, closed, text_end]
         if form.keys is not None:
             texts += [form.keys.key_open, form.keys.text_open, form.keys.json_open, form.keys.value_close]
         ids = {
-            text[start:end]: number
-            for text in [*texts, *marks]
-            for start, end, number in self.tokenizer.read_template(text)[1]
+            text[start:end]: number for text in texts for start, end, number in self.tokenizer.read_template(text)[1]
         }
         return Tags(
-            calls=form,
-            think_open=opened,
-            think_close=closed,
-            lead=lead if lead.isspace() else "",
-            roomy=self._is_roomy(closed),
-            thinking=prompt.rstrip().endswith(opened),
-            thinks=answer.startswith(prompt) and opened in answer[len(prompt) :],
-            text_end=text_end,
-            ids=ids,
+            calls=form, think_open=opened, think_close=closed, roomy=self._is_roomy(closed), text_end=text_end, ids=ids
         )
 
     def _is_roomy(self, closed: str) -> bool:

@@ -132,7 +132,7 @@ class Frames:
         silent = self.tail(shapes)
         if not open_calls(shapes):
             candidates.append(self.tail(shapes, generate=True))
-        shared = commonprefix(candidates) if candidates else silent
+        shared = commonprefix(candidates) if candidates else silent  # noqa: RUF071
         if shared.startswith(silent):
             shared = silent
         return shared[: self._seam(shared, candidates)]
@@ -176,9 +176,7 @@ class Frames:
             before = ""
         return [*ids, *self._tokenizer.content_ids(spelt)]
 
-    def filled(
-        self, part: Part, contents: Sequence[Mapping[str, str]], roles: Sequence[str], before: str
-    ) -> str:
+    def filled(self, part: Part, contents: Sequence[Mapping[str, str]], roles: Sequence[str], before: str) -> str:
         """A slot's content as the template writes it: trimmed, and made a JSON string where it is in one."""
         place, field = part.slot or (0, "")
         text = TRIMS[self.trims.get((roles[place], field, self.thought(before)), "")](contents[place][field])
@@ -219,4 +217,4 @@ def _without(region: tuple[Part, ...], done: str) -> tuple[Part, ...]:
     if not _leading(region).startswith(done):
         raise ValueError(f"it writes {_leading(region)!r} where {done!r} was certain")
     rest = region[0].text[len(done) :]
-    return ((Part(rest), *region[1:]) if rest else region[1:])
+    return (Part(rest), *region[1:]) if rest else region[1:]

@@ -65,7 +65,9 @@ class Opening:
         # The template rewrites definitions, so places do not tell; control tokens that are not its own are still seen.
         written, own = ([number for _, _, number in self._tokenizer.read_template(one)[1]] for one in (text, shadow))
         if written != own:
-            extra = self._tokenizer.text([number for number in written if written.count(number) > own.count(number)][:1])
+            extra = self._tokenizer.text(
+                [number for number in written if written.count(number) > own.count(number)][:1]
+            )
             raise InvalidRequest(
                 f"A tool's definition becomes a control token of this model{f', {extra}' if extra else ''}.",
                 remedy="Take it out: this model's template rewrites definitions, so it could not be told from its own.",
@@ -100,9 +102,7 @@ class Opening:
             return False
         return True
 
-    def described(
-        self, system: str | None, tools: list[dict[str, Any]]
-    ) -> tuple[str | None, list[dict[str, Any]]]:
+    def described(self, system: str | None, tools: list[dict[str, Any]]) -> tuple[str | None, list[dict[str, Any]]]:
         """The system text and the tools that the template is given: it may write calls, and no definitions."""
         if not tools or not self.tells or self.shows_tools():
             return system, tools
@@ -145,9 +145,7 @@ class Opening:
         frame = later.removeprefix(silent)
         return frame if frame and text.endswith(frame) else None
 
-    def _trimmed(
-        self, system: str, shape: _Shape | None, tools: list[dict[str, Any]], now: datetime
-    ) -> str:
+    def _trimmed(self, system: str, shape: _Shape | None, tools: list[dict[str, Any]], now: datetime) -> str:
         """The system text with the space around it that the template leaves."""
         given = None if shape is None else [shape(_TOOL)]
 

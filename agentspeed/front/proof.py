@@ -195,9 +195,7 @@ def _neutral(shape: Shape) -> dict[str, str]:
     return said
 
 
-def _filled(
-    frames: Frames, script: Script, shapes: Sequence[Shape], contents: Sequence[Mapping[str, str]]
-) -> str:
+def _filled(frames: Frames, script: Script, shapes: Sequence[Shape], contents: Sequence[Mapping[str, str]]) -> str:
     """A script with its slots filled, as text."""
     roles = [shape.role for shape in shapes]
     text, before = "", ""

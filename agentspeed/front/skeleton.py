@@ -20,7 +20,7 @@ Slot: TypeAlias = tuple[int, str]
 """The message's place in the conversation, and which of its contents."""
 Empty: TypeAlias = Literal["text", "none", "absent"]
 """How a template is told that a message with calls has no text."""
-_SLOT: Final = re.compile("\ue000(\\\\*)\"([0-9]+)\\.([a-z0-9.]+)\ue001")
+_SLOT: Final = re.compile('\ue000(\\\\*)"([0-9]+)\\.([a-z0-9.]+)\ue001')
 """Private-use characters that no template writes. The quote tells whether the template made JSON of the content: then it
 has a backslash before it."""
 _HELD: Final = re.compile("\ue002([0-9]+)\ue003")

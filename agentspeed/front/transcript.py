@@ -9,6 +9,7 @@ from typing import final
 from agentspeed.errors import InvalidRequest
 from agentspeed.front.codec import ChatCodec
 from agentspeed.front.mirror import Checkpoint, Mirror, Span
+from agentspeed.front.tags import Tags
 from agentspeed.messages import Assistant, Message, System, ToolCall, ToolMessage
 
 NO_RESULT = "error: the call got no result"
@@ -59,11 +60,11 @@ def revision(
     if not messages and (mirror.open_at is not None or not complete):
         return None
     messages = _in_order(unanswered(mirror), messages, complete)
-    spans = [span for span in mirror.spans if not isinstance(span.message, System)]
+    spans = [span for span in mirror.spans if _is_said(span)]
     history = [span.message for span in spans]
     new = [message for message in messages if not isinstance(message, System)]
     place = codec.first_changed(history, new, _drawn(mirror, spans), generate=complete)
-    if place is not None and 0 < place:
+    if place is not None and place > 0:
         return _rewritten(mirror, codec, spans, new, place, complete)
     if not _stray(mirror, codec):
         return None
@@ -120,7 +121,7 @@ def _drawn(mirror: Mirror, spans: Sequence[Span]) -> dict[int, list[int]]:
 
 def _said(mirror: Mirror) -> list[Message]:
     """The messages whose frames a template writes one by one."""
-    return [span.message for span in mirror.spans if not isinstance(span.message, System)]
+    return [span.message for span in mirror.spans if _is_said(span)]
 
 
 def _stray(mirror: Mirror, codec: ChatCodec) -> bool:
@@ -163,7 +164,8 @@ def _in_order(calls: Sequence[ToolCall], messages: Sequence[Message], complete: 
         waited = calls[answered.index(False)]
         raise InvalidRequest(
             f"The call {waited.id!r} of {waited.name} has no result yet, and a later one has.",
-            remedy="The model reads results in the order of its calls: add those of the earlier calls first.")
+            remedy="The model reads results in the order of its calls: add those of the earlier calls first.",
+        )
     return [*ordered, *(results[call.id] for call in calls if call.id in results)]
 
 
@@ -178,7 +180,8 @@ def _check_result(calls: Sequence[ToolCall], results: Mapping[str, ToolMessage],
     if given.call_id not in still:
         raise InvalidRequest(
             f"There is no open call {given.call_id!r} for this result of {given.name}.",
-            remedy=f"The open calls are: {', '.join(still) or 'none'}. A result follows the message with its call.")
+            remedy=f"The open calls are: {', '.join(still) or 'none'}. A result follows the message with its call.",
+        )
 
 
 def _check_system(mirror: Mirror, codec: ChatCodec, messages: Sequence[Message]) -> None:
@@ -186,7 +189,23 @@ def _check_system(mirror: Mirror, codec: ChatCodec, messages: Sequence[Message])
         if isinstance(message, System) and (place or mirror.spans or len(mirror) != len(codec.opening(None, []))):
             raise InvalidRequest(
                 "A system message stands above the conversation, and this one has begun or has a system text or tools.",
-                remedy="Give the text to Session(system=...), or say it as a user's message.")
+                remedy="Give the text to Session(system=...), or say it as a user's message.",
+            )
+
+
+def tags_for(mirror: Mirror, codec: ChatCodec, messages: Sequence[Message]) -> Tags:
+    """The marks of the model's next message: whether its prompt opens the reasoning depends on who spoke last."""
+    opened = mirror.open_at
+    if not messages and opened is not None:
+        return codec.tags_after([span.message for span in mirror.spans if span.end <= opened and _is_said(span)])
+    calls = unanswered(mirror)
+    return codec.tags_after(
+        [*_said(mirror), *(m for m in _in_order(calls, messages, True) if not isinstance(m, System))]
+    )
+
+
+def _is_said(span: Span) -> bool:
+    return not isinstance(span.message, System)
 
 
 def open_reply(mirror: Mirror, codec: ChatCodec, messages: Sequence[Message]) -> list[int]:
@@ -197,8 +216,10 @@ def open_reply(mirror: Mirror, codec: ChatCodec, messages: Sequence[Message]) ->
         return list(mirror.ids[mirror.open_at :])
     last = mirror.spans[-1].message if mirror.spans else None
     if not messages and isinstance(last, Assistant) and not unanswered(mirror):
-        raise InvalidRequest("There is nothing to answer: the last message is the model's own, and it is finished.",
-                             remedy="Give a prompt.")
+        raise InvalidRequest(
+            "There is nothing to answer: the last message is the model's own, and it is finished.",
+            remedy="Give a prompt.",
+        )
     write(mirror, codec, messages, complete=True)
     mirror.append(codec.prompt(_said(mirror)))
     mirror.open_at = len(mirror)
@@ -210,7 +231,7 @@ def settle(mirror: Mirror, codec: ChatCodec, reason: str) -> None:
     if reason not in ("stop_id", "grammar_end"):
         return
     opened = len(mirror) if mirror.open_at is None else mirror.open_at
-    earlier = [span.message for span in mirror.spans if span.end <= opened and not isinstance(span.message, System)]
+    earlier = [span.message for span in mirror.spans if span.end <= opened and _is_said(span)]
     mirror.open_at, mirror.owed = None, tuple(codec.owed(mirror.ids[opened:], earlier))
 
 
