@@ -16,6 +16,7 @@ from agentspeed.tools.keywords import Schema, for_the_grammar
 from agentspeed.tools.tool import Tool
 
 _NUMBER: Final = r"/:[0-9]{1,4}/"
+_OF_OBJECTS: Final = frozenset({"type", "properties", "required", "additionalProperties", "$defs"})
 
 
 @final
@@ -119,51 +120,6 @@ class CallRules:
             return self._add(f"value_{name}[lazy]", f"/{text}/ {quoted(close)}")
         rule = f"/{text}{literal(spelt)}/{without(close.rstrip()[len(spelt) :])}"
         return f"{self._add(f'VALUE_{name}', rule)}{self._marks.after(close[len(spelt) :])}"
-
-
-_OF_OBJECTS:
-            raise SchemaUnsupported(
-                f"The parameters of {tool.name} are no plain object, and this model writes arguments one by one.",
-                remedy="Give the tool one parameter for each value.",
-            )
-        raw = tool.schema.get("properties", {})
-        required = closed.get("required", [])
-        definitions = closed.get("$defs")
-        rules: list[str] = []
-        for at, (key, schema) in enumerate(properties.items()):
-            given = raw.get(key) if isinstance(raw, dict) else None
-            value = self._value(f"{number}_{at}", given, schema, definitions)
-            needed = isinstance(required, list) and key in required
-            rules.append(self._add(f"key_{number}_{at}", f"{self._key(key)}{value}") + ("" if needed else "?"))
-        return " ".join(rules)
-
-    def _key(self, key: str) -> str:
-        keys = self._form.keys
-        return self._marks.rule(keys.key_open + key) if keys is not None else ""
-
-    def _value(self, name: str, given: object, closed: object, definitions: object) -> str:
-        """The rest of an argument after its key."""
-        keys = self._form.keys
-        if keys is None or not isinstance(closed, dict):
-            return ""
-        end = self._marks.after(keys.value_close)
-        close = keys.value_close.rstrip()
-        if isinstance(given, dict) and is_text(given, close):
-            opened = self._marks.rule(keys.text_open)
-            return f" {opened} {self._text(name, for_the_grammar(given), closed, close)}{end}"
-        schema: Schema = {**closed, "$defs": definitions} if isinstance(definitions, dict) else closed  # type: ignore[dict-item]
-        return f" {self._marks.rule(keys.json_open)} {json_rule(schema, spaced=True)}{end}"
-
-    def _text(self, name: str, given: Schema, closed: Schema, close: str) -> str:
-        options = texts(given)
-        if options is not None:
-            return f"({' | '.join(quoted(option) for option in options)})"
-        least, most = closed.get("minLength", 0), closed["maxLength"]
-        rule = f"/(?s:.){{{least},{most}}}/{without(close)}"
-        return self._add(f"VALUE_{name}", rule)
-
-
-_OF_OBJECTS: Final = frozenset({"type", "properties", "required", "additionalProperties", "$defs"})
 
 
 def without(mark: str) -> str:
