@@ -81,6 +81,8 @@ class Session:
     ) -> None:
         check_session(system=system, sampling=sampling, private=private, tenant=tenant, seed=seed, name=name,
                       timeout=timeout, close_timeout=close_timeout, engine_options=engine_options)
+        if history_reasoning not in ("template", "keep"):
+            raise errors.InvalidRequest(f"history_reasoning is {history_reasoning!r}; it must be 'template' or 'keep'.")
         self.id = name or secrets.token_hex(4)
         self.parent: Session | None = None
         self.system = system

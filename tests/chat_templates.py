@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (templates have lines of their own)
 """Chat templates with the traits of published families, in our own writing: what each does that others do not.
 
 A trait is what decides which ids follow which: how results are grouped, when a prompt opens the reasoning, what becomes of

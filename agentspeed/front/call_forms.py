@@ -34,7 +34,7 @@ def call_format(frames: Frames, opened: Callable[[str], str]) -> CallFormat | No
     shown = frames.skeletons.script([USER, ANSWER]).tail
     two = _several(frames, word)
     beside = _beside(frames, word)
-    rest = [part for part in region[name_at + 1 :]]
+    rest = list(region[name_at + 1 :])
     lead = beside[: -len(start)] if beside is not None and start and beside.endswith(start) else ""
     space = start[: len(start) - len(start.lstrip())]
     made = _Parts(rest, one.tail, shown)

@@ -1,6 +1,6 @@
 """Reads one tool call after the mark that opened it, in whichever of the three ways its family writes calls.
 
-Space is read as it comes: what is between marks is told by the marks. A mark inside a JSON string is part of the string.
+Space is read as it comes: what is between marks is told by the marks. A mark inside a JSON string is part of it.
 """
 
 from __future__ import annotations

@@ -408,8 +408,8 @@ class ChatCodec:
         return self._model.template(messages, tools=given, generate=generate, variables=self._variables)
 
     def _prove(self, tools: bool) -> None:
-        """Raises `TemplateUnstable` where slots do not tell what the template writes; calls are proven for sessions that
-        may have some."""
+        """Raises `TemplateUnstable` where slots do not tell what the template writes. Calls are proven where some may
+        come."""
         told = problem(self._frames, None, reasoning=False)
         if told is not None:
             raise TemplateUnstable(

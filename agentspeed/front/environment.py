@@ -161,7 +161,7 @@ def _environment() -> Any:
     class Generation(Extension):
         """`{% generation %}` tells trainers what the model says; for rendering it is what stands inside."""
 
-        tags = {"generation"}
+        tags: set[str] = {"generation"}  # noqa: RUF012
 
         def parse(self, parser: Parser) -> list[nodes.Node]:
             _ = next(parser.stream)

@@ -108,7 +108,7 @@ class TurnParser:
             return False
         if not (self._between and said.isspace()):
             self._emit(said, pieces)
-        if not self._at_start and (mark == self._tags.think_open or self._form.only_at_start and not self._between):
+        if not self._at_start and (mark == self._tags.think_open or (self._form.only_at_start and not self._between)):
             self._held = self._held[place:]  # it stood at the start of what was held, and not of the message
             return True
         self._held = self._held[place + len(mark) :]

@@ -1,7 +1,7 @@
 """A conversation as its template writes it, with a slot where each content stands.
 
 The template is run with slots instead of contents, so what it decides by is kept (who speaks, which calls there are,
-whether there is reasoning) and what somebody said is not. Everything between the slots is the template's own text, where
+whether there is reasoning) and what somebody said is not. Everything between the slots is text of the template, where
 control tokens count; what fills a slot is content, where they do not. So no document can forge a turn.
 """
 
@@ -21,8 +21,8 @@ Slot: TypeAlias = tuple[int, str]
 Empty: TypeAlias = Literal["text", "none", "absent"]
 """How a template is told that a message with calls has no text."""
 _SLOT: Final = re.compile('\ue000(\\\\*)"([0-9]+)\\.([a-z0-9.]+)\ue001')
-"""Private-use characters that no template writes. The quote tells whether the template made JSON of the content: then it
-has a backslash before it."""
+"""Private-use characters that no template writes. The quote tells whether the template made JSON of the content: then
+it has a backslash before it."""
 _HELD: Final = re.compile("\ue002([0-9]+)\ue003")
 """The place of a string in the skeleton of a call's arguments."""
 _KEPT: Final = 4096
@@ -46,7 +46,7 @@ class Shape:
     """An assistant's message may have none beside its calls."""
     reasoning: bool = False
     calls: tuple[str, ...] = ()
-    """Of each call, its arguments with numbers for its strings (`arguments_skeleton`); empty where they are one text."""
+    """Of each call, its arguments with numbers for its strings (`arguments_skeleton`); empty for one text."""
     awaits: int = 0
     """Calls that wait for results, whether the template writes calls or not."""
 
@@ -112,7 +112,8 @@ class Skeletons:
     ) -> None:
         self._render = render
         self._system, self._tools = system, tools
-        self.empty, self.as_text = empty, as_text
+        self.empty: Empty = empty
+        self.as_text = as_text
         self._cached = lru_cache(maxsize=_KEPT)(self._script)
 
     def with_objects(self) -> Skeletons:

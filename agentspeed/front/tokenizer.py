@@ -61,7 +61,7 @@ class TextTokenizer:
     def content_ids(self, text: str) -> list[int]:
         """Ids of what a user, a tool or a document said: control tokens are spelt out as plain text.
 
-        Raises `InvalidRequest` for text that cannot be written as UTF-8, and for what the vocabulary has no token for."""
+        Raises `InvalidRequest` for text that is no UTF-8, and for what the vocabulary has no token for."""
         if not text:
             return []
         try:

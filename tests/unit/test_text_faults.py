@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,7 @@ def test_no_text_of_a_model_breaks_the_parser_however_it_is_split(
         for _ in range(2)
     )
     whole = [*one.feed(text), *one.finish()]
-    split = [piece for a, b in zip(edges, edges[1:], strict=False) for piece in other.feed(text[a:b])] + other.finish()
+    split = [piece for a, b in pairwise(edges) for piece in other.feed(text[a:b])] + other.finish()
     assert told(whole) == told(split)
     for piece in whole:
         if isinstance(piece, CallReady):
@@ -199,7 +200,8 @@ def test_files_are_read_as_utf8_whatever_the_machine_speaks(tmp_path: Path) -> N
     family = FAMILIES["deepseek v3.1"]
     folder = folder_of(tmp_path / "m", family.template, family.controls, plain=family.plain)
     program = (
-        "import sys\nfrom pathlib import Path\nfrom agentspeed import User\nfrom agentspeed.front.codec import ChatCodec\n"
+        "import sys\nfrom pathlib import Path\nfrom agentspeed import User\n"
+        "from agentspeed.front.codec import ChatCodec\n"
         "codec = ChatCodec(Path(sys.argv[1]))\nprint(len(codec.append([], [User('\\u65e5\\U0001f600')])[0]))\n"
     )
     environment = {**os.environ, "LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
