@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, final
 
 from agentspeed import errors
@@ -18,13 +18,14 @@ from agentspeed.checking import (
 )
 from agentspeed.front.output import OutputSpec, output_spec
 from agentspeed.front.parser import TurnParser
+from agentspeed.front.tags import Tags
 from agentspeed.messages import Message, User
 from agentspeed.sampling import Sampling
 from agentspeed.tools import Tool, tools_from
 from agentspeed.transport.base import wire
 
 if TYPE_CHECKING:
-    from agentspeed.front.codec import ChatCodec
+    from agentspeed.front.codec import ChatCodec, History
 
 Prompt: TypeAlias = "str | Message | Sequence[str | Message] | None"
 """What a turn adds before the model speaks; a string is a user's message."""
@@ -86,6 +87,8 @@ class Defaults:
     timeout: float | None
     record_logprobs: bool
     reasoning: bool
+    history_reasoning: History = "template"
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
 
 
 def check_names(options: TurnOptions) -> None:
@@ -121,8 +124,10 @@ def check_session(
                    "sampling=Sampling(...).")
 
 
-def ask(prompt: Prompt, output: Any, options: TurnOptions, defaults: Defaults, codec: ChatCodec) -> Asked:
-    """Raises `InvalidRequest`, `SchemaUnsupported` or TypeError for what cannot be asked for."""
+def ask(prompt: Prompt, output: Any, options: TurnOptions, defaults: Defaults, codec: ChatCodec,
+        tags: Tags | None = None) -> Asked:
+    """Raises `InvalidRequest`, `SchemaUnsupported` or TypeError for what cannot be asked for. `tags`: the marks of the
+    model's next message, where they are not those of an answer to a question."""
     given = options.get("tools")
     tools = defaults.tools if given is None else _among(tools_from(given), defaults.tools)
     spec = output_spec(output)
@@ -138,10 +143,11 @@ def ask(prompt: Prompt, output: Any, options: TurnOptions, defaults: Defaults, c
     keep = options.get("keep_on_cancel", False)
     check_flag("keep_on_cancel", keep)
     return Asked(
-        messages=messages_of(prompt), output=spec, grammar=_grammar(spec, tools, options, defaults, codec),
+        messages=messages_of(prompt), output=spec, grammar=_grammar(spec, tools, options, defaults, tags or codec.tags),
         sampling=_sampling(options, defaults), max_tokens=_max_tokens(options), stop=stops, seed=_seed(options),
         keep_on_cancel=keep, timeout=timeout,
-        parser=TurnParser(codec.tags, reasoning=defaults.reasoning),
+        parser=TurnParser(tags or codec.tags, reasoning=defaults.reasoning,
+                          tools={tool.name: tool.schema for tool in tools}),
     )
 
 
@@ -171,7 +177,7 @@ def _among(tools: tuple[Tool, ...], known: tuple[Tool, ...]) -> tuple[Tool, ...]
 
 
 def _grammar(spec: OutputSpec | None, tools: tuple[Tool, ...], options: TurnOptions, defaults: Defaults,
-             codec: ChatCodec) -> str | None:
+             tags: Tags) -> str | None:
     choice, parallel = options.get("tool_choice", "auto"), options.get("parallel_calls", 16)
     check_count("parallel_calls", parallel)
     if not tools and choice in ("auto", "none"):
@@ -181,7 +187,7 @@ def _grammar(spec: OutputSpec | None, tools: tuple[Tool, ...], options: TurnOpti
     from agentspeed.front.grammar import turn_grammar
 
     return turn_grammar(tools=tools, tool_choice=choice, parallel_calls=parallel, output=spec,
-                        reasoning=defaults.reasoning, tags=codec.tags)
+                        reasoning=defaults.reasoning, tags=tags)
 
 
 def _sampling(options: TurnOptions, defaults: Defaults) -> wire.Sampling:

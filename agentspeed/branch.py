@@ -196,6 +196,27 @@ class Branch:
             lambda request, branch: wire.Rewind(request=request, branch=branch, tokens=point.tokens),
             lambda _: self.mirror.back_to(point))
 
+    async def revise(self, point: Checkpoint, write: Callable[[], None]) -> None:
+        """Engine and mirror go back to `point` and on with what `write` appends, in one step: they have when this was
+        cancelled."""
+
+        async def revised(link: Connection) -> None:
+            def written(_: wire.Reply) -> None:
+                self.mirror.back_to(point)
+                write()
+
+            _ = await self._call(
+                link, lambda request: wire.Rewind(request=request, branch=self._number, tokens=point.tokens), written)
+            ids = pack_ids(self.mirror.ids[point.tokens :])
+            if ids:
+                _ = await self._call(link, lambda request: wire.Append(request=request, branch=self._number, ids=ids))
+
+        async def once() -> None:
+            link = await self.attach()
+            await whole(lambda: revised(link))
+
+        await self._again(once)
+
     async def fork(self, n: int, at: int | None) -> list[Branch]:
         """Children of what is committed when the engine forks, which a running turn goes on beyond."""
 

@@ -121,7 +121,7 @@ class Run:
         goes_on = not prompt and session._mirror.open_at is not None
         if session._state == "open" and session._pausing.waits(calls) and not by_hand and not goes_on:
             # What the turn would be refused for is refused before any of them runs.
-            _ = ask(prompt, self._output, self._options, session.defaults, session.engine.codec)
+            _ = ask(prompt, self._output, self._options, session.defaults, session.codec)
             tools = {tool.name: tool for tool in (*session.tools, *self._tools)}
             _ = await self._use_tools(calls, tuple(tools.values()))
 
@@ -234,7 +234,8 @@ async def _write(session: Session, results: tuple[ToolMessage, ...]) -> tuple[To
 
 
 async def _append(session: Session, results: list[ToolMessage]) -> None:
-    mirror, codec = session._branch.mirror, session.engine.codec
+    mirror, codec = session._branch.mirror, session.codec
+    await session._revise(results)
     await session._branch.append(lambda: _beside(results, lambda: transcript.write(mirror, codec, results)))
     session._moves += 1
 

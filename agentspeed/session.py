@@ -7,7 +7,7 @@ import itertools
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, final, overload
@@ -22,6 +22,7 @@ from agentspeed.branch import Branch, Opening
 from agentspeed.checking import check_count, check_number, check_text, is_whole, shown
 from agentspeed.engine import Engine
 from agentspeed.front import transcript
+from agentspeed.front.codec import ChatCodec, History
 from agentspeed.front.mirror import Checkpoint, Mirror
 from agentspeed.marks import Mark
 from agentspeed.messages import Assistant, Message, ToolCall, ToolMessage
@@ -53,7 +54,11 @@ class Session:
     `model`: a Hugging Face model folder or repository id, an `Engine`, or None for the model that ships with the
     package. Sessions of one model and the same `engine_options` share one engine process. A session belongs to one
     task at a time; one turn at a time. `private` rows are never shared and are dropped at the end; `tenant` separates
-    what may be shared. `record_logprobs` keeps the drawn ids' log-probabilities for `trajectory()`."""
+    what may be shared. `record_logprobs` keeps the drawn ids' log-probabilities for `trajectory()`.
+
+    `reasoning`: the model may think before it answers; switched in the template where it has a variable for that.
+    `history_reasoning`: "template" leaves out of the log what the model's template leaves out of earlier answers, which
+    computes those answers again; "keep" keeps every id. `template_variables` are given to the chat template."""
 
     def __init__(
         self,
@@ -69,11 +74,15 @@ class Session:
         timeout: float | None = None,
         record_logprobs: bool = False,
         reasoning: bool = False,
+        history_reasoning: History = "template",
+        template_variables: Mapping[str, Any] | None = None,
         close_timeout: float = 5.0,
         **engine_options: Any,
     ) -> None:
         check_session(system=system, sampling=sampling, private=private, tenant=tenant, seed=seed, name=name,
                       timeout=timeout, close_timeout=close_timeout, engine_options=engine_options)
+        if history_reasoning not in ("template", "keep"):
+            raise errors.InvalidRequest(f"history_reasoning is {history_reasoning!r}; it must be 'template' or 'keep'.")
         self.id = name or secrets.token_hex(4)
         self.parent: Session | None = None
         self.system = system
@@ -85,7 +94,8 @@ class Session:
         else:
             self.engine, self._owns_engine = Engine.shared(model, engine_options), True
         self.defaults = Defaults(tools=tools_from(tools), sampling=sampling or Sampling(), timeout=timeout,
-                                 record_logprobs=record_logprobs, reasoning=reasoning)
+                                 record_logprobs=record_logprobs, reasoning=reasoning,
+                                 history_reasoning=history_reasoning, template_variables=template_variables or {})
         self.opening = Opening(label=self.id, tenant=tenant or "", private=private, close_timeout=close_timeout,
                                seed=secrets.randbits(62) if seed is None else seed)
         self.usage = Usage()
@@ -115,7 +125,7 @@ class Session:
             self._state = "open"
             if not len(self._mirror):
                 definitions = [tool.definition() for tool in self.tools]
-                self._mirror.append(self.engine.codec.opening(self.system, definitions))
+                self._mirror.append(self.codec.opening(self.system, definitions))
             _ = await self._branch.attach()
         except BaseException:
             await self.close()
@@ -162,7 +172,9 @@ class Session:
         a turn runs, and `InvalidRequest`, `SchemaUnsupported` or `ContextOverflow` for what cannot be."""
         self._must_be_open()
         check_names(options)
-        return Turn(self, ask(prompt, output, options, self.defaults, self.engine.codec))
+        codec, given = self.codec, [*self._pausing.due(self._mirror), *messages_of(prompt)]
+        tags = codec.tags if self._busy is not None else transcript.tags_for(self._mirror, codec, given)
+        return Turn(self, ask(prompt, output, options, self.defaults, codec, tags))
 
     @overload
     async def generate(self, prompt: Prompt = None, **options: Unpack[TurnOptions]) -> Reply[str]: ...
@@ -218,8 +230,9 @@ class Session:
             if any(not isinstance(message, ToolMessage) for message in given):  # whose words close open calls
                 by_hand = {message.call_id for message in given if isinstance(message, ToolMessage)}
                 given = [*(due for due in self._pausing.due(self._mirror) if due.call_id not in by_hand), *given]
+            await self._revise(given)
             await self._branch.append(
-                lambda: _beside(given, lambda: transcript.write(self._mirror, self.engine.codec, given)))
+                lambda: _beside(given, lambda: transcript.write(self._mirror, self.codec, given)))
             self._moves += 1
             self._pausing.leave(self._mirror)
             if prefill:
@@ -359,6 +372,14 @@ class Session:
 
         return Trajectory.of(self._mirror)
 
+    @property
+    def codec(self) -> ChatCodec:
+        """Messages to ids as this session's model, system text, tools and reasoning have it."""
+        defaults = self.defaults
+        return self.engine.codec.view(
+            reasoning=defaults.reasoning, history=defaults.history_reasoning, variables=defaults.template_variables,
+            system=self.system is not None, tools=bool(defaults.tools))
+
     # ---- what it is -----------------------------------------------------------------------------------------------
     @property
     def tools(self) -> tuple[Tool, ...]:
@@ -450,7 +471,7 @@ class Session:
         """Queues the turn; gives the ids of the open message that it goes on with."""
         self._must_be_idle()
         self._busy = turn
-        codec = self.engine.codec
+        codec = self.codec
         continued: list[int] = []
 
         def write() -> list[int]:
@@ -468,6 +489,7 @@ class Session:
             turn.sink(event)
 
         try:
+            await self._revise([*self._pausing.due(self._mirror), *asked.messages], complete=True)
             await self._branch.begin(plan, heard, asked.timeout)
         except BaseException:
             self._busy = None
@@ -475,6 +497,13 @@ class Session:
         self._moves += 1
         self._pausing.overtaken()
         return continued
+
+    async def _revise(self, messages: Sequence[Message], *, complete: bool = False) -> None:
+        """Before messages are appended: what the template leaves out of earlier answers now is left out of the log."""
+        codec = self.codec
+        found = await _beside(messages, lambda: transcript.revision(self._mirror, codec, messages, complete=complete))
+        if found is not None:
+            await self._branch.revise(found.point, lambda: transcript.revise(self._mirror, found))
 
     def _turn_ended(self, turn: Turn[Any], message: Assistant) -> None:
         transcript.record(self._mirror, message, self._reply_at)
@@ -498,7 +527,7 @@ class Session:
             if kept:
                 turn.drain()
                 if self._mirror.open_at is not None:
-                    transcript.settle(self._mirror, self.engine.codec, "grammar_end")
+                    transcript.settle(self._mirror, self.codec, "grammar_end")
                 transcript.record(self._mirror, turn.message, self._reply_at)
         finally:
             self._rest(turn)

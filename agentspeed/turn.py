@@ -68,7 +68,7 @@ class Turn(Generic[T]):
         self._raw: deque[wire.Event | None] = deque()
         self._ready: deque[events.AnyEvent] = deque()
         self._wake = anyio.Event()
-        self._text: IncrementalText = session.engine.codec.tokenizer.decoder()
+        self._text: IncrementalText = session.codec.tokenizer.decoder()
         self._stops = StopFilter(asked.stop)
         self._texts: list[str] = []
         self._reasonings: list[str] = []
@@ -190,7 +190,7 @@ class Turn(Generic[T]):
                 self._ids += ids
                 self._logprobs += event.logprobs
                 self._top += [tuple((other.id, other.logprob) for other in top) for top in event.top]
-                stop_ids = self._session.engine.codec.stop_ids
+                stop_ids = self._session.codec.stop_ids
                 fresh = self._text.feed([number for number in ids if number not in stop_ids])
                 if fresh:
                     self._absorb(self._stops.feed(fresh))
@@ -205,6 +205,8 @@ class Turn(Generic[T]):
             self._pieces(self._asked.parser.feed(text))
 
     def _close_text(self) -> None:
+        if self._ended_by_itself:  # half a character of a message that goes on is the beginning of a whole one
+            self._absorb(self._stops.feed(self._text.finish()))
         self._absorb(self._stops.finish())
         self._pieces(self._asked.parser.finish())
 
@@ -256,15 +258,16 @@ class Turn(Generic[T]):
                     self._emit(events.ToolCallStarted(index=index, name=name))
                 case CallDelta(index, arguments):
                     self._emit(events.ToolCallDelta(index=index, arguments=arguments))
-                case CallReady(_, name, arguments):
-                    call = ToolCall(id=self._session._next_call_id(), name=name, arguments=arguments)
+                case CallReady(_, name, arguments, own):
+                    call = ToolCall(id=own or self._session._next_call_id(), name=name, arguments=arguments)
                     self._calls.append(call)
                     self._emit(events.ToolCallReady(call=call))
                 case CallBroken(_, raw, _, cut=True) if not self._ended_by_itself:
                     self._partial_call = raw
                 case CallBroken(_, raw, _, cut):
-                    tags = self._session.engine.codec.tags
-                    text = f"{tags.call_open}{raw}{'' if cut else tags.call_close}"
+                    tags = self._session.codec.tags
+                    opened = "" if tags.calls.only_at_start else tags.call_open
+                    text = f"{opened}{raw}{'' if cut else tags.call_close}"
                     self._texts.append(text)
                     self._emit(events.TextDelta(text=text))
 

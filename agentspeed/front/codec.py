@@ -1,209 +1,358 @@
-"""Messages to ids, appended: derived from the model's own chat template and checked to be prefix-stable.
+"""Messages to ids, only ever appended: what the model's own chat template writes, token by token.
 
-A template is run with placeholders instead of contents. What it writes around a placeholder is template text, where
-control tokens count; what replaces the placeholder is content, where they do not. So no document can forge a turn, and
-no tool's description (`front.origins`). The marks of an assistant's calls and reasoning are written here, by their ids.
+Nothing about a family is written down here: frames of every role, the format of calls and the marks of reasoning are
+read off the template (`front.frames`, `front.call_forms`) and proven on generated conversations (`front.proof`).
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, final
+from typing import Any, Final, Literal, TypeAlias, final
 
 from agentspeed.checking import is_whole
-from agentspeed.errors import ExtraMissing, InvalidRequest, ModelBroken, TemplateUnstable
-from agentspeed.front import origins
+from agentspeed.errors import InvalidRequest, ModelBroken, TemplateUnstable
+from agentspeed.front.call_forms import call_format
+from agentspeed.front.calls import DEFAULT_CALLS, numbered_id
+from agentspeed.front.environment import ChatTemplate, read_json
+from agentspeed.front.environment import load_template as load_template
+from agentspeed.front.frames import ANSWER, USER, Frames
+from agentspeed.front.opening import Opening
 from agentspeed.front.parser import CallReady, TurnParser
-from agentspeed.front.tags import DEFAULT_TAGS, Tags
+from agentspeed.front.proof import check_base, problem, trims, ways_of_calls
+from agentspeed.front.skeleton import Part, Shape, Skeletons, TextMissing, arguments_skeleton
+from agentspeed.front.tags import Tags
 from agentspeed.front.tokenizer import TextTokenizer
 from agentspeed.messages import Assistant, Message, System, ToolCall, ToolMessage, User, role_of
 
-_SLOT = "\ue000content\ue001"
-"""Stands for a message's content; private-use characters that no template writes."""
-_OPENERS: tuple[dict[str, Any], ...] = (
-    {"role": "user", "content": "a"},
-    {"role": "assistant", "content": "b"},
-)
-_TOOL: dict[str, Any] = {
-    "name": "look_up_probe", "description": "Looks something up.",
-    "parameters": {"type": "object", "properties": {"probe_word": {"type": "string"}}, "required": ["probe_word"]},
-}
-"""A definition whose name no template writes by itself."""
-_SPACE_IN_JSON = re.compile(r'("(?:[^"\\]|\\.)*")|\s+')
-"""Also matches whole strings, in which space stays."""
-_Shape: TypeAlias = Callable[[dict[str, Any]], dict[str, Any]]
-_SHAPES: tuple[_Shape, ...] = (
-    lambda definition: {"type": "function", "function": definition},
-    lambda definition: definition,
-)
-"""How templates expect tools: wrapped as most do (and as models were trained with them), or plain."""
-_CONVERSATION: list[dict[str, Any]] = [
-    {"role": "user", "content": "Some words, and more."},
-    {"role": "assistant", "content": "<think>Hm.</think>Other words, and more."},
-] * 2 + [{"role": "user", "content": "The end."}]
-
-
-class Render(Protocol):
-    """A chat template, ready to be run."""
-
-    def __call__(self, messages: list[dict[str, Any]], *, tools: list[dict[str, Any]] | None = None,
-                 generate: bool = False) -> str: ...
+History: TypeAlias = Literal["template", "keep"]
+"""What becomes of earlier reasoning: what the template does with it, or it stays."""
+_SWITCHES: Final = ("enable_thinking", "thinking")
+"""Variables by which published templates turn reasoning on and off."""
+_VARIABLES: Final = {"tools_in_user_message": False}
+"""Given to every template: tools stand above the conversation, where no message of it has to be known."""
+_PAIRS: Final = (("<think>", "</think>"), ("◁think▷", "◁/think▷"), ("[THINK]", "[/THINK]"))
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class _Frame:
-    """What the template writes before and after a content."""
+class _Model:
+    """What all codecs of one folder share."""
 
-    before: str
-    after: str
+    tokenizer: TextTokenizer
+    template: ChatTemplate
+    end_ids: frozenset[int]
+    """The model's own end-of-sequence ids."""
+    views: dict[tuple[object, ...], ChatCodec]
 
 
 @final
 class ChatCodec:
-    """For one model folder. Every method returns ids that are appended to what the log holds already."""
+    """For one model folder and one kind of session. Every method returns ids that are appended to a log."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises `ModelBroken` without a template, `TemplateUnstable` when its messages are not append-only."""
-        self.tokenizer = TextTokenizer(folder)
-        self._shape: _Shape | None = None
-        self._render = load_template(folder)
-        self._generation = self._generation_prompt()
-        self._assistant = self._frame("assistant")
-        if self._assistant.before != self._generation:
-            raise TemplateUnstable(
-                f"The template opens an assistant message with {self._assistant.before!r} but asks for one with "
-                f"{self._generation!r}.",
-                remedy="Generated ids could not stay in the log as they are; fix the template.")
-        self._user = self._frame("user")
-        self._check_stable("user", self._user)
-        self._check_prefixes()
-        self.generation_ids = tuple(self.tokenizer.template_ids(self._generation))
-        self._end_ids = tuple(self.tokenizer.template_ids(self._assistant.after))
-        self.stop_ids = self._stop_ids(folder)
-        marks = (DEFAULT_TAGS.call_open, DEFAULT_TAGS.call_close, DEFAULT_TAGS.think_open, DEFAULT_TAGS.think_close)
-        found = {mark: self.tokenizer.token_id(mark) for mark in marks}
-        self.tags = Tags(ids={mark: number for mark, number in found.items() if number is not None})
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        reasoning: bool | None = None,
+        history: History = "template",
+        variables: Mapping[str, Any] | None = None,
+        system: bool = False,
+        tools: bool = False,
+    ) -> None:
+        """Raises `ModelBroken` without a template, `TemplateUnstable` when its messages are not append-only.
+
+        `reasoning`: turns it on or off where the template can; None leaves the template its own choice. `variables` are
+        given to the template. `system` and `tools`: whether the session has them."""
+        model = _Model(TextTokenizer(folder), load_template(folder), frozenset(_end_ids(folder)), {})
+        self._set(model, reasoning, history, variables or {}, system, tools)
+
+    def view(
+        self,
+        *,
+        reasoning: bool | None,
+        history: History,
+        variables: Mapping[str, Any] | None,
+        system: bool,
+        tools: bool,
+    ) -> ChatCodec:
+        """The codec of another kind of session of the same model, made once. Raises as the constructor does, and
+        `InvalidRequest` for variables that are no JSON."""
+        given = dict(variables or {})
+        try:
+            written = json.dumps(given, sort_keys=True)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InvalidRequest(f"A template's variables must be values of JSON: {error}.") from error
+        key = (reasoning, history, written, system, tools)
+        if key not in self._model.views:
+            made = object.__new__(ChatCodec)
+            made._set(self._model, reasoning, history, given, system, tools)
+            self._model.views[key] = made
+        return self._model.views[key]
+
+    def _set(
+        self,
+        model: _Model,
+        reasoning: bool | None,
+        history: History,
+        variables: Mapping[str, Any],
+        system: bool,
+        tools: bool,
+    ) -> None:
+        self._model, self.history = model, history
+        self._calls = False
+        self.tokenizer = model.tokenizer
+        self._variables = {**_VARIABLES, **variables}
+        self.switch = self._switch()
+        if reasoning is not None and self.switch is not None and self.switch not in variables:
+            self._variables[self.switch] = reasoning
+        self._opening = Opening(model.template, self.tokenizer, self._variables, tells=self._writes_calls())
+        if tools and not self._opening.shows_tools():
+            if not self._opening.tells:
+                _ = self._opening.shape()  # raises what is missing
+            system, tools_shown = True, False
+        else:
+            tools_shown = tools
+        think = next((pair for pair in _PAIRS if pair[0] in model.template.source), _PAIRS[0])
+        self._thinks = think[0] in model.template.source or think[1] in model.template.source
+        self._frames = self._framed(think[1], system, tools_shown)
+        check_base(self._frames, think)
+        derived = call_format(self._frames, lambda text: text) if self._calls else None
+        self._calls = derived is not None
+        self._format = derived or DEFAULT_CALLS
+        self._frames.trims.update(trims(self._frames, self._format if self._calls else None))
+        self._prove(tools)
+        self.tags = self._base_tags(think, tools)
+        self.tags = self._tags_of([USER])
+        self.generation_ids = tuple(self._frames.text_ids(self._frames.prompt([USER])))
+        self.stop_ids = self._stop_ids(tools)
 
     # ---- pieces ---------------------------------------------------------------------------------------------------
     def opening(self, system: str | None, tools: list[dict[str, Any]]) -> list[int]:
-        """The log's first ids: what stands before the first message, with system text and tool definitions."""
-        messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": _SLOT}]
-        messages.append(dict(_OPENERS[0]))
-        shape = self._shape_of_tools(messages) if tools else None
-        text = self._head(messages, shape, tools)
-        if shape is None:
-            return self._around_system(text, text, system)
-        shadow = self._head(messages, shape, [origins.veiled(tool) for tool in tools])
-        if origins.unveiled(shadow) == text:
-            return self._around_system(text, shadow, system)
-        # The template rewrites definitions, so places do not tell; control tokens that are not its own are still seen.
-        written, own = ([number for _, _, number in self.tokenizer.read_template(one)[1]] for one in (text, shadow))
-        if written != own:
-            extra = self.tokenizer.text([number for number in written if written.count(number) > own.count(number)][:1])
+        """The log's first ids: what stands before the first message, with system text and tool definitions.
+
+        Raises `InvalidRequest` for a system text or tools that the template does not show to the model."""
+        return self._opening.ids(system, tools, now=datetime.now().astimezone())
+
+    def append(self, history: Sequence[Message], new: Sequence[Message], *, generate: bool = False) -> list[list[int]]:
+        """The ids of each new message, to be appended to a log of `history` that is closed (`closing`).
+
+        `generate`: the model speaks next, and `prompt` follows. Raises `InvalidRequest` for a message that this model's
+        template has not."""
+        messages = [*history, *new]
+        shapes, contents = self.shapes(messages), self._contents(messages)
+        start = len(history)
+        self._check(messages, start)
+        try:
+            regions = self._frames.parts(shapes, start, generate=generate)
+            ids: list[list[int]] = []
+            for number, region in enumerate(regions):
+                place = start + number
+                parts = self._completed(place, messages[place], self._cut(region, shapes, place, number))
+                parts.append(Part(self._frames.closing(shapes[: place + 1])))
+                ids.append(self._frames.ids(parts, contents, [shape.role for shape in shapes]))
+        except ValueError as error:
+            raise self._refusal(messages[start:], error) from error
+        return ids
+
+    def system(self, text: str) -> list[int]:
+        """A system text that comes first, after an opening without one."""
+        without, whole = self.opening(None, []), self.opening(text, [])
+        if whole[: len(without)] != without:
             raise InvalidRequest(
-                f"A tool's definition becomes a control token of this model{f', {extra}' if extra else ''}.",
-                remedy="Take it out: this model's template rewrites definitions, so it could not be told from its own.")
-        return self._around_system(text, text, system)
+                "This model's template writes a system text before what the log has already.",
+                remedy="Give the text to Session(system=...).",
+            )
+        return whole[len(without) :]
 
     def message(self, message: Message) -> list[int]:
-        """One whole message."""
+        """One whole message, as it stands after a question, or after an answer."""
+        history: list[Message] = [User("a"), Assistant("b")]
         match message:
-            case User():
-                return self._framed(self._user, self.tokenizer.content_ids(message.text))
+            case System(text=text):
+                return self.system(text)
             case Assistant():
-                return self._framed(self._assistant, self._said(message))
-            case ToolMessage() | System():
-                return self._framed(self._frame(role_of(message)), self.tokenizer.content_ids(message.text))
+                history = history[:1]
+            case ToolMessage(call_id=call_id, name=name):
+                history = [User("a"), Assistant("", tool_calls=(ToolCall(id=call_id, name=name, arguments="{}"),))]
+            case User():
+                pass
+        return self.append(history, [message])[0]
 
-    def closing(self, drawn_end: int | None) -> list[int]:
-        """What ends an assistant message: all of it for a cut one, the rest after its drawn end id otherwise."""
-        if drawn_end is None:
-            return list(self._end_ids)
-        if drawn_end in self._end_ids:
-            return list(self._end_ids[self._end_ids.index(drawn_end) + 1 :])
-        return []
-
-    def _shape_of_tools(self, messages: list[dict[str, Any]]) -> _Shape:
-        """The first one with which the template writes a tool's name; templates leave out what they do not find."""
-        if self._shape is not None:
-            return self._shape
-        why = "it writes no tool's name"
-        for shape in _SHAPES:
-            try:
-                text = self._render(messages, tools=[shape(_TOOL)])
-            except ValueError as error:
-                why = str(error)
-                continue
-            if _TOOL["name"] in text:
-                self._shape = shape
-                return shape
-        raise InvalidRequest(
-            f"This model's chat template does not show tools to the model: {why}.",
-            remedy="Use a template that writes `tools` (as tool.function.name or tool.name), or describe them in the "
-                   "system text and parse the answer yourself.")
-
-    def _head(self, messages: list[dict[str, Any]], shape: _Shape | None, tools: list[dict[str, Any]]) -> str:
-        """What the template writes before the first user's message, the last of `messages`."""
+    def prompt(self, history: Sequence[Message]) -> list[int]:
+        """What makes the model speak, after a log of `history` that is closed."""
         try:
-            text = self._render(messages, tools=None if shape is None else [shape(tool) for tool in tools])
+            return self._frames.text_ids(self._frames.prompt(self.shapes(history) or [USER]))
         except ValueError as error:
-            raise InvalidRequest(f"This model's template refuses a system message or tools: {error}.") from error
-        tail = self._user.before + "a" + self._user.after
-        if not text.endswith(tail):
-            raise TemplateUnstable("The template writes the first message differently from later ones.",
-                                   remedy="Give the system text in the first user message, or fix the template.")
-        return text[: -len(tail)]
+            raise self._refusal(history[-1:], error) from error
 
-    def _around_system(self, text: str, shadow: str, system: str | None) -> list[int]:
-        """`text` with the system text in its place; `shadow` is as long and tells what of it is the template's own."""
-        if system is None:
-            return self._own_controls(text, shadow)
-        if shadow.count(_SLOT) != 1:
-            raise InvalidRequest("This model's template does not write a system text exactly once.",
-                                 remedy="Give the system text in the first user message, or fix the template.")
-        start = shadow.index(_SLOT)
-        end = start + len(_SLOT)
-        return [*self._own_controls(text[:start], shadow[:start]), *self.tokenizer.content_ids(system),
-                *self._own_controls(text[end:], shadow[end:])]
+    def closing(self, history: Sequence[Message] = ()) -> list[int]:
+        """What is certain to follow an answer of the model after `history`, whoever speaks next."""
+        shapes = self.shapes(history) or [USER]
+        return self._frames.text_ids(self._frames.closing([*shapes, ANSWER]))
 
-    def _own_controls(self, text: str, shadow: str) -> list[int]:
-        """Ids of a text in which only the control tokens count that the template wrote itself."""
-        ids, found = self.tokenizer.read_template(text)
-        if not any(origins.is_content(shadow[start:end]) for start, end, _ in found):
-            return ids
-        ids, done = [], 0
-        for start, end, number in self.tokenizer.read_template(shadow)[1]:
-            ids += [*self.tokenizer.content_ids(text[done:start]), number]
-            done = end
-        return [*ids, *self.tokenizer.content_ids(text[done:])]
+    def owed(self, drawn: Sequence[int], history: Sequence[Message] = ()) -> list[int]:
+        """What of `closing` the ids that a model drew have not yet."""
+        closing = self.closing(history)
+        said = list(drawn[-len(closing) - 1 :])
+        if self.stray_end(said, history):
+            _ = said.pop()
+        shared = next(n for n in range(len(closing), -1, -1) if n == 0 or said[-n:] == closing[:n])
+        return closing[shared:]
 
-    def _said(self, message: Assistant) -> list[int]:
-        """What the model would have drawn to say this: each mark as its own id where it has one, all else content."""
-        self._check_raw(message)
-        tags = self.tags
-        parts: list[str | int] = []
-        if message.reasoning:
-            parts += [self._mark(tags.think_open), message.reasoning, self._mark(tags.think_close)]
-        parts.append(message.text)
-        for call in message.tool_calls:
-            parts += [self._mark(tags.call_open), _written(call), self._mark(tags.call_close)]
-        ids: list[int] = []
-        spelt = ""  # marks without an id are ordinary text, and text is tokenised in one piece
-        for part in parts:
-            if isinstance(part, str):
-                spelt += part
-            else:
-                ids += [*self.tokenizer.content_ids(spelt), part]
-                spelt = ""
-        return [*ids, *self.tokenizer.content_ids(spelt)]
+    def stray_end(self, drawn: Sequence[int], history: Sequence[Message] = ()) -> bool:
+        """Whether the last id that a model drew ends its turn and is no part of what its template writes there."""
+        return bool(drawn) and drawn[-1] in self.stop_ids and drawn[-1] not in self.closing(history)
 
-    def _mark(self, mark: str) -> str | int:
-        return self.tags.ids.get(mark, mark)
+    def first_changed(
+        self,
+        history: Sequence[Message],
+        new: Sequence[Message],
+        drawn: Mapping[int, Sequence[int]],
+        *,
+        generate: bool,
+    ) -> int | None:
+        """The first message of `history` that the template writes differently now that `new` follows.
+
+        `drawn` has the ids, the prompt's included, of answers that the model drew: they stay as they are unless the
+        template leaves out the reasoning in them."""
+        if self.history == "keep" or not history:
+            return None
+        try:
+            before, after = self.shapes(history), self.shapes([*history, *new])
+            changed = self._frames.changed(before, after, generate=generate)
+            regions = self._frames.skeletons.script(after, generate=generate).regions
+        except ValueError:
+            return None  # it will be refused when it is appended
+        hidden = next((n for n, ids in drawn.items() if self._hides(history[n], n, regions[n], ids)), None)
+        return min((n for n in (changed, hidden) if n is not None), default=None)
+
+    def _hides(self, message: Message, place: int, region: Sequence[Part], ids: Sequence[int]) -> bool:
+        """Whether the template leaves out reasoning, or its marks, that the ids of an answer have."""
+        if not self._thinks:
+            return False
+        text = "".join(part.text for part in region)
+        shown = any(part.slot == (place, "reasoning") for part in region)
+        marks = (self.tags.think_open, self.tags.think_close)
+        written = [mark in text for mark in marks]
+        thought = isinstance(message, Assistant) and bool(message.reasoning)
+        return (thought and not shown) or written != [self._holds(ids, mark) for mark in marks]
+
+    # ---- what it is -----------------------------------------------------------------------------------------------
+    @property
+    def variables(self) -> Mapping[str, Any]:
+        """What the template is given beside messages and tools."""
+        return self._variables
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the template knows reasoning."""
+        return self._thinks
+
+    def described(self, system: str | None, tools: list[dict[str, Any]]) -> tuple[str | None, list[dict[str, Any]]]:
+        """The system text and the tools that the template itself is given (`Opening.described`)."""
+        return self._opening.described(system, tools)
+
+    @property
+    def as_text(self) -> bool:
+        """Whether the template takes the arguments of calls as text, or as an object."""
+        return self._frames.skeletons.as_text
+
+    @property
+    def empty(self) -> str | None:
+        """What the template takes for the text of a message that has only calls."""
+        return "" if self._frames.skeletons.empty == "text" else None
+
+    # ---- shapes and contents --------------------------------------------------------------------------------------
+    def shapes(self, messages: Sequence[Message]) -> list[Shape]:
+        """What of messages the template may decide by."""
+        return [self._shape(message) for message in messages if not isinstance(message, System)]
+
+    def _shape(self, message: Message) -> Shape:
+        if not isinstance(message, Assistant):
+            return Shape(role_of(message))
+        calls = message.tool_calls if self._calls else ()
+        as_text = self._frames.skeletons.as_text
+        skeletons = tuple("" if as_text else arguments_skeleton(self._format.read(call))[0] for call in calls)
+        text = bool(message.text) or not calls
+        return Shape("assistant", text, bool(message.reasoning) and self._thinks, skeletons, len(message.tool_calls))
+
+    def _contents(self, messages: Sequence[Message]) -> list[dict[str, str]]:
+        contents: list[dict[str, str]] = []
+        ids: dict[str, str] = {}
+        count = 0
+        for message in messages:
+            match message:
+                case Assistant(text=text, reasoning=reasoning, tool_calls=calls):
+                    fields = {"text": text, "reasoning": reasoning}
+                    for number, call in enumerate(calls):
+                        ids[call.id] = numbered_id(call, count) if self._format.numbered else call.id
+                        fields |= {f"name{number}": call.name, f"id{number}": ids[call.id]}
+                        fields |= {f"arguments{number}": self._format.styled(call)}
+                        if self._calls and not self._frames.skeletons.as_text:
+                            strings = arguments_skeleton(self._format.read(call))[1]
+                            fields |= {f"string{number}.{at}": string for at, string in enumerate(strings)}
+                        count += 1
+                case ToolMessage(text=text, name=name, call_id=call_id):
+                    fields = {"text": text, "name": name, "id": ids.get(call_id, call_id)}
+                case User(text=text) | System(text=text):
+                    fields = {"text": text}
+            contents.append(fields)
+        return contents
+
+    def _cut(self, region: tuple[Part, ...], shapes: Sequence[Shape], place: int, number: int) -> list[Part]:
+        """A message's parts without what closed the one before it."""
+        if not number:
+            return list(region)
+        done = self._frames.closing(shapes[:place])
+        first = region[0].text if region and region[0].slot is None else ""
+        if not first.startswith(done):
+            raise ValueError(f"it writes {first!r} where {done!r} was certain")
+        return [Part(first[len(done) :]), *region[1:]] if first else list(region)
+
+    def _completed(self, place: int, message: Message, parts: list[Part]) -> list[Part]:
+        """For a template that writes no calls, or knows no reasoning: both stand where a model draws them."""
+        if not isinstance(message, Assistant):
+            return parts
+        if message.reasoning and not self._thinks:
+            thought = [Part(self.tags.think_open), Part("", (place, "reasoning")), Part(self.tags.think_close)]
+            head = parts[0].text if parts and parts[0].slot is None else ""
+            at = head.find(self._format.opening) if message.tool_calls and not message.text else -1
+            begun = head if at < 0 else head[:at]
+            parts = [Part(begun), *thought, Part(head[len(begun) :]), *parts[bool(head) :]]
+        if message.tool_calls and not self._calls:
+            pieces = self._format.written(message.tool_calls)
+            parts = [*parts, Part(pieces[0])]
+            for number in range(len(message.tool_calls)):
+                parts += [Part("", (place, f"name{number}"), 1), Part(pieces[4 * number + 2])]
+                parts += [Part("", (place, f"arguments{number}")), Part(pieces[4 * number + 4])]
+        return parts
+
+    def _holds(self, ids: Sequence[int], mark: str) -> bool:
+        number = self.tags.ids.get(mark)
+        return number in ids if number is not None else mark in self.tokenizer.text(list(ids))
+
+    # ---- refusing -------------------------------------------------------------------------------------------------
+    def _check(self, messages: Sequence[Message], start: int) -> None:
+        """Raises `InvalidRequest` for an answer that the template cannot write as it is."""
+        for message in messages[start:]:
+            if not isinstance(message, Assistant):
+                continue
+            self._check_raw(message)
+            calls, form = len(message.tool_calls), self._format
+            if calls > form.most:
+                raise InvalidRequest(
+                    f"A message has {calls} calls, and this model's template writes {form.most}.",
+                    remedy="Give parallel_calls=1, or one message for each call.",
+                )
+            if calls and message.text and not form.text_beside:
+                raise InvalidRequest(
+                    "A message has text beside its calls, and this model's template drops one of them.",
+                    remedy="Give a message with calls no text.",
+                )
 
     def _check_raw(self, message: Assistant) -> None:
         """`raw` tells how a model wrote it; what is written here is the text and the calls, which must be the same."""
@@ -212,171 +361,185 @@ class ChatCodec:
         parser = TurnParser(self.tags, reasoning=bool(message.reasoning))
         calls = [piece for piece in (*parser.feed(message.raw), *parser.finish()) if isinstance(piece, CallReady)]
         if [call.name for call in calls] != [call.name for call in message.tool_calls]:
-            raise InvalidRequest("An assistant message's raw text has other calls than its tool_calls.",
-                                 remedy="Leave raw out and give tool_calls=(ToolCall(...), ...).")
+            raise InvalidRequest(
+                "An assistant message's raw text has other calls than its tool_calls.",
+                remedy="Leave raw out and give tool_calls=(ToolCall(...), ...).",
+            )
+
+    @staticmethod
+    def _refusal(messages: Sequence[Message], error: ValueError) -> InvalidRequest:
+        if isinstance(error, InvalidRequest):
+            return error
+        role = role_of(messages[-1]) if messages else "user"
+        return InvalidRequest(
+            f"This model's template has no {role} messages here: {error}.",
+            remedy="Say it in a user message, or use a template that has them.",
+        )
 
     # ---- deriving -------------------------------------------------------------------------------------------------
-    def _frame(self, role: str) -> _Frame:
-        """What the template writes around a message of `role` that follows a user and an assistant message."""
-        history = list(_OPENERS) if role != "assistant" else list(_OPENERS[:1])
-        extra = {"tool_call_id": "c", "name": "t"} if role == "tool" else {}
-        try:
-            before = self._render(history)
-            after = self._render([*history, {"role": role, "content": _SLOT, **extra}])
-        except ValueError as error:
-            if role in ("user", "assistant"):
-                raise _refused(role, error) from error
-            raise InvalidRequest(f"This model's template has no {role} messages here: {error}.",
-                                 remedy="Say it in a user message, or use a template that has them.") from error
-        if not after.startswith(before) or after.count(_SLOT) != 1:
-            raise TemplateUnstable(f"The template changes earlier text when a {role} message follows.",
-                                   remedy="Use a template whose messages only append.")
-        head, tail = after[len(before) :].split(_SLOT)
-        return _Frame(head, tail)
-
-    def _generation_prompt(self) -> str:
-        history = list(_OPENERS[:1])
-        try:
-            plain, asking = self._render(history), self._render(history, generate=True)
-        except ValueError as error:
-            raise ModelBroken(f"The chat template cannot write a single user message: {error}.",
-                              remedy="Correct it; it is the folder's chat_template.jinja, or in tokenizer_config.json."
-                              ) from error
-        if not asking.startswith(plain) or asking == plain:
-            raise TemplateUnstable("The template has no generation prompt that only appends.",
-                                   remedy="It must honour add_generation_prompt.")
-        return asking[len(plain) :]
-
-    def _check_stable(self, role: str, frame: _Frame) -> None:
-        """The same message must look the same after any history."""
-        user, assistant = _OPENERS
-        for history in ([user, assistant], [user, assistant, user, assistant], [user]):
+    def _switch(self) -> str | None:
+        """The template's variable for reasoning, if it has one."""
+        question = [{"role": "user", "content": "a"}]
+        for name in _SWITCHES:
+            if name not in self._model.template.source:
+                continue
             try:
-                text = self._render([*history, {"role": role, "content": "x"}])
-                before = self._render(list(history))
-            except ValueError as error:
-                raise _refused(f"{role} after {history[-1]['role']}", error) from error
-            if text != before + frame.before + "x" + frame.after:
-                raise TemplateUnstable(
-                    f"The template writes a {role} message differently after {len(history)} messages.",
-                    remedy="Use a template whose messages only append.")
+                on, off = (
+                    self._model.template(question, generate=True, variables={**self._variables, name: value})
+                    for value in (True, False)
+                )
+            except ValueError:
+                continue
+            if on != off:
+                return name
+        return None
 
-    def _check_prefixes(self) -> None:
-        """What was rendered stays as it was when later messages come, whatever it contains."""
-        for number in range(1, len(_CONVERSATION)):
-            role = _CONVERSATION[number]["role"]
-            try:
-                before, after = self._render(_CONVERSATION[:number]), self._render(_CONVERSATION[: number + 1])
-            except ValueError as error:
-                raise _refused(role, error) from error
-            if not after.startswith(before):
-                raise TemplateUnstable(
-                    f"The template writes {number} earlier messages differently once a {role} message follows.",
-                    remedy="Use a template that neither cuts nor drops what was said, reasoning included.")
+    def _writes_calls(self) -> bool:
+        def render(messages: list[dict[str, Any]], tools: bool, generate: bool) -> str:
+            return self._model.template(messages, generate=generate, variables=self._variables)
 
-    def _framed(self, frame: _Frame, content: list[int]) -> list[int]:
-        return [*self.tokenizer.template_ids(frame.before), *content, *self.tokenizer.template_ids(frame.after)]
+        return (
+            ways_of_calls(lambda empty, text: Skeletons(render, system=False, tools=False, empty=empty, as_text=text))
+            is not None
+        )
 
-    def _stop_ids(self, folder: Path) -> tuple[int, ...]:
+    def _render(self, messages: list[dict[str, Any]], tools: bool, generate: bool) -> str:
+        given = self._opening.probes() if tools else None
+        return self._model.template(messages, tools=given, generate=generate, variables=self._variables)
+
+    def _prove(self, tools: bool) -> None:
+        """Raises `TemplateUnstable` where slots do not tell what the template writes. Calls are proven where some may
+        come."""
+        told = problem(self._frames, None, reasoning=False)
+        if told is not None:
+            raise TemplateUnstable(
+                f"The template cannot be appended to: {told}.", remedy="Use a template that only frames what is said."
+            )
+        told = problem(self._frames, self._format, reasoning=False) if tools and self._calls else None
+        if told is not None:
+            raise InvalidRequest(
+                f"This model's template cannot hold calls and their results: {told}.",
+                remedy="Open the session without tools, or use a template that only frames what is said.",
+            )
+
+    def _framed(self, think_close: str, system: bool, tools: bool) -> Frames:
+        """Frames under the way of giving calls that the template understands."""
+        found = ways_of_calls(
+            lambda empty, as_text: Skeletons(self._render, system=system, tools=tools, empty=empty, as_text=as_text)
+        )
+        self._calls = found is not None
+        skeletons = found or Skeletons(self._render, system=system, tools=tools)
+        try:
+            return Frames(skeletons, self.tokenizer, think_close)
+        except TextMissing as error:
+            raise TemplateUnstable(
+                f"The template leaves out what is said: {error}.", remedy="Use a template that writes every message."
+            ) from error
+        except TemplateUnstable:
+            raise
+        except ValueError as error:
+            raise self._unusable(error, system, tools) from error
+
+    def _unusable(self, error: ValueError, system: bool, tools: bool) -> Exception:
+        """Why a template cannot write the simplest conversations."""
+        try:
+            _ = self._model.template([{"role": "user", "content": "a"}], variables=self._variables)
+        except ValueError:
+            return ModelBroken(
+                f"The chat template cannot write a single user message: {error}.",
+                remedy="Correct it; it is the folder's chat_template.jinja, or in tokenizer_config.json.",
+            )
+        if system or tools:
+            return InvalidRequest(f"This model's template refuses a system message or tools: {error}.")
+        return TemplateUnstable(
+            f"The chat template refuses a message (assistant after user): {error}.",
+            remedy="A session appends any message to any other; use a template that writes them all.",
+        )
+
+    def tags_after(self, history: Sequence[Message]) -> Tags:
+        """The marks of an answer to `history`: a prompt may open the reasoning, or not."""
+        shapes = self.shapes(history)
+        while shapes and shapes[-1].role == "assistant":
+            _ = shapes.pop()  # an answer that goes on, or follows another
+        try:
+            return self._tags_of(shapes or [USER])
+        except ValueError:
+            return self.tags  # it will be refused when it is asked
+
+    def _tags_of(self, shapes: Sequence[Shape]) -> Tags:
+        opened, closed = self.tags.think_open, self.tags.think_close
+        prompt = self._frames.prompt(shapes)
+        answer = self._frames.before(shapes, ANSWER).removeprefix(self._frames.closing(shapes))
+        lead = answer.removeprefix(prompt) if answer.startswith(prompt) else ""
+        bare = lead.rpartition(closed)[2]
+        return replace(
+            self.tags,
+            lead=bare if bare.isspace() else "",
+            thinking=prompt.rstrip().endswith(opened),
+            thinks=opened in lead,
+        )
+
+    def _base_tags(self, think: tuple[str, str], tools: bool) -> Tags:
+        """Without what depends on the prompt."""
+        opened, closed = think
+        form = self._format
+        tail = self._frames.closing([USER, ANSWER])
+        text_end = tail if tools and self._calls and tail and form.opening.startswith(tail) else ""
+        texts = [form.opening, form.name_end, form.call_close, form.joint, form.section_close, opened, closed, text_end]
+        if form.keys is not None:
+            texts += [form.keys.key_open, form.keys.text_open, form.keys.json_open, form.keys.value_close]
+        ids = {
+            text[start:end]: number for text in texts for start, end, number in self.tokenizer.read_template(text)[1]
+        }
+        return Tags(
+            calls=form, think_open=opened, think_close=closed, roomy=self._is_roomy(closed), text_end=text_end, ids=ids
+        )
+
+    def _is_roomy(self, closed: str) -> bool:
+        """Whether ends of lines stand around reasoning: always where the template hides how it is written."""
+        try:
+            region = self._frames.skeletons.script([USER, Shape("assistant", reasoning=True)]).regions[1]
+        except ValueError:
+            return True
+        text = "".join("\0" if part.slot else part.text for part in region)
+        return "\0" not in text[:-1] or f"\0\n{closed}" in text or f"{closed}\n" in text
+
+    def _stop_ids(self, tools: bool) -> tuple[int, ...]:
         """Ids that end a turn: the end of an assistant message, and the model's own end-of-sequence ids."""
-        stops = set(self._end_ids[:1])
-        for name in ("generation_config.json", "config.json"):
-            path = folder / name
-            if path.is_file():
-                eos = _read_json(path).get("eos_token_id")
-                numbers = eos if isinstance(eos, list) else [] if eos is None else [eos]
-                if not all(is_whole(number) and number >= 0 for number in numbers):
-                    raise ModelBroken(f"{path} says eos_token_id is {eos!r}; it must be the number of a token, or "
-                                      "several.", remedy="Correct it; tokenizer.json has the numbers of its tokens.")
-                stops.update(numbers)
+        stops = set(self._model.end_ids)
+        closing = self.closing()
+        if not self.tags.text_end:
+            stops.update(closing[:1])
+        elif stops >= set(closing[:1]):
+            stops -= set(closing[:1])
+        if not closing:  # the family's messages end where the next one begins
+            for shapes, following in self._followers():
+                try:
+                    stops.update(self._frames.text_ids(self._frames.before(shapes, following))[:1])
+                except ValueError:
+                    continue
         return tuple(sorted(stops))
 
-
-def load_template(folder: Path) -> Render:
-    """The folder's chat template in a sandbox. Raises `ModelBroken` when there is none or it does not parse."""
-    try:
-        from jinja2 import TemplateError
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError as error:
-        raise ExtraMissing("Local models need the jinja2 package.", remedy="Install agentspeed[engine].") from error
-
-    def refuse(reason: str) -> None:
-        raise TemplateError(reason)
-
-    settings = _read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-    file = folder / "chat_template.jinja"
-    source = _read_text(file) if file.is_file() else settings.get("chat_template")
-    if not isinstance(source, str):
-        raise ModelBroken(f"{folder} has no chat template.",
-                          remedy="Put one into chat_template.jinja or tokenizer_config.json.")
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = refuse
-    try:
-        template = environment.from_string(source)
-    except TemplateError as error:
-        raise ModelBroken(f"The chat template of {folder} does not parse: {str(error).rstrip('.')}.",
-                          remedy="Correct it; it is a Jinja template.") from error
-    constants = {name: _token_text(settings.get(name)) for name in ("bos_token", "eos_token", "pad_token")}
-
-    def render(messages: list[dict[str, Any]], *, tools: list[dict[str, Any]] | None = None,
-               generate: bool = False) -> str:
-        try:
-            return template.render(messages=messages, tools=tools, add_generation_prompt=generate, **constants)
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError
-                ) as error:
-            # What a template's own expressions do with values they did not expect.
-            raise ValueError(str(error).rstrip(".") or type(error).__name__) from error
-
-    return render
+    def _followers(self) -> list[tuple[list[Shape], Shape]]:
+        pairs = [([USER, ANSWER], USER)]
+        if self._calls:
+            calls = ("" if self._frames.skeletons.as_text else arguments_skeleton({"k": "v"})[0],)
+            pairs.append(([USER, Shape("assistant", False, False, calls, 1)], Shape("tool")))
+        return pairs
 
 
-def _refused(where: str, error: ValueError) -> TemplateUnstable:
-    """For a template that raises, with its own words, where others append."""
-    return TemplateUnstable(f"The chat template refuses a message ({where}): {error}.",
-                            remedy="A session appends any message to any other; use a template that writes them all.")
-
-
-def _tojson(value: object, ensure_ascii: bool = False, indent: int | None = None,
-            separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
-    """As chat templates expect it: plain JSON, without HTML escapes."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _token_text(value: object) -> str:
-    """A token in tokenizer_config.json is a string, or an object with its content."""
-    if isinstance(value, dict):
-        return str(value.get("content", ""))
-    return value if isinstance(value, str) else ""
-
-
-def _written(call: ToolCall) -> str:
-    """A call between its marks as the grammar has a model write it: compact, `arguments` otherwise as given."""
-    try:
-        arguments: object = json.loads(call.arguments or "{}")
-    except ValueError:
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise InvalidRequest(f"The arguments of the call of {call.name} are not an object: {call.arguments!r}.",
-                             remedy='Give the JSON text of an object, such as \'{"a": 1}\'.')
-    compact = _SPACE_IN_JSON.sub(lambda found: found[1] or "", call.arguments or "{}")
-    return f'{{"name":{json.dumps(call.name)},"arguments":{compact}}}'
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelBroken(f"{path} cannot be read: {error}.", remedy="Download it again.") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    text = _read_text(path)
-    try:
-        data: object = json.loads(text)
-    except ValueError as error:
-        raise ModelBroken(f"{path} cannot be read: {error}.", remedy="Download it again.") from error
-    if not isinstance(data, dict):
-        raise ModelBroken(f"{path} holds a {type(data).__name__}, not an object.", remedy="Download it again.")
-    return data
+def _end_ids(folder: Path) -> set[int]:
+    """The end-of-sequence ids that the folder's configuration names."""
+    ends: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        if path.is_file():
+            eos = read_json(path).get("eos_token_id")
+            numbers = eos if isinstance(eos, list) else [] if eos is None else [eos]
+            if not all(is_whole(number) and number >= 0 for number in numbers):
+                raise ModelBroken(
+                    f"{path} says eos_token_id is {eos!r}; it must be the number of a token, or several.",
+                    remedy="Correct it; tokenizer.json has the numbers of its tokens.",
+                )
+            ends.update(numbers)
+    return ends

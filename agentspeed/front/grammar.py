@@ -6,15 +6,15 @@ The engine runs what is written here without knowing what it means. Whitespace i
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from typing import Final
 
 from agentspeed.errors import InvalidRequest
+from agentspeed.front.call_grammar import CallRules, Marks, ending, literal, quoted, without
 from agentspeed.front.output import Choice, OutputSpec, Regex, Schema
 from agentspeed.front.tags import DEFAULT_TAGS, Tags
-from agentspeed.tools.bounds import DEFAULT_BOUNDS, Bounds, bounded
+from agentspeed.tools.bounds import DEFAULT_BOUNDS, Bounds
 from agentspeed.tools.grammars import HEAD, check_grammar, json_rule
 from agentspeed.tools.tool import Tool
 
@@ -86,15 +86,20 @@ class _Rules:
 
     def __init__(self, tags: Tags, reasoning: bool) -> None:
         self._tags = tags
-        self._reasoning = reasoning
+        self._reasoning = reasoning or tags.thinking or tags.thinks
         self._rules: dict[str, str] = {}
+        self._marks = Marks(tags.ids)
         # Beside a reasoning rule other text must not begin as reasoning, or a mark inside it would count as a call.
-        not_thought = f" & ~/{_literal(tags.think_open)}(?s:.*)/" if reasoning else ""
+        apart = self._reasoning and not tags.thinking
+        not_thought = f" & ~/{literal(tags.think_open)}(?s:.*)/" if apart else ""
         self._any = f"/(?s:.*)/{not_thought}"
 
     def free_text(self) -> str:
         """Any text in which no call is opened."""
-        return self._add("FREE", f"{self._any}{_without(self._tags.call_open)}")
+        trigger, form = self._tags.call_open, self._tags.calls
+        no_call = f" & ~/\\s*{literal(trigger)}(?s:.*)/" if form.only_at_start else without(trigger)
+        free = self._add("FREE", f"{self._any}{no_call}")
+        return f"{free} {self._marks.rule(self._tags.text_end)}?" if self._tags.text_end else free
 
     def output(self, spec: OutputSpec) -> str:
         """Exactly one value of the shape."""
@@ -104,66 +109,52 @@ class _Rules:
             case Regex():
                 return self._add("OUTPUT", f"/{_slashed(spec.pattern)}/ & /(?s:.){{0,{spec.max_chars}}}/")
             case Choice():
-                return self._add("output", " | ".join(_quoted(option) for option in spec.options))
+                return self._add("output", " | ".join(quoted(option) for option in spec.options))
 
     def calls(self, tools: Sequence[Tool], most: int, bounds: Bounds, *, after_text: bool) -> str:
         """One to `most` calls, the first perhaps after some text."""
-        names = [self._add(f"call_{number}", _call_body(tool, bounds)) for number, tool in enumerate(tools)]
-        body = f"({' | '.join(names)}) {self._mark(self._tags.call_close)}"
-        opened = self._mark(self._tags.call_open)
-        _ = self._add("call", f"{opened} {body}")
-        rest = f" call{{0,{most - 1}}}" if most > 1 else ""
-        if not after_text:
-            return self._add("calls", f"call{rest}")
-        if self._special(self._tags.call_open):
-            _ = self._add("TEXT", f"{self._any}{_without(self._tags.call_open)}")
-            return self._add("calls", f"TEXT {opened} {body}{rest}")
+        form = self._tags.calls
+        rules = CallRules(form, self._marks, self._add)
+        names = [rules.body(number, tool, bounds) for number, tool in enumerate(tools)]
+        body = f"({' | '.join(names)})"
+        most = min(most, form.most)
+        _ = self._add("call", f"{self._marks.rule(form.joint + form.call_open)} {body}")
+        rest = (f" call{{0,{most - 1}}}" if most > 1 else "") + self._marks.after(form.section_close)
+        opening = form.opening
+        if not after_text or not form.text_beside or form.only_at_start:
+            return self._add("calls", f"{self._marks.rule(opening)} {body}{rest}")
+        spelt, special = self._marks.first_special(opening)
+        if special is not None:
+            text = self._add("TEXT", f"{self._any}{without(self._tags.call_open)}{ending(spelt)}")
+            return self._add("calls", f"{text} {self._marks.rule(opening[len(spelt) :])} {body}{rest}")
+        trigger = self._tags.call_open
         _ = self._add("TEXT", self._any)
-        _ = self._add("opening[lazy]", f"TEXT {opened}")
-        return self._add("calls", f"opening {body}{rest}")
+        _ = self._add("opening[lazy]", f"TEXT {self._marks.rule(trigger)}")
+        return self._add("calls", f"opening{self._marks.after(opening[len(trigger) :])} {body}{rest}")
 
     def source(self, ends: Sequence[str]) -> str:
         """The whole grammar: reasoning if it is allowed, then one of the ends."""
-        thought = f"{self._thought()}? " if self._reasoning else ""
-        start = f"start: {thought}({' | '.join(ends)})"
+        before = ""
+        if self._reasoning:
+            room = self._add("ROOM", r"/\n{0,2}/") if self._tags.roomy else ""
+            before = f"({self._thought()} {room}){'' if self._tags.thinking else '?'} "
+        if self._tags.lead and not self._tags.thinking:
+            before += f"{quoted(self._tags.lead)}? "
+        start = f"start: {before}({' | '.join(ends)})"
         return "\n".join([HEAD, start, *(f"{name}: {rule}" for name, rule in self._rules.items())]) + "\n"
 
     def _thought(self) -> str:
         closing = self._tags.think_close
-        if self._special(closing):
-            _ = self._add("THOUGHT", f"/(?s:.*)/{_without(closing)}")
-            return self._add("thought", f"{self._mark(self._tags.think_open)} THOUGHT {self._mark(closing)}")
-        _ = self._add("thinking[lazy]", f"/(?s:.*)/ {self._mark(closing)}")
-        return self._add("thought", f"{self._mark(self._tags.think_open)} thinking")
-
-    def _special(self, mark: str) -> bool:
-        return mark in self._tags.ids
-
-    def _mark(self, mark: str) -> str:
-        return f"<[{self._tags.ids[mark]}]>" if self._special(mark) else _quoted(mark)
+        opened = "" if self._tags.thinking else f"{self._marks.rule(self._tags.think_open)} "
+        if closing in self._tags.ids:
+            _ = self._add("THOUGHT", f"/(?s:.*)/{without(closing)}")
+            return self._add("thought", f"{opened}THOUGHT {self._marks.rule(closing)}")
+        _ = self._add("thinking[lazy]", f"/(?s:.*)/ {self._marks.rule(closing)}")
+        return self._add("thought", f"{opened}thinking")
 
     def _add(self, name: str, rule: str) -> str:
         self._rules[name] = rule
         return name.partition("[")[0]
-
-
-def _without(mark: str) -> str:
-    """Text in which a mark is spelt out is forbidden even where the mark is a special token: who reads the text, the
-    parser too, could not tell them apart."""
-    return f" & ~/(?s:.*){_literal(mark)}(?s:.*)/"
-
-
-def _call_body(tool: Tool, bounds: Bounds) -> str:
-    head = '{"name":' + json.dumps(tool.name) + ',"arguments":'
-    return f"{_quoted(head)} {json_rule(bounded(tool.schema, bounds))} {_quoted('}')}"
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
-
-
-def _literal(text: str) -> str:
-    return re.escape(text).replace("/", r"\/")
 
 
 def _slashed(pattern: str) -> str:

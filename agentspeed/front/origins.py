@@ -25,6 +25,14 @@ def veiled(definition: dict[str, Any]) -> dict[str, Any]:
     return {_keyword(key): _veiled(value, key) for key, value in definition.items()}
 
 
+def covered(text: str) -> str:
+    """A text that is content as a whole: as long, and without a control token of its own."""
+    return "".join(
+        character if ord(character) > 0xFFFF or character.isspace() else chr(ord(character) + _STAND_INS)
+        for character in text
+    )
+
+
 def unveiled(text: str) -> str:
     """What a text with stand-ins is without them."""
     return text.translate(_UNVEIL)

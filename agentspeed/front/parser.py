@@ -6,82 +6,54 @@ what may become a mark is kept back until it is one or cannot be one.
 
 from __future__ import annotations
 
-import json
-import re
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Final, Literal, TypeAlias, final
 
 from agentspeed.errors import InvalidRequest
+from agentspeed.front.call_reader import CallReader
+from agentspeed.front.pieces import CallBroken as CallBroken
+from agentspeed.front.pieces import CallDelta as CallDelta
+from agentspeed.front.pieces import CallOpened as CallOpened
+from agentspeed.front.pieces import CallReady as CallReady
+from agentspeed.front.pieces import Piece as Piece
+from agentspeed.front.pieces import ReasoningPiece as ReasoningPiece
+from agentspeed.front.pieces import TextPiece as TextPiece
+from agentspeed.front.pieces import mark_started
 from agentspeed.front.tags import DEFAULT_TAGS, Tags
+from agentspeed.tools.keywords import Schema
 
-
-@dataclass(frozen=True, slots=True)
-class TextPiece:
-    """Text for the user."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class ReasoningPiece:
-    """Text between the reasoning marks."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class CallOpened:
-    """A call whose tool is known; its arguments are still arriving."""
-
-    index: int
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class CallDelta:
-    """More of a call's arguments, as JSON text."""
-
-    index: int
-    arguments: str
-
-
-@dataclass(frozen=True, slots=True)
-class CallReady:
-    """A whole call. `arguments` is the JSON text of an object."""
-
-    index: int
-    name: str
-    arguments: str
-
-
-@dataclass(frozen=True, slots=True)
-class CallBroken:
-    """Something between call marks that is not a call: only without a grammar, or when a turn was `cut` inside it."""
-
-    index: int
-    raw: str
-    why: str
-    cut: bool = False
-
-
-Piece: TypeAlias = TextPiece | ReasoningPiece | CallOpened | CallDelta | CallReady | CallBroken
 _Mode: TypeAlias = Literal["text", "reasoning", "call"]
-
-_HEAD: Final = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)')
+_SPACE: Final = " \t\r\n"
 
 
 @final
 class TurnParser:
-    """The parser of one turn. `starts_thinking` is for templates that end a prompt with the opening reasoning mark."""
+    """The parser of one turn. `starts_thinking` is for templates that end a prompt with the opening reasoning mark;
+    `tools` are the parameters of each tool by name, by which values without quotes are read."""
 
-    def __init__(self, tags: Tags = DEFAULT_TAGS, *, reasoning: bool = False, starts_thinking: bool = False) -> None:
+    def __init__(
+        self,
+        tags: Tags = DEFAULT_TAGS,
+        *,
+        reasoning: bool = False,
+        starts_thinking: bool = False,
+        tools: Mapping[str, Schema] | None = None,
+    ) -> None:
         self._tags = tags
-        self._may_think = reasoning or starts_thinking
+        self._form = tags.calls
+        self._tools = tools or {}
+        starts_thinking = starts_thinking or tags.thinking
+        self._may_think = reasoning or starts_thinking or tags.thinks
         self._mode: _Mode = "reasoning" if starts_thinking else "text"
         self._held = ""
-        self._call: _CallReader | None = None
+        self._call: CallReader | None = None
         self._calls = 0
         self._at_start = True
+        self._between = False
+        """After a call: space is none of the text, and the next call needs no opening of its own."""
+        self._lead = "" if starts_thinking else tags.lead
+        self._fresh = starts_thinking and tags.roomy
+        """Ends of lines that come now are the template's."""
         self._done = False
 
     def feed(self, text: str) -> list[Piece]:
@@ -89,7 +61,7 @@ class TurnParser:
         if self._done:
             raise InvalidRequest("feed() after finish(): a parser serves one turn.", remedy="Make a new TurnParser.")
         pieces: list[Piece] = []
-        if self._call is None and not self._held and not any(mark[0] in text for mark in self._marks()):
+        if self._is_plain(text):
             self._emit(text, pieces)  # nearly every delta: nothing in it can be part of a mark
             return pieces
         self._held += text
@@ -103,178 +75,139 @@ class TurnParser:
         if self._call is not None:
             pieces.extend(self._call.cut_short())
         elif self._held:
-            pieces.append(self._piece(self._held))
+            rest = self._without_end(self._held)
+            if not (self._between and rest.isspace()):
+                self._emit(rest, pieces)
         self._held, self._call, self._done = "", None, True
         return pieces
+
+    def _is_plain(self, text: str) -> bool:
+        waits = self._call is not None or self._held or self._lead or self._fresh or self._between
+        return not waits and not any(mark[0] in text for mark in self._marks())
 
     def _step(self, pieces: list[Piece]) -> bool:
         """Consumes up to the next mark; False when more text is needed."""
         if self._call is not None:
             return self._step_call(self._call, pieces)
+        if not self._led():
+            return False
         marks = self._marks()
         found = _first_mark(self._held, marks)
         if found is None:
-            safe = len(self._held) - _mark_started(self._held, marks)
+            safe = len(self._held) - mark_started(self._held, marks)
+            if self._between and self._held[:safe].isspace():
+                safe = 0
             self._emit(self._held[:safe], pieces)
             self._held = self._held[safe:]
             return False
         place, mark = found
-        self._emit(self._held[:place], pieces)
-        if mark == self._tags.think_open and not self._at_start:
+        said = self._held[:place]
+        if self._may_go_on(mark, self._held[place:], marks):
+            self._emit(said, pieces)
             self._held = self._held[place:]
+            return False
+        if not (self._between and said.isspace()):
+            self._emit(said, pieces)
+        if not self._at_start and (mark == self._tags.think_open or (self._form.only_at_start and not self._between)):
+            self._held = self._held[place:]  # it stood at the start of what was held, and not of the message
             return True
         self._held = self._held[place + len(mark) :]
         self._enter(mark)
         return True
 
-    def _step_call(self, call: _CallReader, pieces: list[Piece]) -> bool:
+    @staticmethod
+    def _may_go_on(mark: str, rest: str, marks: tuple[str, ...]) -> bool:
+        """Whether what is a mark now may be the beginning of a longer one."""
+        return any(len(other) > len(rest) and other.startswith(rest) and other != mark for other in marks)
+
+    def _led(self) -> bool:
+        """Leaves out what stands before a text and is none of it; False when more text is needed to tell."""
+        if self._fresh:
+            self._held = self._held.lstrip("\n")
+            if not self._held:
+                return False
+            self._fresh = False
+        if self._lead:
+            if self._may_think:
+                bare = self._held.lstrip(_SPACE)
+                if self._tags.think_open.startswith(bare) and len(bare) < len(self._tags.think_open):
+                    return False
+                if bare.startswith(self._tags.think_open):
+                    self._held, self._lead = bare, ""
+                    return True
+            if self._lead.startswith(self._held) and len(self._held) < len(self._lead):
+                return False
+            self._held = self._held.removeprefix(self._lead)
+            self._lead = ""
+        return True
+
+    def _step_call(self, call: CallReader, pieces: list[Piece]) -> bool:
         rest = call.read(self._held, pieces)
         if rest is None:
             self._held = ""
             return False
-        self._held, self._call = rest, None
+        self._held, self._call, self._between = rest, None, True
         return True
 
     def _marks(self) -> tuple[str, ...]:
+        tags, form = self._tags, self._form
         if self._mode == "reasoning":
-            return (self._tags.think_close,)
+            closed = tags.think_close
+            return (closed, f"\n{closed}") if tags.roomy else (closed,)
+        if form.only_at_start and not self._at_start and not self._between:
+            calls: tuple[str, ...] = ()
+        else:
+            calls = _with_lead(form.lead, form.trigger)
+        if self._between:
+            calls += _with_lead(form.joint, form.next_trigger)
+            end = form.section_close.strip(_SPACE)
+            calls += (end,) if end else ()
         if self._may_think and self._at_start:
-            return (self._tags.call_open, self._tags.think_open)
-        return (self._tags.call_open,)
+            calls += (tags.think_open,)
+        return (*calls, tags.text_end) if tags.text_end else calls
 
     def _enter(self, mark: str) -> None:
-        if mark == self._tags.call_open:
-            self._call = _CallReader(self._calls, self._tags.call_close)
+        tags, form = self._tags, self._form
+        bare = mark.lstrip(_SPACE)
+        if self._mode == "reasoning":
+            self._mode, self._at_start, self._fresh = "text", False, tags.roomy
+        elif mark == tags.think_open:
+            self._mode, self._at_start, self._fresh = "reasoning", False, tags.roomy
+        elif self._between and bare == form.section_close.strip(_SPACE):
+            pass
+        elif bare in (form.trigger.lstrip(_SPACE), form.next_trigger.lstrip(_SPACE)):
+            self._call = CallReader(self._calls, form, bare, self._tools)
             self._calls += 1
-            self._at_start = False
-        elif mark == self._tags.think_open:
-            self._mode, self._at_start = "reasoning", False
-        else:
-            self._mode, self._at_start = "text", False
+            self._at_start = self._between = False
+
+    def _without_end(self, text: str) -> str:
+        """The end of a turn's text without what only may follow a text."""
+        return text.removesuffix(self._tags.text_end) if self._tags.text_end else text
 
     def _emit(self, text: str, pieces: list[Piece]) -> None:
         if not text:
             return
-        if self._mode == "text" and not text.isspace():
-            self._at_start = False
+        if self._mode == "text":
+            if not text.isspace():
+                self._at_start = False
+            self._between = False
         pieces.append(self._piece(text))
 
     def _piece(self, text: str) -> Piece:
         return ReasoningPiece(text) if self._mode == "reasoning" else TextPiece(text)
 
 
-class _CallReader:
-    """Reads one call between its marks; a mark inside a JSON string is part of the string."""
-
-    def __init__(self, index: int, close: str) -> None:
-        self._index = index
-        self._close = close
-        self._raw = ""
-        self._name: str | None = None
-        self._arguments_at = 0
-        self._arguments_end: int | None = None
-        self._sent = 0
-        self._json = _JsonDepth()
-
-    def read(self, text: str, pieces: list[Piece]) -> str | None:
-        """Takes what belongs to the call; gives what follows its closing mark, or None while it is open."""
-        fresh = len(self._raw)
-        self._raw += text
-        for place in range(fresh, len(self._raw)):
-            if self._json.take(self._raw[place]) == 1 and self._arguments_end is None:
-                self._arguments_end = place + 1
-            if self._json.in_string or not self._raw.endswith(self._close, 0, place + 1):
-                continue
-            rest = self._raw[place + 1 :]
-            self._raw = self._raw[: place + 1 - len(self._close)]
-            self._progress(pieces)
-            pieces.append(self._whole())
-            return rest
-        self._progress(pieces)
-        return None
-
-    def cut_short(self) -> list[Piece]:
-        """The turn ended inside the call."""
-        body = self._raw
-        for length in range(min(len(body), len(self._close) - 1), 0, -1):
-            if body.endswith(self._close[:length]):
-                self._raw = body[:-length]
-                break
-        return [self._whole(cut=True)]
-
-    def _progress(self, pieces: list[Piece]) -> None:
-        """Announces the name once it is certain, and arguments as far as they go."""
-        if self._name is None:
-            head = _HEAD.match(self._raw)
-            if head is None:
-                return
-            self._name = str(json.loads(head[1]))
-            self._arguments_at = self._sent = head.end()
-            pieces.append(CallOpened(self._index, self._name))
-        end = self._arguments_end
-        if end is None:
-            end = len(self._raw) - (0 if self._json.in_string else _mark_started(self._raw, (self._close,)))
-        if end > self._sent:
-            pieces.append(CallDelta(self._index, self._raw[self._sent : end]))
-            self._sent = end
-
-    def _whole(self, *, cut: bool = False) -> Piece:
-        try:
-            call = json.loads(self._raw)
-        except json.JSONDecodeError as error:
-            why = f"it {'was cut short' if cut else 'is not a call'}: {error}"
-            return CallBroken(self._index, self._raw, why, cut)
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            return CallBroken(self._index, self._raw, 'it has no "name"', cut)
-        arguments = call.get("arguments", {})
-        if not isinstance(arguments, dict):
-            return CallBroken(self._index, self._raw, 'its "arguments" are not an object', cut)
-        exact = self._raw[self._arguments_at : self._arguments_end] if self._name is not None else ""
-        written = exact or json.dumps(arguments, ensure_ascii=False, separators=(",", ":"))
-        return CallReady(self._index, call["name"], written)
-
-
-class _JsonDepth:
-    """How deep inside JSON a character is, and whether it is inside a string."""
-
-    __slots__ = ("_depth", "_escaped", "in_string")
-
-    def __init__(self) -> None:
-        self._depth = 0
-        self._escaped = False
-        self.in_string = False
-
-    def take(self, character: str) -> int | None:
-        """The depth that a closing bracket goes back to; None for any other character."""
-        if self.in_string:
-            if self._escaped:
-                self._escaped = False
-            elif character == "\\":
-                self._escaped = True
-            elif character == '"':
-                self.in_string = False
-        elif character == '"':
-            self.in_string = True
-        elif character in "{[":
-            self._depth += 1
-        elif character in "}]":
-            self._depth -= 1
-            return self._depth
-        return None
+def _with_lead(lead: str, mark: str) -> tuple[str, ...]:
+    return (lead + mark, mark) if lead and mark else (mark,) if mark else ()
 
 
 def _first_mark(text: str, marks: tuple[str, ...]) -> tuple[int, str] | None:
-    found = [(place, mark) for mark in marks if (place := text.find(mark)) >= 0]
-    return min(found) if found else None
-
-
-def _mark_started(text: str, marks: tuple[str, ...]) -> int:
-    """How many characters at the end of the text may be the beginning of a mark."""
-    longest = min(len(text), max(map(len, marks)) - 1)
-    for length in range(longest, 0, -1):
-        if any(mark.startswith(text[-length:]) for mark in marks if len(mark) > length):
-            return length
-    return 0
+    """The first mark, and of those that begin there the longest."""
+    found = [(place, -len(mark), mark) for mark in marks if (place := text.find(mark)) >= 0]
+    if not found:
+        return None
+    place, _, mark = min(found)
+    return place, mark
 
 
 def _joined(pieces: list[Piece]) -> list[Piece]:

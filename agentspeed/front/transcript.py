@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import final
 
 from agentspeed.errors import InvalidRequest
 from agentspeed.front.codec import ChatCodec
-from agentspeed.front.mirror import Mirror, Span
+from agentspeed.front.mirror import Checkpoint, Mirror, Span
+from agentspeed.front.tags import Tags
 from agentspeed.messages import Assistant, Message, System, ToolCall, ToolMessage
 
 NO_RESULT = "error: the call got no result"
@@ -21,12 +24,113 @@ def write(mirror: Mirror, codec: ChatCodec, messages: Sequence[Message], *, comp
     messages = _in_order(unanswered(mirror), messages, complete)
     _check_system(mirror, codec, messages)
     _record_open(mirror, codec)
-    mirror.append(codec.closing(None) if mirror.open_at is not None else mirror.owed)
-    mirror.open_at, mirror.owed = None, ()
-    for message in messages:
+    if mirror.open_at is not None:
+        settle(mirror, codec, "grammar_end")
+    history = _said(mirror)
+    if messages and isinstance(messages[0], System):
+        written = [codec.system(messages[0].text), *codec.append(history, messages[1:], generate=complete)]
+    else:
+        written = codec.append(history, messages, generate=complete)
+    stray = _stray(mirror, codec)
+    mirror.append(mirror.owed)
+    mirror.owed = ()
+    for message, ids in zip(messages, written, strict=True):
         start = len(mirror)
-        mirror.append(codec.message(message))
+        mirror.append(ids[1:] if stray and ids[:1] == list(mirror.ids[-1:]) else ids)
+        stray = False
         mirror.spans.append(Span(message, start, len(mirror)))
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """What of a log its template writes differently now: it goes back to `point`, and on with `messages`."""
+
+    point: Checkpoint
+    messages: tuple[tuple[Message, tuple[int, ...]], ...]
+
+
+def revision(
+    mirror: Mirror, codec: ChatCodec, messages: Sequence[Message], *, complete: bool = False
+) -> Revision | None:
+    """What has to be rewritten before `messages` are appended: earlier reasoning that the template leaves out once they
+    are there, and the end of an answer that is not how its template ends one. None where the log can stay.
+
+    Raises as `write` does."""
+    if not messages and (mirror.open_at is not None or not complete):
+        return None
+    messages = _in_order(unanswered(mirror), messages, complete)
+    spans = [span for span in mirror.spans if _is_said(span)]
+    history = [span.message for span in spans]
+    new = [message for message in messages if not isinstance(message, System)]
+    place = codec.first_changed(history, new, _drawn(mirror, spans), generate=complete)
+    if place is not None and place > 0:
+        return _rewritten(mirror, codec, spans, new, place, complete)
+    if not _stray(mirror, codec):
+        return None
+    following = codec.append(history, new, generate=complete)[0] if new else codec.prompt(history)
+    if not mirror.owed and following[:1] == list(mirror.ids[-1:]):
+        return None  # the model drew the beginning of what comes next
+    end = len(mirror) - 1
+    last = mirror.spans[-1]
+    kept = (*mirror.spans[:-1], Span(last.message, last.start, end))
+    return Revision(Checkpoint(end, kept, None, mirror.owed), ())
+
+
+def revise(mirror: Mirror, given: Revision) -> None:
+    """Carries a revision out."""
+    mirror.back_to(given.point)
+    for message, ids in given.messages:
+        start = len(mirror)
+        mirror.append(ids)
+        mirror.spans.append(Span(message, start, len(mirror)))
+
+
+def _rewritten(
+    mirror: Mirror, codec: ChatCodec, spans: Sequence[Span], new: Sequence[Message], place: int, complete: bool
+) -> Revision | None:
+    """From the first message on that is written differently; None where the log has it so already."""
+    history = [span.message for span in spans]
+    again = [_as_told(message) for message in history[place:]]
+    written = codec.append(history[:place], [*again, *new], generate=complete)[: len(again)]
+    start, before = spans[place].start, spans[place - 1]
+    if start == before.end and isinstance(before.message, Assistant):  # nothing has closed the answer before it
+        written[0] = [*codec.owed(mirror.ids[before.start : before.end], history[: place - 1]), *written[0]]
+    ids = [number for message in written for number in message]
+    if list(mirror.ids[start:]) == ids:
+        return None
+    pairs = zip(history[place:], map(tuple, written), strict=True)
+    return Revision(Checkpoint(start, tuple(mirror.spans[: mirror.spans.index(spans[place])]), None, ()), tuple(pairs))
+
+
+def _as_told(message: Message) -> Message:
+    """A message by what it says, and not by how a model drew it."""
+    if isinstance(message, Assistant):
+        return Assistant(message.text, message.tool_calls, message.reasoning)
+    return message
+
+
+def _drawn(mirror: Mirror, spans: Sequence[Span]) -> dict[int, list[int]]:
+    """The ids of answers that a model drew, prompts included, by their place."""
+    return {
+        place: list(mirror.ids[span.start : span.end])
+        for place, span in enumerate(spans)
+        if isinstance(span.message, Assistant) and mirror.made.find(1, span.start, span.end) >= 0
+    }
+
+
+def _said(mirror: Mirror) -> list[Message]:
+    """The messages whose frames a template writes one by one."""
+    return [span.message for span in mirror.spans if _is_said(span)]
+
+
+def _stray(mirror: Mirror, codec: ChatCodec) -> bool:
+    """Whether the log ends in an end id that the model drew and its template does not write."""
+    drawn = bool(mirror.made) and mirror.made[-1] == 1 and mirror.open_at is None and bool(mirror.spans)
+    last = mirror.spans[-1] if mirror.spans else None
+    if not drawn or last is None or not isinstance(last.message, Assistant) or last.end != len(mirror):
+        return False
+    return codec.stray_end(mirror.ids[-1:], _said(mirror)[:-1])
 
 
 def _record_open(mirror: Mirror, codec: ChatCodec) -> None:
@@ -36,7 +140,7 @@ def _record_open(mirror: Mirror, codec: ChatCodec) -> None:
     if mirror.open_at is None or start > mirror.open_at:
         return
     stops = codec.stop_ids
-    said = codec.tokenizer.decoder().feed([number for number in mirror.ids[mirror.open_at :] if number not in stops])
+    said = codec.tokenizer.text([number for number in mirror.ids[mirror.open_at :] if number not in stops])
     mirror.spans.append(Span(Assistant(said, raw=said), start, len(mirror)))
 
 
@@ -60,7 +164,8 @@ def _in_order(calls: Sequence[ToolCall], messages: Sequence[Message], complete: 
         waited = calls[answered.index(False)]
         raise InvalidRequest(
             f"The call {waited.id!r} of {waited.name} has no result yet, and a later one has.",
-            remedy="The model reads results in the order of its calls: add those of the earlier calls first.")
+            remedy="The model reads results in the order of its calls: add those of the earlier calls first.",
+        )
     return [*ordered, *(results[call.id] for call in calls if call.id in results)]
 
 
@@ -75,7 +180,8 @@ def _check_result(calls: Sequence[ToolCall], results: Mapping[str, ToolMessage],
     if given.call_id not in still:
         raise InvalidRequest(
             f"There is no open call {given.call_id!r} for this result of {given.name}.",
-            remedy=f"The open calls are: {', '.join(still) or 'none'}. A result follows the message with its call.")
+            remedy=f"The open calls are: {', '.join(still) or 'none'}. A result follows the message with its call.",
+        )
 
 
 def _check_system(mirror: Mirror, codec: ChatCodec, messages: Sequence[Message]) -> None:
@@ -83,7 +189,23 @@ def _check_system(mirror: Mirror, codec: ChatCodec, messages: Sequence[Message])
         if isinstance(message, System) and (place or mirror.spans or len(mirror) != len(codec.opening(None, []))):
             raise InvalidRequest(
                 "A system message stands above the conversation, and this one has begun or has a system text or tools.",
-                remedy="Give the text to Session(system=...), or say it as a user's message.")
+                remedy="Give the text to Session(system=...), or say it as a user's message.",
+            )
+
+
+def tags_for(mirror: Mirror, codec: ChatCodec, messages: Sequence[Message]) -> Tags:
+    """The marks of the model's next message: whether its prompt opens the reasoning depends on who spoke last."""
+    opened = mirror.open_at
+    if not messages and opened is not None:
+        return codec.tags_after([span.message for span in mirror.spans if span.end <= opened and _is_said(span)])
+    calls = unanswered(mirror)
+    return codec.tags_after(
+        [*_said(mirror), *(m for m in _in_order(calls, messages, True) if not isinstance(m, System))]
+    )
+
+
+def _is_said(span: Span) -> bool:
+    return not isinstance(span.message, System)
 
 
 def open_reply(mirror: Mirror, codec: ChatCodec, messages: Sequence[Message]) -> list[int]:
@@ -94,20 +216,23 @@ def open_reply(mirror: Mirror, codec: ChatCodec, messages: Sequence[Message]) ->
         return list(mirror.ids[mirror.open_at :])
     last = mirror.spans[-1].message if mirror.spans else None
     if not messages and isinstance(last, Assistant) and not unanswered(mirror):
-        raise InvalidRequest("There is nothing to answer: the last message is the model's own, and it is finished.",
-                             remedy="Give a prompt.")
+        raise InvalidRequest(
+            "There is nothing to answer: the last message is the model's own, and it is finished.",
+            remedy="Give a prompt.",
+        )
     write(mirror, codec, messages, complete=True)
-    mirror.append(codec.generation_ids)
+    mirror.append(codec.prompt(_said(mirror)))
     mirror.open_at = len(mirror)
     return []
 
 
 def settle(mirror: Mirror, codec: ChatCodec, reason: str) -> None:
     """After a turn's last id. One that ended by itself closes the message; a bound or a stop text leaves it open."""
-    if reason == "stop_id":
-        mirror.open_at, mirror.owed = None, tuple(codec.closing(mirror.ids[-1]))
-    elif reason == "grammar_end":
-        mirror.open_at, mirror.owed = None, tuple(codec.closing(None))
+    if reason not in ("stop_id", "grammar_end"):
+        return
+    opened = len(mirror) if mirror.open_at is None else mirror.open_at
+    earlier = [span.message for span in mirror.spans if span.end <= opened and _is_said(span)]
+    mirror.open_at, mirror.owed = None, tuple(codec.owed(mirror.ids[opened:], earlier))
 
 
 def record(mirror: Mirror, message: Assistant, open_at: int) -> None:

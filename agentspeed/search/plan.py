@@ -116,7 +116,7 @@ def _turn_options(session: Session, plan: Plan) -> dict[str, Any]:
     output = options.get("output", str)
     others: Any = {name: value for name, value in options.items() if name != "output"}
     check_names(others)
-    _ = ask(None, output, others, session.defaults, session.engine.codec)
+    _ = ask(None, output, others, session.defaults, session.codec)
     if plan.attempt is not None or not session.tools:
         return options
     offered = options.pop("tools", None)

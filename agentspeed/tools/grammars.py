@@ -14,11 +14,13 @@ from agentspeed.tools.keywords import Json, Schema
 HEAD: Final = "%llguidance {}"
 """The first line of every grammar in the library's own language."""
 _COMPACT: Final[Schema] = {"whitespace_flexible": False}
+_SPACED: Final[Schema] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
-def json_rule(closed: Schema) -> str:
-    """One value of a `bounded` schema, in compact JSON."""
-    return "%json " + json.dumps({**closed, "x-guidance": _COMPACT}, ensure_ascii=False, separators=(",", ":"))
+def json_rule(closed: Schema, *, spaced: bool = False) -> str:
+    """One value of a `bounded` schema, in compact JSON; `spaced` puts one space after each comma and colon."""
+    style = _SPACED if spaced else _COMPACT
+    return "%json " + json.dumps({**closed, "x-guidance": style}, ensure_ascii=False, separators=(",", ":"))
 
 
 @lru_cache(maxsize=256)

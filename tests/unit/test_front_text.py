@@ -68,7 +68,6 @@ def test_content_never_becomes_a_control_token(checkpoint: Path) -> None:
 @pytest.mark.parametrize(("template", "why"), [
     ("{% for m in messages %}{{ loop.length }}{{ m.content }}{% endfor %}", "template"),
     (CHATML.replace("{{ m.content }}", "{{ m.content if loop.last else m.content[:1] }}"), "template"),
-    (CHATML.replace("m.content }}", "m.content if loop.last else m.content.split('</think>')[-1] }}"), "template"),
     (CHATML.replace("assistant\n{%", "assistant\n<hint>{%"), "asks for one with"),
     (CHATML.split("{% if")[0], "generation prompt"),
 ])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import anyio
 import pytest
@@ -24,13 +25,16 @@ def anyio_backend(request: pytest.FixtureRequest) -> str:
 def threads(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """The thread that tokenised each message, by the first letters of its text."""
     seen: dict[str, int] = {}
-    message = ChatCodec.message
+    append = ChatCodec.append
 
-    def noted(codec: ChatCodec, given: Message) -> list[int]:
-        seen[given.text[:4]] = threading.get_ident()
-        return message(codec, given)
+    def noted(
+        codec: ChatCodec, history: Sequence[Message], new: Sequence[Message], *, generate: bool = False
+    ) -> list[list[int]]:
+        for message in new:
+            seen[message.text[:4]] = threading.get_ident()
+        return append(codec, history, new, generate=generate)
 
-    monkeypatch.setattr(ChatCodec, "message", noted)
+    monkeypatch.setattr(ChatCodec, "append", noted)
     return seen
 
 
