@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from agentspeed import __version__, errors
 from agentspeed.server.anthropic import messages as anthropic_messages
 from agentspeed.server.openai import chat
+from agentspeed.server.openai.response_routes import responses_routes
 from agentspeed.server.options import ServerOptions, tenant_of
 from agentspeed.server.problems import Problem, RequestProblem, problem_of, refused
 from agentspeed.server.streaming import EventStream, WholeBody, encoded
@@ -56,6 +57,7 @@ def application(service: Service) -> ASGIApp:
         route("/v1/models", _models, "GET"),
         route("/v1/models/{model:path}", _model, "GET"),
         route("/v1/chat/completions", _chat, "POST"),
+        *responses_routes(service, route),
         route("/v1/messages", _messages, "POST"),
         route("/v1/messages/count_tokens", _count_tokens, "POST"),
         route("/tokenize", _tokenize, "POST"),
