@@ -23,9 +23,8 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, final
+from typing import Literal, final
 
-from agentspeed import errors
 from agentspeed.messages import Assistant, Message, System, ToolMessage, User
 from agentspeed.session import Session
 from agentspeed.tools import Tool
@@ -305,8 +304,10 @@ class History:
     def _follow(self, entry: _Entry, chain: list[bytes]) -> None:
         """The entry's log is `chain` now."""
         old, entry.keys = entry.keys, chain
-        same = next((at for at, (one, other) in enumerate(zip(old, chain, strict=False)) if one != other),
-                    min(len(old), len(chain)))
+        same = next(
+            (at for at, (one, other) in enumerate(zip(old, chain, strict=False)) if one != other),
+            min(len(old), len(chain)),
+        )
         for key in old[same:]:
             holders = self._by_key.get(key, {})
             holders.pop(entry.number, None)
@@ -367,9 +368,7 @@ def _translated(messages: Sequence[Message], shared: int, own: Sequence[Message]
         if place < shared:
             continue
         if isinstance(message, ToolMessage) and message.call_id in ids:
-            message = ToolMessage(
-                call_id=ids[message.call_id], name=message.name, text=message.text, ok=message.ok
-            )
+            message = ToolMessage(call_id=ids[message.call_id], name=message.name, text=message.text, ok=message.ok)
         found.append(message)
     return tuple(found)
 
@@ -390,8 +389,14 @@ def duplicate(session: Session, messages: int) -> Session:
     """A session of its own over the first `messages` messages of another's log; not entered yet.
 
     It shares the rows of what the engine still has, and outlives the other."""
-    other = Session(session.engine, system=session.system, tools=session.tools, sampling=session.defaults.sampling,
-                    tenant=session.opening.tenant or None, timeout=session.defaults.timeout,
-                    reasoning=session.defaults.reasoning)
+    other = Session(
+        session.engine,
+        system=session.system,
+        tools=session.tools,
+        sampling=session.defaults.sampling,
+        tenant=session.opening.tenant or None,
+        timeout=session.defaults.timeout,
+        reasoning=session.defaults.reasoning,
+    )
     other._branch.mirror = session._branch.mirror.copy(position(session, messages))
     return other

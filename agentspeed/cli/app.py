@@ -91,7 +91,7 @@ def serve(
         envvar="AGENTSPEED_API_KEY", help="SECRET, or TENANT:SECRET; may be given several times.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="The most that one request may ask for.")] = None,
     max_requests: Annotated[int, typer.Option(min=1, help="Requests in work at once.")] = 1024,
-    idle_sessions: Annotated[int, typer.Option(min=1, help="Sessions that wait for their conversation to go on.")] = 256,
+    idle_sessions: Annotated[int, typer.Option(min=1, help="Sessions that wait to go on.")] = 256,
     idle_seconds: Annotated[float, typer.Option(min=0, help="For how long they wait.")] = 600.0,
     drain_seconds: Annotated[float, typer.Option(min=0, help="What running requests get after SIGTERM.")] = 30.0,
     pages: Annotated[int | None, typer.Option(min=1, help="Pages of the KV pool.")] = None,

@@ -123,8 +123,14 @@ class _Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", number.encode()),
-                                                  (b"request-id", number.encode())]}
+                message = {
+                    **message,
+                    "headers": [
+                        *message.get("headers", ()),
+                        (b"x-request-id", number.encode()),
+                        (b"request-id", number.encode()),
+                    ],
+                }
             await send(message)
 
         async def receiving() -> Message:
@@ -143,8 +149,15 @@ class _Gate:
                 return
             await self._app(scope, receiving, sending)
         finally:
-            _ACCESS.info('%s "%s %s" %s %.1f ms %s', (scope.get("client") or ("-",))[0], scope["method"],
-                         scope["path"], status or "left", (time.monotonic() - begun) * 1000, number)
+            _ACCESS.info(
+                '%s "%s %s" %s %.1f ms %s',
+                (scope.get("client") or ("-",))[0],
+                scope["method"],
+                scope["path"],
+                status or "left",
+                (time.monotonic() - begun) * 1000,
+                number,
+            )
 
     def _early(self, request: Request) -> Problem | None:
         headers = request.headers
@@ -152,9 +165,12 @@ class _Gate:
         if request.url.path not in _OPEN_PATHS:
             tenant = tenant_of(self._options.keys, headers.get("authorization"), headers.get("x-api-key"))
             if tenant is None:
-                return Problem(status=401, kind="authentication_error", code="invalid_api_key",
-                               message="The API key is missing or wrong. Send Authorization: Bearer KEY, or "
-                                       "x-api-key: KEY.")
+                return Problem(
+                    status=401,
+                    kind="authentication_error",
+                    code="invalid_api_key",
+                    message="The API key is missing or wrong. Send Authorization: Bearer KEY, or x-api-key: KEY.",
+                )
         request.scope["agentspeed.tenant"] = tenant
         length = headers.get("content-length", "0")
         if length.isascii() and length.isdigit() and int(length) > self._options.max_body:
@@ -163,8 +179,12 @@ class _Gate:
 
 
 def _too_large(most: int) -> Problem:
-    return Problem(status=413, kind="invalid_request_error", code="request_too_large",
-                   message=f"The body is longer than {most} bytes, the most that this server reads.")
+    return Problem(
+        status=413,
+        kind="invalid_request_error",
+        code="request_too_large",
+        message=f"The body is longer than {most} bytes, the most that this server reads.",
+    )
 
 
 # ---- endpoints ------------------------------------------------------------------------------------------------------
@@ -183,8 +203,11 @@ async def _messages(request: Request, service: Service, tenant: str) -> ASGIApp:
     if body.stream:
         stream = anthropic_messages.MessagesStream(body, service, tenant)
         return EventStream(stream.produce, lambda problem: problem.anthropic(number), headers={}, error_event="error")
-    return WholeBody(lambda: anthropic_messages.complete(body, service, tenant),
-                     lambda problem: problem.anthropic(number), headers={})
+    return WholeBody(
+        lambda: anthropic_messages.complete(body, service, tenant),
+        lambda problem: problem.anthropic(number),
+        headers={},
+    )
 
 
 async def _count_tokens(request: Request, service: Service, tenant: str) -> ASGIApp:
@@ -194,21 +217,38 @@ async def _count_tokens(request: Request, service: Service, tenant: str) -> ASGI
 
 
 async def _models(request: Request, service: Service, tenant: str) -> ASGIApp:
-    return _json({"object": "list", "data": [_card(service)], "has_more": False, "first_id": service.model_name,
-                  "last_id": service.model_name})
+    return _json(
+        {
+            "object": "list",
+            "data": [_card(service)],
+            "has_more": False,
+            "first_id": service.model_name,
+            "last_id": service.model_name,
+        }
+    )
 
 
 async def _model(request: Request, service: Service, tenant: str) -> ASGIApp:
     if request.path_params["model"] != service.model_name:
-        raise refused(f"There is no model {request.path_params['model']!r}; this server has {service.model_name!r}.",
-                      param="model", code="model_not_found", status=404)
+        raise refused(
+            f"There is no model {request.path_params['model']!r}; this server has {service.model_name!r}.",
+            param="model",
+            code="model_not_found",
+            status=404,
+        )
     return _json(_card(service))
 
 
 def _card(service: Service) -> dict[str, Any]:
-    return {"id": service.model_name, "object": "model", "type": "model", "created": service.started_at,
-            "owned_by": "agentspeed", "display_name": service.model_name,
-            "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(service.started_at))}
+    return {
+        "id": service.model_name,
+        "object": "model",
+        "type": "model",
+        "created": service.started_at,
+        "owned_by": "agentspeed",
+        "display_name": service.model_name,
+        "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(service.started_at)),
+    }
 
 
 async def _health(request: Request, service: Service, tenant: str) -> ASGIApp:
@@ -217,8 +257,9 @@ async def _health(request: Request, service: Service, tenant: str) -> ASGIApp:
     try:
         _ = await service.engine.stats()
     except errors.WorldError as error:
-        return Response(encoded({"status": "engine is not answering", "why": str(error)}), 503,
-                        media_type="application/json")
+        return Response(
+            encoded({"status": "engine is not answering", "why": str(error)}), 503, media_type="application/json"
+        )
     return _json({"status": "ok"})
 
 

@@ -53,9 +53,7 @@ class RequestProblem(Exception):
 
 def refused(message: str, *, param: str | None = None, code: str | None = None, status: int = 400) -> RequestProblem:
     """A wrong request, to be raised."""
-    return RequestProblem(
-        Problem(status=status, kind="invalid_request_error", message=message, param=param, code=code)
-    )
+    return RequestProblem(Problem(status=status, kind="invalid_request_error", message=message, param=param, code=code))
 
 
 def problem_of(error: errors.AgentspeedError) -> Problem:

@@ -37,9 +37,15 @@ class Server:
             async with self._engine as engine:
                 service = Service(engine, self._options)
                 config = uvicorn.Config(
-                    application(service), log_config=None, access_log=False, lifespan="on", http="httptools",
-                    timeout_keep_alive=30, h11_max_incomplete_event_size=64 * 1024,
-                    timeout_graceful_shutdown=int(self._options.drain_seconds) or 1, server_header=False,
+                    application(service),
+                    log_config=None,
+                    access_log=False,
+                    lifespan="on",
+                    http="httptools",
+                    timeout_keep_alive=30,
+                    h11_max_incomplete_event_size=64 * 1024,
+                    timeout_graceful_shutdown=int(self._options.drain_seconds) or 1,
+                    server_header=False,
                 )
                 self._uvicorn = _Uvicorn(config, service)
                 if ready is not None:
@@ -88,8 +94,12 @@ def _url(listener: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def run(model: str | os.PathLike[str] | None, options: ServerOptions, ready: Callable[[str, Service], None],
-        **engine_options: Any) -> None:
+def run(
+    model: str | os.PathLike[str] | None,
+    options: ServerOptions,
+    ready: Callable[[str, Service], None],
+    **engine_options: Any,
+) -> None:
     """Blocks until the server has ended."""
     server = Server(model, options, **engine_options)
     anyio.run(lambda: server.serve(ready), backend_options={"use_uvloop": True})

@@ -97,9 +97,7 @@ class EventStream:
 class WholeBody:
     """An ASGI response whose JSON body takes a turn to make."""
 
-    def __init__(
-        self, make: Callable[[], Awaitable[object]], shape: ErrorShape, *, headers: dict[str, str]
-    ) -> None:
+    def __init__(self, make: Callable[[], Awaitable[object]], shape: ErrorShape, *, headers: dict[str, str]) -> None:
         self._make = make
         self._shape = shape
         self._headers = headers
@@ -164,6 +162,11 @@ def _with_retry(headers: dict[str, str], problem: Problem) -> dict[str, str]:
 async def _send_body(send: Send, status: int, body: object, headers: dict[str, str]) -> None:
     data = encoded(body)
     given = {"content-type": "application/json", "content-length": str(len(data)), **headers}
-    await send({"type": "http.response.start", "status": status,
-                "headers": [(name.encode(), value.encode()) for name, value in given.items()]})
+    await send(
+        {
+            "type": "http.response.start",
+            "status": status,
+            "headers": [(name.encode(), value.encode()) for name, value in given.items()],
+        }
+    )
     await send({"type": "http.response.body", "body": data})

@@ -18,9 +18,9 @@ from agentspeed.engine import Engine
 from agentspeed.front import transcript
 from agentspeed.front.mirror import Mirror
 from agentspeed.history import Conversation, History, Limits, Taken, duplicate
-from agentspeed.session import Session
 from agentspeed.server.options import ServerOptions
 from agentspeed.server.problems import Problem, RequestProblem, refused
+from agentspeed.session import Session
 from agentspeed.tools import Tool, declared_tool
 from agentspeed.turn import Reply, Turn
 
@@ -81,8 +81,11 @@ class Service:
         self.model_name = Path(engine.model).name
         self.fingerprint = f"agentspeed-{__version__}"
         self.history = History(
-            self._open, duplicate, limits=Limits(
-                idle=options.idle_sessions, idle_per_tenant=options.idle_sessions, idle_seconds=options.idle_seconds)
+            self._open,
+            duplicate,
+            limits=Limits(
+                idle=options.idle_sessions, idle_per_tenant=options.idle_sessions, idle_seconds=options.idle_seconds
+            ),
         )
         self.draining = False
         self.running = 0
@@ -104,12 +107,25 @@ class Service:
     async def admitted(self) -> AsyncIterator[None]:
         """One request in work. Raises `RequestProblem` when there are too many, or the server is about to end."""
         if self.draining:
-            raise RequestProblem(Problem(status=503, kind="server_error", code="draining", retry_after=5,
-                                         message="The server is about to end. Ask again: another will answer."))
+            raise RequestProblem(
+                Problem(
+                    status=503,
+                    kind="server_error",
+                    code="draining",
+                    retry_after=5,
+                    message="The server is about to end. Ask again: another will answer.",
+                )
+            )
         if self.running >= self.options.max_requests:
-            raise RequestProblem(Problem(
-                status=429, kind="rate_limit_error", code="too_many_requests", retry_after=1,
-                message=f"{self.running} requests are in work, as many as this server takes. Come back later."))
+            raise RequestProblem(
+                Problem(
+                    status=429,
+                    kind="rate_limit_error",
+                    code="too_many_requests",
+                    retry_after=1,
+                    message=f"{self.running} requests are in work, as many as this server takes. Come back later.",
+                )
+            )
         self.running += 1
         try:
             yield
@@ -119,11 +135,14 @@ class Service:
     async def turn(self, request: Request, told: Told | None = None) -> Answer:
         """Runs the request to its end; `told` hears every event. Whatever cancels this ends the turn."""
         async with self.admitted(), self.history.take(request.conversation) as taken:
-            options: TurnOptions = {**request.options, "timeout": request.options.get("timeout")
-                                    or self.options.turn_seconds}
+            options: TurnOptions = {
+                **request.options,
+                "timeout": request.options.get("timeout") or self.options.turn_seconds,
+            }
             if request.choices == 1:
-                reply = await _read(0, taken.session.stream(
-                    taken.messages or None, output=request.output, **options), told)
+                reply = await _read(
+                    0, taken.session.stream(taken.messages or None, output=request.output, **options), told
+                )
                 return _answer((reply,), taken)
             return _answer(await self._several(request, options, taken, told), taken)
 
@@ -132,12 +151,15 @@ class Service:
     ) -> tuple[Reply[Any], ...]:
         """Choices are forks: the prompt is computed once. The conversation goes on with the first."""
         replies: dict[int, Reply[Any]] = {}
+        seed = options.get("seed")  # the same seed would give every choice the same draws
         async with taken.session.fork(request.choices) as branches:
             async with anyio.create_task_group() as group:
 
                 async def one(index: int, branch: Session) -> None:
-                    replies[index] = await _read(index, branch.stream(
-                        taken.messages or None, output=request.output, **options), told)
+                    own = options if seed is None else {**options, "seed": seed + index}
+                    replies[index] = await _read(
+                        index, branch.stream(taken.messages or None, output=request.output, **own), told
+                    )
 
                 for index, branch in enumerate(branches):
                     group.start_soon(one, index, branch)
@@ -156,8 +178,13 @@ async def _read(index: int, turn: Turn[Any], told: Told | None) -> Reply[Any]:
 def _answer(replies: tuple[Reply[Any], ...], taken: Taken) -> Answer:
     first = replies[0].usage
     prompt = first.new + first.resumed_device + first.resumed_host + first.recomputed
-    return Answer(replies=replies, prompt=prompt, cached=first.prefill_saved,
-                  drawn=sum(reply.usage.drawn for reply in replies), taken=taken)
+    return Answer(
+        replies=replies,
+        prompt=prompt,
+        cached=first.prefill_saved,
+        drawn=sum(reply.usage.drawn for reply in replies),
+        taken=taken,
+    )
 
 
 def parsed(body: bytes, kind: type[msgspec.Struct]) -> Any:

@@ -20,8 +20,13 @@ from agentspeed.server.streaming import Emitter
 from agentspeed.server.turns import Answer, Request, Service, declared
 from agentspeed.turn import Reply
 
-_STOP: Final = {"stop_id": "end_turn", "grammar_end": "end_turn", "stop_string": "stop_sequence",
-                "max_tokens": "max_tokens", "tool_calls": "tool_use"}
+_STOP: Final = {
+    "stop_id": "end_turn",
+    "grammar_end": "end_turn",
+    "stop_string": "stop_sequence",
+    "max_tokens": "max_tokens",
+    "tool_calls": "tool_use",
+}
 
 
 class MessagesRequest(msgspec.Struct, kw_only=True):
@@ -61,12 +66,20 @@ def conversation_of(body: MessagesRequest, tenant: str) -> Conversation:
         else:
             raise refused(f"{where}.role is {role!r}; it must be user or assistant.", param=f"{where}.role")
     tools = [
-        {"name": tool.get("name"), "description": tool.get("description") or "",
-         "parameters": tool.get("input_schema", {"type": "object", "properties": {}})}
+        {
+            "name": tool.get("name"),
+            "description": tool.get("description") or "",
+            "parameters": tool.get("input_schema", {"type": "object", "properties": {}}),
+        }
         for tool in body.tools or ()
     ]
-    return Conversation(messages=tuple(found), system=_system(body.system), tools=declared(tools), tenant=tenant,
-                        hint=(body.metadata or {}).get("user_id"))
+    return Conversation(
+        messages=tuple(found),
+        system=_system(body.system),
+        tools=declared(tools),
+        tenant=tenant,
+        hint=(body.metadata or {}).get("user_id"),
+    )
 
 
 def _system(system: object) -> str | None:
@@ -94,10 +107,16 @@ def _user(blocks: Sequence[Any], where: str, names: Mapping[str, str]) -> list[M
             if not isinstance(call_id, str):
                 raise refused(f"{where}.content.{place} needs a tool_use_id.", param=f"{where}.content.{place}")
             content = block.get("content") or ""
-            text = content if isinstance(content, str) else "".join(
-                _text(part, f"{where}.content.{place}.content.{at}") for at, part in enumerate(content))
-            found.append(ToolMessage(call_id=call_id, name=names.get(call_id, ""), text=text,
-                                     ok=not block.get("is_error", False)))
+            text = (
+                content
+                if isinstance(content, str)
+                else "".join(_text(part, f"{where}.content.{place}.content.{at}") for at, part in enumerate(content))
+            )
+            found.append(
+                ToolMessage(
+                    call_id=call_id, name=names.get(call_id, ""), text=text, ok=not block.get("is_error", False)
+                )
+            )
         else:
             texts.append(_text(block, f"{where}.content.{place}"))
     if texts or not found:
@@ -114,8 +133,11 @@ def _assistant(blocks: Sequence[Any], where: str) -> Assistant:
         if kind == "tool_use":
             if not isinstance(block.get("id"), str) or not isinstance(block.get("name"), str):
                 raise refused(f"{where}.content.{place} needs an id and a name.", param=f"{where}.content.{place}")
-            calls.append(ToolCall(id=block["id"], name=block["name"],
-                                  arguments=json.dumps(block.get("input", {}), ensure_ascii=False)))
+            calls.append(
+                ToolCall(
+                    id=block["id"], name=block["name"], arguments=json.dumps(block.get("input", {}), ensure_ascii=False)
+                )
+            )
         elif kind == "thinking":
             reasoning.append(str(block.get("thinking", "")))
         elif kind != "redacted_thinking":
@@ -127,16 +149,20 @@ def request_of(body: MessagesRequest, service: Service, tenant: str) -> Request:
     """What is asked for, in the SDK's terms. Raises `RequestProblem`."""
     limits = service.options
     options: TurnOptions = {
-        "sampling": Sampling(temperature=1.0 if body.temperature is None else body.temperature,
-                             top_k=body.top_k or None, top_p=1.0 if body.top_p is None else body.top_p),
+        "sampling": Sampling(
+            temperature=1.0 if body.temperature is None else body.temperature,
+            top_k=body.top_k or None,
+            top_p=1.0 if body.top_p is None else body.top_p,
+        ),
         "stop": tuple(body.stop_sequences or ()),
         **bounded_tokens(body.max_tokens, limits.default_max_tokens, limits.max_tokens, "max_tokens"),
     }
     choice = body.tool_choice or {"type": "auto"}
     kinds = {"auto": "auto", "any": "required", "none": "none", "tool": str(choice.get("name"))}
     if choice.get("type") not in kinds:
-        raise refused(f"tool_choice.type is {choice.get('type')!r}; it must be auto, any, tool or none.",
-                      param="tool_choice")
+        raise refused(
+            f"tool_choice.type is {choice.get('type')!r}; it must be auto, any, tool or none.", param="tool_choice"
+        )
     options["tool_choice"] = kinds[choice["type"]]
     if choice.get("disable_parallel_tool_use"):
         options["parallel_calls"] = 1
@@ -151,8 +177,7 @@ async def complete(body: MessagesRequest, service: Service, tenant: str) -> dict
 
 
 def _head(service: Service) -> dict[str, Any]:
-    return {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant",
-            "model": service.model_name}
+    return {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant", "model": service.model_name}
 
 
 def _end(reply: Reply[Any]) -> dict[str, Any]:
@@ -174,8 +199,12 @@ def _blocks(reply: Reply[Any]) -> list[dict[str, Any]]:
 
 def usage_of(answer: Answer) -> dict[str, Any]:
     """Tokens as Anthropic counts them: what was read from the cache is not among the input tokens."""
-    return {"input_tokens": answer.prompt - answer.cached, "cache_read_input_tokens": answer.cached,
-            "cache_creation_input_tokens": 0, "output_tokens": answer.drawn}
+    return {
+        "input_tokens": answer.prompt - answer.cached,
+        "cache_read_input_tokens": answer.cached,
+        "cache_creation_input_tokens": 0,
+        "output_tokens": answer.drawn,
+    }
 
 
 @final
@@ -195,11 +224,24 @@ class MessagesStream:
             match event:
                 case events.TurnStarted(usage=usage):
                     before = usage.new + usage.resumed + usage.recomputed
-                    await emit({"type": "message_start", "message": {
-                        **_head(self._service), "content": [], "stop_reason": None, "stop_sequence": None,
-                        "usage": {"input_tokens": before - usage.prefill_saved, "output_tokens": 0,
-                                  "cache_read_input_tokens": usage.prefill_saved,
-                                  "cache_creation_input_tokens": 0}}}, "message_start")
+                    await emit(
+                        {
+                            "type": "message_start",
+                            "message": {
+                                **_head(self._service),
+                                "content": [],
+                                "stop_reason": None,
+                                "stop_sequence": None,
+                                "usage": {
+                                    "input_tokens": before - usage.prefill_saved,
+                                    "output_tokens": 0,
+                                    "cache_read_input_tokens": usage.prefill_saved,
+                                    "cache_creation_input_tokens": 0,
+                                },
+                            },
+                        },
+                        "message_start",
+                    )
                     await emit({"type": "ping"}, "ping")
                 case events.ReasoningDelta(text=text):
                     await self._in(emit, "thinking", {"type": "thinking", "thinking": "", "signature": ""})
@@ -208,8 +250,11 @@ class MessagesStream:
                     await self._in(emit, "text", {"type": "text", "text": ""})
                     await self._delta(emit, {"type": "text_delta", "text": text})
                 case events.ToolCallStarted(index=place, name=name):
-                    await self._in(emit, f"tool {place}", {
-                        "type": "tool_use", "id": f"toolu_{secrets.token_hex(8)}", "name": name, "input": {}})
+                    await self._in(
+                        emit,
+                        f"tool {place}",
+                        {"type": "tool_use", "id": f"toolu_{secrets.token_hex(8)}", "name": name, "input": {}},
+                    )
                 case events.ToolCallDelta(arguments=text):
                     await self._delta(emit, {"type": "input_json_delta", "partial_json": text})
                 case _:
@@ -227,8 +272,7 @@ class MessagesStream:
         await self._close(emit)
         self._block = block
         self._index += 1
-        await emit({"type": "content_block_start", "index": self._index, "content_block": start},
-                   "content_block_start")
+        await emit({"type": "content_block_start", "index": self._index, "content_block": start}, "content_block_start")
 
     async def _delta(self, emit: Emitter, delta: dict[str, Any]) -> None:
         await emit({"type": "content_block_delta", "index": self._index, "delta": delta}, "content_block_delta")

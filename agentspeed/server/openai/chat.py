@@ -108,9 +108,17 @@ def request_of(body: ChatRequest, service: Service, tenant: str) -> Request:
     if body.logprobs:
         options["logprobs"] = body.top_logprobs or 0
     return Request(
-        conversation=Conversation(messages=messages, system=system, tools=declared(tool_definitions(body.tools)),
-                                  tenant=tenant, hint=body.prompt_cache_key),
-        options=options, output=output_of(body.response_format), choices=choices)
+        conversation=Conversation(
+            messages=messages,
+            system=system,
+            tools=declared(tool_definitions(body.tools)),
+            tenant=tenant,
+            hint=body.prompt_cache_key,
+        ),
+        options=options,
+        output=output_of(body.response_format),
+        choices=choices,
+    )
 
 
 async def complete(body: ChatRequest, service: Service, tenant: str) -> dict[str, Any]:
@@ -141,18 +149,28 @@ def _choice(index: int, reply: Reply[Any], body: ChatRequest, service: Service) 
 def usage_of(answer: Answer) -> dict[str, Any]:
     """Tokens as OpenAI counts them: cached ones are part of the prompt."""
     return {
-        "prompt_tokens": answer.prompt, "completion_tokens": answer.drawn,
+        "prompt_tokens": answer.prompt,
+        "completion_tokens": answer.drawn,
         "total_tokens": answer.prompt + answer.drawn,
         "prompt_tokens_details": {"cached_tokens": answer.cached, "audio_tokens": 0},
-        "completion_tokens_details": {"reasoning_tokens": 0, "audio_tokens": 0, "accepted_prediction_tokens": 0,
-                                      "rejected_prediction_tokens": 0},
+        "completion_tokens_details": {
+            "reasoning_tokens": 0,
+            "audio_tokens": 0,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
         "cache_miss_reason": answer.taken.why or None,
     }
 
 
 def _head(service: Service, kind: str, number: str) -> dict[str, Any]:
-    return {"id": number, "object": kind, "created": int(time.time()), "model": service.model_name,
-            "system_fingerprint": service.fingerprint}
+    return {
+        "id": number,
+        "object": kind,
+        "created": int(time.time()),
+        "model": service.model_name,
+        "system_fingerprint": service.fingerprint,
+    }
 
 
 @final
@@ -178,8 +196,13 @@ class ChatStream:
 
         async def chunk(index: int, value: dict[str, Any], finish: str | None, logprobs: Any) -> None:
             usage = {"usage": None} if self._with_usage else {}
-            await emit({**self._head, **usage, "choices": [
-                {"index": index, "delta": value, "logprobs": logprobs, "finish_reason": finish}]})
+            await emit(
+                {
+                    **self._head,
+                    **usage,
+                    "choices": [{"index": index, "delta": value, "logprobs": logprobs, "finish_reason": finish}],
+                }
+            )
 
         async def told(index: int, event: events.AnyEvent) -> None:
             match event:
@@ -188,9 +211,19 @@ class ChatStream:
                 case events.ReasoningDelta(text=text):
                     await delta(index, {"reasoning_content": text})
                 case events.ToolCallStarted(index=place, name=name):
-                    await delta(index, {"tool_calls": [{
-                        "index": place, "id": f"call_{secrets.token_hex(8)}", "type": "function",
-                        "function": {"name": name, "arguments": ""}}]})
+                    await delta(
+                        index,
+                        {
+                            "tool_calls": [
+                                {
+                                    "index": place,
+                                    "id": f"call_{secrets.token_hex(8)}",
+                                    "type": "function",
+                                    "function": {"name": name, "arguments": ""},
+                                }
+                            ]
+                        },
+                    )
                 case events.ToolCallDelta(index=place, arguments=text):
                     await delta(index, {"tool_calls": [{"index": place, "function": {"arguments": text}}]})
                 case _:

@@ -74,18 +74,24 @@ def _read(reading: _Reading, item: Any, where: str, *, begun: bool) -> None:
         call_id = item.get("call_id")
         if not isinstance(call_id, str):
             raise refused(f"{where} needs a call_id.", param=f"{where}.call_id")
-        reading.messages.append(ToolMessage(call_id=call_id, name=reading.names.get(call_id, ""),
-                                            text=text_of(item.get("output"), f"{where}.output")))
+        reading.messages.append(
+            ToolMessage(
+                call_id=call_id,
+                name=reading.names.get(call_id, ""),
+                text=text_of(item.get("output"), f"{where}.output"),
+            )
+        )
     elif kind != "reasoning":  # what the model thought is in the log that it thought it in, or in none
-        raise refused(f"{where} has type {kind!r}; messages, function calls and their outputs are read here.",
-                      param=f"{where}.type")
+        raise refused(
+            f"{where} has type {kind!r}; messages, function calls and their outputs are read here.",
+            param=f"{where}.type",
+        )
 
 
 def message_item(text: str, *, status: str = "completed", number: str | None = None) -> dict[str, Any]:
     """What the model said."""
     content = [] if status == "in_progress" else [text_part(text)]
-    return {"type": "message", "id": number or new_id("msg"), "role": "assistant", "status": status,
-            "content": content}
+    return {"type": "message", "id": number or new_id("msg"), "role": "assistant", "status": status, "content": content}
 
 
 def text_part(text: str, logprobs: list[dict[str, Any]] | None = None) -> dict[str, Any]:
@@ -99,11 +105,18 @@ def reasoning_item(text: str, *, status: str = "completed", number: str | None =
     return {"type": "reasoning", "id": number or new_id("rs"), "summary": [], "content": content, "status": status}
 
 
-def call_item(call_id: str, name: str, arguments: str, *, status: str = "completed",
-              number: str | None = None) -> dict[str, Any]:
+def call_item(
+    call_id: str, name: str, arguments: str, *, status: str = "completed", number: str | None = None
+) -> dict[str, Any]:
     """One call."""
-    return {"type": "function_call", "id": number or new_id("fc"), "call_id": call_id, "name": name,
-            "arguments": arguments, "status": status}
+    return {
+        "type": "function_call",
+        "id": number or new_id("fc"),
+        "call_id": call_id,
+        "name": name,
+        "arguments": arguments,
+        "status": status,
+    }
 
 
 def new_id(kind: str) -> str:

@@ -15,8 +15,9 @@ def token_logprobs(reply: Reply[Any], codec: ChatCodec) -> list[dict[str, Any]]:
     for number, logprob, top in zip(reply.ids, reply.logprobs, tops, strict=False):
         if number in codec.stop_ids:
             continue
-        found.append({**_entry(number, logprob, codec),
-                      "top_logprobs": [_entry(other, value, codec) for other, value in top]})
+        found.append(
+            {**_entry(number, logprob, codec), "top_logprobs": [_entry(other, value, codec) for other, value in top]}
+        )
     return found
 
 

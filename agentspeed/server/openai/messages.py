@@ -29,8 +29,9 @@ def conversation_parts(messages: Sequence[Mapping[str, Any]]) -> tuple[str | Non
         role = message.get("role")
         if role in _ABOVE:
             if found:
-                raise refused(f"{where}: a {role} message stands above the conversation, before any other.",
-                              param=f"{where}.role")
+                raise refused(
+                    f"{where}: a {role} message stands above the conversation, before any other.", param=f"{where}.role"
+                )
             system.append(text_of(message.get("content"), f"{where}.content"))
         elif role == "user":
             found.append(User(text_of(message.get("content"), f"{where}.content")))
@@ -42,11 +43,18 @@ def conversation_parts(messages: Sequence[Mapping[str, Any]]) -> tuple[str | Non
             call_id = message.get("tool_call_id")
             if not isinstance(call_id, str):
                 raise refused(f"{where} needs a tool_call_id.", param=f"{where}.tool_call_id")
-            found.append(ToolMessage(call_id=call_id, name=names.get(call_id, ""),
-                                     text=text_of(message.get("content"), f"{where}.content")))
+            found.append(
+                ToolMessage(
+                    call_id=call_id,
+                    name=names.get(call_id, ""),
+                    text=text_of(message.get("content"), f"{where}.content"),
+                )
+            )
         else:
-            raise refused(f"{where}: role is {role!r}; it must be system, developer, user, assistant or tool.",
-                          param=f"{where}.role")
+            raise refused(
+                f"{where}: role is {role!r}; it must be system, developer, user, assistant or tool.",
+                param=f"{where}.role",
+            )
     return ("\n\n".join(system) if system else None), tuple(found)
 
 
@@ -63,8 +71,9 @@ def text_of(content: object, where: str) -> str:
         kind = part.get("type") if isinstance(part, Mapping) else None
         text = part.get("text", part.get("refusal")) if isinstance(part, Mapping) else None
         if kind not in ("text", "input_text", "output_text", "refusal") or not isinstance(text, str):
-            raise refused(f"{where}[{place}] has type {kind!r}; this model reads text alone.",
-                          param=f"{where}[{place}].type")
+            raise refused(
+                f"{where}[{place}] has type {kind!r}; this model reads text alone.", param=f"{where}[{place}].type"
+            )
         texts.append(text)
     return "".join(texts)
 
@@ -74,12 +83,15 @@ def _assistant(message: Mapping[str, Any], where: str) -> Assistant:
     for place, call in enumerate(message.get("tool_calls") or ()):
         function = call.get("function") if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise refused(f"{where}.tool_calls[{place}] needs a function with a name.",
-                          param=f"{where}.tool_calls[{place}]")
+            raise refused(
+                f"{where}.tool_calls[{place}] needs a function with a name.", param=f"{where}.tool_calls[{place}]"
+            )
         arguments = function.get("arguments", "{}")
         if not isinstance(arguments, str) or not isinstance(call.get("id"), str):
-            raise refused(f"{where}.tool_calls[{place}] needs an id, and arguments as a text of JSON.",
-                          param=f"{where}.tool_calls[{place}]")
+            raise refused(
+                f"{where}.tool_calls[{place}] needs an id, and arguments as a text of JSON.",
+                param=f"{where}.tool_calls[{place}]",
+            )
         calls.append(ToolCall(id=call["id"], name=function["name"], arguments=arguments))
     reasoning = message.get("reasoning_content") or ""
     if not isinstance(reasoning, str):
@@ -93,16 +105,21 @@ def tool_definitions(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str
     for place, tool in enumerate(tools or ()):
         if not isinstance(tool, Mapping) or tool.get("type") != "function":
             kind = tool.get("type") if isinstance(tool, Mapping) else tool
-            raise refused(f"tools[{place}] has type {kind!r}; functions are the tools that there are here.",
-                          param=f"tools[{place}].type")
+            raise refused(
+                f"tools[{place}] has type {kind!r}; functions are the tools that there are here.",
+                param=f"tools[{place}].type",
+            )
         function = tool.get("function", tool)
         if not isinstance(function, Mapping):
             raise refused(f"tools[{place}].function must be an object.", param=f"tools[{place}].function")
         schema = function.get("parameters")
-        found.append({
-            "name": function.get("name"), "description": function.get("description") or "",
-            "parameters": {"type": "object", "properties": {}} if schema is None else schema,
-        })
+        found.append(
+            {
+                "name": function.get("name"),
+                "description": function.get("description") or "",
+                "parameters": {"type": "object", "properties": {}} if schema is None else schema,
+            }
+        )
     return found
 
 
@@ -116,8 +133,10 @@ def choice_of(tool_choice: object) -> str:
         name = tool_choice.get("function", tool_choice).get("name")
         if isinstance(name, str):
             return name
-    raise refused(f"tool_choice is {tool_choice!r}; it must be 'auto', 'none', 'required' or name a function.",
-                  param="tool_choice")
+    raise refused(
+        f"tool_choice is {tool_choice!r}; it must be 'auto', 'none', 'required' or name a function.",
+        param="tool_choice",
+    )
 
 
 def output_of(response_format: object, where: str = "response_format") -> Any:
@@ -144,12 +163,16 @@ def output_of(response_format: object, where: str = "response_format") -> Any:
         raise refused(str(error), param=where, code="schema_unsupported") from error
 
 
-def sampling_of(*, temperature: float | None, top_p: float | None, top_k: int | None = None,
-                min_p: float | None = None) -> Sampling:
+def sampling_of(
+    *, temperature: float | None, top_p: float | None, top_k: int | None = None, min_p: float | None = None
+) -> Sampling:
     """What is not said is the protocol's default: temperature 1, everything else off."""
     return Sampling(
-        temperature=1.0 if temperature is None else temperature, top_k=None if top_k in (None, 0, -1) else top_k,
-        top_p=1.0 if top_p is None else top_p, min_p=0.0 if min_p is None else min_p)
+        temperature=1.0 if temperature is None else temperature,
+        top_k=None if top_k in (None, 0, -1) else top_k,
+        top_p=1.0 if top_p is None else top_p,
+        min_p=0.0 if min_p is None else min_p,
+    )
 
 
 def stops_of(stop: object) -> tuple[str, ...]:
@@ -172,6 +195,11 @@ def bounded_tokens(asked: int | None, default: int | None, most: int | None, par
     return {} if wanted is None else {"max_tokens": wanted}
 
 
-FINISH: Final = {"stop_id": "stop", "grammar_end": "stop", "stop_string": "stop", "max_tokens": "length",
-                 "tool_calls": "tool_calls"}
+FINISH: Final = {
+    "stop_id": "stop",
+    "grammar_end": "stop",
+    "stop_string": "stop",
+    "max_tokens": "length",
+    "tool_calls": "tool_calls",
+}
 """The SDK's reasons as OpenAI's."""

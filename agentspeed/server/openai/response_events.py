@@ -53,8 +53,11 @@ class ResponseEvents:
                 await self._begin_item("call", emit)
             case events.ToolCallDelta(arguments=text):
                 self._text.append(text)
-                await self._send(emit, "response.function_call_arguments.delta", {
-                    "item_id": self._number, "output_index": len(self._output), "delta": text})
+                await self._send(
+                    emit,
+                    "response.function_call_arguments.delta",
+                    {"item_id": self._number, "output_index": len(self._output), "delta": text},
+                )
             case _:
                 pass
 
@@ -78,8 +81,9 @@ class ResponseEvents:
         await self._end_item(emit)
         self._open, self._text = kind, []
         self._number = items.new_id({"message": "msg", "reasoning": "rs", "call": "fc"}[kind])
-        await self._send(emit, "response.output_item.added", {
-            "output_index": len(self._output), "item": self._item("in_progress")})
+        await self._send(
+            emit, "response.output_item.added", {"output_index": len(self._output), "item": self._item("in_progress")}
+        )
         if kind != "call":
             part = items.text_part("") if kind == "message" else {"type": "reasoning_text", "text": ""}
             await self._send(emit, "response.content_part.added", {**self._place, "part": part})
@@ -89,9 +93,11 @@ class ResponseEvents:
             return
         text = "".join(self._text)
         if self._open == "call":
-            await self._send(emit, "response.function_call_arguments.done", {
-                "item_id": self._number, "output_index": len(self._output), "arguments": text,
-                "name": self._call[1]})
+            await self._send(
+                emit,
+                "response.function_call_arguments.done",
+                {"item_id": self._number, "output_index": len(self._output), "arguments": text, "name": self._call[1]},
+            )
         else:
             message = self._open == "message"
             kind = "response.output_text.done" if message else "response.reasoning_text.done"

@@ -86,8 +86,15 @@ def responses_routes(service: Service, route: Callable[..., Route]) -> list[Rout
         if found is None:
             raise _missing("conversation", request)
         data = [item for message in found.messages for item in _items_of(message)]
-        return _json({"object": "list", "data": data, "has_more": False,
-                      "first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None})
+        return _json(
+            {
+                "object": "list",
+                "data": data,
+                "has_more": False,
+                "first_id": data[0]["id"] if data else None,
+                "last_id": data[-1]["id"] if data else None,
+            }
+        )
 
     return [
         route("/v1/responses", create, "POST"),
@@ -102,8 +109,13 @@ def responses_routes(service: Service, route: Callable[..., Route]) -> list[Rout
 
 def _failed(problem: Problem) -> dict[str, Any]:
     """An error inside of a stream."""
-    return {"type": "error", "code": problem.code, "message": problem.message, "param": problem.param,
-            **problem.openai()}
+    return {
+        "type": "error",
+        "code": problem.code,
+        "message": problem.message,
+        "param": problem.param,
+        **problem.openai(),
+    }
 
 
 def _missing(what: str, request: Request) -> RequestProblem:
@@ -117,14 +129,28 @@ def _card(made: StoredConversation) -> Mapping[str, Any]:
 def _items_of(message: Message) -> list[dict[str, Any]]:
     match message:
         case User(text=text):
-            return [{"type": "message", "id": items.new_id("msg"), "role": "user", "status": "completed",
-                     "content": [{"type": "input_text", "text": text}]}]
+            return [
+                {
+                    "type": "message",
+                    "id": items.new_id("msg"),
+                    "role": "user",
+                    "status": "completed",
+                    "content": [{"type": "input_text", "text": text}],
+                }
+            ]
         case Assistant(text=text, tool_calls=calls):
             said = [items.message_item(text)] if text or not calls else []
             return [*said, *(items.call_item(call.id, call.name, call.arguments) for call in calls)]
         case ToolMessage(call_id=call_id, text=text):
-            return [{"type": "function_call_output", "id": items.new_id("fco"), "call_id": call_id, "output": text,
-                     "status": "completed"}]
+            return [
+                {
+                    "type": "function_call_output",
+                    "id": items.new_id("fco"),
+                    "call_id": call_id,
+                    "output": text,
+                    "status": "completed",
+                }
+            ]
         case _:
             return []
 

@@ -26,7 +26,6 @@ from agentspeed.server.streaming import Emitter
 from agentspeed.server.turns import Answer, Request, Service, declared
 
 
-
 class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """The body."""
 
@@ -89,8 +88,12 @@ class Responses:
         key = (one.tenant, one.number)
         if one.conversation is not None:
             if one.conversation.busy:
-                raise refused(f"A response of conversation {one.conversation.number} is running.", status=409,
-                              param="conversation", code="conversation_locked")
+                raise refused(
+                    f"A response of conversation {one.conversation.number} is running.",
+                    status=409,
+                    param="conversation",
+                    code="conversation_locked",
+                )
             one.conversation.busy = True
         try:
             with anyio.CancelScope() as scope:
@@ -136,8 +139,9 @@ class OneResponse:
         number = given.get("id") if isinstance(given, dict) else given
         found = self._owner.conversations.get(self.tenant, number) if isinstance(number, str) else None
         if found is None:
-            raise refused(f"There is no conversation {number!r}.", status=404, param="conversation",
-                          code="conversation_not_found")
+            raise refused(
+                f"There is no conversation {number!r}.", status=404, param="conversation", code="conversation_not_found"
+            )
         return found
 
     def _earlier(self) -> tuple[Message, ...]:
@@ -148,10 +152,15 @@ class OneResponse:
             return ()
         found = self._owner.stored.get(self.tenant, number)
         if found is None:
-            raise RequestProblem(Problem(
-                status=404, kind="invalid_request_error", param="previous_response_id",
-                code="previous_response_not_found",
-                message=f"There is no response {number!r}, or it was forgotten; send the whole history as input."))
+            raise RequestProblem(
+                Problem(
+                    status=404,
+                    kind="invalid_request_error",
+                    param="previous_response_id",
+                    code="previous_response_not_found",
+                    message=f"There is no response {number!r}, or it was forgotten; send the whole history as input.",
+                )
+            )
         return found.messages
 
     def _asked(self) -> Request:
@@ -159,17 +168,23 @@ class OneResponse:
         options: TurnOptions = {
             "tool_choice": choice_of(body.tool_choice),
             "sampling": sampling_of(temperature=body.temperature, top_p=body.top_p),
-            **bounded_tokens(body.max_output_tokens, limits.default_max_tokens, limits.max_tokens,
-                             "max_output_tokens"),
+            **bounded_tokens(body.max_output_tokens, limits.default_max_tokens, limits.max_tokens, "max_output_tokens"),
         }
         if body.parallel_tool_calls is False:
             options["parallel_calls"] = 1
         if body.top_logprobs is not None:
             options["logprobs"] = body.top_logprobs
         return Request(
-            conversation=Conversation(messages=self._messages, system=self._system, tenant=self.tenant,
-                                      tools=declared(tool_definitions(body.tools)), hint=body.prompt_cache_key),
-            options=options, output=output_of((body.text or {}).get("format"), "text.format"))
+            conversation=Conversation(
+                messages=self._messages,
+                system=self._system,
+                tenant=self.tenant,
+                tools=declared(tool_definitions(body.tools)),
+                hint=body.prompt_cache_key,
+            ),
+            options=options,
+            output=output_of((body.text or {}).get("format"), "text.format"),
+        )
 
     async def produce(self, emit: Emitter | None) -> dict[str, Any]:
         """Runs the turn. A response that failed is one too, where its stream had begun."""
@@ -182,11 +197,16 @@ class OneResponse:
         output = await events.finish(reply, emit)
         cut = reply.finish_reason == "max_tokens"
         whole = {
-            **self._head("incomplete" if cut else "completed"), "output": output, "usage": usage_of(answer),
-            "incomplete_details": {"reason": "max_output_tokens"} if cut else None, "completed_at": int(time.time()),
+            **self._head("incomplete" if cut else "completed"),
+            "output": output,
+            "usage": usage_of(answer),
+            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            "completed_at": int(time.time()),
         }
-        calls = tuple(ToolCall(id=number, name=call.name, arguments=call.arguments)
-                      for number, call in zip(events.call_ids, reply.tool_calls, strict=False))
+        calls = tuple(
+            ToolCall(id=number, name=call.name, arguments=call.arguments)
+            for number, call in zip(events.call_ids, reply.tool_calls, strict=False)
+        )
         self._keep(whole, Assistant(reply.text, calls, reply.reasoning))
         await events.end("response.incomplete" if cut else "response.completed", whole, emit)
         return whole
@@ -200,8 +220,12 @@ class OneResponse:
             if taken.messages:
                 _ = await taken.session.add(*taken.messages, prefill=True)
             tokens = taken.session.tokens
-        whole = {**self._head("completed"), "output": [], "completed_at": int(time.time()),
-                 "usage": _usage(tokens, taken.shared_tokens, 0)}
+        whole = {
+            **self._head("completed"),
+            "output": [],
+            "completed_at": int(time.time()),
+            "usage": _usage(tokens, taken.shared_tokens, 0),
+        }
         await events.end("response.completed", whole, emit)
         return whole
 
@@ -221,19 +245,35 @@ class OneResponse:
     def _head(self, status: str) -> dict[str, Any]:
         body = self._body
         return {
-            "id": self.number, "object": "response", "created_at": self._created, "status": status,
-            "background": False, "error": None, "incomplete_details": None, "instructions": body.instructions,
-            "max_output_tokens": body.max_output_tokens, "model": self._service.model_name, "output": [],
+            "id": self.number,
+            "object": "response",
+            "created_at": self._created,
+            "status": status,
+            "background": False,
+            "error": None,
+            "incomplete_details": None,
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "model": self._service.model_name,
+            "output": [],
             "parallel_tool_calls": body.parallel_tool_calls is not False,
-            "previous_response_id": body.previous_response_id, "reasoning": body.reasoning,
+            "previous_response_id": body.previous_response_id,
+            "reasoning": body.reasoning,
             "conversation": None if self.conversation is None else {"id": self.conversation.number},
-            "store": body.store is not False, "temperature": 1.0 if body.temperature is None else body.temperature,
-            "text": body.text or {"format": {"type": "text"}}, "tool_choice": body.tool_choice or "auto",
+            "store": body.store is not False,
+            "temperature": 1.0 if body.temperature is None else body.temperature,
+            "text": body.text or {"format": {"type": "text"}},
+            "tool_choice": body.tool_choice or "auto",
             "tools": [{"strict": True, "description": None, **tool} for tool in body.tools or ()],
             "top_logprobs": body.top_logprobs or 0,
-            "top_p": 1.0 if body.top_p is None else body.top_p, "truncation": "disabled", "usage": None,
-            "metadata": body.metadata or {}, "service_tier": "default", "user": body.user,
-            "prompt_cache_key": body.prompt_cache_key, "max_tool_calls": body.max_tool_calls,
+            "top_p": 1.0 if body.top_p is None else body.top_p,
+            "truncation": "disabled",
+            "usage": None,
+            "metadata": body.metadata or {},
+            "service_tier": "default",
+            "user": body.user,
+            "prompt_cache_key": body.prompt_cache_key,
+            "max_tool_calls": body.max_tool_calls,
             "completed_at": None,
         }
 
@@ -244,6 +284,10 @@ def usage_of(answer: Answer) -> dict[str, Any]:
 
 
 def _usage(prompt: int, cached: int, drawn: int) -> dict[str, Any]:
-    return {"input_tokens": prompt, "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
-            "output_tokens": drawn, "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": prompt + drawn}
+    return {
+        "input_tokens": prompt,
+        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+        "output_tokens": drawn,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": prompt + drawn,
+    }
