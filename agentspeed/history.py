@@ -1,14 +1,14 @@
-"""Finds the session of a conversation that comes as a list of messages: the longest common log, continued or branched.
+"""Finds the session of a list of messages: the longest common log, continued or branched.
 
-Clients of HTTP endpoints and of agent frameworks hold the whole history and send it again at every call. `History` keeps
-the sessions of earlier calls and gives each call the one that shares the most with it. Messages are compared by what they
-say (canonical messages, hashed in a chain), so a match costs one hash a message; what the model itself wrote keeps the
-ids that it drew, and is never tokenised again.
+Clients of HTTP endpoints and of agent frameworks hold the whole history and send it again at every call. `History`
+keeps the sessions of earlier calls and gives each call the one that shares the most with it. Messages are compared by
+what they say (canonical messages, hashed in a chain), so a match costs one hash a message; what the model itself wrote
+keeps the ids that it drew, and is never tokenised again.
 
 Three outcomes, decided by `choose` and carried out by `History.take`:
 
 - *continue*: an idle session whose whole log is a prefix of the list goes on;
-- *rewind*: an idle session of the same conversation (the caller's hint says so) went on differently, goes back and is used;
+- *rewind*: an idle session of the same conversation (by the caller's hint) went on differently: it goes back;
 - *branch*: anything else that shares messages: a new session over the same ids, which computes none of them again while
   the engine has their rows. The other session stays as it is.
 """

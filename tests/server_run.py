@@ -24,7 +24,7 @@ def server(model: Any = None, options: ServerOptions | None = None, **engine_opt
     def main() -> None:
         try:
             anyio.run(lambda: running.serve(lambda url, _: (urls.append(url), ready.set())))
-        except BaseException as error:  # noqa: BLE001: raised again below, in the test's own thread
+        except BaseException as error:  # noqa: BLE001
             raised.append(error)
         finally:
             ready.set()

@@ -40,8 +40,8 @@ def serve(
                 (
                     f"agentspeed serves {service.model_name} at {url}",
                     f"  OpenAI: {url}/v1   Anthropic: {url}   {secured}, listening on {options.host}",
-                    f"  at most {options.max_requests} requests at once; {options.idle_sessions} conversations kept for "
-                    f"{options.idle_seconds:g} s",
+                    f"  at most {options.max_requests} requests at once; {options.idle_sessions} idle conversations kept "
+                    f"for {options.idle_seconds:g} s",
                 )
             ),
             err=True,

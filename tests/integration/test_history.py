@@ -1,4 +1,4 @@
-"""Lists of messages find their session on a real engine: what was kept is resumed, and says what a fresh session says."""
+"""Lists of messages find their session on a real engine: what was kept is resumed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`POST /v1/responses`: a response goes on from any earlier one (a fork, if that went on already), or from a conversation."""
+"""`POST /v1/responses`: a response goes on from any earlier one, or from a named conversation."""
 
 from __future__ import annotations
 
