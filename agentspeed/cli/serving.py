@@ -40,7 +40,7 @@ def serve(
                 (
                     f"agentspeed serves {service.model_name} at {url}",
                     f"  OpenAI: {url}/v1   Anthropic: {url}   {secured}, listening on {options.host}",
-                    f"  at most {options.max_requests} requests at once; {options.idle_sessions} idle conversations kept "
+                    f"  at most {options.max_requests} requests at once; {options.idle_sessions} conversations kept "
                     f"for {options.idle_seconds:g} s",
                 )
             ),

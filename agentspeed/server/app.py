@@ -19,6 +19,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from agentspeed import __version__, errors
 from agentspeed.server.anthropic import messages as anthropic_messages
+from agentspeed.server.metrics import CONTENT_TYPE
+from agentspeed.server.native.routes import session_routes
+from agentspeed.server.native.served import Sessions
 from agentspeed.server.openai import chat
 from agentspeed.server.openai.response_routes import responses_routes
 from agentspeed.server.options import ServerOptions, tenant_of
@@ -36,11 +39,19 @@ Endpoint: TypeAlias = Callable[[Request, Service, str], Awaitable[ASGIApp]]
 def application(service: Service) -> ASGIApp:
     """Everything that `agentspeed serve` answers."""
 
+    held: list[Sessions] = []
+
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         async with anyio.create_task_group() as group:
-            group.start_soon(_swept, service)
+            options = service.options
+            sessions = Sessions(
+                group, most=options.max_sessions, idle_seconds=options.idle_seconds, grace=options.grace_seconds
+            )
+            held.append(sessions)
+            group.start_soon(_swept, service, sessions)
             yield
+            await sessions.close_all()
             group.cancel_scope.cancel()
         await service.history.close()
 
@@ -54,10 +65,12 @@ def application(service: Service) -> ASGIApp:
         route("/health", _health, "GET"),
         route("/health_generate", _health_generate, "GET"),
         route("/version", _version, "GET"),
+        route("/metrics", _metrics, "GET"),
         route("/v1/models", _models, "GET"),
         route("/v1/models/{model:path}", _model, "GET"),
         route("/v1/chat/completions", _chat, "POST"),
         *responses_routes(service, route),
+        *session_routes(lambda: held[0], route),
         route("/v1/messages", _messages, "POST"),
         route("/v1/messages/count_tokens", _count_tokens, "POST"),
         route("/tokenize", _tokenize, "POST"),
@@ -66,10 +79,11 @@ def application(service: Service) -> ASGIApp:
     return _Gate(Starlette(routes=routes, lifespan=lifespan), service.options)
 
 
-async def _swept(service: Service) -> None:
+async def _swept(service: Service, sessions: Sessions) -> None:
     while True:
         await anyio.sleep(_SWEEP_SECONDS)
         await service.history.sweep()
+        await sessions.sweep()
 
 
 @final
@@ -269,6 +283,13 @@ async def _health_generate(request: Request, service: Service, tenant: str) -> A
     async with service.engine.session() as session:
         _ = await session.generate("ping", max_tokens=1, timeout=30.0)
     return _json({"status": "ok", "seconds": round(time.monotonic() - begun, 4)})
+
+
+async def _metrics(request: Request, service: Service, tenant: str) -> ASGIApp:
+    service.metrics.requests.set(service.running)
+    service.metrics.idle.set(service.history.idle)
+    counts = (await service.engine.stats()).counts
+    return Response(service.metrics.page(counts), media_type=CONTENT_TYPE)
 
 
 async def _version(request: Request, service: Service, tenant: str) -> ASGIApp:

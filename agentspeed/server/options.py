@@ -42,6 +42,11 @@ class ServerOptions:
     drain_seconds: float = 30.0
     """After SIGTERM, how long running requests may go on."""
     idle_sessions: int = 256
+    """Sessions of stateless conversations that wait to go on."""
+    max_sessions: int = 1024
+    """Sessions that clients of `/v1/sessions` may hold open."""
+    grace_seconds: float = 30.0
+    """For how long a turn runs on that nobody reads any more."""
     idle_seconds: float = 600.0
 
     def __post_init__(self) -> None:

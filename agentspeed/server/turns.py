@@ -18,6 +18,7 @@ from agentspeed.engine import Engine
 from agentspeed.front import transcript
 from agentspeed.front.mirror import Mirror
 from agentspeed.history import Conversation, History, Limits, Taken, duplicate
+from agentspeed.server.metrics import Metrics
 from agentspeed.server.options import ServerOptions
 from agentspeed.server.problems import Problem, RequestProblem, refused
 from agentspeed.session import Session
@@ -87,6 +88,7 @@ class Service:
                 idle=options.idle_sessions, idle_per_tenant=options.idle_sessions, idle_seconds=options.idle_seconds
             ),
         )
+        self.metrics = Metrics()
         self.draining = False
         self.running = 0
 
@@ -134,17 +136,23 @@ class Service:
 
     async def turn(self, request: Request, told: Told | None = None) -> Answer:
         """Runs the request to its end; `told` hears every event. Whatever cancels this ends the turn."""
+        begun = time.monotonic()
         async with self.admitted(), self.history.take(request.conversation) as taken:
-            options: TurnOptions = {
-                **request.options,
-                "timeout": request.options.get("timeout") or self.options.turn_seconds,
-            }
-            if request.choices == 1:
-                reply = await _read(
-                    0, taken.session.stream(taken.messages or None, output=request.output, **options), told
-                )
-                return _answer((reply,), taken)
-            return _answer(await self._several(request, options, taken, told), taken)
+            self.metrics.matched.labels(taken.verb).inc()
+            answer = await self._answered(request, taken, told)
+        for reply in answer.replies:
+            self.metrics.turn(reply.usage, reply.finish_reason, time.monotonic() - begun)
+        return answer
+
+    async def _answered(self, request: Request, taken: Taken, told: Told | None) -> Answer:
+        options: TurnOptions = {
+            **request.options,
+            "timeout": request.options.get("timeout") or self.options.turn_seconds,
+        }
+        if request.choices == 1:
+            reply = await _read(0, taken.session.stream(taken.messages or None, output=request.output, **options), told)
+            return _answer((reply,), taken)
+        return _answer(await self._several(request, options, taken, told), taken)
 
     async def _several(
         self, request: Request, options: TurnOptions, taken: Taken, told: Told | None
@@ -152,6 +160,7 @@ class Service:
         """Choices are forks: the prompt is computed once. The conversation goes on with the first."""
         replies: dict[int, Reply[Any]] = {}
         seed = options.get("seed")  # the same seed would give every choice the same draws
+        self.metrics.forks.inc(request.choices)
         async with taken.session.fork(request.choices) as branches:
             async with anyio.create_task_group() as group:
 

@@ -235,3 +235,26 @@ def test_the_model_is_listed_and_another_is_not_found(client: openai.OpenAI) -> 
     assert client.models.retrieve("nano").id == "nano"
     with pytest.raises(openai.NotFoundError):
         _ = client.models.retrieve("other")
+
+
+def test_metrics_count_what_was_asked_and_what_was_kept(url: str, client: openai.OpenAI) -> None:
+    def read() -> dict[str, float]:
+        text = httpx.get(f"{url}/metrics", headers={"x-api-key": "one"}).text
+        return {
+            name: float(value)
+            for name, value in (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+        }
+
+    before = read()
+    found = client.chat.completions.create(model="nano", messages=QUESTION, temperature=0)
+    after = read()
+    assert found.usage is not None
+    for name, counted in (
+        ("prompt_tokens_total", found.usage.prompt_tokens),
+        ("generation_tokens_total", found.usage.completion_tokens),
+        ('request_success_total{finished_reason="stop"}', 1),
+    ):
+        assert after[f"agentspeed:{name}"] - before.get(f"agentspeed:{name}", 0.0) == counted
+    assert after["agentspeed:num_requests_running"] == 0
+    assert 0 <= after["agentspeed:kv_cache_usage_perc"] <= 1
+    assert sum(after[f'agentspeed:pages{{owner="{owner}"}}'] for owner in ("free", "tail", "nodes")) == 512
