@@ -32,8 +32,9 @@ class Idempotency:
         self._answers: OrderedDict[tuple[str, str], _Answer] = OrderedDict()
 
     async def once(self, tenant: str, key: str | None, request: bytes, do: Callable[[], Awaitable[Any]]) -> Any:
-        """What `do` gives, from the first call with this key. Raises `RequestProblem` (409) where the same key came with
-        another request."""
+        """What `do` gives, from the first call with this key.
+
+        Raises `RequestProblem` (409) where the same key came with another request."""
         if key is None:
             return await do()
         digest = hashlib.sha256(request).digest()

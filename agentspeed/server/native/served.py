@@ -17,9 +17,9 @@ import anyio
 from anyio.abc import TaskGroup
 
 from agentspeed import errors
-from agentspeed.session import Session
 from agentspeed.server.native.bodies import event_json, reply_json
 from agentspeed.server.problems import Problem, problem_of, refused
+from agentspeed.session import Session
 from agentspeed.turn import Turn
 
 MOST_EVENTS: Final = 65_536
