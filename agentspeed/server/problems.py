@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from agentspeed import errors
+from agentspeed.message_formats.misfit import MessageMisfit
 
 
 @final
@@ -60,6 +61,8 @@ def problem_of(error: errors.AgentspeedError) -> Problem:
     """What an error of the SDK is over HTTP."""
     message = str(error)
     match error:
+        case MessageMisfit(where=where):
+            return Problem(status=400, kind="invalid_request_error", message=message, param=where)
         case errors.ContextOverflow():
             return Problem(status=400, kind="invalid_request_error", message=message, code="context_length_exceeded")
         case errors.ModelUnsupported() | errors.ModelBroken() | errors.TemplateUnstable():

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, final
+from typing import Any, final
 
 import anyio
 import msgspec
 
-from agentspeed import __version__, errors, events
+from agentspeed import __version__, events
 from agentspeed.asking import TurnOptions
 from agentspeed.engine import Engine
 from agentspeed.front import transcript
@@ -22,7 +22,6 @@ from agentspeed.server.metrics import Metrics
 from agentspeed.server.options import ServerOptions
 from agentspeed.server.problems import Problem, RequestProblem, refused
 from agentspeed.session import Session
-from agentspeed.tools import Tool, declared_tool
 from agentspeed.turn import Reply, Turn
 
 Told = Callable[[int, events.AnyEvent], Awaitable[None]]
@@ -51,24 +50,6 @@ class Answer:
     cached: int
     drawn: int
     taken: Taken
-
-
-def declared(definitions: Sequence[Mapping[str, Any]]) -> tuple[Tool, ...]:
-    """The tools of a request, which its client runs. Raises `RequestProblem` for one that no grammar can hold."""
-    found: dict[str, Tool] = {}
-    for place, definition in enumerate(definitions):
-        try:
-            made = declared_tool(definition, _not_here)
-        except (TypeError, errors.InputError) as error:
-            raise refused(str(error), param=f"tools[{place}]", code="tool_invalid") from error
-        if made.name in found:
-            raise refused(f"Two tools are named {made.name!r}.", param=f"tools[{place}]", code="tool_invalid")
-        found[made.name] = made
-    return tuple(found.values())
-
-
-def _not_here(**arguments: object) -> NoReturn:
-    raise errors.InternalError(f"A tool that the client runs was called here with {sorted(arguments)}.")
 
 
 @final

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import secrets
-from collections.abc import Mapping, Sequence
 from typing import Any, Final, final
 
 import msgspec
@@ -12,12 +10,13 @@ import msgspec
 from agentspeed import events
 from agentspeed.asking import TurnOptions
 from agentspeed.history import Conversation
-from agentspeed.messages import Assistant, Message, ToolCall, ToolMessage, User
+from agentspeed.message_formats.anthropic import conversation_parts, tool_definitions
+from agentspeed.message_formats.tools import declared
 from agentspeed.sampling import Sampling
-from agentspeed.server.openai.messages import bounded_tokens
+from agentspeed.server.openai.parameters import bounded_tokens
 from agentspeed.server.problems import refused
 from agentspeed.server.streaming import Emitter
-from agentspeed.server.turns import Answer, Request, Service, declared
+from agentspeed.server.turns import Answer, Request, Service
 from agentspeed.turn import Reply
 
 _STOP: Final = {
@@ -48,101 +47,15 @@ class MessagesRequest(msgspec.Struct, kw_only=True):
 
 
 def conversation_of(body: MessagesRequest, tenant: str) -> Conversation:
-    """Raises `RequestProblem` that names the block."""
-    names: dict[str, str] = {}
-    found: list[Message] = []
-    if not body.messages:
-        raise refused("messages is empty; at least one is needed.", param="messages")
-    for place, message in enumerate(body.messages):
-        where = f"messages.{place}"
-        role, content = message.get("role"), message.get("content")
-        blocks: Sequence[Any] = [{"type": "text", "text": content}] if isinstance(content, str) else content or ()
-        if role == "user":
-            found += _user(blocks, where, names)
-        elif role == "assistant":
-            made = _assistant(blocks, where)
-            names.update({call.id: call.name for call in made.tool_calls})
-            found.append(made)
-        else:
-            raise refused(f"{where}.role is {role!r}; it must be user or assistant.", param=f"{where}.role")
-    tools = [
-        {
-            "name": tool.get("name"),
-            "description": tool.get("description") or "",
-            "parameters": tool.get("input_schema", {"type": "object", "properties": {}}),
-        }
-        for tool in body.tools or ()
-    ]
+    """Raises `MessageMisfit` that names the block."""
+    system, messages = conversation_parts(body.system, body.messages)
     return Conversation(
-        messages=tuple(found),
-        system=_system(body.system),
-        tools=declared(tools),
+        messages=messages,
+        system=system,
+        tools=declared(tool_definitions(body.tools)),
         tenant=tenant,
         hint=(body.metadata or {}).get("user_id"),
     )
-
-
-def _system(system: object) -> str | None:
-    if system is None or isinstance(system, str):
-        return system or None
-    if isinstance(system, list):
-        return "\n\n".join(_text(block, f"system.{place}") for place, block in enumerate(system)) or None
-    raise refused("system must be a text or a list of text blocks.", param="system")
-
-
-def _text(block: object, where: str) -> str:
-    if isinstance(block, Mapping) and block.get("type") == "text" and isinstance(block.get("text"), str):
-        return str(block["text"])
-    kind = block.get("type") if isinstance(block, Mapping) else block
-    raise refused(f"{where} has type {kind!r}; this model reads text alone.", param=where)
-
-
-def _user(blocks: Sequence[Any], where: str, names: Mapping[str, str]) -> list[Message]:
-    """Results come first, as the calls they answer do; text after them is one message."""
-    found: list[Message] = []
-    texts: list[str] = []
-    for place, block in enumerate(blocks):
-        if isinstance(block, Mapping) and block.get("type") == "tool_result":
-            call_id = block.get("tool_use_id")
-            if not isinstance(call_id, str):
-                raise refused(f"{where}.content.{place} needs a tool_use_id.", param=f"{where}.content.{place}")
-            content = block.get("content") or ""
-            text = (
-                content
-                if isinstance(content, str)
-                else "".join(_text(part, f"{where}.content.{place}.content.{at}") for at, part in enumerate(content))
-            )
-            found.append(
-                ToolMessage(
-                    call_id=call_id, name=names.get(call_id, ""), text=text, ok=not block.get("is_error", False)
-                )
-            )
-        else:
-            texts.append(_text(block, f"{where}.content.{place}"))
-    if texts or not found:
-        found.append(User("".join(texts)))
-    return found
-
-
-def _assistant(blocks: Sequence[Any], where: str) -> Assistant:
-    texts: list[str] = []
-    calls: list[ToolCall] = []
-    reasoning: list[str] = []
-    for place, block in enumerate(blocks):
-        kind = block.get("type") if isinstance(block, Mapping) else None
-        if kind == "tool_use":
-            if not isinstance(block.get("id"), str) or not isinstance(block.get("name"), str):
-                raise refused(f"{where}.content.{place} needs an id and a name.", param=f"{where}.content.{place}")
-            calls.append(
-                ToolCall(
-                    id=block["id"], name=block["name"], arguments=json.dumps(block.get("input", {}), ensure_ascii=False)
-                )
-            )
-        elif kind == "thinking":
-            reasoning.append(str(block.get("thinking", "")))
-        elif kind != "redacted_thinking":
-            texts.append(_text(block, f"{where}.content.{place}"))
-    return Assistant("".join(texts), tuple(calls), "".join(reasoning))
 
 
 def request_of(body: MessagesRequest, service: Service, tenant: str) -> Request:

@@ -13,13 +13,14 @@ from starlette.types import ASGIApp
 from agentspeed import errors
 from agentspeed.asking import TurnOptions
 from agentspeed.front.output import Schema
+from agentspeed.message_formats.tools import declared
 from agentspeed.sampling import Sampling
 from agentspeed.server.native import bodies
 from agentspeed.server.native.idempotency import Idempotency
 from agentspeed.server.native.served import Served, Sessions
 from agentspeed.server.problems import Problem, refused
 from agentspeed.server.streaming import Emitter, EventStream, WholeBody, encoded
-from agentspeed.server.turns import Service, declared, parsed
+from agentspeed.server.turns import Service, parsed
 from agentspeed.session import Session
 
 _PATH = "/v1/sessions"

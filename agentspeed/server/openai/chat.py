@@ -11,20 +11,13 @@ import msgspec
 from agentspeed import events
 from agentspeed.asking import TurnOptions
 from agentspeed.history import Conversation
+from agentspeed.message_formats.openai import conversation_parts, tool_definitions
+from agentspeed.message_formats.tools import declared
 from agentspeed.server.openai.logprobs import token_logprobs
-from agentspeed.server.openai.messages import (
-    FINISH,
-    bounded_tokens,
-    choice_of,
-    conversation_parts,
-    output_of,
-    sampling_of,
-    stops_of,
-    tool_definitions,
-)
+from agentspeed.server.openai.parameters import FINISH, bounded_tokens, choice_of, output_of, sampling_of, stops_of
 from agentspeed.server.problems import refused
 from agentspeed.server.streaming import Emitter
-from agentspeed.server.turns import Answer, Request, Service, declared
+from agentspeed.server.turns import Answer, Request, Service
 from agentspeed.turn import Reply
 
 MOST_CHOICES = 128

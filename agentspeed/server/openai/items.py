@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
+from agentspeed.message_formats.misfit import misfit
+from agentspeed.message_formats.openai import text_of
 from agentspeed.messages import Assistant, Message, ToolCall, ToolMessage, User
-from agentspeed.server.openai.messages import text_of
-from agentspeed.server.problems import refused
 
 
 @final
@@ -32,7 +32,7 @@ class _Reading:
 def read_items(
     given: str | Sequence[Any], earlier: Sequence[Message] = (), where: str = "input"
 ) -> tuple[list[str], tuple[Message, ...]]:
-    """System texts and messages of `given`, which follow `earlier`. Raises `RequestProblem` that names the item."""
+    """System texts and messages of `given`, which follow `earlier`. Raises `MessageMisfit` that names the item."""
     reading = _Reading(messages=[])
     for message in earlier:
         if isinstance(message, Assistant):
@@ -47,7 +47,7 @@ def read_items(
 
 def _read(reading: _Reading, item: Any, where: str, *, begun: bool) -> None:
     if not isinstance(item, Mapping):
-        raise refused(f"{where} must be an object.", param=where)
+        raise misfit(f"{where} must be an object.", where)
     kind = item.get("type", "message" if "role" in item else None)
     if kind == "message":
         role, text = item.get("role"), text_of(item.get("content"), f"{where}.content")
@@ -57,23 +57,23 @@ def _read(reading: _Reading, item: Any, where: str, *, begun: bool) -> None:
         reading.close()
         if role in ("system", "developer"):
             if reading.messages or begun:
-                raise refused(f"{where}: a {role} message stands above the conversation.", param=where)
+                raise misfit(f"{where}: a {role} message stands above the conversation.", where)
             reading.system.append(text)
         elif role == "user":
             reading.messages.append(User(text))
         else:
-            raise refused(f"{where}.role is {role!r}.", param=f"{where}.role")
+            raise misfit(f"{where}.role is {role!r}.", f"{where}.role")
     elif kind == "function_call":
         call_id, name, arguments = item.get("call_id"), item.get("name"), item.get("arguments", "{}")
         if not (isinstance(call_id, str) and isinstance(name, str) and isinstance(arguments, str)):
-            raise refused(f"{where} needs call_id, name and arguments, all texts.", param=where)
+            raise misfit(f"{where} needs call_id, name and arguments, all texts.", where)
         reading.names[call_id] = name
         reading.calls.append(ToolCall(id=call_id, name=name, arguments=arguments))
     elif kind == "function_call_output":
         reading.close()
         call_id = item.get("call_id")
         if not isinstance(call_id, str):
-            raise refused(f"{where} needs a call_id.", param=f"{where}.call_id")
+            raise misfit(f"{where} needs a call_id.", f"{where}.call_id")
         reading.messages.append(
             ToolMessage(
                 call_id=call_id,
@@ -82,9 +82,9 @@ def _read(reading: _Reading, item: Any, where: str, *, begun: bool) -> None:
             )
         )
     elif kind != "reasoning":  # what the model thought is in the log that it thought it in, or in none
-        raise refused(
+        raise misfit(
             f"{where} has type {kind!r}; messages, function calls and their outputs are read here.",
-            param=f"{where}.type",
+            f"{where}.type",
         )
 
 

@@ -10,20 +10,16 @@ import msgspec
 
 from agentspeed.asking import TurnOptions
 from agentspeed.history import Conversation
+from agentspeed.message_formats.openai import tool_definitions
+from agentspeed.message_formats.tools import declared
 from agentspeed.messages import Assistant, Message, ToolCall
 from agentspeed.server.openai import items
-from agentspeed.server.openai.messages import (
-    bounded_tokens,
-    choice_of,
-    output_of,
-    sampling_of,
-    tool_definitions,
-)
+from agentspeed.server.openai.parameters import bounded_tokens, choice_of, output_of, sampling_of
 from agentspeed.server.openai.response_events import ResponseEvents
 from agentspeed.server.openai.stored import Store, StoredConversation, StoredResponse
 from agentspeed.server.problems import Problem, RequestProblem, refused
 from agentspeed.server.streaming import Emitter
-from agentspeed.server.turns import Answer, Request, Service, declared
+from agentspeed.server.turns import Answer, Request, Service
 
 
 class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
