@@ -1,4 +1,4 @@
-"""`ChatAgentSpeed`: a LangChain chat model whose message lists find their session, so that nothing is computed twice."""
+"""`ChatAgentSpeed`: a LangChain chat model whose message lists find their session; nothing is computed twice."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
 from langchain_core.tools import BaseTool
 from langchain_core.utils import secret_from_env
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
-from langchain_core.utils.pydantic import TypeBaseModel, is_basemodel_subclass
+from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import ConfigDict, Field, PrivateAttr, SecretStr
 
 from agentspeed import errors, events
@@ -139,15 +139,15 @@ class ChatAgentSpeed(BaseChatModel):
         if kwargs:
             raise ValueError(f"Unknown options {', '.join(sorted(kwargs))}.")
         shape = {"type": "object"} if schema is None else convert_to_json_schema(cast("Any", schema))
-        bound = self.bind(
+        bound: Runnable[LanguageModelInput, Any] = self.bind(
             output_schema=shape,
             ls_structured_output_format={"kwargs": {"method": method, "strict": strict}, "schema": shape},
         )
         parser: Any = JsonOutputParser()
         if isinstance(schema, type) and is_basemodel_subclass(schema):
-            parser = PydanticOutputParser(pydantic_object=cast("type[TypeBaseModel]", schema))
+            parser = PydanticOutputParser(pydantic_object=cast("Any", schema))
         if not include_raw:
-            return bound | parser
+            return cast("Any", bound | parser)
         good = RunnablePassthrough.assign(
             parsed=lambda found: parser.invoke(found["raw"]), parsing_error=lambda _: None
         )
@@ -185,7 +185,7 @@ class ChatAgentSpeed(BaseChatModel):
         runtime = self._runtime(kwargs.get("model"))
         for chunk in runtime.iterate(lambda: self._chunks(messages, stop, hint, kwargs)):
             if run_manager is not None:
-                _ = run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                run_manager.on_llm_new_token(chunk.text, chunk=chunk)
             yield chunk
 
     async def _astream(
@@ -381,8 +381,8 @@ def _choice(tool_choice: str | dict[str, Any] | bool | None, names: Sequence[str
 
 
 def _openai(message: BaseMessage) -> dict[str, Any]:
-    """A message in OpenAI's form. What the model said is taken from its text and its calls: its content may be blocks of
-    any of LangChain's forms."""
+    """A message in OpenAI's form. What the model said is taken from its text and its calls, since its content may be
+    blocks of any of LangChain's forms."""
     found: Any = (
         convert_to_openai_messages(message)
         if not isinstance(message, AIMessage)
