@@ -52,7 +52,8 @@ class Conversation:
 def root_key(conversation: Conversation) -> bytes:
     """What two conversations must have in common before their messages are compared at all."""
     definitions = [tool.definition() for tool in conversation.tools]
-    return _digest(b"", ["root", conversation.tenant, conversation.system, definitions])
+    above = [conversation.tenant, "" if conversation.system is None else f"+{conversation.system}"]
+    return _digest(b"", [*above, json.dumps(definitions, sort_keys=True)])
 
 
 def keys(root: bytes, messages: Sequence[Message]) -> list[bytes]:
@@ -67,7 +68,7 @@ def keys(root: bytes, messages: Sequence[Message]) -> list[bytes]:
     return found
 
 
-def _canonical(message: Message, calls: dict[str, int]) -> list[object]:
+def _canonical(message: Message, calls: dict[str, int]) -> list[str]:
     match message:
         case System(text=text):
             return ["system", text]
@@ -76,22 +77,27 @@ def _canonical(message: Message, calls: dict[str, int]) -> list[object]:
         case Assistant(text=text, tool_calls=made):
             calls.clear()
             calls.update({call.id: place for place, call in enumerate(made)})
-            return ["assistant", text, [[call.name, _value(call.arguments)] for call in made]]
+            return ["assistant", text, *(part for call in made for part in (call.name, _value(call.arguments)))]
         case ToolMessage(call_id=call_id, text=text):
-            return ["tool", calls.get(call_id, call_id), text]
+            return ["tool", str(calls.get(call_id, call_id)), text]
 
 
-def _value(arguments: str) -> object:
+def _value(arguments: str) -> str:
     """Equal for texts of equal JSON values; a text that is no JSON stands for itself."""
     try:
-        return json.dumps(json.loads(arguments), sort_keys=True, ensure_ascii=True)
+        return json.dumps(json.loads(arguments), sort_keys=True)
     except (ValueError, RecursionError):
         return arguments
 
 
-def _digest(above: bytes, value: object) -> bytes:
-    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"))
-    return hashlib.blake2b(above + text.encode(), digest_size=_KEY_BYTES).digest()
+def _digest(above: bytes, parts: Sequence[str]) -> bytes:
+    """Each part goes in behind its length, so that no two lists of parts are the same bytes."""
+    found = hashlib.blake2b(above, digest_size=_KEY_BYTES)
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass")
+        found.update(len(data).to_bytes(8, "little"))
+        found.update(data)
+    return found.digest()
 
 
 # ---- what is decided ------------------------------------------------------------------------------------------------
