@@ -139,7 +139,7 @@ class ChatAgentSpeed(BaseChatModel):
         if kwargs:
             raise ValueError(f"Unknown options {', '.join(sorted(kwargs))}.")
         shape = {"type": "object"} if schema is None else convert_to_json_schema(cast("Any", schema))
-        bound: Runnable[LanguageModelInput, Any] = self.bind(
+        bound: Any = self.bind(
             output_schema=shape,
             ls_structured_output_format={"kwargs": {"method": method, "strict": strict}, "schema": shape},
         )
@@ -147,7 +147,8 @@ class ChatAgentSpeed(BaseChatModel):
         if isinstance(schema, type) and is_basemodel_subclass(schema):
             parser = PydanticOutputParser(pydantic_object=cast("Any", schema))
         if not include_raw:
-            return cast("Any", bound | parser)
+            parsed: Runnable[LanguageModelInput, Any] = bound | parser
+            return parsed
         good = RunnablePassthrough.assign(
             parsed=lambda found: parser.invoke(found["raw"]), parsing_error=lambda _: None
         )

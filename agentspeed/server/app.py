@@ -18,6 +18,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from agentspeed import __version__, errors
+from agentspeed.server import ui
 from agentspeed.server.anthropic import messages as anthropic_messages
 from agentspeed.server.metrics import CONTENT_TYPE
 from agentspeed.server.native.routes import session_routes
@@ -55,6 +56,9 @@ def application(service: Service) -> ASGIApp:
             group.cancel_scope.cancel()
         await service.history.close()
 
+    async def ui_events(request: Request, service: Service, tenant: str) -> ASGIApp:
+        return _json(held[0].get(tenant, request.path_params["label"]).newest(200))
+
     def route(path: str, endpoint: Endpoint, *methods: str) -> Route:
         async def answer(request: Request) -> ASGIApp:
             return await endpoint(request, service, request.scope["agentspeed.tenant"])
@@ -66,6 +70,9 @@ def application(service: Service) -> ASGIApp:
         route("/health_generate", _health_generate, "GET"),
         route("/version", _version, "GET"),
         route("/metrics", _metrics, "GET"),
+        route("/ui", _ui, "GET"),
+        route("/ui/state", _ui_state, "GET"),
+        route("/ui/events/{label}", ui_events, "GET"),
         route("/v1/models", _models, "GET"),
         route("/v1/models/{model:path}", _model, "GET"),
         route("/v1/chat/completions", _chat, "POST"),
@@ -108,6 +115,8 @@ def _problem(problem: Problem, request: Request) -> Response:
     anthropic = request.url.path.startswith("/v1/messages")
     body = problem.anthropic(_number(request)) if anthropic else problem.openai()
     headers = {} if problem.retry_after is None else {"retry-after": str(problem.retry_after)}
+    if problem.status == 401:  # a browser then asks for the key, as a password
+        headers["www-authenticate"] = 'Basic realm="agentspeed: any name, the API key as password"'
     return Response(encoded(body), problem.status, headers, "application/json")
 
 
@@ -290,6 +299,15 @@ async def _metrics(request: Request, service: Service, tenant: str) -> ASGIApp:
     service.metrics.idle.set(service.history.idle)
     counts = (await service.engine.stats()).counts
     return Response(service.metrics.page(counts), media_type=CONTENT_TYPE)
+
+
+async def _ui(request: Request, service: Service, tenant: str) -> ASGIApp:
+    return Response(ui.page(), media_type="text/html")
+
+
+async def _ui_state(request: Request, service: Service, tenant: str) -> ASGIApp:
+    seen = await ui.picture(service.engine, tenant, everyone=not service.options.keys)
+    return _json({**seen, "model": service.model_name})
 
 
 async def _version(request: Request, service: Service, tenant: str) -> ASGIApp:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hmac
 import ipaddress
 from collections.abc import Sequence
@@ -83,13 +84,25 @@ def tenant_of(keys: Sequence[ApiKey], authorization: str | None, x_api_key: str 
         return ""
     shown = x_api_key
     if authorization is not None:
-        scheme, _, rest = authorization.partition(" ")
-        shown = rest.strip() if scheme.lower() == "bearer" else None
+        shown = _shown_in(authorization)
     found: str | None = None
     for key in keys:
         if hmac.compare_digest(key.secret.encode(), (shown or "").encode()):
             found = key.tenant
     return found
+
+
+def _shown_in(authorization: str) -> str | None:
+    """The key of a bearer, or the password that a browser was asked for."""
+    scheme, _, rest = authorization.partition(" ")
+    if scheme.lower() == "bearer":
+        return rest.strip()
+    if scheme.lower() == "basic":
+        try:
+            return base64.b64decode(rest.strip(), validate=True).decode().partition(":")[2]
+        except ValueError:
+            return None
+    return None
 
 
 def _is_loopback(host: str) -> bool:

@@ -54,6 +54,10 @@ class Served:
         """Number of the newest event; 0 before the first."""
         return self._last
 
+    def newest(self, most: int) -> list[dict[str, Any]]:
+        """The last `most` events."""
+        return list(self._events)[-most:]
+
     async def read(self, after: int) -> AsyncIterator[dict[str, Any]]:
         """Events after number `after`, until the turn that runs (if one does) has ended. Raises `RequestProblem` when
         some of them are gone."""
