@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +15,8 @@ from agentspeed import errors
 from agentspeed.checking import check_number, is_whole
 from agentspeed.front.codec import ChatCodec
 from agentspeed.transport.base import Connection, Transport, wire
+from agentspeed.transport.remote import RemoteTransport
+from agentspeed.transport.remote_files import model_folder
 from agentspeed.transport.shared_engines import EngineHandle
 from agentspeed.whole import whole
 
@@ -48,6 +51,8 @@ class Engine:
         self._codec: ChatCodec | None = None
         self._shared = False
         self._transport: Transport | None = None
+        self._api_key = os.environ.get("AGENTSPEED_API_KEY")
+        self._http_client = None
 
     @classmethod
     def over(cls, transport: Transport, model: str | os.PathLike[str]) -> Engine:
@@ -66,7 +71,11 @@ class Engine:
     async def start(self) -> Self:
         """Starts the process (or finds the shared one) and loads the tokenizer. Calling it again does nothing."""
         if self._local is None:
-            folder = await anyio.to_thread.run_sync(resolve, self.model)
+            if (url := _url_of(self.model)) is not None:
+                self._transport = RemoteTransport(url, api_key=self._api_key, client=self._http_client)
+                folder = await anyio.to_thread.run_sync(model_folder, self._transport.client)
+            else:
+                folder = await anyio.to_thread.run_sync(resolve, self.model)
             self._codec = await anyio.to_thread.run_sync(_codec_of, folder)
             options = {"model": str(folder), **self._options}
             if self._transport is not None:
@@ -126,6 +135,12 @@ class Engine:
         link = await self.link()
         return await link.call(lambda number: wire.GetStats(request=number), patience=_PATIENCE)
 
+    def connected_socket(self) -> socket.socket:
+        """A fresh socket to the engine, for a server that relays links. Blocks."""
+        if self._local is None:
+            raise errors.SessionClosed("The engine is not running.", remedy="Use it in `async with`.")
+        return self._local.transport.open(after_death=False)
+
     @property
     def pid(self) -> int | None:
         """Of the engine process, when this object started one."""
@@ -133,6 +148,11 @@ class Engine:
 
     def __repr__(self) -> str:
         return f"<Engine {Path(self.model).name} {'running' if self._local else 'stopped'}>"
+
+
+def _url_of(model: str | os.PathLike[str]) -> str | None:
+    text = os.fspath(model)
+    return text if text.startswith(("http://", "https://")) else None
 
 
 def resolve(model: str | os.PathLike[str]) -> Path:

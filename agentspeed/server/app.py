@@ -18,8 +18,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from agentspeed import __version__, errors
-from agentspeed.server import ui
+from agentspeed.server import model_files, ui
 from agentspeed.server.anthropic import messages as anthropic_messages
+from agentspeed.server.links import Links, link_routes
 from agentspeed.server.metrics import CONTENT_TYPE
 from agentspeed.server.native.routes import session_routes
 from agentspeed.server.native.served import Sessions
@@ -41,6 +42,7 @@ def application(service: Service) -> ASGIApp:
     """Everything that `agentspeed serve` answers."""
 
     held: list[Sessions] = []
+    linked: list[Links] = []
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -50,9 +52,12 @@ def application(service: Service) -> ASGIApp:
                 group, most=options.max_sessions, idle_seconds=options.idle_seconds, grace=options.grace_seconds
             )
             held.append(sessions)
-            group.start_soon(_swept, service, sessions)
+            links = Links(service, group, most=options.max_links, grace=options.grace_seconds)
+            linked.append(links)
+            group.start_soon(_swept, service, sessions, links)
             yield
             await sessions.close_all()
+            await links.close_all()
             group.cancel_scope.cancel()
         await service.history.close()
 
@@ -78,6 +83,9 @@ def application(service: Service) -> ASGIApp:
         route("/v1/chat/completions", _chat, "POST"),
         *responses_routes(service, route),
         *session_routes(lambda: held[0], route),
+        *link_routes(lambda: linked[0], route),
+        route("/v1/model/files", _model_files, "GET"),
+        route("/v1/model/files/{digest}", _model_file, "GET"),
         route("/v1/messages", _messages, "POST"),
         route("/v1/messages/count_tokens", _count_tokens, "POST"),
         route("/tokenize", _tokenize, "POST"),
@@ -86,11 +94,12 @@ def application(service: Service) -> ASGIApp:
     return _Gate(Starlette(routes=routes, lifespan=lifespan), service.options)
 
 
-async def _swept(service: Service, sessions: Sessions) -> None:
+async def _swept(service: Service, sessions: Sessions, links: Links) -> None:
     while True:
         await anyio.sleep(_SWEEP_SECONDS)
         await service.history.sweep()
         await sessions.sweep()
+        await links.sweep()
 
 
 @final
@@ -308,6 +317,17 @@ async def _ui(request: Request, service: Service, tenant: str) -> ASGIApp:
 async def _ui_state(request: Request, service: Service, tenant: str) -> ASGIApp:
     seen = await ui.picture(service.engine, tenant, everyone=not service.options.keys)
     return _json({**seen, "model": service.model_name})
+
+
+async def _model_files(request: Request, service: Service, tenant: str) -> ASGIApp:
+    return _json({"files": await anyio.to_thread.run_sync(model_files.manifest, service.folder)})
+
+
+async def _model_file(request: Request, service: Service, tenant: str) -> ASGIApp:
+    data = await anyio.to_thread.run_sync(model_files.content, service.folder, request.path_params["digest"])
+    if data is None:
+        raise refused("There is no such file.", status=404, code="file_not_found")
+    return Response(data, media_type="application/octet-stream")
 
 
 async def _version(request: Request, service: Service, tenant: str) -> ASGIApp:

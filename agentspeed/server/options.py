@@ -44,6 +44,8 @@ class ServerOptions:
     """After SIGTERM, how long running requests may go on."""
     idle_sessions: int = 256
     """Sessions of stateless conversations that wait to go on."""
+    max_links: int = 64
+    """Programs that may use `Session("http://...")` at once; each event loop of one is a link."""
     max_sessions: int = 1024
     """Sessions that clients of `/v1/sessions` may hold open."""
     grace_seconds: float = 30.0

@@ -38,6 +38,8 @@ class Emitter:
         self._headers = headers
         self._lock = anyio.Lock()
         self.begun = False
+        self.comments = any(value.startswith(b"text/event-stream") for name, value in headers if name == b"content-type")
+        """Whether a silent stream may say that it lives."""
 
     async def __call__(self, value: object, event: str | None = None) -> None:
         """One event whose data are the JSON of `value`."""
@@ -69,15 +71,17 @@ class EventStream:
         *,
         headers: dict[str, str],
         error_event: str | None = None,
+        media: str = "text/event-stream; charset=utf-8",
     ) -> None:
         self._produce = produce
         self._shape = shape
         self._headers = headers
         self._error_event = error_event
+        self._media = media
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the stream; a client that goes away cancels what produces it."""
-        given = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", **self._headers}
+        given = {"content-type": self._media, "cache-control": "no-cache", **self._headers}
         emitter = Emitter(send, [(name.encode(), value.encode()) for name, value in given.items()])
 
         async def produce() -> None:
@@ -135,7 +139,7 @@ async def _while_connected(receive: Receive, work: Callable[[], Awaitable[None]]
                     await to.raw(b": ping\n\n")
 
         group.start_soon(watch)
-        if emitter is not None:
+        if emitter is not None and emitter.comments:
             group.start_soon(ping, emitter)
         await work()
         group.cancel_scope.cancel()

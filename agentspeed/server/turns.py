@@ -6,7 +6,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, final
 
 import anyio
@@ -14,7 +13,7 @@ import msgspec
 
 from agentspeed import __version__, events
 from agentspeed.asking import TurnOptions
-from agentspeed.engine import Engine
+from agentspeed.engine import Engine, resolve
 from agentspeed.front import transcript
 from agentspeed.front.mirror import Mirror
 from agentspeed.history import Conversation, History, Limits, Taken, duplicate
@@ -60,7 +59,8 @@ class Service:
         self.engine = engine
         self.options = options
         self.started_at = int(time.time())
-        self.model_name = Path(engine.model).name
+        self.folder = resolve(engine.model)
+        self.model_name = self.folder.name
         self.fingerprint = f"agentspeed-{__version__}"
         self.history = History(
             self._open,

@@ -6,8 +6,8 @@ from importlib.resources import files
 from typing import Any, Final
 
 from agentspeed import errors
-from agentspeed.backends.port import wire
 from agentspeed.engine import Engine
+from agentspeed.transport.base import wire
 
 MOST_BRANCHES: Final = 400
 _PATIENCE: Final = 5.0
