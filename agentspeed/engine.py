@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +16,8 @@ from agentspeed.checking import check_number, is_whole
 from agentspeed.front.codec import ChatCodec
 from agentspeed.transport.base import Connection, Transport, wire
 from agentspeed.transport.hub import resolve
+from agentspeed.transport.model_files import fetch_model_files
+from agentspeed.transport.remote import RemoteTransport
 from agentspeed.transport.shared_engines import EngineHandle
 from agentspeed.whole import whole
 
@@ -53,6 +56,8 @@ class Engine:
         self._codec: ChatCodec | None = None
         self._shared = False
         self._transport: Transport | None = None
+        self._api_key = os.environ.get("AGENTSPEED_API_KEY")
+        self._http_client = None
 
     @classmethod
     def over(cls, transport: Transport, model: str | os.PathLike[str]) -> Engine:
@@ -71,11 +76,16 @@ class Engine:
     async def start(self) -> Self:
         """Starts the process (or finds the shared one) and loads the tokenizer. Calling it again does nothing."""
         if self._local is None:
-            folder = await anyio.to_thread.run_sync(resolve, self.model, self.revision)
+            if (url := _url_of(self.model)) is not None:
+                self._transport = RemoteTransport(url, api_key=self._api_key, client=self._http_client)
+                self._local = EngineHandle(self._transport)
+                folder = await self._fetched(self._local)
+            else:
+                folder = await anyio.to_thread.run_sync(resolve, self.model, self.revision)
             self._codec = await anyio.to_thread.run_sync(_codec_of, folder)
             options = {"model": str(folder), **self._options}
             if self._transport is not None:
-                self._local = EngineHandle(self._transport)
+                self._local = self._local or EngineHandle(self._transport)
             else:
                 self._local = EngineHandle.shared(options) if self._shared else EngineHandle.own(options)
         try:
@@ -84,6 +94,15 @@ class Engine:
             await self.close()
             raise
         return self
+
+    async def _fetched(self, local: EngineHandle) -> Path:
+        """The folder with the texts of a server's model; nothing is left open when it cannot be had."""
+        try:
+            return await fetch_model_files(await local.link())
+        except BaseException:
+            self._local = None
+            await whole(local.close)
+            raise
 
     async def close(self) -> None:
         """Lets go of the process; one of its own ends."""
@@ -131,6 +150,12 @@ class Engine:
         link = await self.link()
         return await link.call(lambda number: wire.GetStats(request=number), patience=_PATIENCE)
 
+    def connected_socket(self) -> socket.socket:
+        """A fresh socket to the engine, for a server that relays links. Blocks."""
+        if self._local is None:
+            raise errors.SessionClosed("The engine is not running.", remedy="Use it in `async with`.")
+        return self._local.transport.open(after_death=False)
+
     @property
     def pid(self) -> int | None:
         """Of the engine process, when this object started one."""
@@ -138,6 +163,11 @@ class Engine:
 
     def __repr__(self) -> str:
         return f"<Engine {Path(self.model).name} {'running' if self._local else 'stopped'}>"
+
+
+def _url_of(model: str | os.PathLike[str]) -> str | None:
+    text = os.fspath(model)
+    return text if text.startswith(("http://", "https://")) else None
 
 
 def _codec_of(folder: Path) -> ChatCodec:

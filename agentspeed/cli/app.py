@@ -83,6 +83,39 @@ def chat(
 
 
 @app.command()
+def serve(
+    model: Model = None,
+    host: Annotated[str, typer.Option(help="Where to listen; other than this machine only with a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    api_key: Annotated[list[str] | None, typer.Option(
+        envvar="AGENTSPEED_API_KEY", help="SECRET, or TENANT:SECRET; may be given several times.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="The most that one request may ask for.")] = None,
+    max_requests: Annotated[int, typer.Option(min=1, help="Requests in work at once.")] = 1024,
+    idle_sessions: Annotated[int, typer.Option(min=1, help="Sessions that wait to go on.")] = 256,
+    idle_seconds: Annotated[float, typer.Option(min=0, help="For how long they wait.")] = 600.0,
+    drain_seconds: Annotated[float, typer.Option(min=0, help="What running requests get after SIGTERM.")] = 30.0,
+    pages: Annotated[int | None, typer.Option(min=1, help="Pages of the KV pool.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float64.")] = None,
+    context: Annotated[int | None, typer.Option(min=1, help="Context limit in tokens.")] = None,
+    host_slots: Annotated[int | None, typer.Option(min=0, help="Pages of host memory for paused sessions.")] = None,
+) -> None:
+    """Serve a model over HTTP to OpenAI's and Anthropic's clients; each conversation finds its session and its rows.
+
+    Example:  agentspeed serve
+    Example:  agentspeed serve ./model --port 9000 --api-key team-a:secret1 --api-key team-b:secret2
+
+    Ends at Ctrl-C or SIGTERM, once running requests have ended or their time is over."""
+    from agentspeed.cli.serving import serve as served
+
+    engine = {"pages": pages, "dtype": dtype, "context": context, "host_slots": host_slots}
+    with reported():
+        served(
+            model, host=host, port=port, keys=api_key or [], engine=engine, max_tokens=max_tokens,
+            max_requests=max_requests, idle_sessions=idle_sessions, idle_seconds=idle_seconds,
+            drain_seconds=drain_seconds)
+
+
+@app.command()
 def demo(model: Model = None) -> None:
     """A session in half a minute: a turn, four forks, an adoption, a rewind, and what each of them cost.
 

@@ -1,0 +1,411 @@
+"""`ChatAgentSpeed`: a LangChain chat model whose message lists find their session; nothing is computed twice."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, cast
+
+import anyio
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.language_models import LangSmithParams, LanguageModelInput
+from langchain_core.language_models.chat_models import BaseChatModel
+from langchain_core.load.load import ALL_SERIALIZABLE_MAPPINGS
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, convert_to_openai_messages
+from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
+from langchain_core.messages.tool import tool_call, tool_call_chunk
+from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
+from langchain_core.tools import BaseTool
+from langchain_core.utils import secret_from_env
+from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
+from langchain_core.utils.pydantic import is_basemodel_subclass
+from pydantic import ConfigDict, Field, PrivateAttr, SecretStr
+
+from agentspeed import errors, events
+from agentspeed.adapters.langchain_errors import public
+from agentspeed.adapters.runtime import Runtime
+from agentspeed.asking import TurnOptions
+from agentspeed.engine import Engine
+from agentspeed.front.output import Schema
+from agentspeed.history import Conversation
+from agentspeed.message_formats.openai import conversation_parts, tool_definitions
+from agentspeed.message_formats.tools import declared
+from agentspeed.sampling import Sampling
+from agentspeed.turn import Reply, Turn
+from agentspeed.usage import Usage
+
+_FINISH = {"stop_id": "stop", "grammar_end": "stop", "stop_string": "stop", "max_tokens": "length"}
+
+
+class ChatAgentSpeed(BaseChatModel):
+    """`ChatAgentSpeed()` for the shipped model; `model` is a folder or a repository id, `engine` one that runs.
+
+    Each call sends its whole message list, as LangChain does; the longest known log is continued or branched, and the
+    reply's `usage_metadata.input_token_details.cache_read` says how many tokens that saved. Native async: cancelling a
+    call cancels the turn. All methods of `with_structured_output` end in constrained decoding."""
+
+    model_config = ConfigDict(populate_by_name=True, arbitrary_types_allowed=True)
+
+    model_name: str | None = Field(default=None, alias="model")
+    engine: Any = Field(default=None, exclude=True)
+    """An `agentspeed.Engine` that the caller runs; None: the process-wide one of the model and `engine_options`."""
+    engine_options: dict[str, Any] = Field(default_factory=dict)
+    api_key: SecretStr | None = Field(default_factory=secret_from_env("AGENTSPEED_API_KEY", default=None))
+    """Of a server; local engines need none."""
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    timeout: float | None = None
+    max_retries: int = 2
+    stop: list[str] | None = Field(default=None, alias="stop_sequences")
+    reasoning: bool = False
+    tenant: str | None = None
+    streaming: bool = False
+    _runtimes: dict[str | None, Runtime] = PrivateAttr(default_factory=dict)
+
+    # ---- what LangChain asks about a model --------------------------------------------------------------------------
+    @property
+    def _llm_type(self) -> str:
+        return "agentspeed"
+
+    @classmethod
+    def is_lc_serializable(cls) -> bool:
+        """Everything but a running engine is plain data."""
+        return True
+
+    @classmethod
+    def get_lc_namespace(cls) -> list[str]:
+        """Where `load` finds the class."""
+        return ["agentspeed", "adapters", "langchain"]
+
+    @property
+    def lc_secrets(self) -> dict[str, str]:
+        """What is taken from the environment instead of being written down."""
+        return {"api_key": "AGENTSPEED_API_KEY"}
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        return {
+            "model_name": self.model_name,
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+            "seed": self.seed,
+            "max_tokens": self.max_tokens,
+            "stop": self.stop,
+        }
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        found = super()._get_ls_params(stop=stop, **kwargs)
+        found["ls_provider"] = "agentspeed"
+        name = kwargs.get("model") or self.model_name or "nano"
+        found["ls_model_name"] = name
+        return found
+
+    # ---- tools and shapes -------------------------------------------------------------------------------------------
+    def bind_tools(
+        self,
+        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
+        *,
+        tool_choice: str | dict[str, Any] | bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """`tool_choice`: "auto", "any" or "required", "none", a tool's name, True (the only one), or OpenAI's form."""
+        made = [convert_to_openai_tool(one) for one in tools]
+        choice = _choice(tool_choice, [one["function"]["name"] for one in made])
+        return self.bind(tools=made, tool_choice=choice, **kwargs)
+
+    def with_structured_output(
+        self,
+        schema: dict[str, Any] | type,
+        *,
+        include_raw: bool = False,
+        method: Literal["json_schema", "function_calling", "json_mode"] = "json_schema",
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, dict[str, Any] | Any]:
+        """A grammar keeps the text to the schema whatever the method and `strict` say; "function_calling" writes it as
+        a call, and "json_mode" takes any JSON object when there is no schema."""
+        if method == "function_calling":
+            return super().with_structured_output(schema, include_raw=include_raw, **kwargs)
+        if method not in ("json_schema", "json_mode"):
+            raise ValueError(f"method is {method!r}; it must be json_schema, function_calling or json_mode.")
+        if kwargs:
+            raise ValueError(f"Unknown options {', '.join(sorted(kwargs))}.")
+        shape = {"type": "object"} if schema is None else convert_to_json_schema(cast("Any", schema))
+        bound: Any = self.bind(
+            output_schema=shape,
+            ls_structured_output_format={"kwargs": {"method": method, "strict": strict}, "schema": shape},
+        )
+        parser: Any = JsonOutputParser()
+        if isinstance(schema, type) and is_basemodel_subclass(schema):
+            parser = PydanticOutputParser(pydantic_object=cast("Any", schema))
+        if not include_raw:
+            parsed: Runnable[LanguageModelInput, Any] = bound | parser
+            return parsed
+        good = RunnablePassthrough.assign(
+            parsed=lambda found: parser.invoke(found["raw"]), parsing_error=lambda _: None
+        )
+        failed = RunnablePassthrough.assign(parsed=lambda _: None)
+        return RunnableMap(raw=bound) | good.with_fallbacks([failed], exception_key="parsing_error")
+
+    # ---- calls ------------------------------------------------------------------------------------------------------
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        hint = _hint(run_manager)
+        return self._runtime(kwargs.get("model")).call(lambda: self._whole(messages, stop, hint, kwargs))
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        return await self._whole(messages, stop, _hint(run_manager), kwargs)
+
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:
+        hint = _hint(run_manager)
+        runtime = self._runtime(kwargs.get("model"))
+        for chunk in runtime.iterate(lambda: self._chunks(messages, stop, hint, kwargs)):
+            if run_manager is not None:
+                run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+            yield chunk
+
+    async def _astream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        async for chunk in self._chunks(messages, stop, _hint(run_manager), kwargs):
+            if run_manager is not None:
+                await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+            yield chunk
+
+    async def _whole(
+        self, messages: list[BaseMessage], stop: list[str] | None, hint: str | None, kwargs: Mapping[str, Any]
+    ) -> ChatResult:
+        reply = await self._turned(messages, stop, hint, kwargs, None)
+        message = AIMessage(
+            content=reply.text,
+            tool_calls=[
+                tool_call(name=call.name, args=json.loads(call.arguments), id=call.id) for call in reply.tool_calls
+            ],
+            additional_kwargs={"reasoning_content": reply.reasoning} if reply.reasoning else {},
+            response_metadata=self._metadata(reply, kwargs.get("model")),
+            usage_metadata=usage_metadata(reply.usage),
+        )
+        return ChatResult(generations=[ChatGeneration(message=message)])
+
+    async def _chunks(
+        self, messages: list[BaseMessage], stop: list[str] | None, hint: str | None, kwargs: Mapping[str, Any]
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        """The turn runs in a task of its own, since no scope may be open where an asynchronous generator yields."""
+        send, receive = anyio.create_memory_object_stream[AIMessageChunk](256)
+
+        async def told(event: events.AnyEvent) -> None:
+            if (chunk := _chunk(event)) is not None:
+                await send.send(chunk)
+
+        async def run() -> Reply[Any]:
+            with send:
+                return await self._turned(messages, stop, hint, kwargs, told)
+
+        task = asyncio.ensure_future(run())
+        try:
+            with receive:
+                async for chunk in receive:
+                    yield ChatGenerationChunk(message=chunk)
+            reply = await task
+            yield ChatGenerationChunk(
+                message=AIMessageChunk(
+                    content="",
+                    response_metadata=self._metadata(reply, kwargs.get("model")),
+                    usage_metadata=usage_metadata(reply.usage),
+                    chunk_position="last",
+                )
+            )
+        finally:
+            if not task.done():
+                _ = task.cancel()
+                await asyncio.wait([task])
+
+    async def _turned(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None,
+        hint: str | None,
+        kwargs: Mapping[str, Any],
+        told: Callable[[events.AnyEvent], Awaitable[None]] | None,
+    ) -> Reply[Any]:
+        """One turn on the conversation's session. Raises LangChain's errors, which are ours too."""
+        for attempt in range(self.max_retries + 1):
+            begun = False
+            try:
+                system, own = conversation_parts([_openai(message) for message in messages])
+                tools = declared(tool_definitions(kwargs.get("tools")))
+                conversation = Conversation(
+                    messages=own, system=system, tools=tools, tenant=self.tenant or "", hint=hint
+                )
+                shape = kwargs.get("output_schema")
+                output: Any = str if shape is None else Schema.json(shape)
+                async with self._runtime(kwargs.get("model")).take(conversation) as taken:
+                    turn: Turn[Any] = taken.session.stream(
+                        taken.messages or None, output=output, **self._options(stop, kwargs)
+                    )
+                    async with turn:
+                        async for event in turn:
+                            if told is not None:
+                                begun = True
+                                await told(event)
+                        return turn.result()
+            except errors.AgentspeedError as error:
+                if begun or not error.retryable or attempt == self.max_retries:
+                    raise public(error) from error
+                await anyio.sleep(min(8.0, 0.5 * 2**attempt))
+        raise errors.InternalError("A call ended without a reply or an error.")
+
+    def _options(self, stop: list[str] | None, kwargs: Mapping[str, Any]) -> TurnOptions:
+        heat = kwargs.get("temperature", self.temperature)
+        options: TurnOptions = {
+            "sampling": Sampling(
+                temperature=0.0 if heat is None else heat,
+                top_k=kwargs.get("top_k", self.top_k),
+                top_p=kwargs.get("top_p", self.top_p) or 1.0,
+            ),
+            "stop": tuple(stop or kwargs.get("stop_sequences") or self.stop or ()),
+            "tool_choice": kwargs.get("tool_choice") or "auto",
+            "max_tokens": kwargs.get("max_tokens", self.max_tokens),
+            "timeout": kwargs.get("timeout", self.timeout),
+        }
+        seed = kwargs.get("seed", self.seed)
+        if seed is not None:
+            options["seed"] = seed
+        if kwargs.get("parallel_tool_calls") is False:
+            options["parallel_calls"] = 1
+        return options
+
+    def _runtime(self, model: str | None) -> Runtime:
+        name = self.model_name if model is None else model
+        if name not in self._runtimes:
+            engine: Engine | None = self.engine
+            self._runtimes[name] = Runtime(
+                name, engine=engine, reasoning=self.reasoning, engine_options=self.engine_options
+            )
+        return self._runtimes[name]
+
+    def _metadata(self, reply: Reply[Any], model: str | None) -> dict[str, Any]:
+        return {
+            "finish_reason": _FINISH.get(reply.finish_reason, reply.finish_reason),
+            "model_name": model or self.model_name or "nano",
+            "model_provider": "agentspeed",
+        }
+
+    async def aclose(self) -> None:
+        """Closes the sessions of this event loop; they end by themselves when idle."""
+        for runtime in self._runtimes.values():
+            await runtime.aclose()
+
+    def close(self) -> None:
+        """Closes the sessions of calls that came without an event loop."""
+        for runtime in self._runtimes.values():
+            runtime.close()
+
+
+# `load(..., allowed_objects="all")` reads only what this table of LangChain's names.
+_ = ALL_SERIALIZABLE_MAPPINGS.setdefault(tuple(ChatAgentSpeed.lc_id()), tuple(ChatAgentSpeed.lc_id()))
+
+
+def usage_metadata(usage: Usage) -> UsageMetadata:
+    """As LangChain counts: `cache_read` is a part of the input."""
+    prompt = usage.new + usage.resumed + usage.recomputed
+    return UsageMetadata(
+        input_tokens=prompt,
+        output_tokens=usage.drawn,
+        total_tokens=prompt + usage.drawn,
+        input_token_details=InputTokenDetails(cache_read=usage.prefill_saved),
+    )
+
+
+def _chunk(event: events.AnyEvent) -> AIMessageChunk | None:
+    match event:
+        case events.TextDelta(text=text):
+            return AIMessageChunk(content=text)
+        case events.ReasoningDelta(text=text):
+            return AIMessageChunk(content="", additional_kwargs={"reasoning_content": text})
+        case events.ToolCallStarted(index=index, name=name):
+            return AIMessageChunk(
+                content="",
+                tool_call_chunks=[tool_call_chunk(name=name, args="", id=f"call_{secrets.token_hex(4)}", index=index)],
+            )
+        case events.ToolCallDelta(index=index, arguments=text):
+            return AIMessageChunk(
+                content="", tool_call_chunks=[tool_call_chunk(name=None, args=text, id=None, index=index)]
+            )
+        case _:
+            return None
+
+
+def _choice(tool_choice: str | dict[str, Any] | bool | None, names: Sequence[str]) -> str:
+    if tool_choice is None or tool_choice is False:
+        return "auto"
+    if tool_choice is True:
+        if len(names) != 1:
+            raise ValueError(f"tool_choice=True needs exactly one tool; there are {len(names)}.")
+        return names[0]
+    if isinstance(tool_choice, str):
+        found = "required" if tool_choice == "any" else tool_choice
+    else:
+        found = str(tool_choice.get("function", tool_choice).get("name"))
+    if found not in ("auto", "required", "none", *names):
+        raise ValueError(f"tool_choice is {tool_choice!r}; the tools are: {', '.join(names) or 'none'}.")
+    return found
+
+
+def _openai(message: BaseMessage) -> dict[str, Any]:
+    """A message in OpenAI's form. What the model said is taken from its text and its calls, since its content may be
+    blocks of any of LangChain's forms."""
+    found: Any = (
+        convert_to_openai_messages(message)
+        if not isinstance(message, AIMessage)
+        else {
+            "role": "assistant",
+            "content": str(message.text),
+            "reasoning_content": message.additional_kwargs.get("reasoning_content", ""),
+            "tool_calls": [
+                {
+                    "id": call["id"] or "",
+                    "type": "function",
+                    "function": {"name": call["name"], "arguments": json.dumps(call["args"], ensure_ascii=False)},
+                }
+                for call in message.tool_calls
+            ],
+        }
+    )
+    return cast("dict[str, Any]", found)
+
+
+def _hint(run_manager: Any) -> str | None:
+    """The graph's thread, if there is one: it decides nothing but whether a session may go back."""
+    metadata = getattr(run_manager, "metadata", None) or {}
+    thread = metadata.get("thread_id")
+    return None if thread is None else f"{thread}/{metadata.get('langgraph_checkpoint_ns', '')}"

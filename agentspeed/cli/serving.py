@@ -1,0 +1,50 @@
+"""`agentspeed serve`: what is printed while the server starts and when it is ready; the work is `agentspeed.server`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from agentspeed import errors
+
+if TYPE_CHECKING:
+    from agentspeed.server.turns import Service
+
+
+def serve(
+    model: str | None, *, host: str, port: int, keys: Sequence[str], engine: Mapping[str, Any], **limits: Any
+) -> None:
+    """Blocks until the server ends. Raises `ExtraMissing` without the server's packages."""
+    try:
+        from agentspeed.server.options import ServerOptions, keys_from
+        from agentspeed.server.serving import run
+    except ImportError as error:
+        raise errors.ExtraMissing(
+            f"The server needs the package {error.name}, which is not installed.",
+            remedy="Install agentspeed[engine,server].",
+        ) from error
+    options = ServerOptions(host=host, port=port, keys=keys_from(keys), **limits)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    typer.echo(f"Loading {model or 'nano, the shipped model'} ...", err=True)
+
+    def ready(url: str, service: Service) -> None:
+        secured = (
+            f"{len(options.keys)} API key{'' if len(options.keys) == 1 else 's'}" if options.keys else "no API key"
+        )
+        typer.echo(
+            "\n".join(
+                (
+                    f"agentspeed serves {service.model_name} at {url}",
+                    f"  OpenAI: {url}/v1   Anthropic: {url}   {secured}, listening on {options.host}",
+                    f"  at most {options.max_requests} requests at once; {options.idle_sessions} conversations kept "
+                    f"for {options.idle_seconds:g} s",
+                )
+            ),
+            err=True,
+        )
+
+    run(model, options, ready, **{name: value for name, value in engine.items() if value is not None})

@@ -1,0 +1,1 @@
+"""Other people's message lists as the SDK's messages, and back: one module for each format."""

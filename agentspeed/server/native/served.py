@@ -1,0 +1,200 @@
+"""Sessions that a server holds for its clients: by tenant and id, with the events of their turns, for a bounded time.
+
+A turn belongs to the server, not to the connection that asked for it: a client that lost its connection reads on from
+the last event that it has. Nobody who comes back within `grace` seconds loses anything; after that the turn is
+cancelled, as leaving its block does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final, final
+
+import anyio
+from anyio.abc import TaskGroup
+
+from agentspeed import errors
+from agentspeed.server.native.bodies import event_json, reply_json
+from agentspeed.server.problems import Problem, problem_of, refused
+from agentspeed.session import Session
+from agentspeed.turn import Turn
+
+MOST_EVENTS: Final = 65_536
+"""Events of one session that can still be read; older ones are gone, and a reader of them is told so."""
+
+
+@final
+class Served:
+    """One session of one tenant."""
+
+    def __init__(self, session: Session, tenant: str) -> None:
+        self.session = session
+        self.tenant = tenant
+        self.used_at = time.monotonic()
+        self.readers = 0
+        self.left_at: float | None = None
+        """Since when nobody reads a turn that runs."""
+        self.turn: anyio.CancelScope | None = None
+        self._events: deque[dict[str, Any]] = deque(maxlen=MOST_EVENTS)
+        self._last = 0
+        self._more = anyio.Event()
+
+    def tell(self, event: dict[str, Any]) -> None:
+        """One event, numbered in the order in which readers get them."""
+        self._last += 1
+        self._events.append({**event, "seq": self._last})
+        self._more.set()
+        self._more = anyio.Event()
+
+    @property
+    def last(self) -> int:
+        """Number of the newest event; 0 before the first."""
+        return self._last
+
+    def newest(self, most: int) -> list[dict[str, Any]]:
+        """The last `most` events."""
+        return list(self._events)[-most:]
+
+    async def read(self, after: int) -> AsyncIterator[dict[str, Any]]:
+        """Events after number `after`, until the turn that runs (if one does) has ended. Raises `RequestProblem` when
+        some of them are gone."""
+        if self._events and after + 1 < self._events[0]["seq"]:
+            raise refused(
+                f"Events before {self._events[0]['seq']} are gone.", status=410, param="after", code="events_gone"
+            )
+        while True:
+            fresh = [event for event in self._events if event["seq"] > after]
+            for event in fresh:
+                after = event["seq"]
+                yield event
+            if not fresh:
+                if self.turn is None:
+                    return
+                await self._more.wait()
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """While somebody reads, a turn is not left."""
+        self.readers += 1
+        self.left_at = None
+        try:
+            yield
+        finally:
+            self.readers -= 1
+            self.used_at = time.monotonic()
+            if not self.readers:
+                self.left_at = self.used_at
+
+    async def run(self, turn: Turn[Any]) -> None:
+        """The turn to its end; what goes wrong is an event too."""
+        scope = self.turn or anyio.CancelScope()
+        with scope:
+            try:
+                async with turn:
+                    async for event in turn:
+                        self.tell(event_json(event))
+                    self.tell({"type": "Reply", "reply": reply_json(turn.result())})
+            except errors.AgentspeedError as error:
+                self.tell({"type": "Error", **_error_of(problem_of(error))})
+            finally:
+                self.turn = None
+                self.used_at = time.monotonic()
+                if scope.cancelled_caught or scope.cancel_called:
+                    self.tell({"type": "Cancelled"})
+
+
+def _error_of(problem: Problem) -> dict[str, Any]:
+    return {"status": problem.status, "code": problem.code, "message": problem.message}
+
+
+@final
+class Sessions:
+    """All of them. `group` runs their turns."""
+
+    def __init__(self, group: TaskGroup, *, most: int, idle_seconds: float, grace: float) -> None:
+        self._group = group
+        self._most = most
+        self._idle_seconds = idle_seconds
+        self._grace = grace
+        self._served: dict[tuple[str, str], Served] = {}
+
+    def __len__(self) -> int:
+        return len(self._served)
+
+    def of(self, tenant: str) -> list[Served]:
+        """Those of one tenant."""
+        return [served for served in self._served.values() if served.tenant == tenant]
+
+    def get(self, tenant: str, number: str) -> Served:
+        """Raises `RequestProblem` (404) for what is not there or is another tenant's."""
+        served = self._served.get((tenant, number))
+        if served is None:
+            raise refused(f"There is no session {number!r}.", status=404, code="session_not_found")
+        served.used_at = time.monotonic()
+        return served
+
+    async def add(self, session: Session, tenant: str) -> Served:
+        """Enters the session. Raises what entering does, and `EngineOverloaded` when there are too many."""
+        self._room(1)
+        if (tenant, session.id) in self._served:
+            raise refused(f"There is a session {session.id!r} already.", status=409, code="session_exists")
+        _ = await session.__aenter__()
+        return self._keep(session, tenant)
+
+    async def fork(self, served: Served, n: int, at: str | int | None) -> list[Served]:
+        """Children by their own ids; each lives until it is closed, adopted, or its parent ends."""
+        self._room(n)
+        children = await served.session.fork(n, at=at).__aenter__()
+        return [self._keep(child, served.tenant) for child in children]
+
+    async def adopt(self, served: Served, child: Served) -> None:
+        """The child's context becomes the session's; the child ends."""
+        await served.session.adopt(child.session)
+        self._forget(child)
+
+    async def close(self, served: Served) -> None:
+        """Ends the session, its turn and its children."""
+        if served.turn is not None:
+            served.turn.cancel()
+        self._forget(served)
+        for child in [one for one in self._served.values() if one.session.parent is served.session]:
+            await self.close(child)
+        await served.session.close()
+
+    def start(self, served: Served, turn: Turn[Any]) -> None:
+        """Begins a turn whose events are read with `Served.read`."""
+        served.left_at = time.monotonic()
+        served.turn = anyio.CancelScope()
+        self._group.start_soon(served.run, turn)
+
+    async def sweep(self, now: Callable[[], float] = time.monotonic) -> None:
+        """Cancels turns that nobody reads any more, and closes sessions that nobody used for long."""
+        at = now()
+        for served in list(self._served.values()):
+            if served.turn is not None:
+                if served.left_at is not None and at - served.left_at > self._grace:
+                    served.turn.cancel()
+            elif at - served.used_at > self._idle_seconds and (served.tenant, served.session.id) in self._served:
+                await self.close(served)
+
+    async def close_all(self) -> None:
+        """At the end of the server."""
+        for served in list(self._served.values()):
+            await self.close(served)
+
+    def _room(self, wanted: int) -> None:
+        if len(self._served) + wanted > self._most:
+            raise errors.EngineOverloaded(
+                f"{len(self._served)} sessions are open, and the server keeps at most {self._most}.",
+                remedy="Close some, or try again later.",
+            )
+
+    def _keep(self, session: Session, tenant: str) -> Served:
+        served = self._served[tenant, session.id] = Served(session, tenant)
+        return served
+
+    def _forget(self, served: Served) -> None:
+        _ = self._served.pop((served.tenant, served.session.id), None)

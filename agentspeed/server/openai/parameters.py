@@ -1,0 +1,94 @@
+"""OpenAI's request options as the SDK's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from agentspeed import errors
+from agentspeed.asking import TurnOptions
+from agentspeed.front.output import Schema
+from agentspeed.sampling import Sampling
+from agentspeed.server.problems import refused
+
+
+def choice_of(tool_choice: object) -> str:
+    """OpenAI's tool_choice as the SDK's. Raises `RequestProblem`."""
+    if tool_choice is None:
+        return "auto"
+    if isinstance(tool_choice, str) and tool_choice in ("auto", "none", "required"):
+        return tool_choice
+    if isinstance(tool_choice, Mapping) and tool_choice.get("type") == "function":
+        name = tool_choice.get("function", tool_choice).get("name")
+        if isinstance(name, str):
+            return name
+    raise refused(
+        f"tool_choice is {tool_choice!r}; it must be 'auto', 'none', 'required' or name a function.",
+        param="tool_choice",
+    )
+
+
+def output_of(response_format: object, where: str = "response_format") -> Any:
+    """What `output=` is: plain text, any JSON object, or a schema's. Raises `RequestProblem`."""
+    if response_format is None:
+        return str
+    if not isinstance(response_format, Mapping):
+        raise refused(f"{where} must be an object.", param=where)
+    kind = response_format.get("type")
+    if kind == "text":
+        return str
+    if kind == "json_object":
+        schema: object = {"type": "object"}
+    elif kind == "json_schema":
+        inner = response_format.get("json_schema", response_format)
+        schema = inner.get("schema") if isinstance(inner, Mapping) else None
+    else:
+        raise refused(f"{where}.type is {kind!r}; it must be text, json_object or json_schema.", param=f"{where}.type")
+    if not isinstance(schema, Mapping):
+        raise refused(f"{where} needs a schema.", param=where)
+    try:
+        return Schema.json(schema)
+    except errors.InputError as error:
+        raise refused(str(error), param=where, code="schema_unsupported") from error
+
+
+def sampling_of(
+    *, temperature: float | None, top_p: float | None, top_k: int | None = None, min_p: float | None = None
+) -> Sampling:
+    """What is not said is the protocol's default: temperature 1, everything else off."""
+    return Sampling(
+        temperature=1.0 if temperature is None else temperature,
+        top_k=None if top_k in (None, 0, -1) else top_k,
+        top_p=1.0 if top_p is None else top_p,
+        min_p=0.0 if min_p is None else min_p,
+    )
+
+
+def stops_of(stop: object) -> tuple[str, ...]:
+    """One stop text or several. Raises `RequestProblem`."""
+    if stop is None:
+        return ()
+    stops = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, list) else (None,)
+    if len(stops) > 16 or any(not isinstance(text, str) or not text for text in stops):
+        raise refused("stop must be a text or at most 16 of them, none empty.", param="stop")
+    return tuple(text for text in stops if isinstance(text, str))
+
+
+def bounded_tokens(asked: int | None, default: int | None, most: int | None, param: str) -> TurnOptions:
+    """max_tokens of the turn. Raises `RequestProblem` for what this server does not give."""
+    if asked is not None and asked < 1:
+        raise refused(f"{param} is {asked}; it must be at least 1.", param=param)
+    if asked is not None and most is not None and asked > most:
+        raise refused(f"{param} is {asked}; this server gives at most {most}.", param=param)
+    wanted = asked if asked is not None else default if default is not None else most
+    return {} if wanted is None else {"max_tokens": wanted}
+
+
+FINISH: Final = {
+    "stop_id": "stop",
+    "grammar_end": "stop",
+    "stop_string": "stop",
+    "max_tokens": "length",
+    "tool_calls": "tool_calls",
+}
+"""The SDK's reasons as OpenAI's."""

@@ -1,0 +1,105 @@
+"""`agentspeed serve` while it runs: the engine is started, the server listens, SIGTERM drains it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable
+from typing import Any, final
+
+import anyio
+import uvicorn
+
+from agentspeed import errors
+from agentspeed.engine import Engine
+from agentspeed.server.app import application
+from agentspeed.server.options import ServerOptions
+from agentspeed.server.turns import Service
+
+_LOG = logging.getLogger("agentspeed.server")
+
+
+@final
+class Server:
+    """One engine and one listening socket, for as long as `serve` runs."""
+
+    def __init__(self, model: str | os.PathLike[str] | None, options: ServerOptions, **engine_options: Any) -> None:
+        self._engine = Engine(model, **engine_options)
+        self._options = options
+        self._uvicorn: uvicorn.Server | None = None
+
+    async def serve(self, ready: Callable[[str, Service], None] | None = None) -> None:
+        """Until SIGTERM, SIGINT or `stop`. `ready` hears the URL once requests are answered. Raises what starting the
+        engine raises, and `ConnectFailed` when the port is taken."""
+        listener = _listen(self._options)
+        try:
+            async with self._engine as engine:
+                service = Service(engine, self._options)
+                config = uvicorn.Config(
+                    application(service),
+                    log_config=None,
+                    access_log=False,
+                    lifespan="on",
+                    http="httptools",
+                    timeout_keep_alive=30,
+                    h11_max_incomplete_event_size=64 * 1024,
+                    timeout_graceful_shutdown=int(self._options.drain_seconds) or 1,
+                    server_header=False,
+                )
+                self._uvicorn = _Uvicorn(config, service)
+                if ready is not None:
+                    ready(_url(listener), service)
+                await self._uvicorn.serve(sockets=[listener])
+        finally:
+            listener.close()
+
+    def stop(self) -> None:
+        """Ends `serve` as SIGTERM does: running requests may end within `drain_seconds`."""
+        if self._uvicorn is not None:
+            self._uvicorn.handle_exit(15, None)
+
+
+class _Uvicorn(uvicorn.Server):
+    """Says that it drains as soon as it is told to end."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self._service.draining = True
+        super().handle_exit(sig, frame)
+
+
+def _listen(options: ServerOptions) -> socket.socket:
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((options.host, options.port))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise errors.ConnectFailed(
+            f"{options.host}:{options.port} cannot be listened to: {error.strerror or error}.",
+            remedy="Give another --port (0 takes a free one), or end what listens there.",
+        ) from error
+    listener.setblocking(False)
+    return listener
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def run(
+    model: str | os.PathLike[str] | None,
+    options: ServerOptions,
+    ready: Callable[[str, Service], None],
+    **engine_options: Any,
+) -> None:
+    """Blocks until the server has ended."""
+    server = Server(model, options, **engine_options)
+    anyio.run(lambda: server.serve(ready), backend_options={"use_uvloop": True})

@@ -1,0 +1,176 @@
+"""Responses that end when their client goes away: server-sent events, and whole bodies that took a turn to make.
+
+A handler is a coroutine function that is given an `Emitter`. Until it emits, nothing was sent, so whatever it raises
+still becomes an error status; afterwards it becomes an event of the stream.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, TypeAlias, final
+
+import anyio
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from agentspeed import errors
+from agentspeed.server.problems import Problem, RequestProblem, problem_of
+
+_LOG = logging.getLogger("agentspeed.server")
+_ENCODER: Final = msgspec.json.Encoder()
+PING_SECONDS: Final = 15.0
+"""A stream that says nothing for so long sends a comment, so that proxies keep it open."""
+ErrorShape: TypeAlias = Callable[[Problem], dict[str, Any]]
+
+
+def encoded(value: object) -> bytes:
+    """JSON bytes."""
+    return _ENCODER.encode(value)
+
+
+@final
+class Emitter:
+    """Sends events of one stream. `event` is the SSE event's name where the protocol has names."""
+
+    def __init__(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
+        self._send = send
+        self._headers = headers
+        self._lock = anyio.Lock()
+        self.begun = False
+        self.comments = any(value.startswith(b"text/event-stream") for name, value in headers if name == b"content-type")
+        """Whether a silent stream may say that it lives."""
+
+    async def __call__(self, value: object, event: str | None = None) -> None:
+        """One event whose data are the JSON of `value`."""
+        name = f"event: {event}\n".encode() if event is not None else b""
+        await self.raw(name + b"data: " + encoded(value) + b"\n\n")
+
+    async def raw(self, data: bytes) -> None:
+        """Bytes as they are; the headers go before the first of them."""
+        async with self._lock:
+            if not self.begun:
+                self.begun = True
+                await self._send({"type": "http.response.start", "status": 200, "headers": self._headers})
+            await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def end(self) -> None:
+        """No more events."""
+        async with self._lock:
+            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+@final
+class EventStream:
+    """An ASGI response: `produce` emits events until it returns."""
+
+    def __init__(
+        self,
+        produce: Callable[[Emitter], Awaitable[None]],
+        shape: ErrorShape,
+        *,
+        headers: dict[str, str],
+        error_event: str | None = None,
+        media: str = "text/event-stream; charset=utf-8",
+    ) -> None:
+        self._produce = produce
+        self._shape = shape
+        self._headers = headers
+        self._error_event = error_event
+        self._media = media
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the stream; a client that goes away cancels what produces it."""
+        given = {"content-type": self._media, "cache-control": "no-cache", **self._headers}
+        emitter = Emitter(send, [(name.encode(), value.encode()) for name, value in given.items()])
+
+        async def produce() -> None:
+            problem = await _problem_in(self._produce(emitter))
+            if problem is None:
+                await emitter.end()
+            elif emitter.begun:
+                await emitter(self._shape(problem), self._error_event)
+                await emitter.end()
+            else:
+                await _send_body(send, problem.status, self._shape(problem), _with_retry(self._headers, problem))
+
+        await _while_connected(receive, produce, emitter)
+
+
+@final
+class WholeBody:
+    """An ASGI response whose JSON body takes a turn to make."""
+
+    def __init__(self, make: Callable[[], Awaitable[object]], shape: ErrorShape, *, headers: dict[str, str]) -> None:
+        self._make = make
+        self._shape = shape
+        self._headers = headers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the body; a client that goes away cancels what makes it."""
+
+        async def respond() -> None:
+            made: list[object] = []
+
+            async def make() -> None:
+                made.append(await self._make())
+
+            problem = await _problem_in(make())
+            if problem is None:
+                await _send_body(send, 200, made[0], self._headers)
+            else:
+                await _send_body(send, problem.status, self._shape(problem), _with_retry(self._headers, problem))
+
+        await _while_connected(receive, respond, None)
+
+
+async def _while_connected(receive: Receive, work: Callable[[], Awaitable[None]], emitter: Emitter | None) -> None:
+    async with anyio.create_task_group() as group:
+
+        async def watch() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            group.cancel_scope.cancel()
+
+        async def ping(to: Emitter) -> None:
+            while True:
+                await anyio.sleep(PING_SECONDS)
+                if to.begun:
+                    await to.raw(b": ping\n\n")
+
+        group.start_soon(watch)
+        if emitter is not None and emitter.comments:
+            group.start_soon(ping, emitter)
+        await work()
+        group.cancel_scope.cancel()
+
+
+async def _problem_in(work: Awaitable[None]) -> Problem | None:
+    """What went wrong, for the client; what is a bug of ours is logged with its traceback and told without it."""
+    try:
+        await work
+    except RequestProblem as refusal:
+        return refusal.problem
+    except errors.InternalError as error:
+        _LOG.exception("a request met a bug")
+        return problem_of(error)
+    except errors.AgentspeedError as error:
+        return problem_of(error)
+    return None
+
+
+def _with_retry(headers: dict[str, str], problem: Problem) -> dict[str, str]:
+    return headers if problem.retry_after is None else {**headers, "retry-after": str(problem.retry_after)}
+
+
+async def _send_body(send: Send, status: int, body: object, headers: dict[str, str]) -> None:
+    data = encoded(body)
+    given = {"content-type": "application/json", "content-length": str(len(data)), **headers}
+    await send(
+        {
+            "type": "http.response.start",
+            "status": status,
+            "headers": [(name.encode(), value.encode()) for name, value in given.items()],
+        }
+    )
+    await send({"type": "http.response.body", "body": data})

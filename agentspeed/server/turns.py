@@ -1,0 +1,188 @@
+"""One request's turn on the session of its conversation: what every endpoint that is given a history does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import anyio
+import msgspec
+
+from agentspeed import __version__, events
+from agentspeed.asking import TurnOptions
+from agentspeed.engine import Engine
+from agentspeed.front import transcript
+from agentspeed.front.mirror import Mirror
+from agentspeed.history import Conversation, History, Limits, Taken, duplicate
+from agentspeed.server.metrics import Metrics
+from agentspeed.server.options import ServerOptions
+from agentspeed.server.problems import Problem, RequestProblem, refused
+from agentspeed.session import Session
+from agentspeed.turn import Reply, Turn
+
+Told = Callable[[int, events.AnyEvent], Awaitable[None]]
+"""What is called with each event, and which of the choices it belongs to."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What an endpoint was asked for, in the SDK's terms."""
+
+    conversation: Conversation
+    options: TurnOptions
+    output: Any = str
+    choices: int = 1
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a request came to. `prompt` counts the tokens that the model had read when it first spoke."""
+
+    replies: tuple[Reply[Any], ...]
+    prompt: int
+    cached: int
+    drawn: int
+    taken: Taken
+
+
+@final
+class Service:
+    """One engine, the sessions of its conversations, and how many requests it has in work."""
+
+    def __init__(self, engine: Engine, options: ServerOptions) -> None:
+        self.engine = engine
+        self.options = options
+        self.started_at = int(time.time())
+        self.model_name = Path(engine.model).name
+        self.fingerprint = f"agentspeed-{__version__}"
+        self.history = History(
+            self._open,
+            duplicate,
+            limits=Limits(
+                idle=options.idle_sessions, idle_per_tenant=options.idle_sessions, idle_seconds=options.idle_seconds
+            ),
+        )
+        self.metrics = Metrics()
+        self.draining = False
+        self.running = 0
+
+    def _open(self, conversation: Conversation) -> Session:
+        return self.engine.session(
+            system=conversation.system, tools=conversation.tools, tenant=conversation.tenant or None, reasoning=True
+        )
+
+    def count(self, conversation: Conversation) -> int:
+        """Tokens that the model would read before it speaks."""
+        codec = self.engine.codec
+        log = Mirror()
+        log.append(codec.opening(conversation.system, [tool.definition() for tool in conversation.tools]))
+        _ = transcript.open_reply(log, codec, list(conversation.messages))
+        return len(log)
+
+    @asynccontextmanager
+    async def admitted(self) -> AsyncIterator[None]:
+        """One request in work. Raises `RequestProblem` when there are too many, or the server is about to end."""
+        if self.draining:
+            raise RequestProblem(
+                Problem(
+                    status=503,
+                    kind="server_error",
+                    code="draining",
+                    retry_after=5,
+                    message="The server is about to end. Ask again: another will answer.",
+                )
+            )
+        if self.running >= self.options.max_requests:
+            raise RequestProblem(
+                Problem(
+                    status=429,
+                    kind="rate_limit_error",
+                    code="too_many_requests",
+                    retry_after=1,
+                    message=f"{self.running} requests are in work, as many as this server takes. Come back later.",
+                )
+            )
+        self.running += 1
+        try:
+            yield
+        finally:
+            self.running -= 1
+
+    async def turn(self, request: Request, told: Told | None = None) -> Answer:
+        """Runs the request to its end; `told` hears every event. Whatever cancels this ends the turn."""
+        begun = time.monotonic()
+        async with self.admitted(), self.history.take(request.conversation) as taken:
+            self.metrics.matched.labels(taken.verb).inc()
+            answer = await self._answered(request, taken, told)
+        for reply in answer.replies:
+            self.metrics.turn(reply.usage, reply.finish_reason, time.monotonic() - begun)
+        return answer
+
+    async def _answered(self, request: Request, taken: Taken, told: Told | None) -> Answer:
+        options: TurnOptions = {
+            **request.options,
+            "timeout": request.options.get("timeout") or self.options.turn_seconds,
+        }
+        if request.choices == 1:
+            reply = await _read(0, taken.session.stream(taken.messages or None, output=request.output, **options), told)
+            return _answer((reply,), taken)
+        return _answer(await self._several(request, options, taken, told), taken)
+
+    async def _several(
+        self, request: Request, options: TurnOptions, taken: Taken, told: Told | None
+    ) -> tuple[Reply[Any], ...]:
+        """Choices are forks: the prompt is computed once. The conversation goes on with the first."""
+        replies: dict[int, Reply[Any]] = {}
+        seed = options.get("seed")  # the same seed would give every choice the same draws
+        self.metrics.forks.inc(request.choices)
+        async with taken.session.fork(request.choices) as branches:
+            async with anyio.create_task_group() as group:
+
+                async def one(index: int, branch: Session) -> None:
+                    own = options if seed is None else {**options, "seed": seed + index}
+                    replies[index] = await _read(
+                        index, branch.stream(taken.messages or None, output=request.output, **own), told
+                    )
+
+                for index, branch in enumerate(branches):
+                    group.start_soon(one, index, branch)
+            await taken.session.adopt(branches[0])
+        return tuple(replies[index] for index in range(request.choices))
+
+
+async def _read(index: int, turn: Turn[Any], told: Told | None) -> Reply[Any]:
+    async with turn:
+        async for event in turn:
+            if told is not None:
+                await told(index, event)
+        return turn.result()
+
+
+def _answer(replies: tuple[Reply[Any], ...], taken: Taken) -> Answer:
+    first = replies[0].usage
+    prompt = first.new + first.resumed_device + first.resumed_host + first.recomputed
+    return Answer(
+        replies=replies,
+        prompt=prompt,
+        cached=first.prefill_saved,
+        drawn=sum(reply.usage.drawn for reply in replies),
+        taken=taken,
+    )
+
+
+def parsed(body: bytes, kind: type[msgspec.Struct]) -> Any:
+    """The request's body as `kind`. Raises `RequestProblem` that names what is wrong, and where."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        text = str(error)
+        where = text.rpartition("`$.")[2].rstrip("`") if "`$." in text else None
+        raise refused(text, param=where) from error
+    except (msgspec.DecodeError, RecursionError, ValueError) as error:
+        raise refused(f"The body is no JSON: {error}") from error
