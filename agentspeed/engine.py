@@ -7,7 +7,7 @@ import socket
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, final
+from typing import TYPE_CHECKING, Any, Self, cast, final
 
 import anyio.to_thread
 
@@ -19,6 +19,7 @@ from agentspeed.transport.hub import resolve
 from agentspeed.transport.model_files import fetch_model_files
 from agentspeed.transport.remote import RemoteTransport
 from agentspeed.transport.shared_engines import EngineHandle
+from agentspeed.transport.socket_link import SocketSource
 from agentspeed.whole import whole
 
 if TYPE_CHECKING:
@@ -154,7 +155,8 @@ class Engine:
         """A fresh socket to the engine, for a server that relays links. Blocks."""
         if self._local is None:
             raise errors.SessionClosed("The engine is not running.", remedy="Use it in `async with`.")
-        return self._local.transport.open(after_death=False)
+        opened: socket.socket = cast("SocketSource", self._local.transport).open(after_death=False)
+        return opened
 
     @property
     def pid(self) -> int | None:

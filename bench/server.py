@@ -1,6 +1,6 @@
-"""What HTTP costs over the SDK: 64 streams on an engine whose model does nothing for 2 ms a step, and stateless loops.
+"""What HTTP costs over the SDK: 64 streams on an engine whose model does nothing for 2 ms a step, stateless loops.
 
-Run: `python bench/server.py [--streams 64] [--tokens 256]`. The load comes from a process of its own and ends by itself.
+Run: `python bench/server.py [--streams 64] [--tokens 256]`. The load comes from a process of its own and is bounded.
 
 - `cpu_us_per_token`: CPU time of the server process (not the engine) per drawn token, streams of chat completions;
 - `ttfb_overhead_ms`: time to the first event of one stream over the same turn's in process, medians of pairs;

@@ -1,8 +1,9 @@
-"""`/v1/links`: the SDK's own protocol over HTTP, for `Session("http://...")`: two byte streams that survive a connection.
+"""`/v1/links`: the SDK's own protocol over HTTP, for `Session("http://...")`.
 
-A link is one of the engine's links, made by the server for a client. What the engine sends is a stream that is read from
-any offset that was not acknowledged yet; what the client sends says at which offset it begins, so a request that is sent
-again changes nothing. Only `Hello` and `Open` are looked at: a client has the tenant of its key and no other.
+A link is one of the engine's links, made by the server for a client, as two byte streams that survive a connection. What
+the engine sends is read from any offset that was not acknowledged yet; what the client sends says at which offset it
+begins, so a request that is sent again changes nothing. Only `Open` is looked at: a client has the tenant of its key and
+no other.
 """
 
 from __future__ import annotations
@@ -195,7 +196,8 @@ def link_routes(links: Callable[[], Links], route: Callable[..., Route]) -> list
 
     async def read(request: Request, service: Service, tenant: str) -> ASGIApp:
         link, after = links().get(tenant, request.path_params["number"]), _offset(request, "after")
-        return EventStream(lambda emit: link.read(after, emit), Problem.openai, headers={}, media="application/octet-stream")
+        media = "application/octet-stream"
+        return EventStream(lambda emit: link.read(after, emit), Problem.openai, headers={}, media=media)
 
     async def close(request: Request, service: Service, tenant: str) -> ASGIApp:
         await links().close(links().get(tenant, request.path_params["number"]))

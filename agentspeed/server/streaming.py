@@ -38,7 +38,7 @@ class Emitter:
         self._headers = headers
         self._lock = anyio.Lock()
         self.begun = False
-        self.comments = any(value.startswith(b"text/event-stream") for name, value in headers if name == b"content-type")
+        self.comments = any(value.startswith(b"text/event-stream") for _, value in headers)
         """Whether a silent stream may say that it lives."""
 
     async def __call__(self, value: object, event: str | None = None) -> None:

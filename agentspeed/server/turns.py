@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -59,7 +60,7 @@ class Service:
         self.engine = engine
         self.options = options
         self.started_at = int(time.time())
-        self.model_name = Path(engine.model).name
+        self.model_name = os.path.basename(os.fspath(engine.model).rstrip("/"))
         self.fingerprint = f"agentspeed-{__version__}"
         self.history = History(
             self._open,
