@@ -34,6 +34,7 @@ from agentspeed.server.turns import Service, parsed
 _LOG = logging.getLogger("agentspeed.server")
 _ACCESS = logging.getLogger("agentspeed.access")
 _SWEEP_SECONDS = 5.0
+_LAST_SECONDS = 1.0
 _OPEN_PATHS = frozenset({"/health"})
 Endpoint: TypeAlias = Callable[[Request, Service, str], Awaitable[ASGIApp]]
 
@@ -94,7 +95,12 @@ def application(service: Service) -> ASGIApp:
 
 async def _swept(service: Service, sessions: Sessions, links: Links) -> None:
     while True:
-        await anyio.sleep(_SWEEP_SECONDS)
+        await service.wait_for_drain(_SWEEP_SECONDS)
+        if service.draining:  # what has no end of its own ends shortly before everything is cancelled
+            await anyio.sleep(max(0.0, service.options.drain_seconds - _LAST_SECONDS))
+            await links.close_all()
+            await sessions.close_all()
+            return
         await service.history.sweep()
         await sessions.sweep()
         await links.sweep()

@@ -1,9 +1,9 @@
 """`/v1/links`: the SDK's own protocol over HTTP, for `Session("http://...")`.
 
-A link is one of the engine's links, made by the server for a client, as two byte streams that survive a connection. What
-the engine sends is read from any offset that was not acknowledged yet; what the client sends says at which offset it
-begins, so a request that is sent again changes nothing. Only `Open` is looked at: a client has the tenant of its key and
-no other.
+A link is one of the engine's links, made by the server for a client, as two byte streams that survive a connection.
+What the engine sends is read from any offset that was not acknowledged yet; what the client sends says at which offset
+it begins, so a request that is sent again changes nothing. Only `Open` is looked at: a client has the tenant of its key
+and no other.
 """
 
 from __future__ import annotations
@@ -143,8 +143,10 @@ class Links:
     async def open(self, tenant: str) -> ServedLink:
         """Raises `EngineOverloaded` when there are too many, and what reaching the engine raises."""
         if len(self._links) >= self._most:
-            raise errors.EngineOverloaded(f"{len(self._links)} links are open, as many as the server keeps.",
-                                          remedy="Close some, or try again later.")
+            raise errors.EngineOverloaded(
+                f"{len(self._links)} links are open, as many as the server keeps.",
+                remedy="Close some, or try again later.",
+            )
         peer = await anyio.to_thread.run_sync(self._service.engine.connected_socket)
         link = ServedLink(await _stream(peer), tenant)
         self._links[link.number] = link

@@ -73,6 +73,12 @@ class Service:
         self.draining = False
         self.running = 0
 
+    async def wait_for_drain(self, most: float) -> None:
+        """Returns when the server was told to end, or after `most` seconds."""
+        end = time.monotonic() + most
+        while not self.draining and time.monotonic() < end:  # told by a signal handler, which can set no event
+            await anyio.sleep(0.1)
+
     def _open(self, conversation: Conversation) -> Session:
         return self.engine.session(
             system=conversation.system, tools=conversation.tools, tenant=conversation.tenant or None, reasoning=True
