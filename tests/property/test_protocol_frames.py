@@ -8,7 +8,7 @@ from itertools import accumulate
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentspeed_engine.protocol import frames
@@ -78,18 +78,21 @@ def told(reader: FrameReader[object], pieces: list[bytes]) -> tuple[list[object]
     return given, None
 
 
+@settings(deadline=None)
 @given(COMMANDS, st.lists(st.integers(0, 10_000), max_size=30))
 def test_commands_cut_anywhere_arrive_as_they_were(commands: list[wire.Command], at: list[int]) -> None:
     data = b"".join(map(encode_command, commands))
     assert told(command_reader(), cut(data, at)) == (commands, None)
 
 
+@settings(deadline=None)
 @given(OUTBOXES, st.lists(st.integers(0, 10_000), max_size=30))
 def test_outboxes_cut_anywhere_arrive_as_they_were(outboxes: list[tuple[wire.Outgoing, ...]], at: list[int]) -> None:
     data = b"".join(map(encode_outbox, outboxes))
     assert told(outbox_reader(), cut(data, at)) == (outboxes, None)
 
 
+@settings(deadline=None)
 @given(COMMANDS, BAD, COMMANDS, st.lists(st.integers(0, 60_000), max_size=30))
 def test_a_bad_frame_ends_the_reader_behind_the_good_ones_however_they_are_cut(
     before: list[wire.Command], bad: bytes, behind: list[wire.Command], at: list[int]
@@ -100,6 +103,7 @@ def test_a_bad_frame_ends_the_reader_behind_the_good_ones_however_they_are_cut(
     assert end is not None
 
 
+@settings(deadline=None)
 @given(OUTBOXES, st.integers(1, 10_000))
 def test_of_a_truncated_stream_only_whole_frames_are_given(
     outboxes: list[tuple[wire.Outgoing, ...]], less: int
@@ -111,6 +115,7 @@ def test_of_a_truncated_stream_only_whole_frames_are_given(
     assert told(outbox_reader(), [data]) == (outboxes[: bisect_right(ends, len(data))], None)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200), st.lists(st.integers(0, 200), max_size=10))
 def test_garbage_never_raises_anything_but_bad_frame_and_does_not_depend_on_its_pieces(
     data: bytes, at: list[int]
@@ -119,6 +124,7 @@ def test_garbage_never_raises_anything_but_bad_frame_and_does_not_depend_on_its_
         assert told(reader(), cut(data, at)) == told(reader(), [data])
 
 
+@settings(deadline=None)
 @given(st.integers(65, 2**32 - 1), st.binary(max_size=100))
 def test_an_oversized_frame_is_refused_at_its_length_and_nothing_of_it_is_kept(size: int, data: bytes) -> None:
     reader = FrameReader(bytes, most_bytes=64)
@@ -128,6 +134,7 @@ def test_an_oversized_frame_is_refused_at_its_length_and_nothing_of_it_is_kept(s
     assert reader.pending_bytes == 0
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(min_size=1, max_size=64), max_size=40))
 def test_what_a_reader_keeps_is_less_than_a_frame_once_it_was_emptied(bodies: list[bytes]) -> None:
     reader = FrameReader(bytes, most_bytes=64)
@@ -188,6 +195,7 @@ def test_a_value_that_has_no_form_in_a_frame_is_refused(command: wire.Command) -
 
 
 # ---- ids -------------------------------------------------------------------------------------------------------------
+@settings(deadline=None)
 @given(IDS)
 def test_ids_come_back_as_they_went(ids: list[int]) -> None:
     assert list(unpack_ids(pack_ids(ids))) == ids
