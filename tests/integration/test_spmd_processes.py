@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from agentspeed_engine.models.catalog import load
+from tests.conformance.family_configs import random_config
 from tests.paged import CONFIG, Trail, batch
 from tools.random_checkpoint import make_checkpoint
 
@@ -58,10 +60,20 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize(("dp", "tp"), [(1, 2), (2, 1)])
-def test_two_processes_give_the_logits_of_one(tmp_path: Path, dp: int, tp: int) -> None:
-    folder = make_checkpoint(CONFIG, tmp_path / "model", seed=11, dtype="float64")
-    shares = [IDS[:17]] if dp == 1 else [IDS[:17], IDS[20:25]]
+GROUPED = random_config("qwen3_moe", 0) | {
+    "hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "num_experts": 8,
+    "intermediate_size": 64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("dp", "tp", "second"), [(1, 2, None), (2, 1, IDS[20:25]), (2, 1, [])], ids=str)
+@pytest.mark.parametrize("config", [CONFIG, GROUPED], ids=["latent", "grouped"])
+def test_two_processes_give_the_logits_of_one(
+    tmp_path: Path, config: dict[str, Any], dp: int, tp: int, second: list[int] | None
+) -> None:
+    """Also when one of them has no rows in a step."""
+    folder = make_checkpoint(config, tmp_path / "model", seed=11, dtype="float64")
+    shares = [IDS[:17]] if second is None else [IDS[:17], second]
     paths = [path for path in sys.path if path]
     code = RANK.format(paths=paths, folder=str(folder), page=PAGE, shares=shares)
     ranks = [

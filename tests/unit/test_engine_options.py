@@ -152,3 +152,13 @@ def test_an_engine_can_wait_for_longer_than_a_selector(options: dict[str, float]
     with engine.connect() as link:
         assert Front(link).counts()["links"] == 1
     engine.close()
+
+
+def test_a_model_by_chance_needs_its_configuration_only(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text((Path(__file__).parents[2] / "bench/models/tiny-qwen3-moe.json").read_text())
+    for model in (f"random:{path}", f"random:{tmp_path}"):
+        built = build(EngineOptions(model=model, pages=8, page_tokens=16, threads=1))
+        assert built.core.vocab_size == built.vocabulary.vocab_size == 512
+    fault = refusal(model=f"random:{tmp_path / 'nothing'}")
+    assert fault.code == "bad_config" and "nothing is not a folder" in fault.message

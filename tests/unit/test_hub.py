@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from agentspeed import errors
+from agentspeed import Engine, errors
 from agentspeed.transport.hub import resolve
 from tests.paged import CONFIG
 from tools.random_checkpoint import make_checkpoint
@@ -258,6 +258,19 @@ def test_a_server_that_fails_is_told_by_our_own_error(hub: Hub, model: dict[str,
     hub.broken.add("tokenizer.json")
     with pytest.raises(errors.ModelBroken, match="could not be fetched"):
         resolve(REPO)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": False})], ids=["asyncio"])
+async def test_an_engine_fetches_the_revision_it_is_given(
+    hub: Hub, model: dict[str, bytes], anyio_backend: object
+) -> None:
+    hub.publish("main", model)
+    with pytest.raises(errors.ModelBroken, match="could not be fetched"):
+        await Engine(REPO, revision="v9").start()
+    assert set(hub.revisions) == {"v9"}
+    with pytest.raises(errors.InvalidRequest, match="revision is 9"):
+        Engine(REPO, revision=9)
 
 
 def test_a_folder_has_no_revisions(tmp_path: Path) -> None:

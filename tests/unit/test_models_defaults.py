@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import random
 from typing import Any
 
 import pytest
+import torch
 
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.models.config import parse
 from agentspeed_engine.models.families.deepseek.config import DeepseekConfig
 from agentspeed_engine.models.families.grouped.config import GroupedConfig
+from agentspeed_engine.models.rope import Rope
 from agentspeed_engine.models.rope_config import Yarn
 from tests.needs import needed
 from tests.paged import CONFIG
@@ -68,7 +72,7 @@ def seen(config: Any) -> dict[str, Any]:
 
 
 def seen_of_reference(model_type: str, raw: dict[str, Any]) -> dict[str, Any]:
-    theirs = getattr(transformers, CLASSES[model_type]).from_dict(dict(raw))
+    theirs = getattr(transformers, CLASSES[model_type]).from_dict(copy.deepcopy(raw))
     kinds = getattr(theirs, "mlp_layer_types", None)
     first = getattr(theirs, "first_k_dense_replace", None)
     layers = range(theirs.num_hidden_layers)
@@ -132,7 +136,7 @@ ROPE: list[dict[str, Any]] = [
 def test_both_namings_of_rope_are_read_as_the_reference_reads_them(fields: dict[str, Any]) -> None:
     raw = {key: value for key, value in CONFIG.items() if key != "rope_theta"} | fields
     ours = parse(raw).rope
-    theirs = transformers.DeepseekV3Config.from_dict(dict(raw)).rope_parameters
+    theirs = transformers.DeepseekV3Config.from_dict(copy.deepcopy(raw)).rope_parameters
     assert ours.theta == theirs["rope_theta"]
     assert (ours.scaling is not None) == (theirs["rope_type"] == "yarn")
     if isinstance(ours.scaling, Yarn):
@@ -145,6 +149,8 @@ REFUSED_ROPE: list[tuple[dict[str, Any], str]] = [
     ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "each kind of layer its own (full_attention)"),
     ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "RoPE scaling 'dynamic' is not supported"),
     ({"rope_scaling": YARN, "original_max_position_embeddings": 128}, "is 128, and 64 where RoPE is described"),
+    ({"rope_scaling": YARN, "rope_theta": 1.0}, "rope_theta is 1"),
+    ({"rope_scaling": YARN | {"beta_fast": 5e-324}}, "beta_fast is 5e-324"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
     ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}}, "partial_rotary_factor is 0.25"),
 ]
@@ -155,3 +161,31 @@ def test_a_rotary_embedding_that_is_not_implemented_is_refused(fields: dict[str,
     with pytest.raises(EngineFault) as caught:
         parse(CONFIG | fields)
     assert words in caught.value.message
+
+
+HOSTILE: list[Any] = [
+    None, True, False, 0, 1, -1, 2, 3, 10**9, 10**400, 0.0, 1e-300, 1.5, float("nan"), float("inf"), "", "yarn", "silu",
+    [], [None], [1, 2], ["dense"], [[]], {}, {"type": "yarn"}, {"type": []}, {"type": "yarn", "factor": []},
+    {"a": {"b": 1}}, {"quant_method": []}, {"quant_method": "fp8", "weight_block_size": {}}, {"model_type": "kimi_k2"},
+]  # fmt: skip
+MORE = ("rope_scaling", "rope_parameters", "quantization_config", "compression_config", "text_config", "layer_types",
+        "mlp_layer_types", "use_sliding_window", "partial_rotary_factor", "eos_token_id", "model_type",
+        "moe_layer_freq", "original_max_position_embeddings", "mlp_bias", "topk_method", "scoring_func")  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", [*CLASSES, "kimi_k2", "kimi_k25"])
+def test_whatever_a_configuration_holds_is_read_or_refused_with_a_remedy(model_type: str) -> None:
+    chance = random.Random(model_type)
+    whole = full_config(model_type)
+    if model_type == "kimi_k25":
+        whole = {"model_type": model_type, "text_config": full_config("deepseek_v3"), **whole}
+    for _ in range(400):
+        raw = dict(whole)
+        for name in chance.sample([*whole, *MORE], chance.choice([1, 1, 2, 3])):
+            raw[name] = chance.choice(HOSTILE)
+        try:
+            parsed = parse(raw, {"eos_token_id": chance.choice(HOSTILE)})
+        except EngineFault as fault:
+            assert fault.code in ("bad_config", "unsupported_model") and fault.message and fault.remedy, raw
+        else:
+            Rope(parsed.rope, 8, torch.float32)

@@ -220,3 +220,51 @@ def test_a_wrong_end_id_is_told_with_the_file_that_has_it(tmp_path: Path, file: 
     with pytest.raises(EngineFault) as caught:
         describe(folder)
     assert caught.value.message == f"{file}: eos_token_id {end!r} {words}."
+
+
+_MLA = {
+    "max_position_embeddings": 4096, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+}  # fmt: skip
+_V3 = _MLA | {
+    "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048,
+    "num_hidden_layers": 61, "num_attention_heads": 128, "n_routed_experts": 256, "q_lora_rank": 1536,
+}  # fmt: skip
+_LITE = _MLA | {
+    "hidden_size": 2048, "moe_intermediate_size": 1408, "num_hidden_layers": 27, "num_attention_heads": 16,
+    "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6, "q_lora_rank": None,
+    "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+_QWEN3 = {"max_position_embeddings": 40960, "vocab_size": 151936, "num_attention_heads": 32, "head_dim": 128}
+PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
+    "DeepSeek-V3": (_V3 | {"model_type": "deepseek_v3"}, 671_026_419_200),
+    "Kimi K2": (
+        _V3 | {"model_type": "kimi_k2", "vocab_size": 163840, "num_attention_heads": 64, "n_routed_experts": 384,
+               "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+        1_026_408_232_448),
+    "DeepSeek-V2-Lite": (
+        _LITE | {"model_type": "deepseek_v2", "vocab_size": 102400, "intermediate_size": 10944}, 15_706_484_224),
+    "Moonlight": (
+        _LITE | {"model_type": "deepseek_v3", "vocab_size": 163840, "intermediate_size": 11264}, 15_960_110_208),
+    "Llama 3.1 8B": (
+        {"model_type": "llama", "max_position_embeddings": 131072, "vocab_size": 128256, "hidden_size": 4096,
+         "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
+        8_030_261_248),
+    "Qwen3-8B": (
+        _QWEN3 | {"model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+                  "num_key_value_heads": 8},
+        8_190_735_360),
+    "Qwen3-30B-A3B": (
+        _QWEN3 | {"model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48,
+                  "num_key_value_heads": 4, "num_experts": 128, "moe_intermediate_size": 768},
+        30_532_122_624),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("raw", "parameters"), PUBLISHED.values(), ids=PUBLISHED.keys())
+def test_published_models_have_as_many_parameters_as_they_are_known_for(
+    raw: dict[str, Any], parameters: int, tmp_path: Path
+) -> None:
+    """Layers for drafting left out; no weights are needed to tell."""
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert describe(tmp_path).parameters == parameters

@@ -9,8 +9,8 @@ from typing import Any, Final, final
 
 from agentspeed_engine.errors import EngineFault
 
-MOST, MOST_NUMBER = 2**24, 1e18
-"""Of every size and every other number: far above any model, and what is computed from them stays computable."""
+MOST, MOST_NUMBER, LEAST_NUMBER = 2**24, 1e18, 1e-18
+"""Of every size and every other number: far from any model's, and what is computed from them stays computable."""
 _REQUIRED: Final = object()
 
 
@@ -57,10 +57,10 @@ class Fields:
         return 0 if self._is_null(name) else self._whole(name, default, 0, MOST)
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A number above 0."""
+        """A number above 0, neither huge nor tiny."""
         value = self._given(name, _REQUIRED if default is None else default)
-        ok = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= MOST_NUMBER
-        self.require(ok, f"{name} is {value!r}", f"It must be above 0 and at most {MOST_NUMBER:g}.")
+        ok = isinstance(value, (int, float)) and not isinstance(value, bool) and LEAST_NUMBER <= value <= MOST_NUMBER
+        self.require(ok, f"{name} is {value!r}", f"It must be above 0, from {LEAST_NUMBER:g} to {MOST_NUMBER:g}.")
         return float(value)
 
     def optional_number(self, name: str) -> float | None:

@@ -68,6 +68,7 @@ def parse_rope(fields: Fields, width: int) -> RopeConfig:
     theta = scaling.number("rope_theta") if "rope_theta" in nested else _outer_theta(fields)
     kind = nested.get("rope_type", nested.get("type", "default"))
     if kind in ("yarn", "llama3"):
+        fields.require(theta > 1, f"rope_theta is {theta:g}", "Scaled angles need a base above 1.")
         original = _original_context(fields, scaling)
         found = _yarn(scaling, fields, original) if kind == "yarn" else _llama3(scaling, original)
         return RopeConfig(width=width, theta=theta, scaling=found)
