@@ -115,8 +115,7 @@ _TWO = Bounds(verbs=2, pages=5, context_limit=8, setup=((1,), (2, 1)))
 """Two sessions whose prompts fit at once and whose answers do not: the older must get its room."""
 
 def _failed_save_keeps_slots(self: Any) -> Any:
-    pages, self._pages = self.pages, None
-    return Device(pages), ()
+    return Device(self._take()), ()
 
 
 def _failed_load_keeps_waiting(world: Any, nodes: Any, ok: bool, now: float) -> None:

@@ -28,7 +28,7 @@ class Glance:
             {"preemptions": world.preemptions, "ignored": world.ignored, "evicted": world.evicted_pages,
              "copied": world.copied_pages, "saved": world.saved_pages, "loaded": world.loaded_pages,
              "prefetched": world.prefetched, "late": world.late_tickets, "tickets": world.next_ticket,
-             "reshaped": sum(room.stale for room in world.kv.rooms.values()), "joined": len(world.fill_of),
+             "reshaped": sum(world.kv.is_stale(*one) for one in world.kv.rooms.items()), "joined": len(world.fill_of),
              "queued": len(world.queue), "free": world.kv.pages.free, "full": len(world.over_quota),
              "ahead": sum(room.issued > world.kv.branches[number].known for number, room in world.kv.rooms.items())},
         )

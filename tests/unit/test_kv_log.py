@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from agentspeed_engine.kv.log import _MAX_DEPTH, Log, _depth, _Part
+from agentspeed_engine.kv.log import _MAX_DEPTH, Log, Part, _depth
 
 
 def rewound(log: Log, times: int) -> Log:
@@ -25,9 +25,9 @@ def of(length: int) -> Log:
 
 def ids_held(*logs: Log) -> int:
     """Ids in all parts that some log reaches, each part once."""
-    parts: dict[int, _Part] = {}
+    parts: dict[int, Part] = {}
     for log in logs:
-        part: _Part | None = log._part
+        part: Part | None = log._part
         while part is not None:
             parts[id(part)] = part
             part = part.base
@@ -53,14 +53,14 @@ def test_children_of_a_deep_log_that_go_on_and_fork_still_share_its_ids() -> Non
 
 
 def test_a_long_line_of_forks_copies_its_ids_once_in_many_forks(monkeypatch: pytest.MonkeyPatch) -> None:
-    flattened: list[_Part] = []
-    flatten = _Part.flatten
+    flattened: list[Part] = []
+    flatten = Part.flatten
 
-    def counted(part: _Part) -> None:
+    def counted(part: Part) -> None:
         flattened.append(part)
         flatten(part)
 
-    monkeypatch.setattr(_Part, "flatten", counted)
+    monkeypatch.setattr(Part, "flatten", counted)
     log = of(1000)
     for _ in range(10 * _MAX_DEPTH):
         log = log.fork()  # as when a trunk adopts a child that went on

@@ -1,8 +1,35 @@
 """Who may compute: one final class per state of a branch, and the class body is its row of the table.
 
-A verb consumes the object it is called on and returns the successor. What is moved out refuses every further use,
-copy and pickle. `leave` returns `Settling` exactly when rows are in flight: abort-while-in-flight is a type, and
-nothing is released in it. Which successor is legal is static; second use is refused at run time.
+Theory of operation
+===================
+
+A branch is one path through the tree of computed rows that can be extended by a turn. Its rows live in the tree
+(`nodes`) and may be moved or dropped while it rests; this file decides only who may compute, and when room is given
+back.
+
+The life of a turn. A branch rests as `Held` and owns no page. `enqueue` makes it `Queued`: the turn has an age, and
+nothing else; everything that it would resume from may still be lost. When the scheduler has found pages for the whole
+entry, `admit` gives the branch a `Room`: pins on the nodes of its path, and a tail of pages that it alone writes. While
+nodes of the path still come from the host the branch is `Promoting`; then it is `Prefilling` until every token of the
+prompt has been computed, and `Decoding` from then on. Within these two states the scheduler issues rows into steps and
+commits them when the steps come back; the object stays the same, for this happens in every step.
+
+Why there is `Settling`. A step that was launched reads the pages of the path and writes those of the tail until its
+result comes back, and nothing can call it off. A branch that is stopped, forked, preempted or closed meanwhile
+therefore cannot give its room back yet. `leave` takes the order (`Then`) and returns `Settling` exactly when rows are
+in flight. In this state nothing is released, whatever is asked: further orders are added to the first one
+(`strengthen`), the later ones may only be stronger, and `ack` of the last row carries them out. So "aborted while a
+step still writes" is a type, and the verbs that would release something are not attributes of it.
+
+Three numbers of a room. `known` counts the ids in the log, `issued` the rows that went into steps, `done` the rows
+that came back. `done <= known - 1` while a branch is scheduled, so there is a token to feed. `issued <= known`, except
+that a decoding branch may have one row issued for the token that a step in flight is about to sample. If the log never
+takes that token, because the turn was left first, the row is dead: it is acknowledged and does not count as done.
+
+Who may write. The object of a state owns its `Branch` (`linear.Linear`) and is its only writer. A verb takes the
+branch out of the object it is called on and hands it to the successor, so a reference that somebody kept raises
+`UseAfterMove`. A verb checks before it takes; after that it cannot fail. Which verbs a state has is static: mypy and
+pyright reject the others, and a test holds what they accept against the tables (`tables`).
 """
 
 from __future__ import annotations
@@ -14,7 +41,7 @@ from typing import TypeAlias, final
 
 from agentspeed_engine.errors import BrokenInvariant
 from agentspeed_engine.ids import BranchId
-from agentspeed_engine.kv.nodes import UseAfterMove, refuse_copy
+from agentspeed_engine.kv.linear import Linear
 from agentspeed_engine.kv.owners import Branch, Kv, Room
 from agentspeed_engine.kv.turns import Turn
 
@@ -49,46 +76,62 @@ class AtRest:
     children: tuple[Held, ...]
 
 
-@final
-class Held:
-    """At rest: it owns no page. Its rows may be kept, moved or lost without asking it."""
+class _OfBranch(Linear[Branch]):
+    """Owns a branch: the one object that may change it."""
 
-    __slots__ = ("_branch",)
-    __copy__ = __deepcopy__ = __reduce__ = refuse_copy
-
-    def __init__(self, branch: Branch) -> None:
-        self._branch: Branch | None = branch
+    __slots__ = ()
 
     @property
     def branch(self) -> Branch:
-        if self._branch is None:
-            raise UseAfterMove("Held")
-        return self._branch
+        return self._look()
 
-    def _moved(self) -> Branch:
-        branch, self._branch = self.branch, None
-        return branch
+
+class _WithTurn(_OfBranch):
+    """Carries a turn that has not ended."""
+
+    __slots__ = ("turn",)
+
+    def __init__(self, branch: Branch, turn: Turn) -> None:
+        super().__init__(branch)
+        self.turn = turn
+
+
+class _Active(_WithTurn):
+    """Has room: pins on its path, and a tail of pages."""
+
+    __slots__ = ("room",)
+
+    def __init__(self, branch: Branch, turn: Turn, room: Room) -> None:
+        super().__init__(branch, turn)
+        self.room = room
+
+
+@final
+class Held(_OfBranch):
+    """At rest: it owns no page. Its rows may be kept, moved or lost without asking it."""
+
+    __slots__ = ()
 
     def append(self, ids: Sequence[int]) -> Held:
-        branch = self._moved()
+        branch = self._take()
         branch.log.append(ids)
         branch.moves += 1
         return Held(branch)
 
     def enqueue(self, turn: Turn) -> Queued:
-        branch = self._moved()
+        branch = self._take()
         branch.serial += 1
         branch.moves += 1
         return Queued(branch, turn)
 
     def fork(self, kv: Kv, children: tuple[BranchId, ...]) -> tuple[Held, tuple[Held, ...]]:
         """Two references a child, whatever the context."""
-        branch = self._moved()
+        branch = self._take()
         return Held(branch), _born(kv, branch, children)
 
     def rewind(self, kv: Kv, cut: int) -> Held:
         """The log goes back to its first `cut` ids; nothing is allocated or copied."""
-        branch = self._moved()
+        branch = self._take()
         branch.log.cut(cut)
         branch.moves += 1
         branch.computed = min(branch.computed, cut)
@@ -97,7 +140,7 @@ class Held:
 
     def adopt(self, kv: Kv, child: Held, now: float) -> tuple[Held, Closed]:
         """Takes the child's log and leaf; the child ends."""
-        branch, other = self._moved(), child._moved()
+        branch, other = self._take(), child._take()
         branch.log = other.log
         branch.computed, branch.lost_why = other.computed, other.lost_why
         branch.serial = max(branch.serial, other.serial)
@@ -108,111 +151,64 @@ class Held:
         return Held(branch), Closed(other.id)
 
     def close(self, kv: Kv, now: float) -> Closed:
-        branch = self._moved()
+        branch = self._take()
         kv.release(branch, now)
         return Closed(branch.id)
 
 
 @final
-class Queued:
+class Queued(_WithTurn):
     """A turn waits for room, at its age. No room, no pin: everything it resumes from may still be lost."""
 
-    __slots__ = ("_branch", "turn")
-    __copy__ = __deepcopy__ = __reduce__ = refuse_copy
-
-    def __init__(self, branch: Branch, turn: Turn) -> None:
-        self._branch: Branch | None = branch
-        self.turn = turn
-
-    @property
-    def branch(self) -> Branch:
-        if self._branch is None:
-            raise UseAfterMove("Queued")
-        return self._branch
-
-    def _moved(self) -> Branch:
-        branch, self._branch = self.branch, None
-        return branch
+    __slots__ = ()
 
     def admit(self, kv: Kv, room: Room) -> Promoting | Prefilling:
         """The room was made by `Kv.enter`, all or nothing (L2). Promoting while rows are still on their way."""
-        branch = self._moved()
+        branch = self._take()
         if kv.unreadable(branch):
             return Promoting(branch, self.turn, room)
         return Prefilling(branch, self.turn, room)
 
     def fork(self, kv: Kv, children: tuple[BranchId, ...]) -> tuple[Queued, tuple[Held, ...]]:
-        branch = self._moved()
+        branch = self._take()
         return Queued(branch, self.turn), _born(kv, branch, children)
 
     def abort(self) -> Held:
-        return Held(self._moved())
+        return Held(self._take())
 
     def close(self, kv: Kv, now: float) -> Closed:
-        branch = self._moved()
+        branch = self._take()
         kv.release(branch, now)
         return Closed(branch.id)
 
 
 @final
-class Promoting:
+class Promoting(_Active):
     """Active: it has its pins and its tail, and waits for nodes of its path to be loaded. No row is in flight."""
 
-    __slots__ = ("_branch", "room", "turn")
-    __copy__ = __deepcopy__ = __reduce__ = refuse_copy
-
-    def __init__(self, branch: Branch, turn: Turn, room: Room) -> None:
-        self._branch: Branch | None = branch
-        self.turn = turn
-        self.room = room
-
-    @property
-    def branch(self) -> Branch:
-        if self._branch is None:
-            raise UseAfterMove("Promoting")
-        return self._branch
-
-    def _moved(self) -> Branch:
-        branch, self._branch = self.branch, None
-        return branch
+    __slots__ = ()
 
     def landed(self) -> Prefilling:
         """Every node of the path is readable."""
         self.room.stale = True
-        return Prefilling(self._moved(), self.turn, self.room)
+        return Prefilling(self._take(), self.turn, self.room)
 
     def lost(self, kv: Kv, now: float) -> Queued:
         """A node of the path did not come: the room goes back, the turn waits at its age and enters with less."""
-        branch = self._moved()
+        branch = self._take()
         kv.freeze(branch, self.room, now)
         return Queued(branch, self.turn)
 
     def leave(self, kv: Kv, then: Then, now: float) -> AtRest:
         """Loads in flight are the nodes' own and go on."""
-        return _come_to_rest(kv, self._moved(), self.turn, self.room, then, now)
+        return _come_to_rest(kv, self._take(), self.turn, self.room, then, now)
 
 
 @final
-class Prefilling:
+class Prefilling(_Active):
     """Active: rows of known ids are being computed. Others that need the same rows wait for them (`fill`)."""
 
-    __slots__ = ("_branch", "room", "turn")
-    __copy__ = __deepcopy__ = __reduce__ = refuse_copy
-
-    def __init__(self, branch: Branch, turn: Turn, room: Room) -> None:
-        self._branch: Branch | None = branch
-        self.turn = turn
-        self.room = room
-
-    @property
-    def branch(self) -> Branch:
-        if self._branch is None:
-            raise UseAfterMove("Prefilling")
-        return self._branch
-
-    def _moved(self) -> Branch:
-        branch, self._branch = self.branch, None
-        return branch
+    __slots__ = ()
 
     def issue(self, tokens: int) -> None:
         _issue(self.branch, self.room, tokens)
@@ -224,33 +220,17 @@ class Prefilling:
         kv.seal(self.branch, self.room, now)
 
     def filled(self) -> Decoding:
-        return Decoding(self._moved(), self.turn, self.room)
+        return Decoding(self._take(), self.turn, self.room)
 
     def leave(self, kv: Kv, then: Then, now: float) -> Settling | AtRest:
-        return _leave(kv, self._moved(), self.turn, self.room, then, now)
+        return _leave(kv, self._take(), self.turn, self.room, then, now)
 
 
 @final
-class Decoding:
+class Decoding(_Active):
     """Active: one drawn token after the other."""
 
-    __slots__ = ("_branch", "room", "turn")
-    __copy__ = __deepcopy__ = __reduce__ = refuse_copy
-
-    def __init__(self, branch: Branch, turn: Turn, room: Room) -> None:
-        self._branch: Branch | None = branch
-        self.turn = turn
-        self.room = room
-
-    @property
-    def branch(self) -> Branch:
-        if self._branch is None:
-            raise UseAfterMove("Decoding")
-        return self._branch
-
-    def _moved(self) -> Branch:
-        branch, self._branch = self.branch, None
-        return branch
+    __slots__ = ()
 
     def issue(self, tokens: int) -> None:
         """While the newest token is in flight, one row more may be issued than ids are known: the one it is fed to."""
@@ -263,43 +243,30 @@ class Decoding:
         kv.seal(self.branch, self.room, now)
 
     def leave(self, kv: Kv, then: Then, now: float) -> Settling | AtRest:
-        return _leave(kv, self._moved(), self.turn, self.room, then, now)
+        return _leave(kv, self._take(), self.turn, self.room, then, now)
 
 
 @final
-class Settling:
+class Settling(_Active):
     """Left while rows were in flight: pins and tail stay until the last of them is acknowledged."""
 
-    __slots__ = ("_branch", "room", "then", "turn")
-    __copy__ = __deepcopy__ = __reduce__ = refuse_copy
+    __slots__ = ("then",)
 
     def __init__(self, branch: Branch, turn: Turn, room: Room, then: Then) -> None:
-        self._branch: Branch | None = branch
-        self.turn = turn
-        self.room = room
+        super().__init__(branch, turn, room)
         self.then = then
-
-    @property
-    def branch(self) -> Branch:
-        if self._branch is None:
-            raise UseAfterMove("Settling")
-        return self._branch
-
-    def _moved(self) -> Branch:
-        branch, self._branch = self.branch, None
-        return branch
 
     def ack(self, kv: Kv, tokens: int, now: float) -> Settling | AtRest:
         """One step's rows came back; the last one lets go of the room. A row that was fed with a token which the log
         never took is dead: it is acknowledged and does not count as done."""
-        branch, room = self._moved(), self.room
+        branch, room = self._take(), self.room
         _commit(kv, branch, room, tokens)
         if room.flight:
             return Settling(branch, self.turn, room, self.then)
         return _come_to_rest(kv, branch, self.turn, room, self.then, now)
 
     def strengthen(self, then: Then) -> Settling:
-        return Settling(self._moved(), self.turn, self.room, self.then.strengthened(then))
+        return Settling(self._take(), self.turn, self.room, self.then.strengthened(then))
 
 
 @final

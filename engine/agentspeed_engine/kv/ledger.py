@@ -26,6 +26,8 @@ def check(kv: Kv, states: Mapping[BranchId, BranchState]) -> None:
     active = {n for n, state in states.items() if isinstance(state, Promoting | Prefilling | Decoding | Settling)}
     if set(kv.rooms) != active:
         raise BrokenInvariant("(3) a branch at rest has room")
+    if not kv.tree.reshaped <= active:
+        raise BrokenInvariant(f"the path of {kv.tree.reshaped - active} is to be read anew, and they read none")
 
 
 class RowInFlight(Protocol):

@@ -11,12 +11,12 @@ _MAX_DEPTH = 24
 
 
 @final
-class _Part:
+class Part:
     """Ids [start, start + len(ids)) of every log that reaches here through `base`."""
 
     __slots__ = ("base", "ids", "start")
 
-    def __init__(self, base: _Part | None, start: int, ids: array[int]) -> None:
+    def __init__(self, base: Part | None, start: int, ids: array[int]) -> None:
         self.base = base
         self.start = start
         self.ids = ids
@@ -34,7 +34,7 @@ class Log:
     __slots__ = ("_length", "_part")
 
     def __init__(self) -> None:
-        self._part = _Part(None, 0, array("I"))
+        self._part = Part(None, 0, array("I"))
         self._length = 0
 
     def __len__(self) -> int:
@@ -71,11 +71,11 @@ class Log:
         return self.ids(start, stop).tobytes()
 
 
-def _read(part: _Part, start: int, stop: int) -> array[int]:
+def _read(part: Part, start: int, stop: int) -> array[int]:
     if part.start <= start:  # most reads are of the end
         return part.ids[start - part.start : stop - part.start]
     pieces: list[array[int]] = []
-    here: _Part | None = part
+    here: Part | None = part
     while here is not None and stop > start:
         if here.start < stop:
             pieces.append(here.ids[max(0, start - here.start) : stop - here.start])
@@ -87,16 +87,16 @@ def _read(part: _Part, start: int, stop: int) -> array[int]:
     return joined
 
 
-def _above(part: _Part, length: int) -> _Part:
+def _above(part: Part, length: int) -> Part:
     """An empty part after the first `length` ids of a chain."""
     while part.base is not None and part.start >= length:  # it has none of them
         part = part.base
     if part.base is not None and _depth(part) >= _MAX_DEPTH:
         part.base.flatten()  # not the new part: what its siblings share is copied once, not for each of them
-    return _Part(part, length, array("I"))
+    return Part(part, length, array("I"))
 
 
-def _depth(part: _Part) -> int:
+def _depth(part: Part) -> int:
     """Parts below it. Counted, not kept: flattening one makes every chain through it shorter."""
     depth = 0
     while part.base is not None:

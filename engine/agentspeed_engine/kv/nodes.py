@@ -1,27 +1,21 @@
 """Where the rows of a node are: one final class per state, and the class body is its row of the table.
 
-A verb consumes the object it is called on: what it owned moves into the successor, and the old object refuses every
-further use. Legality is static (an illegal verb is not an attribute); second use is refused at run time.
+A state owns device pages, host slots, or both while a copy between them is in flight. A verb is called on it and
+returns the successor, which owns what it owned (`linear.Linear`), and what is free again. Which verbs are legal is
+static: a step may read rows in `Device`, `Saving` and `Both`, and only what no copy is writing can be dropped. The
+callers are `Tree`, which files the successor (`Tree.change`), and `Kv`, which gives pages and slots back to their
+pools.
 """
 
 from __future__ import annotations
 
-from typing import NoReturn, TypeAlias, final
+from typing import TypeAlias, final
 
-from agentspeed_engine.errors import BrokenInvariant
 from agentspeed_engine.ids import PageId, SlotId, TicketId
+from agentspeed_engine.kv.linear import Linear
 
 Pages: TypeAlias = tuple[PageId, ...]
 Slots: TypeAlias = tuple[SlotId, ...]
-
-
-class UseAfterMove(BrokenInvariant):
-    """A state object was used after a verb had consumed it."""
-
-
-def refuse_copy(self: object, *_: object) -> NoReturn:
-    """`__copy__`, `__deepcopy__` and `__reduce__` of everything that owns pages."""
-    raise BrokenInvariant(f"{type(self).__name__} owns pages and cannot be copied")
 
 
 @final
@@ -35,77 +29,70 @@ class Gone:
         self.slots = slots
 
 
-@final
-class Device:
-    """Rows on the device only."""
+class _OnDevice(Linear[Pages]):
+    """Owns device pages."""
 
-    __slots__ = ("_pages",)
-    __copy__ = __deepcopy__ = __reduce__ = refuse_copy
-
-    def __init__(self, pages: Pages) -> None:
-        self._pages: Pages | None = pages
+    __slots__ = ()
 
     @property
     def pages(self) -> Pages:
-        if self._pages is None:
-            raise UseAfterMove("Device")
-        return self._pages
+        return self._look()
+
+
+class _InCopy(_OnDevice):
+    """Owns device pages and host slots, between which a ticket copies."""
+
+    __slots__ = ("slots", "ticket")
+
+    def __init__(self, pages: Pages, slots: Slots, ticket: TicketId) -> None:
+        super().__init__(pages)
+        self.slots = slots
+        self.ticket = ticket
+
+
+@final
+class Device(_OnDevice):
+    """Rows on the device only."""
+
+    __slots__ = ()
 
     def save(self, slots: Slots, ticket: TicketId) -> Saving:
-        pages, self._pages = self.pages, None
-        return Saving(pages, slots, ticket)
+        return Saving(self._take(), slots, ticket)
 
     def drop(self) -> Gone:
-        pages, self._pages = self.pages, None
-        return Gone(pages, ())
+        return Gone(self._take(), ())
 
     def split(self, upper_pages: int) -> tuple[Device, Device]:
         """The first `upper_pages` pages and the rest. Not a transition: rows stay where they are."""
-        pages, self._pages = self.pages, None
+        pages = self._take()
         return Device(pages[:upper_pages]), Device(pages[upper_pages:])
 
     def shrink(self, pages: int) -> tuple[Device, Pages]:
         """Without its last `pages` pages, which are free again. Not a transition: the rest stays where it is."""
-        kept, self._pages = self.pages, None
+        kept = self._take()
         return Device(kept[:-pages]), kept[-pages:]
 
     def joined(self, below: Device) -> Device:
         """The inverse of `split`."""
-        pages, self._pages = self.pages, None
-        lower, below._pages = below.pages, None
-        return Device(pages + lower)
+        return Device(self._take() + below._take())
 
 
 @final
-class Saving:
+class Saving(_InCopy):
     """A copy to the host is in flight; the device rows stay readable."""
 
-    __slots__ = ("_pages", "slots", "ticket")
-    __copy__ = __deepcopy__ = __reduce__ = refuse_copy
-
-    def __init__(self, pages: Pages, slots: Slots, ticket: TicketId) -> None:
-        self._pages: Pages | None = pages
-        self.slots = slots
-        self.ticket = ticket
-
-    @property
-    def pages(self) -> Pages:
-        if self._pages is None:
-            raise UseAfterMove("Saving")
-        return self._pages
+    __slots__ = ()
 
     def acked(self) -> Both:
-        pages, self._pages = self.pages, None
-        return Both(pages, self.slots)
+        return Both(self._take(), self.slots)
 
     def failed(self) -> tuple[Device, Slots]:
         """Back to the device copy alone, and the slots that are free again."""
-        pages, self._pages = self.pages, None
-        return Device(pages), self.slots
+        return Device(self._take()), self.slots
 
     def split(self, upper_pages: int) -> tuple[Saving, Saving]:
         """Both halves wait for the same ticket. Not a transition."""
-        pages, self._pages = self.pages, None
+        pages = self._take()
         return (
             Saving(pages[:upper_pages], self.slots[:upper_pages], self.ticket),
             Saving(pages[upper_pages:], self.slots[upper_pages:], self.ticket),
@@ -113,39 +100,29 @@ class Saving:
 
 
 @final
-class Both:
+class Both(_OnDevice):
     """Rows on device and host alike: either copy may go for free."""
 
-    __slots__ = ("_pages", "slots")
-    __copy__ = __deepcopy__ = __reduce__ = refuse_copy
+    __slots__ = ("slots",)
 
     def __init__(self, pages: Pages, slots: Slots) -> None:
-        self._pages: Pages | None = pages
+        super().__init__(pages)
         self.slots = slots
-
-    @property
-    def pages(self) -> Pages:
-        if self._pages is None:
-            raise UseAfterMove("Both")
-        return self._pages
 
     def evict(self) -> tuple[Host, Pages]:
         """The host copy alone, and the pages that are free again, at once."""
-        pages, self._pages = self.pages, None
-        return Host(self.slots), pages
+        return Host(self.slots), self._take()
 
     def forget(self) -> tuple[Device, Slots]:
         """The device copy alone, and the slots that are free again."""
-        pages, self._pages = self.pages, None
-        return Device(pages), self.slots
+        return Device(self._take()), self.slots
 
     def drop(self) -> Gone:
-        pages, self._pages = self.pages, None
-        return Gone(pages, self.slots)
+        return Gone(self._take(), self.slots)
 
     def split(self, upper_pages: int) -> tuple[Both, Both]:
         """The first `upper_pages` pages and the rest. Not a transition."""
-        pages, self._pages = self.pages, None
+        pages = self._take()
         return (
             Both(pages[:upper_pages], self.slots[:upper_pages]),
             Both(pages[upper_pages:], self.slots[upper_pages:]),
@@ -153,71 +130,47 @@ class Both:
 
     def joined(self, below: Both) -> Both:
         """The inverse of `split`."""
-        pages, self._pages = self.pages, None
-        lower, below._pages = below.pages, None
-        return Both(pages + lower, self.slots + below.slots)
+        return Both(self._take() + below._take(), self.slots + below.slots)
 
 
 @final
-class Host:
+class Host(Linear[Slots]):
     """Rows on the host only: no step may read them."""
 
-    __slots__ = ("_slots",)
-    __copy__ = __deepcopy__ = __reduce__ = refuse_copy
-
-    def __init__(self, slots: Slots) -> None:
-        self._slots: Slots | None = slots
+    __slots__ = ()
 
     @property
     def slots(self) -> Slots:
-        if self._slots is None:
-            raise UseAfterMove("Host")
-        return self._slots
+        return self._look()
 
     def load(self, pages: Pages, ticket: TicketId) -> Loading:
-        slots, self._slots = self.slots, None
-        return Loading(pages, slots, ticket)
+        return Loading(pages, self._take(), ticket)
 
     def drop(self) -> Gone:
-        slots, self._slots = self.slots, None
-        return Gone((), slots)
+        return Gone((), self._take())
 
     def split(self, upper_pages: int) -> tuple[Host, Host]:
         """The first `upper_pages` slots and the rest. Not a transition."""
-        slots, self._slots = self.slots, None
+        slots = self._take()
         return Host(slots[:upper_pages]), Host(slots[upper_pages:])
 
 
 @final
-class Loading:
+class Loading(_InCopy):
     """A copy to the device is in flight; no step may read it yet."""
 
-    __slots__ = ("_pages", "slots", "ticket")
-    __copy__ = __deepcopy__ = __reduce__ = refuse_copy
-
-    def __init__(self, pages: Pages, slots: Slots, ticket: TicketId) -> None:
-        self._pages: Pages | None = pages
-        self.slots = slots
-        self.ticket = ticket
-
-    @property
-    def pages(self) -> Pages:
-        if self._pages is None:
-            raise UseAfterMove("Loading")
-        return self._pages
+    __slots__ = ()
 
     def acked(self) -> Both:
-        pages, self._pages = self.pages, None
-        return Both(pages, self.slots)
+        return Both(self._take(), self.slots)
 
     def failed(self) -> tuple[Host, Pages]:
         """Back to the host copy alone, and the pages that are free again."""
-        pages, self._pages = self.pages, None
-        return Host(self.slots), pages
+        return Host(self.slots), self._take()
 
     def split(self, upper_pages: int) -> tuple[Loading, Loading]:
         """Both halves wait for the same ticket. Not a transition."""
-        pages, self._pages = self.pages, None
+        pages = self._take()
         return (
             Loading(pages[:upper_pages], self.slots[:upper_pages], self.ticket),
             Loading(pages[upper_pages:], self.slots[upper_pages:], self.ticket),

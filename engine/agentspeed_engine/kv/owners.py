@@ -79,12 +79,26 @@ class Room:
     flight: int = 0
     """Steps in flight that hold rows of this branch."""
     stale: bool = field(default=False)
-    """The path was split or merged: `path` must be read anew before the next step."""
+    """Nodes of the path were loaded: `path` must be read anew before the next step."""
 
 
 @final
 class Kv:
-    """Pools, tree, and the moves between them. No method here fails after it has taken something."""
+    """The pools, the tree, and every move of a page, a reference or a pin between them.
+
+    The scheduler and the states of branches call it; both run on the core's one thread, and nothing here blocks. Every
+    method checks what it needs before it takes anything: it raises `BrokenInvariant`, which is always a bug of ours,
+    or it is carried out whole. References (`leaf_of`, `seed_of`) and pins change here alone, but for the first
+    reference of a branch that is opened.
+
+    - A branch at rest is moved with `settle_on`, `position` (to at most so many tokens), `extend` (onto rows that
+      others computed) and `release` (it ends). These allocate and copy nothing.
+    - Room is entered with `pin` and `enter`, grown with `grow`, and given back whole with `freeze`, whose full pages
+      become a segment that others can share. `enter` and `grow` need as many free pages as they take; the caller has
+      made them free (`sched.reclaim`). `freeze` may be called only when no row of the branch is in flight.
+    - `drop`, `shrink`, `evict` and `forget` take rows from nodes that nobody pins. Branches at rest that held them are
+      moved to the parent and told why (`Branch.lost_why`).
+    """
 
     def __init__(self, *, pages: int, page_tokens: int, slots: int = 0) -> None:
         self.page_tokens = page_tokens
@@ -95,10 +109,10 @@ class Kv:
         self.private: dict[SessionId, int] = {}
         """How many of them each private session has: with the last one its rows end."""
         self.rooms: dict[BranchId, Room] = {}
-        """The rooms of active branches, for what a split must tell them. Entries come and go with pins."""
+        """The rooms of active branches. Entries come and go with pins."""
         self.moved: set[BranchId] = set()
         """Branches whose rows may have moved since somebody last asked, beside those below `Tree.moved`."""
-        self.tree = Tree(page_tokens, self._reshaped)
+        self.tree = Tree(page_tokens)
 
     # ---- branches at rest -----------------------------------------------------------------------------------------
     def join(self, branch: Branch) -> None:
@@ -232,6 +246,7 @@ class Kv:
         self.unpin_seed(branch)
         for node in upward(branch.leaf):
             node.pinned_by.discard(branch.id)
+        self.tree.reshaped.discard(branch.id)
 
     def unpin_seed(self, branch: Branch) -> None:
         node = branch.seed
@@ -256,6 +271,7 @@ class Kv:
             tail = list(self.pages.take(pages))
         room = Room(tenant=tenant_of(branch.root), path=self.tree.path(branch.leaf), tail_start=start, tail=tail,
                     issued=start + rows, done=start + rows, copy=copy)
+        self.tree.reshaped.discard(branch.id)
         self.tree.count(room.tenant, len(tail))
         self.rooms[branch.id] = room
         return room
@@ -296,8 +312,7 @@ class Kv:
         self.tree.count(room.tenant, -full)
         room.tail_start += full * self.page_tokens
         self.tree.merge_above(node)
-        room.path = self.tree.path(branch.leaf)
-        room.stale = False
+        self._read_path(branch, room)
 
     def freeze(self, branch: Branch, room: Room, now: float) -> None:
         """Room goes back: full pages of the tail become a segment, the rest a stub that is the branch's seed."""
@@ -462,11 +477,18 @@ class Kv:
         return moved
 
     # ---- the border to active branches ----------------------------------------------------------------------------
-    def _reshaped(self, branches: set[BranchId]) -> None:
-        for number in branches:
-            room = self.rooms.get(number)
-            if room is not None:
-                room.stale = True
+    def is_stale(self, branch: BranchId, room: Room) -> bool:
+        """Whether the nodes of the path are others than `room.path` says."""
+        return room.stale or branch in self.tree.reshaped
+
+    def refresh(self, branch: Branch, room: Room) -> None:
+        """Reads the path anew if it was split, merged or loaded: due before a step reads it."""
+        if self.is_stale(branch.id, room):
+            self._read_path(branch, room)
+
+    def _read_path(self, branch: Branch, room: Room) -> None:
+        room.path, room.stale = self.tree.path(branch.leaf), False
+        self.tree.reshaped.discard(branch.id)
 
     def capacity(self, room: Room) -> int:
         """Position up to which rows fit into the tail."""

@@ -7,7 +7,7 @@ branches that pin it, and its children. A node that nobody refers to is cached: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple, TypeAlias, final
 
 from agentspeed_engine.errors import BrokenInvariant
@@ -97,9 +97,22 @@ class Match(NamedTuple):
 
 @final
 class Tree:
-    """All nodes of one engine, one root per key."""
+    """All nodes of one engine, one root per key, and what is listed of them.
 
-    def __init__(self, page_tokens: int, reshaped: Callable[[set[BranchId]], None]) -> None:
+    `Kv` attaches and removes nodes; the scheduler splits them and files the states of copies (`sched.reclaim`,
+    `sched.tickets`). Lookup (`match`) compares ids and takes time in the length of what matches, not
+    in the number of sessions; it may split a segment that matches in part, which changes no holder.
+
+    - `attach` adds a node whose rows were computed; `detach` removes one that nobody refers to or pins. Both raise
+      `BrokenInvariant` when the shape would not be a tree of distinct prefixes.
+    - `split` gives the first pages of a node to a new parent above it; the node keeps its identity and all holders.
+      `merge_above` is the inverse, for nodes that only one child refers to. Neither moves a row, so both are safe under
+      a pin; the branches that pin the node are collected in `reshaped`, and their paths are read anew.
+    - `change` files the state that a verb of `nodes` returned, and keeps all lists: every transition passes there.
+    - `tips`, `tips_of`, `host_tips` and `in_copy` are kept, never searched for: they are what eviction chooses from.
+    """
+
+    def __init__(self, page_tokens: int) -> None:
         self.page_tokens = page_tokens
         self.roots: dict[RootKey, Node] = {}
         self.nodes: dict[NodeId, Node] = {}
@@ -117,10 +130,10 @@ class Tree:
         """Device pages by tenant: of its nodes, cached ones included, and in its tails (`Kv` counts those)."""
         self.moved: dict[NodeId, Node] = {}
         """Nodes that came to the device or left it since somebody last asked (`Kv.taken_moves`)."""
+        self.reshaped: set[BranchId] = set()
+        """Pinning branches of which a node was split or merged since `Kv` last read their paths."""
         self._next = 0
         self._page_bytes = page_tokens * _ID_BYTES
-        self._reshaped = reshaped
-        """Told which active branches read a node that was split or merged."""
 
     # ---- lookup ---------------------------------------------------------------------------------------------------
     def root(self, key: RootKey) -> Node:
@@ -244,7 +257,7 @@ class Tree:
         if isinstance(above, Saving | Loading):
             waiting = self.in_copy[above.ticket]
             waiting.insert(waiting.index(node), upper)
-        self._reshaped(node.pinned_by)
+        self.reshaped |= node.pinned_by
         return upper
 
     def merge_above(self, leaf: Node) -> None:
@@ -275,7 +288,7 @@ class Tree:
         del self.nodes[parent.id]
         if self.moved.pop(parent.id, None) is not None:
             self.moved[node.id] = node
-        self._reshaped(node.pinned_by)
+        self.reshaped |= node.pinned_by
         return True
 
     def shrink(self, node: Node, pages: int) -> tuple[PageId, ...]:

@@ -44,13 +44,13 @@ def whole(world: World) -> str:
 
 
 def _branches(world: World) -> Any:
-    return [_branch(world.states[number]) for number in sorted(world.states)]
+    return [_branch(world, world.states[number]) for number in sorted(world.states)]
 
 
-def _branch(state: BranchState) -> Any:
+def _branch(world: World, state: BranchState) -> Any:
     branch = state.branch
     turn = None if isinstance(state, Held) else _turn(state.turn)
-    room = None if isinstance(state, Held | Queued) else _room(state.room)
+    room = None if isinstance(state, Held | Queued) else _room(state.room, world.kv.is_stale(branch.id, state.room))
     then = (int(state.then.next), state.then.children) if isinstance(state, Settling) else None
     return (
         branch.id, _STATES[type(state)], branch.session, branch.link, branch.private, branch.draw_seed, branch.known,
@@ -69,9 +69,9 @@ def _turn(turn: Turn) -> Any:
     )
 
 
-def _room(room: Room) -> Any:
+def _room(room: Room, stale: bool) -> Any:
     copy = None if room.copy is None else (room.copy.src, room.copy.dst, room.copy.rows)
-    return room.tail_start, room.tail, room.issued, room.done, room.flight, room.stale, copy
+    return room.tail_start, room.tail, room.issued, room.done, room.flight, stale, copy
 
 
 def _nodes(world: World) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable
 from enum import IntEnum
-from types import MethodType
 from typing import Any, Final, TypeAlias
 
 import msgspec
@@ -47,13 +46,11 @@ class _Code(IntEnum):
     NEXT = 8
     STRUCT = 9
     WAITING = 10
-    METHOD = 11
 
 
-_PART: Final[type] = vars(log)["_Part"]
 _CLASSES: Final[dict[str, type[Any]]] = {
     "World": World, "Kv": Kv, "Tree": Tree, "Pool": Pool, "Node": Node, "Branch": Branch, "Room": Room, "Log": log.Log,
-    "_Part": _PART, "Turn": Turn, "TurnSpec": TurnSpec, "NodeRun": NodeRun, "PageCopy": PageCopy, "Row": Row,
+    "_Part": log.Part, "Turn": Turn, "TurnSpec": TurnSpec, "NodeRun": NodeRun, "PageCopy": PageCopy, "Row": Row,
     "TokenOf": TokenOf,
     "StepPlan": StepPlan, "HostCopy": HostCopy, "Ticket": Ticket, "Session": Session, "PauseLaw": PauseLaw,
     "Held": Held, "Queued": Queued, "Promoting": Promoting, "Prefilling": Prefilling, "Decoding": Decoding,
@@ -72,7 +69,6 @@ _LEFT_OUT = {("World", "config"), ("World", "oracle"), ("World", "out")}
 """Handed in anew, or empty between two inputs."""
 _KEYED = {("Node", "children"), ("Tree", "roots")}
 """Dicts of nodes whose keys follow from the nodes."""
-_RESHAPED = "_reshaped"
 
 
 def packed(world: World, veil: Veil) -> Plain:
@@ -98,8 +94,8 @@ def unpacked(table: Plain, config: CoreConfig) -> World:
 
 def fields(kind: type[Any], value: object | None = None) -> tuple[str, ...]:
     """The names of what an object of `kind` holds."""
-    slots: tuple[str, ...] | None = kind.__dict__.get("__slots__")
-    if slots is None:
+    slots = [name for one in reversed(kind.__mro__) for name in one.__dict__.get("__slots__", ())]
+    if not any("__slots__" in one.__dict__ for one in kind.__mro__[:-1]):
         return () if value is None else tuple(vars(value))
     return tuple(name for name in slots if name != "__weakref__")
 
@@ -158,8 +154,6 @@ class _Packer:
             return [_Code.NEXT, int(value)]
         if kind is Waiting:
             return [_Code.WAITING, *map(self._value, value)]
-        if kind is MethodType:
-            return [_Code.METHOD, *self._ref(value.__self__)]
         if issubclass(kind, msgspec.Struct) and kind in _TAGS:
             values = (self._value(getattr(value, name)) for name in kind.__struct_fields__)
             return [_Code.STRUCT, _TAGS[kind], *values]
@@ -226,8 +220,6 @@ class _Unpacker:
                 return kind(**dict(zip(kind.__struct_fields__, values, strict=True)))
             case _Code.WAITING:
                 return Waiting(*(self._value(item) for item in rest))
-            case _Code.METHOD:
-                return getattr(self._objects[rest[1]], _RESHAPED)
             case _:
                 raise ValueError(f"{code!r} is no code of a value")
 
@@ -281,7 +273,7 @@ class _Hidden:
             case TurnSpec(), "grammar":
                 return None if held is None else msgspec.structs.replace(held, source="")
             case _:
-                return self._ids(held, value.start) if name == "ids" and _kind(value) is _PART else held
+                return self._ids(held, value.start) if name == "ids" and _kind(value) is log.Part else held
 
     def _ids(self, ids: array[int], start: int) -> array[int]:
         return _array("I", self._veil.ids(ids.tobytes(), start))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Hashable, Iterable
-from types import MethodType
 from typing import Any, TypeAlias, cast
 
 from agentspeed_engine.ids import BranchId, NodeId
@@ -48,7 +47,8 @@ def _copier(kind: type[Any]) -> _Copier:
     """How values of a class are copied that is none of the built-in ones."""
     if kind in _FROZEN or not kind.__module__.startswith("agentspeed_engine."):
         return _same  # also an immutable struct of the wire
-    slots = tuple(name for name in getattr(kind, "__slots__", ()) if name != "__weakref__")
+    slots = tuple(name for one in reversed(kind.__mro__) for name in one.__dict__.get("__slots__", ())
+                  if name != "__weakref__")
 
     def copy_object(value: Any, memo: _Memo) -> Any:
         known = memo.get(id(value))
@@ -99,10 +99,6 @@ def _copy_ids(value: set[Any] | array[Any] | bytearray, memo: _Memo) -> Any:
     return made
 
 
-def _copy_method(value: MethodType, memo: _Memo) -> Any:
-    return MethodType(value.__func__, _copy(value.__self__, memo))
-
-
 def _plain(values: Iterable[Any]) -> bool:
     """Whether nothing in it can change: one pass without a call for each item."""
     return _PLAIN.issuperset(map(type, values))
@@ -110,7 +106,7 @@ def _plain(values: Iterable[Any]) -> bool:
 
 _COPIERS: dict[type[Any], _Copier] = {
     **dict.fromkeys((*_PLAIN, frozenset), _same), tuple: _copy_tuple, list: _copy_list, dict: _copy_dict,
-    set: _copy_ids, array: _copy_ids, bytearray: _copy_ids, MethodType: _copy_method,
+    set: _copy_ids, array: _copy_ids, bytearray: _copy_ids,
 }
 
 

@@ -259,8 +259,7 @@ def _row(world: World, run: _Pass, state: Prefilling | Decoding, tokens: int, to
     room, branch, turn = state.room, state.branch, state.turn
     if tokens <= 0:
         raise BrokenInvariant(f"branch {branch.id} was given a row of {tokens} tokens")
-    if room.stale:
-        room.path, room.stale = world.kv.tree.path(branch.leaf), False
+    world.kv.refresh(branch, room)
     position = room.issued
     if room.copy is not None and room.flight == 0:
         run.copies.append(room.copy)

@@ -73,7 +73,17 @@ class Session:
 
 @final
 class World:
-    """Everything one core knows. No method reads a clock."""
+    """The state of one scheduler, and the moves that several of its parts share.
+
+    Commands (`verbs`), planning (`step`) and results (`outcome`) are functions over it; each begins and ends with a
+    sound world, and none runs inside another. A caller that moves a branch puts its new state object into `states` in
+    the same call, through the methods here, which also keep the lists by age (`queue`, `active`) and by tenant.
+
+    What leaves the core is put into `out`, and taken by `Core` at the end of each call. Time comes in as an argument:
+    `now` never goes back, and no method reads a clock, draws a random number or does I/O. So the same calls make the
+    same world, which recordings (`digest` names every field), snapshots and the model search rest on: a field that is
+    added here is added to the digest and, if behaviour depends on it, to the key of the search (`snapshot.key`).
+    """
 
     def __init__(self, config: CoreConfig) -> None:
         self.config = config
