@@ -234,7 +234,7 @@ def converse(log: Log, chance: random.Random, *, most: int = 12, calls: bool = T
             )
             for at, name in enumerate(chance.choices(names, k=made))
         ]
-        thought = chance.choice(WORDS) if log.codec.thinks and log.reasoning and chance.random() < 0.6 else ""
+        thought = f"Hm: {chance.choice(WORDS)}" if log.codec.thinks and log.reasoning and chance.random() < 0.6 else ""
         said = Assistant(chance.choice(WORDS) if beside else "", tuple(waiting), thought)
         if chance.random() < 0.4 or isinstance(log.mirror.spans[-1].message, Assistant):
             log.add(said)

@@ -217,8 +217,8 @@ class ChatCodec:
     ) -> int | None:
         """The first message of `history` that the template writes differently now that `new` follows.
 
-        `drawn` has the ids, the prompt's included, of answers that the model drew: they stay as they are unless the
-        template leaves out the reasoning in them."""
+        `drawn` has the ids, the prompt's included, of answers that the model drew, or that have reasoning: they stay as
+        they are unless the template leaves out the reasoning in them."""
         if self.history == "keep" or not history:
             return None
         try:
@@ -238,8 +238,9 @@ class ChatCodec:
         shown = any(part.slot == (place, "reasoning") for part in region)
         marks = (self.tags.think_open, self.tags.think_close)
         written = [mark in text for mark in marks]
-        thought = isinstance(message, Assistant) and bool(message.reasoning)
-        return (thought and not shown) or written != [self._holds(ids, mark) for mark in marks]
+        thought = message.reasoning if isinstance(message, Assistant) else ""
+        hidden = bool(thought) and not shown and thought.strip() in self.tokenizer.text(list(ids))
+        return hidden or written != [self._holds(ids, mark) for mark in marks]
 
     # ---- what it is -----------------------------------------------------------------------------------------------
     @property

@@ -111,11 +111,12 @@ def _as_told(message: Message) -> Message:
 
 
 def _drawn(mirror: Mirror, spans: Sequence[Span]) -> dict[int, list[int]]:
-    """The ids of answers that a model drew, prompts included, by their place."""
+    """The ids of answers that a model drew, or that were given with reasoning, prompts included, by their place."""
     return {
         place: list(mirror.ids[span.start : span.end])
         for place, span in enumerate(spans)
-        if isinstance(span.message, Assistant) and mirror.made.find(1, span.start, span.end) >= 0
+        if isinstance(span.message, Assistant)
+        and (span.message.reasoning or mirror.made.find(1, span.start, span.end) >= 0)
     }
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from agentspeed import errors
+from agentspeed import Assistant, ToolCall, ToolMessage, User, errors
 from agentspeed.front.environment import load_template
 from agentspeed.testing import ScriptedEngine
 from tests.chat_templates import FAMILIES
-from tests.conversations import dicts, folder_of
+from tests.conversations import Log, check, dicts, folder_of
 
 pytestmark = pytest.mark.anyio
 THOUGHT = "<think>\nFirst this.\n</think>\n\nOne."
@@ -81,3 +81,20 @@ async def test_a_choice_that_is_none_is_refused_where_it_is_made(qwen: Path) -> 
     async with ScriptedEngine(["One."], model=qwen) as engine:
         with pytest.raises(errors.InvalidRequest, match="history_reasoning"):
             _ = engine.session(history_reasoning="drop")
+
+
+async def test_reasoning_that_was_given_goes_when_an_answer_that_was_drawn_ends_its_use(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    family = FAMILIES["kimi k2 thinking"]
+    root = tmp_path_factory.mktemp("kimi") / "m"
+    log = Log(
+        folder_of(root, family.template, family.controls, plain=family.plain), reasoning=True, system=None, tools=True
+    )
+    call = ToolCall(id="c", name="look_up", arguments='{"word": "a"}')
+    log.add(User("Go."), Assistant("", (call,), "Hm: look."), ToolMessage(call_id="c", name="look_up", text="1"))
+    log.ask()
+    log.drawn(Assistant("One."), log.codec.stop_ids[0])
+    log.ask(User("On."))
+    check(log)
+    assert "Hm: look." not in log.codec.tokenizer.text(list(log.mirror.ids))
