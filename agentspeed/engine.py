@@ -2,178 +2,22 @@
 
 from __future__ import annotations
 
-import os
-from functools import lru_cache
-from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, final
+from typing import Unpack, final
 
-import anyio.to_thread
-
-from agentspeed import errors
-from agentspeed.backends.local import LocalEngine, Opener
-from agentspeed.backends.port import wire
-from agentspeed.checking import check_number, is_whole
-from agentspeed.front.codec import ChatCodec
-from agentspeed.whole import whole
-
-if TYPE_CHECKING:
-    from agentspeed.backends.link import Link
-    from agentspeed.session import Session
-
-NANO = Path(__file__).parent / "models" / "nano"
-"""The model that ships with the package."""
-_PATIENCE = 5.0
-"""Seconds without any answer after which an engine that is asked for its counts is given up."""
+from agentspeed._core.engine_handle import EngineHandle
+from agentspeed._core.model_files import NANO as NANO
+from agentspeed._core.model_files import resolve as resolve
+from agentspeed.session import Session, SessionOptions
 
 
 @final
-class Engine:
+class Engine(EngineHandle):
     """`async with Engine("model", pages=4096) as engine: async with engine.session() as s: ...`
 
-    `model` is a Hugging Face model folder or a repository id; None is the model that ships with the package. Options
-    are those of `agentspeed_engine.run.options.EngineOptions`; unknown ones are refused when the process starts."""
+    `model` is a Hugging Face model folder or a repository id; None is the model that ships with the package. The
+    options are those of `EngineOptions`; an unknown one is refused at once, a value that cannot be when the process
+    starts."""
 
-    def __init__(self, model: str | os.PathLike[str] | None = None, **options: Any) -> None:
-        if model is not None and not isinstance(model, str | os.PathLike):
-            raise errors.InvalidRequest(f"model is {model!r}; it must be a folder or a repository id.")
-        self.model = NANO if model is None else model
-        self._options = {name: os.fspath(value) if isinstance(value, os.PathLike) else value
-                         for name, value in options.items()}
-        for name, value in self._options.items():
-            if value is not None and not isinstance(value, str | int | float):
-                raise errors.InvalidRequest(f"{name} is {value!r}; an engine option is a number, a text, or None.")
-            if is_whole(value):
-                check_number(name, value)
-        self._local: LocalEngine | None = None
-        self._codec: ChatCodec | None = None
-        self._shared = False
-        self._opener: Opener | None = None
-
-    @classmethod
-    def over(cls, opener: Opener, model: str | os.PathLike[str]) -> Engine:
-        """On links from `opener` instead of a process of its own; `model` gives the tokenizer. For `testing`."""
-        engine = cls(model)
-        engine._opener = opener
-        return engine
-
-    @classmethod
-    def shared(cls, model: str | os.PathLike[str] | None, options: dict[str, Any]) -> Engine:
-        """On the process-wide engine of this model and these options; it ends a minute after its last use."""
-        engine = cls(model, **options)
-        engine._shared = True
-        return engine
-
-    async def start(self) -> Self:
-        """Starts the process (or finds the shared one) and loads the tokenizer. Calling it again does nothing."""
-        if self._local is None:
-            folder = await anyio.to_thread.run_sync(resolve, self.model)
-            self._codec = await anyio.to_thread.run_sync(_codec_of, folder)
-            options = {"model": str(folder), **self._options}
-            if self._opener is not None:
-                self._local = LocalEngine(self._opener, on_close=self._opener.close)
-            else:
-                self._local = LocalEngine.shared(options) if self._shared else LocalEngine.own(options)
-        try:
-            _ = await self._local.link()
-        except BaseException:  # refused or cancelled: nobody may own the process that was started
-            await self.close()
-            raise
-        return self
-
-    async def close(self) -> None:
-        """Lets go of the process; one of its own ends."""
-        local, self._local = self._local, None
-        if local is not None:
-            await whole(local.close)
-
-    async def __aenter__(self) -> Self:
-        return await self.start()
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                        trace: TracebackType | None) -> None:
-        await self.close()
-
-    def session(self, **options: Any) -> Session:
+    def session(self, **options: Unpack[SessionOptions]) -> Session:
         """A session on this engine; the options are those of `Session`."""
-        from agentspeed.session import Session
-
         return Session(self, **options)
-
-    @property
-    def codec(self) -> ChatCodec:
-        """Raises `SessionClosed` before `start`."""
-        if self._codec is None:
-            raise errors.SessionClosed("The engine was not started.", remedy="Use it in `async with`.")
-        return self._codec
-
-    async def link(self) -> Link:
-        """The living link of this event loop; a dead engine is started again."""
-        if self._local is None:
-            raise errors.SessionClosed("The engine is not running.", remedy="Use it in `async with`.")
-        return await self._local.link()
-
-    async def stats(self) -> wire.Stats:
-        """Counts of the whole engine."""
-        try:
-            reply = await self._stats()
-        except errors.EngineDied:  # since it was used last: another is started
-            reply = await self._stats()
-        if not isinstance(reply, wire.Stats):
-            raise errors.InternalError(f"The engine answered GetStats with {type(reply).__name__}.")
-        return reply
-
-    async def _stats(self) -> wire.Reply:
-        link = await self.link()
-        return await link.call(lambda number: wire.GetStats(request=number), patience=_PATIENCE)
-
-    @property
-    def pid(self) -> int | None:
-        """Of the engine process, when this object started one."""
-        opener = None if self._local is None else self._local.opener
-        return getattr(opener, "pid", None)
-
-    def __repr__(self) -> str:
-        return f"<Engine {Path(self.model).name} {'running' if self._local else 'stopped'}>"
-
-
-def resolve(model: str | os.PathLike[str]) -> Path:
-    """A local folder as it is; a repository id through the hub's cache. Raises what to do when there is neither."""
-    text = os.fspath(model)
-    try:
-        folder = Path(text).expanduser()
-    except RuntimeError as error:  # `~name`, and nobody is called so
-        raise errors.ModelBroken(f"{text} is not a folder: {str(error).rstrip('.')}.",
-                                 remedy="Give a model folder.") from error
-    if folder.is_dir():
-        return folder
-    if text.startswith(("http://", "https://")):
-        raise errors.InvalidRequest(f"{text} is a server's address; this version talks to local engines only.",
-                                    remedy="Give a model folder, a repository id, or nothing for the shipped model.")
-    if folder.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1:
-        raise errors.ModelBroken(f"{text} is not a folder.", remedy="Give a Hugging Face model folder or owner/name.")
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    except ImportError as error:
-        raise errors.ExtraMissing("Repository ids need the huggingface-hub package.",
-                                  remedy="Install agentspeed[engine].") from error
-    try:
-        return Path(snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise errors.ModelBroken(f"{text} could not be fetched: {reason}.",
-                                 remedy="Check the name and the network, or give a local folder.") from error
-
-
-def _codec_of(folder: Path) -> ChatCodec:
-    """The folder's codec, made once as long as its files stay as they are: sessions come by the thousand."""
-    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json", "generation_config.json")
-    files = (folder / name for name in names)
-    stamps = tuple((path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None for path in files)
-    return _cached_codec(folder.resolve(), stamps)
-
-
-@lru_cache(maxsize=8)
-def _cached_codec(folder: Path, stamps: tuple[tuple[int, int] | None, ...]) -> ChatCodec:
-    return ChatCodec(folder)

@@ -15,9 +15,9 @@ import anyio.lowlevel
 import anyio.to_thread
 
 from agentspeed import errors
+from agentspeed._base.completion import run_to_completion
 from agentspeed.backends.faults import public_error
 from agentspeed.backends.port import Sink, Then
-from agentspeed.whole import whole
 from agentspeed_engine import wire
 
 _INLINE_BYTES = 32 * 1024
@@ -160,7 +160,7 @@ class Link:
             if rest:
                 waits = held
                 held = False
-                await whole(lambda: anyio.to_thread.run_sync(self._send_rest, rest, waits))
+                await run_to_completion(lambda: anyio.to_thread.run_sync(self._send_rest, rest, waits))
         except OSError:
             self._alive = False  # the reader thread sees the end too and tells everyone who waits
         finally:

@@ -26,6 +26,7 @@ from agentspeed.errors import ModelBroken
 from agentspeed_engine import wire
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.ids import pack_ids, unpack_ids
+from agentspeed_engine.run.stops import StopWatch
 from agentspeed_engine.run.vocabulary import Vocabulary
 from agentspeed_engine.sampling_rules import validate_sampling
 
@@ -167,7 +168,7 @@ class ScriptedServer:
         turn.seconds = said.seconds
         turn.left = list(self._tokenizer.encode(said.text, add_special_tokens=False).ids)
         whole = self._fit(turn, branch, said.text)
-        self._stop_early(turn)
+        self._stop_early(turn, branch)
         if turn.reason == "max_tokens" and whole:
             if not command.stop_ids:
                 turn.reason, turn.message = "error", "the turn has no stop id to end with"
@@ -198,11 +199,11 @@ class ScriptedServer:
             turn.message = f"the scripted text {text!r} ends before the turn's grammar does"
         return turn.reason == "max_tokens"
 
-    def _stop_early(self, turn: _Turn) -> None:
-        written = b""
+    def _stop_early(self, turn: _Turn, branch: _Branch) -> None:
+        begun = branch.log[len(branch.log) - turn.command.stop_consumed :]
+        watch = StopWatch(turn.command.stop_strings, b"".join(self._vocabulary.token_bytes[token] for token in begun))
         for number, token in enumerate(turn.left):
-            written += self._vocabulary.token_bytes[token]
-            if any(stop in written for stop in turn.command.stop_strings):
+            if watch.saw(number, self._vocabulary.token_bytes[token]):
                 turn.left, turn.reason, turn.message = turn.left[: number + 1], "stop_string", ""
                 return
 

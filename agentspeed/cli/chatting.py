@@ -16,7 +16,7 @@ from agentspeed.cli.showing import Screen, cost, described, whole
 from agentspeed.cli.tools_file import ToolsFile, tools_of
 from agentspeed.cli.typing_lines import Lines
 from agentspeed.messages import ToolCall, User
-from agentspeed.running import Result
+from agentspeed.replies import Result
 
 _PROMPT: Final = "> "
 COMMANDS: Final = {

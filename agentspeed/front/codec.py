@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, final
 
-from agentspeed.checking import is_whole
+from agentspeed._base.validate import is_whole
 from agentspeed.errors import ExtraMissing, InvalidRequest, ModelBroken, TemplateUnstable
 from agentspeed.front import origins
 from agentspeed.front.parser import CallReady, TurnParser

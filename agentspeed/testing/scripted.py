@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeAlias, final
 
+from agentspeed._base.validate import check_seconds, check_text
 from agentspeed.backends.port import wire
 from agentspeed.backends.scripted import Asked, ScriptedServer, ScriptedText, ScriptRaised
-from agentspeed.checking import check_seconds, check_text
 from agentspeed.engine import Engine, resolve
 from agentspeed.front.tags import DEFAULT_TAGS
 from agentspeed.session import Session
