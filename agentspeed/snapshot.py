@@ -70,6 +70,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     open_at: int | None
     owed: tuple[int, ...]
     marks: list[_Mark]
+    hidden: list[tuple[int, int]]
+    """Stop texts, as the log counts them."""
     results: list[ToolMessage]
     """Of open calls: those that had arrived and waited for others."""
 
@@ -105,6 +107,7 @@ def dump(core: SessionCore, tokenizer: str) -> bytes:
                 _Mark(name, point.tokens, _dumped(point.spans), point.open_at, point.owed)
                 for name, point in log.marks.items()
             ],
+            hidden=log.hidden,
             results=list(core.pending.waiting()),
         )
     )
@@ -186,6 +189,7 @@ def fill(core: SessionCore, found: Snapshot) -> None:
     log.marks = {
         mark.name: Checkpoint(mark.tokens, _loaded(mark.spans), mark.open_at, mark.owed) for mark in found.marks
     }
+    log.hidden = list(found.hidden)
     for result in found.results:
         core.pending.arrived(result)
 

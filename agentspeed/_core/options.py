@@ -43,7 +43,10 @@ class TurnOptions(TypedDict, total=False):
     sampling: Sampling | None
     temperature: float | None
     stop: str | Sequence[str]
-    """Texts that end the turn; they are not part of its text."""
+    """Texts that end the turn. They are not part of its text, also when the message goes on, though the model has them
+    before it; one that an earlier turn of the message had begun counts."""
+    include_stop: bool
+    """The stop text that ended the turn is part of its text."""
     max_tokens: int | None
     logprobs: int | None
     """0: of each drawn token; k: also of the k most likely ones."""
@@ -85,6 +88,7 @@ class TurnRequest:
     sampling: wire.Sampling
     max_tokens: int | None
     stop: tuple[str, ...]
+    include_stop: bool
     seed: int | None
     keep_on_cancel: bool
     timeout: float | None
@@ -193,6 +197,8 @@ def build_request(
     check_seconds("timeout", timeout)
     keep = options.get("keep_on_cancel", False)
     check_flag("keep_on_cancel", keep)
+    include = options.get("include_stop", False)
+    check_flag("include_stop", include)
     return TurnRequest(
         messages=messages_of(prompt),
         output=spec,
@@ -200,6 +206,7 @@ def build_request(
         sampling=_sampling(options, defaults),
         max_tokens=_max_tokens(options),
         stop=stops,
+        include_stop=include,
         seed=_seed(options),
         keep_on_cancel=keep,
         timeout=timeout,

@@ -39,7 +39,7 @@ class TurnRecord:
         self.ended: wire.TurnEnded | None = None
         self._codec = codec
         self._decoder: IncrementalText = codec.tokenizer.decoder()
-        self._stops = StopFilter(request.stop)
+        self._stops = StopFilter(request.stop, include=request.include_stop)
         self._texts: list[str] = []
         self._reasonings: list[str] = []
         self._raw: list[str] = []

@@ -9,10 +9,12 @@ from typing import final
 class StopFilter:
     """For one turn. The engine ends the turn at the token that completes a stop string; this cuts inside that token."""
 
-    __slots__ = ("_held", "_old", "_stops", "stopped")
+    __slots__ = ("_held", "_include", "_old", "_stops", "stopped")
 
-    def __init__(self, stops: tuple[str, ...]) -> None:
+    def __init__(self, stops: tuple[str, ...], *, include: bool = False) -> None:
+        """`include`: the stop string itself is text of the turn; only what its token wrote after it is not."""
         self._stops = stops
+        self._include = include
         self._held = ""
         self._old = 0
         """How many characters at the beginning of `_held` an earlier turn wrote."""
@@ -31,10 +33,14 @@ class StopFilter:
         if not self._stops or self.stopped:
             return "" if self.stopped else text
         old, text = self._old, self._held + text
-        places = [place for stop in self._stops if (place := text.find(stop, max(0, old - len(stop) + 1))) >= 0]
-        if places:
+        found = [
+            (place, place + len(stop))
+            for stop in self._stops
+            if (place := text.find(stop, max(0, old - len(stop) + 1))) >= 0
+        ]
+        if found:
             self.stopped, self._held, self._old = True, "", 0
-            return text[: min(places)]
+            return text[: min(end for _, end in found) if self._include else min(start for start, _ in found)]
         keep = max(self._begun(text, stop) for stop in self._stops)
         self._held = text[len(text) - keep :]
         self._old = max(0, keep + old - len(text))

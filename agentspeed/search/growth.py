@@ -64,8 +64,6 @@ class Grower:
         """The open steps of each depth that go on, when only the best `width` do."""
         self._steps: dict[tuple[int, tuple[int, ...]], Node] = {}
         """By parent and drawn ids: the first child of that parent that wrote this step."""
-        self._stopped: set[Node] = set()
-        """Steps that the stop text ended."""
         self._largest = 0
         """Tokens of the largest own attempt so far."""
 
@@ -228,37 +226,29 @@ class Grower:
         if whole and self.plan.stop is not None:
             del options["stop"]
         seed = (self.plan.seed * 1_000_003 + node.number) % 2**63
-        above = self._above(node)
+        stop = options.get("stop")
+        if stop is not None:
+            options["include_stop"] = True  # it separates the steps of the message
         async with node.branch.stream(None, seed=seed, **options) as turn:
             start = node.branch.tokens
             try:
                 async for event in turn:
-                    node.whole = turn.text if above is None else above + turn.new_text
+                    node.whole = turn.text.removesuffix(stop or "")
                     if isinstance(event, events.TextDelta) and self.plan.keep and not self.plan.keep(node.whole):
                         node.state = "pruned"
                         return
                 reply = turn.result()
             finally:
-                node.whole = turn.text if above is None else above + turn.new_text
+                node.whole = turn.text.removesuffix(stop or "")
                 self._add(node, replace(turn.usage, drawn=max(turn.usage.drawn, node.branch.tokens - start)))
         if reply.finish_reason == "max_tokens" and bound != self.plan.options.get("max_tokens"):
             self._smaller = "tokens"
-        if reply.finish_reason == "stop_string":
-            self._stopped.add(node)
         if reply.tool_calls:
             node.state = "failed"
         elif whole or reply.finish_reason not in ("stop_string", "max_tokens"):
             node.state = "finished"
         elif not self.plan.again:
             self._find_twin(node, reply.ids)
-
-    def _above(self, node: Node) -> str | None:
-        """What the steps above this one wrote, with the stop text that ended the last of them: a reply leaves it out,
-        and to a search it separates the steps. None for a first step, whose turn knows all of its message."""
-        parent = node.parent
-        if parent is None or parent is self.root:
-            return None
-        return parent.whole + (self.plan.stop or "" if parent in self._stopped else "")
 
     def _find_twin(self, node: Node, ids: tuple[int, ...]) -> None:
         """A step that a sibling wrote to the id has the same context as the sibling: going on with both is going on

@@ -1,4 +1,4 @@
-"""No module reads what another keeps to itself: names that begin with an underscore belong to the file that has them."""
+"""No module reads what another keeps to itself: names with an underscore belong to the file that has them."""
 
 from __future__ import annotations
 
