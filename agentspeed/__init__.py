@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from agentspeed.replies import Result as Result
     from agentspeed.sampling import Sampling as Sampling
     from agentspeed.session import Session as Session
+    from agentspeed.tools import Approval as Approval
     from agentspeed.tools import Tool as Tool
     from agentspeed.tools import ToolContext as ToolContext
     from agentspeed.tools import tool as tool
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Approval": "tools",
     "Engine": "engine",
     "Choice": "front.output",
     "Regex": "front.output",
@@ -64,6 +66,7 @@ _HOMES = {
 }
 _MODULES = ("errors", "events", "messages", "search", "testing", "tools")
 __all__ = [
+    "Approval",
     "Assistant",
     "Choice",
     "Engine",

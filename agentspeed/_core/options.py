@@ -49,7 +49,8 @@ class TurnOptions(TypedDict, total=False):
     """The stop text that ended the turn is part of its text."""
     max_tokens: int | None
     logprobs: int | None
-    """0: of each drawn token; k: also of the k most likely ones."""
+    """0: of each drawn token; k: also of the k most likely ones. They are of the model's own distribution, before
+    temperature, top_k, top_p, min_p and grammar."""
     seed: int | None
     """Makes the turn repeat exactly."""
     keep_on_cancel: bool

@@ -343,7 +343,9 @@ def _whole(tool: Tool, checked: BaseModel) -> dict[str, Any]:
     declared = {name: given["default"] for name, given in properties.items()
                 if isinstance(given, dict) and "default" in given} if isinstance(properties, dict) else {}
     named = {parameter_of(name): getattr(checked, name) for name in type(checked).model_fields}
-    return {**declared, **named, **(checked.model_extra or {})}
+    given = {**declared, **named, **(checked.model_extra or {})}
+    order = [name for name in properties if name in given] if isinstance(properties, dict) else []
+    return {name: given[name] for name in (*order, *given)}
 
 
 def _passed(checked: BaseModel) -> dict[str, Any]:

@@ -39,7 +39,7 @@ async def test_text_is_of_the_whole_message_and_ids_deltas_and_usage_are_of_the_
 async def test_calls_of_a_message_keep_their_ids_when_it_goes_on() -> None:
     one, other = tool_call("add", a=1, b=2), tool_call("add", a=3, b=4)
     async with ScriptedEngine([one + other, other]) as engine, engine.session(tools=[add]) as s:
-        length = len(engine.engine.codec.tokenizer.content_ids(one))
+        length = len(engine.engine.codec.tokenizer.template_ids(one))
         first = await s.generate("Add.", max_tokens=length)
         assert len(first.tool_calls) == 1 and first.finish_reason == "tool_calls"
         reply = await s.generate()
