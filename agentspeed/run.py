@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any, Literal, cast, final
 
+import anyio
+
 from agentspeed import agent_loop, errors, events
 from agentspeed._base.validate import check_count, check_seconds
 from agentspeed._core.options import TurnOptions, build_request
@@ -147,8 +149,12 @@ class Run:
             except Exception as error:  # noqa: BLE001 - raised below: here it would cancel the other tools
                 failures.append(error)
 
+        scope = anyio.CancelScope()
+
         def started(call: ToolCall) -> None:
             tell(events.ToolStarted(call=call))
+            if failures:  # who was told does not want it: no tool begins any more
+                scope.cancel()
 
         def arrived(index: int, result: ToolResult) -> None:
             core.pending.took(left[index].name, result.seconds)
@@ -171,7 +177,8 @@ class Run:
                     await core.pause(left, self._expect, self._tell)
                 core.pending.served.update(call.id for call in left)
                 core.branch.on_lease = lambda lease: tell(events.LeaseChanged(lease=lease))
-                await batch.run()
+                with scope:
+                    await batch.run()
             finally:
                 core.branch.on_lease = None
                 core.pending.served.clear()

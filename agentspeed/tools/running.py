@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, Final, TypeVar, cast, final
 
 import anyio
+import anyio.lowlevel
 from msgspec.structs import replace
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticSerializationError, to_json
@@ -75,6 +76,7 @@ async def execute(
             checked = _changed(tool, approval.arguments)
         if started is not None:
             started(arguments if approval.arguments is None else approval.arguments)
+            await anyio.lowlevel.checkpoint_if_cancelled()  # who was told may have cancelled it
         content = await _timed(tool, checked, context)
     except ToolError as error:
         return ToolResult(content=f"error: {error}", ok=False, error=error, seconds=anyio.current_time() - began)
