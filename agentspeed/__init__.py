@@ -25,14 +25,15 @@ if TYPE_CHECKING:
     from agentspeed.messages import ToolCall as ToolCall
     from agentspeed.messages import ToolMessage as ToolMessage
     from agentspeed.messages import User as User
-    from agentspeed.running import Result as Result
+    from agentspeed.replies import Reply as Reply
+    from agentspeed.replies import Result as Result
     from agentspeed.sampling import Sampling as Sampling
     from agentspeed.session import Session as Session
+    from agentspeed.tools import Approval as Approval
     from agentspeed.tools import Tool as Tool
     from agentspeed.tools import ToolContext as ToolContext
     from agentspeed.tools import tool as tool
     from agentspeed.trajectory import Trajectory as Trajectory
-    from agentspeed.turn import Reply as Reply
     from agentspeed.turn import Turn as Turn
     from agentspeed.usage import Lease as Lease
     from agentspeed.usage import Usage as Usage
@@ -40,17 +41,60 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Engine": "engine", "Choice": "front.output", "Regex": "front.output", "Schema": "front.output",
-    "Assistant": "messages", "System": "messages", "ToolCall": "messages", "ToolMessage": "messages",
-    "User": "messages", "Sampling": "sampling", "Mark": "marks", "Session": "session", "Tool": "tools",
-    "ToolContext": "tools", "tool": "tools", "Reply": "turn", "Result": "running", "Trajectory": "trajectory",
-    "Turn": "turn", "Lease": "usage", "Usage": "usage",
+    "Approval": "tools",
+    "Engine": "engine",
+    "Choice": "front.output",
+    "Regex": "front.output",
+    "Schema": "front.output",
+    "Assistant": "messages",
+    "System": "messages",
+    "ToolCall": "messages",
+    "ToolMessage": "messages",
+    "User": "messages",
+    "Sampling": "sampling",
+    "Mark": "marks",
+    "Session": "session",
+    "Tool": "tools",
+    "ToolContext": "tools",
+    "tool": "tools",
+    "Reply": "replies",
+    "Result": "replies",
+    "Trajectory": "trajectory",
+    "Turn": "turn",
+    "Lease": "usage",
+    "Usage": "usage",
 }
 _MODULES = ("errors", "events", "messages", "search", "testing", "tools")
 __all__ = [
-    "Assistant", "Choice", "Engine", "Lease", "Mark", "Regex", "Reply", "Result", "Sampling", "Schema", "Session",
-    "System", "Tool", "ToolCall", "ToolContext", "ToolMessage", "Trajectory", "Turn", "Usage", "User", "__version__",
-    "errors", "events", "messages", "search", "testing", "tool", "tools",
+    "Approval",
+    "Assistant",
+    "Choice",
+    "Engine",
+    "Lease",
+    "Mark",
+    "Regex",
+    "Reply",
+    "Result",
+    "Sampling",
+    "Schema",
+    "Session",
+    "System",
+    "Tool",
+    "ToolCall",
+    "ToolContext",
+    "ToolMessage",
+    "Trajectory",
+    "Turn",
+    "Usage",
+    "User",
+    "__version__",
+    "errors",
+    "events",
+    "messages",
+    "search",
+    "testing",
+    "tool",
+    "tools",
 ]
 
 

@@ -62,7 +62,8 @@ class Paused(Event, frozen=True, kw_only=True, tag=True):
 
 
 class ToolStarted(Event, frozen=True, kw_only=True, tag=True):
-    """A tool runs."""
+    """A tool begins to run: a call that is denied, or whose arguments are wrong, never does. `call` has the arguments
+    as the model wrote them, or as the approver changed them."""
 
     call: ToolCall
 
@@ -101,7 +102,17 @@ class TurnFinished(Event, frozen=True, kw_only=True, tag=True):
 
 
 AnyEvent: TypeAlias = (
-    TurnStarted | TextDelta | ReasoningDelta | ToolCallStarted | ToolCallDelta | ToolCallReady | Paused | ToolStarted
-    | ToolFinished | LeaseChanged | Resumed | TurnFinished
+    TurnStarted
+    | TextDelta
+    | ReasoningDelta
+    | ToolCallStarted
+    | ToolCallDelta
+    | ToolCallReady
+    | Paused
+    | ToolStarted
+    | ToolFinished
+    | LeaseChanged
+    | Resumed
+    | TurnFinished
 )
 """All of them: what `match` has to cover."""

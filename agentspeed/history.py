@@ -191,19 +191,17 @@ class Limits:
 class History:
     """The sessions of one engine that wait for their conversations to go on. Belongs to one event loop.
 
-    `open_session` makes a session that was not entered yet, for a conversation that shares nothing; `duplicate` makes
-    one over the first messages of another's log. Both are handed in, so that whoever serves decides about options."""
+    `open_session` makes a session that was not entered yet, for a conversation that shares nothing: whoever serves
+    decides about its options."""
 
     def __init__(
         self,
         open_session: Callable[[Conversation], Session],
-        duplicate: Callable[[Session, int], Session],
         *,
         limits: Limits | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._open_session = open_session
-        self._duplicate = duplicate
         self._limits = limits or Limits()
         self._clock = clock
         self._entries: dict[int, _Entry] = {}
@@ -261,7 +259,7 @@ class History:
             if verb == "branch":
                 why = self._why_branched(source, shared, len(chain) - 1)
                 entry = self._enter_book(
-                    self._duplicate(source.session, shared), conversation, source.keys[: shared + 1]
+                    source.session.duplicate(shared), conversation, source.keys[: shared + 1]
                 )
             else:
                 entry = source
@@ -272,7 +270,7 @@ class History:
                 await self._make_room(conversation.tenant)
                 _ = await session.__aenter__()
             elif verb == "rewind":
-                await session.rewind(position(session, shared))
+                await session.rewind(session.position(shared))
                 why = f"the conversation went back to its message {shared} and on from there"
             entry.hint = conversation.hint
             return entry, Taken(
@@ -323,7 +321,7 @@ class History:
             self._by_key.setdefault(key, {})[entry.number] = None
 
     async def _give_back(self, entry: _Entry) -> None:
-        if is_closed(entry.session):
+        if entry.session.state == "closed":
             await self._drop(entry)
             return
         self._follow(entry, keys(entry.keys[0], entry.session.messages))
@@ -377,32 +375,3 @@ def _translated(messages: Sequence[Message], shared: int, own: Sequence[Message]
             message = ToolMessage(call_id=ids[message.call_id], name=message.name, text=message.text, ok=message.ok)
         found.append(message)
     return tuple(found)
-
-
-# ---- of sessions ----------------------------------------------------------------------------------------------------
-def is_closed(session: Session) -> bool:
-    """Whether the session can never be used again."""
-    return session._state == "closed"
-
-
-def position(session: Session, messages: int) -> int:
-    """How many tokens the first `messages` messages are, with what closes them."""
-    spans = session._branch.mirror.spans
-    return spans[messages].start if messages < len(spans) else session.tokens
-
-
-def duplicate(session: Session, messages: int) -> Session:
-    """A session of its own over the first `messages` messages of another's log; not entered yet.
-
-    It shares the rows of what the engine still has, and outlives the other."""
-    other = Session(
-        session.engine,
-        system=session.system,
-        tools=session.tools,
-        sampling=session.defaults.sampling,
-        tenant=session.opening.tenant or None,
-        timeout=session.defaults.timeout,
-        reasoning=session.defaults.reasoning,
-    )
-    other._branch.mirror = session._branch.mirror.copy(position(session, messages))
-    return other

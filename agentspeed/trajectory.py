@@ -23,17 +23,21 @@ class Trajectory:
 
     @classmethod
     def of(cls, mirror: Mirror) -> Self:
-        return cls(ids=tuple(mirror.ids), made=tuple(flag == 1 for flag in mirror.made),
-                   logprobs=tuple(mirror.logprobs))
+        return cls(
+            ids=tuple(mirror.ids), made=tuple(flag == 1 for flag in mirror.made), logprobs=tuple(mirror.logprobs)
+        )
 
     def __eq__(self, other: object) -> bool:
         """NaN stands for "none", and none equals none."""
         if not isinstance(other, Trajectory):
             return NotImplemented
         return (
-            self.ids == other.ids and self.made == other.made and len(self.logprobs) == len(other.logprobs)
-            and all(a == b or (math.isnan(a) and math.isnan(b))
-                    for a, b in zip(self.logprobs, other.logprobs, strict=True))
+            self.ids == other.ids
+            and self.made == other.made
+            and len(self.logprobs) == len(other.logprobs)
+            and all(
+                a == b or (math.isnan(a) and math.isnan(b)) for a, b in zip(self.logprobs, other.logprobs, strict=True)
+            )
         )
 
     def __hash__(self) -> int:

@@ -50,7 +50,8 @@ class Usage:
     def __add__(self, other: Usage) -> Usage:
         numbers = {
             field.name: getattr(self, field.name) + getattr(other, field.name)
-            for field in fields(self) if field.name != "why"
+            for field in fields(self)
+            if field.name != "why"
         }
         return Usage(**numbers, why=other.why or self.why)
 
@@ -58,7 +59,8 @@ class Usage:
         """What came since `earlier`, a former value of the same account."""
         numbers = {
             field.name: getattr(self, field.name) - getattr(earlier, field.name)
-            for field in fields(self) if field.name != "why"
+            for field in fields(self)
+            if field.name != "why"
         }
         return Usage(**numbers, why=self.why)
 

@@ -13,6 +13,12 @@ from typing import TypeAlias
 
 _WIDTH = 100
 _Function: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef
+_INHERITED = {"Engine": ("agentspeed._core.engine_handle", "EngineHandle")}
+"""Public classes whose members stand in a base that nobody names."""
+_INTERNAL = ("over", "shared", "codec", "link")
+"""Members of these bases that are no one's but the SDK's."""
+_MADE_ELSEWHERE = ("Turn", "Forks", "Pending")
+"""Public classes that users are given and never make."""
 _Definition: TypeAlias = _Function | ast.ClassDef | ast.AnnAssign | ast.Assign
 
 
@@ -106,14 +112,20 @@ def _entry(name: str, node: _Definition, doc: str) -> Iterator[str]:
 
 def _class(node: ast.ClassDef, doc: str) -> Iterator[str]:
     bases = [ast.unparse(base) for base in node.bases if "Struct" not in ast.unparse(base)]
-    maker = next((item for item in node.body if isinstance(item, _Function) and item.name == "__init__"), None)
-    if maker is not None:
+    body = [*node.body]
+    if (inherited := _INHERITED.get(node.name)) is not None:  # a base that is not public: its members are the class's
+        base, _ = defined(*inherited)
+        assert isinstance(base, ast.ClassDef)
+        body += [item for item in base.body if not isinstance(item, _Function) or item.name not in _INTERNAL]
+        bases = []
+    maker = next((item for item in body if isinstance(item, _Function) and item.name == "__init__"), None)
+    if maker is not None and node.name not in _MADE_ELSEWHERE:
         head = _called(f"class {node.name}", _parameters(maker.args)[1:], "")
     else:
         head = f"class {node.name}" + (f"({', '.join(bases)})" if bases else "")
     yield from _block(head, doc)
     yield from _fields(node)
-    for item in node.body:
+    for item in body:
         if isinstance(item, _Function) and not item.name.startswith("_") and not _is_overload(item):
             static = "staticmethod" in _decorators(item)
             yield from (f"### `{node.name}.{item.name}`", "")

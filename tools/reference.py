@@ -110,8 +110,9 @@ API = {
 
 
 MET = {
-    "agentspeed": {"TurnOptions": "agentspeed.asking", "Forks": "agentspeed.forks", "Pending": "agentspeed.running",
-                   "Residence": "agentspeed.usage"},
+    "agentspeed": {"SessionOptions": "agentspeed._core.options", "TurnOptions": "agentspeed._core.options",
+                   "EngineOptions": "agentspeed._core.engine_options", "Forks": "agentspeed.fork",
+                   "Pending": "agentspeed.tool_call", "Residence": "agentspeed.usage"},
 }
 
 

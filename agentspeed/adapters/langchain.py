@@ -28,13 +28,13 @@ from pydantic import ConfigDict, Field, PrivateAttr, SecretStr
 from agentspeed import errors, events
 from agentspeed.adapters.langchain_errors import public
 from agentspeed.adapters.runtime import Runtime
-from agentspeed.asking import TurnOptions
 from agentspeed.engine import Engine
 from agentspeed.front.output import Schema
 from agentspeed.history import Conversation
 from agentspeed.message_formats.openai import conversation_parts, tool_definitions
 from agentspeed.message_formats.tools import declared
 from agentspeed.sampling import Sampling
+from agentspeed.session import TurnOptions
 from agentspeed.turn import Reply, Turn
 from agentspeed.usage import Usage
 

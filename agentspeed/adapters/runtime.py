@@ -11,14 +11,15 @@ import asyncio
 import atexit
 import threading
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager
-from typing import Any, TypeVar, final
+from typing import TypeVar, final
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
+from agentspeed._core.engine_options import EngineOptions
 from agentspeed.engine import Engine
-from agentspeed.history import Conversation, History, Limits, Taken, duplicate
+from agentspeed.history import Conversation, History, Limits, Taken
 from agentspeed.session import Session
 
 T = TypeVar("T")
@@ -35,13 +36,13 @@ class Runtime:
         engine: Engine | None = None,
         reasoning: bool = False,
         limits: Limits | None = None,
-        engine_options: Mapping[str, Any] | None = None,
+        engine_options: EngineOptions | None = None,
     ) -> None:
         self._model = model
         self._engine = engine
         self._reasoning = reasoning
         self._limits = limits
-        self._engine_options = dict(engine_options or {})
+        self._engine_options: EngineOptions = engine_options or {}
         self._histories: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _OfLoop] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
         self._portal: BlockingPortal | None = None
@@ -138,7 +139,7 @@ class _OfLoop:
         self._reasoning = reasoning
         self._started = asyncio.Lock()
         self._running = not owned
-        self.history = History(self._open, duplicate, limits=limits)
+        self.history = History(self._open, limits=limits)
 
     def _open(self, conversation: Conversation) -> Session:
         return self.engine.session(

@@ -107,7 +107,7 @@ def serve(
     Ends at Ctrl-C or SIGTERM, once running requests have ended or their time is over."""
     from agentspeed.cli.serving import serve as served
 
-    engine = {"pages": pages, "dtype": dtype, "context": context, "host_slots": host_slots}
+    engine = {"pages": pages, "dtype": dtype, "context_limit": context, "host_slots": host_slots}
     with reported():
         served(
             model, host=host, port=port, keys=api_key or [], engine=engine, max_tokens=max_tokens,

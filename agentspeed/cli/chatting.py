@@ -16,7 +16,7 @@ from agentspeed.cli.showing import Screen, cost, described, whole
 from agentspeed.cli.tools_file import ToolsFile, tools_of
 from agentspeed.cli.typing_lines import Lines
 from agentspeed.messages import ToolCall, User
-from agentspeed.running import Result
+from agentspeed.replies import Result
 
 _PROMPT: Final = "> "
 COMMANDS: Final = {
@@ -181,13 +181,8 @@ class Talk:
 
     def _usage(self) -> None:
         session = self._session
-        try:
-            limit = self._portal.call(session.engine.link).welcome.context_limit
-        except errors.AgentspeedError as error:
-            self._screen.error(error)
-            return
         usage = session.usage
-        self._screen.line(f"{session.tokens} of {limit} tokens of the context are used.")
+        self._screen.line(f"{session.tokens} of {session.context_limit} tokens of the context are used.")
         self._screen.line(f"{usage.turns} turn{'' if usage.turns == 1 else 's'}: {cost(usage)}")
 
     def _undo(self) -> None:
@@ -212,8 +207,7 @@ class Talk:
             answering.add_done_callback(lambda _: self._told.put(None))
             while (told := self._told.get()) is not None:
                 if isinstance(told, Question):
-                    if not self._granted(told, cancel):
-                        _ = ran.pop(told.call.id, None)
+                    self._put(told, cancel)
                     continue
                 self._screen.event(told)
                 if isinstance(told, events.ToolStarted):
@@ -240,7 +234,7 @@ class Talk:
             if self._session.tokens != before.tokens:
                 await self._session.rewind(before)
             if any(isinstance(problem, errors.ContextOverflow) for problem in problems):
-                too_long = await self._is_too_long(line)
+                too_long = self._is_too_long(line)
         except errors.InternalError:
             raise
         except errors.AgentspeedError as error:
@@ -248,11 +242,11 @@ class Talk:
         return Outcome(before=before, problems=tuple(problems), undone=self._session.tokens == before.tokens,
                        too_long=too_long)
 
-    async def _is_too_long(self, line: str) -> bool:
+    def _is_too_long(self, line: str) -> bool:
         """Whether even a new session has no room for the line and one token of an answer."""
-        codec = self._session.engine.codec
-        limit = (await self._session.engine.link()).welcome.context_limit
-        return self._start + len(codec.message(User(line))) + len(codec.generation_ids) >= limit
+        engine = self._session.engine
+        asked = engine.count_tokens(User(line)) + len(engine.codec.generation_ids)
+        return self._start + asked >= self._session.context_limit
 
     def _report(self, exchange: Exchange, outcome: Outcome) -> None:
         screen = self._screen
@@ -285,7 +279,8 @@ class Talk:
         await question.answered.wait()
         return question.granted
 
-    def _granted(self, question: Question, cancel: Cancel) -> bool:
+    def _put(self, question: Question, cancel: Cancel) -> None:
+        """In the main thread: one question at a time, with every argument that the tool will run with."""
         call = question.call
         if not self._lines.can_ask:
             self._screen.line(f"{call.name} needs your approval, and no terminal is there to ask: not approved.", "red")
@@ -297,7 +292,6 @@ class Talk:
                 print()
                 cancel()
         self._portal.call(question.answered.set)
-        return question.granted
 
 
 _FULL: Final = "the context is full: /undo goes back before your last question, /new begins a new session"

@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, final
 
-from agentspeed.checking import is_whole
+from agentspeed._base.validate import is_whole
 from agentspeed.errors import InvalidRequest, ModelBroken, TemplateUnstable
 from agentspeed.front.call_forms import call_format
 from agentspeed.front.calls import DEFAULT_CALLS, numbered_id

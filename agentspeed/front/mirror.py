@@ -52,6 +52,9 @@ class Mirror:
         self.owed: tuple[int, ...] = ()
         """Template ids that close the last message but were not drawn: appended before anything else is."""
         self.marks: dict[str, Checkpoint] = {}
+        self.hidden: list[tuple[int, int]] = []
+        """Stop texts: (tokens known when a turn ended at one, characters at the end of its text that are the stop text
+        and what its last token wrote after it). The model has them before its eyes; no message shows them."""
         self.computed = 0
         """Of how many of the first ids an engine has computed the rows: an engine that is started anew computes them
         again, which is not new work."""
@@ -90,6 +93,7 @@ class Mirror:
         self.spans = list(point.spans)
         self.open_at, self.owed = point.open_at, point.owed
         self.marks = {name: mark for name, mark in self.marks.items() if mark.tokens <= point.tokens}
+        self.hidden = [place for place in self.hidden if place[0] <= point.tokens]
         self.computed = min(self.computed, point.tokens)
 
     def at(self, tokens: int) -> Checkpoint:
@@ -113,5 +117,6 @@ class Mirror:
         other.spans = list(point.spans)
         other.open_at, other.owed = point.open_at, point.owed
         other.marks = {name: mark for name, mark in self.marks.items() if mark.tokens <= tokens}
+        other.hidden = [place for place in self.hidden if place[0] <= tokens]
         other.computed = min(self.computed, tokens)
         return other

@@ -10,7 +10,7 @@ from typing import Any, Final, Generic, TypeAlias, TypeVar, cast, final
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
 from pydantic.errors import PydanticInvalidForJsonSchema, PydanticSchemaGenerationError
 
-from agentspeed.checking import check_text
+from agentspeed._base.validate import check_text
 from agentspeed.errors import InvalidRequest, OutputError, SchemaUnsupported
 from agentspeed.tools.bounds import DEFAULT_BOUNDS, Bounds, Json, bounded
 from agentspeed.tools.bounds import Schema as JsonSchema

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Final, final
 
@@ -90,6 +92,12 @@ class TextTokenizer:
     def decoder(self) -> IncrementalText:
         """A fresh decoder for one message."""
         return IncrementalText(self._decoding)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells vocabularies apart: a digest of every token with its id. Ids of one mean nothing to another."""
+        vocabulary = sorted(self._template.get_vocab(with_added_tokens=True).items())
+        return sha256("".join(f"{token}\0{number}\0" for token, number in vocabulary).encode()).hexdigest()
 
     def text(self, ids: list[int]) -> str:
         """All ids at once, control tokens shown."""

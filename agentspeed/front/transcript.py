@@ -10,6 +10,7 @@ from agentspeed.errors import InvalidRequest
 from agentspeed.front.codec import ChatCodec
 from agentspeed.front.mirror import Checkpoint, Mirror, Span
 from agentspeed.front.tags import Tags
+from agentspeed.front.tokenizer import IncrementalText
 from agentspeed.messages import Assistant, Message, System, ToolCall, ToolMessage
 
 NO_RESULT = "error: the call got no result"
@@ -138,11 +139,51 @@ def _record_open(mirror: Mirror, codec: ChatCodec) -> None:
     """An open message that no turn of this mirror ended (it was forked or cut in its middle) is one when it closes:
     what there is of it, as plain text."""
     start = mirror.spans[-1].end if mirror.spans else 0
-    if mirror.open_at is None or start > mirror.open_at:
+    message = open_message(mirror)
+    if message is None or mirror.open_at is None or start > mirror.open_at:
         return
-    stops = codec.stop_ids
-    said = codec.tokenizer.text([number for number in mirror.ids[mirror.open_at :] if number not in stops])
+    said = "".join(message.read(codec.tokenizer.decoder(), codec.stop_ids))
     mirror.spans.append(Span(Assistant(said, raw=said), start, len(mirror)))
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class OpenMessage:
+    """An assistant's message that is not closed, as it was when this was made."""
+
+    ids: list[int]
+    hidden: tuple[tuple[int, int], ...]
+    """Its stop texts, as in `Mirror.hidden`, but counted from its own first id."""
+    calls: tuple[ToolCall, ...]
+    """Its whole calls, if a turn has ended in it."""
+
+    @property
+    def since_stop(self) -> int:
+        """How many of its last ids came after the last stop text in it."""
+        return len(self.ids) - (self.hidden[-1][0] if self.hidden else 0)
+
+    def read(self, decoder: IncrementalText, stop_ids: Sequence[int]) -> tuple[str, str]:
+        """Its text in two parts: up to the last stop text in it, and since; no stop text is in either. `decoder` has
+        read all ids afterwards."""
+        text, place = "", 0
+        for end, characters in self.hidden:
+            text += decoder.feed([number for number in self.ids[place:end] if number not in stop_ids])
+            text, place = text[: len(text) - characters], end
+        return text, decoder.feed([number for number in self.ids[place:] if number not in stop_ids])
+
+
+def open_message(mirror: Mirror) -> OpenMessage | None:
+    """The message that the model would go on with; None when all are closed."""
+    start = mirror.open_at
+    if start is None:
+        return None
+    last = mirror.spans[-1] if mirror.spans else None
+    said = last.message if last is not None and last.end > start else None
+    return OpenMessage(
+        ids=list(mirror.ids[start:]),
+        hidden=tuple((end - start, characters) for end, characters in mirror.hidden if end > start),
+        calls=said.tool_calls if isinstance(said, Assistant) else (),
+    )
 
 
 def _in_order(calls: Sequence[ToolCall], messages: Sequence[Message], complete: bool) -> list[Message]:

@@ -16,7 +16,7 @@ from typing import Any, Final, final
 import anyio
 
 from agentspeed import events
-from agentspeed.asking import Prompt, messages_of
+from agentspeed._core.options import Prompt, messages_of
 from agentspeed.errors import (
     ConnectFailed,
     ContextOverflow,
@@ -226,16 +226,20 @@ class Grower:
         if whole and self.plan.stop is not None:
             del options["stop"]
         seed = (self.plan.seed * 1_000_003 + node.number) % 2**63
+        stop = options.get("stop")
+        if stop is not None:
+            options["include_stop"] = True  # it separates the steps of the message
         async with node.branch.stream(None, seed=seed, **options) as turn:
             start = node.branch.tokens
             try:
                 async for event in turn:
-                    if isinstance(event, events.TextDelta) and self.plan.keep and not self.plan.keep(turn.text):
+                    node.whole = turn.text.removesuffix(stop or "")
+                    if isinstance(event, events.TextDelta) and self.plan.keep and not self.plan.keep(node.whole):
                         node.state = "pruned"
                         return
                 reply = turn.result()
             finally:
-                node.whole = turn.text
+                node.whole = turn.text.removesuffix(stop or "")
                 self._add(node, replace(turn.usage, drawn=max(turn.usage.drawn, node.branch.tokens - start)))
         if reply.finish_reason == "max_tokens" and bound != self.plan.options.get("max_tokens"):
             self._smaller = "tokens"

@@ -6,8 +6,8 @@ import heapq
 import math
 from typing import Any
 
-from agentspeed.asking import Prompt
-from agentspeed.checking import check_count, check_number, check_text
+from agentspeed._base.validate import check_count, check_number, check_text
+from agentspeed._core.options import Prompt
 from agentspeed.search.growth import Grower, search
 from agentspeed.search.plan import Attempt, Budget, Keep, Plan, Score
 from agentspeed.search.tree import Found, Node

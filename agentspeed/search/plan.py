@@ -6,8 +6,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, final
 
-from agentspeed.asking import ask, check_names
-from agentspeed.checking import check_count, check_flag, check_number, check_seconds, is_whole
+from agentspeed._base.validate import check_count, check_flag, check_number, check_seconds, is_whole
 from agentspeed.errors import InvalidRequest, SessionBusy
 from agentspeed.search.tree import Node
 from agentspeed.session import Session
@@ -115,8 +114,7 @@ def _turn_options(session: Session, plan: Plan) -> dict[str, Any]:
         options["stop"] = plan.stop
     output = options.get("output", str)
     others: Any = {name: value for name, value in options.items() if name != "output"}
-    check_names(others)
-    _ = ask(None, output, others, session.defaults, session.codec)
+    session.check(output=output, **others)
     if plan.attempt is not None or not session.tools:
         return options
     offered = options.pop("tools", None)

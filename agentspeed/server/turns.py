@@ -13,15 +13,14 @@ import anyio
 import msgspec
 
 from agentspeed import __version__, events
-from agentspeed.asking import TurnOptions
 from agentspeed.engine import Engine
 from agentspeed.front import transcript
 from agentspeed.front.mirror import Mirror
-from agentspeed.history import Conversation, History, Limits, Taken, duplicate
+from agentspeed.history import Conversation, History, Limits, Taken
 from agentspeed.server.metrics import Metrics
 from agentspeed.server.options import ServerOptions
 from agentspeed.server.problems import Problem, RequestProblem, refused
-from agentspeed.session import Session
+from agentspeed.session import Session, TurnOptions
 from agentspeed.turn import Reply, Turn
 
 Told = Callable[[int, events.AnyEvent], Awaitable[None]]
@@ -64,7 +63,6 @@ class Service:
         self.fingerprint = f"agentspeed-{__version__}"
         self.history = History(
             self._open,
-            duplicate,
             limits=Limits(
                 idle=options.idle_sessions, idle_per_tenant=options.idle_sessions, idle_seconds=options.idle_seconds
             ),

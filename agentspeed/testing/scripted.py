@@ -6,13 +6,14 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeAlias, final
+from typing import Any, Self, TypeAlias, Unpack, final
 
-from agentspeed.checking import check_seconds, check_text
+from agentspeed._base.validate import check_count, check_seconds, check_text
 from agentspeed.engine import Engine
 from agentspeed.front.tags import DEFAULT_TAGS
-from agentspeed.session import Session
+from agentspeed.session import Session, SessionOptions
 from agentspeed.testing.scripted_server import Asked, ScriptedServer, ScriptedText, ScriptRaised
+from agentspeed.tools.running import told_of
 from agentspeed.transport.base import wire
 from agentspeed.transport.hub import resolve
 
@@ -38,13 +39,17 @@ class ScriptedEngine:
 
     `script`: what each turn writes, in the order in which turns arrive; or a function of the log. A text that the
     turn's grammar (tools, tool choice, `output=`) does not allow ends the turn in an error that quotes it. `model`
-    gives the tokenizer and the template; None is the model that ships with the package."""
+    gives the tokenizer and the template; None is the model that ships with the package. `context_limit` (by default
+    what the model's folder says) and `max_branches` of a session are refused past as an engine does."""
 
     def __init__(
-        self, script: Sequence[str | ScriptedText] | Writes, *, model: str | os.PathLike[str] | None = None
+        self, script: Sequence[str | ScriptedText] | Writes, *, model: str | os.PathLike[str] | None = None,
+        context_limit: int | None = None, max_branches: int = 256,
     ) -> None:
+        check_count("context_limit", context_limit, none=True)
+        check_count("max_branches", max_branches)
         folder = resolve(Engine(model).model)  # what an engine refuses is refused here too, and in its words
-        self._server = ScriptedServer(folder, _script(script))
+        self._server = ScriptedServer(folder, _script(script), context_limit=context_limit, max_branches=max_branches)
         self.engine = Engine.over(self._server, folder)
 
     async def __aenter__(self) -> Self:
@@ -55,7 +60,7 @@ class ScriptedEngine:
                         trace: TracebackType | None) -> None:
         await self.engine.close()
 
-    def session(self, **options: Any) -> Session:
+    def session(self, **options: Unpack[SessionOptions]) -> Session:
         """A session on this engine; the options are those of `Session`."""
         return self.engine.session(**options)
 
@@ -83,7 +88,7 @@ def _asked_of(script: Writes, asked: Asked) -> ScriptedText:
     try:
         return _as_text(script(asked))
     except Exception as error:
-        raise ScriptRaised(f"the script raised {type(error).__name__}: {error}") from error
+        raise ScriptRaised(f"the script raised {told_of(error)}") from error
 
 
 def _as_text(item: str | ScriptedText) -> ScriptedText:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import itertools
+import json
 import logging
 import os
 import socket
@@ -27,6 +28,7 @@ from agentspeed.errors import ModelBroken
 from agentspeed.transport.base import Connection
 from agentspeed.transport.socket_link import SocketLink
 from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.exec.stops import StopWatch
 from agentspeed_engine.exec.vocabulary import Vocabulary
 from agentspeed_engine.protocol import messages as wire
 from agentspeed_engine.protocol.frames import command_reader, encode_outbox
@@ -35,7 +37,8 @@ from agentspeed_engine.protocol.token_ids import pack_ids, unpack_ids
 from agentspeed_engine.run.model_files import ServedFiles
 
 _LOG: Final = logging.getLogger("agentspeed.testing")
-_CONTEXT_LIMIT: Final = 1 << 20
+_NO_LIMIT: Final = 1 << 20
+"""Tokens of a context of which the model's folder says nothing."""
 _PAGE_TOKENS: Final = 64
 _CERTAIN: Final = 0.0
 _OUT_OF_THE_QUESTION: Final = -40.0
@@ -65,6 +68,8 @@ Script = Callable[[Asked], ScriptedText | None]
 
 @dataclass(slots=True)
 class _Branch:
+    session: int
+    """Tells the branches of one session from others."""
     parent: int | None
     forked_at: int
     log: list[int]
@@ -105,7 +110,11 @@ class ScriptedServer:
 
     pid = None
 
-    def __init__(self, folder: Path, script: Script) -> None:
+    def __init__(self, folder: Path, script: Script, *, context_limit: int | None = None,
+                 max_branches: int = 256) -> None:
+        """`context_limit`: None takes what the model's folder says."""
+        self.context_limit = _limit_of(folder) if context_limit is None else context_limit
+        self.max_branches = max_branches
         self._folder = folder
         self._script = script
         self.files = ServedFiles(folder)
@@ -146,8 +155,8 @@ class ScriptedServer:
         """What this engine says of itself."""
         return wire.Welcome(
             request=request, protocol=wire.PROTOCOL, engine="scripted", model=str(self._folder),
-            vocab_size=self._vocabulary.vocab_size, context_limit=_CONTEXT_LIMIT, page_tokens=_PAGE_TOKENS, pages=0,
-            host_slots=0, pid=os.getpid(), limits={},
+            vocab_size=self._vocabulary.vocab_size, context_limit=self.context_limit, page_tokens=_PAGE_TOKENS, pages=0,
+            host_slots=0, pid=os.getpid(), limits={"max_branches": self.max_branches},
         )
 
     def most_likely(self, drawn: int, count: int) -> tuple[wire.TopLogprob, ...]:
@@ -179,15 +188,19 @@ class ScriptedServer:
         turn.seconds = said.seconds
         turn.left = list(self._tokenizer.encode(said.text, add_special_tokens=False).ids)
         whole = self._fit(turn, branch, said.text)
-        self._stop_early(turn)
+        self._stop_early(turn, branch)
         if turn.reason == "max_tokens" and whole:
             if not command.stop_ids:
                 turn.reason, turn.message = "error", "the turn has no stop id to end with"
             else:
                 turn.left.append(command.stop_ids[0])
                 turn.reason = "stop_id"
-        if command.max_tokens is not None and len(turn.left) > command.max_tokens:
-            turn.left, turn.reason = turn.left[: command.max_tokens], "max_tokens"
+        room = self.context_limit - len(branch.log)
+        most = room if command.max_tokens is None else min(room, command.max_tokens)
+        if len(turn.left) > most:
+            turn.left, turn.reason = turn.left[:most], "max_tokens"
+            if most != command.max_tokens:
+                turn.message = f"the context limit of {self.context_limit} tokens"
         return turn
 
     def _fit(self, turn: _Turn, branch: _Branch, text: str) -> bool:
@@ -210,11 +223,11 @@ class ScriptedServer:
             turn.message = f"the scripted text {text!r} ends before the turn's grammar does"
         return turn.reason == "max_tokens"
 
-    def _stop_early(self, turn: _Turn) -> None:
-        written = b""
+    def _stop_early(self, turn: _Turn, branch: _Branch) -> None:
+        begun = branch.log[len(branch.log) - turn.command.stop_consumed :]
+        watch = StopWatch(turn.command.stop_strings, b"".join(self._vocabulary.token_bytes[token] for token in begun))
         for number, token in enumerate(turn.left):
-            written += self._vocabulary.token_bytes[token]
-            if any(stop in written for stop in turn.command.stop_strings):
+            if watch.saw(number, self._vocabulary.token_bytes[token]):
                 turn.left, turn.reason, turn.message = turn.left[: number + 1], "stop_string", ""
                 return
 
@@ -227,6 +240,7 @@ class _ServedLink:
         self._server = server
         self._peer = peer
         self._numbers = itertools.count(1)
+        self._sessions = itertools.count(1)
         self._orders = itertools.count()
         self._due: list[_Due] = []
         self._stopping = False
@@ -292,7 +306,9 @@ class _ServedLink:
             case wire.ReadModelFile():
                 return self._server.files.part(command), ()
             case wire.Open():
-                number = self._new(_Branch(parent=None, forked_at=0, log=list(unpack_ids(command.ids))))
+                log = list(unpack_ids(command.ids))
+                self._check_room(len(log))
+                number = self._new(_Branch(session=next(self._sessions), parent=None, forked_at=0, log=log))
                 return wire.Opened(request=request, branch=number, residence=wire.Residence()), ()
             case wire.Cancel():
                 return self._cancel(command)
@@ -317,10 +333,14 @@ class _ServedLink:
             raise EngineFault("branch_busy", f"branch {command.branch} has a turn running")
         match command:
             case wire.Append():
-                branch.log.extend(unpack_ids(command.ids))
+                ids = unpack_ids(command.ids)
+                self._check_room(len(branch.log) + len(ids))
+                branch.log.extend(ids)
             case wire.Generate():
                 validate_sampling(command.sampling)
-                branch.log.extend(unpack_ids(command.ids))
+                ids = unpack_ids(command.ids)
+                self._check_room(len(branch.log) + len(ids), 0 if command.max_tokens == 0 else 1)
+                branch.log.extend(ids)
                 return wire.Done(request=request, known=len(branch.log)), self._start(command.branch, command)
             case wire.Rewind():
                 if not 0 <= command.tokens <= len(branch.log):
@@ -344,9 +364,16 @@ class _ServedLink:
         at = len(branch.log) if command.at is None else command.at
         if command.n < 1 or not 0 <= at <= len(branch.log):
             raise EngineFault("invalid_request", f"cannot fork {command.n} children at {at}")
+        limit = self._server.max_branches
+        if command.n >= limit:
+            raise EngineFault("invalid_request", f"A fork into {command.n}: a session has at most {limit} branches, "
+                              "the one that is forked among them.", f"Ask for {limit - 1} children at most."
+                              if limit > 1 else "Make the ScriptedEngine with a larger `max_branches`.")
+        if sum(other.session == branch.session for other in self.branches.values()) + command.n > limit:
+            raise EngineFault("too_many_branches", f"A session has at most {limit} branches.", "Close some first.")
         numbers = tuple(
-            self._new(_Branch(parent=command.branch, forked_at=len(branch.log), log=branch.log[:at],
-                              computed=min(branch.computed, at), turns=branch.turns))
+            self._new(_Branch(session=branch.session, parent=command.branch, forked_at=len(branch.log),
+                              log=branch.log[:at], computed=min(branch.computed, at), turns=branch.turns))
             for _ in range(command.n)
         )
         return wire.Forked(request=command.request, branches=numbers, known=at)
@@ -417,7 +444,7 @@ class _ServedLink:
         branch.running = None
         branch.computed = max(0, len(branch.log) - 1)
         usage = wire.TurnUsage(new=turn.usage.new, resumed_device=turn.usage.resumed_device, drawn=turn.drawn)
-        message = turn.message if reason == "error" else ""
+        message = turn.message if reason in ("error", "max_tokens") else ""
         return (wire.TurnEnded(branch=number, reason=reason, known=len(branch.log), usage=usage, message=message),)
 
     # ---- branches -------------------------------------------------------------------------------------------------
@@ -431,6 +458,12 @@ class _ServedLink:
         if branch is None:
             raise EngineFault("branch_unknown", f"there is no branch {number}")
         return branch
+
+    def _check_room(self, known: int, least: int = 0) -> None:
+        if known + least > self._server.context_limit:
+            raise EngineFault("context_overflow",
+                              f"{known} tokens leave no room in a context of {self._server.context_limit}.",
+                              "Rewind, start a new session, or serve the model with a larger context limit.")
 
     @staticmethod
     def _cut(branch: _Branch, tokens: int) -> None:
@@ -446,6 +479,15 @@ def _tokenizer(folder: Path) -> Tokenizer:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception for a malformed file
         raise ModelBroken(f"{path} is not a tokenizer: {error}.", remedy="Export it anew.") from error
+
+
+def _limit_of(folder: Path) -> int:
+    """What the model's configuration says, as far as it can be read: a script needs none."""
+    try:
+        limit = json.loads((folder / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return _NO_LIMIT
+    return limit if isinstance(limit, int) and limit > 0 else _NO_LIMIT
 
 
 def _residence(branch: _Branch) -> wire.Residence:

@@ -1,10 +1,10 @@
 """Typed functions as tools: what a model is told about them, and how its calls are checked and run."""
 
+from agentspeed.tools.approval import Approval, Approve
 from agentspeed.tools.bounds import DEFAULT_BOUNDS, Bounds, bounded
-from agentspeed.tools.context import ToolContext
+from agentspeed.tools.context import ToolContext, ToolSession
 from agentspeed.tools.running import (
     CANCELLED,
-    Approve,
     ToolBatch,
     ToolResult,
     check_arguments,
@@ -16,6 +16,7 @@ from agentspeed.tools.tool import NeedsApproval, OnError, Tool, declared_tool, t
 __all__ = [
     "CANCELLED",
     "DEFAULT_BOUNDS",
+    "Approval",
     "Approve",
     "Bounds",
     "NeedsApproval",
@@ -24,6 +25,7 @@ __all__ = [
     "ToolBatch",
     "ToolContext",
     "ToolResult",
+    "ToolSession",
     "bounded",
     "check_arguments",
     "content_of",

@@ -11,7 +11,7 @@ from typing import Any, Final, Literal, TypeAlias, final, overload
 
 from pydantic import BaseModel, ConfigDict, create_model
 
-from agentspeed.checking import is_number, shown
+from agentspeed._base.validate import is_number, shown
 from agentspeed.errors import SchemaUnsupported
 from agentspeed.tools.bounds import Json, Schema, bounded
 from agentspeed.tools.grammars import check_expressible

@@ -23,7 +23,7 @@ from agentspeed_engine.protocol.messages import as_text
 
 @final
 class _Place:
-    """The one connection of one event loop to one engine, and how many `EngineHandle`s use it."""
+    """The one connection of one event loop to one engine, and how many `EngineConnections`s use it."""
 
     def __init__(self) -> None:
         self.users = 0
@@ -48,7 +48,7 @@ os.register_at_fork(after_in_child=_forked)
 
 
 @final
-class EngineHandle:
+class EngineConnections:
     """Connections of a transport, by event loop. A dead one is replaced at the next use."""
 
     def __init__(
@@ -68,7 +68,7 @@ class EngineHandle:
         self._on_close = transport.close if on_close is None else on_close
 
     @classmethod
-    def shared(cls, options: Mapping[str, Any]) -> EngineHandle:
+    def shared(cls, options: Mapping[str, Any]) -> EngineConnections:
         """On the process-wide engine of these options and of the model's files as they are now."""
         slot = acquire(options, fingerprint(Path(options["model"])))
         with _counting:
@@ -80,7 +80,7 @@ class EngineHandle:
         return cls(slot, on_close=released, places=places, model=options["model"])
 
     @classmethod
-    def own(cls, options: Mapping[str, Any]) -> EngineHandle:
+    def own(cls, options: Mapping[str, Any]) -> EngineConnections:
         """On an engine of its own, ended by `close`."""
         return cls(EngineSlot(options), model=options["model"])
 

@@ -10,7 +10,7 @@ import anyio
 import pytest
 
 from agentspeed import Engine, errors
-from agentspeed.history import Conversation, History, Limits, duplicate
+from agentspeed.history import Conversation, History, Limits
 from agentspeed.messages import Assistant, Message, ToolCall, ToolMessage, User
 from agentspeed.tools import tool
 
@@ -28,7 +28,6 @@ async def _history(limits: Limits | None = None) -> AsyncIterator[History]:
     async with Engine.shared(None, {"pages": 256}) as engine:
         made = History(
             lambda asked: engine.session(system=asked.system, tools=asked.tools, tenant=asked.tenant or None),
-            duplicate,
             limits=limits,
         )
         yield made
@@ -96,7 +95,7 @@ async def test_the_same_conversation_by_its_hint_goes_back_instead() -> None:
 
 async def test_what_a_branch_says_is_what_a_fresh_session_says() -> None:
     async with Engine.shared(None, {"pages": 256, "dtype": "float64"}) as engine:
-        history = History(lambda asked: engine.session(system=asked.system, tools=asked.tools), duplicate)
+        history = History(lambda asked: engine.session(system=asked.system, tools=asked.tools))
         first = User("What is 17 plus 25?")
         async with history.take(_asked(first)) as taken:
             reply = await taken.session.generate(taken.messages)
@@ -179,7 +178,7 @@ async def test_idle_sessions_end_after_their_time() -> None:
     now = 0.0
     async with Engine.shared(None, {"pages": 256}) as engine:
         history = History(
-            lambda asked: engine.session(), duplicate, limits=Limits(idle_seconds=10.0), clock=lambda: now
+            lambda asked: engine.session(), limits=Limits(idle_seconds=10.0), clock=lambda: now
         )
         async with history.take(_asked(User("One."))):
             pass

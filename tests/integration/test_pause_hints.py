@@ -9,7 +9,7 @@ import anyio
 import pytest
 
 from agentspeed import tool
-from agentspeed.branch import Branch
+from agentspeed._core.branch import Branch
 from agentspeed.testing import ScriptedEngine, tool_call
 
 pytestmark = pytest.mark.anyio

@@ -8,7 +8,7 @@ import anyio
 import pytest
 
 from agentspeed import Session, System, ToolCall, ToolMessage, errors, events, tool
-from agentspeed.front.transcript import NO_RESULT, unanswered
+from agentspeed.front.transcript import NO_RESULT
 from agentspeed.testing import ScriptedEngine, say, tool_call
 
 pytestmark = pytest.mark.anyio
@@ -140,7 +140,6 @@ async def test_a_pause_that_was_left_ends_with_what_it_waited_for(half_served: l
             pending.result = 10
         assert results(s)[-1] == "10"
         assert s.usage.pauses == 1 and s.usage.pause_seconds < 0.2
-        assert not s._pausing.due(s._mirror) and not s._pausing.on
 
 
 async def test_a_session_that_speaks_again_is_not_held_by_the_pause_it_left() -> None:
@@ -160,7 +159,7 @@ async def test_a_turn_that_is_taken_back_leaves_the_results_for_the_calls_that_a
         async with s.stream("go on"):
             pass
         assert results(s) == []
-        async with s.tool_call(unanswered(s._mirror)[0]) as pending:
+        async with s.tool_call(s.open_calls[0]) as pending:
             pending.result = "of the first"
         assert results(s) == ["of the first", "of the second"]
         assert (await s.generate()).text == "Ok."
@@ -173,7 +172,7 @@ async def test_what_was_served_enters_before_what_is_added_unless_it_is_added_by
         _ = await s.add("Well?")
         assert results(s) == [NO_RESULT, "of the second"]
         await serve_the_second(s)
-        left = unanswered(s._mirror)
+        left = s.open_calls
         _ = await s.add(*(ToolMessage(call_id=call.id, name="f", text="by hand") for call in left), "Well?")
         assert results(s)[2:] == ["by hand"] * 2
 

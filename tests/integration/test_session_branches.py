@@ -216,7 +216,7 @@ async def test_what_is_no_snapshot_is_refused(checkpoint: Path) -> None:
         """Looks a name up."""
         return name
 
-    with pytest.raises(errors.InvalidRequest, match="tools are not those"):
+    with pytest.raises(errors.InvalidRequest, match="does not describe the tools lookup"):
         _ = Session.restore(data, checkpoint, tools=[lookup])
 
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import agentspeed
 from agentspeed import errors
-from agentspeed.checking import check_text
+from agentspeed._base.validate import check_text
 from agentspeed.cli.app import EXIT_BUG, EXIT_REFUSED, app, reported, run
 from agentspeed.cli.benchmarks import names
 from agentspeed.cli.chatting import Cancel, Chat, Outcome, Talk, tools_of

@@ -44,7 +44,7 @@ def read_all() -> str:
 
 
 async def test_a_long_message_is_tokenised_in_a_worker_thread(threads: dict[str, int]) -> None:
-    async with ScriptedEngine(["Fine."]) as engine, engine.session() as s:
+    async with ScriptedEngine(["Fine."], context_limit=1 << 20) as engine, engine.session() as s:
         _ = await s.add(LONG, "Short.")
         assert threads["word"] != threading.get_ident()
         _ = await s.add("Brief.")
@@ -53,13 +53,14 @@ async def test_a_long_message_is_tokenised_in_a_worker_thread(threads: dict[str,
 
 
 async def test_a_long_result_of_a_tool_is_tokenised_in_a_worker_thread(threads: dict[str, int]) -> None:
-    async with ScriptedEngine([tool_call("read_all"), "Done."]) as engine, engine.session(tools=[read_all]) as s:
+    script = [tool_call("read_all"), "Done."]
+    async with ScriptedEngine(script, context_limit=1 << 20) as engine, engine.session(tools=[read_all]) as s:
         assert (await s.run("Go.")).text == "Done."
     assert threads["word"] != threading.get_ident()
 
 
 async def test_a_cancelled_addition_of_a_long_message_leaves_the_log_as_it_was() -> None:
-    async with ScriptedEngine(["Fine."]) as engine, engine.session() as s:
+    async with ScriptedEngine(["Fine."], context_limit=1 << 20) as engine, engine.session() as s:
         known = s.tokens
         with anyio.CancelScope() as scope:
             scope.cancel()

@@ -202,12 +202,12 @@ async def test_an_approver_is_asked_and_only_true_grants() -> None:
 
     async def approve(asked_for: ToolCall) -> bool:
         asked.append(asked_for.arguments)
-        return asked_for.arguments == '{"a":1}'
+        return asked_for.arguments == '{"a":1,"b":10}'
 
     careful = tool(needs_approval=True)(add)
     assert (await execute(careful, '{"a":1}', approve=approve)).ok
     assert not (await execute(careful, '{"a":2}', approve=approve)).ok
-    assert asked == ['{"a":1}', '{"a":2}']
+    assert asked == ['{"a":1,"b":10}', '{"a":2,"b":10}']
 
 
 async def test_approval_fails_closed() -> None:

@@ -8,7 +8,6 @@ from typing import Any, Final, final
 import msgspec
 
 from agentspeed import events
-from agentspeed.asking import TurnOptions
 from agentspeed.history import Conversation
 from agentspeed.message_formats.anthropic import conversation_parts, tool_definitions
 from agentspeed.message_formats.tools import declared
@@ -17,6 +16,7 @@ from agentspeed.server.openai.parameters import bounded_tokens
 from agentspeed.server.problems import refused
 from agentspeed.server.streaming import Emitter
 from agentspeed.server.turns import Answer, Request, Service
+from agentspeed.session import TurnOptions
 from agentspeed.turn import Reply
 
 _STOP: Final = {

@@ -11,7 +11,6 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from agentspeed import errors
-from agentspeed.asking import TurnOptions
 from agentspeed.front.output import Schema
 from agentspeed.message_formats.tools import declared
 from agentspeed.sampling import Sampling
@@ -21,7 +20,7 @@ from agentspeed.server.native.served import Served, Sessions
 from agentspeed.server.problems import Problem, refused
 from agentspeed.server.streaming import Emitter, EventStream, WholeBody, encoded
 from agentspeed.server.turns import Service, parsed
-from agentspeed.session import Session
+from agentspeed.session import Session, TurnOptions
 
 _PATH = "/v1/sessions"
 

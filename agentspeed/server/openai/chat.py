@@ -9,7 +9,6 @@ from typing import Any, final
 import msgspec
 
 from agentspeed import events
-from agentspeed.asking import TurnOptions
 from agentspeed.history import Conversation
 from agentspeed.message_formats.openai import conversation_parts, tool_definitions
 from agentspeed.message_formats.tools import declared
@@ -18,6 +17,7 @@ from agentspeed.server.openai.parameters import FINISH, bounded_tokens, choice_o
 from agentspeed.server.problems import refused
 from agentspeed.server.streaming import Emitter
 from agentspeed.server.turns import Answer, Request, Service
+from agentspeed.session import TurnOptions
 from agentspeed.turn import Reply
 
 MOST_CHOICES = 128

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from agentspeed import errors
-from agentspeed.asking import TurnOptions
 from agentspeed.front.output import Schema
 from agentspeed.sampling import Sampling
 from agentspeed.server.problems import refused
+from agentspeed.session import TurnOptions
 
 
 def choice_of(tool_choice: object) -> str:

@@ -8,7 +8,6 @@ from typing import Any, final
 import anyio
 import msgspec
 
-from agentspeed.asking import TurnOptions
 from agentspeed.history import Conversation
 from agentspeed.message_formats.openai import tool_definitions
 from agentspeed.message_formats.tools import declared
@@ -20,6 +19,7 @@ from agentspeed.server.openai.stored import Store, StoredConversation, StoredRes
 from agentspeed.server.problems import Problem, RequestProblem, refused
 from agentspeed.server.streaming import Emitter
 from agentspeed.server.turns import Answer, Request, Service
+from agentspeed.session import TurnOptions
 
 
 class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

@@ -136,7 +136,8 @@ class CpuExecutor:
             return False
         watch = self._stops.get(spec.turn)
         if watch is None:
-            watch = self._stops[spec.turn] = StopWatch(spec.stop_strings)
+            begun = b"".join(self._vocabulary.token_bytes[number] for number in spec.consumed_ids)
+            watch = self._stops[spec.turn] = StopWatch(spec.stop_strings, begun)
         return watch.saw(earlier, self._vocabulary.token_bytes[token])
 
     def _forget(self, turns: tuple[int, ...]) -> None:

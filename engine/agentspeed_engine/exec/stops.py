@@ -62,9 +62,14 @@ class StopWatch:
 
     __slots__ = ("_automaton", "_states")
 
-    def __init__(self, stops: tuple[bytes, ...]) -> None:
+    def __init__(self, stops: tuple[bytes, ...], begun: bytes = b"") -> None:
+        """`begun`: what the message held before the turn. A stop string that ends in it has no part in another."""
         self._automaton = StopAutomaton(stops)
-        self._states = [StopAutomaton.START]
+        state = StopAutomaton.START
+        for byte in begun:
+            state, ended = self._automaton.feed(state, bytes((byte,)))
+            state = StopAutomaton.START if ended else state
+        self._states = [state]
 
     def saw(self, drawn: int, data: bytes) -> bool:
         """True when a stop string ends within `data`, the bytes of the id after the turn's first `drawn` ones."""

@@ -46,7 +46,8 @@ class TurnSpec:
     stop_strings: tuple[bytes, ...]
     grammar: Grammar | None
     consumed_ids: tuple[int, ...]
-    """The last `grammar.consumed` ids of the log when the turn was queued."""
+    """Ids at the end of the log when the turn was queued: those of the message it goes on with, which the grammar and
+    the stop strings go through first. Without a grammar only those that may have begun a stop string."""
     prompt_tokens: int
     """Known ids when the turn was queued: position of the first drawn token."""
     stop_ids: frozenset[int] = frozenset()

@@ -91,6 +91,8 @@ class Generate(Message, frozen=True, kw_only=True):
     grammar: Grammar | None = None
     seed: int | None = None
     """Overrides the draw key's session seed for this turn, which makes it reproducible."""
+    stop_consumed: int = 0
+    """How many ids at the end of the log may have begun a stop string: of a message that an earlier turn was cut in."""
 
 
 class Cancel(Message, frozen=True, kw_only=True):

@@ -120,6 +120,10 @@ def generate(world: World, link: LinkId, command: Generate, now: float) -> None:
     consumed = 0 if grammar is None else grammar.consumed
     if not 0 <= consumed <= known:
         raise EngineFault("invalid_request", f"The grammar is to consume {consumed} of {known} ids.")
+    if not 0 <= command.stop_consumed <= known:
+        raise EngineFault("invalid_request", f"Stop strings are to consume {command.stop_consumed} of {known} ids.")
+    if grammar is None and command.stop_strings:
+        consumed = command.stop_consumed
     _learn_pause(world, branch, now)
     held = held.append(ids)
     world.next_turn += 1

@@ -12,19 +12,18 @@ import logging
 import zlib
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, final
+from typing import Any, Protocol, TypeVar, final
 
 import anyio
 from msgspec.structs import replace
 
 from agentspeed import errors
+from agentspeed._base.completion import run_to_completion
+from agentspeed._core.engine_handle import EngineHandle
+from agentspeed._core.wire_values import lease_of, residence_of
 from agentspeed.front.mirror import Checkpoint, Mirror
 from agentspeed.transport.base import Connection, Sink, Then, pack_ids, unpack_ids, wire
 from agentspeed.usage import Lease, Residence
-from agentspeed.whole import whole
-
-if TYPE_CHECKING:
-    from agentspeed.engine import Engine
 
 T = TypeVar("T")
 _LOG = logging.getLogger("agentspeed.session")
@@ -56,15 +55,20 @@ class Opening:
 
     def of_child(self, number: int) -> Opening:
         """A child that must be opened anew draws other tokens than its siblings."""
-        return Opening(label=self.label, tenant=self.tenant, private=self.private, close_timeout=self.close_timeout,
-                       seed=zlib.crc32(f"{self.seed}.{number}".encode()))
+        return Opening(
+            label=self.label,
+            tenant=self.tenant,
+            private=self.private,
+            close_timeout=self.close_timeout,
+            seed=zlib.crc32(f"{self.seed}.{number}".encode()),
+        )
 
 
 @final
 class Branch:
     """Belongs to one event loop. `mirror` is the truth about its ids whatever happens to the engine."""
 
-    def __init__(self, engine: Engine, opening: Opening, mirror: Mirror) -> None:
+    def __init__(self, engine: EngineHandle, opening: Opening, mirror: Mirror) -> None:
         self.engine = engine
         self.opening = opening
         self.mirror = mirror
@@ -97,7 +101,7 @@ class Branch:
         async with self._attaching:
             link = await self.engine.link()
             if self._link is not link:
-                await whole(lambda: self._open(link, patience))
+                await run_to_completion(lambda: self._open(link, patience))
             return link
 
     async def _open(self, link: Connection, patience: float | None) -> None:
@@ -111,9 +115,20 @@ class Branch:
                 self.residence = residence_of(reply.residence)
                 self._opened += 1
 
-        _ = await self._call(link, lambda request: wire.Open(
-            request=request, ids=pack_ids(self.mirror.ids), tenant=self.opening.tenant, private=self.opening.private,
-            seed=seed, computed=self.mirror.computed, label=self._label()), opened, patience)
+        _ = await self._call(
+            link,
+            lambda request: wire.Open(
+                request=request,
+                ids=pack_ids(self.mirror.ids),
+                tenant=self.opening.tenant,
+                private=self.opening.private,
+                seed=seed,
+                computed=self.mirror.computed,
+                label=self._label(),
+            ),
+            opened,
+            patience,
+        )
 
     def _label(self) -> str:
         """A name may be of any length, and hold what the engine takes for the end of one."""
@@ -137,12 +152,18 @@ class Branch:
 
     async def _attempt(self, make: Make, then: Then | None) -> wire.Reply:
         link = await self.attach()
-        return await whole(lambda: self._call(link, lambda request: make(request, self._number), then))
+        return await run_to_completion(lambda: self._call(link, lambda request: make(request, self._number), then))
 
-    def _call(self, link: Connection, make: Callable[[int], wire.Command], then: Then | None = None,
-              patience: float | None = None) -> Coroutine[Any, Any, wire.Reply]:
-        """To be awaited inside of `whole`. What waits for the end of a long step is waited for; an engine that answers
-        nobody for `close_timeout` is given up, link and all. `patience`: this call alone is given up, after less."""
+    def _call(
+        self,
+        link: Connection,
+        make: Callable[[int], wire.Command],
+        then: Then | None = None,
+        patience: float | None = None,
+    ) -> Coroutine[Any, Any, wire.Reply]:
+        """To be awaited inside of `run_to_completion`. What waits for the end of a long step is waited for; an engine
+        that answers nobody for `close_timeout` is given up, link and all. `patience`: this call alone is given up,
+        after less."""
         most = self.opening.close_timeout
         if patience is None or patience >= most:
             return link.call(make, then, patience=most)
@@ -186,7 +207,7 @@ class Branch:
 
         async def once() -> None:
             link = await self.attach()
-            _ = await whole(lambda: appended(link), undo=self.rewind)
+            _ = await run_to_completion(lambda: appended(link), undo=self.rewind)
 
         await self._again(once)
 
@@ -194,7 +215,8 @@ class Branch:
         """Engine and mirror go back to `point`; they have when this was cancelled."""
         _ = await self.command(
             lambda request, branch: wire.Rewind(request=request, branch=branch, tokens=point.tokens),
-            lambda _: self.mirror.back_to(point))
+            lambda _: self.mirror.back_to(point),
+        )
 
     async def revise(self, point: Checkpoint, write: Callable[[], None]) -> None:
         """Engine and mirror go back to `point` and on with what `write` appends, in one step: they have when this was
@@ -213,7 +235,7 @@ class Branch:
 
         async def once() -> None:
             link = await self.attach()
-            await whole(lambda: revised(link))
+            await run_to_completion(lambda: revised(link))
 
         await self._again(once)
 
@@ -233,7 +255,8 @@ class Branch:
         async def bear(link: Connection) -> list[Branch]:
             born.clear()
             _ = await self._call(
-                link, lambda request: wire.Fork(request=request, branch=self._number, n=n, at=at), forked)
+                link, lambda request: wire.Fork(request=request, branch=self._number, n=n, at=at), forked
+            )
             return born
 
         async def undo(children: list[Branch]) -> None:
@@ -242,13 +265,13 @@ class Branch:
 
         async def once() -> list[Branch]:
             link = await self.attach()
-            return await whole(lambda: bear(link), undo)
+            return await run_to_completion(lambda: bear(link), undo)
 
         born: list[Branch] = []
         return await self._again(once)
 
     async def adopt(self, child: Branch) -> None:
-        """This branch takes the child's log; the child ends. To be awaited inside of `whole`."""
+        """This branch takes the child's log; the child ends. To be awaited inside of `run_to_completion`."""
         await self._again(lambda: self._adopt(child))
         self.mirror = child.mirror
         self.residence = child.residence
@@ -272,7 +295,8 @@ class Branch:
 
         reply = await self.command(
             lambda request, branch: wire.Expect(request=request, branch=branch, seconds=seconds, keep=keep, tool=tool),
-            answered)
+            answered,
+        )
         if not isinstance(reply, wire.LeaseAnswer):
             raise errors.InternalError(f"The engine answered Expect with {type(reply).__name__}.")
         return lease_of(reply.lease)
@@ -302,7 +326,7 @@ class Branch:
         """Silent about an engine that is gone: it holds nothing any more. One that is busy for longer than
         `close_timeout` closes the branch once it can. A turn that still runs ends: its sink hears None, and the log is
         as before it."""
-        await whole(self._close)
+        await run_to_completion(self._close)
 
     async def _close(self) -> None:
         link, self._link = self._link, None
@@ -334,8 +358,11 @@ class Branch:
                 turn = await plan()
                 ids = pack_ids(self.mirror.ids[point.tokens :])
                 _ = await self._call(
-                    link, lambda request: replace(turn, request=request, branch=self._number, ids=ids), queued,
-                    patience)
+                    link,
+                    lambda request: replace(turn, request=request, branch=self._number, ids=ids),
+                    queued,
+                    patience,
+                )
             except BaseException as error:
                 self._base = self._sink = None
                 self.mirror.back_to(point)
@@ -345,7 +372,7 @@ class Branch:
 
         async def once() -> None:
             link = await self.attach(patience)
-            await whole(lambda: queue(link), undo=lambda _: self.stop(keep=False))
+            await run_to_completion(lambda: queue(link), undo=lambda _: self.stop(keep=False))
 
         def queued(_: wire.Reply) -> None:
             self._sink = sink  # only now: the end of an engine that never queued the turn is not the turn's end
@@ -385,7 +412,7 @@ class Branch:
     async def stop(self, *, keep: bool) -> bool:
         """Ends a running turn. True when what it drew stayed, as `keep` asked; else the log is as before it. It has
         ended when this was cancelled."""
-        return await whole(lambda: self._stop(keep))
+        return await run_to_completion(lambda: self._stop(keep))
 
     async def _stop(self, keep: bool) -> bool:
         link, base = self._link, self._base
@@ -393,8 +420,11 @@ class Branch:
             cut = None if keep else base.tokens
             try:
                 _ = await self._call(
-                    link, lambda request: wire.Cancel(request=request, branch=self._number, cut=cut),
-                    None if keep else lambda _: self.mirror.back_to(base), _SILENT_SECONDS)
+                    link,
+                    lambda request: wire.Cancel(request=request, branch=self._number, cut=cut),
+                    None if keep else lambda _: self.mirror.back_to(base),
+                    _SILENT_SECONDS,
+                )
             except errors.AgentspeedError as error:
                 if isinstance(error, errors.InternalError):
                     raise
@@ -427,13 +457,3 @@ class Branch:
             if isinstance(seen, wire.Inspected):
                 self.residence = residence_of(seen.residence)
                 self.mirror.computed = max(self.mirror.computed, seen.known - seen.residence.lost)
-
-
-def lease_of(lease: wire.Lease) -> Lease:
-    """The engine's lease as a public value."""
-    return Lease(keep=lease.keep, seconds=lease.seconds, why=lease.why, residence=residence_of(lease.residence))
-
-
-def residence_of(residence: wire.Residence) -> Residence:
-    """Where rows are, as a public value."""
-    return Residence(device=residence.device, host=residence.host, lost=residence.lost)

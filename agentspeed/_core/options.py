@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, final
 
 from agentspeed import errors
-from agentspeed.checking import (
+from agentspeed._base.validate import (
     check_count,
     check_draw,
     check_flag,
@@ -16,16 +16,18 @@ from agentspeed.checking import (
     check_seed,
     check_text,
 )
+from agentspeed._core.engine_options import EngineOptions
 from agentspeed.front.output import OutputSpec, output_spec
 from agentspeed.front.parser import TurnParser
 from agentspeed.front.tags import Tags
+from agentspeed.front.transcript import OpenMessage
 from agentspeed.messages import Message, User
 from agentspeed.sampling import Sampling
 from agentspeed.tools import Tool, tools_from
 from agentspeed.transport.base import wire
 
 if TYPE_CHECKING:
-    from agentspeed.front.codec import ChatCodec, History
+    from agentspeed.front.codec import History
 
 Prompt: TypeAlias = "str | Message | Sequence[str | Message] | None"
 """What a turn adds before the model speaks; a string is a user's message."""
@@ -42,10 +44,14 @@ class TurnOptions(TypedDict, total=False):
     sampling: Sampling | None
     temperature: float | None
     stop: str | Sequence[str]
-    """Texts that end the turn; they are not part of its text."""
+    """Texts that end the turn. They are not part of its text, also when the message goes on, though the model has them
+    before it; one that an earlier turn of the message had begun counts."""
+    include_stop: bool
+    """The stop text that ended the turn is part of its text."""
     max_tokens: int | None
     logprobs: int | None
-    """0: of each drawn token; k: also of the k most likely ones."""
+    """0: of each drawn token; k: also of the k most likely ones. They are of the model's own distribution, before
+    temperature, top_k, top_p, min_p and grammar."""
     seed: int | None
     """Makes the turn repeat exactly."""
     keep_on_cancel: bool
@@ -53,9 +59,29 @@ class TurnOptions(TypedDict, total=False):
     timeout: float | None
 
 
+class SessionOptions(TypedDict, total=False):
+    """Options of a session on an engine, all by name; `Session` says what they mean."""
+
+    system: str | None
+    tools: Sequence[Tool | Callable[..., object]]
+    sampling: Sampling | None
+    private: bool
+    tenant: str | None
+    seed: int | None
+    name: str | None
+    timeout: float | None
+    record_logprobs: bool
+    reasoning: bool
+    close_timeout: float
+
+
+class RestoreOptions(SessionOptions, EngineOptions, total=False):
+    """Options of `Session.restore`: those of the session, and of an engine of its own."""
+
+
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class TurnRequest:
     """One call's options, checked. `TurnTimeout` is raised `timeout` seconds after the turn began."""
 
     messages: tuple[Message, ...]
@@ -64,17 +90,29 @@ class Asked:
     sampling: wire.Sampling
     max_tokens: int | None
     stop: tuple[str, ...]
+    include_stop: bool
     seed: int | None
     keep_on_cancel: bool
     timeout: float | None
     parser: TurnParser
 
-    def command(self, stop_ids: tuple[int, ...], continues: int) -> wire.Generate:
-        """All but the ids; `continues`: how many ids of an open message the grammar has to go through first."""
+    def command(self, stop_ids: tuple[int, ...], goes_on_with: OpenMessage | None) -> wire.Generate:
+        """All but the ids; the grammar and the stop texts go through what there is of the open message first."""
+        continues = 0 if goes_on_with is None else len(goes_on_with.ids)
+        # Only as many bytes as a stop text has can have begun one, and an id has one byte at least.
+        begun = 0 if goes_on_with is None else min(goes_on_with.since_stop, max(map(_bytes, self.stop), default=0))
         grammar = None if self.grammar is None else wire.Grammar(source=self.grammar, consumed=continues)
         return wire.Generate(
-            request=0, branch=0, max_tokens=self.max_tokens, sampling=self.sampling, stop_ids=stop_ids,
-            stop_strings=tuple(text.encode() for text in self.stop), grammar=grammar, seed=self.seed)
+            request=0,
+            branch=0,
+            max_tokens=self.max_tokens,
+            sampling=self.sampling,
+            stop_ids=stop_ids,
+            stop_strings=tuple(text.encode() for text in self.stop),
+            grammar=grammar,
+            stop_consumed=begun,
+            seed=self.seed,
+        )
 
 
 @final
@@ -89,9 +127,15 @@ class Defaults:
     reasoning: bool
     history_reasoning: History = "template"
     template_variables: Mapping[str, Any] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+    """Tools that the session's first message describes and nobody gave: it can be read, and takes no turns."""
 
 
-def check_names(options: TurnOptions) -> None:
+def _bytes(text: str) -> int:
+    return len(text.encode())
+
+
+def check_option_names(options: TurnOptions) -> None:
     """Raises `InvalidRequest` for an option that no turn has."""
     unknown = sorted(options.keys() - TurnOptions.__annotations__.keys())
     if unknown:
@@ -99,12 +143,21 @@ def check_names(options: TurnOptions) -> None:
         hint = f" Give them as sampling=Sampling({', '.join(f'{name}=...' for name in drawing)})." if drawing else ""
         raise errors.InvalidRequest(
             f"Unknown options {', '.join(unknown)}.",
-            remedy=f"The options are: {', '.join(sorted(TurnOptions.__annotations__))}.{hint}")
+            remedy=f"The options are: {', '.join(sorted(TurnOptions.__annotations__))}.{hint}",
+        )
 
 
 def check_session(
-    *, system: str | None, sampling: Sampling | None, private: bool, tenant: str | None, seed: int | None,
-    name: str | None, timeout: float | None, close_timeout: float, engine_options: Mapping[str, Any],
+    *,
+    system: str | None,
+    sampling: Sampling | None,
+    private: bool,
+    tenant: str | None,
+    seed: int | None,
+    name: str | None,
+    timeout: float | None,
+    close_timeout: float,
+    engine_options: Mapping[str, Any],
 ) -> None:
     """Raises `InvalidRequest` for an argument of a session that cannot be."""
     for what, text in (("system", system), ("tenant", tenant), ("name", name)):
@@ -121,13 +174,20 @@ def check_session(
         raise errors.InvalidRequest(
             f"A session has no options {', '.join(misplaced)}.",
             remedy="Options of a turn are given to generate, stream or run; what all turns draw by, as "
-                   "sampling=Sampling(...).")
+            "sampling=Sampling(...).",
+        )
 
 
-def ask(prompt: Prompt, output: Any, options: TurnOptions, defaults: Defaults, codec: ChatCodec,
-        tags: Tags | None = None) -> Asked:
-    """Raises `InvalidRequest`, `SchemaUnsupported` or TypeError for what cannot be asked for. `tags`: the marks of the
-    model's next message, where they are not those of an answer to a question."""
+def build_request(
+    prompt: Prompt, output: Any, options: TurnOptions, defaults: Defaults, tags: Tags
+) -> TurnRequest:
+    """`tags`: the marks of the model's next message. Raises `InvalidRequest`, `SchemaUnsupported` or TypeError for what
+    cannot be asked for."""
+    if defaults.missing:
+        raise errors.InvalidRequest(
+            f"The session's first message describes the tools {', '.join(defaults.missing)}, which were not given.",
+            remedy="Give them to Session.restore(..., tools=[...]); without them a session can only be read.",
+        )
     given = options.get("tools")
     tools = defaults.tools if given is None else _among(tools_from(given), defaults.tools)
     spec = output_spec(output)
@@ -142,12 +202,22 @@ def ask(prompt: Prompt, output: Any, options: TurnOptions, defaults: Defaults, c
     check_seconds("timeout", timeout)
     keep = options.get("keep_on_cancel", False)
     check_flag("keep_on_cancel", keep)
-    return Asked(
-        messages=messages_of(prompt), output=spec, grammar=_grammar(spec, tools, options, defaults, tags or codec.tags),
-        sampling=_sampling(options, defaults), max_tokens=_max_tokens(options), stop=stops, seed=_seed(options),
-        keep_on_cancel=keep, timeout=timeout,
-        parser=TurnParser(tags or codec.tags, reasoning=defaults.reasoning,
-                          tools={tool.name: tool.schema for tool in tools}),
+    include = options.get("include_stop", False)
+    check_flag("include_stop", include)
+    return TurnRequest(
+        messages=messages_of(prompt),
+        output=spec,
+        grammar=_grammar(spec, tools, options, defaults, tags),
+        sampling=_sampling(options, defaults),
+        max_tokens=_max_tokens(options),
+        stop=stops,
+        include_stop=include,
+        seed=_seed(options),
+        keep_on_cancel=keep,
+        timeout=timeout,
+        parser=TurnParser(
+            tags, reasoning=defaults.reasoning, tools={tool.name: tool.schema for tool in tools}
+        ),
     )
 
 
@@ -168,16 +238,19 @@ def _among(tools: tuple[Tool, ...], known: tuple[Tool, ...]) -> tuple[Tool, ...]
     if unknown := [tool.name for tool in tools if tool.name not in described]:
         raise errors.InvalidRequest(
             f"The session's first message does not describe the tools {', '.join(unknown)}.",
-            remedy="Give them to Session(tools=[...]); a call may offer fewer of them.")
+            remedy="Give them to Session(tools=[...]); a call may offer fewer of them.",
+        )
     if other := [tool.name for tool in tools if tool.schema != described[tool.name]]:
         raise errors.InvalidRequest(
             f"The session's first message describes other parameters of the tools {', '.join(other)}.",
-            remedy="Keep the parameters, or give the tool another name and open a session with it.")
+            remedy="Keep the parameters, or give the tool another name and open a session with it.",
+        )
     return tools
 
 
-def _grammar(spec: OutputSpec | None, tools: tuple[Tool, ...], options: TurnOptions, defaults: Defaults,
-             tags: Tags) -> str | None:
+def _grammar(
+    spec: OutputSpec | None, tools: tuple[Tool, ...], options: TurnOptions, defaults: Defaults, tags: Tags
+) -> str | None:
     choice, parallel = options.get("tool_choice", "auto"), options.get("parallel_calls", 16)
     check_count("parallel_calls", parallel)
     if not tools and choice in ("auto", "none"):
@@ -186,8 +259,14 @@ def _grammar(spec: OutputSpec | None, tools: tuple[Tool, ...], options: TurnOpti
         return None
     from agentspeed.front.grammar import turn_grammar
 
-    return turn_grammar(tools=tools, tool_choice=choice, parallel_calls=parallel, output=spec,
-                        reasoning=defaults.reasoning, tags=tags)
+    return turn_grammar(
+        tools=tools,
+        tool_choice=choice,
+        parallel_calls=parallel,
+        output=spec,
+        reasoning=defaults.reasoning,
+        tags=tags,
+    )
 
 
 def _sampling(options: TurnOptions, defaults: Defaults) -> wire.Sampling:
@@ -199,8 +278,13 @@ def _sampling(options: TurnOptions, defaults: Defaults) -> wire.Sampling:
     check_draw("logprobs", logprobs, whole=True, none=True)
     if logprobs is None and defaults.record_logprobs:
         logprobs = 0
-    return wire.Sampling(temperature=base.temperature if heat is None else heat, top_k=base.top_k, top_p=base.top_p,
-                         min_p=base.min_p, logprobs=logprobs)
+    return wire.Sampling(
+        temperature=base.temperature if heat is None else heat,
+        top_k=base.top_k,
+        top_p=base.top_p,
+        min_p=base.min_p,
+        logprobs=logprobs,
+    )
 
 
 def check_sampling(sampling: Sampling) -> None:
@@ -215,8 +299,9 @@ def check_sampling(sampling: Sampling) -> None:
 
 def _max_tokens(options: TurnOptions) -> int | None:
     most = options.get("max_tokens")
-    check_count("max_tokens", most, none=True,
-                remedy="To compute a prompt without drawing, use add(..., prefill=True).")
+    check_count(
+        "max_tokens", most, none=True, remedy="To compute a prompt without drawing, use add(..., prefill=True)."
+    )
     return most
 
 

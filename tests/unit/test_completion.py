@@ -1,4 +1,4 @@
-"""What `whole` promises: a step that began ends, whatever cancels who asked for it, and is then undone or stands."""
+"""What `run_to_completion` promises: a step that began ends, whatever cancels its caller, and is undone or stands."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from agentspeed.whole import whole
+from agentspeed._base.completion import run_to_completion
 
 pytestmark = pytest.mark.anyio
 
@@ -26,9 +26,9 @@ async def test_a_step_gives_its_result_and_raises_its_error() -> None:
     async def bad() -> int:
         raise KeyError("wrong")
 
-    assert await whole(good) == 3
+    assert await run_to_completion(good) == 3
     with pytest.raises(KeyError, match="wrong"):
-        _ = await whole(bad)
+        _ = await run_to_completion(bad)
 
 
 async def test_a_cancelled_scope_is_heard_at_the_next_checkpoint_and_the_result_is_there() -> None:
@@ -43,7 +43,7 @@ async def test_a_cancelled_scope_is_heard_at_the_next_checkpoint_and_the_result_
 
     result = 0
     with anyio.move_on_after(0.001) as scope:
-        result = await whole(step, undo)
+        result = await run_to_completion(step, undo)
         await anyio.sleep(1)
     assert (result, undone, scope.cancelled_caught) == (3, [], True)
 
@@ -61,7 +61,7 @@ async def test_a_cancelled_task_ends_its_step_undoes_it_and_is_cancelled() -> No
         await anyio.sleep(0.02)
         seen.append(f"undone {result}")
 
-    task = asyncio.create_task(whole(step, undo))
+    task = asyncio.create_task(run_to_completion(step, undo))
     for _ in range(4):
         await asyncio.sleep(0.006)
         _ = task.cancel()
@@ -77,7 +77,7 @@ async def test_a_timeout_around_a_step_is_a_timeout_and_nothing_is_left_to_cance
 
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.001):
-            await whole(step)
+            await run_to_completion(step)
     task = asyncio.current_task()
     assert task is not None and task.cancelling() == 0
     await asyncio.sleep(0.001)
@@ -94,7 +94,7 @@ async def test_a_step_that_fails_while_its_caller_is_cancelled_is_not_undone() -
     async def undo(result: object) -> None:
         undone.append(result)
 
-    task = asyncio.create_task(whole(step, undo))
+    task = asyncio.create_task(run_to_completion(step, undo))
     await asyncio.sleep(0)
     _ = task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -114,10 +114,10 @@ async def test_a_step_inside_of_a_step_is_part_of_it() -> None:
         seen.append("inner")
 
     async def outer() -> None:
-        await whole(inner, undo)
+        await run_to_completion(inner, undo)
         seen.append("outer")
 
-    task = asyncio.create_task(whole(outer))
+    task = asyncio.create_task(run_to_completion(outer))
     await asyncio.sleep(0.005)
     _ = task.cancel()
     with pytest.raises(asyncio.CancelledError):

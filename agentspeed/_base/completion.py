@@ -19,10 +19,12 @@ from agentspeed.errors import InternalError
 T = TypeVar("T")
 _LOG = logging.getLogger("agentspeed.session")
 _tasks: WeakSet[asyncio.Task[Any]] = WeakSet()
-"""Those that carry a step out: nobody but `whole` has them, so nobody cancels them."""
+"""Those that carry a step out: nobody but `run_to_completion` has them, so nobody cancels them."""
 
 
-async def whole(work: Callable[[], Coroutine[Any, Any, T]], undo: Callable[[T], Awaitable[object]] | None = None) -> T:
+async def run_to_completion(
+    work: Callable[[], Coroutine[Any, Any, T]], undo: Callable[[T], Awaitable[object]] | None = None
+) -> T:
     """What `work` gives. A scope of anyio's that was cancelled meanwhile is heard at the caller's next checkpoint, when
     the step counts as done; a task that was cancelled raises here, after `undo` of what came of it."""
     with anyio.CancelScope(shield=True):

@@ -11,25 +11,35 @@ from agentspeed.front import transcript
 from agentspeed.front.mirror import Mirror
 from agentspeed.messages import ToolCall, ToolMessage
 
+SERVED_ELSEWHERE: Final = (
+    "This call is being served for the conversation that this one was forked from; its result does not come here."
+)
 _UNSEEN_SECONDS: Final = 1.0
 """What a tool that never ran in this session is taken to need, beside those that did."""
 
 
 @final
-class Pausing:
+class PendingCalls:
     """One for each session. The calls of a turn that have no result in the log are open; a result waits here until
     every one of them has its own, for they enter the log together and in call order."""
 
     def __init__(self) -> None:
+        self.served: set[str] = set()
+        """Ids of the calls that are being served: by `run`, or by blocks of `tool_call` that are open."""
         self._results: dict[str, ToolMessage] = {}
         self._seconds_of: dict[str, float] = {}
         self._since: float | None = None
         self._ended = False
 
-    def forked(self) -> Pausing:
-        """What a child begins with: the results are its own to wait for, the pause is not."""
-        child = Pausing()
+    def forked(self, calls: Iterable[ToolCall]) -> PendingCalls:
+        """What a child begins with, whose open calls are `calls`: the results are its own to wait for, the pause is
+        not. A call that is being served stays its parent's: served by the child as well, a tool that runs a fork of
+        its session would call itself without end."""
+        child = PendingCalls()
         child._results = dict(self._results)
+        for call in calls:
+            if call.id in self.served:
+                child.arrived(ToolMessage(call_id=call.id, name=call.name, text=SERVED_ELSEWHERE, ok=False))
         return child
 
     # ---- results --------------------------------------------------------------------------------------------------
@@ -48,7 +58,11 @@ class Pausing:
         """Results of calls that are open, in call order."""
         return [self._results[call.id] for call in transcript.unanswered(mirror) if call.id in self._results]
 
-    def adopt(self, child: Pausing) -> None:
+    def waiting(self) -> tuple[ToolMessage, ...]:
+        """All results that have arrived and wait for others, in the order in which they came."""
+        return tuple(self._results.values())
+
+    def adopt(self, child: PendingCalls) -> None:
         """The child's results take the place of these."""
         self._results = child._results
 
@@ -94,6 +108,3 @@ class Pausing:
     def slowest(self, calls: Iterable[ToolCall]) -> str:
         """The tool that took the longest the last time: it names their pause."""
         return max(calls, key=lambda call: self._seconds_of.get(call.name, _UNSEEN_SECONDS)).name
-
-
-__all__ = ["Pausing"]

@@ -6,8 +6,8 @@ from collections.abc import Generator
 
 import pytest
 
+from agentspeed.agent_loop import Answer, Generate, Outcome, Ran, Rejected, RunTools, Spoke, Step, agent_loop
 from agentspeed.errors import InternalError, InvalidRequest
-from agentspeed.loop import Answer, Generate, Outcome, Ran, Rejected, RunTools, Spoke, Step, agent_loop
 from agentspeed.messages import ToolCall, ToolMessage, User
 
 ASK = User("Add 1 and 2.")

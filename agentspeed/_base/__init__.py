@@ -1,0 +1,1 @@
+"""What every layer of the SDK may import; nothing here is public."""

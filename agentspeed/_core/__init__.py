@@ -1,0 +1,1 @@
+"""What session, turn, run, fork and snapshot share; nothing here is public."""

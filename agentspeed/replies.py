@@ -1,0 +1,58 @@
+"""What a turn and a run come to, as values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar, final
+
+from agentspeed.messages import ToolCall, ToolMessage
+from agentspeed.usage import Usage
+
+T = TypeVar("T")
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply(Generic[T]):
+    """What a turn came to."""
+
+    text: str
+    """Of the whole message, as `output`, `tool_calls`, `reasoning` and `partial_call` are: also of what earlier turns
+    wrote of it, when this one went on with an open message. No text of `stop` is in it."""
+    new_text: str
+    """What this turn wrote of `text`: its `TextDelta` events together. `ids`, `logprobs` and `usage` are of this turn
+    alone too."""
+    output: T
+    """The text, or what `output=` asked for. With `output=`, None for a turn that ended in calls instead."""
+    tool_calls: tuple[ToolCall, ...]
+    reasoning: str
+    finish_reason: str
+    """"tool_calls", or why the turn ended: by itself ("stop_id", "grammar_end"), or cut ("max_tokens",
+    "stop_string")."""
+    usage: Usage
+    ids: tuple[int, ...]
+    """Drawn in this turn, the end id included."""
+    logprobs: tuple[float, ...] = ()
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    bound: str = ""
+    """What ended the turn at fewer tokens than were asked for: the context limit, or the tenant's quota of pages."""
+    partial_call: str | None = None
+    """What there is of a call in which the turn was cut, if it was; `generate()` goes on with it."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result(Generic[T]):
+    """What a run came to: its last turn, and what all of it cost."""
+
+    text: str
+    output: T
+    """The text, or what `output=` asked for."""
+    reason: Literal["answered", "forced", "cut", "max_turns"]
+    """"answered": by itself. "forced": in the last of `max_turns` turns, in which it could call no tool any more.
+    "cut": `max_tokens` ended its answer. "max_turns": that last turn was a call, in a session without tools."""
+    turns: int
+    tools: tuple[ToolMessage, ...]
+    """Every tool result, in the order in which the model read them."""
+    usage: Usage
+    reply: Reply[T]

@@ -1,0 +1,231 @@
+"""Sessions as bytes: everything that is needed to read one, or to open it again on any engine of its model; no KV."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+import msgspec
+
+from agentspeed._core.options import SessionOptions
+from agentspeed._core.session_core import SessionCore
+from agentspeed.errors import InvalidRequest
+from agentspeed.front.mirror import Checkpoint, Span
+from agentspeed.messages import Assistant, System, ToolMessage, User
+from agentspeed.sampling import Sampling
+
+VERSION: Final = 2
+_NOTES: Final = ("description", "title", "examples", "$comment")
+"""Keywords of a schema that only say something to a reader."""
+
+
+class _Span(msgspec.Struct, frozen=True, array_like=True):
+    message: System | User | Assistant | ToolMessage
+    start: int
+    end: int
+
+
+class _Mark(msgspec.Struct, frozen=True, array_like=True):
+    name: str
+    tokens: int
+    spans: list[_Span]
+    open_at: int | None
+    owed: tuple[int, ...]
+
+
+class _Sampling(msgspec.Struct, frozen=True, kw_only=True):
+    temperature: float
+    top_k: int | None
+    top_p: float
+    min_p: float
+
+
+class _Header(msgspec.Struct, frozen=True, kw_only=True):
+    version: int
+
+
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """What `dump` wrote, read back."""
+
+    version: int
+    name: str
+    system: str | None
+    tools: list[dict[str, Any]]
+    """The definitions that the log's first message holds."""
+    sampling: _Sampling
+    timeout: float | None
+    close_timeout: float
+    record_logprobs: bool
+    reasoning: bool
+    private: bool
+    tenant: str
+    seed: int
+    tokenizer: str
+    ids: bytes
+    made: bytes
+    logprobs: bytes
+    spans: list[_Span]
+    open_at: int | None
+    owed: tuple[int, ...]
+    marks: list[_Mark]
+    hidden: list[tuple[int, int]]
+    """Stop texts, as the log counts them."""
+    results: list[ToolMessage]
+    """Of open calls: those that had arrived and waited for others."""
+
+
+def dump(core: SessionCore, tokenizer: str) -> bytes:
+    """msgpack; read by `load` of the same version. `tokenizer`: the fingerprint of the engine's."""
+    log, defaults, opening = core.log, core.defaults, core.branch.opening
+    sampling = defaults.sampling
+    return msgspec.msgpack.encode(
+        Snapshot(
+            version=VERSION,
+            name=core.id,
+            system=core.system,
+            tools=core.described,
+            sampling=_Sampling(
+                temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p
+            ),
+            timeout=defaults.timeout,
+            close_timeout=opening.close_timeout,
+            record_logprobs=defaults.record_logprobs,
+            reasoning=defaults.reasoning,
+            private=opening.private,
+            tenant=opening.tenant,
+            seed=opening.seed,
+            tokenizer=tokenizer,
+            ids=log.ids.tobytes(),
+            made=bytes(log.made),
+            logprobs=log.logprobs.tobytes(),
+            spans=_dumped(log.spans),
+            open_at=log.open_at,
+            owed=log.owed,
+            marks=[
+                _Mark(name, point.tokens, _dumped(point.spans), point.open_at, point.owed)
+                for name, point in log.marks.items()
+            ],
+            hidden=log.hidden,
+            results=list(core.pending.waiting()),
+        )
+    )
+
+
+def load(data: bytes) -> Snapshot:
+    """Raises `InvalidRequest` for what is no snapshot, is damaged, or has another version."""
+    try:
+        version = msgspec.msgpack.decode(data, type=_Header).version
+        if version != VERSION:
+            raise InvalidRequest(
+                f"The snapshot has version {version}; this agentspeed reads version {VERSION}.",
+                remedy="Read it with the agentspeed that wrote it, and add its messages to a new session here.",
+            )
+        found = msgspec.msgpack.decode(data, type=Snapshot)
+        tokens = len(_array("I", found.ids))
+        logprobs = len(_array("d", found.logprobs))
+    except InvalidRequest:
+        raise
+    except (msgspec.DecodeError, ValueError, TypeError, RecursionError) as error:
+        raise InvalidRequest(f"This is no session snapshot: {error}.", remedy="Give what snapshot() gave.") from error
+    if not tokens == logprobs == len(found.made):
+        raise InvalidRequest("The snapshot is damaged: its parts have different lengths.")
+    points = [(found.spans, found.open_at, tokens), *((mark.spans, mark.open_at, mark.tokens) for mark in found.marks)]
+    if not all(length in range(tokens + 1) and _fits(spans, open_at, length) for spans, open_at, length in points):
+        raise InvalidRequest("The snapshot is damaged: it names places that its log does not have.")
+    return found
+
+
+def options_of(found: Snapshot, given: SessionOptions) -> SessionOptions:
+    """What the session is made with: what is given, else what it had. Raises `InvalidRequest` for another system
+    text."""
+    if given.get("system", found.system) != found.system:
+        raise InvalidRequest(
+            "A restored session's system text is in the log and cannot be another.",
+            remedy="Leave system= out, or start a new session.",
+        )
+    kept: SessionOptions = {
+        "system": found.system,
+        "sampling": Sampling(
+            temperature=found.sampling.temperature,
+            top_k=found.sampling.top_k,
+            top_p=found.sampling.top_p,
+            min_p=found.sampling.min_p,
+        ),
+        "timeout": found.timeout,
+        "close_timeout": found.close_timeout,
+        "record_logprobs": found.record_logprobs,
+        "reasoning": found.reasoning,
+        "private": found.private,
+        "tenant": found.tenant,
+        "seed": found.seed,
+        "name": found.name,
+    }
+    return {**kept, **given}
+
+
+def fill(core: SessionCore, found: Snapshot) -> None:
+    """Makes a session that was not entered yet go on where the snapshot was taken. Raises `InvalidRequest` for tools
+    that the log does not describe so."""
+    described = {str(definition.get("name")): definition for definition in found.tools}
+    given = {tool.name: tool.schema for tool in core.defaults.tools}
+    if unknown := [name for name in given if name not in described]:
+        raise InvalidRequest(
+            f"The snapshot's first message does not describe the tools {', '.join(unknown)}.",
+            remedy="Leave them out, or start a new session with them.",
+        )
+    if other := [name for name in given if _bare(given[name]) != _bare(described[name].get("parameters"))]:
+        raise InvalidRequest(
+            f"The snapshot's first message describes other parameters of the tools {', '.join(other)}.",
+            remedy="Keep the parameters to go on with it; to read it, leave tools= out.",
+        )
+    core.defaults = replace(core.defaults, missing=tuple(name for name in described if name not in given))
+    core.described, core.tokenizer = found.tools, found.tokenizer
+    log = core.log
+    log.ids, log.logprobs, log.made = _array("I", found.ids), _array("d", found.logprobs), bytearray(found.made)
+    log.spans = list(_loaded(found.spans))
+    log.open_at, log.owed = found.open_at, found.owed
+    log.marks = {
+        mark.name: Checkpoint(mark.tokens, _loaded(mark.spans), mark.open_at, mark.owed) for mark in found.marks
+    }
+    log.hidden = list(found.hidden)
+    for result in found.results:
+        core.pending.arrived(result)
+
+
+def _array(kind: str, data: bytes) -> array[Any]:
+    values: array[Any] = array(kind)
+    values.frombytes(data)
+    return values
+
+
+def _fits(spans: list[_Span], open_at: int | None, tokens: int) -> bool:
+    """Whether the messages follow each other inside of a log of so many tokens."""
+    places = [place for span in spans for place in (span.start, span.end)]
+    return places == sorted(places) and all(0 <= place <= tokens for place in (*places, open_at or 0))
+
+
+def _dumped(spans: Sequence[Span]) -> list[_Span]:
+    return [_Span(span.message, span.start, span.end) for span in spans]
+
+
+def _loaded(spans: list[_Span]) -> tuple[Span, ...]:
+    return tuple(Span(span.message, span.start, span.end) for span in spans)
+
+
+def _bare(schema: object) -> object:
+    """The schema without what is only said to a reader: with other words it takes the same arguments."""
+    if isinstance(schema, list):
+        return [_bare(item) for item in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    bare: dict[str, object] = {}
+    for key, value in schema.items():
+        if key in ("properties", "$defs", "definitions", "patternProperties") and isinstance(value, Mapping):
+            bare[key] = {name: _bare(inner) for name, inner in value.items()}
+        elif key in ("enum", "const", "default"):
+            bare[key] = value
+        elif key not in _NOTES:
+            bare[key] = _bare(value)
+    return bare
