@@ -309,7 +309,7 @@ class ChatAgentSpeed(BaseChatModel):
         if name not in self._runtimes:
             engine: Engine | None = self.engine
             self._runtimes[name] = Runtime(
-                name, engine=engine, reasoning=self.reasoning, engine_options=self.engine_options
+                name, engine=engine, reasoning=self.reasoning, engine_options=cast("Any", self.engine_options)
             )
         return self._runtimes[name]
 
