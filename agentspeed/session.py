@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, cast, final, overload
 
 from agentspeed import errors, events, snapshot
-from agentspeed._base.validate import check_count, check_number, check_text
+from agentspeed._base.validate import check_count, check_number, check_text, shown
 from agentspeed._core.branch import Opening
 from agentspeed._core.engine_handle import EngineHandle
 from agentspeed._core.engine_options import EngineOptions
@@ -254,7 +254,7 @@ class Session:
         Raises `SessionBusy` when either has a turn running, `TrunkMoved` when this session went on since the fork,
         `ChildUnrelated` for anything but a child of this session."""
         if not isinstance(child, Session) or child._core.parent is not self._core:
-            other = child.id if isinstance(child, Session) else repr(child)
+            other = child.id if isinstance(child, Session) else shown(child)
             raise errors.ChildUnrelated(
                 f"{other} is not a child of {self.id}.", remedy="Adopt a child of this very session."
             )
@@ -283,7 +283,7 @@ class Session:
         if seconds is not None:
             check_number("seconds", seconds)
         if keep not in ("soft", "firm"):
-            raise errors.InvalidRequest(f"keep is {keep!r}; it must be 'soft' or 'firm'.")
+            raise errors.InvalidRequest(f"keep is {shown(keep)}; it must be 'soft' or 'firm'.")
         check_text("tool", tool)
         return await self._core.expect(seconds, keep, tool)
 

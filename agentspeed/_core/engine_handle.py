@@ -10,7 +10,7 @@ from typing import Self, Unpack
 
 from agentspeed import errors
 from agentspeed._base.completion import run_to_completion
-from agentspeed._base.validate import check_messages, check_text
+from agentspeed._base.validate import check_messages, check_text, shown
 from agentspeed._core.engine_options import EngineOptions, checked_engine_options
 from agentspeed._core.model_files import NANO, codec_of, resolve
 from agentspeed.backends.link import Link
@@ -30,7 +30,7 @@ class EngineHandle:
 
     def __init__(self, model: str | os.PathLike[str] | None = None, **options: Unpack[EngineOptions]) -> None:
         if model is not None and not isinstance(model, str | os.PathLike):
-            raise errors.InvalidRequest(f"model is {model!r}; it must be a folder or a repository id.")
+            raise errors.InvalidRequest(f"model is {shown(model)}; it must be a folder or a repository id.")
         self.model = NANO if model is None else model
         self._options = checked_engine_options(options)
         self._shared = False
@@ -136,7 +136,9 @@ class EngineHandle:
             elif isinstance(one, Message):
                 check_messages([one])
             else:
-                raise errors.InvalidRequest(f"{one!r} has no tokens.", remedy="Give texts, or messages like User(...).")
+                raise errors.InvalidRequest(
+                    f"{shown(one)} has no tokens.", remedy="Give texts, or messages like User(...)."
+                )
         return sum(
             len(codec.tokenizer.content_ids(one) if isinstance(one, str) else codec.message(one)) for one in content
         )
