@@ -35,7 +35,7 @@ from agentspeed._core.options import (
 )
 from agentspeed._core.session_core import SessionCore, State
 from agentspeed.backends.port import wire
-from agentspeed.fork import Forks, adopt
+from agentspeed.fork import Forks, adopt, copy
 from agentspeed.marks import Mark
 from agentspeed.messages import Message, ToolCall
 from agentspeed.replies import Reply, Result
@@ -119,7 +119,7 @@ class Session:
 
     @classmethod
     def _of(cls, core: SessionCore) -> Session:
-        """The face of a child, which is open already."""
+        """The face of a core that was made of another session's."""
         session = cls.__new__(cls)
         session._core = core
         core.face = session
@@ -206,7 +206,8 @@ class Session:
         for nobody would read the result.
 
         Each turn is atomic; while tools run the branch is held under a lease, and whatever happens to a tool its call
-        gets a result, in call order. `approve` is asked about tools that need it; without it they are denied.
+        gets a result, in call order. `approve` is asked about tools that need it, one call after the other unless
+        `approve_at_once`, and is shown every argument that would run; without it they are denied.
         `expect`: seconds the tools will take, if you know better than the engine learns. `tool_data` is what tools find
         in their `ToolContext`; `on_event` is called with every event."""
         check_option_names(options)
@@ -247,6 +248,13 @@ class Session:
         self._core.must_be_open()
         check_count("n", n)
         return Forks(self._core, n, None if at is None else self._core.point(at).tokens, Session._of)
+
+    def copy(self, *, at: Mark | str | int | None = None) -> Session:
+        """A session of its own over this one's log (or its beginning, up to `at`) and with its options; enter it like
+        any other. Unlike a fork it is no child: it may outlive this session, if that was given an `Engine`. Rows that
+        the engine still has are shared, unless the session is `private`. Raises `SessionBusy` and `MarkNotFound`."""
+        self._core.must_be_idle()
+        return Session._of(copy(self._core, self.tokens if at is None else self._core.point(at).tokens))
 
     async def adopt(self, child: Session) -> None:
         """The child's context becomes this session's; the child is closed.
