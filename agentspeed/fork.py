@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from dataclasses import replace
 from types import TracebackType
@@ -72,6 +73,17 @@ async def fork(parent: SessionCore, n: int, at: int | None) -> tuple[SessionCore
         parent.children.append(child)
         children.append(child)
     return tuple(children)
+
+
+def copy(core: SessionCore, tokens: int) -> SessionCore:
+    """A session of its own, not entered yet, over the first `tokens` of another's log, with its options."""
+    opening = replace(core.branch.opening, label=secrets.token_hex(4), seed=secrets.randbits(62))
+    other = SessionCore(
+        engine=core.engine, owns_engine=False, system=core.system, defaults=core.defaults, opening=opening
+    )
+    other.branch.mirror = core.log.copy(tokens)
+    other.described, other.tokenizer = core.described, core.tokenizer
+    return other
 
 
 async def adopt(trunk: SessionCore, child: SessionCore) -> None:

@@ -259,7 +259,7 @@ class History:
             if verb == "branch":
                 why = self._why_branched(source, shared, len(chain) - 1)
                 entry = self._enter_book(
-                    source.session.duplicate(shared), conversation, source.keys[: shared + 1]
+                    source.session.copy(at=source.session.position(shared)), conversation, source.keys[: shared + 1]
                 )
             else:
                 entry = source

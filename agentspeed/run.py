@@ -9,7 +9,7 @@ from typing import Any, Literal, cast, final
 import anyio
 
 from agentspeed import agent_loop, errors, events
-from agentspeed._base.validate import check_count, check_seconds
+from agentspeed._base.validate import check_count, check_seconds, shown
 from agentspeed._core.options import TurnOptions, build_request
 from agentspeed._core.session_core import SessionCore
 from agentspeed.messages import Message, ToolCall, ToolMessage
@@ -60,7 +60,7 @@ class Run:
         check_seconds("expect", self._expect, zero=True)
         for name, call in (("on_event", self._on_event), ("approve", self._approve)):
             if call is not None and not callable(call):
-                raise errors.InvalidRequest(f"{name} is {call!r}; it must be a function, or None.")
+                raise errors.InvalidRequest(f"{name} is {shown(call)}; it must be a function, or None.")
         if inspect.iscoroutinefunction(self._on_event):
             raise _on_event_is_async()
         before = self._core.usage

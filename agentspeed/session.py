@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, cast, final, overload
 
 from agentspeed import errors, events, snapshot
-from agentspeed._base.validate import check_count, check_number, check_text, is_whole
+from agentspeed._base.validate import check_count, check_number, check_text, is_whole, shown
 from agentspeed._core.branch import Opening
 from agentspeed._core.engine_handle import EngineHandle
 from agentspeed._core.engine_options import EngineOptions
@@ -34,7 +34,7 @@ from agentspeed._core.options import (
     TurnOptions as TurnOptions,
 )
 from agentspeed._core.session_core import SessionCore, State
-from agentspeed.fork import Forks, adopt
+from agentspeed.fork import Forks, adopt, copy
 from agentspeed.front.codec import History
 from agentspeed.marks import Mark
 from agentspeed.messages import Message, ToolCall
@@ -126,7 +126,7 @@ class Session:
 
     @classmethod
     def _of(cls, core: SessionCore) -> Session:
-        """The face of a child, which is open already."""
+        """The face of a core that was made of another session's."""
         session = cls.__new__(cls)
         session._core = core
         core.face = session
@@ -214,7 +214,8 @@ class Session:
         for nobody would read the result.
 
         Each turn is atomic; while tools run the branch is held under a lease, and whatever happens to a tool its call
-        gets a result, in call order. `approve` is asked about tools that need it; without it they are denied.
+        gets a result, in call order. `approve` is asked about tools that need it, one call after the other unless
+        `approve_at_once`, and is shown every argument that would run; without it they are denied.
         `expect`: seconds the tools will take, if you know better than the engine learns. `tool_data` is what tools find
         in their `ToolContext`; `on_event` is called with every event."""
         check_option_names(options)
@@ -256,13 +257,24 @@ class Session:
         check_count("n", n)
         return Forks(self._core, n, None if at is None else self._core.point(at).tokens, Session._of)
 
+    def copy(self, *, at: Mark | str | int | None = None) -> Session:
+        """A session of its own over this one's log (or its beginning, up to `at`) and with its options; enter it like
+        any other. Unlike a fork it is no child: it may outlive this session, if that was given an `Engine`. Rows that
+        the engine still has are shared, unless the session is `private`. While a turn runs, `at` must be a place before
+        it. Raises `SessionBusy` and `MarkNotFound`."""
+        if at is None:
+            self._core.must_be_idle()
+        else:
+            self._core.must_be_open()
+        return Session._of(copy(self._core, self.tokens if at is None else self._core.point(at).tokens))
+
     async def adopt(self, child: Session) -> None:
         """The child's context becomes this session's; the child is closed.
 
         Raises `SessionBusy` when either has a turn running, `TrunkMoved` when this session went on since the fork,
         `ChildUnrelated` for anything but a child of this session."""
         if not isinstance(child, Session) or child._core.parent is not self._core:
-            other = child.id if isinstance(child, Session) else repr(child)
+            other = child.id if isinstance(child, Session) else shown(child)
             raise errors.ChildUnrelated(
                 f"{other} is not a child of {self.id}.", remedy="Adopt a child of this very session."
             )
@@ -291,7 +303,7 @@ class Session:
         if seconds is not None:
             check_number("seconds", seconds)
         if keep not in ("soft", "firm"):
-            raise errors.InvalidRequest(f"keep is {keep!r}; it must be 'soft' or 'firm'.")
+            raise errors.InvalidRequest(f"keep is {shown(keep)}; it must be 'soft' or 'firm'.")
         check_text("tool", tool)
         return await self._core.expect(seconds, keep, tool)
 
@@ -335,29 +347,6 @@ class Session:
         if not is_whole(messages) or not 0 <= messages <= len(spans):
             raise errors.InvalidRequest(f"messages is {messages!r}; the session has {len(spans)}.")
         return spans[messages].start if messages < len(spans) else self.tokens
-
-    def duplicate(self, messages: int | None = None) -> Session:
-        """A session of its own, not entered yet, over the first messages of this one's log (None: all of it). It shares
-        the rows that the engine still has, draws by a seed of its own, and outlives this session."""
-        core = self._core
-        defaults, opening = core.defaults, core.branch.opening
-        other = Session(
-            core.engine,
-            system=core.system,
-            tools=defaults.tools,
-            sampling=defaults.sampling,
-            private=opening.private,
-            tenant=opening.tenant or None,
-            timeout=defaults.timeout,
-            record_logprobs=defaults.record_logprobs,
-            reasoning=defaults.reasoning,
-            history_reasoning=defaults.history_reasoning,
-            template_variables=defaults.template_variables,
-            close_timeout=opening.close_timeout,
-        )
-        tokens = self.tokens if messages is None else self.position(messages)
-        other._core.branch.mirror = core.log.copy(tokens)
-        return other
 
     def trajectory(self) -> Trajectory:
         """Ids, log-probabilities and the mask of model-made ids, exactly as the engine computed on them."""

@@ -12,7 +12,7 @@ from typing import Any, Final, final, get_args
 import anyio
 
 from agentspeed import errors
-from agentspeed._base.validate import check_seconds
+from agentspeed._base.validate import check_seconds, shown
 from agentspeed._core.session_core import SERVING, SessionCore
 from agentspeed._core.turn_record import TurnRecord
 from agentspeed.messages import ToolCall
@@ -82,13 +82,13 @@ def _check_serving(
 ) -> None:
     if not isinstance(call, ToolCall):
         raise errors.InvalidRequest(
-            f"call is {call!r}; it must be a ToolCall.",
+            f"call is {shown(call)}; it must be a ToolCall.",
             remedy="Serve what reply.tool_calls or a ToolCallReady event holds.",
         )
     check_seconds("timeout", timeout)
     check_seconds("expect", expect, zero=True)
     if on_error not in get_args(OnError):
-        raise errors.InvalidRequest(f"on_error is {on_error!r}; it must be 'return' or 'raise'.")
+        raise errors.InvalidRequest(f"on_error is {shown(on_error)}; it must be 'return' or 'raise'.")
     busy = core.busy
     if busy not in (None, SERVING) and not isinstance(busy, TurnRecord):
         core.must_be_idle()

@@ -16,7 +16,7 @@ def check_text(name: str, value: object) -> None:
     """Text that can be written as UTF-8. A lone surrogate is half a character: what `os.fsdecode` makes of odd file
     names, or a cut through UTF-16."""
     if not isinstance(value, str):
-        raise InvalidRequest(f"{name} is {value!r}; it must be a text.")
+        raise InvalidRequest(f"{name} is {shown(value)}; it must be a text.")
     try:
         _ = value.encode()
     except UnicodeEncodeError as error:
@@ -99,8 +99,14 @@ def is_whole(value: object) -> TypeGuard[int]:
 
 
 def shown(value: object) -> str:
-    """As Python writes it, which refuses to write very long numbers."""
-    return f"a number of {value.bit_length()} bits" if is_whole(value) and value.bit_length() > 128 else repr(value)
+    """As Python writes it; very long numbers, which it refuses to write, and objects that cannot be written, by what
+    they are."""
+    if is_whole(value) and value.bit_length() > 128:
+        return f"a number of {value.bit_length()} bits"
+    try:
+        return repr(value)
+    except Exception:  # noqa: BLE001 - whatever a caller's `__repr__` does: the error that names the value goes first
+        return f"a {type(value).__name__} that cannot be shown"
 
 
 def _bits(value: object) -> str:

@@ -13,7 +13,7 @@ import httpx
 
 from agentspeed import errors
 from agentspeed._base.completion import run_to_completion
-from agentspeed._base.validate import check_messages, check_text
+from agentspeed._base.validate import check_messages, check_text, shown
 from agentspeed._core.engine_options import EngineOptions, checked_engine_options
 from agentspeed._core.model_files import NANO, codec_of
 from agentspeed.front.codec import ChatCodec
@@ -44,7 +44,7 @@ class EngineHandle:
         **options: Unpack[EngineOptions],
     ) -> None:
         if model is not None and not isinstance(model, str | os.PathLike):
-            raise errors.InvalidRequest(f"model is {model!r}; it must be a folder or a repository id.")
+            raise errors.InvalidRequest(f"model is {shown(model)}; it must be a folder or a repository id.")
         self.model = NANO if model is None else model
         if not isinstance(revision, str | None):
             raise errors.InvalidRequest(f"revision is {revision!r}; it must be a branch, a tag or a commit.")
@@ -185,7 +185,9 @@ class EngineHandle:
             elif isinstance(one, Message):
                 check_messages([one])
             else:
-                raise errors.InvalidRequest(f"{one!r} has no tokens.", remedy="Give texts, or messages like User(...).")
+                raise errors.InvalidRequest(
+                    f"{shown(one)} has no tokens.", remedy="Give texts, or messages like User(...)."
+                )
         return sum(
             len(codec.tokenizer.content_ids(one) if isinstance(one, str) else codec.message(one)) for one in content
         )

@@ -15,6 +15,7 @@ from agentspeed._base.validate import (
     check_seconds,
     check_seed,
     check_text,
+    shown,
 )
 from agentspeed._core.engine_options import EngineOptions
 from agentspeed.front.output import OutputSpec, output_spec
@@ -194,7 +195,7 @@ def build_request(
     stop = options.get("stop", ())
     stops = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, Sequence) else (stop,)
     if not all(isinstance(text, str) and text for text in stops):
-        raise errors.InvalidRequest(f"stop is {stop!r}; it must be one text or several, none of them empty.")
+        raise errors.InvalidRequest(f"stop is {shown(stop)}; it must be one text or several, none of them empty.")
     for text in stops:
         check_text("stop", text)
     timeout = options.get("timeout")
@@ -227,7 +228,7 @@ def messages_of(prompt: Prompt) -> tuple[Message, ...]:
     messages: list[Message] = []
     for item in several:
         if not isinstance(item, str | Message):
-            raise errors.InvalidRequest(f"{item!r} is no message.", remedy="Give a text or User(...).")
+            raise errors.InvalidRequest(f"{shown(item)} is no message.", remedy="Give a text or User(...).")
         messages.append(User(item) if isinstance(item, str) else item)
     check_messages(messages)
     return tuple(messages)
@@ -290,7 +291,7 @@ def _sampling(options: TurnOptions, defaults: Defaults) -> wire.Sampling:
 def check_sampling(sampling: Sampling) -> None:
     """Raises `InvalidRequest` for what is none, `InvalidSampling` for a value that is no number."""
     if not isinstance(sampling, Sampling):
-        raise errors.InvalidRequest(f"sampling is {sampling!r}; it must be Sampling(...), or None.")
+        raise errors.InvalidRequest(f"sampling is {shown(sampling)}; it must be Sampling(...), or None.")
     check_draw("temperature", sampling.temperature)
     check_draw("top_k", sampling.top_k, whole=True, none=True)
     check_draw("top_p", sampling.top_p)

@@ -389,7 +389,7 @@ class SessionCore:
             return to.point
         if not is_whole(to):
             raise errors.MarkNotFound(
-                f"{to!r} is no mark, name or position.",
+                f"{shown(to)} is no mark, name or position.",
                 remedy="Give what mark() gave, a mark's name, or a number of tokens.",
             )
         if not 0 <= to <= self.tokens:

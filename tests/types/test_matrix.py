@@ -81,9 +81,10 @@ def _rejected(output: str, name: str, cells: dict[int, tuple[str, str]], pattern
     return {cells[line] for line in lines}
 
 
-def test_every_illegal_call_is_still_a_type_error() -> None:
-    path = Path(__file__).with_name("illegal.py")
+@pytest.mark.parametrize("name", ["illegal.py", "sdk_calls.py"])
+def test_every_illegal_call_is_still_a_type_error(name: str) -> None:
+    path = Path(__file__).with_name(name)
     command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--cache-dir=/dev/null", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=path.parent, check=False,
-                          env={"MYPYPATH": f"{ROOT / 'engine'}:{ROOT / 'kernels'}", "PATH": "/usr/bin:/bin"})
+                          env={"MYPYPATH": f"{ROOT}:{ROOT / 'engine'}:{ROOT / 'kernels'}", "PATH": "/usr/bin:/bin"})
     assert done.returncode == 0, done.stdout + done.stderr

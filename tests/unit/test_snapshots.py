@@ -178,3 +178,17 @@ async def test_what_cannot_be_read_says_why(change: Callable[[dict[str, Any]], N
     data = await damaged(change)
     with pytest.raises(errors.InvalidRequest, match=why):
         _ = Session.restore(data)
+
+
+async def test_a_copy_is_a_session_of_its_own_and_outlives_the_first() -> None:
+    async with ScriptedEngine(lambda asked: "Hello.") as engine:
+        async with engine.session(system="You are brief.", tenant="acme", timeout=9.0) as s:
+            _ = await s.generate("Hi.")
+            _ = await s.generate("More.")
+            whole, half = s.copy(), s.copy(at=s.starts[2])
+        async with whole, half:
+            assert (whole.ids, whole.messages, whole.defaults) == (s.ids, s.messages, s.defaults)
+            assert half.messages == s.messages[:2] and half.ids == s.ids[: s.starts[2]]
+            assert whole.id != half.id and whole.parent is None
+            assert (await half.generate("And?")).text == (await whole.generate("And?")).text == "Hello."
+            assert len(half.messages) == 4 and len(whole.messages) == 6

@@ -206,3 +206,25 @@ async def test_a_snapshot_is_bytes_and_keeps_its_system_text() -> None:
     with pytest.raises(InvalidRequest, match="system text is in the log"):
         _ = Session.restore(data, system="Be long.")
     assert Session.restore(data, system="Be brief.").system == "Be brief."
+
+
+class Unshowable:
+    def __repr__(self) -> str:
+        raise AttributeError("missing")
+
+
+@pytest.mark.anyio
+async def test_a_value_that_cannot_be_shown_is_refused_like_any_other() -> None:
+    odd: Any = Unshowable()
+    with pytest.raises(InvalidRequest, match="a Unshowable that cannot be shown"):
+        _ = Engine(odd)
+    async with ScriptedEngine(["Hello."]) as engine, engine.session() as s:
+        for call in (lambda: s.generate(odd), lambda: s.generate("x", stop=odd), lambda: s.add(odd),
+                     lambda: s.run("x", on_event=odd), lambda: s.generate("x", sampling=odd),
+                     lambda: s.generate("x", max_tokens=odd)):
+            with pytest.raises(AgentspeedError, match="a Unshowable that cannot be shown"):
+                _ = await call()
+        with pytest.raises(MarkNotFound, match="a Unshowable that cannot be shown"):
+            await s.rewind(odd)
+        with pytest.raises(ChildUnrelated, match="a Unshowable that cannot be shown"):
+            await s.adopt(odd)
