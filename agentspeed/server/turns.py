@@ -151,7 +151,9 @@ class Service:
             async with anyio.create_task_group() as group:
 
                 async def one(index: int, branch: Session) -> None:
-                    own = options if seed is None else {**options, "seed": seed + index}
+                    own: TurnOptions = {**options}
+                    if seed is not None:
+                        own["seed"] = seed + index
                     replies[index] = await _read(
                         index, branch.stream(taken.messages or None, output=request.output, **own), told
                     )
