@@ -67,6 +67,15 @@ class LoadedModel:
         self._rope = Rope(config, kind)
         self._workspace = Workspace()
 
+    @property
+    def repeats(self) -> bool:
+        """Whether steps of few rows may be recorded and repeated. Records are kept while it is False."""
+        return self._programs.allowed
+
+    @repeats.setter
+    def repeats(self, allowed: bool) -> None:
+        self._programs.allowed = allowed
+
     @torch.inference_mode()
     def forward(self, batch: FlatBatch) -> Tensor:
         """Logits [S, vocab] of the selected rows; the latents of all rows are in the pool afterwards."""
