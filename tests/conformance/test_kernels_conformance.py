@@ -23,7 +23,7 @@ def names(spec: KernelSpec) -> str:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Teams on busy cores wait for each other; test_bf16_logits.py checks that the count of threads changes nothing."""
+    """Teams on busy cores wait for each other; test_bf16_logits.py checks that their number changes nothing."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

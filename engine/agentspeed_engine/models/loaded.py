@@ -63,6 +63,15 @@ class LoadedModel:
         self._rope = Rope(source.config.rope, source.config.context_limit, TORCH_DTYPES[dtype])
         self._workspace = Workspace()
 
+    @property
+    def repeats(self) -> bool:
+        """Whether steps of few rows may be recorded and repeated. Records are kept while it is False."""
+        return self._programs.allowed
+
+    @repeats.setter
+    def repeats(self, allowed: bool) -> None:
+        self._programs.allowed = allowed
+
     @torch.inference_mode()
     def forward(self, batch: FlatBatch) -> Tensor:
         """Logits [S, vocab] of the selected rows; the cache has the rows of all tokens afterwards."""

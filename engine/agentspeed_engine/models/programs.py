@@ -66,12 +66,12 @@ class Programs:
         self._kernels = kernels
         self._programs: dict[int, _Program] = {}
         self._seen: dict[int, int] = {}
-        self._refused = False
+        self.allowed = True
 
     def run(self, ids: Tensor, state: StepState) -> Tensor | None:
         """Logits as the chain gives them, or None: the step is not one of those that are repeated."""
         rows = ids.shape[0]
-        if self._refused or rows > MOST_ROWS or state.many is not None or state.few is None:
+        if not self.allowed or rows > MOST_ROWS or state.many is not None or state.few is None:
             return None
         program = self._programs.get(rows)
         if program is None and not self._worth(rows):
@@ -126,6 +126,6 @@ class Programs:
             program.proven = True
             log.info("steps of %d rows are one call of %d kernels", x.shape[0], program.tape.length)
         else:
-            self._refused = True
+            self.allowed = False
             self._programs = {}
             log.warning("steps are not recorded: a module computes something outside the kernels. Steps are slower")

@@ -11,7 +11,7 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -184,10 +184,51 @@ INLINE void dots4(const num *w, long w_stride, const float *const *x, int count,
         }
 }
 
+#if REGISTERS < 32
+/* A vector that this set has a register for: compilers keep wider ones in memory. */
+#ifdef __AVX2__
+#define NARROW 8
+#else
+#define NARROW 4
+#endif
+typedef float narrow __attribute__((vector_size(4 * NARROW), aligned(4), may_alias));
+typedef uint32_t narrow_bits __attribute__((vector_size(4 * NARROW), aligned(4), may_alias));
+
+INLINE narrow read_narrow(const num *at) {
+#if defined(HALF) && defined(__AVX2__)
+    return (narrow)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)at)), 16);
+#elif defined(HALF)
+    typedef uint16_t halves __attribute__((vector_size(2 * NARROW), aligned(2), may_alias));
+    return (narrow)(__builtin_convertvector(*(const halves *)at, narrow_bits) << 16);
+#else
+    return *(const narrow *)at;
+#endif
+}
+
+/* out[r] = x . w[r] for 4 weight rows and one token: the sums of more tokens would not stay in registers. */
+INLINE void narrow_dots4(const num *w, long w_stride, const float *x, long n, float *out) {
+    narrow acc[4][2] = {{{0}, {0}}, {{0}, {0}}, {{0}, {0}}, {{0}, {0}}};
+    long k = 0;
+    for (; k + 2 * NARROW <= n; k += 2 * NARROW) {
+        narrow low = *(const narrow *)(x + k), high = *(const narrow *)(x + k + NARROW);
+        for (int r = 0; r < 4; r++) {
+            acc[r][0] += read_narrow(w + r * w_stride + k) * low;
+            acc[r][1] += read_narrow(w + r * w_stride + k + NARROW) * high;
+        }
+    }
+    for (int r = 0; r < 4; r++) {
+        narrow both = acc[r][0] + acc[r][1];
+        float sum = 0;
+        for (int i = 0; i < NARROW; i++) sum += both[i];
+        for (long j = k; j < n; j++) sum += read_one(w[r * w_stride + j]) * x[j];
+        out[r] = sum;
+    }
+}
+#endif
+
 INLINE void dots4_any(const num *w, long w_stride, const float *const *x, long count, long n, float out[][4]) {
 #if REGISTERS < 32
-    /* The sums of more tokens would not stay in registers. */
-    for (long t = 0; t < count; t++) dots4(w, w_stride, x + t, 1, n, out + t);
+    for (long t = 0; t < count; t++) narrow_dots4(w, w_stride, x[t], n, out[t]);
     return;
 #endif
     while (count >= 4) {

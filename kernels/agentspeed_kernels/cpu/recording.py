@@ -8,7 +8,8 @@ the exception: its arrays are new in every step, and `Tape.attend` puts their ad
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, final
 
@@ -70,7 +71,10 @@ class Tape:
         self._calls[self._attends, 1 + _ENTRIES_AT] = tiles.entries
 
     def run(self) -> None:
+        started = time.thread_time_ns() if _state.clock else 0
         self._run(self._calls.ctypes.data, len(self._calls))
+        if _state.clock:
+            _state.nanoseconds += time.thread_time_ns() - started
 
     @property
     def length(self) -> int:
@@ -79,6 +83,8 @@ class Tape:
 
 class _State(threading.local):
     tape: Tape | None = None
+    clock: bool = False
+    nanoseconds: int = 0
 
 
 _state = _State()
@@ -96,10 +102,23 @@ def recording() -> Iterator[Tape]:
     tape.close()
 
 
+@contextmanager
+def kernel_clock() -> Iterator[Callable[[], int]]:
+    """Gives what this thread has spent in C calls since: nanoseconds of processor time. For benchmarks."""
+    _state.clock, _state.nanoseconds = True, 0
+    try:
+        yield lambda: _state.nanoseconds
+    finally:
+        _state.clock = False
+
+
 def call(functions: dict[str, native.Function], op: str, held: tuple[object, ...], *given: Any) -> None:
     """Calls a C function with `given`, addresses within what `held` has; on a recording thread the tape gets both."""
     function = functions[op]
+    started = time.thread_time_ns() if _state.clock else 0
     function.call(*given)
+    if _state.clock:
+        _state.nanoseconds += time.thread_time_ns() - started
     if _state.tape is not None:
         _state.tape.add(op, function, held, given)
 
