@@ -20,7 +20,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -q
 
-# A check whose reference is missing fails here instead of being skipped (tests/needs.py).
+# A check whose reference is missing fails here instead of being skipped (tests/support/needs.py).
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -38,10 +38,10 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 model: $(STAMP)
-	PYTHONPATH=engine:kernels $(BIN)/python -m tests.model --bounds small
+	PYTHONPATH=engine:kernels $(BIN)/python -m tests.modelcheck --bounds small
 
 model-large: $(STAMP)
-	PYTHONPATH=engine:kernels $(BIN)/python -m tests.model --bounds large
+	PYTHONPATH=engine:kernels $(BIN)/python -m tests.modelcheck --bounds large
 
 simulate: $(STAMP)
 	PYTHONPATH=engine:kernels $(BIN)/python -m tests.simulation --seeds 25 --marks

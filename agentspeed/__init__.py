@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from agentspeed import search as search
     from agentspeed import testing as testing
     from agentspeed import tools as tools
+    from agentspeed.chat.output import Choice as Choice
+    from agentspeed.chat.output import Regex as Regex
+    from agentspeed.chat.output import Schema as Schema
     from agentspeed.engine import Engine as Engine
-    from agentspeed.front.output import Choice as Choice
-    from agentspeed.front.output import Regex as Regex
-    from agentspeed.front.output import Schema as Schema
     from agentspeed.marks import Mark as Mark
     from agentspeed.messages import Assistant as Assistant
     from agentspeed.messages import System as System
@@ -43,9 +43,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "Approval": "tools",
     "Engine": "engine",
-    "Choice": "front.output",
-    "Regex": "front.output",
-    "Schema": "front.output",
+    "Choice": "chat.output",
+    "Regex": "chat.output",
+    "Schema": "chat.output",
     "Assistant": "messages",
     "System": "messages",
     "ToolCall": "messages",

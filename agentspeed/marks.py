@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import final
 
-from agentspeed.front.mirror import Mirror
+from agentspeed.chat.token_log import TokenLog
 
 
 @final
@@ -13,12 +13,12 @@ class Mark:
 
     __slots__ = ("_digest", "name", "point")
 
-    def __init__(self, name: str | None, mirror: Mirror) -> None:
+    def __init__(self, name: str | None, mirror: TokenLog) -> None:
         self.name = name
         self.point = mirror.checkpoint()
         self._digest = mirror.digest(self.tokens)
 
-    def fits(self, mirror: Mirror) -> bool:
+    def fits(self, mirror: TokenLog) -> bool:
         """Whether the log still begins with the ids that it had here."""
         return self.tokens <= len(mirror) and mirror.digest(self.tokens) == self._digest
 

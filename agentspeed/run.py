@@ -16,7 +16,7 @@ from agentspeed.messages import Message, ToolCall, ToolMessage
 from agentspeed.replies import Reply
 from agentspeed.replies import Result as Result
 from agentspeed.tools import Approve, Tool, ToolBatch, ToolResult, ToolSession, tools_from
-from agentspeed.tools.running import message_of
+from agentspeed.tools.execution import message_of
 from agentspeed.turn import Turn
 
 

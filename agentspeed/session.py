@@ -34,8 +34,8 @@ from agentspeed._core.options import (
     TurnOptions as TurnOptions,
 )
 from agentspeed._core.session_core import SessionCore, State
+from agentspeed.chat.codec import History
 from agentspeed.fork import Forks, adopt, copy
-from agentspeed.front.codec import History
 from agentspeed.marks import Mark
 from agentspeed.messages import Message, ToolCall
 from agentspeed.replies import Reply, Result
@@ -49,7 +49,7 @@ from agentspeed.turn import Turn
 from agentspeed.usage import Lease, Residence, Usage
 
 if TYPE_CHECKING:
-    from agentspeed.front.output import Choice, Regex, Schema
+    from agentspeed.chat.output import Choice, Regex, Schema
 
 T = TypeVar("T")
 

@@ -11,8 +11,8 @@ import msgspec
 
 from agentspeed._core.options import SessionOptions
 from agentspeed._core.session_core import SessionCore
+from agentspeed.chat.token_log import Checkpoint, Span
 from agentspeed.errors import InvalidRequest
-from agentspeed.front.mirror import Checkpoint, Span
 from agentspeed.messages import Assistant, System, ToolMessage, User
 from agentspeed.sampling import Sampling
 

@@ -17,7 +17,7 @@ from agentspeed._core.session_core import SERVING, SessionCore
 from agentspeed._core.turn_record import TurnRecord
 from agentspeed.messages import ToolCall
 from agentspeed.tools import CANCELLED, OnError, ToolResult, content_of
-from agentspeed.tools.running import message_of, told_of
+from agentspeed.tools.execution import message_of, told_of
 
 _LOG = logging.getLogger("agentspeed.session")
 _NOTHING: Final = object()

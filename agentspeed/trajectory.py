@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self, final
 
 if TYPE_CHECKING:
-    from agentspeed.front.mirror import Mirror
+    from agentspeed.chat.token_log import TokenLog
 
 
 @final
@@ -22,7 +22,7 @@ class Trajectory:
     """Natural logarithms for drawn ids of sessions with `record_logprobs`; NaN elsewhere."""
 
     @classmethod
-    def of(cls, mirror: Mirror) -> Self:
+    def of(cls, mirror: TokenLog) -> Self:
         return cls(
             ids=tuple(mirror.ids), made=tuple(flag == 1 for flag in mirror.made), logprobs=tuple(mirror.logprobs)
         )

@@ -68,14 +68,25 @@ async def agent(engine: Engine, number: int, rounds: int, done: list[Round]) -> 
         for index in range(rounds):
             city, other = CITIES[(number + index) % 8], CITIES[(number + 3 * index + 1) % 8]
             started = time.perf_counter()
-            result = await s.run(f"What is the weather in {city} and what time is it in {other}?", max_tokens=96,
-                                 max_turns=3, tool_choice="required", parallel_calls=2)
+            result = await s.run(
+                f"What is the weather in {city} and what time is it in {other}?",
+                max_tokens=96,
+                max_turns=3,
+                tool_choice="required",
+                parallel_calls=2,
+            )
             seconds = time.perf_counter() - started
             usage = result.usage
-            done.append(Round(
-                turns=usage.turns, calls=usage.pauses, seconds=seconds, tool_seconds=usage.pause_seconds,
-                drawn=usage.drawn,
-                model_seconds=usage.queue_seconds + usage.prefill_seconds + usage.decode_seconds))
+            done.append(
+                Round(
+                    turns=usage.turns,
+                    calls=usage.pauses,
+                    seconds=seconds,
+                    tool_seconds=usage.pause_seconds,
+                    drawn=usage.drawn,
+                    model_seconds=usage.queue_seconds + usage.prefill_seconds + usage.decode_seconds,
+                )
+            )
 
 
 async def measure(model: Path | None, agents: int, rounds: int) -> dict[str, object]:
@@ -94,10 +105,15 @@ async def measure(model: Path | None, agents: int, rounds: int) -> dict[str, obj
     turns = sum(one.turns for one in done)
     overhead = sum(one.overhead_seconds for one in done) / turns
     return {
-        "overhead_ms_per_turn": round(1000 * overhead, 3), "cpu_ms_per_turn": round(1000 * cpu / turns, 3),
-        "leaks": sum(leaks.values()), "leaked": leaks,
-        "agents": agents, "turns": turns, "drawn_per_turn": round(sum(one.drawn for one in done) / turns, 1),
-        "pauses": sum(one.calls for one in done), "seconds": round(seconds, 2),
+        "overhead_ms_per_turn": round(1000 * overhead, 3),
+        "cpu_ms_per_turn": round(1000 * cpu / turns, 3),
+        "leaks": sum(leaks.values()),
+        "leaked": leaks,
+        "agents": agents,
+        "turns": turns,
+        "drawn_per_turn": round(sum(one.drawn for one in done) / turns, 1),
+        "pauses": sum(one.calls for one in done),
+        "seconds": round(seconds, 2),
         "tool_seconds": round(sum(one.tool_seconds for one in done), 2),
         "model_seconds": round(sum(one.model_seconds for one in done), 2),
     }

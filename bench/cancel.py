@@ -30,8 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "kernels")]
 
 from agentspeed_engine.protocol.messages import Sampling
-from tests.engine_client import EngineProcess, Front, LinkClosed, TurnRecord, alive, engine, until
-from tools.random_checkpoint import make_checkpoint
+from tests.support.engine_client import EngineProcess, Front, LinkClosed, TurnRecord, alive, engine, until
+from tests.support.random_checkpoint import make_checkpoint
 
 PAGES, PAGE_TOKENS, HOST_SLOTS = 90, 16, 200
 """Too few pages for all chats at once, so that turns are preempted and sessions moved to host memory meanwhile."""
@@ -85,10 +85,20 @@ def main() -> None:
         folder = Path(scratch)
         os.environ["AGENTSPEED_STATE_DIR"] = scratch  # what the kills leave is nobody's crash
         checkpoint = make_checkpoint(json.loads(options.config.read_text()), folder / "model", dtype="float64")
-        settings = {"model": str(checkpoint), "dtype": "float64", "pages": PAGES, "page_tokens": PAGE_TOKENS,
-                    "context_limit": CONTEXT, "host_slots": HOST_SLOTS, "threads": 1, "firm_pages": 0}
-        chats = [Chat([draw.randrange(512) for _ in range(draw.randrange(20, 90))], seed=number)
-                 for number in range(options.chats)]
+        settings = {
+            "model": str(checkpoint),
+            "dtype": "float64",
+            "pages": PAGES,
+            "page_tokens": PAGE_TOKENS,
+            "context_limit": CONTEXT,
+            "host_slots": HOST_SLOTS,
+            "threads": 1,
+            "firm_pages": 0,
+        }
+        chats = [
+            Chat([draw.randrange(512) for _ in range(draw.randrange(20, 90))], seed=number)
+            for number in range(options.chats)
+        ]
         tally = Tally()
         with engine(folder, **settings) as process:
             tally.pids.append(process.pid)
@@ -213,8 +223,10 @@ def pump(front: Front) -> None:
 
 def leaked_pages(front: Front) -> int:
     """After everyone left: pages of nobody, and whether one turn can still have the whole pool."""
-    until("every branch is closed and no copy in flight",
-          lambda: front.counts()["branches"] == 0 and front.counts()["tickets"] == 0)
+    until(
+        "every branch is closed and no copy in flight",
+        lambda: front.counts()["branches"] == 0 and front.counts()["tickets"] == 0,
+    )
     counts = front.counts()
     moved = ("preemptions", "pages_evicted", "pages_saved", "pages_loaded")
     print(", ".join(f"{name} {counts[name]}" for name in moved))
@@ -238,8 +250,9 @@ def kill_engines(
             if len(chat.ids) >= len(chat.reference):
                 chat.ids = list(chat.prompt)
             chat.branch = front.open(chat.ids)
-            chat.turn = front.start(chat.branch, max_tokens=len(chat.reference) - len(chat.ids), sampling=SAMPLING,
-                                    seed=chat.seed)
+            chat.turn = front.start(
+                chat.branch, max_tokens=len(chat.reference) - len(chat.ids), sampling=SAMPLING, seed=chat.seed
+            )
             if killed_at is not None:
                 while not chat.turn.ids:
                     front.step()
@@ -276,14 +289,21 @@ def read_to_the_end(front: Front) -> None:
 def report(tally: Tally, seconds: float) -> None:
     kills = len(tally.usable_after_kill_ms)
     figures = {
-        "leaked_pages": tally.leaked_pages, "leaked_processes": sum(map(alive, tally.pids)),
-        "lost_tokens": tally.lost_tokens, "usable_again_ms_p99": percentile(tally.usable_ms),
+        "leaked_pages": tally.leaked_pages,
+        "leaked_processes": sum(map(alive, tally.pids)),
+        "lost_tokens": tally.lost_tokens,
+        "usable_again_ms_p99": percentile(tally.usable_ms),
         "usable_again_ms_p50": round(statistics.median(tally.usable_ms), 1),
-        "usable_after_kill_ms_p99": percentile(tally.usable_after_kill_ms), "disturbances": tally.disturbances,
-        **tally.events, "kills": kills, "seconds": round(seconds, 1),
+        "usable_after_kill_ms_p99": percentile(tally.usable_after_kill_ms),
+        "disturbances": tally.disturbances,
+        **tally.events,
+        "kills": kills,
+        "seconds": round(seconds, 1),
     }
-    print(f"leaked_pages {figures['leaked_pages']}, leaked_processes {figures['leaked_processes']}, "
-          f"lost_tokens {figures['lost_tokens']} (all must be 0)")
+    print(
+        f"leaked_pages {figures['leaked_pages']}, leaked_processes {figures['leaked_processes']}, "
+        f"lost_tokens {figures['lost_tokens']} (all must be 0)"
+    )
     print(json.dumps(figures))
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "kernels")]
 
-from tests.engine_client import TurnRecord, engine
-from tools.random_checkpoint import make_checkpoint
+from tests.support.engine_client import TurnRecord, engine
+from tests.support.random_checkpoint import make_checkpoint
 
 
 def main() -> None:
@@ -30,8 +30,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = make_checkpoint(config, Path(scratch) / "model")
         pages = 4 * (options.prefix // options.page_tokens) + 4 * options.sessions
-        with engine(Path(scratch), model=str(checkpoint), pages=pages, page_tokens=options.page_tokens,
-                    threads=options.threads, context_limit=2 * options.prefix) as process:
+        with engine(
+            Path(scratch),
+            model=str(checkpoint),
+            pages=pages,
+            page_tokens=options.page_tokens,
+            threads=options.threads,
+            context_limit=2 * options.prefix,
+        ) as process:
             front = process.connect()
             branches = [front.open() for _ in range(options.sessions)]
             turns = [front.start(branch, [*prefix, number], max_tokens=1) for number, branch in enumerate(branches)]
@@ -41,9 +47,12 @@ def main() -> None:
     own = options.sessions * (options.prefix + 1 - shared)
     figures = {
         "prefill_tokens_per_shared_token": round((counts["rows_computed"] - own) / shared, 4),
-        "rows_computed": counts["rows_computed"], "sessions": options.sessions, "prefix": options.prefix,
+        "rows_computed": counts["rows_computed"],
+        "sessions": options.sessions,
+        "prefix": options.prefix,
         "new_and_not_shared_by_session": [new_rows(turn) for turn in turns],
-        "pages_of_prefix": shared // options.page_tokens, "pages_in_nodes": counts["pages_nodes"],
+        "pages_of_prefix": shared // options.page_tokens,
+        "pages_in_nodes": counts["pages_nodes"],
     }
     print(f"prefill_tokens_per_shared_token {figures['prefill_tokens_per_shared_token']} (must be 1.0)")
     print(json.dumps(figures))

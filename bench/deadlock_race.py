@@ -53,15 +53,22 @@ def one(shape: str, seed: int) -> Race:
     """One seed of one shape; a violation is said on stderr with the way to run it again."""
     outcome = Simulation(load(shape), seed).run()
     if outcome.violation is not None:
-        print(f"{shape}: {outcome.violation}\n  again: python -m tests.simulation {shape} --seed {seed} --seeds 1",
-              file=sys.stderr)
+        print(
+            f"{shape}: {outcome.violation}\n  again: python -m tests.simulation {shape} --seed {seed} --seeds 1",
+            file=sys.stderr,
+        )
     known = outcome.wedged or bool(outcome.leaked_pages) or bool(outcome.broken_firm_leases)
     return Race(
-        seeds=1, wedges=int(outcome.wedged), leaked_pages=outcome.leaked_pages,
+        seeds=1,
+        wedges=int(outcome.wedged),
+        leaked_pages=outcome.leaked_pages,
         broken_firm_leases=outcome.broken_firm_leases,
-        other_violations=int(outcome.violation is not None and not known), firm_leases_granted=outcome.firm_granted,
-        turns=outcome.turns, preempted=outcome.marks["preempted"] + outcome.marks["preempted-in-flight"],
-        resumed_after_eviction=outcome.marks["recomputed"] + outcome.marks["resumed-from-host"], events=outcome.events,
+        other_violations=int(outcome.violation is not None and not known),
+        firm_leases_granted=outcome.firm_granted,
+        turns=outcome.turns,
+        preempted=outcome.marks["preempted"] + outcome.marks["preempted-in-flight"],
+        resumed_after_eviction=outcome.marks["recomputed"] + outcome.marks["resumed-from-host"],
+        events=outcome.events,
     )
 
 
@@ -92,9 +99,12 @@ def main() -> None:
     for shape in SHAPES:
         started = time.monotonic()
         found = race(shape, range(options.first, options.first + options.seeds), options.processes)
-        print(f"{shape:16} {found.seeds} seeds, {found.turns} turns, {found.firm_leases_granted} firm leases, "
-              f"{found.preempted} preemptions, {found.resumed_after_eviction} resumes after eviction, "
-              f"{found.events} events in {time.monotonic() - started:.0f} s", flush=True)
+        print(
+            f"{shape:16} {found.seeds} seeds, {found.turns} turns, {found.firm_leases_granted} firm leases, "
+            f"{found.preempted} preemptions, {found.resumed_after_eviction} resumes after eviction, "
+            f"{found.events} events in {time.monotonic() - started:.0f} s",
+            flush=True,
+        )
         total.add(found)
     for name in (*TARGETS, "other_violations"):
         value = getattr(total, name)

@@ -28,10 +28,10 @@ from agentspeed_engine.exec.worker import Worker
 from agentspeed_engine.ids import LinkId, pages_for
 from agentspeed_engine.protocol.messages import Close, Command, Fork, Forked, Generate, Open, Opened, Outgoing
 from agentspeed_engine.protocol.token_ids import pack_ids
-from agentspeed_engine.run.options import EngineOptions, build
 from agentspeed_engine.sched.core import Core
-from tests.engine_client import engine
-from tools.random_checkpoint import make_checkpoint
+from agentspeed_engine.serve.options import EngineOptions, build
+from tests.support.engine_client import engine
+from tests.support.random_checkpoint import make_checkpoint
 
 LINK = LinkId(1)
 SHORT, LONG = 1024, 32 * 1024
@@ -46,17 +46,28 @@ def main() -> None:
         memory = shared_memory(checkpoint, Path(scratch), options)
     figures: dict[str, float] = {**times, **memory}
     ratio = times["fork_us_32k"] / times["fork_us_1k"]
-    print(f"fork_us_1k {times['fork_us_1k']:.1f}, fork_us_32k {times['fork_us_32k']:.1f} (must be <= 100), "
-          f"ratio {ratio:.2f} (must be <= 1.3)")
-    print(f"pages_copied_per_child {memory['pages_copied_per_child']} (must be <= 1), "
-          f"branch_memory_ratio {memory['branch_memory_ratio']} (must be <= 1.0)")
+    print(
+        f"fork_us_1k {times['fork_us_1k']:.1f}, fork_us_32k {times['fork_us_32k']:.1f} (must be <= 100), "
+        f"ratio {ratio:.2f} (must be <= 1.3)"
+    )
+    print(
+        f"pages_copied_per_child {memory['pages_copied_per_child']} (must be <= 1), "
+        f"branch_memory_ratio {memory['branch_memory_ratio']} (must be <= 1.0)"
+    )
     print(json.dumps({**figures, "fork_ratio_32k_1k": round(ratio, 3)}))
 
 
 def fork_times(checkpoint: Path, options: argparse.Namespace) -> dict[str, float]:
     """Median microseconds of one fork of a branch of 1 k and of 32 k tokens, taken in turns."""
-    built = build(EngineOptions(model=str(checkpoint), pages=2 * LONG // 64, context_limit=LONG + 64,
-                                threads=options.threads, prefill_chunk=1024))
+    built = build(
+        EngineOptions(
+            model=str(checkpoint),
+            pages=2 * LONG // 64,
+            context_limit=LONG + 64,
+            threads=options.threads,
+            prefill_chunk=1024,
+        )
+    )
     core, worker = Core(built.core), Worker(CpuExecutor(built.model, built.vocabulary))
     draw = random.Random(options.seed)
     branches = {}
@@ -96,8 +107,10 @@ def shared_memory(checkpoint: Path, scratch: Path, options: argparse.Namespace) 
         front.generate(trunk, max_tokens=0)
         before = front.counts()
         children = front.fork(trunk, options.children)
-        turns = [front.start(child, suffix, max_tokens=options.drawn)
-                 for child, suffix in zip(children, suffixes, strict=True)]
+        turns = [
+            front.start(child, suffix, max_tokens=options.drawn)
+            for child, suffix in zip(children, suffixes, strict=True)
+        ]
         front.finish(*turns)
         after = front.counts()
     page = 64

@@ -8,7 +8,6 @@ products over 4.3 GB of weights; it runs alone, beside copies in streams of thei
 in its own stream first. Without a GPU only the count of wrong pages means something. The last line is JSON.
 """
 
-
 from __future__ import annotations
 
 import argparse
@@ -46,8 +45,11 @@ def main() -> None:
     arena = HostArena([pool], BATCH)
     made = time.perf_counter() - started
     figures: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if ON_GPU else "CPU", "page_bytes": PAGE_BYTES, "pages": BATCH,
-        "arena_seconds": round(made, 2), "wrong_pages": wrong_pages(pool, arena, repeats),
+        "device": torch.cuda.get_device_name() if ON_GPU else "CPU",
+        "page_bytes": PAGE_BYTES,
+        "pages": BATCH,
+        "arena_seconds": round(made, 2),
+        "wrong_pages": wrong_pages(pool, arena, repeats),
         **throughput(pool, arena, repeats),
     }
     if ON_GPU:
@@ -96,10 +98,12 @@ def throughput(pool: torch.Tensor, arena: HostArena, repeats: int) -> dict[str, 
                 seconds[name].append(time.perf_counter() - started)
     rates = {name: BATCH * PAGE_BYTES / median(taken) / 1e9 for name, taken in seconds.items()}
     spread = {name: (max(taken) - min(taken)) / median(taken) for name, taken in seconds.items()}
-    return {"save_of_limit": round(rates["save"] / rates["plain_save"], 3),
-            "load_of_limit": round(rates["load"] / rates["plain_load"], 3),
-            **{f"{name}_gb_s": round(rate, 1) for name, rate in rates.items()},
-            "spread": {name: round(share, 3) for name, share in spread.items()}}
+    return {
+        "save_of_limit": round(rates["save"] / rates["plain_save"], 3),
+        "load_of_limit": round(rates["load"] / rates["plain_load"], 3),
+        **{f"{name}_gb_s": round(rate, 1) for name, rate in rates.items()},
+        "spread": {name: round(share, 3) for name, share in spread.items()},
+    }
 
 
 def milliseconds_beside_a_long_step(pool: torch.Tensor, arena: HostArena) -> dict[str, float]:
@@ -114,8 +118,10 @@ def milliseconds_beside_a_long_step(pool: torch.Tensor, arena: HostArena) -> dic
     thread.join()
     copied = time.perf_counter() - started
     wait()
-    return {"copy_ms_in_a_long_step": round(copied * 1e3, 2),
-            "long_step_ms": round((time.perf_counter() - started) * 1e3, 1)}
+    return {
+        "copy_ms_in_a_long_step": round(copied * 1e3, 2),
+        "long_step_ms": round((time.perf_counter() - started) * 1e3, 1),
+    }
 
 
 def slowdown(pool: torch.Tensor, arena: HostArena, repeats: int) -> dict[str, Any]:
@@ -157,10 +163,13 @@ def slowdown(pool: torch.Tensor, arena: HostArena, repeats: int) -> dict[str, An
         seconds["same"] += steps(same_stream)
         wait()
     alone = median(seconds["alone"])
-    return {"step_ms": round(alone * 1e3, 3), "step_slowdown": round(median(seconds["own"]) / alone, 3),
-            "beside_gb_s": round(copied * PAGE_BYTES / copying / 1e9, 1),
-            "step_slowdown_same_stream": round(median(seconds["same"]) / alone, 3),
-            "same_stream_pages_a_step": 16}
+    return {
+        "step_ms": round(alone * 1e3, 3),
+        "step_slowdown": round(median(seconds["own"]) / alone, 3),
+        "beside_gb_s": round(copied * PAGE_BYTES / copying / 1e9, 1),
+        "step_slowdown_same_stream": round(median(seconds["same"]) / alone, 3),
+        "same_stream_pages_a_step": 16,
+    }
 
 
 @contextmanager

@@ -35,16 +35,16 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "kernels"), str(ROOT / "tools")]
+sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "kernels")]
 
 import anyio
-from nano_tasks import NO_TOOL, Task, check_answer, check_calls, check_json, check_puzzle, held_out
 
 from agentspeed import Engine, Schema
 from agentspeed.errors import OutputError
 from agentspeed.messages import ToolMessage
 from agentspeed.search import Budget, Found, Node, best_of_n, tree_of_thought
 from agentspeed.tools import Bounds, Tool, declared_tool
+from tools.nano.tasks import NO_TOOL, Task, check_answer, check_calls, check_json, check_puzzle, held_out
 
 MUST = {"tool_call_exact": 0.95, "tool_answer_exact": 0.9, "json_valid": 1.0, "search_tokens_ratio": 2.0}
 GREEDY_BAND = (0.2, 0.5)
@@ -121,8 +121,10 @@ async def tool_task(engine: Engine, task: Task) -> tuple[bool, bool]:
         if not calls or reply.text or not check_calls(calls, task):
             return False, False
         said = [str(message["content"]) for message in task.messages if message["role"] == "tool"]
-        results = [ToolMessage(call_id=call.id, name=call.name, text=text)
-                   for call, text in zip(reply.tool_calls, said, strict=True)]
+        results = [
+            ToolMessage(call_id=call.id, name=call.name, text=text)
+            for call, text in zip(reply.tool_calls, said, strict=True)
+        ]
         answer = await s.generate(results, max_tokens=256)
         return True, check_answer(answer.text, task)
 
@@ -148,7 +150,10 @@ async def json_task(engine: Engine, task: Task) -> tuple[bool, bool]:
 def fits(value: Any, schema: dict[str, Any]) -> bool:
     """Whether a value has exactly the schema's keys and types: checked without the grammar that made it."""
     kinds: dict[str, tuple[type, ...]] = {
-        "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,),
+        "string": (str,),
+        "integer": (int,),
+        "number": (int, float),
+        "boolean": (bool,),
     }
     if not isinstance(value, dict) or set(value) != set(schema["properties"]):
         return False
@@ -171,9 +176,16 @@ async def greedy(engine: Engine, task: Task) -> bool:
 async def whole_answers(engine: Engine, task: Task, tries: int) -> Found:
     """A verifier of steps ends a branch as soon as it is lost."""
     async with engine.session(seed=0) as s:
-        return await best_of_n(s, asked(task), n=tries, score=lambda node: float(solves(node.whole, task)),
-                               solved_at=1.0, keep=lambda text: sound(text.rpartition(",")[0], task), max_tokens=64,
-                               temperature=1.3)
+        return await best_of_n(
+            s,
+            asked(task),
+            n=tries,
+            score=lambda node: float(solves(node.whole, task)),
+            solved_at=1.0,
+            keep=lambda text: sound(text.rpartition(",")[0], task),
+            max_tokens=64,
+            temperature=1.3,
+        )
 
 
 async def step_by_step(engine: Engine, task: Task, tries: int) -> Found:
@@ -189,8 +201,18 @@ async def step_by_step(engine: Engine, task: Task, tries: int) -> Found:
         return 0.5
 
     async with engine.session(seed=0) as s:
-        return await tree_of_thought(s, asked(task), branching=4, depth=3, score=score, least=0.5, stop=",",
-                                     solved_at=1.0, budget=Budget(branches=tries), max_tokens=32)
+        return await tree_of_thought(
+            s,
+            asked(task),
+            branching=4,
+            depth=3,
+            score=score,
+            least=0.5,
+            stop=",",
+            solved_at=1.0,
+            budget=Budget(branches=tries),
+            max_tokens=32,
+        )
 
 
 def sound(text: str, task: Task) -> bool:
@@ -224,25 +246,41 @@ async def measure(model: Path | None, count: int, tries: int, seed: int) -> Scor
     started = time.perf_counter()
     async with Engine(model) as engine:
         tools = await each(held_out("tool", count, seed), lambda task: tool_task(engine, task), AT_ONCE)
-        print(f"tools: {share([calls for calls, _ in tools])} calls, {share([both for _, both in tools])} answers",
-              flush=True)
+        print(
+            f"tools: {share([calls for calls, _ in tools])} calls, {share([both for _, both in tools])} answers",
+            flush=True,
+        )
         refused = await each(held_out("refuse", count, seed), lambda task: refusal(engine, task), AT_ONCE)
         shaped = await each(held_out("json", count, seed), lambda task: json_task(engine, task), AT_ONCE)
-        print(f"refusals: {share(refused)}, json: {share([ok for ok, _ in shaped])} valid, "
-              f"{share([ok for _, ok in shaped])} exact", flush=True)
+        print(
+            f"refusals: {share(refused)}, json: {share([ok for ok, _ in shaped])} valid, "
+            f"{share([ok for _, ok in shaped])} exact",
+            flush=True,
+        )
         puzzles = held_out("puzzle", count, seed)
         once = await each(puzzles, lambda task: greedy(engine, task), AT_ONCE)
         wide = await each(puzzles, lambda task: whole_answers(engine, task, tries), 4)
         deep = await each(puzzles, lambda task: step_by_step(engine, task, tries), 4)
-        print(f"puzzles: {share(once)} greedy, {share([one.score == 1.0 for one in wide])} by search, "
-              f"{share([one.score == 1.0 for one in deep])} step by step", flush=True)
+        print(
+            f"puzzles: {share(once)} greedy, {share([one.score == 1.0 for one in wide])} by search, "
+            f"{share([one.score == 1.0 for one in deep])} step by step",
+            flush=True,
+        )
     return Scores(
-        tool_call_exact=share([calls for calls, _ in tools]), tool_answer_exact=share([both for _, both in tools]),
-        refuse_exact=share(refused), json_valid=share([ok for ok, _ in shaped]),
-        json_exact=share([ok for _, ok in shaped]), puzzle_greedy=share(once),
-        puzzle_search=share([one.score == 1.0 for one in wide]), search_tokens_ratio=ratio(wide),
-        puzzle_steps=share([one.score == 1.0 for one in deep]), steps_tokens_ratio=ratio(deep),
-        tasks=count, seed=seed, tries=tries, seconds=round(time.perf_counter() - started, 1),
+        tool_call_exact=share([calls for calls, _ in tools]),
+        tool_answer_exact=share([both for _, both in tools]),
+        refuse_exact=share(refused),
+        json_valid=share([ok for ok, _ in shaped]),
+        json_exact=share([ok for _, ok in shaped]),
+        puzzle_greedy=share(once),
+        puzzle_search=share([one.score == 1.0 for one in wide]),
+        search_tokens_ratio=ratio(wide),
+        puzzle_steps=share([one.score == 1.0 for one in deep]),
+        steps_tokens_ratio=ratio(deep),
+        tasks=count,
+        seed=seed,
+        tries=tries,
+        seconds=round(time.perf_counter() - started, 1),
     )
 
 

@@ -13,7 +13,7 @@ from agentspeed_engine.protocol.messages import Close, Generate, Open, Opened, T
 from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.sched.core import Core
 from agentspeed_engine.sched.plan import Drawn, StepPlan, StepResult
-from agentspeed_engine.sched.world import Out
+from agentspeed_engine.sched.state import Out
 from bench.pauses_workload import CONTEXT_LIMIT, Agent, Trace, Turn, live_tokens
 
 LINK = LinkId(1)

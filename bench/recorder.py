@@ -24,11 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "engine"))
 from agentspeed_engine.ids import LinkId, pages_for
 from agentspeed_engine.protocol.messages import Generate, Open, Opened
 from agentspeed_engine.protocol.token_ids import pack_ids
-from agentspeed_engine.run.recording import RecordingOrder, Tape
 from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.sched.core import Core
 from agentspeed_engine.sched.plan import Drawn, StepPlan, StepResult
 from agentspeed_engine.sched.recorder import RecordedCore
+from agentspeed_engine.serve.recording import RecordingOrder, Tape
 
 VOCABULARY, PAGE, LINK, STEPS_A_TURN, SECONDS = 32_000, 64, LinkId(1), 8, 0.03
 
@@ -79,8 +79,14 @@ def measured(branches: int, context: int, rounds: int, folder: Path) -> dict[str
     draw = random.Random(0)
     prompts = [pack_ids([draw.randrange(VOCABULARY) for _ in range(context)]) for _ in range(branches)]
     steps = rounds * STEPS_A_TURN
-    config = CoreConfig(pages=branches * pages_for(context + steps + 64, PAGE) + 1024, firm_pages=0,
-                        context_limit=65_536, vocab_size=VOCABULARY, page_tokens=PAGE, prefill_chunk=8192)
+    config = CoreConfig(
+        pages=branches * pages_for(context + steps + 64, PAGE) + 1024,
+        firm_pages=0,
+        context_limit=65_536,
+        vocab_size=VOCABULARY,
+        page_tokens=PAGE,
+        prefill_chunk=8192,
+    )
     plain, recorded = Side(config, None), Side(config, folder)
     for side in (plain, recorded):
         side.begin(prompts)
@@ -101,12 +107,17 @@ def measured(branches: int, context: int, rounds: int, folder: Path) -> dict[str
     recorded.tape.close()
     most = int(0.99 * steps)
     return {
-        "plain_us_p50": statistics.median(plain.micros), "recorded_us_p50": statistics.median(recorded.micros),
-        "plain_us_p99": sorted(plain.micros)[most], "recorded_us_p99": sorted(recorded.micros)[most],
-        "plain_us_mean": statistics.fmean(plain.micros), "recorded_us_mean": statistics.fmean(recorded.micros),
+        "plain_us_p50": statistics.median(plain.micros),
+        "recorded_us_p50": statistics.median(recorded.micros),
+        "plain_us_p99": sorted(plain.micros)[most],
+        "recorded_us_p99": sorted(recorded.micros)[most],
+        "plain_us_mean": statistics.fmean(plain.micros),
+        "recorded_us_mean": statistics.fmean(recorded.micros),
         "ratio_p50": statistics.median(recorded.micros) / statistics.median(plain.micros),
         "added_us_mean": statistics.fmean(recorded.micros) - statistics.fmean(plain.micros),
-        "bytes_a_step": written / steps, "head_ms": 1000 * head, "head_mb": head_bytes / 1e6,
+        "bytes_a_step": written / steps,
+        "head_ms": 1000 * head,
+        "head_mb": head_bytes / 1e6,
     }
 
 
@@ -119,11 +130,13 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             one = measured(branches, context, options.rounds, Path(folder))
         figures[f"{branches}x{context}"] = {name: round(value, 3) for name, value in one.items()}
-        print(f"{branches:3} branches at {context:6} tokens: a step {one['plain_us_p50']:.0f} us, recorded "
-              f"{one['recorded_us_p50']:.0f} us ({one['ratio_p50']:.2f} times; p99 {one['plain_us_p99']:.0f} and "
-              f"{one['recorded_us_p99']:.0f}), mean {one['added_us_mean']:.0f} us more, "
-              f"{one['bytes_a_step']:.0f} bytes; a new segment takes {one['head_ms']:.0f} ms and "
-              f"{one['head_mb']:.1f} MB")
+        print(
+            f"{branches:3} branches at {context:6} tokens: a step {one['plain_us_p50']:.0f} us, recorded "
+            f"{one['recorded_us_p50']:.0f} us ({one['ratio_p50']:.2f} times; p99 {one['plain_us_p99']:.0f} and "
+            f"{one['recorded_us_p99']:.0f}), mean {one['added_us_mean']:.0f} us more, "
+            f"{one['bytes_a_step']:.0f} bytes; a new segment takes {one['head_ms']:.0f} ms and "
+            f"{one['head_mb']:.1f} MB"
+        )
     print(json.dumps(figures))
 
 

@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "kernels")]
 
 from agentspeed_engine.protocol.messages import TurnUsage
-from tests.engine_client import Front, engine
-from tools.random_checkpoint import make_checkpoint
+from tests.support.engine_client import Front, engine
+from tests.support.random_checkpoint import make_checkpoint
 
 
 def main() -> None:
@@ -37,8 +37,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = make_checkpoint(config, Path(scratch) / "model")
         pages = 3 * (options.context + options.new) // 64 + 64
-        with engine(Path(scratch), model=str(checkpoint), pages=pages, threads=options.threads,
-                    context_limit=options.context + 2 * options.new * (options.repeats + 2)) as process:
+        with engine(
+            Path(scratch),
+            model=str(checkpoint),
+            pages=pages,
+            threads=options.threads,
+            context_limit=options.context + 2 * options.new * (options.repeats + 2),
+        ) as process:
             front = process.connect()
             session = front.open(ids)
             front.generate(session, max_tokens=0)
@@ -59,13 +64,19 @@ def main() -> None:
                 front.end(fresh)
                 print(f"repeat {repeat}: resume {resumes[-1] * 1e3:.1f} ms, full prefill {fulls[-1] * 1e3:.0f} ms")
     figures = {
-        "recomputed_tokens": recomputed, "ttft_ratio": round(min(fulls) / min(resumes), 1),
+        "recomputed_tokens": recomputed,
+        "ttft_ratio": round(min(fulls) / min(resumes), 1),
         "ttft_ratio_median": round(statistics.median(fulls) / statistics.median(resumes), 1),
-        "resume_ms": round(min(resumes) * 1e3, 1), "prefill_ms": round(min(fulls) * 1e3, 1),
-        "context": options.context, "new": options.new, "threads": options.threads,
+        "resume_ms": round(min(resumes) * 1e3, 1),
+        "prefill_ms": round(min(fulls) * 1e3, 1),
+        "context": options.context,
+        "new": options.new,
+        "threads": options.threads,
     }
-    print(f"recomputed_tokens {figures['recomputed_tokens']} (must be 0), "
-          f"ttft_ratio {figures['ttft_ratio']} (must be >= 15)")
+    print(
+        f"recomputed_tokens {figures['recomputed_tokens']} (must be 0), "
+        f"ttft_ratio {figures['ttft_ratio']} (must be >= 15)"
+    )
     print(json.dumps(figures))
 
 

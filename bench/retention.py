@@ -58,10 +58,20 @@ class Run:
 
     def __init__(self, workload: Workload, policy: str, host_sessions: int) -> None:
         slots = host_sessions * pages_for(FULL, PAGE)
-        self.core = Core(CoreConfig(
-            pages=ROOM * pages_for(FULL, PAGE), context_limit=65_536, vocab_size=2**32, page_tokens=PAGE,
-            prefill_chunk=8192, firm_pages=0, host_slots=slots, policy=policy,
-            copy_seconds_per_token=COPY_SECONDS, recompute_seconds_per_token=TOKEN_SECONDS))
+        self.core = Core(
+            CoreConfig(
+                pages=ROOM * pages_for(FULL, PAGE),
+                context_limit=65_536,
+                vocab_size=2**32,
+                page_tokens=PAGE,
+                prefill_chunk=8192,
+                firm_pages=0,
+                host_slots=slots,
+                policy=policy,
+                copy_seconds_per_token=COPY_SECONDS,
+                recompute_seconds_per_token=TOKEN_SECONDS,
+            )
+        )
         self.clock = VirtualClock()
         self.workload = workload
         self.ids = random.Random(workload.sessions)
@@ -122,8 +132,12 @@ def belady(workload: Workload) -> float:
             resumed += resident.get(session, 0)
         resident[session] = size[session]
         while sum(pages_for(tokens, PAGE) for tokens in resident.values()) > room:
-            del resident[max((other for other in resident if other != session),
-                             key=lambda other: _next(workload.order, other, now))]
+            del resident[
+                max(
+                    (other for other in resident if other != session),
+                    key=lambda other: _next(workload.order, other, now),
+                )
+            ]
     return resumed / sent
 
 
@@ -144,8 +158,11 @@ def main() -> None:
         host = Run(workload, "next_use", 24).hit()
         regrets.append(best - ours)
         print(f"{sessions:8}  in turn    {ours:6.3f} {least:6.3f}  {best:6.3f} {host:38.3f}", flush=True)
-        figures |= {f"hit_{sessions}_roundrobin": ours, f"lru_{sessions}_roundrobin": least,
-                    f"hit_{sessions}_host": host}
+        figures |= {
+            f"hit_{sessions}_roundrobin": ours,
+            f"lru_{sessions}_roundrobin": least,
+            f"hit_{sessions}_host": host,
+        }
         random_ours, random_lru, random_best = [], [], []
         for seed in range(options.seeds):
             workload = permuted(sessions, seed)
@@ -155,11 +172,18 @@ def main() -> None:
         ours, least, best = map(statistics.fmean, (random_ours, random_lru, random_best))
         host = Run(permuted(sessions, 0), "next_use", 24).hit()
         print(f"{sessions:8}  permuted   {ours:6.3f} {least:6.3f}  {best:6.3f} {host:38.3f}", flush=True)
-        figures |= {f"hit_{sessions}_random": ours, f"lru_{sessions}_random": least,
-                    f"hit_{sessions}_random_host": host}
+        figures |= {
+            f"hit_{sessions}_random": ours,
+            f"lru_{sessions}_random": least,
+            f"hit_{sessions}_random_host": host,
+        }
     figures["regret_max_roundrobin"] = max(regrets)
-    targets = (("hit_16_roundrobin", ">=", 0.68), ("regret_max_roundrobin", "<=", 0.06), ("hit_16_random", ">=", 0.66),
-               ("hit_16_host", ">=", 0.98))
+    targets = (
+        ("hit_16_roundrobin", ">=", 0.68),
+        ("regret_max_roundrobin", "<=", 0.06),
+        ("hit_16_random", ">=", 0.66),
+        ("hit_16_host", ">=", 0.98),
+    )
     for name, sign, bound in targets:
         met = figures[name] >= bound if sign == ">=" else figures[name] <= bound
         print(f"{name:22} {figures[name]:6.3f}   must be {sign} {bound}   {'met' if met else 'MISSED'}")

@@ -63,15 +63,26 @@ class Driven:
     """A core whose steps and copies are carried out at once, without any work."""
 
     def __init__(self, timed: Timed, **options: int) -> None:
-        self.core = Core(CoreConfig(vocab_size=VOCABULARY, page_tokens=PAGE, copy_seconds_per_token=1e-6,
-                                    recompute_seconds_per_token=1e-4, max_sessions=4096, **options))
+        self.core = Core(
+            CoreConfig(
+                vocab_size=VOCABULARY,
+                page_tokens=PAGE,
+                copy_seconds_per_token=1e-6,
+                recompute_seconds_per_token=1e-4,
+                max_sessions=4096,
+                **options,
+            )
+        )
         self.timed = timed
         self.now = 0.0
         self.draw = random.Random(0)
 
     def open(self, tokens: int, number: int) -> int:
-        command = Open(request=1, ids=pack_ids(self.draw.choices(range(VOCABULARY), k=tokens)),
-                       tenant=TENANTS[number % len(TENANTS)])
+        command = Open(
+            request=1,
+            ids=pack_ids(self.draw.choices(range(VOCABULARY), k=tokens)),
+            tenant=TENANTS[number % len(TENANTS)],
+        )
         reply = self.timed("handle_open", partial(self.core.handle, LINK, command, self.now))[0][1]
         assert isinstance(reply, Opened), reply
         return reply.branch
@@ -100,8 +111,13 @@ class Driven:
         """One turn, then a pause for a tool; every eighth asks for its rows to be kept firmly."""
         self.start(branch, most=1)
         self.until_idle()
-        expected = Expect(request=1, branch=branch, seconds=self.draw.uniform(1.0, 900.0),
-                          keep="firm" if number % 8 == 0 else "soft", tool=TOOLS[number % len(TOOLS)])
+        expected = Expect(
+            request=1,
+            branch=branch,
+            seconds=self.draw.uniform(1.0, 900.0),
+            keep="firm" if number % 8 == 0 else "soft",
+            tool=TOOLS[number % len(TOOLS)],
+        )
         replies = self.core.handle(LINK, expected, self.now)
         assert any(isinstance(message, LeaseAnswer) for _, message in replies), replies
 
@@ -117,8 +133,15 @@ def decoding(timed: Timed, steps: int, branches: int, waiting: int) -> dict[str,
     paused_pages = PAUSED * pages_for(PAUSED_TOKENS + 2, PAGE)
     # Room for the running branches, what rests, and two of the prompts: the others wait while those are computed.
     pages = (branches + 2) * per_branch + paused_pages
-    driven = Driven(timed, pages=pages, firm_pages=paused_pages // 4, host_slots=2 * paused_pages, context_limit=LIMIT,
-                    prefill_chunk=8192, tenant_pages=pages // len(TENANTS) + per_branch)
+    driven = Driven(
+        timed,
+        pages=pages,
+        firm_pages=paused_pages // 4,
+        host_slots=2 * paused_pages,
+        context_limit=LIMIT,
+        prefill_chunk=8192,
+        tenant_pages=pages // len(TENANTS) + per_branch,
+    )
     core = driven.core
     for number in range(PAUSED):
         branch = driven.open(PAUSED_TOKENS, number)
@@ -146,8 +169,15 @@ def decoding(timed: Timed, steps: int, branches: int, waiting: int) -> dict[str,
 
 def resting(timed: Timed) -> dict[str, float]:
     """`plan` while eight prompts of 6000 tokens take, and then draw on, the pages of many sessions at rest."""
-    driven = Driven(timed, pages=RESTING_PAGES, firm_pages=RESTING_PAGES // 16, host_slots=40_000, context_limit=20_000,
-                    prefill_chunk=8192, tenant_pages=RESTING_PAGES // 2)
+    driven = Driven(
+        timed,
+        pages=RESTING_PAGES,
+        firm_pages=RESTING_PAGES // 16,
+        host_slots=40_000,
+        context_limit=20_000,
+        prefill_chunk=8192,
+        tenant_pages=RESTING_PAGES // 2,
+    )
     for number in range(RESTING):
         driven.rest(driven.open(RESTING_TOKENS, number), number)
     for number in range(8):
@@ -166,18 +196,24 @@ def main() -> None:
     options = parser.parse_args()
     timed = Timed()
     facts = decoding(timed, options.steps, options.branches, options.waiting)
-    applied = {"apply_us_p50": timed.quantile("apply", 0.5), "apply_us_p99": timed.quantile("apply", 0.99),
-               "handle_open_50k_us_p50": timed.quantile("handle_open", 0.5),
-               "handle_generate_us_p50": timed.quantile("handle_generate", 0.5)}
+    applied = {
+        "apply_us_p50": timed.quantile("apply", 0.5),
+        "apply_us_p99": timed.quantile("apply", 0.99),
+        "handle_open_50k_us_p50": timed.quantile("handle_open", 0.5),
+        "handle_generate_us_p50": timed.quantile("handle_generate", 0.5),
+    }
     facts |= resting(timed)
     figures = {
-        "plan_us_p50": timed.quantile("plan", 0.5), "plan_us_p99": timed.quantile("plan", 0.99),
+        "plan_us_p50": timed.quantile("plan", 0.5),
+        "plan_us_p99": timed.quantile("plan", 0.99),
         "plan_cpu_us_p99": timed.quantile("plan_cpu", 0.99),
         "plan_us_waiting": timed.quantile("plan_waiting", 0.5),
         "plan_us_resting_p99": timed.quantile("plan_resting", 0.99),
         "plan_cpu_us_resting_p99": timed.quantile("plan_resting_cpu", 0.99),
         "plan_us_resting_max": timed.quantile("plan_resting", 1.0),
-        **applied, **facts, "spread_plan_us": round(statistics.pstdev(timed.samples["plan"]), 1),
+        **applied,
+        **facts,
+        "spread_plan_us": round(statistics.pstdev(timed.samples["plan"]), 1),
     }
     targets = {"plan_us_p50": 500, "plan_us_p99": 2000, "plan_us_waiting": 1000, "plan_us_resting_p99": 2000}
     for name, most in targets.items():

@@ -20,14 +20,14 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "kernels"), str(ROOT / "tools")]
+sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "kernels")]
 
 import anyio
-from random_checkpoint import make_checkpoint
 
 from agentspeed import Session
 from agentspeed_engine.protocol import messages as wire
 from agentspeed_engine.protocol.frames import encode_command, outbox_reader
+from tests.support.random_checkpoint import make_checkpoint
 
 
 async def client(folder: Path, turns: int, tokens: list[int]) -> None:
@@ -65,8 +65,9 @@ def probe(path: str) -> None:
 
 
 def started_probe(path: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, __file__, "--probe", str(path)], text=True,
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, __file__, "--probe", str(path)], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
 
 
 async def measure(folder: Path, sessions: int, turns: int, path: Path) -> dict[str, float]:
@@ -82,8 +83,11 @@ async def measure(folder: Path, sessions: int, turns: int, path: Path) -> dict[s
     waited: list[int] = json.loads(commands.communicate("over\n", timeout=10)[0])
     return {
         "client_us_per_token": round(cpu / sum(tokens) * 1e6, 1),
-        "steps_waited_by_commands": statistics.median(waited), "steps_waited_max": max(waited),
-        "tokens": sum(tokens), "tokens_per_second": round(sum(tokens) / wall), "commands": 2 * len(waited),
+        "steps_waited_by_commands": statistics.median(waited),
+        "steps_waited_max": max(waited),
+        "tokens": sum(tokens),
+        "tokens_per_second": round(sum(tokens) / wall),
+        "commands": 2 * len(waited),
     }
 
 
@@ -101,19 +105,34 @@ def main() -> None:
         folder = make_checkpoint(json.loads((ROOT / "bench/models/tiny.json").read_text()), Path(scratch) / "tiny")
         socket_path = Path(scratch) / "engine.sock"
         engine = subprocess.Popen(
-            [sys.executable, "-m", "agentspeed_engine.run", "--socket", str(socket_path),
-             "--options", json.dumps({"model": "noop:512:2", "pages": 4096, "context_limit": 4096})],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONPATH": f"{ROOT / 'engine'}:{ROOT / 'kernels'}"})
+            [
+                sys.executable,
+                "-m",
+                "agentspeed_engine.serve",
+                "--socket",
+                str(socket_path),
+                "--options",
+                json.dumps({"model": "noop:512:2", "pages": 4096, "context_limit": 4096}),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": f"{ROOT / 'engine'}:{ROOT / 'kernels'}"},
+        )
         try:
             assert engine.stdout is not None
             while "ready" not in (line := engine.stdout.readline()):
                 assert line, "the engine did not start"
             os.environ["AGENTSPEED_ENGINE"] = str(socket_path)
             figures = anyio.run(
-                measure, folder, options.sessions, options.turns, socket_path,
+                measure,
+                folder,
+                options.sessions,
+                options.turns,
+                socket_path,
                 backend="trio" if options.backend == "trio" else "asyncio",
-                backend_options={"use_uvloop": True} if options.backend == "uvloop" else {})
+                backend_options={"use_uvloop": True} if options.backend == "uvloop" else {},
+            )
         finally:
             assert engine.stdin is not None
             engine.stdin.close()

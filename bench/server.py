@@ -25,19 +25,23 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "kernels"), str(ROOT / "tools")]
+sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "kernels")]
 
 import anyio
 import httpx
-from random_checkpoint import make_checkpoint
 
 from agentspeed import Session
 from agentspeed.history import Conversation, keys, root_key
 from agentspeed.messages import Assistant, Message, User
+from tests.support.random_checkpoint import make_checkpoint
 
 _MUST = {
-    "cpu_us_per_token": ("<=", 40), "ttfb_overhead_ms": ("<=", 5), "throughput_ratio": (">=", 0.9),
-    "kb_per_idle_session": ("<=", 64), "history_us": ("<=", 2000), "reused_share": (">=", 0.95),
+    "cpu_us_per_token": ("<=", 40),
+    "ttfb_overhead_ms": ("<=", 5),
+    "throughput_ratio": (">=", 0.9),
+    "kb_per_idle_session": ("<=", 64),
+    "history_us": ("<=", 2000),
+    "reused_share": (">=", 0.95),
 }
 
 
@@ -53,8 +57,11 @@ async def load(url: str, streams: int, tokens: int) -> None:
 
         async def one(number: int, begun: list[float] | None = None) -> int:
             drawn = 0
-            async with client.stream("POST", "/v1/chat/completions", json={
-                **body(f"go {number}", tokens), "stream_options": {"include_usage": True}}) as response:
+            async with client.stream(
+                "POST",
+                "/v1/chat/completions",
+                json={**body(f"go {number}", tokens), "stream_options": {"include_usage": True}},
+            ) as response:
                 async for line in response.aiter_lines():
                     if begun is not None and not begun and line:
                         begun.append(time.perf_counter())
@@ -164,8 +171,11 @@ async def reused_share(url: str, folder: Path, turns: int) -> tuple[float, float
     async with httpx.AsyncClient(base_url=url, timeout=60) as client:
         for number in range(turns):
             messages.append({"role": "user", "content": f"question {number}"})
-            answer = (await client.post("/v1/chat/completions", json={
-                "messages": messages, "max_tokens": 24, "temperature": 0})).json()
+            answer = (
+                await client.post(
+                    "/v1/chat/completions", json={"messages": messages, "max_tokens": 24, "temperature": 0}
+                )
+            ).json()
             messages.append({"role": "assistant", "content": answer["choices"][0]["message"]["content"]})
             cached += answer["usage"]["prompt_tokens_details"]["cached_tokens"]
             prompt += answer["usage"]["prompt_tokens"]
@@ -181,9 +191,20 @@ async def reused_share(url: str, folder: Path, turns: int) -> tuple[float, float
 # ---- one run ----------------------------------------------------------------------------------------------------
 def measured(folder: Path, streams: int, tokens: int, sessions: int) -> dict[str, float]:
     serve = subprocess.Popen(
-        [sys.executable, "-c", "from agentspeed.cli import main; main()", "serve", str(folder), "--port", "0",
-         "--idle-sessions", str(sessions + streams + 100)],
-        stderr=subprocess.PIPE, text=True)
+        [
+            sys.executable,
+            "-c",
+            "from agentspeed.cli import main; main()",
+            "serve",
+            str(folder),
+            "--port",
+            "0",
+            "--idle-sessions",
+            str(sessions + streams + 100),
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         assert serve.stderr is not None
         url = ""
@@ -192,8 +213,12 @@ def measured(folder: Path, streams: int, tokens: int, sessions: int) -> dict[str
             assert line, "the server did not start"
             if line.startswith("agentspeed serves"):
                 url = line.split()[-1]
-        client = subprocess.Popen([sys.executable, __file__, "--url", url, "--streams", str(streams), "--tokens",
-                                   str(tokens)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        client = subprocess.Popen(
+            [sys.executable, __file__, "--url", url, "--streams", str(streams), "--tokens", str(tokens)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         assert client.stdin is not None and client.stdout is not None
         first = json.loads(client.stdout.readline())["first"]
         cpu = cpu_of(serve.pid)
@@ -212,9 +237,11 @@ def measured(folder: Path, streams: int, tokens: int, sessions: int) -> dict[str
         "cpu_us_per_token": round(cpu / done["tokens"] * 1e6, 1),
         "ttfb_overhead_ms": round((first - own_first) * 1e3, 2),
         "throughput_ratio": round(done["tokens"] / done["seconds"] / own_rate, 3),
-        "kb_per_idle_session": round(kilobytes, 1), "history_us": round(history_us(), 1),
+        "kb_per_idle_session": round(kilobytes, 1),
+        "history_us": round(history_us(), 1),
         "reused_share": round(over_http / in_session, 4),
-        "tokens_per_second": round(done["tokens"] / done["seconds"]), "reused_http": round(over_http, 4),
+        "tokens_per_second": round(done["tokens"] / done["seconds"]),
+        "reused_http": round(over_http, 4),
         "reused_session": round(in_session, 4),
     }
 
@@ -233,10 +260,20 @@ def main() -> None:
         folder = make_checkpoint(json.loads((ROOT / "bench/models/tiny.json").read_text()), Path(scratch) / "tiny")
         socket_path = Path(scratch) / "engine.sock"
         engine = subprocess.Popen(
-            [sys.executable, "-m", "agentspeed_engine.run", "--socket", str(socket_path),
-             "--options", json.dumps({"model": "noop:512:2", "pages": 8192, "context_limit": 4096})],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONPATH": f"{ROOT / 'engine'}:{ROOT / 'kernels'}"})
+            [
+                sys.executable,
+                "-m",
+                "agentspeed_engine.serve",
+                "--socket",
+                str(socket_path),
+                "--options",
+                json.dumps({"model": "noop:512:2", "pages": 8192, "context_limit": 4096}),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": f"{ROOT / 'engine'}:{ROOT / 'kernels'}"},
+        )
         try:
             assert engine.stdout is not None
             while "ready" not in (line := engine.stdout.readline()):

@@ -28,7 +28,7 @@ from agentspeed_engine.models.inputs import FlatBatch, Run
 from agentspeed_engine.models.loaded import LoadedModel
 from agentspeed_kernels.cpu import native
 from agentspeed_kernels.cpu.recording import kernel_clock
-from tools.random_checkpoint import make_checkpoint
+from tests.support.random_checkpoint import make_checkpoint
 
 CONFIG = ROOT / "bench/models/v3-50m.json"
 CONTEXT, PAGE, CHUNK = 4096, 64, 512

@@ -24,7 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "kernels")]
-from agentspeed_engine.run.tuning import MALLOC
+from agentspeed_engine.serve.tuning import MALLOC
 
 NEAR_TIE = 1e-4
 """Share of the logits' spread under which the two best count as a tie in float32."""
@@ -93,7 +93,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def prepare(arguments: argparse.Namespace) -> Path:
     """The random checkpoint of the configuration, written once."""
-    from tools.random_checkpoint import make_checkpoint
+    from tests.support.random_checkpoint import make_checkpoint
 
     out = ROOT / ".checkpoints" / f"{arguments.config.stem}-{arguments.seed}"
     if not (out / "tokenizer_config.json").exists():

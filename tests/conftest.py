@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
-from tools.random_checkpoint import make_checkpoint
+from tests.support.random_checkpoint import make_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 LOOPS = {
-    "asyncio": ("asyncio", {"use_uvloop": False}), "uvloop": ("asyncio", {"use_uvloop": True}), "trio": ("trio", {}),
+    "asyncio": ("asyncio", {"use_uvloop": False}),
+    "uvloop": ("asyncio", {"use_uvloop": True}),
+    "trio": ("trio", {}),
 }
 
 

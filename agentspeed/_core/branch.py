@@ -21,7 +21,7 @@ from agentspeed import errors
 from agentspeed._base.completion import run_to_completion
 from agentspeed._core.engine_handle import EngineHandle
 from agentspeed._core.wire_values import lease_of, residence_of
-from agentspeed.front.mirror import Checkpoint, Mirror
+from agentspeed.chat.token_log import Checkpoint, TokenLog
 from agentspeed.transport.base import Connection, Sink, Then, pack_ids, unpack_ids, wire
 from agentspeed.usage import Lease, Residence
 
@@ -68,7 +68,7 @@ class Opening:
 class Branch:
     """Belongs to one event loop. `mirror` is the truth about its ids whatever happens to the engine."""
 
-    def __init__(self, engine: EngineHandle, opening: Opening, mirror: Mirror) -> None:
+    def __init__(self, engine: EngineHandle, opening: Opening, mirror: TokenLog) -> None:
         self.engine = engine
         self.opening = opening
         self.mirror = mirror
@@ -228,7 +228,8 @@ class Branch:
                 write()
 
             _ = await self._call(
-                link, lambda request: wire.Rewind(request=request, branch=self._number, tokens=point.tokens), written)
+                link, lambda request: wire.Rewind(request=request, branch=self._number, tokens=point.tokens), written
+            )
             ids = pack_ids(self.mirror.ids[point.tokens :])
             if ids:
                 _ = await self._call(link, lambda request: wire.Append(request=request, branch=self._number, ids=ids))
@@ -345,8 +346,9 @@ class Branch:
             sink(None)
 
     # ---- turns ----------------------------------------------------------------------------------------------------
-    async def begin(self, plan: Callable[[], Awaitable[wire.Generate]], sink: Sink,
-                    timeout: float | None = None) -> None:
+    async def begin(
+        self, plan: Callable[[], Awaitable[wire.Generate]], sink: Sink, timeout: float | None = None
+    ) -> None:
         """Queues a turn whose events go to `sink`. `plan` appends to the mirror and gives the command; its request,
         branch and ids are filled in here. `timeout`: the turn's; an engine that is silent is not waited for much
         longer. Nothing has changed when this raises."""

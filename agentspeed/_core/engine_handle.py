@@ -16,7 +16,7 @@ from agentspeed._base.completion import run_to_completion
 from agentspeed._base.validate import check_messages, check_text, shown
 from agentspeed._core.engine_options import EngineOptions, checked_engine_options
 from agentspeed._core.model_files import NANO, codec_of
-from agentspeed.front.codec import ChatCodec
+from agentspeed.chat.codec import ChatCodec
 from agentspeed.messages import Message
 from agentspeed.tools.threads import in_thread
 from agentspeed.transport.base import Connection, Transport, wire

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
-from agentspeed.front.codec import ChatCodec
+from agentspeed.chat.codec import ChatCodec
 
 NANO = Path(__file__).parent.parent / "models" / "nano"
 """The model that ships with the package."""

@@ -18,17 +18,17 @@ from agentspeed._base.validate import (
     shown,
 )
 from agentspeed._core.engine_options import EngineOptions
-from agentspeed.front.output import OutputSpec, output_spec
-from agentspeed.front.parser import TurnParser
-from agentspeed.front.tags import Tags
-from agentspeed.front.transcript import OpenMessage
+from agentspeed.chat.output import OutputSpec, output_spec
+from agentspeed.chat.parser import TurnParser
+from agentspeed.chat.tags import Tags
+from agentspeed.chat.transcript import OpenMessage
 from agentspeed.messages import Message, User
 from agentspeed.sampling import Sampling
 from agentspeed.tools import Tool, tools_from
 from agentspeed.transport.base import wire
 
 if TYPE_CHECKING:
-    from agentspeed.front.codec import History
+    from agentspeed.chat.codec import History
 
 Prompt: TypeAlias = "str | Message | Sequence[str | Message] | None"
 """What a turn adds before the model speaks; a string is a user's message."""
@@ -179,9 +179,7 @@ def check_session(
         )
 
 
-def build_request(
-    prompt: Prompt, output: Any, options: TurnOptions, defaults: Defaults, tags: Tags
-) -> TurnRequest:
+def build_request(prompt: Prompt, output: Any, options: TurnOptions, defaults: Defaults, tags: Tags) -> TurnRequest:
     """`tags`: the marks of the model's next message. Raises `InvalidRequest`, `SchemaUnsupported` or TypeError for what
     cannot be asked for."""
     if defaults.missing:
@@ -216,9 +214,7 @@ def build_request(
         seed=_seed(options),
         keep_on_cancel=keep,
         timeout=timeout,
-        parser=TurnParser(
-            tags, reasoning=defaults.reasoning, tools={tool.name: tool.schema for tool in tools}
-        ),
+        parser=TurnParser(tags, reasoning=defaults.reasoning, tools={tool.name: tool.schema for tool in tools}),
     )
 
 
@@ -258,7 +254,7 @@ def _grammar(
         tools, choice = defaults.tools, "none"  # the model was told about them: what this turn leaves out it forbids
     if not tools and spec is None and choice == "none":
         return None
-    from agentspeed.front.grammar import turn_grammar
+    from agentspeed.chat.grammar import turn_grammar
 
     return turn_grammar(
         tools=tools,

@@ -7,8 +7,8 @@ from typing import Final, final
 
 import anyio
 
-from agentspeed.front import transcript
-from agentspeed.front.mirror import Mirror
+from agentspeed.chat import transcript
+from agentspeed.chat.token_log import TokenLog
 from agentspeed.messages import ToolCall, ToolMessage
 
 SERVED_ELSEWHERE: Final = (
@@ -54,7 +54,7 @@ class PendingCalls:
         """The results of `calls`, all of which have arrived, in call order: they wait no more."""
         return tuple(self._results.pop(call.id) for call in calls)
 
-    def due(self, mirror: Mirror) -> list[ToolMessage]:
+    def due(self, mirror: TokenLog) -> list[ToolMessage]:
         """Results of calls that are open, in call order."""
         return [self._results[call.id] for call in transcript.unanswered(mirror) if call.id in self._results]
 
@@ -66,7 +66,7 @@ class PendingCalls:
         """The child's results take the place of these."""
         self._results = child._results
 
-    def leave(self, mirror: Mirror) -> None:
+    def leave(self, mirror: TokenLog) -> None:
         """Drops the results whose calls are open no more, and with the last of them the pause that waited for the
         others."""
         open_calls = {call.id for call in transcript.unanswered(mirror)}

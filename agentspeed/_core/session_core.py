@@ -26,10 +26,10 @@ from agentspeed._core.options import Defaults
 from agentspeed._core.pending_calls import PendingCalls
 from agentspeed._core.turn_record import TurnRecord
 from agentspeed._core.wire_values import usage_of
-from agentspeed.front import transcript
-from agentspeed.front.codec import ChatCodec
-from agentspeed.front.mirror import Checkpoint, Mirror
-from agentspeed.front.tags import Tags
+from agentspeed.chat import transcript
+from agentspeed.chat.codec import ChatCodec
+from agentspeed.chat.tags import Tags
+from agentspeed.chat.token_log import Checkpoint, TokenLog
 from agentspeed.marks import Mark
 from agentspeed.messages import Message, ToolCall, ToolMessage
 from agentspeed.transport.base import Sink, wire
@@ -64,7 +64,7 @@ class SessionCore:
         self.engine = engine
         self.system = system
         self.defaults = defaults
-        self.branch = Branch(engine, opening, Mirror()) if branch is None else branch
+        self.branch = Branch(engine, opening, TokenLog()) if branch is None else branch
         self.usage = Usage()
         self.state: State = "new" if branch is None else "open"
         self.busy: TurnRecord | str | None = None
@@ -97,7 +97,7 @@ class SessionCore:
         return self.branch.opening.label
 
     @property
-    def log(self) -> Mirror:
+    def log(self) -> TokenLog:
         """The ids and messages, as this process knows them."""
         return self.branch.mirror
 

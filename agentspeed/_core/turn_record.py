@@ -12,11 +12,11 @@ from typing import Any, final
 from agentspeed import errors, events
 from agentspeed._core.options import TurnRequest
 from agentspeed._core.wire_values import lease_of, usage_of
-from agentspeed.front.codec import ChatCodec
-from agentspeed.front.parser import CallBroken, CallDelta, CallOpened, CallReady, Piece, ReasoningPiece, TextPiece
-from agentspeed.front.stops import StopFilter
-from agentspeed.front.tokenizer import IncrementalText
-from agentspeed.front.transcript import OpenMessage
+from agentspeed.chat.codec import ChatCodec
+from agentspeed.chat.parser import CallBroken, CallDelta, CallOpened, CallReady, Piece, ReasoningPiece, TextPiece
+from agentspeed.chat.stop_filter import StopFilter
+from agentspeed.chat.tokenizer import IncrementalText
+from agentspeed.chat.transcript import OpenMessage
 from agentspeed.messages import Assistant, ToolCall
 from agentspeed.replies import Reply
 from agentspeed.transport.base import unpack_ids, wire

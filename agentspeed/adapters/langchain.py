@@ -28,8 +28,8 @@ from pydantic import ConfigDict, Field, PrivateAttr, SecretStr
 from agentspeed import errors, events
 from agentspeed.adapters.langchain_errors import public
 from agentspeed.adapters.runtime import Runtime
+from agentspeed.chat.output import Schema
 from agentspeed.engine import Engine
-from agentspeed.front.output import Schema
 from agentspeed.history import Conversation
 from agentspeed.message_formats.openai import conversation_parts, tool_definitions
 from agentspeed.message_formats.tools import declared

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from agentspeed.cli.plain import decodable, encodable
+from agentspeed.cli.terminal_text import decodable, encodable
 
 
 def main() -> None:

@@ -15,9 +15,12 @@ from agentspeed import __version__, errors
 
 EXIT_REFUSED, EXIT_BUG = 2, 70
 app = typer.Typer(
-    name="agentspeed", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    name="agentspeed",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
     help="Agent sessions on a session-aware inference engine.\n\n"
-         "Examples:  agentspeed chat  ·  agentspeed chat ./model --tools tools.py  ·  agentspeed top",
+    "Examples:  agentspeed chat  ·  agentspeed chat ./model --tools tools.py  ·  agentspeed top",
 )
 Model = Annotated[str | None, typer.Argument(help="A model folder or repository id; nothing: the shipped model.")]
 
@@ -30,8 +33,9 @@ def _show_version(asked: bool) -> None:
 
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True,
-                                          help="Print the version and end.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and end.")
+    ] = False,
 ) -> None:
     """Takes the options that no command has."""
 
@@ -61,8 +65,12 @@ def run(call: Callable[[], Awaitable[None]]) -> None:
 @app.command()
 def chat(
     model: Model = None,
-    tools: Annotated[Path | None, typer.Option(help="A Python file; its @tool functions become tools, or all its typed "
-                                                    "public ones when none has @tool.")] = None,
+    tools: Annotated[
+        Path | None,
+        typer.Option(
+            help="A Python file; its @tool functions become tools, or all its typed public ones when none has @tool."
+        ),
+    ] = None,
     system: Annotated[str | None, typer.Option(help="System text.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one answer.")] = 512,
@@ -74,7 +82,7 @@ def chat(
 
     In the chat, /help lists its commands. Lines from a pipe are answered one after the other; then the status is 2 when
     one of them failed."""
-    from agentspeed.cli.chatting import Chat
+    from agentspeed.cli.chat import Chat
 
     with reported():
         done = Chat(model, tools=tools, system=system, temperature=temperature, max_tokens=max_tokens).run()
@@ -87,8 +95,10 @@ def serve(
     model: Model = None,
     host: Annotated[str, typer.Option(help="Where to listen; other than this machine only with a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    api_key: Annotated[list[str] | None, typer.Option(
-        envvar="AGENTSPEED_API_KEY", help="SECRET, or TENANT:SECRET; may be given several times.")] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(envvar="AGENTSPEED_API_KEY", help="SECRET, or TENANT:SECRET; may be given several times."),
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="The most that one request may ask for.")] = None,
     max_requests: Annotated[int, typer.Option(min=1, help="Requests in work at once.")] = 1024,
     idle_sessions: Annotated[int, typer.Option(min=1, help="Sessions that wait to go on.")] = 256,
@@ -105,14 +115,22 @@ def serve(
     Example:  agentspeed serve ./model --port 9000 --api-key team-a:secret1 --api-key team-b:secret2
 
     Ends at Ctrl-C or SIGTERM, once running requests have ended or their time is over."""
-    from agentspeed.cli.serving import serve as served
+    from agentspeed.cli.serve import serve as served
 
     engine = {"pages": pages, "dtype": dtype, "context_limit": context, "host_slots": host_slots}
     with reported():
         served(
-            model, host=host, port=port, keys=api_key or [], engine=engine, max_tokens=max_tokens,
-            max_requests=max_requests, idle_sessions=idle_sessions, idle_seconds=idle_seconds,
-            drain_seconds=drain_seconds)
+            model,
+            host=host,
+            port=port,
+            keys=api_key or [],
+            engine=engine,
+            max_tokens=max_tokens,
+            max_requests=max_requests,
+            idle_sessions=idle_sessions,
+            idle_seconds=idle_seconds,
+            drain_seconds=drain_seconds,
+        )
 
 
 @app.command()
@@ -121,7 +139,7 @@ def demo(model: Model = None) -> None:
 
     Example:  agentspeed demo
     Example:  agentspeed demo ./model"""
-    from agentspeed.cli.demonstration import demonstrate
+    from agentspeed.cli.demo import demonstrate
 
     run(lambda: demonstrate(model))
 
@@ -132,7 +150,7 @@ def env(model: Model = None) -> None:
 
     Example:  agentspeed env
     Example:  agentspeed env ./model"""
-    from agentspeed.cli.environment import describe
+    from agentspeed.cli.env import describe
 
     async def show() -> None:
         typer.echo(describe(model))
@@ -153,7 +171,7 @@ def top(
     Example:  agentspeed top --once --json
 
     Ends at Ctrl-C with status 0; with 2 when no engine runs, with 3 when all that were watched have ended."""
-    from agentspeed.cli.watching import Top
+    from agentspeed.cli.top import Top
 
     watch = Top(socket, branches=branches, as_json=as_json)
     with reported():
@@ -166,8 +184,13 @@ def top(
 
 @app.command()
 def replay(
-    file: Annotated[Path | None, typer.Argument(help="A recording (a folder `….flight`), or one of its segments; "
-                                                "nothing: list what engines that ended badly left.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A recording (a folder `….flight`), or one of its segments; "
+            "nothing: list what engines that ended badly left."
+        ),
+    ] = None,
     step: Annotated[int | None, typer.Option(min=0, help="Stop at this step and print the whole state.")] = None,
 ) -> None:
     """Run a recorded engine run again through the scheduling core: one line of state per step.
@@ -177,8 +200,8 @@ def replay(
 
     Ends with status 0 when the replay is the recorded run; with 1 where it differs, naming step and field; with 2 for
     what is no recording."""
-    from agentspeed.cli.replaying import list_crashes
-    from agentspeed.cli.replaying import replay as replayed
+    from agentspeed.cli.replay import list_crashes
+    from agentspeed.cli.replay import replay as replayed
 
     with reported():
         status = list_crashes(step) if file is None else replayed(file, step)
@@ -195,14 +218,15 @@ def bench(
     Example:  agentspeed bench
     Example:  agentspeed bench fork --children 4
     Example:  agentspeed bench fork --help"""
-    from agentspeed.cli.benchmarks import names, start
+    from agentspeed.cli.bench import names, start
 
     if name is None:
         typer.echo("\n".join(names()) or "No benchmarks here: they are in the repository, not in the wheel.")
         return
     if name not in names():
-        typer.echo(f"There is no benchmark {name!r}. Known: {', '.join(names()) or 'none outside the repository'}.",
-                   err=True)
+        typer.echo(
+            f"There is no benchmark {name!r}. Known: {', '.join(names()) or 'none outside the repository'}.", err=True
+        )
         raise typer.Exit(EXIT_REFUSED)
     passed = options or []
     sys.exit(start(name, passed[1:] if passed[:1] == ["--"] else passed))

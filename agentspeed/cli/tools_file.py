@@ -82,10 +82,13 @@ def _loaded(path: Path) -> ModuleType:
     except SystemExit as ended:
         raise errors.InvalidRequest(
             f"{path} cannot be loaded: it ends the program (SystemExit: {ended.code}).",
-            remedy='Put what only a program does below `if __name__ == "__main__":`.') from ended
+            remedy='Put what only a program does below `if __name__ == "__main__":`.',
+        ) from ended
     except Exception as error:  # the user's own code: whatever it raises belongs into the sentence
-        raise errors.InvalidRequest(f"{path} cannot be loaded: {type(error).__name__}: {error}",
-                                    remedy=f"See that `{Path(sys.executable).name} {path}` runs.") from error
+        raise errors.InvalidRequest(
+            f"{path} cannot be loaded: {type(error).__name__}: {error}",
+            remedy=f"See that `{Path(sys.executable).name} {path}` runs.",
+        ) from error
     finally:
         with contextlib.suppress(ValueError):  # the file may have taken it off itself
             sys.path.remove(folder)

@@ -84,9 +84,11 @@ class Grower:
             return
         _ = await stem.inspect()
         if (missing := stem.residence.lost) >= tokens:
-            raise InvalidRequest(f"Budget(tokens={tokens}) is used up before a branch draws anything: "
-                                 f"the context has {missing} tokens that are not computed yet.",
-                                 remedy="Give more tokens than that, or a shorter prompt.")
+            raise InvalidRequest(
+                f"Budget(tokens={tokens}) is used up before a branch draws anything: "
+                f"the context has {missing} tokens that are not computed yet.",
+                remedy="Give more tokens than that, or a shorter prompt.",
+            )
 
     def may_grow(self) -> bool:
         """False once the search is solved or a bound is reached."""
@@ -132,10 +134,13 @@ class Grower:
             await self._session.adopt(self.root.branch)
         nodes = [node for node in self.root.walk() if node is not self.root]
         cost = Cost(
-            branches=len(nodes), pruned=sum(node.state in ("pruned", "cut") for node in nodes),
-            failed=sum(node.state == "failed" for node in nodes), tokens=self._spent,
+            branches=len(nodes),
+            pruned=sum(node.state in ("pruned", "cut") for node in nodes),
+            failed=sum(node.state == "failed" for node in nodes),
+            tokens=self._spent,
             # A try that was stopped before it could say what it took: without fork it takes what it does with it.
-            tokens_without_fork=max(self._without_fork, self._spent), seconds=anyio.current_time() - self._started,
+            tokens_without_fork=max(self._without_fork, self._spent),
+            seconds=anyio.current_time() - self._started,
         )
         found = Found(best=self.best, root=self.root, cost=cost, ended=self.ended or self._smaller or "exhausted")
         met = [node.error for node in nodes if node.error is not None]
@@ -292,8 +297,9 @@ class Grower:
         try:
             score = float(given)  # type: ignore[arg-type]
         except (TypeError, ValueError) as error:
-            raise InvalidRequest(f"score gave {given!r} for {node.whole!r}.",
-                                 remedy="Give a number; higher is better.") from error
+            raise InvalidRequest(
+                f"score gave {given!r} for {node.whole!r}.", remedy="Give a number; higher is better."
+            ) from error
         if math.isnan(score):
             raise InvalidRequest(f"score gave NaN for {node.whole!r}.", remedy="Give a number; higher is better.")
         return score

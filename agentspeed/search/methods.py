@@ -15,15 +15,35 @@ from agentspeed.session import Session
 
 
 async def best_of_n(
-    session: Session, prompt: Prompt, *, n: int, score: Score, solved_at: float | None = None,
-    keep: Keep | None = None, attempt: Attempt | None = None, budget: Budget | None = None, at_once: int = 16,
-    temperature: float = 1.0, seed: int = 0, adopt: bool = True, **options: Any,
+    session: Session,
+    prompt: Prompt,
+    *,
+    n: int,
+    score: Score,
+    solved_at: float | None = None,
+    keep: Keep | None = None,
+    attempt: Attempt | None = None,
+    budget: Budget | None = None,
+    at_once: int = 16,
+    temperature: float = 1.0,
+    seed: int = 0,
+    adopt: bool = True,
+    **options: Any,
 ) -> Found:
     """`n` whole answers side by side; the best becomes the session's. Reaching `solved_at` ends it at once."""
     _at_least_one(n=n)
-    plan = Plan(score=score, solved_at=solved_at, keep=keep, attempt=attempt,
-                budget=Budget() if budget is None else budget, at_once=at_once, temperature=temperature, seed=seed,
-                adopt=adopt, options=options)
+    plan = Plan(
+        score=score,
+        solved_at=solved_at,
+        keep=keep,
+        attempt=attempt,
+        budget=Budget() if budget is None else budget,
+        at_once=at_once,
+        temperature=temperature,
+        seed=seed,
+        adopt=adopt,
+        options=options,
+    )
 
     async def grow(grower: Grower) -> None:
         while (left := n - len(grower.root.children)) and grower.may_grow():
@@ -33,17 +53,41 @@ async def best_of_n(
 
 
 async def beam(
-    session: Session, prompt: Prompt, *, width: int, branching: int, depth: int, score: Score, stop: str = "\n",
-    solved_at: float | None = None, least: float | None = None, keep: Keep | None = None,
-    budget: Budget | None = None, at_once: int = 16, temperature: float = 1.0, seed: int = 0, adopt: bool = True,
+    session: Session,
+    prompt: Prompt,
+    *,
+    width: int,
+    branching: int,
+    depth: int,
+    score: Score,
+    stop: str = "\n",
+    solved_at: float | None = None,
+    least: float | None = None,
+    keep: Keep | None = None,
+    budget: Budget | None = None,
+    at_once: int = 16,
+    temperature: float = 1.0,
+    seed: int = 0,
+    adopt: bool = True,
     **options: Any,
 ) -> Found:
     """Step by step (a step ends at `stop`): every kept branch forks `branching` ways, the best `width` go on."""
     _at_least_one(width=width, branching=branching, depth=depth)
     check_text("stop", stop)
-    plan = Plan(score=score, solved_at=solved_at, least=least, keep=keep, stop=stop, width=width,
-                budget=Budget() if budget is None else budget, at_once=at_once, temperature=temperature, seed=seed,
-                adopt=adopt, options=options)
+    plan = Plan(
+        score=score,
+        solved_at=solved_at,
+        least=least,
+        keep=keep,
+        stop=stop,
+        width=width,
+        budget=Budget() if budget is None else budget,
+        at_once=at_once,
+        temperature=temperature,
+        seed=seed,
+        adopt=adopt,
+        options=options,
+    )
 
     async def grow(grower: Grower) -> None:
         level = [grower.root]
@@ -58,17 +102,39 @@ async def beam(
 
 
 async def tree_of_thought(
-    session: Session, prompt: Prompt, *, branching: int, depth: int, score: Score, stop: str = "\n",
-    solved_at: float | None = None, least: float | None = None, keep: Keep | None = None,
-    budget: Budget | None = None, at_once: int = 16, temperature: float = 1.0, seed: int = 0, adopt: bool = True,
+    session: Session,
+    prompt: Prompt,
+    *,
+    branching: int,
+    depth: int,
+    score: Score,
+    stop: str = "\n",
+    solved_at: float | None = None,
+    least: float | None = None,
+    keep: Keep | None = None,
+    budget: Budget | None = None,
+    at_once: int = 16,
+    temperature: float = 1.0,
+    seed: int = 0,
+    adopt: bool = True,
     **options: Any,
 ) -> Found:
     """Best first: the most promising open branch anywhere in the tree forks next. Bound it by `budget` and `depth`."""
     _at_least_one(branching=branching, depth=depth)
     check_text("stop", stop)
-    plan = Plan(score=score, solved_at=solved_at, least=least, keep=keep, stop=stop,
-                budget=Budget(branches=64) if budget is None else budget, at_once=at_once, temperature=temperature,
-                seed=seed, adopt=adopt, options=options)
+    plan = Plan(
+        score=score,
+        solved_at=solved_at,
+        least=least,
+        keep=keep,
+        stop=stop,
+        budget=Budget(branches=64) if budget is None else budget,
+        at_once=at_once,
+        temperature=temperature,
+        seed=seed,
+        adopt=adopt,
+        options=options,
+    )
 
     async def grow(grower: Grower) -> None:
         frontier: list[tuple[float, int, Node]] = [(0.0, 0, grower.root)]
@@ -86,10 +152,22 @@ async def tree_of_thought(
 
 
 async def mcts(
-    session: Session, prompt: Prompt, *, iterations: int, score: Score, branching: int = 3, stop: str = "\n",
-    exploration: float = 1.4, solved_at: float | None = None, least: float | None = None,
-    keep: Keep | None = None, budget: Budget | None = None, temperature: float = 1.0, seed: int = 0,
-    adopt: bool = True, **options: Any,
+    session: Session,
+    prompt: Prompt,
+    *,
+    iterations: int,
+    score: Score,
+    branching: int = 3,
+    stop: str = "\n",
+    exploration: float = 1.4,
+    solved_at: float | None = None,
+    least: float | None = None,
+    keep: Keep | None = None,
+    budget: Budget | None = None,
+    temperature: float = 1.0,
+    seed: int = 0,
+    adopt: bool = True,
+    **options: Any,
 ) -> Found:
     """Monte Carlo tree search: walk down by UCT, add one step, play it to the end, and tell the path its score.
 
@@ -97,9 +175,19 @@ async def mcts(
     _at_least_one(iterations=iterations, branching=branching)
     check_number("exploration", exploration)
     check_text("stop", stop)
-    plan = Plan(score=score, solved_at=solved_at, least=least, keep=keep, stop=stop, again=True,
-                budget=Budget(branches=4 * iterations) if budget is None else budget, temperature=temperature,
-                seed=seed, adopt=adopt, options=options)
+    plan = Plan(
+        score=score,
+        solved_at=solved_at,
+        least=least,
+        keep=keep,
+        stop=stop,
+        again=True,
+        budget=Budget(branches=4 * iterations) if budget is None else budget,
+        temperature=temperature,
+        seed=seed,
+        adopt=adopt,
+        options=options,
+    )
 
     async def grow(grower: Grower) -> None:
         for _ in range(iterations):

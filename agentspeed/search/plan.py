@@ -95,16 +95,20 @@ async def check_free(session: Session) -> None:
     try:
         _ = await session.mark()
     except SessionBusy as busy:
-        raise SessionBusy(busy.message, remedy="It cannot adopt the best branch meanwhile: give adopt=False, or search "
-                                               "on a fork of it.") from busy
+        raise SessionBusy(
+            busy.message,
+            remedy="It cannot adopt the best branch meanwhile: give adopt=False, or search on a fork of it.",
+        ) from busy
 
 
 def _check_attempt(plan: Plan) -> None:
     """An own attempt asks for its own turns: nothing that is said of turns here would reach them."""
     ignored = [*plan.options, *(["keep"] if plan.keep is not None else [])]
     if ignored:
-        raise InvalidRequest(f"attempt= makes its turns itself, so {', '.join(ignored)} would be ignored.",
-                             remedy="Give it to the turns that the attempt makes.")
+        raise InvalidRequest(
+            f"attempt= makes its turns itself, so {', '.join(ignored)} would be ignored.",
+            remedy="Give it to the turns that the attempt makes.",
+        )
 
 
 def _turn_options(session: Session, plan: Plan) -> dict[str, Any]:
@@ -123,6 +127,7 @@ def _turn_options(session: Session, plan: Plan) -> dict[str, Any]:
         names = ", ".join(tool.name for tool in session.tools)
         raise InvalidRequest(
             f"The session has the tools {names}, and a search's own turns run no tools.",
-            remedy="Run them in attempt= of best_of_n, or give tools=[] to search among answers without calls.")
+            remedy="Run them in attempt= of best_of_n, or give tools=[] to search among answers without calls.",
+        )
     # The session's first message describes its tools: only the grammar of this choice keeps the model from calling.
     return {**options, "tool_choice": "none"}

@@ -13,9 +13,9 @@ import anyio
 import msgspec
 
 from agentspeed import __version__, events
+from agentspeed.chat import transcript
+from agentspeed.chat.token_log import TokenLog
 from agentspeed.engine import Engine
-from agentspeed.front import transcript
-from agentspeed.front.mirror import Mirror
 from agentspeed.history import Conversation, History, Limits, Taken
 from agentspeed.server.metrics import Metrics
 from agentspeed.server.options import ServerOptions
@@ -86,7 +86,7 @@ class Service:
     def count(self, conversation: Conversation) -> int:
         """Tokens that the model would read before it speaks."""
         codec = self.engine.codec
-        log = Mirror()
+        log = TokenLog()
         log.append(codec.opening(conversation.system, [tool.definition() for tool in conversation.tools]))
         _ = transcript.open_reply(log, codec, list(conversation.messages))
         return len(log)

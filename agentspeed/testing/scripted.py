@@ -9,11 +9,11 @@ from types import TracebackType
 from typing import Any, Self, TypeAlias, Unpack, final
 
 from agentspeed._base.validate import check_count, check_seconds, check_text
+from agentspeed.chat.tags import DEFAULT_TAGS
 from agentspeed.engine import Engine
-from agentspeed.front.tags import DEFAULT_TAGS
 from agentspeed.session import Session, SessionOptions
 from agentspeed.testing.scripted_server import Asked, ScriptedServer, ScriptedText, ScriptRaised
-from agentspeed.tools.running import told_of
+from agentspeed.tools.execution import told_of
 from agentspeed.transport.base import wire
 from agentspeed.transport.hub import resolve
 
@@ -43,8 +43,12 @@ class ScriptedEngine:
     what the model's folder says) and `max_branches` of a session are refused past as an engine does."""
 
     def __init__(
-        self, script: Sequence[str | ScriptedText] | Writes, *, model: str | os.PathLike[str] | None = None,
-        context_limit: int | None = None, max_branches: int = 256,
+        self,
+        script: Sequence[str | ScriptedText] | Writes,
+        *,
+        model: str | os.PathLike[str] | None = None,
+        context_limit: int | None = None,
+        max_branches: int = 256,
     ) -> None:
         check_count("context_limit", context_limit, none=True)
         check_count("max_branches", max_branches)
@@ -56,8 +60,9 @@ class ScriptedEngine:
         _ = await self.engine.start()
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                        trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         await self.engine.close()
 
     def session(self, **options: Unpack[SessionOptions]) -> Session:

@@ -34,7 +34,7 @@ from agentspeed_engine.protocol import messages as wire
 from agentspeed_engine.protocol.frames import command_reader, encode_outbox
 from agentspeed_engine.protocol.sampling import validate_sampling
 from agentspeed_engine.protocol.token_ids import pack_ids, unpack_ids
-from agentspeed_engine.run.model_files import ServedFiles
+from agentspeed_engine.serve.model_files import ServedFiles
 
 _LOG: Final = logging.getLogger("agentspeed.testing")
 _NO_LIMIT: Final = 1 << 20
@@ -110,8 +110,9 @@ class ScriptedServer:
 
     pid = None
 
-    def __init__(self, folder: Path, script: Script, *, context_limit: int | None = None,
-                 max_branches: int = 256) -> None:
+    def __init__(
+        self, folder: Path, script: Script, *, context_limit: int | None = None, max_branches: int = 256
+    ) -> None:
         """`context_limit`: None takes what the model's folder says."""
         self.context_limit = _limit_of(folder) if context_limit is None else context_limit
         self.max_branches = max_branches
@@ -154,22 +155,39 @@ class ScriptedServer:
     def welcome(self, request: int) -> wire.Welcome:
         """What this engine says of itself."""
         return wire.Welcome(
-            request=request, protocol=wire.PROTOCOL, engine="scripted", model=str(self._folder),
-            vocab_size=self._vocabulary.vocab_size, context_limit=self.context_limit, page_tokens=_PAGE_TOKENS, pages=0,
-            host_slots=0, pid=os.getpid(), limits={"max_branches": self.max_branches},
+            request=request,
+            protocol=wire.PROTOCOL,
+            engine="scripted",
+            model=str(self._folder),
+            vocab_size=self._vocabulary.vocab_size,
+            context_limit=self.context_limit,
+            page_tokens=_PAGE_TOKENS,
+            pages=0,
+            host_slots=0,
+            pid=os.getpid(),
+            limits={"max_branches": self.max_branches},
         )
 
     def most_likely(self, drawn: int, count: int) -> tuple[wire.TopLogprob, ...]:
         """As the engine gives them: best first, and of those that tie the lowest ids."""
         others = itertools.islice((number for number in itertools.count() if number != drawn), count - 1)
-        return (wire.TopLogprob(id=drawn, logprob=_CERTAIN),
-                *(wire.TopLogprob(id=number, logprob=_OUT_OF_THE_QUESTION) for number in others))
+        return (
+            wire.TopLogprob(id=drawn, logprob=_CERTAIN),
+            *(wire.TopLogprob(id=number, logprob=_OUT_OF_THE_QUESTION) for number in others),
+        )
 
     def write(self, branch: _Branch, command: wire.Generate) -> _Turn:
         """What the script writes for this turn, cut where the turn's own bounds cut it."""
         usage = wire.TurnUsage(new=len(branch.log) - branch.computed, resumed_device=branch.computed)
-        turn = _Turn(command=command, started_at=len(branch.log), left=[], reason="max_tokens", message="",
-                     seconds=0.0, usage=usage)
+        turn = _Turn(
+            command=command,
+            started_at=len(branch.log),
+            left=[],
+            reason="max_tokens",
+            message="",
+            seconds=0.0,
+            usage=usage,
+        )
         if command.max_tokens == 0:
             return turn
         with self._asking:
@@ -281,8 +299,10 @@ class _ServedLink:
         try:
             reply, after = self._answer(command)
         except EngineFault as refused:
-            reply, after = wire.Failed(request=command.request, code=refused.code, message=refused.message,
-                                       remedy=refused.remedy), ()
+            reply, after = (
+                wire.Failed(request=command.request, code=refused.code, message=refused.message, remedy=refused.remedy),
+                (),
+            )
         self._send(reply, *after)
 
     def _send(self, *messages: wire.Outgoing) -> None:
@@ -324,9 +344,7 @@ class _ServedLink:
 
     def _at_rest(self, command: wire.Command) -> tuple[wire.Outgoing, tuple[wire.Outgoing, ...]]:
         """Commands that need a branch without a running turn."""
-        assert isinstance(
-            command, wire.Append | wire.Generate | wire.Rewind | wire.Adopt | wire.Expect | wire.Inspect
-        )
+        assert isinstance(command, wire.Append | wire.Generate | wire.Rewind | wire.Adopt | wire.Expect | wire.Inspect)
         branch = self._branch(command.branch)
         request = command.request
         if branch.running is not None and not isinstance(command, wire.Inspect):
@@ -350,13 +368,19 @@ class _ServedLink:
                 self._adopt(branch, command)
             case wire.Expect():
                 until = None if command.seconds is None else time.monotonic() + command.seconds
-                lease = wire.Lease(keep="soft", until=until, seconds=command.seconds or 0.0,
-                                   residence=_residence(branch), why="scripted")
+                lease = wire.Lease(
+                    keep="soft",
+                    until=until,
+                    seconds=command.seconds or 0.0,
+                    residence=_residence(branch),
+                    why="scripted",
+                )
                 return wire.LeaseAnswer(request=request, lease=lease), ()
             case wire.Inspect():
                 state = "Decoding" if branch.running else "Held"
-                return wire.Inspected(request=request, state=state, known=len(branch.log),
-                                      residence=_residence(branch), lease=None), ()
+                return wire.Inspected(
+                    request=request, state=state, known=len(branch.log), residence=_residence(branch), lease=None
+                ), ()
         return wire.Done(request=request, known=len(branch.log)), ()
 
     def _fork(self, command: wire.Fork) -> wire.Forked:
@@ -366,14 +390,26 @@ class _ServedLink:
             raise EngineFault("invalid_request", f"cannot fork {command.n} children at {at}")
         limit = self._server.max_branches
         if command.n >= limit:
-            raise EngineFault("invalid_request", f"A fork into {command.n}: a session has at most {limit} branches, "
-                              "the one that is forked among them.", f"Ask for {limit - 1} children at most."
-                              if limit > 1 else "Make the ScriptedEngine with a larger `max_branches`.")
+            raise EngineFault(
+                "invalid_request",
+                f"A fork into {command.n}: a session has at most {limit} branches, the one that is forked among them.",
+                f"Ask for {limit - 1} children at most."
+                if limit > 1
+                else "Make the ScriptedEngine with a larger `max_branches`.",
+            )
         if sum(other.session == branch.session for other in self.branches.values()) + command.n > limit:
             raise EngineFault("too_many_branches", f"A session has at most {limit} branches.", "Close some first.")
         numbers = tuple(
-            self._new(_Branch(session=branch.session, parent=command.branch, forked_at=len(branch.log),
-                              log=branch.log[:at], computed=min(branch.computed, at), turns=branch.turns))
+            self._new(
+                _Branch(
+                    session=branch.session,
+                    parent=command.branch,
+                    forked_at=len(branch.log),
+                    log=branch.log[:at],
+                    computed=min(branch.computed, at),
+                    turns=branch.turns,
+                )
+            )
             for _ in range(command.n)
         )
         return wire.Forked(request=command.request, branches=numbers, known=at)
@@ -434,8 +470,14 @@ class _ServedLink:
         branch.log.extend(ids)
         turn.drawn += len(ids)
         most = turn.command.sampling.logprobs
-        return (wire.Tokens(branch=number, ids=pack_ids(ids), logprobs=() if most is None else (_CERTAIN,) * len(ids),
-                            top=tuple(self._server.most_likely(drawn, most) for drawn in ids) if most else ()),)
+        return (
+            wire.Tokens(
+                branch=number,
+                ids=pack_ids(ids),
+                logprobs=() if most is None else (_CERTAIN,) * len(ids),
+                top=tuple(self._server.most_likely(drawn, most) for drawn in ids) if most else (),
+            ),
+        )
 
     def _end(self, number: int, reason: wire.FinishReason) -> tuple[wire.Outgoing, ...]:
         branch = self.branches[number]
@@ -461,9 +503,11 @@ class _ServedLink:
 
     def _check_room(self, known: int, least: int = 0) -> None:
         if known + least > self._server.context_limit:
-            raise EngineFault("context_overflow",
-                              f"{known} tokens leave no room in a context of {self._server.context_limit}.",
-                              "Rewind, start a new session, or serve the model with a larger context limit.")
+            raise EngineFault(
+                "context_overflow",
+                f"{known} tokens leave no room in a context of {self._server.context_limit}.",
+                "Rewind, start a new session, or serve the model with a larger context limit.",
+            )
 
     @staticmethod
     def _cut(branch: _Branch, tokens: int) -> None:

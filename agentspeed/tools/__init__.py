@@ -3,7 +3,7 @@
 from agentspeed.tools.approval import Approval, Approve
 from agentspeed.tools.bounds import DEFAULT_BOUNDS, Bounds, bounded
 from agentspeed.tools.context import ToolContext, ToolSession
-from agentspeed.tools.running import (
+from agentspeed.tools.execution import (
     CANCELLED,
     ToolBatch,
     ToolResult,

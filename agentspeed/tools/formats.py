@@ -49,9 +49,31 @@ ENDING: Final = (PATTERNS.keys() | OF_THE_GRAMMAR) - {"base64", "base64url", "em
 """Those that end by themselves; every other is given a length."""
 
 PLAIN: Final = frozenset(
-    {"binary", "directory-path", "file-path", "fraction", "idn-email", "idn-hostname", "ipv4interface", "ipv4network",
-     "ipv6interface", "ipv6network", "ipvanyaddress", "ipvanyinterface", "ipvanynetwork", "iri", "iri-reference",
-     "json-pointer", "multi-host-uri", "password", "path", "regex", "relative-json-pointer", "uri-reference",
-     "uri-template", "zoneinfo"}
+    {
+        "binary",
+        "directory-path",
+        "file-path",
+        "fraction",
+        "idn-email",
+        "idn-hostname",
+        "ipv4interface",
+        "ipv4network",
+        "ipv6interface",
+        "ipv6network",
+        "ipvanyaddress",
+        "ipvanyinterface",
+        "ipvanynetwork",
+        "iri",
+        "iri-reference",
+        "json-pointer",
+        "multi-host-uri",
+        "password",
+        "path",
+        "regex",
+        "relative-json-pointer",
+        "uri-reference",
+        "uri-template",
+        "zoneinfo",
+    }
 )
 """Any text of a bounded length; what else such a type asks for is checked once the value is there."""

@@ -26,8 +26,25 @@ KNOWN: Final = frozenset({"type", "enum", "const", "$ref", "anyOf", "oneOf", "al
 """All that is kept; what is neither here nor an annotation is refused by name."""
 
 _ANNOTATIONS: Final = frozenset(
-    {"title", "description", "default", "example", "examples", "deprecated", "readOnly", "writeOnly", "discriminator",
-     "$comment", "$schema", "$id", "$defs", "definitions", "contentEncoding", "contentMediaType", "contentSchema"}
+    {
+        "title",
+        "description",
+        "default",
+        "example",
+        "examples",
+        "deprecated",
+        "readOnly",
+        "writeOnly",
+        "discriminator",
+        "$comment",
+        "$schema",
+        "$id",
+        "$defs",
+        "definitions",
+        "contentEncoding",
+        "contentMediaType",
+        "contentSchema",
+    }
 )
 
 

@@ -27,8 +27,9 @@ from agentspeed.errors import InternalError
 
 T = TypeVar("T")
 _ANYIO: Final[Any] = sys.modules.get("anyio._core._eventloop")
-_OWN_THREADS = all(hasattr(_ANYIO, name) for name in ("claim_worker_thread", "set_current_async_library",
-                                                      "threadlocals"))
+_OWN_THREADS = all(
+    hasattr(_ANYIO, name) for name in ("claim_worker_thread", "set_current_async_library", "threadlocals")
+)
 """What makes a thread a worker of anyio's is not public: with a release that has it elsewhere, tools run in anyio's
 threads, for which a process waits."""
 
@@ -62,14 +63,19 @@ async def _in_daemon(work: Callable[[], T]) -> T:
     token = anyio.lowlevel.current_token()
     ended: Future[Callable[[], T]] = Future()
     with anyio.CancelScope() as scope:
-        Thread(target=copy_context().run, args=(_run, work, ended, token, scope), name="agentspeed tool",
-               daemon=True).start()
+        Thread(
+            target=copy_context().run, args=(_run, work, ended, token, scope), name="agentspeed tool", daemon=True
+        ).start()
         return (await asyncio.wrap_future(ended))()
     raise InternalError("A scope was cancelled that only its own block knows.")
 
 
-def _run(work: Callable[[], T], ended: Future[Callable[[], T]], token: anyio.lowlevel.EventLoopToken,
-         scope: anyio.CancelScope) -> None:
+def _run(
+    work: Callable[[], T],
+    ended: Future[Callable[[], T]],
+    token: anyio.lowlevel.EventLoopToken,
+    scope: anyio.CancelScope,
+) -> None:
     """Gives what came of `work` as a function: a future would take some exceptions for its own (`CancelledError`)."""
     if not ended.set_running_or_notify_cancel():
         return

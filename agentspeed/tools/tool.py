@@ -51,8 +51,9 @@ class Tool:
         if not isinstance(self.description, str):
             raise TypeError(f"tool {self.name}: description is {self.description!r}; it must be a text.")
         if self.timeout is not None and not (is_number(self.timeout) and 0 < self.timeout < math.inf):
-            raise ValueError(f"tool {self.name}: timeout is {shown(self.timeout)}; it must be seconds above 0, or "
-                             "None.")
+            raise ValueError(
+                f"tool {self.name}: timeout is {shown(self.timeout)}; it must be seconds above 0, or None."
+            )
         if self.on_error not in ("return", "raise"):
             raise ValueError(f"tool {self.name}: on_error is {self.on_error!r}; it must be 'return' or 'raise'.")
         if not isinstance(self.needs_approval, bool) and not callable(self.needs_approval):

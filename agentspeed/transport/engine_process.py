@@ -233,7 +233,8 @@ def open_socket(path: Path) -> socket.socket:
         attached = bool(os.environ.get(ATTACH)) and Path(os.environ[ATTACH]).resolve() == path.resolve()
         raise errors.ConnectFailed(
             f"No engine listens at {path}: {error}.",
-            remedy=f"Start one, or {f'unset {ATTACH}' if attached else 'give the path of another'}.") from error
+            remedy=f"Start one, or {f'unset {ATTACH}' if attached else 'give the path of another'}.",
+        ) from error
     return peer
 
 
@@ -286,7 +287,8 @@ class EngineSlot:
             # Before any lock: a thread of the parent, which is not here, may hold it for ever.
             raise errors.SessionClosed(
                 f"This engine belongs to process {self._maker}, which this one, {os.getpid()}, was forked off.",
-                remedy="Open a session, or make an Engine, after the fork.")
+                remedy="Open a session, or make an Engine, after the fork.",
+            )
         with self._lock:
             if self._closed:
                 raise errors.SessionClosed("This engine was closed.", remedy="Make a new Engine.")
@@ -335,8 +337,11 @@ def acquire(options: Mapping[str, Any], files: str = "") -> EngineSlot:
     stood, one after the other, in the same folder."""
     attach = os.environ.get(ATTACH)
     if attach and (unused := sorted(set(options) - {"model"})):
-        _LOG.warning("%s names a running engine, which has options of its own: %s of this one are not used.", ATTACH,
-                     ", ".join(unused))
+        _LOG.warning(
+            "%s names a running engine, which has options of its own: %s of this one are not used.",
+            ATTACH,
+            ", ".join(unused),
+        )
     key = attach or json.dumps([dict(options), files], sort_keys=True)
     with _shared_lock:
         slot = _shared.get(key)
@@ -361,8 +366,11 @@ def release(slot: EngineSlot) -> None:
 def _end_idle() -> None:
     now = time.monotonic()
     with _shared_lock:
-        idle = [key for key, slot in _shared.items()
-                if slot.idle_since is not None and now - slot.idle_since >= _IDLE_SECONDS - 0.5]
+        idle = [
+            key
+            for key, slot in _shared.items()
+            if slot.idle_since is not None and now - slot.idle_since >= _IDLE_SECONDS - 0.5
+        ]
         slots = [_shared.pop(key) for key in idle]
     for slot in slots:
         slot.end()

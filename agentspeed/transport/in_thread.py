@@ -16,7 +16,7 @@ from agentspeed.transport.error_map import converted, shown_credential
 from agentspeed.transport.socket_link import open_link
 
 if TYPE_CHECKING:
-    from agentspeed_engine.run.inprocess import EngineThread
+    from agentspeed_engine.serve.in_thread import EngineThread
 
 
 @final
@@ -43,8 +43,8 @@ class ThreadTransport:
 
     def open(self, *, after_death: bool) -> socket.socket:
         """A socket to the engine. Raises the public error of what it refused to load."""
-        from agentspeed_engine.run.inprocess import EngineThread
-        from agentspeed_engine.run.options import parse_options
+        from agentspeed_engine.serve.in_thread import EngineThread
+        from agentspeed_engine.serve.options import parse_options
 
         if after_death:
             self._end()

@@ -21,7 +21,7 @@ def command() -> list[str]:
     """The engine's command without its options. `-P`: Python does not put the working folder before its own modules,
     so a file there is never run because it is called like one. Raises `EngineStartFailed` where no interpreter is
     known."""
-    return [interpreter(), "-P", "-m", "agentspeed_engine.run"]
+    return [interpreter(), "-P", "-m", "agentspeed_engine.serve"]
 
 
 def interpreter() -> str:
@@ -58,7 +58,7 @@ def environment() -> dict[str, str]:
 
     Folders that an interpreter searches by itself are not named there: on PYTHONPATH they would come before Python's
     own modules, and whatever is installed under the name of one would hide it."""
-    from agentspeed_engine.run.tuning import tuned  # late: `import agentspeed` needs the protocol alone
+    from agentspeed_engine.serve.tuning import tuned  # late: `import agentspeed` needs the protocol alone
 
     given = os.environ.get("PYTHONPATH", "")
     paths = [path for path in given.split(os.pathsep) if path]  # an empty entry means the working folder

@@ -10,8 +10,8 @@ from typing import final
 from agentspeed.errors import InvalidRequest
 from agentspeed.transport.error_map import converted
 from agentspeed_engine.protocol import messages as wire
-from agentspeed_engine.run.crashes import folder, left
-from agentspeed_engine.run.replay import NodeLine, Replay, ReplayDiffers, Step, nodes_of
+from agentspeed_engine.serve.crashes import folder, left
+from agentspeed_engine.serve.replay import NodeLine, Replay, ReplayDiffers, Step, nodes_of
 
 __all__ = ["NodeLine", "Recording", "ReplayDiffers", "Step", "crashes"]
 
@@ -60,8 +60,11 @@ class Recording:
         replay = self._replay
         if not replay.broke:
             return ""
-        where = ("the replayed core breaks at the same input" if replay.reproduced else
-                 "outside of the scheduling core, which replays without it")
+        where = (
+            "the replayed core breaks at the same input"
+            if replay.reproduced
+            else "outside of the scheduling core, which replays without it"
+        )
         return f"The recorded engine broke with {replay.broke}: {where}."
 
 

@@ -33,8 +33,12 @@ def new_client(url: str, api_key: str | None) -> httpx.Client:
     """As sessions make one by themselves: no limit on how long a stream is silent, ten seconds to connect."""
     headers = {} if not api_key else {"authorization": f"Bearer {api_key}"}
     timeout = httpx.Timeout(None, connect=_CONNECT_SECONDS)
-    return httpx.Client(base_url=url, headers=headers, timeout=timeout,
-                        limits=httpx.Limits(max_connections=None, max_keepalive_connections=64))
+    return httpx.Client(
+        base_url=url,
+        headers=headers,
+        timeout=timeout,
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+    )
 
 
 def checked(response: httpx.Response) -> httpx.Response:
@@ -81,16 +85,19 @@ class RemoteTransport:
         try:
             made = checked(self._client.post("/v1/links")).json()
         except httpx.HTTPError as error:
-            raise errors.ConnectFailed(f"{self._url} was not reached: {error or type(error).__name__}.",
-                                       remedy="Is `agentspeed serve` running there?") from error
+            raise errors.ConnectFailed(
+                f"{self._url} was not reached: {error or type(error).__name__}.",
+                remedy="Is `agentspeed serve` running there?",
+            ) from error
         near, far = socket.socketpair()
         try:
             _Carrier(self._client, str(made["link"]), float(made["grace_seconds"]), far).start()
         except RuntimeError as error:
             near.close()
             far.close()
-            raise errors.ConnectFailed(f"No thread could be started for a link: {error}.",
-                                       remedy="Raise `ulimit -u`.") from error
+            raise errors.ConnectFailed(
+                f"No thread could be started for a link: {error}.", remedy="Raise `ulimit -u`."
+            ) from error
         return near
 
     @property
@@ -151,8 +158,9 @@ class _Carrier:
                 at = sent
 
                 def send(at: int = at, data: bytes = data) -> bool:
-                    answer = self._client.post(f"{self._path}/frames", content=data,
-                                               params={"at": at, "received": self._received})
+                    answer = self._client.post(
+                        f"{self._path}/frames", content=data, params={"at": at, "received": self._received}
+                    )
                     if answer.status_code != 200:
                         raise _LinkLost
                     return True

@@ -133,7 +133,7 @@ class EngineConnections:
 def engine_defaults() -> dict[str, str]:
     """Every engine option with its default, as text. Raises `ExtraMissing` without the engine's packages."""
     try:
-        from agentspeed_engine.run.options import EngineOptions
+        from agentspeed_engine.serve.options import EngineOptions
     except ModuleNotFoundError as error:
         raise ExtraMissing(
             f"The engine needs {error.name}, which is not installed.", remedy="Install agentspeed[engine]."

@@ -65,7 +65,7 @@ def _made() -> tuple[Path, int]:
 
 def _places() -> Iterator[Path]:
     """The user's runtime folder; where that has too long a path, or cannot be used, one beside temporary files."""
-    from agentspeed_engine.run.registry import folder  # late: `import agentspeed` needs the protocol alone
+    from agentspeed_engine.serve.engine_registry import folder  # late: `import agentspeed` needs the protocol alone
 
     yield folder(os.environ)
     for shared in (tempfile.gettempdir(), "/tmp", "/var/tmp"):
@@ -74,7 +74,7 @@ def _places() -> Iterator[Path]:
 
 def _made_in(place: Path) -> tuple[Path, int]:
     """Raises `OSError`."""
-    from agentspeed_engine.run.registry import ours
+    from agentspeed_engine.serve.engine_registry import ours
 
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not ours(place):

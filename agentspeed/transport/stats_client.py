@@ -16,17 +16,17 @@ from agentspeed.transport.engine_process import ATTACH, open_socket
 from agentspeed.transport.error_map import public_error, shown_credential
 from agentspeed_engine.protocol import messages as wire
 from agentspeed_engine.protocol.frames import BadFrame, encode_command, outbox_reader
-from agentspeed_engine.run import registry
+from agentspeed_engine.serve import engine_registry
 
 
 def registry_folder() -> Path:
     """Where this user's engines list themselves."""
-    return registry.folder(os.environ)
+    return engine_registry.folder(os.environ)
 
 
 def sockets(*, known: Container[Path] = ()) -> list[Path]:
     """Of this user's running engines, the one in AGENTSPEED_ENGINE first. Those in `known` are not asked again."""
-    found = [entry.socket for entry in registry.running(registry_folder(), known=known)]
+    found = [entry.socket for entry in engine_registry.running(registry_folder(), known=known)]
     attach = os.environ.get(ATTACH)
     first = [Path(attach).resolve()] if attach else []
     return list(dict.fromkeys([*first, *found]))
@@ -135,8 +135,10 @@ class Watcher:
     def _refusal(self, failed: wire.Failed) -> errors.AgentspeedError:
         """To a watcher an engine that stops, even by a bug of its own, has ended: it is not the watcher's bug."""
         if failed.code in ("bad_frame", "protocol_mismatch"):
-            return errors.ConnectFailed(f"The engine at {self.path} cannot be watched: {failed.message}",
-                                        remedy="Use the `agentspeed` of the version that the engine has.")
+            return errors.ConnectFailed(
+                f"The engine at {self.path} cannot be watched: {failed.message}",
+                remedy="Use the `agentspeed` of the version that the engine has.",
+            )
         if failed.request == 0:
             return errors.EngineDied(f"The engine at {self.path} ended: {failed.message}", remedy=failed.remedy)
         return public_error(failed.code, failed.message, failed.remedy)

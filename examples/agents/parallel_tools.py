@@ -34,8 +34,10 @@ async def main(model: str | Engine | None = None) -> str:
         print(f"> {ASK}")
         result = await s.run(ASK, max_tokens=256, on_event=show)
         print(f"< {textwrap.shorten(result.text, 90)}")
-        print(f"{result.usage.turns} turns, {result.usage.drawn} tokens drawn, {result.usage.resumed} resumed after "
-              f"the pause, {result.usage.recomputed} recomputed")
+        print(
+            f"{result.usage.turns} turns, {result.usage.drawn} tokens drawn, {result.usage.resumed} resumed after "
+            f"the pause, {result.usage.recomputed} recomputed"
+        )
         return result.text
 
 

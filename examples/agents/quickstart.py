@@ -95,13 +95,16 @@ async def branches(engine: Engine) -> None:
         await s.rewind(mark)
         print(f"    rewinds to '{mark.name}': {s.tokens} tokens, no trace of the failure")
         before = s.usage
-        found = await best_of_n(s, PUZZLE, n=8, score=lambda node: float(solves(node.whole)), solved_at=1.0,
-                                max_tokens=48)
+        found = await best_of_n(
+            s, PUZZLE, n=8, score=lambda node: float(solves(node.whole)), solved_at=1.0, max_tokens=48
+        )
         judged = "right" if solves(found.text) else "wrong"
         print(f"< {short(found.text)}  (best of {found.cost.branches} branches, {judged})")
         cost = found.cost
-        print(f"    {cost.tokens} tokens computed by all branches; without fork {cost.tokens_without_fork}, "
-              f"{cost.ratio:.1f} times as many")
+        print(
+            f"    {cost.tokens} tokens computed by all branches; without fork {cost.tokens_without_fork}, "
+            f"{cost.ratio:.1f} times as many"
+        )
         LINES.append((f"{PUZZLE} (the winner)", s.usage - before))
 
 
@@ -109,14 +112,16 @@ async def main(model: str | Engine | None = None) -> list[tuple[str, Usage]]:
     """Returns what each step cost."""
     LINES.clear()
     started = time.perf_counter()
-    async with (model if isinstance(model, Engine) else Engine(model)) as engine:
+    async with model if isinstance(model, Engine) else Engine(model) as engine:
         print(f"Engine ready after {time.perf_counter() - started:.1f} s.")
         await tools(engine)
         await branches(engine)
     print(f"\n{'tokens':38}{'resumed':>9}{'new':>6}{'shared':>8}{'recomputed':>12}{'drawn':>7}{'computed':>10}")
     for what, usage in LINES:
-        print(f"{what:38}{usage.resumed:>9}{usage.new:>6}{usage.shared:>8}{usage.recomputed:>12}{usage.drawn:>7}"
-              f"{usage.computed:>10}")
+        print(
+            f"{what:38}{usage.resumed:>9}{usage.new:>6}{usage.shared:>8}{usage.recomputed:>12}{usage.drawn:>7}"
+            f"{usage.computed:>10}"
+        )
     print("What was computed once is resumed, forked or rewound to; it is not computed again.")
     return LINES
 

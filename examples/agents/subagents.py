@@ -16,8 +16,22 @@ import anyio
 from agentspeed import Engine, Session, ToolContext, tool
 
 CITIES = (
-    "Oslo", "Lima", "Rome", "Cairo", "Paris", "Delhi", "Quito", "Seoul",
-    "Tokyo", "Accra", "Dakar", "Sofia", "Riga", "Perth", "Osaka", "Turin",
+    "Oslo",
+    "Lima",
+    "Rome",
+    "Cairo",
+    "Paris",
+    "Delhi",
+    "Quito",
+    "Seoul",
+    "Tokyo",
+    "Accra",
+    "Dakar",
+    "Sofia",
+    "Riga",
+    "Perth",
+    "Osaka",
+    "Turin",
 )
 
 
@@ -42,7 +56,7 @@ async def main(model: str | Engine | None = None) -> list[str]:
     """Returns the answers in order."""
     answers = [""] * len(CITIES)
     started = time.perf_counter()
-    async with (model if isinstance(model, Engine) else Engine(model)) as engine:
+    async with model if isinstance(model, Engine) else Engine(model) as engine:
 
         async def ask(index: int) -> None:
             async with engine.session(tools=[search]) as s:

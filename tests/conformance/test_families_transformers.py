@@ -16,9 +16,9 @@ import torch
 from agentspeed_engine.models.catalog import load
 from agentspeed_engine.models.registry import supported_types
 from tests.conformance.family_configs import ARCHITECTURE, random_config
-from tests.needs import needed
-from tests.paged import Trail, batch
-from tools.random_checkpoint import make_checkpoint
+from tests.support.needs import needed
+from tests.support.paged import Trail, batch
+from tests.support.random_checkpoint import make_checkpoint
 
 transformers = needed("transformers", "transformers is the reference")
 

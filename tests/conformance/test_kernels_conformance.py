@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from agentspeed_kernels import conformance
 from agentspeed_kernels.ops import OPS
 from agentspeed_kernels.platform import detect
 from agentspeed_kernels.registry import standard
 from agentspeed_kernels.signature import KernelSpec
-from agentspeed_kernels.tolerance import KIND_OF, TOLERANCE, tolerance
+from agentspeed_kernels.testing import conformance
+from agentspeed_kernels.testing.tolerance import KIND_OF, TOLERANCE, tolerance
 
 KERNELS = tuple(standard())
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from agentspeed_engine.models.catalog import load
-from tests.needs import needed
-from tests.paged import CONFIG, Trail, batch
-from tools.random_checkpoint import make_checkpoint
+from tests.support.needs import needed
+from tests.support.paged import CONFIG, Trail, batch
+from tests.support.random_checkpoint import make_checkpoint
 
 transformers = needed("transformers", "transformers is the reference")
 

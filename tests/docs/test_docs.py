@@ -21,15 +21,20 @@ def with_code() -> list[Path]:
 @pytest.mark.parametrize("page", with_code(), ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_the_code_of_a_page_runs(page: Path) -> None:
     code = "\n".join(BLOCK.findall(page.read_text(encoding="utf-8")))
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True,
-                          check=False, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=100
+    )
     assert done.returncode == 0, f"{page.name}:\n{code}\n{done.stdout}{done.stderr}"
 
 
 def test_generated_pages_are_up_to_date() -> None:
-    done = subprocess.run([sys.executable, str(ROOT / "tools" / "reference.py"), "--check"], capture_output=True,
-                          text=True, check=False)
-    assert done.returncode == 0, f"{done.stdout}{done.stderr}\nRun: python tools/reference.py"
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "docs" / "reference.py"), "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}\nRun: python tools/docs/reference.py"
 
 
 def test_links_between_pages_lead_somewhere() -> None:

@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 from types import ModuleType
 
-import api_pages
 import pytest
-import reference
+
+from tools.docs import api_pages, reference
 
 PAGES = Path(__file__).resolve().parents[2] / "docs" / "reference"
 

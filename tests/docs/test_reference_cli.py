@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import cli_pages
 import typer
 from typer.testing import CliRunner
 
 from agentspeed.cli.app import app
+from tools.docs import cli_pages
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "cli.md"
 

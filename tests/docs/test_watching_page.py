@@ -21,8 +21,13 @@ def reasons(module: str) -> set[str]:
     """What those functions, and the functions of their module that make texts for them, can return."""
     found = tree(module)
     functions = {node.name: node for node in found.body if isinstance(node, ast.FunctionDef)}
-    constants = {target.id: node.value for node in found.body if isinstance(node, ast.Assign)
-                 for target in node.targets if isinstance(target, ast.Name)}
+    constants = {
+        target.id: node.value
+        for node in found.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
     told: set[str] = set()
     left, seen = set(ROOTS[module]), set[str]()
     while left:
@@ -66,8 +71,13 @@ def test_whatever_a_turn_is_refused_for_comes_from_those_functions() -> None:
     """`_refuse` in `sched.step` is given what one of them returned, at once or by a name."""
     sources = ROOTS["step"] | ROOTS["admission"]
     for function in tree("step").body:
-        names = {target.id for node in ast.walk(function) if isinstance(node, ast.Assign) and gives(node.value, sources)
-                 for target in node.targets if isinstance(target, ast.Name)}
+        names = {
+            target.id
+            for node in ast.walk(function)
+            if isinstance(node, ast.Assign) and gives(node.value, sources)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
         for node in ast.walk(function):
             if gives(node, {"_refuse"}):
                 assert isinstance(node, ast.Call)

@@ -12,14 +12,17 @@ from llguidance import LLMatcher
 from safetensors.torch import load_file, save_file
 
 from agentspeed_engine.protocol import messages as wire
-from tests.engine_client import Front, engine
-from tools.random_checkpoint import make_checkpoint
+from tests.support.engine_client import Front, engine
+from tests.support.random_checkpoint import make_checkpoint
 
 CONFIG = Path(__file__).parents[2] / "bench/models/tiny.json"
 DIGITS = wire.Grammar(source=LLMatcher.grammar_from_regex("[0-9]{4}"))
 SAMPLINGS = {
-    "greedy": wire.Sampling(), "with logprobs": wire.Sampling(logprobs=2), "hot": wire.Sampling(temperature=1.0),
-    "nearly greedy": wire.Sampling(temperature=1e-320), "cut": wire.Sampling(temperature=1.0, top_k=3, top_p=0.5),
+    "greedy": wire.Sampling(),
+    "with logprobs": wire.Sampling(logprobs=2),
+    "hot": wire.Sampling(temperature=1.0),
+    "nearly greedy": wire.Sampling(temperature=1e-320),
+    "cut": wire.Sampling(temperature=1.0, top_k=3, top_p=0.5),
 }
 
 
@@ -29,8 +32,9 @@ def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weight"][:] = math.nan
     save_file(weights, folder / "model.safetensors")
-    with engine(tmp_path_factory.mktemp("engine"), model=str(folder), pages=40, page_tokens=16, threads=1,
-                check_every_step=True) as process:
+    with engine(
+        tmp_path_factory.mktemp("engine"), model=str(folder), pages=40, page_tokens=16, threads=1, check_every_step=True
+    ) as process:
         yield process.connect()
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from agentspeed.cli.chatting import COMMANDS
-from tests.engine_client import alive, environment, until
-from tests.terminal import Terminal, terminal
-from tools.random_checkpoint import make_checkpoint
+from agentspeed.cli.chat import COMMANDS
+from tests.support.engine_client import alive, environment, until
+from tests.support.random_checkpoint import make_checkpoint
+from tests.support.terminal import Terminal, terminal
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-c", "from agentspeed.cli import main; main()", "chat"]
@@ -23,7 +23,7 @@ SCRIPTED = """
 import sys
 from pathlib import Path
 from anyio.from_thread import start_blocking_portal
-from agentspeed.cli.chatting import Chat
+from agentspeed.cli.chat import Chat
 from agentspeed.testing import ScriptedEngine, say, tool_call
 
 def asked(turn):
@@ -90,8 +90,9 @@ def scripted(script: str, *arguments: str | Path) -> list[str]:
 
 def piped(command: list[str], lines: str, status: int = 0) -> str:
     """What a chat prints that gets its lines from a pipe."""
-    done = subprocess.run(command, input=lines, env=environment(), capture_output=True, text=True, check=False,
-                          timeout=60)
+    done = subprocess.run(
+        command, input=lines, env=environment(), capture_output=True, text=True, check=False, timeout=60
+    )
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout
 
@@ -252,9 +253,11 @@ def test_ctrl_c_cancels_the_answer_and_keeps_the_chat() -> None:
 
 
 def test_a_line_that_is_cancelled_after_a_tool_ran_leaves_nothing_in_the_log(tools: Path) -> None:
-    script = ("lambda turn: [None, tool_call('add', a=1, b=2), tool_call('wait', seconds=60.0)][turn.turn] "
-              "if turn.turn < 3 else f'log: {asked(turn)} {turn.log.count(asked(turn))} {turn.log.count(chr(39) * 2)} '"
-              " + ('dirty' if 'Hold on.' in turn.log or 'error: cancelled' in turn.log else 'clean')")
+    script = (
+        "lambda turn: [None, tool_call('add', a=1, b=2), tool_call('wait', seconds=60.0)][turn.turn] "
+        "if turn.turn < 3 else f'log: {asked(turn)} {turn.log.count(asked(turn))} {turn.log.count(chr(39) * 2)} '"
+        " + ('dirty' if 'Hold on.' in turn.log or 'error: cancelled' in turn.log else 'clean')"
+    )
     with terminal(scripted(script, tools), environment()) as chat:
         _ = chat.until("> ")
         chat.type("Hold on.\n")

@@ -14,10 +14,10 @@ import pytest
 
 from agentspeed import Engine
 from agentspeed.transport.engine_process import EngineSlot
-from agentspeed_engine.run.crashes import KEPT
-from agentspeed_engine.run.options import LEAST_BYTES
-from tests.broken_engine import BREAKS, engine_that_breaks
-from tests.engine_client import EngineProcess, engine, environment
+from agentspeed_engine.serve.crashes import KEPT
+from agentspeed_engine.serve.options import LEAST_BYTES
+from tests.support.broken_engine import BREAKS, engine_that_breaks
+from tests.support.engine_client import EngineProcess, engine, environment
 
 CLI = "from agentspeed.cli import main; main()"
 OPTIONS: dict[str, Any] = {"model": "noop:512:1", "pages": 60}
@@ -40,8 +40,14 @@ def worked(process: EngineProcess) -> None:
 
 
 def replay(*arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", before + CLI, "replay", *arguments], capture_output=True,
-                          text=True, timeout=50, check=False, env=environment())
+    return subprocess.run(
+        [sys.executable, "-c", before + CLI, "replay", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+        env=environment(),
+    )
 
 
 def test_a_killed_engine_leaves_a_recording_and_replay_lists_it(tmp_path: Path, state: Path) -> None:
@@ -131,4 +137,5 @@ async def test_who_goes_on_after_a_death_is_told_how_the_engine_died_and_where_t
         (path, _) = recordings(state)
     assert [record.getMessage() for record in caplog.records if record.name == "agentspeed.engine"] == [
         f"The engine process {killed} was killed by signal 9; sessions go on in a new one. "
-        f"What its scheduler did until then: agentspeed replay {path}"]
+        f"What its scheduler did until then: agentspeed replay {path}"
+    ]

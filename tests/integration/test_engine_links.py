@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from agentspeed_engine.protocol import messages as wire
-from tests.engine_client import EngineProcess, Front, LinkClosed, Refused, engine, until
+from tests.support.engine_client import EngineProcess, Front, LinkClosed, Refused, engine, until
 
 NOOP = {"model": "noop:512:0", "pages": 200, "context_limit": 4096}
 

@@ -18,7 +18,7 @@ import pytest
 from agentspeed_engine.protocol import messages as wire
 from agentspeed_engine.protocol.frames import MAX_FRAME_BYTES, encode_command
 from agentspeed_engine.protocol.token_ids import pack_ids
-from tests.engine_client import EngineProcess, Front, LinkClosed, Refused, alive, engine, environment, until
+from tests.support.engine_client import EngineProcess, Front, LinkClosed, Refused, alive, engine, environment, until
 
 NANO = Path(__file__).resolve().parents[2] / "agentspeed" / "models" / "nano"
 
@@ -51,7 +51,7 @@ def doomed(tmp_path: Path) -> Iterator[EngineProcess]:
 
 def refusal(folder: Path, *arguments: str, stdin: int = subprocess.PIPE) -> tuple[int, dict[str, str]]:
     """Exit status and the one line an engine that cannot start says."""
-    command = [sys.executable, "-m", "agentspeed_engine.run", "--socket", str(folder / "e.sock"), *arguments]
+    command = [sys.executable, "-m", "agentspeed_engine.serve", "--socket", str(folder / "e.sock"), *arguments]
     done = subprocess.run(command, stdin=stdin, capture_output=True, env=environment(), timeout=50, text=True)
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
@@ -72,8 +72,19 @@ def test_the_welcome_says_what_the_engine_is_and_its_limits(running: EngineProce
 
 
 def test_options_may_be_flags(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "agentspeed_engine.run", "--socket", str(tmp_path / "e.sock"),
-               "--model", "noop:64:0", "--pages", "9", "--page-tokens", "16"]
+    command = [
+        sys.executable,
+        "-m",
+        "agentspeed_engine.serve",
+        "--socket",
+        str(tmp_path / "e.sock"),
+        "--model",
+        "noop:64:0",
+        "--pages",
+        "9",
+        "--page-tokens",
+        "16",
+    ]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment()) as process:
         assert process.stdout is not None and "ready" in json.loads(process.stdout.readline())
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
@@ -116,7 +127,7 @@ def test_an_engine_does_not_start_where_its_parent_could_not_be_missed(tmp_path:
 
 
 def test_a_second_engine_does_not_take_the_socket_of_a_running_one(running: EngineProcess, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "agentspeed_engine.run", "--socket", str(running.path), "--model", "noop:64:0"]
+    command = [sys.executable, "-m", "agentspeed_engine.serve", "--socket", str(running.path), "--model", "noop:64:0"]
     done = subprocess.run(command, stdin=subprocess.PIPE, capture_output=True, env=environment(), timeout=50)
     assert done.returncode == 2
     assert b"already listening" in done.stderr
@@ -144,13 +155,14 @@ def test_a_killed_parent_takes_the_engine_with_it(tmp_path: Path) -> None:
 import sys
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 from pathlib import Path
-from tests.engine_client import EngineProcess
+from tests.support.engine_client import EngineProcess
 engine = EngineProcess(Path({str(tmp_path)!r}), model="noop:64:1", pages=64)
 print(engine.pid, flush=True)
 sys.stdin.read()
 """
-    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                          env=environment()) as parent:
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment()
+    ) as parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
         os.kill(pid, 0)
@@ -182,7 +194,7 @@ def test_a_killed_engine_ends_its_links_and_the_ids_can_be_opened_again(tmp_path
 def test_a_bug_of_the_engine_ends_it_with_status_70_and_is_told_to_every_link(tmp_path: Path) -> None:
     script = f"""
 import sys
-from agentspeed_engine.run import __main__ as start
+from agentspeed_engine.serve import __main__ as start
 from agentspeed_engine.exec.noop import NoopModel
 def logits(self, batch):
     raise ZeroDivisionError("planted")
@@ -190,8 +202,13 @@ NoopModel.logits = logits
 sys.argv = ["engine", "--socket", {str(tmp_path / "engine.sock")!r}, "--model", "noop:64:0", "--pages", "64"]
 sys.exit(start.main())
 """
-    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, env=environment() | {"AGENTSPEED_MALLOC": "as is"}) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment() | {"AGENTSPEED_MALLOC": "as is"},
+    ) as process:
         assert process.stdout is not None and process.stderr is not None
         assert "ready" in json.loads(process.stdout.readline())
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
@@ -328,8 +345,9 @@ def test_a_slow_reader_stalls_nobody_and_loses_nothing(tmp_path: Path) -> None:
     with engine(tmp_path, **options) as process:
         slow, quick = process.connect(), process.connect()
         slow.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        turns = [slow.start(slow.open([index]), max_tokens=4000, sampling=wire.Sampling(logprobs=3))
-                 for index in range(4)]
+        turns = [
+            slow.start(slow.open([index]), max_tokens=4000, sampling=wire.Sampling(logprobs=3)) for index in range(4)
+        ]
         until("the engine drew them all", lambda: quick.counts()["tokens_drawn"] == 16_000, seconds=50)
         assert quick.generate(quick.open([3]), max_tokens=3).ids == [4, 5, 6]
         slow.finish(*turns)

@@ -13,18 +13,25 @@ from llguidance import LLMatcher
 
 from agentspeed_engine.exec.vocabulary import Vocabulary
 from agentspeed_engine.protocol import messages as wire
-from tests.engine_client import Front, TurnRecord, engine
-from tools.random_checkpoint import make_checkpoint
+from tests.support.engine_client import Front, TurnRecord, engine
+from tests.support.random_checkpoint import make_checkpoint
 
 CONFIG = Path(__file__).parents[2] / "bench/models/tiny.json"
 OPTIONS = {"dtype": "float64", "page_tokens": 16, "context_limit": 512, "threads": 1, "check_every_step": True}
 END = 257
 HOT = wire.Sampling(temperature=1.5)
 DIGITS = wire.Grammar(source=LLMatcher.grammar_from_regex("[0-9]{40}"))
-BOOLEAN = wire.Grammar(source=LLMatcher.grammar_from_json_schema(
-    {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], "additionalProperties": False},
-    {"whitespace_flexible": False},
-))
+BOOLEAN = wire.Grammar(
+    source=LLMatcher.grammar_from_json_schema(
+        {
+            "type": "object",
+            "properties": {"ok": {"type": "boolean"}},
+            "required": ["ok"],
+            "additionalProperties": False,
+        },
+        {"whitespace_flexible": False},
+    )
+)
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +72,12 @@ def test_a_schema_gives_a_value_of_it(front: Front, table: list[bytes]) -> None:
 
 
 def test_turns_with_and_without_a_grammar_share_steps(front: Front, table: list[bytes]) -> None:
-    turns = [front.start(front.open([number]), sampling=HOT, seed=number, max_tokens=30,
-                         grammar=DIGITS if number % 2 else None) for number in range(6)]
+    turns = [
+        front.start(
+            front.open([number]), sampling=HOT, seed=number, max_tokens=30, grammar=DIGITS if number % 2 else None
+        )
+        for number in range(6)
+    ]
     front.finish(*turns)
     assert all(text(table, turn.ids).isdigit() for turn in turns[1::2])
     assert not any(text(table, turn.ids).isdigit() for turn in turns[0::2])
@@ -105,8 +116,11 @@ def test_preempted_turns_keep_their_grammars_and_stop_strings(
 ) -> None:
     draw = random.Random(2)
     prompts = [[draw.randrange(512) for _ in range(60)] for _ in range(5)]
-    options = {"sampling": HOT, "grammar": wire.Grammar(source=LLMatcher.grammar_from_regex("[0-9]{150}")),
-               "stop_strings": (b"77",)}
+    options = {
+        "sampling": HOT,
+        "grammar": wire.Grammar(source=LLMatcher.grammar_from_regex("[0-9]{150}")),
+        "stop_strings": (b"77",),
+    }
     small = OPTIONS | {"context_limit": 240, "firm_pages": 0}
     with engine(tmp_path, model=str(checkpoint), pages=17, **small) as process:
         crowded = process.connect()

@@ -11,13 +11,20 @@ from pathlib import Path
 import pytest
 
 from agentspeed_engine.protocol import messages as wire
-from tests.engine_client import EngineProcess, Front, engine
-from tools.random_checkpoint import make_checkpoint
+from tests.support.engine_client import EngineProcess, Front, engine
+from tests.support.random_checkpoint import make_checkpoint
 
 CONFIGS = {name: Path(__file__).parents[2] / f"bench/models/{name}.json" for name in ("tiny", "tiny-qwen3-moe")}
 """One pool of latents, and two of keys and values."""
-OPTIONS = {"dtype": "float64", "page_tokens": 16, "context_limit": 1024, "threads": 1, "check_every_step": True,
-           "prefill_chunk": 96, "extend_tokens": 40}
+OPTIONS = {
+    "dtype": "float64",
+    "page_tokens": 16,
+    "context_limit": 1024,
+    "threads": 1,
+    "check_every_step": True,
+    "prefill_chunk": 96,
+    "extend_tokens": 40,
+}
 HOT = wire.Sampling(temperature=1.3, top_k=200, top_p=0.98, min_p=0.001, logprobs=2)
 LOGPROB_TOLERANCE = 1e-10
 """Of float64 logprobs: batches of other shapes may sum in another order."""
@@ -55,8 +62,9 @@ def fresh(
     return turn.ids, turn.logprobs
 
 
-def assert_same(front: Front, ids: list[int], turn_ids: list[int], logprobs: list[float], sampling: wire.Sampling,
-                seed: int) -> None:
+def assert_same(
+    front: Front, ids: list[int], turn_ids: list[int], logprobs: list[float], sampling: wire.Sampling, seed: int
+) -> None:
     expected, expected_logprobs = fresh(front, ids, len(turn_ids), sampling, seed)
     assert turn_ids == expected
     assert logprobs == pytest.approx(expected_logprobs, abs=LOGPROB_TOLERANCE)
@@ -111,8 +119,10 @@ def test_turns_that_run_together_draw_what_each_draws_alone(front: Front) -> Non
     shared = prompt(draw, 100)
     prompts = [shared + prompt(draw, draw.randrange(1, 60)) for _ in range(6)] + [prompt(draw, 130) for _ in range(3)]
     branches = [front.open() for _ in prompts]
-    turns = [front.start(branch, ids, max_tokens=20, sampling=HOT, seed=index)
-             for index, (branch, ids) in enumerate(zip(branches, prompts, strict=True))]
+    turns = [
+        front.start(branch, ids, max_tokens=20, sampling=HOT, seed=index)
+        for index, (branch, ids) in enumerate(zip(branches, prompts, strict=True))
+    ]
     front.finish(*turns)
     for index, (ids, turn) in enumerate(zip(prompts, turns, strict=True)):
         assert_same(front, ids, turn.ids, turn.logprobs, HOT, index)
@@ -123,8 +133,9 @@ def test_siblings_share_one_prefill_and_draw_what_each_draws_alone(front: Front)
     trunk_ids = prompt(draw, 200)
     trunk = front.open(trunk_ids)
     children = front.fork(trunk, 5)
-    turns = [front.start(child, [index], max_tokens=15, sampling=HOT, seed=index)
-             for index, child in enumerate(children)]
+    turns = [
+        front.start(child, [index], max_tokens=15, sampling=HOT, seed=index) for index, child in enumerate(children)
+    ]
     front.finish(*turns)
     for index, turn in enumerate(turns):
         assert_same(front, [*trunk_ids, index], turn.ids, turn.logprobs, HOT, index)
@@ -171,8 +182,10 @@ def test_preempted_turns_draw_what_undisturbed_ones_draw(checkpoint: Path, front
     with engine(tmp_path, model=str(checkpoint), pages=22, **small) as process:
         crowded = process.connect()
         branches = [crowded.open() for _ in prompts]
-        turns = [crowded.start(branch, ids, max_tokens=150, sampling=HOT, seed=index)
-                 for index, (branch, ids) in enumerate(zip(branches, prompts, strict=True))]
+        turns = [
+            crowded.start(branch, ids, max_tokens=150, sampling=HOT, seed=index)
+            for index, (branch, ids) in enumerate(zip(branches, prompts, strict=True))
+        ]
         crowded.finish(*turns)
         assert crowded.counts()["preemptions"] > 0
     for index, (ids, turn) in enumerate(zip(prompts, turns, strict=True)):

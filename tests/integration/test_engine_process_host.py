@@ -10,13 +10,19 @@ from pathlib import Path
 import pytest
 
 from agentspeed_engine.protocol import messages as wire
-from tests.engine_client import Front, engine, until
-from tools.random_checkpoint import make_checkpoint
+from tests.support.engine_client import Front, engine, until
+from tests.support.random_checkpoint import make_checkpoint
 
 CONFIGS = {name: Path(__file__).parents[2] / f"bench/models/{name}.json" for name in ("tiny", "tiny-qwen3-moe")}
 """One pool of latents, and two of keys and values."""
-OPTIONS = {"dtype": "float64", "page_tokens": 16, "context_limit": 400, "threads": 1, "check_every_step": True,
-           "firm_pages": 0}
+OPTIONS = {
+    "dtype": "float64",
+    "page_tokens": 16,
+    "context_limit": 400,
+    "threads": 1,
+    "check_every_step": True,
+    "firm_pages": 0,
+}
 HOT = wire.Sampling(temperature=1.2, logprobs=0)
 SESSIONS, PROMPT = 5, 200
 PAGES = 40

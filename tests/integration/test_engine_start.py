@@ -18,7 +18,7 @@ from agentspeed import Engine, errors
 from agentspeed.transport import launch
 from agentspeed.transport.engine_process import EngineProcess, EngineSlot
 from agentspeed.transport.socket_folder import SocketFolder
-from tests.engine_client import alive, environment, until
+from tests.support.engine_client import alive, environment, until
 
 NOOP = {"model": "noop:512:0", "pages": 64}
 
@@ -320,7 +320,7 @@ async def test_an_engine_with_a_credential_greets_only_who_shows_it(
 
 def test_refusals_and_progress_go_to_the_status_descriptor(tmp_path: Path) -> None:
     reading, writing = os.pipe()
-    command = [sys.executable, "-P", "-m", "agentspeed_engine.run", "--socket", str(tmp_path / "e.sock")]
+    command = [sys.executable, "-P", "-m", "agentspeed_engine.serve", "--socket", str(tmp_path / "e.sock")]
     options = ["--status-fd", str(writing), "--options", json.dumps({"model": "noop:0:0"})]
     done = subprocess.run(
         [*command, *options],

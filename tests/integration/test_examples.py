@@ -52,15 +52,21 @@ async def test_parallel_tools_pauses_once_and_reads_results_in_call_order(capsys
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_quickstart_pauses_rewinds_branches_and_tells_what_it_cost(capsys: pytest.CaptureFixture[str]) -> None:
     script = [
-        tool_call("get_weather", city="Oslo"), "21 and clear.", tool_call("add", a=17, b=25), "42.",
-        "3*3=9,9+5=14", *["3+3=6,6*5=30"] * 8,
+        tool_call("get_weather", city="Oslo"),
+        "21 and clear.",
+        tool_call("add", a=17, b=25),
+        "42.",
+        "3*3=9,9+5=14",
+        *["3+3=6,6*5=30"] * 8,
     ]
     async with ScriptedEngine(script) as engine:
         costs = await example("quickstart").main(engine.engine)
         assert engine.live_branches == 0
     shown = capsys.readouterr().out
     assert [line for line in shown.splitlines() if line.startswith("<")] == [
-        "< 21 and clear.", "< 42.", "< 3*3=9,9+5=14  (one greedy try, wrong)",
+        "< 21 and clear.",
+        "< 42.",
+        "< 3*3=9,9+5=14  (one greedy try, wrong)",
         "< 3+3=6,6*5=30  (best of 8 branches, right)",
     ]
     assert all(usage.recomputed == 0 for _, usage in costs)
@@ -129,11 +135,19 @@ async def test_the_same_agent_runs_under_trio(anyio_backend: str, capsys: pytest
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
 def test_every_example_is_one_line_to_run_and_takes_seconds(name: str) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(
-        str(ROOT / part) for part in (".", "engine", "kernels"))}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in (".", "engine", "kernels")),
+    }
     ran = subprocess.run(
-        [sys.executable, "-W", "error", str(EXAMPLES / f"{name}.py")], env=environment, cwd=ROOT, timeout=100,
-        capture_output=True, text=True, check=False,
+        [sys.executable, "-W", "error", str(EXAMPLES / f"{name}.py")],
+        env=environment,
+        cwd=ROOT,
+        timeout=100,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert ran.returncode == 0, ran.stderr
     assert len(ran.stdout.splitlines()) >= 2

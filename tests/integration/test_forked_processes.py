@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine_client import environment
+from tests.support.engine_client import environment
 
 HEAD = """
 import os, sys, threading, time
@@ -35,25 +35,36 @@ def ended(child, seconds=60.0):
 
 
 def run(checkpoint: Path, script: str) -> str:
-    done = subprocess.run([sys.executable, "-c", HEAD + script, str(checkpoint)], env=environment(), timeout=100,
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", HEAD + script, str(checkpoint)],
+        env=environment(),
+        timeout=100,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert not done.stderr
     return done.stdout
 
 
 def test_a_forked_child_that_exits_at_once_ends_and_leaves_the_engine_to_its_parent(checkpoint: Path) -> None:
-    _ = run(checkpoint, """
+    _ = run(
+        checkpoint,
+        """
 first = anyio.run(asked)
 if not (child := os.fork()):
     sys.exit(0)  # with what `atexit` has to do
 assert ended(child) == 0
 assert anyio.run(asked) == first
-""")
+""",
+    )
 
 
 def test_a_forked_child_that_opens_a_session_is_answered_by_an_engine_of_its_own(checkpoint: Path) -> None:
-    _ = run(checkpoint, """
+    _ = run(
+        checkpoint,
+        """
 first = anyio.run(asked)
 if not (child := os.fork()):
     ids, engine = anyio.run(asked)
@@ -61,11 +72,14 @@ if not (child := os.fork()):
     sys.exit(0)
 assert ended(child) == 0
 assert anyio.run(asked) == first
-""")
+""",
+    )
 
 
 def test_the_workers_of_a_pool_use_sessions_as_their_parent_does(checkpoint: Path) -> None:
-    _ = run(checkpoint, """
+    _ = run(
+        checkpoint,
+        """
 import multiprocessing
 
 def work(number):
@@ -77,14 +91,17 @@ with multiprocessing.get_context("fork").Pool(2) as pool:
 assert [ids for ids, _ in answers] == [first[0]] * 2
 assert first[1] not in [engine for _, engine in answers]
 assert anyio.run(asked) == first
-""")
+""",
+    )
 
 
 def test_a_session_that_was_open_at_the_fork_is_refused_in_the_child_and_goes_on_in_the_parent(
     checkpoint: Path,
 ) -> None:
     """The engine is one of its own, whose start, link and locks the child has copies of."""
-    said = run(checkpoint, """
+    said = run(
+        checkpoint,
+        """
 def in_child(inherited, engine, pid):
     async def use():
         try:
@@ -110,13 +127,16 @@ async def main():
         assert engine.pid == pid and (await engine.stats()).counts["links"] == 1
 
 anyio.run(main)
-""")
+""",
+    )
     assert "belongs to process" in said and "after the fork" in said
 
 
 def test_an_engine_ends_with_its_parent_though_a_forked_child_lives_on(checkpoint: Path) -> None:
     """The child has a copy of the pipe whose end tells the engine to end."""
-    _ = run(checkpoint, """
+    _ = run(
+        checkpoint,
+        """
 reading, writing = os.pipe()
 if not (parent := os.fork()):
     _, engine = anyio.run(asked)
@@ -135,7 +155,8 @@ while os.path.exists(f"/proc/{engine}"):
     assert time.monotonic() < limit, "the engine outlives its parent"
     time.sleep(0.05)
 os.kill(child, 9)
-""")
+""",
+    )
 
 
 @pytest.mark.parametrize("name", ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY"])

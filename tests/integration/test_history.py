@@ -177,9 +177,7 @@ async def test_the_pool_is_bounded_by_count_by_tenant_and_by_time() -> None:
 async def test_idle_sessions_end_after_their_time() -> None:
     now = 0.0
     async with Engine.shared(None, {"pages": 256}) as engine:
-        history = History(
-            lambda asked: engine.session(), limits=Limits(idle_seconds=10.0), clock=lambda: now
-        )
+        history = History(lambda asked: engine.session(), limits=Limits(idle_seconds=10.0), clock=lambda: now)
         async with history.take(_asked(User("One."))):
             pass
         now = 5.0

@@ -11,7 +11,7 @@ import pytest
 
 from agentspeed import Engine, Session
 from agentspeed.transport import engine_process
-from tests.engine_client import alive, until
+from tests.support.engine_client import alive, until
 
 pytestmark = pytest.mark.anyio
 

@@ -16,13 +16,20 @@ import pytest
 from agentspeed import Engine, errors, tool
 from agentspeed_engine.protocol import messages as wire
 from agentspeed_engine.protocol.token_ids import pack_ids
-from agentspeed_engine.run.recording import FLIGHT, SUFFIX
-from tests.broken_engine import BREAKS, engine_that_breaks
-from tests.engine_client import Front, engine, environment
+from agentspeed_engine.serve.recording import FLIGHT, SUFFIX
+from tests.support.broken_engine import BREAKS, engine_that_breaks
+from tests.support.engine_client import Front, engine, environment
 
 VOCABULARY = 90_001
-OPTIONS: dict[str, Any] = {"model": f"noop:{VOCABULARY}:1", "pages": 60, "page_tokens": 16, "context_limit": 600,
-                           "firm_pages": 10, "prefill_chunk": 64, "host_slots": 40}
+OPTIONS: dict[str, Any] = {
+    "model": f"noop:{VOCABULARY}:1",
+    "pages": 60,
+    "page_tokens": 16,
+    "context_limit": 600,
+    "firm_pages": 10,
+    "prefill_chunk": 64,
+    "host_slots": 40,
+}
 SECRET = 70_001
 """The first id of what is said here; the no-op model goes on counting from the last."""
 CLI = "from agentspeed.cli import main; main()"
@@ -30,8 +37,14 @@ LINE = re.compile(r"^step (\d+)  t ([\d.]+)  .*digest [0-9a-f]{16}$")
 
 
 def replayed(path: Path, *arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", before + CLI, "replay", str(path), *arguments], capture_output=True,
-                          text=True, timeout=50, check=False, env=environment())
+    return subprocess.run(
+        [sys.executable, "-c", before + CLI, "replay", str(path), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+        env=environment(),
+    )
 
 
 def steps_in(output: str) -> list[int]:
@@ -61,8 +74,9 @@ def life(front: Front, first: int = SECRET) -> int:
     _ = front.generate(other, max_tokens=5)
     assert front.adopt(trunk, one) > 0
     assert front.rewind(trunk, 77) == 77
-    _ = front.ask(wire.Expect(request=front.number(), branch=trunk, seconds=30.0, tool="searching-the-web"),
-                  wire.LeaseAnswer)
+    _ = front.ask(
+        wire.Expect(request=front.number(), branch=trunk, seconds=30.0, tool="searching-the-web"), wire.LeaseAnswer
+    )
     _ = front.end(other)
     return trunk
 
@@ -204,8 +218,13 @@ def test_what_is_no_recording_is_refused_by_name_with_what_to_give_instead(tmp_p
     (tmp_path / "garbage").write_bytes(os.urandom(5000))
     (tmp_path / "nothing").touch()
     (tmp_path / "text.json").write_text("{}\n")
-    for name, why in (("garbage", "no recording"), ("nothing", "no recording"), ("text.json", "no recording"),
-                      ("missing", "no such file"), (".", "no segments")):
+    for name, why in (
+        ("garbage", "no recording"),
+        ("nothing", "no recording"),
+        ("text.json", "no recording"),
+        ("missing", "no such file"),
+        (".", "no segments"),
+    ):
         done = replayed(tmp_path / name)
         assert done.returncode == 2 and done.stdout == ""
         assert why in done.stderr and "Give a folder that an engine wrote (option `record`)" in done.stderr

@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel, field_validator
 
 from agentspeed import Assistant, Choice, Regex, Schema, ToolCall, ToolMessage, errors, events, tool
-from agentspeed.front.transcript import NO_RESULT
+from agentspeed.chat.transcript import NO_RESULT
 from agentspeed.testing import ScriptedEngine, say, tool_call
 
 pytestmark = pytest.mark.anyio
@@ -83,9 +83,10 @@ async def cut_inside_a_call(s: Any) -> Any:
 
 async def test_half_a_call_is_no_text_and_the_model_can_go_on_with_it() -> None:
     whole = "I try. " + tool_call("f", a=12345)
+
     def said(turn: Any) -> str:
         begun = turn.log.rpartition("<|assistant|>")[2]
-        return whole[len(begun):] if whole.startswith(begun) else "24690."
+        return whole[len(begun) :] if whole.startswith(begun) else "24690."
 
     async with ScriptedEngine(said) as engine, engine.session(tools=[f]) as s:
         reply = await cut_inside_a_call(s)
@@ -96,8 +97,10 @@ async def test_half_a_call_is_no_text_and_the_model_can_go_on_with_it() -> None:
         assert (await s.generate()).tool_calls[0].arguments == '{"a":12345}'
 
 
-@pytest.mark.parametrize("text", ["Tags: <tool_call> opens.", "<tool_call>not JSON</tool_call> is none.",
-                                  '<tool_call>{"name":5}</tool_call>'])
+@pytest.mark.parametrize(
+    "text",
+    ["Tags: <tool_call> opens.", "<tool_call>not JSON</tool_call> is none.", '<tool_call>{"name":5}</tool_call>'],
+)
 async def test_what_only_stands_between_a_calls_marks_is_text_with_its_marks(text: str) -> None:
     async with ScriptedEngine([text] * 2) as engine, engine.session() as s:
         reply = await s.generate("Explain.")
@@ -165,12 +168,15 @@ async def test_a_run_whose_answer_was_cut_says_so() -> None:
         assert (stopped.text, stopped.reason) == ("one", "answered")
 
 
-@pytest.mark.parametrize(("output", "text", "told"), [
-    (M, '{"n":12345}', "M"), ({"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]},
-                              '{"n":12345}', "JSON"),
-    (Regex("[a-z]{40}"), "a" * 40, "Regex"), (Choice("a long option, word for word", "no"),
-                                              "a long option, word for word", "Choice"),
-])
+@pytest.mark.parametrize(
+    ("output", "text", "told"),
+    [
+        (M, '{"n":12345}', "M"),
+        ({"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}, '{"n":12345}', "JSON"),
+        (Regex("[a-z]{40}"), "a" * 40, "Regex"),
+        (Choice("a long option, word for word", "no"), "a long option, word for word", "Choice"),
+    ],
+)
 async def test_an_output_that_was_cut_is_not_asked_for_again(output: Any, text: str, told: str) -> None:
     async with ScriptedEngine([text] * 2) as engine, engine.session() as s:
         for ask in (s.generate, s.run):
@@ -199,7 +205,7 @@ async def test_the_model_can_go_on_with_an_output_that_was_cut() -> None:
     def said(turn: Any) -> str:
         whole = '{"n":12345}'
         begun = turn.log.rpartition("<|assistant|>")[2]
-        return whole[len(begun):]
+        return whole[len(begun) :]
 
     async with ScriptedEngine(said) as engine, engine.session() as s:
         with pytest.raises(errors.OutputError, match="cut inside its output"):
@@ -208,8 +214,10 @@ async def test_the_model_can_go_on_with_an_output_that_was_cut() -> None:
         assert s.messages[-1].text == '{"n":12345}'
 
 
-@pytest.mark.parametrize("output", [Schema(M), Schema.json({"type": "array", "items": {"type": "null"}}),
-                                    Choice("yes", "no"), Regex("[ab]{3}")])
+@pytest.mark.parametrize(
+    "output",
+    [Schema(M), Schema.json({"type": "array", "items": {"type": "null"}}), Choice("yes", "no"), Regex("[ab]{3}")],
+)
 def test_what_is_not_whole_names_what_to_do(output: Any) -> None:
     with pytest.raises(errors.OutputError) as refused:
         _ = output.decode('{"n":')

@@ -35,11 +35,20 @@ async def search_all(engine: Engine) -> list[tuple[Found, int]]:
                 case "best":
                     found = await best_of_n(s, "Reach 9 from 4 5.", n=6, score=longest, max_tokens=12)
                 case "beam":
-                    found = await beam(s, "Reach 8 from 2 4.", width=2, branching=3, depth=2, score=longest, stop=",",
-                                       max_tokens=8)
+                    found = await beam(
+                        s, "Reach 8 from 2 4.", width=2, branching=3, depth=2, score=longest, stop=",", max_tokens=8
+                    )
                 case _:
-                    found = await tree_of_thought(s, "Reach 8 from 2 4.", branching=2, depth=3, score=longest, stop=",",
-                                                  budget=Budget(branches=6), max_tokens=8)
+                    found = await tree_of_thought(
+                        s,
+                        "Reach 8 from 2 4.",
+                        branching=2,
+                        depth=3,
+                        score=longest,
+                        stop=",",
+                        budget=Budget(branches=6),
+                        max_tokens=8,
+                    )
             done.append((found, await computed(engine) - before))
             counts = (await engine.stats()).counts
             assert (counts["branches"], counts["pages_tail"]) == (1, 0), name

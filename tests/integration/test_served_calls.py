@@ -8,7 +8,7 @@ import anyio
 import pytest
 
 from agentspeed import Session, System, ToolCall, ToolMessage, errors, events, tool
-from agentspeed.front.transcript import NO_RESULT
+from agentspeed.chat.transcript import NO_RESULT
 from agentspeed.testing import ScriptedEngine, say, tool_call
 
 pytestmark = pytest.mark.anyio
@@ -193,10 +193,15 @@ async def test_a_run_that_serves_the_rest_counts_the_whole_pause_once() -> None:
 
 
 # ---- wrong input ----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("options", "told"), [
-    ({"timeout": "x"}, "timeout is 'x'"), ({"timeout": 0}, "timeout is 0"), ({"expect": -1}, "expect is -1"),
-    ({"on_error": "explode"}, "on_error is 'explode'"),
-])
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"timeout": "x"}, "timeout is 'x'"),
+        ({"timeout": 0}, "timeout is 0"),
+        ({"expect": -1}, "expect is -1"),
+        ({"on_error": "explode"}, "on_error is 'explode'"),
+    ],
+)
 async def test_a_wrong_option_of_a_call_is_named_and_the_call_stays_open(options: Any, told: str) -> None:
     async with ScriptedEngine([CALL, "Ok."]) as engine, engine.session(tools=[f]) as s:
         (call,) = (await s.generate("go")).tool_calls
@@ -293,6 +298,7 @@ async def test_what_went_wrong_in_a_tools_own_task_group_is_told_to_the_model() 
     @tool
     async def groups() -> None:
         """Fails in a task."""
+
         async def fail() -> None:
             raise LookupError("no disk")
 

@@ -9,12 +9,12 @@ import anyio.to_thread
 import pytest
 
 from agentspeed import errors
-from agentspeed.front.codec import ChatCodec
+from agentspeed.chat.codec import ChatCodec
 from agentspeed.testing.scripted_server import ScriptedServer, ScriptedText
 from agentspeed.transport.base import Transport, wire
 from agentspeed.transport.in_thread import ThreadTransport
 from agentspeed.transport.model_files import fetch_model_files
-from agentspeed_engine.run import model_files
+from agentspeed_engine.serve import model_files
 
 pytestmark = pytest.mark.anyio
 

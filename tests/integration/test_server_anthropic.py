@@ -8,7 +8,7 @@ from typing import Any
 import anthropic
 import pytest
 
-from tests.server_run import server
+from tests.support.server_run import server
 
 ADD: Any = {
     "name": "add",

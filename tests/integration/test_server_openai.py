@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from agentspeed.server.options import ApiKey, ServerOptions
-from tests.server_run import server
+from tests.support.server_run import server
 
 ADD: Any = {
     "type": "function",

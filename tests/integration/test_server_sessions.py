@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from agentspeed.server.options import ApiKey, ServerOptions
-from tests.server_run import server
+from tests.support.server_run import server
 
 QUESTION: Any = {"messages": [{"type": "user", "text": "What is 17 plus 25?"}]}
 GREETING: Any = {"messages": [{"type": "user", "text": "Say hi."}], "max_tokens": 16}

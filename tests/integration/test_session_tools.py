@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel, field_validator
 
 from agentspeed import Assistant, Session, ToolCall, ToolContext, ToolMessage, User, errors, events, tool
-from agentspeed.front.transcript import NO_RESULT
+from agentspeed.chat.transcript import NO_RESULT
 from agentspeed.testing import ScriptedEngine, say, tool_call
 
 pytestmark = pytest.mark.anyio
@@ -108,10 +108,15 @@ async def test_wrong_arguments_are_told_to_the_model_which_may_try_again() -> No
         assert "must be even" in result.tools[0].text and result.tools[1].text == "2"
 
 
-@pytest.mark.parametrize(("approve", "told"), [
-    (None, "nobody was asked"), (lambda call: False, "not approved by the user"),
-    (lambda call: 1 / 0, "the approver failed"), (lambda call: True, "deleted x"),
-])
+@pytest.mark.parametrize(
+    ("approve", "told"),
+    [
+        (None, "nobody was asked"),
+        (lambda call: False, "not approved by the user"),
+        (lambda call: 1 / 0, "the approver failed"),
+        (lambda call: True, "deleted x"),
+    ],
+)
 async def test_approval_fails_closed(approve: Any, told: str) -> None:
     script = [tool_call("delete", path="x"), "Well."]
     async with ScriptedEngine(script) as engine, engine.session(tools=[delete]) as s:
@@ -215,7 +220,11 @@ async def test_calls_served_by_hand_enter_in_call_order_whenever_they_end() -> N
             for number, call in enumerate(reply.tool_calls):
                 _ = group.start_soon(serve, call, number)
         assert [text for _, text in texts(s)[2:]] == [
-            '{"number":0}', "error: add: LookupError: no", "error: add: no result after 0.05 s", '{"number":3}']
+            '{"number":0}',
+            "error: add: LookupError: no",
+            "error: add: no result after 0.05 s",
+            '{"number":3}',
+        ]
         assert s.usage.pauses == 1
         assert (await s.generate()).text == "Done."
 

@@ -195,8 +195,10 @@ async def test_logprobs_come_with_each_token_when_asked_for(checkpoint: Path) ->
     async with Session(checkpoint, record_logprobs=True) as s:
         reply = await s.generate("Say it.", max_tokens=4, logprobs=3)
         assert len(reply.logprobs) == len(reply.top_logprobs) == 4
-        assert all(len(top) == 3 and top[0][1] == logprob for top, logprob in zip(reply.top_logprobs, reply.logprobs,
-                                                                                 strict=True))
+        assert all(
+            len(top) == 3 and top[0][1] == logprob
+            for top, logprob in zip(reply.top_logprobs, reply.logprobs, strict=True)
+        )
         path = s.trajectory()
         assert path.ids == s.ids and sum(path.made) == 4
         assert tuple(value for value, made in zip(path.logprobs, path.made, strict=True) if made) == reply.logprobs

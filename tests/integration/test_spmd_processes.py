@@ -13,8 +13,8 @@ import torch
 
 from agentspeed_engine.models.catalog import load
 from tests.conformance.family_configs import random_config
-from tests.paged import CONFIG, Trail, batch
-from tools.random_checkpoint import make_checkpoint
+from tests.support.paged import CONFIG, Trail, batch
+from tests.support.random_checkpoint import make_checkpoint
 
 PAGE = 8
 IDS = np.random.default_rng(3).integers(0, 300, 40).tolist()
@@ -35,9 +35,9 @@ from agentspeed_engine.spmd.spec import EVERYWHERE
 from agentspeed_kernels.ops import OPS
 from agentspeed_kernels.platform import detect
 from agentspeed_kernels.registry import standard
-from agentspeed_kernels.select import Kernels
+from agentspeed_kernels.selection import Kernels
 from agentspeed_kernels.workspace import Workspace
-from tests.paged import Trail, batch
+from tests.support.paged import Trail, batch
 index, out, shares = int(sys.argv[1]), Path(sys.argv[2]), {shares!r}
 mesh = Mesh(dp=int(sys.argv[3]), tp=int(sys.argv[4]))
 torch.set_num_threads(1)

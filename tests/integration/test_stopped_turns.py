@@ -138,8 +138,9 @@ async def test_a_lease_that_changes_while_a_tool_runs_is_told_to_who_listens(che
             return "thought"
 
         async with engine.session(tools=[think]) as s:
-            _ = await s.run("Go.", tool_choice="think", parallel_calls=1, max_turns=2, max_tokens=100,
-                            on_event=seen.append)
+            _ = await s.run(
+                "Go.", tool_choice="think", parallel_calls=1, max_turns=2, max_tokens=100, on_event=seen.append
+            )
             kinds = [type(event) for event in seen]
             changed = next(event for event in seen if isinstance(event, events.LeaseChanged))
             assert kinds.index(events.Paused) < kinds.index(events.LeaseChanged) < kinds.index(events.ToolFinished)
@@ -147,7 +148,7 @@ async def test_a_lease_that_changes_while_a_tool_runs_is_told_to_who_listens(che
 
 
 async def test_a_turn_that_its_tenants_quota_ends_says_so_and_one_that_ends_as_asked_says_nothing(
-    checkpoint: Path
+    checkpoint: Path,
 ) -> None:
     async with Engine(checkpoint, pages=64, page_tokens=16, tenant_pages=3, context_limit=600) as engine:
         async with engine.session(tenant="small") as s:
@@ -161,9 +162,12 @@ async def test_a_turn_that_its_tenants_quota_ends_says_so_and_one_that_ends_as_a
 
 
 async def test_a_timeout_in_the_queue_says_what_the_turn_waited_for(checkpoint: Path) -> None:
-    async with Engine(checkpoint, pages=100, page_tokens=16, context_limit=1500) as engine, \
-            engine.session() as long, engine.session() as late, \
-            long.stream("word " * 220, max_tokens=600) as turn:
+    async with (
+        Engine(checkpoint, pages=100, page_tokens=16, context_limit=1500) as engine,
+        engine.session() as long,
+        engine.session() as late,
+        long.stream("word " * 220, max_tokens=600) as turn,
+    ):
         assert isinstance(await anext(turn), events.TurnStarted)
         with pytest.raises(errors.TurnTimeout, match=r"still waited for room after 0.2 s") as caught:
             _ = await late.generate("other " * 220, max_tokens=2, timeout=0.2)

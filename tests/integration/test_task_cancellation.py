@@ -85,7 +85,8 @@ async def test_what_is_drawn_after_a_timeout_is_what_an_undisturbed_session_draw
 
 
 @pytest.mark.parametrize(
-    "verb", ["add", "add much", "add and compute", "fork", "live fork", "rewind", "expect", "keep"])
+    "verb", ["add", "add much", "add and compute", "fork", "live fork", "rewind", "expect", "keep"]
+)
 async def test_a_verb_cancelled_at_any_moment_has_happened_wholly_or_not(checkpoint: Path, verb: str) -> None:
     much = "word " * 4000  # tokenised in a worker thread
     async with counting(checkpoint) as engine, engine.session() as s:
@@ -110,9 +111,14 @@ async def test_a_verb_cancelled_at_any_moment_has_happened_wholly_or_not(checkpo
                         pass
 
             verbs: dict[str, Callable[[], Awaitable[object]]] = {
-                "add": lambda: s.add("More."), "add much": lambda: s.add(much),
-                "add and compute": lambda: s.add(much, prefill=True), "fork": fork, "live fork": live_fork,
-                "rewind": lambda: s.rewind(0), "expect": lambda: s.expect(5.0), "keep": keep,
+                "add": lambda: s.add("More."),
+                "add much": lambda: s.add(much),
+                "add and compute": lambda: s.add(much, prefill=True),
+                "fork": fork,
+                "live fork": live_fork,
+                "rewind": lambda: s.rewind(0),
+                "expect": lambda: s.expect(5.0),
+                "keep": keep,
             }
             was = await cancelled(verbs[verb], rounds * 3)
             assert await agrees(s)

@@ -17,11 +17,17 @@ from typing import Any
 import pytest
 
 from agentspeed_engine.protocol import messages as wire
-from tests.engine_client import EngineProcess, Front, Refused, engine, environment, until
-from tests.terminal import Terminal, terminal
+from tests.support.engine_client import EngineProcess, Front, Refused, engine, environment, until
+from tests.support.terminal import Terminal, terminal
 
-OPTIONS: dict[str, Any] = {"model": "noop:512:4", "pages": 40, "page_tokens": 16, "context_limit": 400,
-                           "firm_pages": 10, "check_every_step": True}
+OPTIONS: dict[str, Any] = {
+    "model": "noop:512:4",
+    "pages": 40,
+    "page_tokens": 16,
+    "context_limit": 400,
+    "firm_pages": 10,
+    "check_every_step": True,
+}
 COMMAND = [sys.executable, "-c", "from agentspeed.cli import main; main()", "top"]
 
 
@@ -47,8 +53,14 @@ def slow(tmp_path: Path, place: Path) -> Iterator[EngineProcess]:
 
 
 def top(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=50, check=False,
-                          env=environment() | {"COLUMNS": "100"})
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+        env=environment() | {"COLUMNS": "100"},
+    )
 
 
 def shown(*arguments: str) -> dict[str, Any]:
@@ -66,8 +78,9 @@ def busy(front: Front) -> dict[str, int]:
     _ = front.generate(trunk, max_tokens=1)
     child, _ = front.fork(trunk, 2)
     (grandchild,) = front.fork(child, 1)
-    lease = front.ask(wire.Expect(request=front.number(), branch=trunk, seconds=60.0, keep="firm", tool="search"),
-                      wire.LeaseAnswer).lease
+    lease = front.ask(
+        wire.Expect(request=front.number(), branch=trunk, seconds=60.0, keep="firm", tool="search"), wire.LeaseAnswer
+    ).lease
     assert lease.keep == "firm", lease
     runs = front.open(range(200, 500))
     _ = front.start(runs, max_tokens=90)
@@ -98,8 +111,14 @@ def test_a_frame_for_people_names_the_same_within_100_columns(slow: EngineProces
     done = top("--once")
     assert done.returncode == 0, done.stderr
     assert all(len(line) <= 100 for line in done.stdout.splitlines())
-    for words in (f"process {slow.pid}", "session 1 acme", "for search", "firm 5", "waits for firm leases",
-                  f"queue, oldest first: {names['waits']}"):
+    for words in (
+        f"process {slow.pid}",
+        "session 1 acme",
+        "for search",
+        "firm 5",
+        "waits for firm leases",
+        f"queue, oldest first: {names['waits']}",
+    ):
         assert words in done.stdout, done.stdout
 
 
@@ -142,8 +161,13 @@ def test_who_asks_without_reading_gets_one_picture_and_refusals(running: EngineP
 
 def test_a_terminal_that_has_ascii_alone_gets_a_frame_drawn_in_it(slow: EngineProcess) -> None:
     names = busy(slow.connect())
-    done = subprocess.run([*COMMAND, "--once"], capture_output=True, timeout=50, check=False,
-                          env=environment() | {"COLUMNS": "100", "PYTHONIOENCODING": "ascii"})
+    done = subprocess.run(
+        [*COMMAND, "--once"],
+        capture_output=True,
+        timeout=50,
+        check=False,
+        env=environment() | {"COLUMNS": "100", "PYTHONIOENCODING": "ascii"},
+    )
     assert done.returncode == 0, done.stderr
     shown = done.stdout.decode("ascii")
     assert "40 pages ####" in shown and f"| {names['child']} " in shown and "?" not in shown
@@ -174,8 +198,9 @@ def test_every_engine_of_the_user_is_found_and_killed_ones_are_forgotten(tmp_pat
     assert list(place.iterdir()) == []
 
 
-def test_the_engine_it_is_told_to_attach_to_is_found_too(running: EngineProcess, tmp_path: Path,
-                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_it_is_told_to_attach_to_is_found_too(
+    running: EngineProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("AGENTSPEED_RUNTIME_DIR", str(tmp_path / "empty"))
     monkeypatch.setenv("AGENTSPEED_ENGINE", str(running.path))
     assert shown()["pid"] == running.pid
@@ -184,8 +209,9 @@ def test_the_engine_it_is_told_to_attach_to_is_found_too(running: EngineProcess,
 
 
 def test_an_engine_killed_while_it_is_watched_ends_the_watch_with_status_3(running: EngineProcess) -> None:
-    with subprocess.Popen([*COMMAND, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                          env=environment()) as watch:
+    with subprocess.Popen(
+        [*COMMAND, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    ) as watch:
         assert watch.stdout is not None and watch.stderr is not None
         assert json.loads(watch.stdout.readline())["engines"][0]["pid"] == running.pid
         _ = running.kill()
@@ -208,8 +234,9 @@ def stopped(process: EngineProcess) -> Iterator[None]:
 @contextmanager
 def watched(*arguments: str) -> Iterator[Callable[[], dict[str, Any]]]:
     """What `top --json` writes, frame by frame."""
-    with subprocess.Popen([*COMMAND, "--json", *arguments], stdout=subprocess.PIPE, text=True,
-                          env=environment()) as watch:
+    with subprocess.Popen(
+        [*COMMAND, "--json", *arguments], stdout=subprocess.PIPE, text=True, env=environment()
+    ) as watch:
         lines = watch.stdout
         assert lines is not None
         yield lambda: json.loads(lines.readline())
@@ -225,8 +252,9 @@ def test_an_engine_that_does_not_answer_at_the_start_is_named(running: EnginePro
     assert f"{running.path} has not answered for 5 s" in done.stderr
 
 
-def test_an_engine_that_hangs_keeps_its_last_picture_and_neither_ends_nor_delays_the_watch(tmp_path: Path,
-                                                                                           place: Path) -> None:
+def test_an_engine_that_hangs_keeps_its_last_picture_and_neither_ends_nor_delays_the_watch(
+    tmp_path: Path, place: Path
+) -> None:
     with engine(tmp_path / "a", **OPTIONS) as hung, engine(tmp_path / "b", **OPTIONS) as well, watched() as frame:
         assert {one["silent_seconds"] for one in frame()["engines"]} == {0.0}
         with stopped(hung):
@@ -256,8 +284,12 @@ def test_a_watch_of_one_engine_alone_outlives_its_hanging(running: EngineProcess
 
 
 def test_a_hanging_engine_that_was_never_seen_is_named_beside_the_others(tmp_path: Path, place: Path) -> None:
-    with engine(tmp_path / "a", **OPTIONS) as hung, engine(tmp_path / "b", **OPTIONS) as well, stopped(hung), \
-            watched() as frame:
+    with (
+        engine(tmp_path / "a", **OPTIONS) as hung,
+        engine(tmp_path / "b", **OPTIONS) as well,
+        stopped(hung),
+        watched() as frame,
+    ):
         first = frame()
         assert [one["pid"] for one in first["engines"]] == [well.pid]
         while not (notes := frame()["notes"]):
@@ -349,8 +381,9 @@ def test_an_engine_without_sessions_ends_after_its_idle_time_though_it_is_watche
         assert front.generate(branch, max_tokens=2).ended is not None  # a session at rest keeps it
         _ = front.end(branch)
         begun = time.monotonic()
-        done = subprocess.run([*COMMAND, "--json"], capture_output=True, text=True, timeout=50, check=False,
-                              env=environment())
+        done = subprocess.run(
+            [*COMMAND, "--json"], capture_output=True, text=True, timeout=50, check=False, env=environment()
+        )
         assert done.returncode == 3
         assert "idle_seconds" in done.stderr
         assert process.wait() == 0

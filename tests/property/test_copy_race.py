@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 from agentspeed_engine.ids import TicketId
 from agentspeed_engine.sched.plan import HostCopy
-from tests.any_command import any_command
-from tests.scheduled import Scheduled
+from tests.support.any_command import any_command
+from tests.support.scheduled import Scheduled
 
 DEADLINE = 2.0
 
@@ -19,8 +19,9 @@ class Race:
 
     def __init__(self, seed: int) -> None:
         self.chance = random.Random(seed)
-        self.world = Scheduled(pages=self.chance.choice((18, 30)), host_slots=80, max_sessions=8,
-                               ticket_deadline=DEADLINE)
+        self.world = Scheduled(
+            pages=self.chance.choice((18, 30)), host_slots=80, max_sessions=8, ticket_deadline=DEADLINE
+        )
         self.world.host = None
         self.clock = 0.0
         self.orders: list[HostCopy] = []

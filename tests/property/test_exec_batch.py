@@ -35,7 +35,7 @@ from agentspeed_engine.protocol.token_ids import pack_ids, unpack_ids
 from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.sched.core import Core
 from agentspeed_engine.sched.plan import StepPlan, StepResult
-from tests.remembering_model import RememberingModel, continuation
+from tests.support.remembering_model import RememberingModel, continuation
 
 LINK = LinkId(1)
 VOCABULARY, PAGE = 50, 4
@@ -45,9 +45,19 @@ class World:
     """A core and a worker driven by hand, with every branch's log mirrored as a front does."""
 
     def __init__(self, pages: int, context: int, depth: int = 0, ahead: bool = False) -> None:
-        self.core = Core(CoreConfig(pages=pages, context_limit=context, vocab_size=VOCABULARY, page_tokens=PAGE,
-                                    prefill_chunk=11, extend_tokens=5, depth=depth, decode_ahead=ahead,
-                                    firm_pages=0))
+        self.core = Core(
+            CoreConfig(
+                pages=pages,
+                context_limit=context,
+                vocab_size=VOCABULARY,
+                page_tokens=PAGE,
+                prefill_chunk=11,
+                extend_tokens=5,
+                depth=depth,
+                decode_ahead=ahead,
+                firm_pages=0,
+            )
+        )
         self.model = RememberingModel(pages, PAGE, VOCABULARY)
         self.worker = Worker(CpuExecutor(self.model, Vocabulary(Path("none"), VOCABULARY, ()), depth=depth))
         self.logs: dict[int, list[int]] = {}
@@ -166,8 +176,12 @@ def fork(world: World, branch: int, request: int, at: int | None = None) -> None
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 2**32), pages=st.sampled_from([16, 24, 60]), depth=st.sampled_from([0, 0, 1, 2]),
-       ahead=st.booleans())
+@given(
+    seed=st.integers(0, 2**32),
+    pages=st.sampled_from([16, 24, 60]),
+    depth=st.sampled_from([0, 0, 1, 2]),
+    ahead=st.booleans(),
+)
 def test_every_query_sees_exactly_its_own_log(seed: int, pages: int, depth: int, ahead: bool) -> None:
     draw = Random(seed)
     world = World(pages, context=56, depth=depth, ahead=ahead and depth > 0)

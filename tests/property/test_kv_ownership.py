@@ -12,8 +12,8 @@ from agentspeed_engine.protocol.token_ids import pack_ids, unpack_ids
 from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.sched.core import Core
 from agentspeed_engine.sched.plan import HostCopy, StepResult
-from agentspeed_engine.sched.world import Out
-from tests.fake_device import FakeDevice
+from agentspeed_engine.sched.state import Out
+from tests.support.fake_device import FakeDevice
 
 VOCABULARY, STOP = 7, 6
 IDS = st.lists(st.integers(0, 2), max_size=9)
@@ -22,16 +22,36 @@ IDS = st.lists(st.integers(0, 2), max_size=9)
 class Ownership(RuleBasedStateMachine):
     """The engine's core between a user who does anything at any time and a device that checks every row."""
 
-    @initialize(page=st.sampled_from([2, 3, 4]), limit=st.sampled_from([12, 20]), spare=st.integers(0, 6),
-                chunk=st.sampled_from([3, 8]), depth=st.integers(0, 2), ahead=st.booleans(),
-                slots=st.sampled_from([0, 2, 5, 40]),
-                policy=st.sampled_from(["next_use", "lru", "ttl", "min_waste"]))
-    def start(self, page: int, limit: int, spare: int, chunk: int, depth: int, ahead: bool, slots: int,
-              policy: str) -> None:
-        self.core = Core(CoreConfig(
-            pages=pages_for(limit, page) + 1 + spare, firm_pages=min(1, spare), context_limit=limit,
-            vocab_size=VOCABULARY, page_tokens=page, prefill_chunk=chunk, extend_tokens=2, max_branches=6,
-            max_sessions=4, depth=depth, decode_ahead=ahead and depth > 0, host_slots=slots, policy=policy))
+    @initialize(
+        page=st.sampled_from([2, 3, 4]),
+        limit=st.sampled_from([12, 20]),
+        spare=st.integers(0, 6),
+        chunk=st.sampled_from([3, 8]),
+        depth=st.integers(0, 2),
+        ahead=st.booleans(),
+        slots=st.sampled_from([0, 2, 5, 40]),
+        policy=st.sampled_from(["next_use", "lru", "ttl", "min_waste"]),
+    )
+    def start(
+        self, page: int, limit: int, spare: int, chunk: int, depth: int, ahead: bool, slots: int, policy: str
+    ) -> None:
+        self.core = Core(
+            CoreConfig(
+                pages=pages_for(limit, page) + 1 + spare,
+                firm_pages=min(1, spare),
+                context_limit=limit,
+                vocab_size=VOCABULARY,
+                page_tokens=page,
+                prefill_chunk=chunk,
+                extend_tokens=2,
+                max_branches=6,
+                max_sessions=4,
+                depth=depth,
+                decode_ahead=ahead and depth > 0,
+                host_slots=slots,
+                policy=policy,
+            )
+        )
         self.device = FakeDevice(page, VOCABULARY)
         self.logs: dict[int, list[int]] = {}
         self.running: set[int] = set()
@@ -48,8 +68,11 @@ class Ownership(RuleBasedStateMachine):
 
     @rule(pick=st.integers(0, 30), ids=IDS, most=st.sampled_from([None, 0, 1, 3]))
     def generate(self, pick: int, ids: list[int], most: int | None) -> None:
-        self.send(wire.Generate(request=self.fresh(), branch=self.pick(pick), ids=pack_ids(ids), max_tokens=most,
-                                stop_ids=(STOP,)))
+        self.send(
+            wire.Generate(
+                request=self.fresh(), branch=self.pick(pick), ids=pack_ids(ids), max_tokens=most, stop_ids=(STOP,)
+            )
+        )
 
     @rule(pick=st.integers(0, 30), ids=IDS)
     def append(self, pick: int, ids: list[int]) -> None:
@@ -192,5 +215,6 @@ class Ownership(RuleBasedStateMachine):
 
 
 TestOwnership = Ownership.TestCase
-TestOwnership.settings = settings(max_examples=150, stateful_step_count=60, deadline=None,
-                                  suppress_health_check=list(HealthCheck))
+TestOwnership.settings = settings(
+    max_examples=150, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
+)

@@ -13,30 +13,58 @@ from hypothesis.stateful import initialize, rule
 from agentspeed_engine.ids import LinkId, pages_for
 from agentspeed_engine.protocol import messages as wire
 from agentspeed_engine.protocol.token_ids import pack_ids
-from agentspeed_engine.run.recording import SUFFIX, RecordingOrder, Tape
-from agentspeed_engine.run.replay import Replay
 from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.sched.core import Core
 from agentspeed_engine.sched.digest import digests
-from tests.fake_device import FakeDevice
+from agentspeed_engine.serve.recording import SUFFIX, RecordingOrder, Tape
+from agentspeed_engine.serve.replay import Replay
 from tests.property.test_kv_ownership import IDS, VOCABULARY, Ownership
+from tests.support.fake_device import FakeDevice
 
 
 class Recorded(Ownership):
     """The histories of the ownership test, through a recorded core. A digest is noted after every step."""
 
-    @initialize(page=st.sampled_from([2, 3, 4]), limit=st.sampled_from([12, 20]), spare=st.integers(0, 6),
-                chunk=st.sampled_from([3, 8]), depth=st.integers(0, 2), ahead=st.booleans(),
-                slots=st.sampled_from([0, 2, 5, 40]),
-                policy=st.sampled_from(["next_use", "lru"]), content=st.booleans())
+    @initialize(
+        page=st.sampled_from([2, 3, 4]),
+        limit=st.sampled_from([12, 20]),
+        spare=st.integers(0, 6),
+        chunk=st.sampled_from([3, 8]),
+        depth=st.integers(0, 2),
+        ahead=st.booleans(),
+        slots=st.sampled_from([0, 2, 5, 40]),
+        policy=st.sampled_from(["next_use", "lru"]),
+        content=st.booleans(),
+    )
     def start(  # type: ignore[override]
-        self, page: int, limit: int, spare: int, chunk: int, depth: int, ahead: bool, slots: int, policy: str,
+        self,
+        page: int,
+        limit: int,
+        spare: int,
+        chunk: int,
+        depth: int,
+        ahead: bool,
+        slots: int,
+        policy: str,
         content: bool,
     ) -> None:
-        self.inner = Core(CoreConfig(
-            pages=pages_for(limit, page) + 1 + spare, firm_pages=min(1, spare), context_limit=limit,
-            vocab_size=VOCABULARY, page_tokens=page, prefill_chunk=chunk, extend_tokens=2, max_branches=6,
-            max_sessions=4, depth=depth, decode_ahead=ahead and depth > 0, host_slots=slots, policy=policy))
+        self.inner = Core(
+            CoreConfig(
+                pages=pages_for(limit, page) + 1 + spare,
+                firm_pages=min(1, spare),
+                context_limit=limit,
+                vocab_size=VOCABULARY,
+                page_tokens=page,
+                prefill_chunk=chunk,
+                extend_tokens=2,
+                max_branches=6,
+                max_sessions=4,
+                depth=depth,
+                decode_ahead=ahead and depth > 0,
+                host_slots=slots,
+                policy=policy,
+            )
+        )
         self.folder = Path(tempfile.mkdtemp(prefix="agentspeed-recorder-"))
         order = RecordingOrder(folder=self.folder, most_bytes=1 << 20, content=content, every=1)
         self.tape = Tape(self.inner, order, began=0.0)
@@ -86,5 +114,6 @@ class Recorded(Ownership):
 
 
 TestRecorded = Recorded.TestCase
-TestRecorded.settings = settings(max_examples=60, stateful_step_count=50, deadline=None,
-                                 suppress_health_check=list(HealthCheck))
+TestRecorded.settings = settings(
+    max_examples=60, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+)

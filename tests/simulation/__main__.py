@@ -20,8 +20,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument("--seeds", type=_count, default=20, help="how many seeds")
     parser.add_argument("--marks", action="store_true", help="print every mark with its count")
-    parser.add_argument("--every", choices=FAULT_KINDS, metavar="FAULT", help="instead of the workload's own faults: "
-                        f"one run for each point at which this one may strike ({', '.join(FAULT_KINDS)})")
+    parser.add_argument(
+        "--every",
+        choices=FAULT_KINDS,
+        metavar="FAULT",
+        help="instead of the workload's own faults: "
+        f"one run for each point at which this one may strike ({', '.join(FAULT_KINDS)})",
+    )
     options = parser.parse_args(arguments)
     asked = options.workloads or names()
     try:
@@ -44,8 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"  {marks[mark]:7}  {mark:28} {why}")
     if options.marks or not options.workloads:
         unseen = [mark for mark in MARKS if not marks[mark]]
-        print(f"{len(MARKS) - len(unseen)} of {len(MARKS)} marks hit"
-              + (f"; never: {', '.join(unseen)}" if unseen else ""))
+        print(
+            f"{len(MARKS) - len(unseen)} of {len(MARKS)} marks hit"
+            + (f"; never: {', '.join(unseen)}" if unseen else "")
+        )
     return 1 if failed else 0
 
 
@@ -71,8 +78,10 @@ def _at_every_point(workload: Workload, seed: int, kind: str) -> bool:
 def _told(asked: str, report: Report, seconds: float) -> bool:
     """Prints what came of one workload, by the name or path it was asked for with; True when it failed."""
     faults = ", ".join(f"{kind} {count}" for kind, count in sorted(report.faults.items())) or "no faults"
-    print(f"{report.workload.name:26} {report.outcomes:4} seeds {report.turns:7} turns {report.events:8} events "
-          f"{report.compared:6} compared  longest turn {report.longest_turn:6.1f} s  {faults}  ({seconds:.1f} s)")
+    print(
+        f"{report.workload.name:26} {report.outcomes:4} seeds {report.turns:7} turns {report.events:8} events "
+        f"{report.compared:6} compared  longest turn {report.longest_turn:6.1f} s  {faults}  ({seconds:.1f} s)"
+    )
     for outcome in report.failures:
         print(f"FAILED: {outcome}")
         print(f"again: python -m tests.simulation {shlex.quote(asked)} --seed {outcome.seed} --seeds 1")

@@ -83,8 +83,10 @@ class Agent:
         """Opens a handle that no engine knows, with the ids its front mirrored."""
         tries = 0
         while handle.number is None:
-            reply = yield Ask(handle, wire.Open(request=0, ids=pack_ids(handle.mirror.ids), tenant=handle.tenant,
-                                                private=handle.private))
+            reply = yield Ask(
+                handle,
+                wire.Open(request=0, ids=pack_ids(handle.mirror.ids), tenant=handle.tenant, private=handle.private),
+            )
             if isinstance(reply, wire.Failed):
                 tries += 1
                 yield from self.wait_to_retry(reply, tries)
@@ -95,14 +97,27 @@ class Agent:
             raise Refused(failed.code)
         yield Sleep(0.5)
 
-    def turn(self, handle: Handle, ids: Sequence[int], most: int, label: str,
-             meanwhile: Callable[[], Script[None]] | None = None) -> Script[None]:
+    def turn(
+        self,
+        handle: Handle,
+        ids: Sequence[int],
+        most: int,
+        label: str,
+        meanwhile: Callable[[], Script[None]] | None = None,
+    ) -> Script[None]:
         """One turn, as often as it takes: what was cut short is asked again from where it began."""
         before = handle.known
         while True:
-            reply = yield from self.ask(handle, lambda number: wire.Generate(
-                request=0, branch=number, ids=pack_ids(list(ids)), max_tokens=most,
-                stop_ids=tuple(range(self.spec.stops))))
+            reply = yield from self.ask(
+                handle,
+                lambda number: wire.Generate(
+                    request=0,
+                    branch=number,
+                    ids=pack_ids(list(ids)),
+                    max_tokens=most,
+                    stop_ids=tuple(range(self.spec.stops)),
+                ),
+            )
             assert isinstance(reply, wire.Done), reply
             if meanwhile is not None:
                 action, meanwhile = meanwhile, None
@@ -149,8 +164,16 @@ class Agent:
         keep = self.spec.keep
         if keep == "none":
             return
-        answered = yield from self.ask(handle, lambda number: wire.Expect(
-            request=0, branch=number, seconds=seconds, keep="firm" if keep == "firm" else "soft", tool=self.spec.name))
+        answered = yield from self.ask(
+            handle,
+            lambda number: wire.Expect(
+                request=0,
+                branch=number,
+                seconds=seconds,
+                keep="firm" if keep == "firm" else "soft",
+                tool=self.spec.name,
+            ),
+        )
         assert isinstance(answered, wire.LeaseAnswer), answered
 
     def begin(self) -> Handle:
@@ -196,7 +219,7 @@ def brancher(agent: Agent, workload: Workload) -> Script[None]:
         for index, child in enumerate(children):
             label = f"{agent.label}/turn-{turn}/child-{index}"
             helper = _agent(label, agent.link, spec, workload.name, agent.draw.random())
-            missing = said[max(0, child.known - mark):] if spec.live else helper.ids(spec.sent)
+            missing = said[max(0, child.known - mark) :] if spec.live else helper.ids(spec.sent)
             goal = end - child.known - len(missing) if spec.live else helper.number(spec.drawn)
             helper.script = _child(helper, child, missing, goal)
             yield Start(helper)
@@ -237,8 +260,9 @@ def parent(agent: Agent, workload: Workload) -> Script[None]:
         yield from agent.expect(handle, agent.seconds(spec.pause) * 4)
         started: list[Agent] = []
         for index, child in enumerate(begun):
-            helper = _agent(f"{agent.label}/turn-{turn}/sub-{index}", agent.link, spec, workload.name,
-                            agent.draw.random())
+            helper = _agent(
+                f"{agent.label}/turn-{turn}/sub-{index}", agent.link, spec, workload.name, agent.draw.random()
+            )
             helper.script = _sub_agent(helper, child)
             yield Start(helper)
             started.append(helper)
@@ -275,7 +299,10 @@ def _guest(agent: Agent) -> Script[None]:
 
 
 _KINDS: dict[str, Callable[[Agent, Workload], Script[None]]] = {
-    "tool_user": tool_user, "brancher": brancher, "parent": parent, "arrivals": arrivals,
+    "tool_user": tool_user,
+    "brancher": brancher,
+    "parent": parent,
+    "arrivals": arrivals,
 }
 
 

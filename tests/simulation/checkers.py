@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, final
 
 from agentspeed_engine.errors import BrokenInvariant
 from agentspeed_engine.ids import BranchId, NodeId
-from agentspeed_engine.kv.branches import Held
+from agentspeed_engine.kv.branch_states import Held
 from agentspeed_engine.kv.tree import upward
 from agentspeed_engine.protocol import messages as wire
 from agentspeed_engine.sched.core import Core
 from agentspeed_engine.sched.ranking import Rankings
 from agentspeed_engine.sched.reclaim import reclaim
-from agentspeed_engine.sched.world import World
+from agentspeed_engine.sched.state import SchedulerState
 from tests.simulation.front import Handle
 
 if TYPE_CHECKING:
@@ -104,8 +104,10 @@ class Checkers:
             device = core.world.residence(state.branch).device
             if device < promise.device:
                 self.broken += 1
-                raise Violation(f"firm lease broken: branch {number} was promised {promise.device} tokens on the "
-                                f"device until {promise.until:.3f} and has {device}")
+                raise Violation(
+                    f"firm lease broken: branch {number} was promised {promise.device} tokens on the "
+                    f"device until {promise.until:.3f} and has {device}"
+                )
 
     def _oldest(self, core: Core) -> None:
         """The heart of liveness: nobody takes room from the oldest unfinished turn."""
@@ -121,10 +123,14 @@ def _bounds(core: Core) -> None:
     """Every table is within its limit, and firm leases hold no more than F."""
     world, config = core.world, core.config
     for name, count, limit in (
-        ("sessions", len(world.sessions), config.max_sessions), ("waiting turns", len(world.queue), config.max_waiting),
+        ("sessions", len(world.sessions), config.max_sessions),
+        ("waiting turns", len(world.queue), config.max_waiting),
         ("steps in flight", len(world.flights), config.depth + 1),
-        ("branches of a session", max((len(one.branches) for one in world.sessions.values()), default=0),
-         config.max_branches),
+        (
+            "branches of a session",
+            max((len(one.branches) for one in world.sessions.values()), default=0),
+            config.max_branches,
+        ),
     ):
         # A live fork may put a turn back into a full queue: it was admitted once and keeps its place.
         spare = len(world.states) if name == "waiting turns" else 0
@@ -185,7 +191,7 @@ def pages_nobody_can_have(core: Core, now: float) -> int:
     return world.kv.pages.total - world.kv.pages.free
 
 
-def everything_goes(world: World, now: float) -> bool:
+def everything_goes(world: SchedulerState, now: float) -> bool:
     world.rankings = Rankings()  # a plan's, and what copies changed since the last one is not in it
     return reclaim(world, world.kv.pages.total, now)
 

@@ -17,7 +17,7 @@ from heapq import heappop, heappush
 from typing import final
 
 from agentspeed_engine.ids import BranchId, PageId
-from agentspeed_engine.kv.runs import PageCopy
+from agentspeed_engine.kv.views import PageCopy
 from agentspeed_engine.sched.plan import Drawn, HostCopy, Row, StepPlan, StepResult
 
 _WORD = (1 << 64) - 1
@@ -152,8 +152,12 @@ class Device:
 
     def result(self, step: Step) -> StepResult:
         """Of a step whose rows are all carried out."""
-        return StepResult(step.plan.seq, tuple(
-            Drawn(task.row.branch, task.row.epoch, task.token) for task in step.tasks if task.row.sample is not None))
+        return StepResult(
+            step.plan.seq,
+            tuple(
+                Drawn(task.row.branch, task.row.epoch, task.token) for task in step.tasks if task.row.sample is not None
+            ),
+        )
 
     def copy(self, order: HostCopy, now: float, *, ok: bool) -> None:
         """Carries out one ticket; a failed one leaves junk where it was writing."""
@@ -222,6 +226,8 @@ class Device:
         for index, position in enumerate(range(start, end, self.page_tokens)):
             count = min(self.page_tokens, end - position)
             if self.pages[pages[index]][:count] != rows[position : position + count]:
-                raise WrongRow(f"branch {row.branch} reads page {pages[index]} for positions {position} to "
-                               f"{position + count} and finds rows of another history")
+                raise WrongRow(
+                    f"branch {row.branch} reads page {pages[index]} for positions {position} to "
+                    f"{position + count} and finds rows of another history"
+                )
         return end

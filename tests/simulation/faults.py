@@ -42,8 +42,12 @@ class Faults:
 
     @classmethod
     def of(cls, workload: Workload, seed: int) -> Faults:
-        return cls([_Source(spec, random.Random(f"{workload.name}/fault-{index}/{seed}"))
-                    for index, spec in enumerate(workload.faults)])
+        return cls(
+            [
+                _Source(spec, random.Random(f"{workload.name}/fault-{index}/{seed}"))
+                for index, spec in enumerate(workload.faults)
+            ]
+        )
 
     def strikes(self, kind: str) -> float | None:
         """How many seconds a fault of this kind lasts if one strikes here, else None."""

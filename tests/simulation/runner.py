@@ -73,8 +73,9 @@ def at_every_point(workload: Workload, seed: int, kind: str, stride: int = 1) ->
     peaceful = in_peace(workload, seed)
     for point in count(step=stride):
         fault = FaultSpec(kind=kind, at=(point,))
-        outcome, _ = run_one(dataclasses.replace(workload, faults=(fault,), expect=Expectations()), seed,
-                             peaceful=peaceful)
+        outcome, _ = run_one(
+            dataclasses.replace(workload, faults=(fault,), expect=Expectations()), seed, peaceful=peaceful
+        )
         if not outcome.faults[kind] and outcome.violation is None:
             return
         yield outcome
@@ -85,8 +86,9 @@ def in_peace(workload: Workload, seed: int) -> Outcome:
     return Simulation(workload.undisturbed(), seed, sight=Sight.USER).run()
 
 
-def run_one(workload: Workload, seed: int, *, sight: Sight = Sight.LEDGER,
-            peaceful: Outcome | None = None) -> tuple[Outcome, int]:
+def run_one(
+    workload: Workload, seed: int, *, sight: Sight = Sight.LEDGER, peaceful: Outcome | None = None
+) -> tuple[Outcome, int]:
     """One seed, and how many of its turns were compared."""
     outcome = Simulation(workload, seed, sight=sight).run()
     if outcome.violation is not None:

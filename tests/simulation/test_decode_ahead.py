@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 
-from agentspeed_engine.kv import branches
+from agentspeed_engine.kv import branch_states
 from agentspeed_engine.sched import step
 from tests.simulation.checkers import Sight
 from tests.simulation.runner import run_seeds
@@ -28,7 +28,7 @@ def test_every_workload_hears_the_tokens_of_an_undisturbed_run(name: str, depth:
 
 
 def test_a_dead_row_that_counts_as_done_is_seen_by_the_ledger() -> None:
-    with mock.patch.object(branches, "_done", lambda branch, room, tokens: room.done + tokens):
+    with mock.patch.object(branch_states, "_done", lambda branch, room, tokens: room.done + tokens):
         report = run_seeds(ahead("decode-ahead", 1), range(6))
     assert report.failures
 

@@ -39,9 +39,11 @@ def test_without_settling_a_reader_meets_rows_of_somebody_else() -> None:
     """Copies are quick and steps slow: rows come back from the host into a page that a step in flight still writes."""
     incident = load("abort-while-finishing")
     crowded = dataclasses.replace(
-        incident, engine=dataclasses.replace(incident.engine, pages=18, host_slots=60, firm_pages=0, depth=2),
+        incident,
+        engine=dataclasses.replace(incident.engine, pages=18, host_slots=60, firm_pages=0, depth=2),
         device=DeviceSpec(step=Span(0.02, 0.05), copy=Span(0.0005, 0.002)),
-        faults=(FaultSpec(kind="abort", rate=0.05),))
+        faults=(FaultSpec(kind="abort", rate=0.05),),
+    )
     assert not run_seeds(crowded, range(4), sight=Sight.INSIDE).failures
     with without_settling():
         report = run_seeds(crowded, range(15), sight=Sight.INSIDE)

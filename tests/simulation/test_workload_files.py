@@ -36,28 +36,31 @@ def test_a_number_is_a_span_of_itself() -> None:
     assert workload.engine.config().pages == 24
 
 
-@pytest.mark.parametrize(("old", "new", "key", "remedy"), [
-    ("pages = 24", "page = 24", "engine.page", "Do you mean 'pages'?"),
-    ("pages = 24", "pages = 'many'", "engine.pages", "Give: int"),
-    ("pages = 24", "pages = 4", "engine", "Give more pages"),
-    ("pages = 24\n", "", "engine.pages", "Add it"),
-    ("pages = 24", "pages = 24\npolicy = 'chance'", "engine", "One of: "),
-    ("pages = 24", "pages = 24\npolicy = 'pin'", "engine.policy", "One of: next_use"),
-    ("[engine]", "[engin]", "engin", "Do you mean 'engine'?"),
-    ("pause = 0.5", "pause = [3, 1]", "agents[0].pause", "0 <= low <= high"),
-    ("pause = 0.5", "pause = [1, 2, 3]", "agents[0].pause", "[low, high]"),
-    ("pause = 0.5", "live = 1", "agents[0].live", "Give: bool"),
-    ("pause = 0.5", "keep = 'hard'", "agents[0].keep", "One of: none, soft, firm"),
-    ('kind = "tool_user"', 'kind = "tool"', "agents[0].kind", "One of: tool_user"),
-    ('kind = "abort"', 'kind = "aborts"', "faults[0].kind", "One of: abort"),
-    ("rate = 0.1", "rate = 2", "faults[0].rate", "Give 0 to 1"),
-    ("rate = 0.1", "at = 3", "faults[0].at", "Give: tuple"),
-    ("rate = 0.1", "rate = 0.1\nat = [3]", "faults[0].at", "another [[faults]] table"),
-    ("rate = 0.1", "most = -1", "faults[0].most", "Give 0 or more"),
-    ('why = "A test."', 'why = "A test."\nfaults = 3', "(syntax)", "Correct that line"),
-    ('why = "A test."', 'why = "A test."\nexpect = 3', "expect", "Write [expect]"),
-    ("rate = 0.1", 'rate = 0.1\n[expect]\nmarks = ["x"]', "expect.marks[0]", "One of: preempted"),
-])
+@pytest.mark.parametrize(
+    ("old", "new", "key", "remedy"),
+    [
+        ("pages = 24", "page = 24", "engine.page", "Do you mean 'pages'?"),
+        ("pages = 24", "pages = 'many'", "engine.pages", "Give: int"),
+        ("pages = 24", "pages = 4", "engine", "Give more pages"),
+        ("pages = 24\n", "", "engine.pages", "Add it"),
+        ("pages = 24", "pages = 24\npolicy = 'chance'", "engine", "One of: "),
+        ("pages = 24", "pages = 24\npolicy = 'pin'", "engine.policy", "One of: next_use"),
+        ("[engine]", "[engin]", "engin", "Do you mean 'engine'?"),
+        ("pause = 0.5", "pause = [3, 1]", "agents[0].pause", "0 <= low <= high"),
+        ("pause = 0.5", "pause = [1, 2, 3]", "agents[0].pause", "[low, high]"),
+        ("pause = 0.5", "live = 1", "agents[0].live", "Give: bool"),
+        ("pause = 0.5", "keep = 'hard'", "agents[0].keep", "One of: none, soft, firm"),
+        ('kind = "tool_user"', 'kind = "tool"', "agents[0].kind", "One of: tool_user"),
+        ('kind = "abort"', 'kind = "aborts"', "faults[0].kind", "One of: abort"),
+        ("rate = 0.1", "rate = 2", "faults[0].rate", "Give 0 to 1"),
+        ("rate = 0.1", "at = 3", "faults[0].at", "Give: tuple"),
+        ("rate = 0.1", "rate = 0.1\nat = [3]", "faults[0].at", "another [[faults]] table"),
+        ("rate = 0.1", "most = -1", "faults[0].most", "Give 0 or more"),
+        ('why = "A test."', 'why = "A test."\nfaults = 3', "(syntax)", "Correct that line"),
+        ('why = "A test."', 'why = "A test."\nexpect = 3', "expect", "Write [expect]"),
+        ("rate = 0.1", 'rate = 0.1\n[expect]\nmarks = ["x"]', "expect.marks[0]", "One of: preempted"),
+    ],
+)
 def test_what_is_wrong_is_named_with_its_remedy(old: str, new: str, key: str, remedy: str) -> None:
     assert old in GOOD
     with pytest.raises(WorkloadError) as refused:

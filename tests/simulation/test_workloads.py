@@ -10,8 +10,13 @@ from tests.simulation.runner import Report, at_every_point, run_seeds
 from tests.simulation.workload import FAULT_KINDS, load, names
 from tests.simulation.world import Simulation
 
-INCIDENTS = ("abort-while-finishing", "abort-while-copying", "freed-while-read", "closed-twice",
-             "aborted-session-goes-on")
+INCIDENTS = (
+    "abort-while-finishing",
+    "abort-while-copying",
+    "freed-while-read",
+    "closed-twice",
+    "aborted-session-goes-on",
+)
 
 
 @cache
@@ -33,10 +38,21 @@ def test_the_faults_of_a_workload_strike(name: str) -> None:
     assert often <= set(report(name).faults)
 
 
-@pytest.mark.parametrize(("kind", "stride"), [
-    ("abort", 1), ("client_gone", 3), ("famine", 8), ("clock_jumps", 8), ("engine_killed", 8), ("rank_dies", 1),
-    ("copy_fails", 1), ("copy_late", 1), ("turn_refused", 1), ("tool_never_returns", 1),
-])
+@pytest.mark.parametrize(
+    ("kind", "stride"),
+    [
+        ("abort", 1),
+        ("client_gone", 3),
+        ("famine", 8),
+        ("clock_jumps", 8),
+        ("engine_killed", 8),
+        ("rank_dies", 1),
+        ("copy_fails", 1),
+        ("copy_late", 1),
+        ("turn_refused", 1),
+        ("tool_never_returns", 1),
+    ],
+)
 def test_one_thing_may_go_wrong_at_every_point(kind: str, stride: int) -> None:
     runs = 0
     for outcome in at_every_point(load("tiny"), 0, kind, stride):

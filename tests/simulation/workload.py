@@ -20,8 +20,16 @@ VOCABULARY = 509
 
 AGENT_KINDS = ("tool_user", "brancher", "parent", "arrivals")
 FAULT_KINDS = (
-    "abort", "client_gone", "tool_never_returns", "famine", "copy_fails", "copy_late", "rank_dies", "clock_jumps",
-    "engine_killed", "turn_refused",
+    "abort",
+    "client_gone",
+    "tool_never_returns",
+    "famine",
+    "copy_fails",
+    "copy_late",
+    "rank_dies",
+    "clock_jumps",
+    "engine_killed",
+    "turn_refused",
 )
 KEEPS = ("none", "soft", "firm")
 _WEDGES = "pin"
@@ -74,13 +82,26 @@ class EngineSpec:
 
     def config(self) -> CoreConfig:
         """Copies are cheap beside prefill here, so that the host tier is used."""
-        return CoreConfig(vocab_size=VOCABULARY, copy_seconds_per_token=1e-4, recompute_seconds_per_token=1e-3,
-                          **{one.name: getattr(self, one.name) for one in dataclasses.fields(self)})
+        return CoreConfig(
+            vocab_size=VOCABULARY,
+            copy_seconds_per_token=1e-4,
+            recompute_seconds_per_token=1e-3,
+            **{one.name: getattr(self, one.name) for one in dataclasses.fields(self)},
+        )
 
     def undisturbed(self) -> EngineSpec:
         """Room for everybody, and nothing to refuse but what is too long for the model."""
-        return dataclasses.replace(self, pages=self.pages * 64, host_slots=0, firm_pages=0, max_sessions=1 << 20,
-                                   max_branches=1 << 20, max_waiting=1 << 20, tenant_pages=None, tenant_sessions=None)
+        return dataclasses.replace(
+            self,
+            pages=self.pages * 64,
+            host_slots=0,
+            firm_pages=0,
+            max_sessions=1 << 20,
+            max_branches=1 << 20,
+            max_waiting=1 << 20,
+            tenant_pages=None,
+            tenant_sessions=None,
+        )
 
 
 @final
@@ -169,8 +190,9 @@ class Workload:
 
     def undisturbed(self) -> Workload:
         """The same agents where nothing goes wrong."""
-        return dataclasses.replace(self, engine=self.engine.undisturbed(), faults=(), horizon=self.horizon * 10,
-                                   expect=Expectations())
+        return dataclasses.replace(
+            self, engine=self.engine.undisturbed(), faults=(), horizon=self.horizon * 10, expect=Expectations()
+        )
 
 
 def names() -> tuple[str, ...]:
@@ -208,10 +230,12 @@ class _Reader:
     """Turns tables into records, by the annotations of their fields."""
 
     file: str
-    nested: Mapping[str, type] = field(default_factory=lambda: {
-        "EngineSpec": EngineSpec, "DeviceSpec": DeviceSpec, "Expectations": Expectations})
-    listed: Mapping[str, type] = field(default_factory=lambda: {
-        "tuple[AgentSpec, ...]": AgentSpec, "tuple[FaultSpec, ...]": FaultSpec})
+    nested: Mapping[str, type] = field(
+        default_factory=lambda: {"EngineSpec": EngineSpec, "DeviceSpec": DeviceSpec, "Expectations": Expectations}
+    )
+    listed: Mapping[str, type] = field(
+        default_factory=lambda: {"tuple[AgentSpec, ...]": AgentSpec, "tuple[FaultSpec, ...]": FaultSpec}
+    )
 
     def record(self, kind: type[T], table: Mapping[str, Any], where: str) -> T:
         fields = {one.name: one for one in dataclasses.fields(kind)}  # type: ignore[arg-type]
@@ -236,8 +260,9 @@ class _Reader:
         if annotation in self.listed:
             if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
                 raise self.wrong(where, "This is no list of tables.", f"Write [[{where}]].")
-            return tuple(self.record(self.listed[annotation], one, f"{where}[{index}].")
-                         for index, one in enumerate(value))
+            return tuple(
+                self.record(self.listed[annotation], one, f"{where}[{index}].") for index, one in enumerate(value)
+            )
         return self.plain(annotation, value, where)
 
     def plain(self, annotation: str, value: Any, where: str) -> Any:
@@ -289,13 +314,19 @@ class _Reader:
             if not 0 <= fault.rate <= 1:
                 raise self.wrong(f"faults[{index}].rate", f"{fault.rate} is no chance.", "Give 0 to 1.")
             if fault.rate and fault.at:
-                raise self.wrong(f"faults[{index}].at", "There is a rate too.",
-                                 "Give one of them, or another [[faults]] table for the other.")
+                raise self.wrong(
+                    f"faults[{index}].at",
+                    "There is a rate too.",
+                    "Give one of them, or another [[faults]] table for the other.",
+                )
         for index, mark in enumerate(workload.expect.marks):
             self.one_of(mark, tuple(MARKS), f"expect.marks[{index}]")
         if workload.engine.policy == _WEDGES:
-            raise self.wrong("engine.policy", f"{_WEDGES!r} can wedge the pool.",
-                             f"One of: {', '.join(name for name in POLICIES if name != _WEDGES)}.")
+            raise self.wrong(
+                "engine.policy",
+                f"{_WEDGES!r} can wedge the pool.",
+                f"One of: {', '.join(name for name in POLICIES if name != _WEDGES)}.",
+            )
         try:
             workload.engine.config().check()
         except EngineFault as fault:

@@ -25,7 +25,7 @@ from agentspeed_engine.protocol.token_ids import unpack_ids
 from agentspeed_engine.sched.core import Core
 from agentspeed_engine.sched.plan import HostCopy, Row, StepPlan
 from agentspeed_engine.sched.recorder import RecordedCore
-from agentspeed_engine.sched.world import Out
+from agentspeed_engine.sched.state import Out
 from tests.simulation import checkers
 from tests.simulation.agents import Agent, Ending, Refused, cast, hog
 from tests.simulation.checkers import Checkers, Sight, Violation
@@ -47,8 +47,14 @@ _SPINS = 1000
 class Simulation:
     """The world around one core. `run` once."""
 
-    def __init__(self, workload: Workload, seed: int, *, sight: Sight = Sight.LEDGER,
-                 recorded: Callable[[Core], RecordedCore] | None = None) -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        seed: int,
+        *,
+        sight: Sight = Sight.LEDGER,
+        recorded: Callable[[Core], RecordedCore] | None = None,
+    ) -> None:
         """`recorded`: what notes the inputs of each core that is started, one after every death of the engine."""
         self.workload = workload
         self._recorded = recorded
@@ -95,9 +101,23 @@ class Simulation:
         except (LookupError, ValueError, AssertionError) as crash:
             violation = f"crash: {crash!r}"
         return Outcome(
-            self.workload.name, self.seed, violation, list(self._last), self._trace.hexdigest(), self._marks,
-            self.faults.counts, self._events, self._steps, self._turns, self.clock.now(), self._longest_turn,
-            self.checkers.granted, self.checkers.broken, self.checkers.leaked_pages, self._agents)
+            self.workload.name,
+            self.seed,
+            violation,
+            list(self._last),
+            self._trace.hexdigest(),
+            self._marks,
+            self.faults.counts,
+            self._events,
+            self._steps,
+            self._turns,
+            self.clock.now(),
+            self._longest_turn,
+            self.checkers.granted,
+            self.checkers.broken,
+            self.checkers.leaked_pages,
+            self._agents,
+        )
 
     # ---- time -----------------------------------------------------------------------------------------------------
     def _at(self, when: float, action: Callable[[], None], *, work: bool = False) -> None:
@@ -116,8 +136,9 @@ class Simulation:
 
     def _stand_still(self, seconds: float) -> None:
         """The machine stops and goes on: clocks and tools have moved, its own work is where it was."""
-        self._moments = [(when + seconds if work else when, serial, work, action)
-                         for when, serial, work, action in self._moments]
+        self._moments = [
+            (when + seconds if work else when, serial, work, action) for when, serial, work, action in self._moments
+        ]
         heapify(self._moments)
         self._device.stand_still(seconds)
         self._device_free_at += seconds
@@ -162,8 +183,7 @@ class Simulation:
         config = self.workload.engine.config()
         self.core = Core(config)
         self._driven: Core | RecordedCore = self.core if self._recorded is None else self._recorded(self.core)
-        self._device = Device(config.pages, config.host_slots, config.page_tokens, VOCABULARY,
-                              self._within)
+        self._device = Device(config.pages, config.host_slots, config.page_tokens, VOCABULARY, self._within)
         self._device_free_at = self._copier_free_at = self.clock.now()
         self._progress = -math.inf
 
@@ -288,8 +308,10 @@ class Simulation:
                 mirror = self._handles[BranchId(branch)].mirror
                 for token in unpack_ids(ids):
                     if token != mirror.following(VOCABULARY):
-                        raise Violation(f"wrong token: branch {branch} was given {token} at {len(mirror.ids)}, "
-                                        "which an undisturbed model does not draw there")
+                        raise Violation(
+                            f"wrong token: branch {branch} was given {token} at {len(mirror.ids)}, "
+                            "which an undisturbed model does not draw there"
+                        )
                     mirror.extend((token,))
             case wire.TurnEnded(branch=branch, known=known):
                 self._turn_ended(message, BranchId(branch), known)
@@ -334,8 +356,10 @@ class Simulation:
                 handle.mirror.cut(known)
                 self._same_length(handle, known)
             case wire.Fork(), wire.Forked(branches=branches, known=known):
-                handle.born = [Handle(handle.link, handle.mirror.copy(known), BranchId(number), handle.private,
-                                      handle.tenant) for number in branches]
+                handle.born = [
+                    Handle(handle.link, handle.mirror.copy(known), BranchId(number), handle.private, handle.tenant)
+                    for number in branches
+                ]
                 self._handles.update((child.number, child) for child in handle.born if child.number is not None)
             case wire.Adopt(child=number), wire.Done(known=known):
                 child = self._handles.pop(BranchId(number))
@@ -436,8 +460,12 @@ class Simulation:
         command = msgspec.structs.replace(command, request=self._request)
         self._asked[self._request] = (agent, handle, command)
         self.checkers.told(self.core, handle, command)
-        self._call("handle", type(command).__name__,
-                   lambda: self._driven.handle(handle.link, command, self.clock.now()), handle.number or 0)
+        self._call(
+            "handle",
+            type(command).__name__,
+            lambda: self._driven.handle(handle.link, command, self.clock.now()),
+            handle.number or 0,
+        )
 
     # ---- faults ---------------------------------------------------------------------------------------------------
     def _strike(self) -> None:

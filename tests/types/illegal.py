@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from agentspeed_engine.ids import PageId, SlotId
-from agentspeed_engine.kv.branches import Closed, Decoding, Held, Prefilling, Queued, Settling, Then
-from agentspeed_engine.kv.nodes import Device, Host, Loading
-from agentspeed_engine.kv.owners import Kv, Room
+from agentspeed_engine.kv.branch_states import Closed, Decoding, Held, Prefilling, Queued, Settling, Then
+from agentspeed_engine.kv.kv_cache import KvCache, Room
+from agentspeed_engine.kv.node_states import Device, Host, Loading
 
 
 def a_branch_at_rest_has_no_room(held: Held, queued: Queued) -> None:
@@ -13,12 +13,12 @@ def a_branch_at_rest_has_no_room(held: Held, queued: Queued) -> None:
     _ = queued.room  # type: ignore[attr-defined]
 
 
-def nothing_is_released_while_rows_are_in_flight(settling: Settling, kv: Kv) -> None:
+def nothing_is_released_while_rows_are_in_flight(settling: Settling, kv: KvCache) -> None:
     settling.close(kv, 0.0)  # type: ignore[attr-defined]
     settling.rewind(kv, 0)  # type: ignore[attr-defined]
 
 
-def leaving_may_end_in_settling(prefilling: Prefilling, kv: Kv, then: Then) -> Held:
+def leaving_may_end_in_settling(prefilling: Prefilling, kv: KvCache, then: Then) -> Held:
     return prefilling.leave(kv, then, 0.0)  # type: ignore[return-value]
 
 
@@ -27,7 +27,7 @@ def only_a_queued_turn_is_admitted(held: Held, decoding: Decoding, room: Room) -
     decoding.admit(room)  # type: ignore[attr-defined]
 
 
-def closed_is_the_end(closed: Closed, kv: Kv) -> None:
+def closed_is_the_end(closed: Closed, kv: KvCache) -> None:
     closed.close(kv, 0.0)  # type: ignore[attr-defined]
 
 

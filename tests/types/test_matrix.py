@@ -9,17 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from agentspeed_engine.kv.tables import BRANCHES, NODES, Verb
+from agentspeed_engine.kv.transitions import BRANCHES, NODES, Verb
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = """
 from agentspeed_engine.ids import BranchId, PageId, SlotId, TicketId
-from agentspeed_engine.kv.branches import AtRest, Closed, Decoding, Held, Prefilling, Promoting, Queued, Settling, Then
-from agentspeed_engine.kv.nodes import Both, Device, Gone, Host, Loading, Saving
-from agentspeed_engine.kv.owners import Kv, Room
-from agentspeed_engine.kv.turns import Turn
+from agentspeed_engine.kv.branch_states import AtRest, Closed, Decoding, Held, Prefilling, Promoting, Queued
+from agentspeed_engine.kv.branch_states import Settling, Then
+from agentspeed_engine.kv.node_states import Both, Device, Gone, Host, Loading, Saving
+from agentspeed_engine.kv.kv_cache import KvCache, Room
+from agentspeed_engine.kv.turn import Turn
 
-def cells(kv: Kv, room: Room, turn: Turn, then: Then, held: Held, ids: list[int], numbers: tuple[BranchId, ...],
+def cells(kv: KvCache, room: Room, turn: Turn, then: Then, held: Held, ids: list[int], numbers: tuple[BranchId, ...],
           now: float, pages: tuple[PageId, ...], slots: tuple[SlotId, ...], ticket: TicketId) -> None:
 """
 
@@ -54,10 +55,24 @@ def module(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, tu
 
 def test_mypy_accepts_exactly_the_cells_of_the_tables(module: tuple[Path, dict[int, tuple[str, str]]]) -> None:
     path, cells = module
-    command = [sys.executable, "-m", "mypy", "--strict", "--no-error-summary",
-               "--config-file=", f"--cache-dir={path.parent / 'cache'}", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=path.parent, check=False,
-                          env={"MYPYPATH": f"{ROOT / 'engine'}:{ROOT / 'kernels'}", "PATH": "/usr/bin:/bin"})
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--strict",
+        "--no-error-summary",
+        "--config-file=",
+        f"--cache-dir={path.parent / 'cache'}",
+        str(path),
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=path.parent,
+        check=False,
+        env={"MYPYPATH": f"{ROOT / 'engine'}:{ROOT / 'kernels'}", "PATH": "/usr/bin:/bin"},
+    )
     assert done.returncode in (0, 1), done.stdout + done.stderr
     rejected = _rejected(done.stdout, path.name, cells, r":(\d+): error: ")
     assert set(cells.values()) - rejected == legal_cells()
@@ -66,9 +81,15 @@ def test_mypy_accepts_exactly_the_cells_of_the_tables(module: tuple[Path, dict[i
 def test_pyright_accepts_exactly_the_cells_of_the_tables(module: tuple[Path, dict[int, tuple[str, str]]]) -> None:
     path, cells = module
     _ = (path.parent / "pyrightconfig.json").write_text(
-        f'{{"extraPaths": ["{ROOT / "engine"}", "{ROOT / "kernels"}"], "typeCheckingMode": "standard"}}')
-    done = subprocess.run([sys.executable, "-m", "pyright", "-p", str(path.parent), "--pythonpath", sys.executable],
-                          capture_output=True, text=True, cwd=path.parent, check=False)
+        f'{{"extraPaths": ["{ROOT / "engine"}", "{ROOT / "kernels"}"], "typeCheckingMode": "standard"}}'
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pyright", "-p", str(path.parent), "--pythonpath", sys.executable],
+        capture_output=True,
+        text=True,
+        cwd=path.parent,
+        check=False,
+    )
     assert done.returncode in (0, 1), done.stdout + done.stderr
     rejected = _rejected(done.stdout, path.name, cells, r":(\d+):\d+ - error: ")
     assert set(cells.values()) - rejected == legal_cells()
@@ -85,6 +106,12 @@ def _rejected(output: str, name: str, cells: dict[int, tuple[str, str]], pattern
 def test_every_illegal_call_is_still_a_type_error(name: str) -> None:
     path = Path(__file__).with_name(name)
     command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--cache-dir=/dev/null", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=path.parent, check=False,
-                          env={"MYPYPATH": f"{ROOT}:{ROOT / 'engine'}:{ROOT / 'kernels'}", "PATH": "/usr/bin:/bin"})
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=path.parent,
+        check=False,
+        env={"MYPYPATH": f"{ROOT}:{ROOT / 'engine'}:{ROOT / 'kernels'}", "PATH": "/usr/bin:/bin"},
+    )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -11,7 +11,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from agentspeed import errors
-from agentspeed.front.output import Schema
+from agentspeed.chat.output import Schema
 from agentspeed.message_formats.tools import declared
 from agentspeed.sampling import Sampling
 from agentspeed.server.native import bodies

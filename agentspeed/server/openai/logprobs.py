@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from agentspeed.front.codec import ChatCodec
+from agentspeed.chat.codec import ChatCodec
 from agentspeed.turn import Reply
 
 

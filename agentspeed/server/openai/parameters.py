@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from agentspeed import errors
-from agentspeed.front.output import Schema
+from agentspeed.chat.output import Schema
 from agentspeed.sampling import Sampling
 from agentspeed.server.problems import refused
 from agentspeed.session import TurnOptions

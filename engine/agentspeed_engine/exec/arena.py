@@ -39,8 +39,9 @@ class HostArena:
                 for held in self._slots:
                     _pin(held, self)
         except (OSError, RuntimeError) as error:
-            raise EngineFault("out_of_memory", f"No host memory for {slots} slots: {error}.",
-                              "Give fewer host slots.") from error
+            raise EngineFault(
+                "out_of_memory", f"No host memory for {slots} slots: {error}.", "Give fewer host slots."
+            ) from error
         # Two, so that the pieces of one page are gathered while another is on its way.
         self._streams = tuple(_cuda.Stream(pools[0].device) for _ in range(2)) if on_gpu else ()
 

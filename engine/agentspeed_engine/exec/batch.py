@@ -11,7 +11,7 @@ import numpy as np
 
 from agentspeed_engine.exec.step_input import Sample, StepInput, Unknown
 from agentspeed_engine.ids import pages_for
-from agentspeed_engine.kv.runs import NodeRun
+from agentspeed_engine.kv.views import NodeRun
 from agentspeed_engine.models.inputs import FlatBatch, Int32s, Int64s, Run
 from agentspeed_engine.sched.plan import Row, StepPlan
 

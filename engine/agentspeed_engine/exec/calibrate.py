@@ -36,8 +36,13 @@ def calibrated(core: CoreConfig, model: Model) -> CoreConfig:
 def _cold_prompt(tokens: int, page_tokens: int) -> FlatBatch:
     """One prompt from position 0 on the pool's first pages."""
     at = np.arange(tokens, dtype=np.int64)
-    tail = Run(pages=np.arange(pages_for(tokens, page_tokens), dtype=np.int32), start=0, tokens=tokens,
-               queries=at.astype(np.int32), causal=True)
+    tail = Run(
+        pages=np.arange(pages_for(tokens, page_tokens), dtype=np.int32),
+        start=0,
+        tokens=tokens,
+        queries=at.astype(np.int32),
+        causal=True,
+    )
     return FlatBatch(ids=np.zeros(tokens, dtype=np.int64), positions=at, slots=at, runs=(tail,), select=at[-1:])
 
 

@@ -38,8 +38,9 @@ class Transfers(Protocol):
 class Copier:
     """One thread, one copy after the other. `report` is called from that thread."""
 
-    def __init__(self, executor: Transfers, report: Callable[[Copied | Exception], None],
-                 clock: Clock | None = None) -> None:
+    def __init__(
+        self, executor: Transfers, report: Callable[[Copied | Exception], None], clock: Clock | None = None
+    ) -> None:
         self._executor = executor
         self._clock = MonotonicClock() if clock is None else clock
         self._report = report

@@ -18,7 +18,7 @@ from agentspeed_engine.exec.sampler import draw
 from agentspeed_engine.exec.step_input import Sample, StepInput
 from agentspeed_engine.exec.stops import StopWatch
 from agentspeed_engine.exec.vocabulary import Vocabulary
-from agentspeed_engine.kv.runs import TurnSpec
+from agentspeed_engine.kv.views import TurnSpec
 from agentspeed_engine.models.inputs import FlatBatch, Int64s
 from agentspeed_engine.sched.plan import DrawnEnd
 

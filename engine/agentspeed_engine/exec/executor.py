@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias, final
 
 from agentspeed_engine.exec.step_input import StepInput
-from agentspeed_engine.kv.runs import TurnSpec
+from agentspeed_engine.kv.views import TurnSpec
 from agentspeed_engine.sched.plan import DrawnEnd
 
 

@@ -10,7 +10,7 @@ from llguidance import LLMatcher
 from numpy.typing import NDArray
 
 from agentspeed_engine.exec.vocabulary import Vocabulary
-from agentspeed_engine.kv.runs import TurnSpec
+from agentspeed_engine.kv.views import TurnSpec
 from agentspeed_engine.protocol.messages import Grammar
 
 

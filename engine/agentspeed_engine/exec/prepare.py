@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol, final
 
-from agentspeed_engine.kv.runs import TurnSpec
+from agentspeed_engine.kv.views import TurnSpec
 
 _THREADS = 2
 """A grammar that takes long does not keep the next one waiting; more would take the processor from the steps."""

@@ -43,13 +43,19 @@ def draw(
     `allowed` [vocab] masks by grammar; the caller makes sure that it allows at least one id. Raises `EngineFault` for
     logits nothing can be drawn from: what a model with broken weights computes."""
     if not np.isfinite(logits.max()):  # the largest is NaN when any is
-        raise EngineFault("bad_weights", "The model computed logits that are no finite numbers.",
-                          "Its weights are damaged, or too large for the dtype: check them, or use float32.")
+        raise EngineFault(
+            "bad_weights",
+            "The model computed logits that are no finite numbers.",
+            "Its weights are damaged, or too large for the dtype: check them, or use float32.",
+        )
     masked = logits if allowed is None else np.where(allowed, logits, -np.inf)
     chosen = int(masked.argmax())
     if masked[chosen] == -np.inf:
-        raise EngineFault("bad_weights", "The model rules out every id that the grammar allows.",
-                          "Its logits there are minus infinity: check its weights, or loosen the grammar.")
+        raise EngineFault(
+            "bad_weights",
+            "The model rules out every id that the grammar allows.",
+            "Its logits there are minus infinity: check its weights, or loosen the grammar.",
+        )
     if sampling.temperature >= LEAST_TEMPERATURE:
         exact = masked.astype(np.float64)
         with np.errstate(over="ignore"):  # what is that far below the largest has no probability

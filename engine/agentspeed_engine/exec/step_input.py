@@ -12,7 +12,7 @@ from typing import TypeAlias, final
 
 import numpy as np
 
-from agentspeed_engine.kv.runs import PageCopy, TurnSpec
+from agentspeed_engine.kv.views import PageCopy, TurnSpec
 from agentspeed_engine.models.inputs import FlatBatch, Int64s
 from agentspeed_engine.sched.plan import HostCopy
 

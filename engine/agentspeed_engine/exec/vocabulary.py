@@ -36,8 +36,11 @@ class Vocabulary:
         try:
             return self._path.read_text(encoding="utf-8")
         except OSError as error:
-            raise EngineFault("bad_tokenizer", f"{self._path} cannot be read: {error}.",
-                              "Stop strings and grammars need the model's tokenizer.json.") from error
+            raise EngineFault(
+                "bad_tokenizer",
+                f"{self._path} cannot be read: {error}.",
+                "Stop strings and grammars need the model's tokenizer.json.",
+            ) from error
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
@@ -65,8 +68,11 @@ class Vocabulary:
         return found
 
     def _broken(self, error: Exception) -> EngineFault:
-        return EngineFault("bad_tokenizer", f"{self._path} is not a tokenizer: {error}.",
-                           "Take the tokenizer.json the model was published with.")
+        return EngineFault(
+            "bad_tokenizer",
+            f"{self._path} is not a tokenizer: {error}.",
+            "Take the tokenizer.json the model was published with.",
+        )
 
     @cached_property
     def _tokenizer_ids(self) -> int:

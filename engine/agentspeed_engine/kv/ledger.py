@@ -8,13 +8,13 @@ from typing import Protocol
 
 from agentspeed_engine.errors import BrokenInvariant
 from agentspeed_engine.ids import BranchId, PageId, pages_for
-from agentspeed_engine.kv.branches import BranchState, Decoding, Prefilling, Promoting, Settling
-from agentspeed_engine.kv.nodes import Both, Host, Loading, Saving
-from agentspeed_engine.kv.owners import Kv
+from agentspeed_engine.kv.branch_states import BranchState, Decoding, Prefilling, Promoting, Settling
+from agentspeed_engine.kv.kv_cache import KvCache
+from agentspeed_engine.kv.node_states import Both, Host, Loading, Saving
 from agentspeed_engine.kv.tree import tenant_of, upward
 
 
-def check(kv: Kv, states: Mapping[BranchId, BranchState]) -> None:
+def check(kv: KvCache, states: Mapping[BranchId, BranchState]) -> None:
     """Raises `BrokenInvariant` naming the rule that does not hold."""
     _device_pages_are_conserved(kv, states)
     _nodes_are_sound(kv, states)
@@ -52,7 +52,7 @@ def check_flights(states: Mapping[BranchId, BranchState], rows: Iterable[RowInFl
             raise BrokenInvariant(f"(4) rows of branch {row.branch} in flight write pages it no longer holds")
 
 
-def _device_pages_are_conserved(kv: Kv, states: Mapping[BranchId, BranchState]) -> None:
+def _device_pages_are_conserved(kv: KvCache, states: Mapping[BranchId, BranchState]) -> None:
     owned: list[int] = list(kv.pages.free_numbers())
     owned += [page for node in kv.tree.nodes.values() for page in node.pages]
     owned += [page for room in kv.rooms.values() for page in room.tail]
@@ -73,7 +73,7 @@ def _device_pages_are_conserved(kv: Kv, states: Mapping[BranchId, BranchState]) 
         raise BrokenInvariant("(1) host slots are not conserved: one is owned twice or by nobody")
 
 
-def _nodes_are_sound(kv: Kv, states: Mapping[BranchId, BranchState]) -> None:
+def _nodes_are_sound(kv: KvCache, states: Mapping[BranchId, BranchState]) -> None:
     page_tokens = kv.page_tokens
     for node in kv.tree.nodes.values():
         parent = node.parent
@@ -109,7 +109,7 @@ def _nodes_are_sound(kv: Kv, states: Mapping[BranchId, BranchState]) -> None:
                 raise BrokenInvariant(f"(5) {node!r} is held by branch {holder}, which is closed")
 
 
-def _branch_is_sound(kv: Kv, number: BranchId, state: BranchState) -> None:
+def _branch_is_sound(kv: KvCache, number: BranchId, state: BranchState) -> None:
     branch = state.branch
     if branch.id != number or kv.branches.get(number) is not branch:
         raise BrokenInvariant(f"branch {number} is filed under another number")

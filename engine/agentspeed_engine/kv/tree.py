@@ -12,8 +12,8 @@ from typing import NamedTuple, TypeAlias, final
 
 from agentspeed_engine.errors import BrokenInvariant
 from agentspeed_engine.ids import BranchId, NodeId, PageId, SessionId, TicketId, pages_for
-from agentspeed_engine.kv.nodes import Both, Device, Host, Loading, NodeState, Saving
-from agentspeed_engine.kv.runs import NodeRun
+from agentspeed_engine.kv.node_states import Both, Device, Host, Loading, NodeState, Saving
+from agentspeed_engine.kv.views import NodeRun
 
 RootKey: TypeAlias = tuple[str, str, str]
 """(model, adapter, tenant salt): rows are never shared across different ones. The salt is the tenant's name, NUL, and
@@ -29,12 +29,27 @@ class Node:
     """One segment or stub. Mutated by `Tree` alone."""
 
     __slots__ = (
-        "children", "failures", "id", "ids", "leaf_of", "owns_pages", "pages_below", "parent", "pinned_by", "root",
-        "run", "seed_of", "start", "state", "stubs", "used",
+        "children",
+        "failures",
+        "id",
+        "ids",
+        "leaf_of",
+        "owns_pages",
+        "pages_below",
+        "parent",
+        "pinned_by",
+        "root",
+        "run",
+        "seed_of",
+        "start",
+        "state",
+        "stubs",
+        "used",
     )
 
-    def __init__(self, node_id: NodeId, root: RootKey, parent: Node | None, start: int, ids: bytes,
-                 state: NodeState | None) -> None:
+    def __init__(
+        self, node_id: NodeId, root: RootKey, parent: Node | None, start: int, ids: bytes, state: NodeState | None
+    ) -> None:
         self.id = node_id
         self.root = root
         self.parent = parent
@@ -99,7 +114,7 @@ class Match(NamedTuple):
 class Tree:
     """All nodes of one engine, one root per key, and what is listed of them.
 
-    `Kv` attaches and removes nodes; the scheduler splits them and files the states of copies (`sched.reclaim`,
+    `KvCache` attaches and removes nodes; the scheduler splits them and files the states of copies (`sched.reclaim`,
     `sched.tickets`). Lookup (`match`) compares ids and takes time in the length of what matches, not
     in the number of sessions; it may split a segment that matches in part, which changes no holder.
 
@@ -127,11 +142,11 @@ class Tree:
         self.in_copy: dict[TicketId, list[Node]] = {}
         """The nodes that wait for a ticket, those above first."""
         self.owned: dict[str, int] = {}
-        """Device pages by tenant: of its nodes, cached ones included, and in its tails (`Kv` counts those)."""
+        """Device pages by tenant: of its nodes, cached ones included, and in its tails (`KvCache` counts those)."""
         self.moved: dict[NodeId, Node] = {}
-        """Nodes that came to the device or left it since somebody last asked (`Kv.taken_moves`)."""
+        """Nodes that came to the device or left it since somebody last asked (`KvCache.taken_moves`)."""
         self.reshaped: set[BranchId] = set()
-        """Pinning branches of which a node was split or merged since `Kv` last read their paths."""
+        """Pinning branches of which a node was split or merged since `KvCache` last read their paths."""
         self._next = 0
         self._page_bytes = page_tokens * _ID_BYTES
 

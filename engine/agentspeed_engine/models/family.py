@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from agentspeed_engine.models.state import StepState
     from agentspeed_engine.models.weights import WeightSource
     from agentspeed_engine.spmd.lower import Module
-    from agentspeed_kernels.select import Kernels
+    from agentspeed_kernels.selection import Kernels
 
 Shape = tuple[int, ...]
 Cut = tuple[str, int, int]

@@ -11,7 +11,7 @@ from agentspeed_engine.models.state import StepState
 from agentspeed_engine.spmd.placement import FEATURES, TOKENS, Layout, Rank, Shard
 from agentspeed_engine.spmd.spec import TOKEN_SHARD, TOKEN_SHARD_PARTIAL, Boundary
 from agentspeed_kernels.packing import Packed, Weight
-from agentspeed_kernels.select import Kernels
+from agentspeed_kernels.selection import Kernels
 
 
 def piece(weight: Tensor, dim: int, index: int, count: int) -> Tensor:

@@ -24,7 +24,7 @@ from agentspeed_engine.spmd.spec import EVERYWHERE
 from agentspeed_kernels.ops import OPS
 from agentspeed_kernels.platform import detect
 from agentspeed_kernels.registry import standard
-from agentspeed_kernels.select import Kernels
+from agentspeed_kernels.selection import Kernels
 from agentspeed_kernels.workspace import Workspace
 
 

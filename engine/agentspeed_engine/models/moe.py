@@ -17,7 +17,7 @@ from agentspeed_engine.spmd.lower import Module
 from agentspeed_engine.spmd.placement import Rank
 from agentspeed_engine.spmd.spec import EVERYWHERE, PARTIAL_EVERYWHERE, Boundary
 from agentspeed_kernels.routing import RouteRule
-from agentspeed_kernels.select import Kernels
+from agentspeed_kernels.selection import Kernels
 
 
 @final

@@ -20,7 +20,7 @@ from agentspeed_engine.models.state import StepState
 from agentspeed_engine.spmd.lower import Compiled
 from agentspeed_kernels.cpu.recording import Tape, recording
 from agentspeed_kernels.ops import OPS
-from agentspeed_kernels.select import Kernels
+from agentspeed_kernels.selection import Kernels
 from agentspeed_kernels.workspace import Workspace
 
 log = logging.getLogger("agentspeed.engine")

@@ -454,19 +454,7 @@ class LeaseChanged(Message, frozen=True, kw_only=True):
     lease: Lease
 
 
-Reply = (
-    Welcome
-    | Done
-    | Opened
-    | Forked
-    | LeaseAnswer
-    | Inspected
-    | Stats
-    | Picture
-    | ModelFiles
-    | FilePart
-    | Failed
-)
+Reply = Welcome | Done | Opened | Forked | LeaseAnswer | Inspected | Stats | Picture | ModelFiles | FilePart | Failed
 Event = TurnStarted | Tokens | TurnEnded | LeaseChanged
 Outgoing = Reply | Event
 

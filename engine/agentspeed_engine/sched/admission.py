@@ -6,12 +6,12 @@ from bisect import bisect_left
 from collections.abc import Iterable
 
 from agentspeed_engine.ids import BranchId, NodeId, pages_for
-from agentspeed_engine.kv.branches import Decoding, Prefilling, Promoting, Queued
-from agentspeed_engine.kv.owners import Branch
+from agentspeed_engine.kv.branch_states import Decoding, Prefilling, Promoting, Queued
+from agentspeed_engine.kv.kv_cache import Branch
 from agentspeed_engine.kv.tree import Node, tenant_of, upward
-from agentspeed_engine.kv.turns import Turn
+from agentspeed_engine.kv.turn import Turn
 from agentspeed_engine.sched import tickets
-from agentspeed_engine.sched.world import World
+from agentspeed_engine.sched.state import SchedulerState
 
 
 def target(turn: Turn, branch: Branch) -> int:
@@ -19,7 +19,7 @@ def target(turn: Turn, branch: Branch) -> int:
     return branch.known if turn.max_tokens else branch.known - 1
 
 
-def lacks(world: World, state: Queued, now: float) -> str:
+def lacks(world: SchedulerState, state: Queued, now: float) -> str:
     """What the whole prompt of a turn lacks beside the older turns, empty when it fits (L3). Beside them it would be
     let in to be preempted half way, and what it computed would be lost. The oldest is always let in (L1)."""
     turn, branch = state.turn, state.branch
@@ -27,7 +27,7 @@ def lacks(world: World, state: Queued, now: float) -> str:
     return _lacking(world, state, [number for _, number in older], world.config.pages, world.firm, now)
 
 
-def lacks_quota(world: World, state: Queued, now: float) -> bool:
+def lacks_quota(world: SchedulerState, state: Queued, now: float) -> bool:
     """The same within what its tenant may have, beside the tenant's older turns and firm leases."""
     quota, turn, branch = world.config.tenant_pages, state.turn, state.branch
     if quota is None:
@@ -39,8 +39,9 @@ def lacks_quota(world: World, state: Queued, now: float) -> bool:
     return bool(_lacking(world, state, older, quota, firm, now))
 
 
-def _lacking(world: World, state: Queued, older: list[BranchId], pages: int, firm: Iterable[BranchId],
-             now: float) -> str:
+def _lacking(
+    world: SchedulerState, state: Queued, older: list[BranchId], pages: int, firm: Iterable[BranchId], now: float
+) -> str:
     if not older:
         return ""
     turn, branch = state.turn, state.branch
@@ -57,7 +58,7 @@ def _lacking(world: World, state: Queued, older: list[BranchId], pages: int, fir
     return "" if spare >= _firm_pages(world, firm, seen, now) else "firm leases"
 
 
-def to_come(world: World, turns: Iterable[BranchId]) -> int:
+def to_come(world: SchedulerState, turns: Iterable[BranchId]) -> int:
     """Pages that active turns still take: for the rest of their prompts, and one each to draw into."""
     pages = 0
     for number in turns:
@@ -66,7 +67,7 @@ def to_come(world: World, turns: Iterable[BranchId]) -> int:
     return pages
 
 
-def held_by_firm(world: World, now: float) -> int:
+def held_by_firm(world: SchedulerState, now: float) -> int:
     """Pages that firm leases keep from running turns now: those no active turn reads."""
     seen: set[NodeId] = set()
     for number in world.kv.rooms:
@@ -74,7 +75,7 @@ def held_by_firm(world: World, now: float) -> int:
     return _firm_pages(world, world.firm, seen, now)
 
 
-def _firm_pages(world: World, holders: Iterable[BranchId], seen: set[NodeId], now: float) -> int:
+def _firm_pages(world: SchedulerState, holders: Iterable[BranchId], seen: set[NodeId], now: float) -> int:
     """Device pages under these firm leases that have not ended, those already `seen` left out. The leases count a page
     once for each of them, because they may part; here it is one page, whoever else reads it."""
     pages = 0
@@ -96,7 +97,7 @@ def _path_pages(end: Node, seen: set[NodeId]) -> int:
     return pages
 
 
-def _running(world: World, number: BranchId) -> Promoting | Prefilling | Decoding:
+def _running(world: SchedulerState, number: BranchId) -> Promoting | Prefilling | Decoding:
     state = world.states[number]
     assert isinstance(state, Promoting | Prefilling | Decoding)
     return state

@@ -66,8 +66,18 @@ class CoreConfig:
 
     def check(self) -> None:
         """Raises `EngineFault` (bad_options) for what would let a turn wait for ever."""
-        for name in ("pages", "context_limit", "vocab_size", "page_tokens", "prefill_chunk", "extend_tokens",
-                     "max_links", "max_sessions", "max_branches", "max_waiting"):
+        for name in (
+            "pages",
+            "context_limit",
+            "vocab_size",
+            "page_tokens",
+            "prefill_chunk",
+            "extend_tokens",
+            "max_links",
+            "max_sessions",
+            "max_branches",
+            "max_waiting",
+        ):
             if getattr(self, name) < 1:
                 raise EngineFault("bad_options", f"{name} is {getattr(self, name)}.", "Give at least 1.")
         for name in ("tenant_pages", "tenant_sessions"):

@@ -9,8 +9,8 @@ from typing import final
 from agentspeed_engine.errors import BrokenInvariant, EngineFault
 from agentspeed_engine.ids import LinkId, TicketId
 from agentspeed_engine.kv import ledger
-from agentspeed_engine.kv.branches import Queued
-from agentspeed_engine.kv.runs import TurnSpec
+from agentspeed_engine.kv.branch_states import Queued
+from agentspeed_engine.kv.views import TurnSpec
 from agentspeed_engine.protocol.messages import (
     Adopt,
     Append,
@@ -31,14 +31,22 @@ from agentspeed_engine.protocol.messages import (
     SessionView,
     Stats,
 )
-from agentspeed_engine.sched import describe, outcome, snapshot, step, tickets, verbs
+from agentspeed_engine.sched import commands, inspection, outcome, search_snapshot, step, tickets
 from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.sched.plan import HostCopy, StepPlan, StepResult
-from agentspeed_engine.sched.world import Out, World
+from agentspeed_engine.sched.state import Out, SchedulerState
 
 _VERBS: dict[type, Callable[..., None]] = {
-    Open: verbs.open_session, Append: verbs.append, Generate: verbs.generate, Cancel: verbs.cancel, Fork: verbs.fork,
-    Rewind: verbs.rewind, Adopt: verbs.adopt, Close: verbs.close, Expect: verbs.expect, Inspect: verbs.inspect,
+    Open: commands.open_session,
+    Append: commands.append,
+    Generate: commands.generate,
+    Cancel: commands.cancel,
+    Fork: commands.fork,
+    Rewind: commands.rewind,
+    Adopt: commands.adopt,
+    Close: commands.close,
+    Expect: commands.expect,
+    Inspect: commands.inspect,
 }
 
 
@@ -50,7 +58,7 @@ class Core:
         """Raises `EngineFault` (bad_config) when a turn could wait for ever (L1)."""
         config.check()
         self.config = config
-        self.world = World(config)
+        self.world = SchedulerState(config)
 
     def handle(self, link: LinkId, command: Command, now: float) -> Out:
         """Carries out one command. What it refuses, it refuses whole."""
@@ -60,22 +68,29 @@ class Core:
         elif isinstance(command, Look):
             world.out.append((link, self.picture(command, now)))
         elif isinstance(command, Hello):
-            world.out.append((link, Failed(request=command.request, code="bad_frame",
-                                           message="Hello is the first frame of a link, once.")))
+            world.out.append(
+                (
+                    link,
+                    Failed(
+                        request=command.request, code="bad_frame", message="Hello is the first frame of a link, once."
+                    ),
+                )
+            )
         else:
             world.lapse(now)
             try:
                 _VERBS[type(command)](world, link, command, now)
             except EngineFault as fault:
-                world.out.append((link, Failed(request=command.request, code=fault.code, message=fault.message,
-                                               remedy=fault.remedy)))
+                world.out.append(
+                    (link, Failed(request=command.request, code=fault.code, message=fault.message, remedy=fault.remedy))
+                )
             world.tell_leases()
         return self._taken()
 
     def drop_link(self, link: LinkId, now: float) -> Out:
         """The front of this link is gone: its branches close, nothing is sent to it any more."""
         self.world.lapse(now)
-        verbs.drop_link(self.world, link, now)
+        commands.drop_link(self.world, link, now)
         self.world.tell_leases()
         return [(to, message) for to, message in self._taken() if to != link]
 
@@ -151,25 +166,25 @@ class Core:
         _check_tokens_in_flight(self.world)
         _check_queue(self.world)
 
-    def snapshot(self) -> World:
+    def snapshot(self) -> SchedulerState:
         """Everything the core knows, copied; give it to `restore` as often as you like."""
-        return snapshot.copied(self.world)
+        return search_snapshot.copied(self.world)
 
-    def restore(self, taken: World) -> None:
+    def restore(self, taken: SchedulerState) -> None:
         """Goes back to a snapshot, which stays as it is."""
-        self.world = snapshot.copied(taken)
+        self.world = search_snapshot.copied(taken)
 
     def key(self) -> Hashable:
         """Equal for cores that behave alike."""
-        return snapshot.key(self.world)
+        return search_snapshot.key(self.world)
 
     def describe(self, now: float = 0.0) -> tuple[SessionView, ...]:
         """Sessions, their trees of branches, states, residence, leases, and why something waits."""
-        return describe.describe(self.world, now)
+        return inspection.describe(self.world, now)
 
     def picture(self, command: Look, now: float) -> Picture:
         """As much of it as was asked for, and who owns the pages: bounded, whatever is open."""
-        return describe.picture(self.world, command, now)
+        return inspection.picture(self.world, command, now)
 
     def counts(self, now: float = 0.0) -> dict[str, int]:
         """Owners and states to their numbers. Takes time in proportion to the branches that run: neither the tree nor
@@ -177,14 +192,27 @@ class Core:
         world, kv = self.world, self.world.kv
         in_tails = sum(len(room.tail) for room in kv.rooms.values())
         in_nodes = kv.pages.total - kv.pages.free - in_tails  # rule (1) of the ledger: there is no other owner
-        return {f"branches_{name}": count for name, count in describe.branches_by_state(world).items()} | {
-            "pages_total": kv.pages.total, "pages_free": kv.pages.free, "pages_tail": in_tails,
-            "pages_nodes": in_nodes, "nodes": len(kv.tree.nodes), "sessions": len(world.sessions),
-            "branches": len(world.states), "waiting_turns": world.waiting_turns, "steps_in_flight": len(world.flights),
-            "late_rows_ignored": world.ignored, "pages_evicted": world.evicted_pages,
-            "pages_copied": world.copied_pages, "slots_total": kv.slots.total, "slots_free": kv.slots.free,
-            "pages_saved": world.saved_pages, "pages_loaded": world.loaded_pages, "prefetches": world.prefetched,
-            "tickets": len(world.tickets), "tickets_late": world.late_tickets, "preemptions": world.preemptions,
+        return {f"branches_{name}": count for name, count in inspection.branches_by_state(world).items()} | {
+            "pages_total": kv.pages.total,
+            "pages_free": kv.pages.free,
+            "pages_tail": in_tails,
+            "pages_nodes": in_nodes,
+            "nodes": len(kv.tree.nodes),
+            "sessions": len(world.sessions),
+            "branches": len(world.states),
+            "waiting_turns": world.waiting_turns,
+            "steps_in_flight": len(world.flights),
+            "late_rows_ignored": world.ignored,
+            "pages_evicted": world.evicted_pages,
+            "pages_copied": world.copied_pages,
+            "slots_total": kv.slots.total,
+            "slots_free": kv.slots.free,
+            "pages_saved": world.saved_pages,
+            "pages_loaded": world.loaded_pages,
+            "prefetches": world.prefetched,
+            "tickets": len(world.tickets),
+            "tickets_late": world.late_tickets,
+            "preemptions": world.preemptions,
             "pages_firm": sum(pages for until, pages in world.firm.values() if until > now),
         }
 
@@ -193,7 +221,7 @@ class Core:
         return out
 
 
-def _check_tokens_in_flight(world: World) -> None:
+def _check_tokens_in_flight(world: SchedulerState) -> None:
     """(9): a row whose token is not known names the sample of its own branch right before it."""
     for plan in world.flights.values():
         for row in plan.rows:
@@ -206,7 +234,7 @@ def _check_tokens_in_flight(world: World) -> None:
                 raise BrokenInvariant(f"(9) branch {row.branch} is fed with a token that is not the one before")
 
 
-def _check_queue(world: World) -> None:
+def _check_queue(world: SchedulerState) -> None:
     """A turn that waits to be prepared is in no queue, every other queued one is in its place."""
     queued = [state for state in world.states.values() if isinstance(state, Queued)]
     listed = sorted((state.turn.age, state.branch.id) for state in queued if not state.turn.waits)

@@ -6,7 +6,7 @@ from typing import assert_never
 
 from agentspeed_engine.errors import BrokenInvariant
 from agentspeed_engine.ids import BranchId
-from agentspeed_engine.kv.branches import (
+from agentspeed_engine.kv.branch_states import (
     AtRest,
     Decoding,
     Held,
@@ -21,10 +21,10 @@ from agentspeed_engine.protocol.messages import FinishReason, Tokens, TopLogprob
 from agentspeed_engine.protocol.token_ids import pack_ids
 from agentspeed_engine.sched.admission import target
 from agentspeed_engine.sched.plan import Drawn, Row, StepResult
-from agentspeed_engine.sched.world import World
+from agentspeed_engine.sched.state import SchedulerState
 
 
-def apply(world: World, result: StepResult, now: float) -> None:
+def apply(world: SchedulerState, result: StepResult, now: float) -> None:
     """In sequence order only. Rows of an epoch that is over are ignored, and counted."""
     if not world.flights or result.seq != next(iter(world.flights)):
         raise BrokenInvariant(f"the result of step {result.seq} came out of order")
@@ -36,7 +36,7 @@ def apply(world: World, result: StepResult, now: float) -> None:
         _row_came_back(world, row, drawn.get(key), refused.get(key), now)
 
 
-def prepared(world: World, turn: int, refusal: str | None, now: float) -> None:
+def prepared(world: SchedulerState, turn: int, refusal: str | None, now: float) -> None:
     """The executor is ready for a turn, which takes its place in the queue by its age; or the turn cannot be served."""
     number = world.preparing.get(turn)
     if number is None:
@@ -55,7 +55,7 @@ def prepared(world: World, turn: int, refusal: str | None, now: float) -> None:
     world.finish_turn(held.branch, state.turn, now)
 
 
-def _row_came_back(world: World, row: Row, token: Drawn | None, refusal: str | None, now: float) -> None:
+def _row_came_back(world: SchedulerState, row: Row, token: Drawn | None, refusal: str | None, now: float) -> None:
     state = world.states.get(row.branch)
     if state is None or state.branch.epoch != row.epoch:
         world.ignored += 1
@@ -87,7 +87,7 @@ def _row_came_back(world: World, row: Row, token: Drawn | None, refusal: str | N
             assert_never(state)
 
 
-def _filled(world: World, state: Prefilling, token: Drawn | None, refusal: str | None, now: float) -> None:
+def _filled(world: SchedulerState, state: Prefilling, token: Drawn | None, refusal: str | None, now: float) -> None:
     """The prompt is computed: what others wait for is published before anything is drawn."""
     state.seal(world.kv, now)
     if state.turn.filled_at is None:
@@ -97,7 +97,7 @@ def _filled(world: World, state: Prefilling, token: Drawn | None, refusal: str |
     _draw(world, decoding, token, refusal, now)
 
 
-def _draw(world: World, state: Decoding, token: Drawn | None, refusal: str | None, now: float) -> None:
+def _draw(world: SchedulerState, state: Decoding, token: Drawn | None, refusal: str | None, now: float) -> None:
     branch, turn = state.branch, state.turn
     if refusal is not None:
         turn.message = refusal
@@ -107,11 +107,15 @@ def _draw(world: World, state: Decoding, token: Drawn | None, refusal: str | Non
         raise BrokenInvariant(f"branch {branch.id} was to draw a token and none came")
     branch.log.append((token.id,))
     turn.drawn += 1
-    world.tell(branch, Tokens(
-        branch=branch.id, ids=pack_ids((token.id,)),
-        logprobs=() if token.logprob is None else (token.logprob,),
-        top=(tuple(TopLogprob(id=other, logprob=logprob) for other, logprob in token.top),) if token.top else (),
-    ))
+    world.tell(
+        branch,
+        Tokens(
+            branch=branch.id,
+            ids=pack_ids((token.id,)),
+            logprobs=() if token.logprob is None else (token.logprob,),
+            top=(tuple(TopLogprob(id=other, logprob=logprob) for other, logprob in token.top),) if token.top else (),
+        ),
+    )
     if token.id in turn.spec.stop_ids:
         _end(world, state, "stop_id", now)
     elif token.end is not None:
@@ -120,7 +124,7 @@ def _draw(world: World, state: Decoding, token: Drawn | None, refusal: str | Non
         _end(world, state, "max_tokens", now)
 
 
-def _end(world: World, state: Prefilling | Decoding, reason: FinishReason, now: float) -> None:
+def _end(world: SchedulerState, state: Prefilling | Decoding, reason: FinishReason, now: float) -> None:
     state.turn.end = reason
     world.leave(state, Then(Next.HOLD), now)
 

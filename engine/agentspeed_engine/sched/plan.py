@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, final
 
 from agentspeed_engine.ids import BranchId, PageId, SlotId, StepSeq, TicketId
-from agentspeed_engine.kv.runs import NodeRun as NodeRun
-from agentspeed_engine.kv.runs import PageCopy as PageCopy
-from agentspeed_engine.kv.runs import TurnSpec as TurnSpec
+from agentspeed_engine.kv.views import NodeRun as NodeRun
+from agentspeed_engine.kv.views import PageCopy as PageCopy
+from agentspeed_engine.kv.views import TurnSpec as TurnSpec
 
 DrawnEnd: TypeAlias = Literal["stop_id", "stop_string", "grammar_end"]
 

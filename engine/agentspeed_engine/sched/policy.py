@@ -74,9 +74,16 @@ def oracle(facts: Facts) -> float | None:
     return next_use(facts) if facts.oracle is None or facts.waiting is not None else facts.oracle
 
 
-POLICIES: Final = MappingProxyType[str, Policy]({
-    "next_use": next_use, "lru": lru, "ttl": ttl, "pin": pin, "min_waste": min_waste, "oracle": oracle,
-})
+POLICIES: Final = MappingProxyType[str, Policy](
+    {
+        "next_use": next_use,
+        "lru": lru,
+        "ttl": ttl,
+        "pin": pin,
+        "min_waste": min_waste,
+        "oracle": oracle,
+    }
+)
 
 
 def worth_saving(copy_seconds: float, recompute_seconds: float) -> bool:

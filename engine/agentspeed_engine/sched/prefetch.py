@@ -5,14 +5,14 @@ from __future__ import annotations
 from functools import partial
 from heapq import heapify, heappop, heappush
 
-from agentspeed_engine.kv.branches import Decoding, Held, Prefilling, Queued
-from agentspeed_engine.kv.nodes import Host
-from agentspeed_engine.kv.owners import Branch
+from agentspeed_engine.kv.branch_states import Decoding, Held, Prefilling, Queued
+from agentspeed_engine.kv.kv_cache import Branch
+from agentspeed_engine.kv.node_states import Host
 from agentspeed_engine.kv.tree import Node, tenant_of
 from agentspeed_engine.sched import quotas, tickets
 from agentspeed_engine.sched.admission import to_come
 from agentspeed_engine.sched.reclaim import make_way
-from agentspeed_engine.sched.world import World
+from agentspeed_engine.sched.state import SchedulerState
 
 _EARLY_SHARE = 0.25
 """Of the pauses seen with a tool: rows should be back before this share of them has ended."""
@@ -30,7 +30,7 @@ _TRIES = 8
 """One part in so many of the rest of a pause goes by between two tries."""
 
 
-def expect(world: World, branch: Branch, seconds: float | None, now: float) -> None:
+def expect(world: SchedulerState, branch: Branch, seconds: float | None, now: float) -> None:
     """Notes when a branch should be back on the device, if that was announced or learnt of its tool."""
     if not world.config.host_slots:
         return
@@ -48,7 +48,7 @@ def expect(world: World, branch: Branch, seconds: float | None, now: float) -> N
         heapify(world.prefetch)
 
 
-def due(world: World, now: float, *, everybody_chose: bool) -> None:
+def due(world: SchedulerState, now: float, *, everybody_chose: bool) -> None:
     """Begins the loads that are due, once all turns that run or wait had their choice of room. A prediction takes no
     room of theirs, and no rows that are needed sooner or are nowhere else; it waits for both, as long as the pause is
     expected to last."""
@@ -66,7 +66,7 @@ def due(world: World, now: float, *, everybody_chose: bool) -> None:
                 _try_again(world, state.branch, now)
 
 
-def _try_again(world: World, branch: Branch, now: float) -> None:
+def _try_again(world: SchedulerState, branch: Branch, now: float) -> None:
     """Shortly, unless the branch is expected to run by then."""
     lease = world.leases[branch.id]
     end = branch.rested_at + lease.seconds if lease.until is None else lease.until
@@ -76,7 +76,7 @@ def _try_again(world: World, branch: Branch, now: float) -> None:
         heappush(world.prefetch, (again, branch.id))
 
 
-def _may_come(world: World, branch: Branch, chain: list[Node], now: float) -> bool:
+def _may_come(world: SchedulerState, branch: Branch, chain: list[Node], now: float) -> bool:
     """Whether the pages for these rows are free now, after what nobody loses anything by went."""
     tenant = tenant_of(branch.root)
     if _room_is_wanted(world, tenant) or not all(isinstance(node.state, Host) for node in chain):
@@ -91,11 +91,13 @@ def _may_come(world: World, branch: Branch, chain: list[Node], now: float) -> bo
     return make_way(world, None, lambda: world.kv.pages.free, pages, reserve, chain[0], now)
 
 
-def _room_is_wanted(world: World, tenant: str) -> bool:
+def _room_is_wanted(world: SchedulerState, tenant: str) -> bool:
     """Whether a turn waits to which the pass refused what these rows would take: room in the pool, or pages of this
     tenant's quota. Others that wait find these pages again: once the rows are here, the host has them too."""
     if world.refused is not None and isinstance(world.states.get(world.refused[0]), Queued | Prefilling | Decoding):
         return True
     waiting = (world.states.get(number) for number in world.over_quota)
-    return any(isinstance(state, Queued | Prefilling | Decoding) and tenant_of(state.branch.root) == tenant
-               for state in waiting)
+    return any(
+        isinstance(state, Queued | Prefilling | Decoding) and tenant_of(state.branch.root) == tenant
+        for state in waiting
+    )

@@ -11,14 +11,14 @@ import math
 
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.ids import pages_for
-from agentspeed_engine.kv.branches import Decoding, Prefilling, Promoting
-from agentspeed_engine.kv.owners import Branch
+from agentspeed_engine.kv.branch_states import Decoding, Prefilling, Promoting
+from agentspeed_engine.kv.kv_cache import Branch
 from agentspeed_engine.kv.tree import tenant_of
 from agentspeed_engine.sched import reclaim, tickets
-from agentspeed_engine.sched.world import World
+from agentspeed_engine.sched.state import SchedulerState
 
 
-def check_session(world: World, tenant: str) -> None:
+def check_session(world: SchedulerState, tenant: str) -> None:
     """Raises `EngineFault` (quota_exceeded) when the tenant has all the sessions it may have."""
     quota = world.config.tenant_sessions
     if quota is not None and sum(session.tenant == tenant for session in world.sessions.values()) >= quota:
@@ -27,7 +27,7 @@ def check_session(world: World, tenant: str) -> None:
         raise EngineFault("quota_exceeded", f"{which}, as many as may be.", "Close one first.")
 
 
-def check_turn(world: World, branch: Branch, known: int, least: int) -> int:
+def check_turn(world: SchedulerState, branch: Branch, known: int, least: int) -> int:
     """Tokens a turn over `known` may draw before its rows fill all pages its tenant may have. Raises `EngineFault`
     (context_overflow) when those are fewer than `least`: to a tenant its quota is a context limit, and no other turn's
     end changes that."""
@@ -38,37 +38,41 @@ def check_turn(world: World, branch: Branch, known: int, least: int) -> int:
     if left < least:
         needed, tenant = pages_for(known + least, world.config.page_tokens), tenant_of(branch.root)
         who = f"Tenant {tenant!r} may have" if tenant else "All sessions without a tenant together may have"
-        raise EngineFault("context_overflow", f"{who} {_many(quota, 'page')}; this turn needs {needed}.",
-                          "Rewind, start a new session, or ask for a larger quota.")
+        raise EngineFault(
+            "context_overflow",
+            f"{who} {_many(quota, 'page')}; this turn needs {needed}.",
+            "Rewind, start a new session, or ask for a larger quota.",
+        )
     return left
 
 
-def no_firm(world: World, branch: Branch, pages: int) -> str:
+def no_firm(world: SchedulerState, branch: Branch, pages: int) -> str:
     """Why so many pages more under firm leases would leave the tenant's turns too few; empty when they do not."""
     config, tenant = world.config, tenant_of(branch.root)
     if config.tenant_pages is None:
         return ""
     budget = config.tenant_pages - pages_for(config.context_limit, config.page_tokens) - 1
-    used = sum(counted for number, (_, counted) in world.firm.items()
-               if tenant_of(world.kv.branches[number].root) == tenant)
+    used = sum(
+        counted for number, (_, counted) in world.firm.items() if tenant_of(world.kv.branches[number].root) == tenant
+    )
     if used + pages <= budget:
         return ""
     return f"firm refused: {pages} pages asked, {max(0, budget - used)} left beside a whole turn of the tenant's quota"
 
 
-def left(world: World, tenant: str) -> float:
+def left(world: SchedulerState, tenant: str) -> float:
     """Pages that a tenant may take more."""
     quota = world.config.tenant_pages
     return math.inf if quota is None else quota - world.kv.tree.owned.get(tenant, 0)
 
 
-def allowed(world: World, tenant: str, pages: int, now: float) -> int:
+def allowed(world: SchedulerState, tenant: str, pages: int, now: float) -> int:
     """So many of `pages` more as a tenant may take when only its rows at rest make room."""
     _ = _shed(world, tenant, pages, now)
     return int(min(pages, max(0, left(world, tenant))))
 
 
-def make_room(world: World, tenant: str, pages: int, age: int, now: float) -> bool:
+def make_room(world: SchedulerState, tenant: str, pages: int, age: int, now: float) -> bool:
     """Whether a tenant may take `pages` more for its turn of `age`; what is in the way goes if it may. False: the turn
     waits for older ones of the tenant, or for pages of it that come back by themselves."""
     while not _shed(world, tenant, pages, now):
@@ -83,7 +87,7 @@ def make_room(world: World, tenant: str, pages: int, age: int, now: float) -> bo
     return True
 
 
-def _shed(world: World, tenant: str, pages: int, now: float) -> bool:
+def _shed(world: SchedulerState, tenant: str, pages: int, now: float) -> bool:
     """Lets rows of a tenant go until `pages` more fit, as far as nobody runs on them."""
     while (missing := pages - left(world, tenant)) > 0:
         missing = int(missing)
@@ -103,6 +107,6 @@ def _are(count: int) -> str:
     return "is" if count == 1 else "are"
 
 
-def _coming(world: World, tenant: str) -> int:
+def _coming(world: SchedulerState, tenant: str) -> int:
     """Pages that leave the device once they are copied."""
     return tickets.saving(world, tenant) if world.tickets else 0

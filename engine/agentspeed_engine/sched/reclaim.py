@@ -9,14 +9,14 @@ from functools import partial
 
 from agentspeed_engine.errors import BrokenInvariant
 from agentspeed_engine.ids import BranchId, NodeId
-from agentspeed_engine.kv.branches import Decoding, Held, Next, Prefilling, Promoting, Queued, Then
-from agentspeed_engine.kv.nodes import Both, Device, Host
-from agentspeed_engine.kv.owners import Branch
+from agentspeed_engine.kv.branch_states import Decoding, Held, Next, Prefilling, Promoting, Queued, Then
+from agentspeed_engine.kv.kv_cache import Branch
+from agentspeed_engine.kv.node_states import Both, Device, Host
 from agentspeed_engine.kv.tree import Node, tenant_of, upward
 from agentspeed_engine.sched import tickets
 from agentspeed_engine.sched.policy import POLICIES, Facts, worth_saving
 from agentspeed_engine.sched.ranking import Key, Ranking, Rankings
-from agentspeed_engine.sched.world import World
+from agentspeed_engine.sched.state import SchedulerState
 
 _NEVER = float("inf")
 _UNREFERENCED = 1
@@ -37,7 +37,7 @@ class Room(Enum):
     """The tenant has all it may have: its younger turns wait too, those of others do not."""
 
 
-def reclaim(world: World, pages: int, now: float) -> bool:
+def reclaim(world: SchedulerState, pages: int, now: float) -> bool:
     """Evicts cached rows until `pages` are free; as much as it can when they are not enough."""
     kv = world.kv
     coming = tickets.saving(world) if world.tickets else 0
@@ -51,7 +51,7 @@ def reclaim(world: World, pages: int, now: float) -> bool:
     return True
 
 
-def let_go(world: World, victim: Node, missing: int, unsaved: int, now: float) -> bool:
+def let_go(world: SchedulerState, victim: Node, missing: int, unsaved: int, now: float) -> bool:
     """Takes up to `missing` pages off a victim. False: so many of them as are `unsaved` come back when the host has
     their rows."""
     if isinstance(victim.state, Both):
@@ -63,7 +63,7 @@ def let_go(world: World, victim: Node, missing: int, unsaved: int, now: float) -
     return True
 
 
-def obtain(world: World, pages: int, age: int, now: float) -> Room:
+def obtain(world: SchedulerState, pages: int, age: int, now: float) -> Room:
     """`pages` free pages for the turn of `age`, preempting strictly younger turns if it must."""
     while not reclaim(world, pages, now):
         if world.tickets and tickets.saving(world):
@@ -77,7 +77,7 @@ def obtain(world: World, pages: int, age: int, now: float) -> Room:
     return Room.GOT
 
 
-def preempt(world: World, state: Promoting | Prefilling | Decoding, why: str, now: float) -> None:
+def preempt(world: SchedulerState, state: Promoting | Prefilling | Decoding, why: str, now: float) -> None:
     """A turn waits again, at its age."""
     state.turn.preempted += 1
     state.turn.why = why
@@ -87,8 +87,15 @@ def preempt(world: World, state: Promoting | Prefilling | Decoding, why: str, no
     _rankings(world).moved(branch.leaf, branch.seed)
 
 
-def make_way(world: World, tenant: str | None, available: Callable[[], float], pages: int, reserve: int, due: Node,
-             now: float) -> bool:
+def make_way(
+    world: SchedulerState,
+    tenant: str | None,
+    available: Callable[[], float],
+    pages: int,
+    reserve: int,
+    due: Node,
+    now: float,
+) -> bool:
     """Makes so many pages `available` (in the pool, or of a tenant's quota) for rows that are soon `due`, without loss
     to anybody: rows that nobody has go, or the device copies of rows that the host has too and that are needed later.
     Only if `reserve` pages are left to be had after that."""
@@ -121,19 +128,19 @@ def make_way(world: World, tenant: str | None, available: Callable[[], float], p
     return available() >= pages
 
 
-def _goes_without_loss(world: World, node: Node, own: Key, above: set[NodeId], now: float) -> bool:
+def _goes_without_loss(world: SchedulerState, node: Node, own: Key, above: set[NodeId], now: float) -> bool:
     """Nobody has these rows, or the host has them too and they are needed later than `own`, which is not below them."""
     if node.id in above or not _evictable(world, node, now):
         return False
     return not _held_below(node) or (isinstance(node.state, Both) and _key(world, node, now) > own)
 
 
-def _settling(world: World) -> bool:
+def _settling(world: SchedulerState) -> bool:
     """Rows in flight hold pages that will come back by themselves."""
     return len(world.kv.rooms) > len(world.active)
 
 
-def _evict(world: World, victim: Node, missing: int) -> None:
+def _evict(world: SchedulerState, victim: Node, missing: int) -> None:
     """The end of a clean node, or all of it, stays on the host alone."""
     count = len(victim.pages)
     _rankings(world).left = world.kv.tree.split(victim, count - missing) if missing < count else victim.parent
@@ -143,7 +150,7 @@ def _evict(world: World, victim: Node, missing: int) -> None:
         hosts.again(victim)
 
 
-def _drop(world: World, victim: Node, missing: int) -> None:
+def _drop(world: SchedulerState, victim: Node, missing: int) -> None:
     kv = world.kv
     held = len(victim.pages)
     childless = not victim.children and not victim.stubs
@@ -156,7 +163,7 @@ def _drop(world: World, victim: Node, missing: int) -> None:
         world.evicted_pages += held
 
 
-def _to_host(world: World, victim: Node, missing: int, now: float) -> bool:
+def _to_host(world: SchedulerState, victim: Node, missing: int, now: float) -> bool:
     """Begins to save the end of a victim, if that is worth it and the host has room or something of later use."""
     config, kv = world.config, world.kv
     if not config.host_slots or victim.failures or not _held_below(victim):
@@ -172,7 +179,7 @@ def _to_host(world: World, victim: Node, missing: int, now: float) -> bool:
     return True
 
 
-def _host_room(world: World, slots: int, key: tuple[int, float], now: float) -> bool:
+def _host_room(world: SchedulerState, slots: int, key: tuple[int, float], now: float) -> bool:
     """Free slots: first the copies of rows that are in use on the device, then rows of later use than `key`."""
     kv = world.kv
     if kv.slots.free >= slots:
@@ -193,7 +200,7 @@ def _host_room(world: World, slots: int, key: tuple[int, float], now: float) -> 
     return True
 
 
-def _in_use(world: World) -> Iterator[Node]:
+def _in_use(world: SchedulerState) -> Iterator[Node]:
     """The nodes that are pinned: those on the paths of active branches."""
     seen: set[NodeId] = set()
     for number in world.kv.rooms:
@@ -206,7 +213,7 @@ def _in_use(world: World) -> Iterator[Node]:
                 yield node
 
 
-def save_early(world: World, now: float) -> None:
+def save_early(world: SchedulerState, now: float) -> None:
     """While the link is idle and device pages run short, the next victims are copied, so that evicting them is free."""
     kv, config = world.kv, world.config
     low = config.pages // 8
@@ -260,7 +267,7 @@ def _clean_below(node: Node) -> bool:
     return all(not isinstance(child.state, Device) for below in (node.children, node.stubs) for child in below.values())
 
 
-def next_use(world: World, branch: Branch, now: float) -> float:
+def next_use(world: SchedulerState, branch: Branch, now: float) -> float:
     """Expected seconds until a branch at rest runs again: what was announced, else the learnt law of its pauses."""
     lease = world.leases.get(branch.id)
     if lease is not None and lease.until is not None and lease.until > now:
@@ -268,7 +275,7 @@ def next_use(world: World, branch: Branch, now: float) -> float:
     return world.law_of(branch).residual(now - branch.rested_at)
 
 
-def next_victim(world: World, tenant: str | None, now: float) -> Node | None:
+def next_victim(world: SchedulerState, tenant: str | None, now: float) -> Node | None:
     """The tip that goes first, of all or of one tenant's; None when none can. What is left of the branches that lost
     rows last goes before all others, for victims are whole branches; rows that more branches would lose than those,
     and rows that nobody has, are ranked like any."""
@@ -282,19 +289,19 @@ def next_victim(world: World, tenant: str | None, now: float) -> Node | None:
     return None if first is None else first[1]
 
 
-def _goes_on(world: World, left: Node, losing: frozenset[BranchId], now: float) -> bool:
+def _goes_on(world: SchedulerState, left: Node, losing: frozenset[BranchId], now: float) -> bool:
     if not losing or left.id not in world.kv.tree.tips or not _evictable(world, left, now):
         return False
     return _held_below(left) == losing
 
 
-def _rankings(world: World) -> Rankings:
+def _rankings(world: SchedulerState) -> Rankings:
     if world.rankings is None:
         raise BrokenInvariant("rows were to go outside of a plan")
     return world.rankings
 
 
-def _victims(world: World, tenant: str | None, now: float) -> Ranking:
+def _victims(world: SchedulerState, tenant: str | None, now: float) -> Ranking:
     """The tips in the order in which their pages go, all or one tenant's."""
     victims = _rankings(world).victims
     if tenant not in victims:
@@ -304,7 +311,7 @@ def _victims(world: World, tenant: str | None, now: float) -> Ranking:
     return victims[tenant]
 
 
-def _hosts(world: World, now: float) -> Ranking:
+def _hosts(world: SchedulerState, now: float) -> Ranking:
     """The tips of what is on the host alone, in the order in which their slots go."""
     rankings = _rankings(world)
     if rankings.hosts is None:
@@ -312,20 +319,20 @@ def _hosts(world: World, now: float) -> Ranking:
     return rankings.hosts
 
 
-def _victim_key(world: World, now: float, tip: Node) -> Key | None:
+def _victim_key(world: SchedulerState, now: float, tip: Node) -> Key | None:
     if tip.id not in world.kv.tree.tips or not _evictable(world, tip, now):
         return None
     key = _key(world, tip, now)
     return key if key[1] > -_NEVER else None
 
 
-def _host_key(world: World, now: float, tip: Node) -> Key | None:
+def _host_key(world: SchedulerState, now: float, tip: Node) -> Key | None:
     if tip.pinned_by or tip.id not in world.kv.tree.host_tips or not isinstance(tip.state, Host):
         return None
     return _key(world, tip, now)
 
 
-def _evictable(world: World, tip: Node, now: float) -> bool:
+def _evictable(world: SchedulerState, tip: Node, now: float) -> bool:
     if tip.pinned_by or not isinstance(tip.state, Device | Both):
         return False
     firm = world.firm.keys()
@@ -349,7 +356,7 @@ def _held_below(node: Node) -> AbstractSet[BranchId]:
     return holders
 
 
-def _key(world: World, node: Node, now: float) -> Key:
+def _key(world: SchedulerState, node: Node, now: float) -> Key:
     """Larger goes first: what nobody refers to by age, then by the policy."""
     holders = _held_below(node)
     if not holders:
@@ -375,6 +382,15 @@ def _key(world: World, node: Node, now: float) -> Key:
         if now - branch.rested_at < rested:
             rested = now - branch.rested_at
     config = world.config
-    rank = POLICIES[config.policy](Facts(node.tokens, rested, soonest, config.copy_seconds_per_token,
-                                         config.recompute_seconds_per_token, truth, oldest))
+    rank = POLICIES[config.policy](
+        Facts(
+            node.tokens,
+            rested,
+            soonest,
+            config.copy_seconds_per_token,
+            config.recompute_seconds_per_token,
+            truth,
+            oldest,
+        )
+    )
     return _REFERENCED, -_NEVER if rank is None else rank

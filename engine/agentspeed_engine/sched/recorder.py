@@ -13,16 +13,16 @@ from zlib import crc32
 import msgspec
 
 from agentspeed_engine.ids import BranchId, LinkId, StepSeq, TicketId
-from agentspeed_engine.kv.runs import TurnSpec
+from agentspeed_engine.kv.views import TurnSpec
 from agentspeed_engine.protocol import messages as wire
 from agentspeed_engine.protocol.token_ids import unpack_ids
 from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.sched.core import Core
 from agentspeed_engine.sched.digest import digests
-from agentspeed_engine.sched.packing import packed
 from agentspeed_engine.sched.plan import Drawn, DrawnEnd, HostCopy, StepPlan, StepResult
-from agentspeed_engine.sched.veil import UNUSABLE, UNUSABLE_NAME, Veil, usable, usable_name
-from agentspeed_engine.sched.world import Out
+from agentspeed_engine.sched.redaction import UNUSABLE, UNUSABLE_NAME, Veil, usable, usable_name
+from agentspeed_engine.sched.state import Out
+from agentspeed_engine.sched.state_codec import packed
 
 FORMAT: Final = 1
 MAGIC: Final = b"agentspeed flight recording "
@@ -260,21 +260,34 @@ class RecordedCore:
                 ends[len(ids)] = drawn.end
             ids.append(drawn.id)
             positions.append(row.end)
-        reasons = {place: refused[row.branch, row.epoch] if self._veil.clear else ""
-                   for place, row in enumerate(rows) if (row.branch, row.epoch) in refused} if refused else {}
+        reasons = (
+            {
+                place: refused[row.branch, row.epoch] if self._veil.clear else ""
+                for place, row in enumerate(rows)
+                if (row.branch, row.epoch) in refused
+            }
+            if refused
+            else {}
+        )
         return Applied(result.seq, now, self._veil.drawn(ids, positions), ends, reasons, tuple(missing))
 
     def _hidden(self, command: wire.Command) -> wire.Command:
         changed = msgspec.structs.replace
         match command:
             case wire.Open():
-                return changed(command, ids=self._ids(command.ids, 0), tenant=self._name(command.tenant),
-                               label=self._name(command.label))
+                return changed(
+                    command,
+                    ids=self._ids(command.ids, 0),
+                    tenant=self._name(command.tenant),
+                    label=self._name(command.label),
+                )
             case wire.Append():
                 return changed(command, ids=self._ids(command.ids, self._known(command.branch)))
             case wire.Generate(grammar=grammar):
                 return changed(
-                    command, ids=self._ids(command.ids, self._known(command.branch)), stop_ids=(),
+                    command,
+                    ids=self._ids(command.ids, self._known(command.branch)),
+                    stop_ids=(),
                     stop_strings=tuple(bytes(len(stop)) for stop in command.stop_strings),
                     grammar=None if grammar is None else changed(grammar, source=""),
                 )
@@ -307,7 +320,9 @@ def result_of(plan: StepPlan, applied: Applied) -> StepResult:
     ids = unpack_ids(applied.ids)
     if len(ids) != len(drawing):
         raise ValueError(f"{len(ids)} tokens were drawn, and {len(drawing)} rows of the replayed plan draw one")
-    drawn = tuple(Drawn(row.branch, row.epoch, token, end=applied.ends.get(place))
-                  for place, (row, token) in enumerate(zip(drawing, ids, strict=True)))
+    drawn = tuple(
+        Drawn(row.branch, row.epoch, token, end=applied.ends.get(place))
+        for place, (row, token) in enumerate(zip(drawing, ids, strict=True))
+    )
     refused = tuple((rows[place].branch, rows[place].epoch, reason) for place, reason in applied.refused.items())
     return StepResult(StepSeq(applied.seq), drawn, refused)

@@ -8,11 +8,11 @@ from heapq import heapify, heappop, heapreplace, merge
 
 from agentspeed_engine.errors import BrokenInvariant
 from agentspeed_engine.ids import BranchId, StepSeq, pages_for
-from agentspeed_engine.kv.branches import Decoding, Next, Prefilling, Promoting, Queued, Then
-from agentspeed_engine.kv.nodes import Host
-from agentspeed_engine.kv.owners import Branch, Room
+from agentspeed_engine.kv.branch_states import Decoding, Next, Prefilling, Promoting, Queued, Then
+from agentspeed_engine.kv.kv_cache import Branch, Room
+from agentspeed_engine.kv.node_states import Host
 from agentspeed_engine.kv.tree import Node, tenant_of
-from agentspeed_engine.kv.turns import Turn
+from agentspeed_engine.kv.turn import Turn
 from agentspeed_engine.protocol.messages import TurnStarted
 from agentspeed_engine.sched import prefetch, quotas, tickets
 from agentspeed_engine.sched.admission import held_by_firm, lacks, lacks_quota, target
@@ -20,7 +20,7 @@ from agentspeed_engine.sched.plan import PageCopy, Row, StepPlan, TokenOf
 from agentspeed_engine.sched.ranking import Rankings
 from agentspeed_engine.sched.reclaim import Room as Asked
 from agentspeed_engine.sched.reclaim import obtain, reclaim, save_early
-from agentspeed_engine.sched.world import World, usage
+from agentspeed_engine.sched.state import SchedulerState, usage
 
 _PASSED_OVER = 32
 _FEW = 8
@@ -48,7 +48,7 @@ class _Pass:
     """The newest token in flight of each branch, where turns may run ahead of it."""
 
 
-def plan(world: World, now: float) -> StepPlan | None:
+def plan(world: SchedulerState, now: float) -> StepPlan | None:
     """The next step, or None when nothing can be computed now."""
     tickets.expire(world, now)
     world.rankings = Rankings()
@@ -71,7 +71,7 @@ def plan(world: World, now: float) -> StepPlan | None:
     return step
 
 
-def _walk(world: World, run: _Pass, now: float) -> None:
+def _walk(world: SchedulerState, run: _Pass, now: float) -> None:
     """The pass itself, and what it tells of those who wait."""
     world.refused = None
     # The pass moves turns between the two lists, so it walks over what they were.
@@ -103,7 +103,7 @@ class _Entrants:
 
     __slots__ = ("_heads", "_last", "_preemptions", "_queues", "_run", "_world")
 
-    def __init__(self, world: World, run: _Pass) -> None:
+    def __init__(self, world: SchedulerState, run: _Pass) -> None:
         self._world = world
         self._run = run
         self._queues = {"": world.queue} if world.config.tenant_pages is None else world.queues
@@ -142,14 +142,14 @@ class _Entrants:
 
 
 # ---- one turn of the pass -----------------------------------------------------------------------------------------
-def _decode(world: World, run: _Pass, state: Decoding, now: float) -> None:
+def _decode(world: SchedulerState, run: _Pass, state: Decoding, now: float) -> None:
     room = state.room
     if world.kv.pages_to(room, room.issued + 1) and not _grow(world, run, state, now):
         return
     _row(world, run, state, 1)
 
 
-def _sampled(world: World) -> dict[BranchId, TokenOf]:
+def _sampled(world: SchedulerState) -> dict[BranchId, TokenOf]:
     found: dict[BranchId, TokenOf] = {}
     for seq, step in world.flights.items():
         rows = [row for row in step.rows if row.sample is not None]
@@ -166,7 +166,7 @@ def _may_run_ahead(state: Decoding) -> bool:
     return state.room.issued == state.branch.known and turn.drawn + 1 < turn.max_tokens
 
 
-def _decode_ahead(world: World, run: _Pass, state: Decoding, now: float) -> None:
+def _decode_ahead(world: SchedulerState, run: _Pass, state: Decoding, now: float) -> None:
     """A row for the token in flight. The row is dead if that token ends the turn, so no running turn gives up room for
     it: where no page is to be had otherwise, the turn grows when the token is there."""
     room = state.room
@@ -179,7 +179,7 @@ def _decode_ahead(world: World, run: _Pass, state: Decoding, now: float) -> None
     _row(world, run, state, 1, run.sampled[state.branch.id])
 
 
-def _prefill(world: World, run: _Pass, state: Prefilling, now: float) -> None:
+def _prefill(world: SchedulerState, run: _Pass, state: Prefilling, now: float) -> None:
     room, branch = state.room, state.branch
     wanted = min(target(state.turn, branch) - room.issued, _share(world, run, state))
     if wanted <= 0:
@@ -191,7 +191,7 @@ def _prefill(world: World, run: _Pass, state: Prefilling, now: float) -> None:
     _row(world, run, state, min(wanted, world.kv.capacity(room) - room.issued))
 
 
-def _grow(world: World, run: _Pass, state: Prefilling | Decoding, now: float) -> bool:
+def _grow(world: SchedulerState, run: _Pass, state: Prefilling | Decoding, now: float) -> bool:
     """One page more, from younger turns if it must be; else the turn gives its own room back (L4)."""
     if run.refused:
         return False
@@ -207,7 +207,7 @@ def _grow(world: World, run: _Pass, state: Prefilling | Decoding, now: float) ->
     return False
 
 
-def _obtain(world: World, run: _Pass, branch: Branch, pages: int, spare: int, age: int, now: float) -> Asked:
+def _obtain(world: SchedulerState, run: _Pass, branch: Branch, pages: int, spare: int, age: int, now: float) -> Asked:
     """`obtain`, within what the branch's tenant may have; `spare` pages more are to stay free."""
     tenant = tenant_of(branch.root)
     if tenant in run.full or not quotas.make_room(world, tenant, pages, age, now):
@@ -216,12 +216,12 @@ def _obtain(world: World, run: _Pass, branch: Branch, pages: int, spare: int, ag
     return obtain(world, pages + spare, age, now)
 
 
-def _refuse(world: World, run: _Pass, state: Queued | Prefilling | Decoding, why: str) -> None:
+def _refuse(world: SchedulerState, run: _Pass, state: Queued | Prefilling | Decoding, why: str) -> None:
     run.refused = True
     world.refused = (state.branch.id, why)
 
 
-def _shortage(world: World, asked: Asked, pages: int, now: float) -> str:
+def _shortage(world: SchedulerState, asked: Asked, pages: int, now: float) -> str:
     """Who has the pages that `obtain` did not get."""
     if asked is Asked.NONE:
         return "firm leases" if world.kv.pages.free + held_by_firm(world, now) >= pages else "room"
@@ -230,7 +230,7 @@ def _shortage(world: World, asked: Asked, pages: int, now: float) -> str:
     return "loads in flight" if world.tickets else "rows in flight"
 
 
-def give_back(world: World, state: Prefilling | Decoding, now: float) -> None:
+def give_back(world: SchedulerState, state: Prefilling | Decoding, now: float) -> None:
     """A turn that cannot grow and has nobody younger to take from waits again, at its old age."""
     state.turn.preempted += 1
     state.turn.why = "gave its room back: older turns hold the rest of the pool"
@@ -240,13 +240,13 @@ def give_back(world: World, state: Prefilling | Decoding, now: float) -> None:
     _moved(world, branch)
 
 
-def _moved(world: World, branch: Branch, *others: Node | None) -> None:
+def _moved(world: SchedulerState, branch: Branch, *others: Node | None) -> None:
     """A branch rests elsewhere, or lets go of its path: who goes first may change there, and at `others`."""
     if world.rankings is not None:
         world.rankings.moved(branch.leaf, branch.seed, *others)
 
 
-def _stretch(world: World, room: Room, tokens: int, now: float) -> None:
+def _stretch(world: SchedulerState, room: Room, tokens: int, now: float) -> None:
     """More pages for a longer chunk, as far as nobody has to give up room for them."""
     missing = quotas.allowed(world, room.tenant, world.kv.pages_to(room, room.issued + tokens), now)
     if missing:
@@ -254,7 +254,9 @@ def _stretch(world: World, room: Room, tokens: int, now: float) -> None:
         world.kv.grow(room, min(missing, world.kv.pages.free))
 
 
-def _row(world: World, run: _Pass, state: Prefilling | Decoding, tokens: int, token_of: TokenOf | None = None) -> None:
+def _row(
+    world: SchedulerState, run: _Pass, state: Prefilling | Decoding, tokens: int, token_of: TokenOf | None = None
+) -> None:
     """`token_of`: the one token of the row, when it is not known yet."""
     room, branch, turn = state.room, state.branch, state.turn
     if tokens <= 0:
@@ -265,30 +267,38 @@ def _row(world: World, run: _Pass, state: Prefilling | Decoding, tokens: int, to
         run.copies.append(room.copy)
     last = position + tokens == branch.known or token_of is not None
     state.issue(tokens)
-    run.rows.append(Row(
-        branch=branch.id, epoch=branch.epoch, position=position, ids=branch.log.ids(position, position + tokens),
-        path=room.path, tail_start=room.tail_start, tail_pages=tuple(room.tail),
-        sample=turn.spec if last and turn.max_tokens else None, token_of=token_of,
-    ))
+    run.rows.append(
+        Row(
+            branch=branch.id,
+            epoch=branch.epoch,
+            position=position,
+            ids=branch.log.ids(position, position + tokens),
+            path=room.path,
+            tail_start=room.tail_start,
+            tail_pages=tuple(room.tail),
+            sample=turn.spec if last and turn.max_tokens else None,
+            token_of=token_of,
+        )
+    )
     if isinstance(state, Prefilling):
         short = min(tokens, run.short) if _is_short(world, turn, branch, position) else 0
         run.short -= short
         run.cold -= tokens - short
 
 
-def _share(world: World, run: _Pass, state: Prefilling) -> int:
+def _share(world: SchedulerState, run: _Pass, state: Prefilling) -> int:
     """Tokens this turn may compute now."""
     if _is_short(world, state.turn, state.branch, state.room.issued):
         return run.short + max(0, run.cold)
     return max(0, run.cold)
 
 
-def _is_short(world: World, turn: Turn, branch: Branch, position: int) -> bool:
+def _is_short(world: SchedulerState, turn: Turn, branch: Branch, position: int) -> bool:
     return target(turn, branch) - position <= world.config.extend_tokens
 
 
 # ---- entry --------------------------------------------------------------------------------------------------------
-def _admit(world: World, run: _Pass, state: Queued, now: float) -> None:
+def _admit(world: SchedulerState, run: _Pass, state: Queued, now: float) -> None:
     branch, turn, kv = state.branch, state.turn, world.kv
     if tenant_of(branch.root) in run.full or _waits_for_sibling(world, branch):
         return
@@ -345,7 +355,7 @@ def _admit(world: World, run: _Pass, state: Queued, now: float) -> None:
     _enter(world, run, state, now)
 
 
-def _pins_much_for_little(world: World, state: Queued, others: int) -> bool:
+def _pins_much_for_little(world: SchedulerState, state: Queued, others: int) -> bool:
     """Whether its seed saves a few rows and costs the choice of a victim: pages are short, and the whole node of the
     seed stays until the copy is made."""
     branch, page = state.branch, world.config.page_tokens
@@ -354,13 +364,13 @@ def _pins_much_for_little(world: World, state: Queued, others: int) -> bool:
     return world.kv.pages.free < others + pages_for(target(state.turn, branch) - branch.leaf.end, page)
 
 
-def _give_up_seed(world: World, branch: Branch, why: str) -> None:
+def _give_up_seed(world: SchedulerState, branch: Branch, why: str) -> None:
     seed = branch.seed
     world.kv.give_up_seed(branch, why)
     _moved(world, branch, seed)
 
 
-def _enter(world: World, run: _Pass, state: Queued, now: float) -> None:
+def _enter(world: SchedulerState, run: _Pass, state: Queued, now: float) -> None:
     """All or nothing (L2): the loads, the copy and the first quantum have their pages."""
     branch, turn, kv = state.branch, state.turn, world.kv
     _count(world, turn, branch)
@@ -378,11 +388,11 @@ def _enter(world: World, run: _Pass, state: Queued, now: float) -> None:
         _prefill(world, run, entered, now)
 
 
-def _entry_pages(world: World, branch: Branch) -> int:
+def _entry_pages(world: SchedulerState, branch: Branch) -> int:
     return 0 if branch.seed is not None and world.kv.sole_stub(branch) else 1
 
 
-def _nothing_to_fill(world: World, state: Queued, now: float) -> None:
+def _nothing_to_fill(world: SchedulerState, state: Queued, now: float) -> None:
     """A prefill-only turn whose rows are all there ends without room."""
     turn = state.turn
     _count(world, turn, state.branch)
@@ -394,7 +404,7 @@ def _nothing_to_fill(world: World, state: Queued, now: float) -> None:
     world.finish_turn(held.branch, turn, now)
 
 
-def _count(world: World, turn: Turn, branch: Branch) -> None:
+def _count(world: SchedulerState, turn: Turn, branch: Branch) -> None:
     """What this admission resumes, recomputes and computes anew."""
     available, computed = branch.resident, min(branch.computed, branch.known)
     lost = max(0, computed - available)
@@ -411,7 +421,7 @@ def _count(world: World, turn: Turn, branch: Branch) -> None:
 
 
 # ---- one prefill for simultaneous siblings ------------------------------------------------------------------------
-def _waits_for_sibling(world: World, branch: Branch) -> bool:
+def _waits_for_sibling(world: SchedulerState, branch: Branch) -> bool:
     waiting = world.fill_of.get(branch.id)
     if waiting is None:
         return False
@@ -422,7 +432,7 @@ def _waits_for_sibling(world: World, branch: Branch) -> bool:
     return False
 
 
-def _joins_sibling(world: World, branch: Branch) -> bool:
+def _joins_sibling(world: SchedulerState, branch: Branch) -> bool:
     """True when an active turn is computing the next page this one needs: it waits instead of computing it again."""
     page = world.config.page_tokens
     start = branch.leaf.end

@@ -13,11 +13,11 @@ from typing import Literal, final
 
 from agentspeed_engine.errors import BrokenInvariant
 from agentspeed_engine.ids import PageId, SlotId, TicketId
-from agentspeed_engine.kv.branches import Promoting
-from agentspeed_engine.kv.nodes import Device, Host, Loading, Saving
+from agentspeed_engine.kv.branch_states import Promoting
+from agentspeed_engine.kv.node_states import Device, Host, Loading, Saving
 from agentspeed_engine.kv.tree import Node, session_of, tenant_of
 from agentspeed_engine.sched.plan import HostCopy
-from agentspeed_engine.sched.world import World
+from agentspeed_engine.sched.state import SchedulerState
 
 MOST_FAILURES = 2
 """Loads of a node that may fail before its rows count as lost."""
@@ -33,7 +33,7 @@ class Ticket:
     """It moves on whenever another copy ends; infinite once this one has begun."""
 
 
-def save(world: World, node: Node, now: float) -> int:
+def save(world: SchedulerState, node: Node, now: float) -> int:
     """Begins to copy a node to the host, whose slots are free. Returns its pages."""
     if not isinstance(node.state, Device):
         raise BrokenInvariant(f"{node!r} cannot be saved")
@@ -44,7 +44,7 @@ def save(world: World, node: Node, now: float) -> int:
     return count
 
 
-def load(world: World, chain: list[Node], now: float) -> None:
+def load(world: SchedulerState, chain: list[Node], now: float) -> None:
     """Begins to bring a chain of nodes back, whose pages are free; the one above them is readable."""
     if not chain or chain[0].parent is None or not chain[0].parent.readable:
         raise BrokenInvariant("a load begins below what is readable")
@@ -61,7 +61,7 @@ def pages_of(chain: list[Node]) -> int:
     return sum(len(node.state.slots) for node in chain if isinstance(node.state, Host))
 
 
-def copied(world: World, number: TicketId, ok: bool, now: float) -> None:
+def copied(world: SchedulerState, number: TicketId, ok: bool, now: float) -> None:
     """A copy was carried out, or failed. One that comes after its deadline is over already."""
     if number not in world.tickets:
         world.ignored += 1
@@ -72,7 +72,7 @@ def copied(world: World, number: TicketId, ok: bool, now: float) -> None:
             world.tickets[waiting] = Ticket(ticket.direction, now + world.config.ticket_deadline)
 
 
-def _end(world: World, number: TicketId, ok: bool, now: float) -> None:
+def _end(world: SchedulerState, number: TicketId, ok: bool, now: float) -> None:
     ticket = world.tickets.pop(number)
     nodes = world.kv.tree.in_copy.pop(number)
     if ticket.direction == "save":
@@ -84,43 +84,46 @@ def _end(world: World, number: TicketId, ok: bool, now: float) -> None:
         _drop_if_ownerless(world, node)
 
 
-def begun(world: World, number: TicketId) -> None:
+def begun(world: SchedulerState, number: TicketId) -> None:
     """The copy has begun to touch its pages and slots: until it ends they are nobody else's, however long it takes."""
     ticket = world.tickets.get(number)
     if ticket is not None:
         world.tickets[number] = Ticket(ticket.direction, math.inf)
 
 
-def expire(world: World, now: float) -> None:
+def expire(world: SchedulerState, now: float) -> None:
     """Tickets past their deadline fail: nothing waits for ever for a copy that does not begin."""
     for number in [number for number, ticket in world.tickets.items() if ticket.deadline <= now]:
         world.late_tickets += 1
         _end(world, number, False, now)
 
 
-def deadline(world: World) -> float:
+def deadline(world: SchedulerState) -> float:
     """When the next ticket is given up, if none begins or ends before."""
     return min((ticket.deadline for ticket in world.tickets.values()), default=math.inf)
 
 
-def saving(world: World, tenant: str | None = None) -> int:
+def saving(world: SchedulerState, tenant: str | None = None) -> int:
     """Pages whose eviction waits for a copy to end; those of one tenant, or all."""
     return sum(
         len(node.pages)
-        for number, ticket in world.tickets.items() if ticket.direction == "save"
+        for number, ticket in world.tickets.items()
+        if ticket.direction == "save"
         for node in world.kv.tree.in_copy[number]
         if not node.pinned_by and not node.pages_below and tenant in (None, tenant_of(node.root))
     )
 
 
-def _begin(world: World, direction: Literal["save", "load"], nodes: list[Node], now: float) -> TicketId:
+def _begin(world: SchedulerState, direction: Literal["save", "load"], nodes: list[Node], now: float) -> TicketId:
     number = world.fresh_ticket()
     world.tickets[number] = Ticket(direction, now + world.config.ticket_deadline)
     world.kv.tree.in_copy[number] = list(nodes)
     return number
 
 
-def _order(world: World, number: TicketId, direction: Literal["save", "load"], nodes: list[Node], now: float) -> None:
+def _order(
+    world: SchedulerState, number: TicketId, direction: Literal["save", "load"], nodes: list[Node], now: float
+) -> None:
     pages: list[PageId] = []
     slots: list[SlotId] = []
     for node in nodes:
@@ -128,12 +131,19 @@ def _order(world: World, number: TicketId, direction: Literal["save", "load"], n
             raise BrokenInvariant(f"{node!r} waits for no copy")
         pages += node.state.pages
         slots += node.state.slots
-    world.orders.append(HostCopy(number, direction, tuple(pages), tuple(slots),
-                                 begin_by=now + world.config.ticket_deadline / 2,
-                                 patience=world.config.ticket_deadline / 2))
+    world.orders.append(
+        HostCopy(
+            number,
+            direction,
+            tuple(pages),
+            tuple(slots),
+            begin_by=now + world.config.ticket_deadline / 2,
+            patience=world.config.ticket_deadline / 2,
+        )
+    )
 
 
-def _saved(world: World, node: Node, ok: bool) -> None:
+def _saved(world: SchedulerState, node: Node, ok: bool) -> None:
     if not isinstance(node.state, Saving):
         raise BrokenInvariant(f"{node!r} was not being saved")
     if ok:
@@ -146,7 +156,7 @@ def _saved(world: World, node: Node, ok: bool) -> None:
     node.failures += 1  # not tried again: when its pages are needed it is dropped
 
 
-def _loaded(world: World, nodes: list[Node], ok: bool, now: float) -> None:
+def _loaded(world: SchedulerState, nodes: list[Node], ok: bool, now: float) -> None:
     waiting = {number for node in nodes for number in node.pinned_by}
     for node in nodes:
         if not isinstance(node.state, Loading):
@@ -175,7 +185,7 @@ def _loaded(world: World, nodes: list[Node], ok: bool, now: float) -> None:
         _ = world.kv.drop_with_all_below(nodes[0], "its rows could not be brought back from the host twice")
 
 
-def _drop_if_ownerless(world: World, node: Node) -> None:
+def _drop_if_ownerless(world: SchedulerState, node: Node) -> None:
     """Rows of a private session that closed meanwhile do not outlive it."""
     if session_of(node.root) is None:
         return

@@ -14,7 +14,7 @@ from agentspeed_engine.models.rope import half_order, yarn_scale
 from agentspeed_engine.models.state import StepState
 from agentspeed_engine.spmd.placement import Rank
 from agentspeed_engine.spmd.spec import TOKEN_SHARD, TOKEN_SHARD_PARTIAL, Boundary
-from agentspeed_kernels.select import Kernels
+from agentspeed_kernels.selection import Kernels
 
 
 @final

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from agentspeed_engine.models.weights import WeightSource
     from agentspeed_engine.spmd.lower import Module
     from agentspeed_engine.spmd.placement import Rank
-    from agentspeed_kernels.select import Kernels
+    from agentspeed_kernels.selection import Kernels
 
 
 def _build(

@@ -13,7 +13,7 @@ from agentspeed_engine.models.state import StepState
 from agentspeed_engine.models.weights import WeightSource
 from agentspeed_engine.spmd.lower import Module
 from agentspeed_engine.spmd.placement import Rank
-from agentspeed_kernels.select import Kernels
+from agentspeed_kernels.selection import Kernels
 
 Chain = list[Module[StepState]]
 

@@ -1,0 +1,122 @@
+"""The front's own record of a session's log: every id, who made it, and which message it belongs to.
+
+It is what an engine's death cannot take: the next use opens a new branch with exactly these ids.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+from agentspeed.messages import Message
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One whole message and the tokens [start, end) that carry it, template text included."""
+
+    message: Message
+    start: int
+    end: int
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Where a mirror can be cut back to."""
+
+    tokens: int
+    spans: tuple[Span, ...]
+    open_at: int | None
+    owed: tuple[int, ...]
+
+
+@final
+class TokenLog:
+    """Ids with their origin. Cut, copied and appended to in step with the engine's log."""
+
+    def __init__(self) -> None:
+        self.ids = array("I")
+        self.made = bytearray()
+        """1 where the model drew the id."""
+        self.logprobs = array("d")
+        """Of drawn ids, when asked for; NaN elsewhere."""
+        self.spans: list[Span] = []
+        self.open_at: int | None = None
+        """Where the text of an assistant message that is not closed begins; None when all messages are closed."""
+        self.owed: tuple[int, ...] = ()
+        """Template ids that close the last message but were not drawn: appended before anything else is."""
+        self.marks: dict[str, Checkpoint] = {}
+        self.hidden: list[tuple[int, int]] = []
+        """Stop texts: (tokens known when a turn ended at one, characters at the end of its text that are the stop text
+        and what its last token wrote after it). The model has them before its eyes; no message shows them."""
+        self.computed = 0
+        """Of how many of the first ids an engine has computed the rows: an engine that is started anew computes them
+        again, which is not new work."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        return tuple(span.message for span in self.spans)
+
+    def digest(self, tokens: int) -> int:
+        """Tells logs apart by their first `tokens` ids."""
+        return zlib.crc32(memoryview(self.ids)[:tokens])
+
+    def append(self, ids: Sequence[int]) -> None:
+        """Ids of a template or a message."""
+        self.ids.extend(ids)
+        self.made.extend(bytes(len(ids)))
+        self.logprobs.extend([math.nan] * len(ids))
+
+    def drew(self, ids: Sequence[int], logprobs: Sequence[float]) -> None:
+        """Ids the model drew; `logprobs` is empty or as long."""
+        self.ids.extend(ids)
+        self.made.extend(b"\x01" * len(ids))
+        self.logprobs.extend(logprobs or [math.nan] * len(ids))
+
+    def checkpoint(self) -> Checkpoint:
+        return Checkpoint(len(self.ids), tuple(self.spans), self.open_at, self.owed)
+
+    def back_to(self, point: Checkpoint) -> None:
+        """Exactly as it was at `point`; later marks are forgotten."""
+        del self.ids[point.tokens :]
+        del self.made[point.tokens :]
+        del self.logprobs[point.tokens :]
+        self.spans = list(point.spans)
+        self.open_at, self.owed = point.open_at, point.owed
+        self.marks = {name: mark for name, mark in self.marks.items() if mark.tokens <= point.tokens}
+        self.hidden = [place for place in self.hidden if place[0] <= point.tokens]
+        self.computed = min(self.computed, point.tokens)
+
+    def at(self, tokens: int) -> Checkpoint:
+        """The checkpoint for any token position: a message cut in its middle is no message, an assistant's is open."""
+        whole = [span for span in self.spans if span.end <= tokens]
+        start = whole[-1].end if whole else 0
+        cut = self.spans[len(whole)] if len(whole) < len(self.spans) else None
+        open_at = self.open_at if self.open_at is not None and self.open_at <= tokens else None
+        if cut is not None and tokens > start:
+            drawn = self.made.find(1, max(cut.start, start), cut.end)
+            open_at = drawn if 0 <= drawn <= tokens else None
+        return Checkpoint(tokens, tuple(whole), open_at, () if tokens < len(self.ids) else self.owed)
+
+    def copy(self, tokens: int) -> TokenLog:
+        """The first `tokens` of this mirror, sharing nothing."""
+        point = self.at(tokens) if tokens < len(self.ids) else self.checkpoint()
+        other = TokenLog()
+        other.ids = self.ids[:tokens]
+        other.made = self.made[:tokens]
+        other.logprobs = self.logprobs[:tokens]
+        other.spans = list(point.spans)
+        other.open_at, other.owed = point.open_at, point.owed
+        other.marks = {name: mark for name, mark in self.marks.items() if mark.tokens <= tokens}
+        other.hidden = [place for place in self.hidden if place[0] <= tokens]
+        other.computed = min(self.computed, tokens)
+        return other

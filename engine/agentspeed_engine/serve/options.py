@@ -1,0 +1,316 @@
+"""What an engine process is started with: read from JSON, checked once, and turned into a core and a model."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, final, get_args
+
+import msgspec
+
+from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.exec.calibrate import calibrated
+from agentspeed_engine.exec.model import Model
+from agentspeed_engine.exec.noop import NoopModel
+from agentspeed_engine.exec.vocabulary import Vocabulary
+from agentspeed_engine.models.catalog import RANDOM, Dtype, describe, load, read_source
+from agentspeed_engine.protocol.messages import as_text
+from agentspeed_engine.sched.config import CoreConfig
+from agentspeed_engine.serve.recording import LEAST_BYTES, RecordingOrder
+from agentspeed_engine.serve.sizing import sizes
+
+T = TypeVar("T")
+_NOOP = "noop:"
+_NOOP_CONTEXT = 65_536
+_NOOP_PAGE_BYTES = 1024
+"""Of a model without rows: about what the engine itself keeps of a page."""
+_MOST_NOOP_VOCABULARY = 1 << 24
+_MOST_NOOP_SECONDS = 3600.0
+
+
+class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All options of an engine process. Unknown names are refused."""
+
+    model: str
+    """A Hugging Face model folder; `random:CONFIG` for a model of that config.json (or folder) with weights by chance;
+    `noop:VOCABULARY:MILLISECONDS` for benchmarks of everything around a model."""
+    dtype: Literal["auto", "float32", "float64", "bfloat16"] = "auto"
+    """Of weights, activations and cache. auto: bfloat16 where the checkpoint is in 16 bits or fewer and the processor
+    has matrix units for it, else float32; the engine says at its start which and why."""
+    context_limit: int | None = None
+    """None: the model's own, as far as the pool allows it."""
+    pages: int | None = None
+    """None: a quarter of the memory that this process may use, or what the weights leave of it."""
+    page_tokens: int = 64
+    """Rows of a page; what is shared between branches is shared in whole pages."""
+    threads: int | None = None
+    """Of the CPU kernels. None: as many as torch takes by itself."""
+    depth: int = 0
+    """Steps planned ahead of the one that runs."""
+    host_slots: int = 0
+    """Pages of host memory that device pages can be saved to."""
+    prefill_chunk: int = 512
+    """Most tokens of cold prompts in a step."""
+    extend_tokens: int = 256
+    """Tokens of a step kept for short extends, so that a resumed session does not queue behind cold prompts."""
+    firm_pages: int | None = None
+    """Most pages under firm leases. None: a quarter of what one turn of the context limit leaves."""
+    max_links: int = 256
+    """Fronts connected at once (an event loop of a process is one); more are refused by name, as for all limits
+    below."""
+    max_sessions: int = 1024
+    """Open at once."""
+    max_branches: int = 256
+    """Of one session."""
+    max_waiting: int = 4096
+    """Turns in the queue."""
+    max_lease_seconds: float = 3600.0
+    """The longest lease that is granted."""
+    tenant_pages: int | None = None
+    """Most device pages of one tenant: of its branches, and of rows that no branch of it has any more. Past it its own
+    rows make room, then its turns wait. None: no quota."""
+    tenant_sessions: int | None = None
+    """Most sessions of one tenant. None: no quota."""
+    policy: str = "next_use"
+    """Who loses rows first under pressure; the others are there to compare with (`sched.policy`)."""
+    ticket_deadline: float = 5.0
+    """Seconds. A host copy counts as failed if it has not begun within half of them, counted from its order or from the
+    end of the copy before it; one that began is waited for."""
+    outbox_bytes: int = 1 << 20
+    """Bytes per link encoded ahead of a late reader, at least 4096; what comes on top waits with its token deltas
+    joined."""
+    idle_seconds: float | None = None
+    """Seconds without any session after which the engine ends by itself; who only watches does not count. None: never
+    (an engine that was started for a session still ends with who started it)."""
+    record: str = "crash"
+    """What `agentspeed replay` runs again step by step (docs/how-to/replay.md). `crash`: only an engine that ends badly
+    leaves a recording, in the user's state folder. `off`: none does. Else a folder, and every engine leaves one."""
+    record_bytes: int = 64 << 20
+    """Most bytes of this engine's recording, at least 65536; the oldest part goes when it is full."""
+    record_content: bool = False
+    """Record token ids and names of tenants, sessions and tools as they are, instead of stand-ins that tell only what
+    equals what."""
+    check_every_step: bool = False
+    """Run the ledger after every event (tests; it costs time in proportion to the pool)."""
+
+
+_MOST = 2**63 - 1
+"""Larger numbers do not fit into a frame of the protocol."""
+_RANGES: dict[str, tuple[int, int]] = {
+    "context_limit": (1, _MOST),
+    "pages": (1, _MOST),
+    "page_tokens": (1, _MOST),
+    "threads": (1, 1024),
+    "depth": (0, _MOST),
+    "host_slots": (0, _MOST),
+    "prefill_chunk": (1, _MOST),
+    "extend_tokens": (1, _MOST),
+    "firm_pages": (0, _MOST),
+    "max_links": (1, _MOST),
+    "max_sessions": (1, _MOST),
+    "max_branches": (1, _MOST),
+    "max_waiting": (1, _MOST),
+    "tenant_pages": (1, _MOST),
+    "tenant_sessions": (1, _MOST),
+    "outbox_bytes": (4096, _MOST),
+    "record_bytes": (LEAST_BYTES, _MOST),
+}
+"""The least and the most of every whole number among the options."""
+_SECONDS = ("max_lease_seconds", "ticket_deadline", "idle_seconds")
+
+
+def parse_options(text: str) -> EngineOptions:
+    """Raises `EngineFault` (bad_options) naming what is wrong."""
+    try:
+        # Not `msgspec.json`: NaN and Infinity, which Python writes for them, shall be refused by their option's name.
+        given = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _wrong(f"they are no JSON: {error}", "Give one JSON object.") from error
+    if not isinstance(given, dict):
+        raise _wrong("they are no JSON object", "Give one, with an option's name for each value.")
+    return _checked(_converted(given, strict=True))
+
+
+def options_from(flags: Mapping[str, Any]) -> EngineOptions:
+    """Options from values that may still be text. Raises `EngineFault` (bad_options) naming what is wrong."""
+    return _checked(_converted(flags, strict=False))
+
+
+def _converted(given: Mapping[str, Any], *, strict: bool) -> EngineOptions:
+    """Each value by itself, so that what is wrong is told in an option's name and plain words."""
+    kinds = {field.name: field.type for field in msgspec.structs.fields(EngineOptions)}
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        if name not in kinds:
+            close = difflib.get_close_matches(name, kinds, 1)
+            raise _wrong(
+                f"there is no option `{name}`",
+                f"Do you mean `{close[0]}`?" if close else f"The options are: {', '.join(kinds)}.",
+            )
+        try:
+            values[name] = msgspec.convert(value, kinds[name], strict=strict)
+        except (msgspec.ValidationError, OverflowError) as error:
+            raise _wrong(f"{name} is {value!r}", f"Give {_in_words(kinds[name])}.") from error
+    if "model" not in values:
+        raise _wrong("there is no `model`", "Give a model folder.")
+    return EngineOptions(**values)
+
+
+def _in_words(kind: Any) -> str:
+    """A type as a person who gives a value thinks of it."""
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "None"}
+    arms = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    return " or ".join(words[arm] if arm in words else f"one of {', '.join(get_args(arm))}" for arm in arms)
+
+
+def _wrong(what: str, remedy: str) -> EngineFault:
+    return EngineFault("bad_options", f"The engine options are wrong: {what}.", remedy)
+
+
+def _checked(options: EngineOptions) -> EngineOptions:
+    """Every number by itself; what contradicts another is found where it is used (`CoreConfig.check`, `_sizes`)."""
+    for name, (least, most) in _RANGES.items():
+        value = getattr(options, name)
+        if value is not None and not least <= value <= most:
+            raise _wrong(
+                f"{name} is {value}",
+                f"Give {least} or more." if value < least and most == _MOST else f"Give {least} to {most}.",
+            )
+    for name in _SECONDS:
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            raise _wrong(f"{name} is {value}", "Give a finite number of seconds above 0.")
+    if options.record == "":
+        raise _wrong("record is empty", "Give `crash`, `off` or a folder.")
+    return options
+
+
+def recording_of(options: EngineOptions, *, crashes: Path | None) -> RecordingOrder | None:
+    """Where and what to record; None when nothing is. `crashes`: where a crash may leave one; None for nowhere."""
+    crash_only = options.record == "crash"
+    place = crashes if crash_only else None if options.record == "off" else Path(options.record)
+    if place is None:
+        return None
+    return RecordingOrder(
+        folder=place, most_bytes=options.record_bytes, content=options.record_content, crash_only=crash_only
+    )
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Built:
+    """What the options describe."""
+
+    core: CoreConfig
+    model: Model
+    vocabulary: Vocabulary
+    source: str
+    """The model's folder, all links followed; empty where there is no model."""
+
+
+def build(options: EngineOptions, progress: Callable[[str], None] | None = None) -> Built:
+    """Loads the model and sizes its pool. Raises `EngineFault` for whatever cannot be."""
+    _ = _checked(options)
+    if options.model.startswith(_NOOP):
+        return _build_noop(options)
+    say = progress if progress is not None else lambda what: None
+    folder = Path(options.model.removeprefix(RANDOM))
+    dtype, why = _dtype(options)
+    options = msgspec.structs.replace(options, dtype=dtype)
+    info = describe(options.model, dtype=dtype, page_tokens=options.page_tokens)
+    pages, limit = sizes(options, info.context_limit, info.bytes_per_page, info.parameters)
+    core = _core(options, pages, limit, info.vocab_size, as_text(folder.name))
+    core.check()
+    if info.notice:
+        say(info.notice)
+    if why:
+        say(f"{dtype}: {why}")
+    say(
+        f"loading {folder.name}: {info.weight_bytes / 1e6:.0f} MB of weights, "
+        f"{pages * info.bytes_per_page / 1e6:.0f} MB for {pages} pages"
+    )
+    texts = folder if folder.is_dir() else folder.parent
+    vocabulary = Vocabulary(texts, info.vocab_size, info.eos_ids)
+    with ThreadPoolExecutor(1) as beside:  # it takes the interpreter's lock for long, so no step may run beside it
+        unusable = beside.submit(vocabulary.load)
+        loaded = _aside(
+            lambda: load(
+                options.model, dtype=dtype, pages=pages, page_tokens=options.page_tokens, threads=options.threads
+            )
+        )
+    if unusable.result():
+        say(f"turns with stop strings or a grammar will be refused: {unusable.result()}")
+    # Imported late: a no-op engine starts without torch.
+    from agentspeed_engine.exec.torch_model import TorchModel
+
+    model = TorchModel(loaded)
+    if options.host_slots:
+        model.reserve_host(options.host_slots)
+        say("measuring what copies and prefill cost")
+        core = _aside(partial(calibrated, core, model))
+    return Built(core, model, vocabulary, str(folder.resolve()))
+
+
+def _dtype(options: EngineOptions) -> tuple[Dtype, str]:
+    """(format, why), no reason where it was asked for."""
+    if options.dtype != "auto":
+        return options.dtype, ""
+    raw = read_source(options.model).raw
+    # Imported late, as torch is.
+    from agentspeed_engine.models.precision import choose
+    from agentspeed_kernels.platform import detect
+
+    return choose(raw, _aside(detect))
+
+
+def _aside(call: Callable[[], T]) -> T:
+    """Runs `call` in a thread that ends with it. Whatever thread computes in parallel keeps a team of its own as long
+    as it lives, and OpenMP stops spinning once there are more of them than cores: a step of one row takes half as long
+    again. So the loop's thread must never have had a team; only the worker's has one."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()
+
+
+def _build_noop(options: EngineOptions) -> Built:
+    try:
+        vocabulary, milliseconds = options.model.removeprefix(_NOOP).split(":")
+        size, step = int(vocabulary), float(milliseconds) / 1000
+    except ValueError as error:
+        raise EngineFault("bad_options", f"{options.model!r} is not noop:VOCABULARY:MILLISECONDS.") from error
+    if not 1 <= size <= _MOST_NOOP_VOCABULARY or not 0 <= step <= _MOST_NOOP_SECONDS:
+        raise EngineFault("bad_options", f"{options.model!r} has an impossible vocabulary or step time.")
+    pages, limit = sizes(options, _NOOP_CONTEXT, _NOOP_PAGE_BYTES, 0)
+    core = _core(options, pages, limit, size, options.model)
+    core.check()
+    return Built(core, NoopModel(size, step, options.page_tokens), Vocabulary(Path(options.model), size, ()), "")
+
+
+def _core(options: EngineOptions, pages: int, limit: int, vocab_size: int, name: str) -> CoreConfig:
+    return CoreConfig(
+        pages=pages,
+        context_limit=limit,
+        vocab_size=vocab_size,
+        model=name,
+        page_tokens=options.page_tokens,
+        prefill_chunk=options.prefill_chunk,
+        extend_tokens=options.extend_tokens,
+        firm_pages=options.firm_pages,
+        max_links=options.max_links,
+        max_sessions=options.max_sessions,
+        max_branches=options.max_branches,
+        max_waiting=options.max_waiting,
+        depth=options.depth,
+        host_slots=options.host_slots,
+        ticket_deadline=options.ticket_deadline,
+        max_lease_seconds=options.max_lease_seconds,
+        tenant_pages=options.tenant_pages,
+        tenant_sessions=options.tenant_sessions,
+        policy=options.policy,
+    )

@@ -1,0 +1,103 @@
+"""Sizes a pool and a context limit for a model and a machine, and refuses what cannot fit before a weight is read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.ids import pages_for
+from agentspeed_engine.models.kv_layout import DTYPE_BYTES
+from agentspeed_engine.serve.memory_limit import MemoryLimit, memory_limit
+
+if TYPE_CHECKING:
+    from agentspeed_engine.serve.options import EngineOptions
+
+_MOST_DEFAULT_PAGES = 16_384
+"""A default pool never asks for more pages than this: a million tokens is plenty until someone says otherwise."""
+_LEFT_OVER = 16
+"""One part in so many of the memory is neither weights nor pool: activations and the interpreter need some."""
+
+
+def sizes(
+    options: EngineOptions, model_limit: int, bytes_per_page: int, parameters: int, limit: MemoryLimit | None = None
+) -> tuple[int, int]:
+    """(Pages, context limit): what was asked for, else what the memory and the model give (rule L1).
+
+    `bytes_per_page` is of the options' dtype. Raises `EngineFault`: bad_options, or out_of_memory where the weights
+    alone are too large.
+    """
+    memory = memory_limit() if limit is None else limit
+    if options.context_limit is not None and options.context_limit > model_limit:
+        raise EngineFault(
+            "bad_options",
+            f"context_limit is {options.context_limit}; the model has {model_limit}.",
+            "Give a number between 1 and the model's own limit.",
+        )
+    weights = parameters * DTYPE_BYTES[options.dtype]
+    _weights_fit(options, parameters, memory)
+    for what, count in (("pages", options.pages or 0), ("host_slots", options.host_slots)):
+        if count * bytes_per_page + weights > memory.bytes:
+            beside = f" beside {_size(weights)} of weights" if weights else ""
+            raise EngineFault(
+                "bad_options",
+                f"{what} is {count}; that many take {_size(count * bytes_per_page)}{beside}, {memory.owner} has "
+                f"{_size(memory.bytes)}.",
+                f"Give fewer {what}, or leave `{what}` out.",
+            )
+    wanted = options.context_limit or model_limit
+    pages = options.pages
+    if pages is None:
+        most = max(_MOST_DEFAULT_PAGES, 2 * pages_for(wanted, options.page_tokens) + (options.firm_pages or 0))
+        room = min(memory.bytes // 4, _room(memory, weights))
+        pages = min(room // bytes_per_page, most)
+        if pages < 2:
+            raise EngineFault(
+                "bad_options",
+                f"A page of {options.page_tokens} tokens takes {_size(bytes_per_page)}; {memory.owner} has "
+                f"{_size(memory.bytes)}, of which the weights take {_size(weights)}, and a turn needs 2 pages.",
+                "Give a smaller `page_tokens`, or a smaller `dtype`.",
+            )
+    if options.context_limit is not None:
+        return pages, wanted
+    return pages, min(wanted, _fitting_context(options, pages))
+
+
+def _fitting_context(options: EngineOptions, pages: int) -> int:
+    firm = options.firm_pages
+    if firm is None:
+        # Firm leases get a share of a pool that was sized for them, and only what is left of one that the user sized.
+        firm = pages // 4 + 1 if options.pages is None else 0
+    fits = (pages - firm - 1) * options.page_tokens
+    if fits < 1:
+        raise EngineFault(
+            "bad_options",
+            f"{pages} pages, {firm} of them for firm leases, leave none for a turn, which needs 2 (rule L1).",
+            "Give more pages or fewer firm pages.",
+        )
+    return fits
+
+
+def _weights_fit(options: EngineOptions, parameters: int, memory: MemoryLimit) -> None:
+    fitting = [dtype for dtype, item in DTYPE_BYTES.items() if not parameters or _room(memory, parameters * item) > 0]
+    if options.dtype in fitting:
+        return
+    others = [dtype for dtype in fitting if DTYPE_BYTES[dtype] < DTYPE_BYTES[options.dtype]]
+    remedy = "Take a smaller model or more memory."
+    if others:
+        best = max(others, key=lambda dtype: DTYPE_BYTES[dtype])
+        remedy = f"Give dtype={best!r}, with which they take {_size(parameters * DTYPE_BYTES[best])}."
+    raise EngineFault(
+        "out_of_memory",
+        f"The weights take {_size(parameters * DTYPE_BYTES[options.dtype])} in {options.dtype}, {memory.owner} has "
+        f"{_size(memory.bytes)}.",
+        remedy,
+    )
+
+
+def _room(memory: MemoryLimit, weights: int) -> int:
+    """Bytes for a pool beside so many of weights."""
+    return memory.bytes - memory.bytes // _LEFT_OVER - weights
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count < 1e11 else f"{count / 1e9:.0f} GB"

@@ -1,0 +1,1 @@
+"""Conformance of kernels to their definitions, for this package's tests and for plugins."""

@@ -1,0 +1,352 @@
+"""Cases for every op, friendly and hostile, and one call that measures a kernel against its float64 definition.
+
+A kernel from outside is checked the same way: `worst_error(spec, case)` for each of `cases(spec)`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agentspeed_kernels.packing import Weight, pack
+from agentspeed_kernels.reference import definitions as define
+from agentspeed_kernels.reference import grouped as define_grouped
+from agentspeed_kernels.routing import RouteRule
+from agentspeed_kernels.signature import Dtype, KernelSpec, Layout
+from agentspeed_kernels.testing.tolerance import KIND_OF, UNDEFINED
+from agentspeed_kernels.tiles import Int32s, TilePlan, plan_tiles
+from agentspeed_kernels.workspace import Workspace
+
+Manner = Literal["random", "zeros", "large", "tiny", "one_peak"]
+MANNERS: tuple[Manner, ...] = ("random", "zeros", "large", "tiny", "one_peak")
+"""zeros: sums of nothing and equal scores. large: scores of a size where exp overflows unless the peak is taken off.
+tiny: squares near the end of float32's range. one_peak: one coordinate rules, its neighbours vanish beside it."""
+SIZES: tuple[Literal["small", "odd", "wide"], ...] = ("small", "odd", "wide")
+"""odd sizes are no multiple of a vector; wide ones are those of a real model."""
+KINDS: dict[Dtype, torch.dtype] = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    op: str
+    dtype: Dtype
+    manner: Manner
+    size: Literal["small", "odd", "wide"]
+    rows: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.op}-{self.dtype}-{self.manner}-{self.size}-{self.rows}"
+
+
+def cases(spec: KernelSpec) -> Iterator[Case]:
+    """All that `spec` says it can do: its formats, and row counts from one to just past its last vector."""
+    most = spec.most_rows if spec.most_rows is not None else 70
+    for dtype in sorted(spec.dtypes):
+        for manner in MANNERS:
+            if (KIND_OF[spec.op], dtype, manner) in UNDEFINED:
+                continue
+            for size in SIZES if manner == "random" else SIZES[:2]:
+                for rows in sorted({1, min(3, most), min(most, 70 if size != "wide" else 8)}):
+                    yield Case(op=spec.op, dtype=dtype, manner=manner, size=size, rows=rows)
+
+
+def worst_error(spec: KernelSpec, case: Case) -> float:
+    """max|d| / max|definition| of one call; infinite when the kernel gives anything that is not finite."""
+    draw = _Draw(case, spec.layout)
+    pairs = _CALLS[case.op](spec.call, draw)
+    return max(_relative(got, wanted) for got, wanted in pairs)
+
+
+def _relative(got: Tensor, wanted: Tensor) -> float:
+    if not bool(torch.isfinite(got).all()):
+        return float("inf")
+    scale = float(wanted.abs().max()) or 1.0
+    return float((got.double() - wanted).abs().max()) / scale
+
+
+@final
+class _Draw:
+    """Seeded tensors in a case's format and manner."""
+
+    def __init__(self, case: Case, layout: Layout) -> None:
+        self.case = case
+        self.layout = layout
+        self.kind = KINDS[case.dtype]
+        self.rows = case.rows
+        self.hidden = {"small": 32, "odd": 45, "wide": 512}[case.size]
+        self.rank = {"small": 32, "odd": 23, "wide": 512}[case.size]
+        self.rope = {"small": 8, "odd": 6, "wide": 64}[case.size]
+        self.heads = {"small": 4, "odd": 3, "wide": 8}[case.size]
+        self._noise = torch.Generator().manual_seed(7)
+
+    def tensor(self, *shape: int, spread: float = 1.0) -> Tensor:
+        """In the case's manner."""
+        drawn = torch.randn(*shape, generator=self._noise, dtype=torch.float64) * spread
+        match self.case.manner:
+            case "zeros":
+                drawn = drawn * 0
+            case "large":
+                drawn = drawn * 100
+            case "tiny":
+                drawn = drawn * 1e-12
+            case "one_peak":
+                drawn[..., 0] = 50 * spread
+            case "random":
+                pass
+        return drawn.to(self.kind)
+
+    def weight(self, *shape: int) -> Tensor:
+        """Always ordinary: hostile are the values that come from users and layers before."""
+        drawn = torch.randn(*shape, generator=self._noise, dtype=torch.float64)
+        return (drawn / math.sqrt(shape[-1])).to(self.kind)
+
+    def laid(self, weight: Tensor, parts: int = 1) -> Weight:
+        """In the layout of the kernel that is checked."""
+        return weight if self.layout == "rows" else pack(weight, parts)
+
+    def gain(self, width: int) -> Tensor:
+        return (1 + 0.1 * torch.randn(width, generator=self._noise, dtype=torch.float64)).to(self.kind)
+
+    def angles(self) -> tuple[Tensor, Tensor]:
+        turned = torch.rand(self.rows, self.rope // 2, generator=self._noise, dtype=torch.float64) * 6.3
+        return turned.cos().to(self.kind), turned.sin().to(self.kind)
+
+    def empty(self, *shape: int) -> Tensor:
+        """Filled with what must not survive."""
+        return torch.full(shape, float("nan"), dtype=self.kind)
+
+
+Call = Callable[..., Any]
+Pairs = list[tuple[Tensor, Tensor]]
+
+
+def _linear(call: Call, draw: _Draw) -> Pairs:
+    x, weight = draw.tensor(draw.rows, draw.hidden + 3)[:, : draw.hidden], draw.weight(draw.rank + 5, draw.hidden)
+    pairs: Pairs = []
+    for bias in (None, draw.gain(draw.rank + 5)):
+        out = draw.empty(draw.rows, draw.rank + 5)
+        call(x, draw.laid(weight), bias, out)
+        pairs.append((out, define.linear(x, weight, bias)))
+    return pairs
+
+
+def _heads_linear(call: Call, draw: _Draw) -> Pairs:
+    x = draw.tensor(draw.rows, draw.heads, draw.rope + 7)[:, :, : draw.rope]
+    weight = draw.weight(draw.heads, draw.rank, draw.rope)
+    out = draw.empty(draw.rows, draw.heads, draw.rank + 4)[:, :, : draw.rank]
+    call(x, draw.laid(weight), out)
+    return [(out, define.heads_linear(x, weight))]
+
+
+def _rms_norm(call: Call, draw: _Draw) -> Pairs:
+    x, gain = draw.tensor(draw.rows, draw.hidden + 2)[:, : draw.hidden], draw.gain(draw.hidden)
+    out = draw.empty(draw.rows, draw.hidden)
+    call(x, gain, 1e-6, out)
+    return [(out, define.rms_norm(x, gain, 1e-6))]
+
+
+def _add_rms_norm(call: Call, draw: _Draw) -> Pairs:
+    x, residual = draw.tensor(draw.rows, draw.hidden), draw.tensor(draw.rows, draw.hidden)
+    gain, out = draw.gain(draw.hidden), draw.empty(draw.rows, draw.hidden)
+    wanted, total = define.add_rms_norm(x, residual, gain, 1e-6)
+    call(x, residual, gain, 1e-6, out)
+    return [(out, wanted), (residual, total)]
+
+
+def _rope(call: Call, draw: _Draw) -> Pairs:
+    x = draw.tensor(draw.rows, draw.heads, draw.rope + 5)[:, :, 5:]
+    cos, sin = draw.angles()
+    wanted = define.rope(x, cos, sin)
+    call(x, cos, sin)
+    return [(x, wanted)]
+
+
+def _latent_append(call: Call, draw: _Draw) -> Pairs:
+    raw = draw.tensor(draw.rows, 3 + draw.rank + draw.rope)[:, 3:]
+    gain, (cos, sin) = draw.gain(draw.rank), draw.angles()
+    pool = draw.tensor(2 * draw.rows, draw.rank + draw.rope)
+    slots = torch.randperm(2 * draw.rows, generator=torch.Generator().manual_seed(3))[: draw.rows]
+    wanted = define.latent_append(raw, gain, 1e-6, cos, sin, slots, pool)
+    call(raw, gain, 1e-6, cos, sin, slots, pool)
+    return [(pool, wanted)]
+
+
+def _attentions(draw: _Draw) -> Iterator[tuple[Tensor, TilePlan]]:
+    """Pools and plans: small pages, pages of a running engine, and pieces that begin within a page."""
+    yield _small_pages(draw)
+    if draw.case.manner != "random":
+        return
+    for page_tokens, chunk, block in ((64, 512, 32), (48, 100, 7)):
+        yield _long_pages(draw, page_tokens, chunk, block)
+
+
+def _long_pages(draw: _Draw, page_tokens: int, chunk: int, block: int) -> tuple[Tensor, TilePlan]:
+    """A shared context of some hundred tokens and a causal piece. What no token was written to is not a number: rows of
+    a session that ended, in pages that another one got."""
+    shared, own = 300 + draw.rows, draw.rows + 9
+    order = np.random.default_rng(2).permutation(-(-shared // page_tokens) + -(-own // page_tokens)).astype(np.int32)
+    held = -(-shared // page_tokens)
+    pool = torch.full((order.size, page_tokens, draw.rank + draw.rope), float("nan"), dtype=draw.kind)
+    for pages, tokens in ((order[:held], shared), (order[held:], own)):
+        for index, page in enumerate(pages.tolist()):
+            written = min(page_tokens, tokens - index * page_tokens)
+            pool[page, :written] = draw.tensor(written, draw.rank + draw.rope)
+    everyone = np.arange(draw.rows, dtype=np.int32)
+    pieces = [_Piece(order[:held], 0, shared, everyone, False), _Piece(order[held:], shared, own, everyone, True)]
+    positions = np.arange(draw.rows, dtype=np.int64) + shared + 9
+    align: Literal["page", "query"] = "page" if page_tokens == 64 else "query"
+    return pool, plan_tiles(
+        pieces, positions, page_tokens=page_tokens, chunk_tokens=chunk, block_rows=block, align=align
+    )
+
+
+def _small_pages(draw: _Draw) -> tuple[Tensor, TilePlan]:
+    """A pool of scattered pages and a plan with a shared piece, causal tails and a long piece in chunks."""
+    page_tokens, pages = 4, 12
+    pool = draw.tensor(pages, page_tokens, draw.rank + draw.rope)
+    positions = np.arange(draw.rows, dtype=np.int64) + 17
+    everyone = np.arange(draw.rows, dtype=np.int32)
+    pieces = [
+        _Piece(np.array([7, 8, 9], np.int32), 0, 11, everyone, False),
+        _Piece(np.array([3, 1], np.int32), 11, 6, everyone[:1], False),
+        _Piece(np.array([11, 2, 5, 4], np.int32), 17, 14, everyone, True),
+    ]
+    return pool, plan_tiles(pieces, positions, page_tokens=page_tokens, chunk_tokens=8, block_rows=5)
+
+
+def _mla_rows(call: Call, draw: _Draw) -> Pairs:
+    pairs: Pairs = []
+    for pool, tiles in _attentions(draw):
+        q = draw.tensor(draw.rows, draw.heads, draw.rank + draw.rope)
+        out, scale = draw.empty(draw.rows, draw.heads, draw.rank), (draw.rank + draw.rope) ** -0.5
+        call(q, pool, tiles, scale, Workspace(), out)
+        pairs.append((out, define.mla_rows(q, pool, tiles, scale, draw.rank)))
+    return pairs
+
+
+def _mla_extend(call: Call, draw: _Draw) -> Pairs:
+    pairs: Pairs = []
+    # narrower and wider than the keys, and the usual widths
+    widths = [(draw.rope, draw.rope + 1), (draw.rope, 3 * draw.rope)] + [(128, 128)] * (draw.case.size == "wide")
+    for (nope, value), (pool, tiles) in itertools.product(widths, _attentions(draw)):
+        q = draw.tensor(draw.rows, draw.heads, nope + draw.rope)
+        key_up, value_up = draw.weight(draw.heads, draw.rank, nope), draw.weight(draw.heads, value, draw.rank)
+        out, scale = draw.empty(draw.rows, draw.heads, value), (nope + draw.rope) ** -0.5
+        call(q, pool, draw.laid(key_up), draw.laid(value_up), tiles, scale, Workspace(), out)
+        pairs.append((out, define.mla_extend(q, pool, key_up, value_up, tiles, scale)))
+    return pairs
+
+
+def _kv_append(call: Call, draw: _Draw) -> Pairs:
+    width = draw.rope
+    joined = draw.tensor(draw.rows, 3 * draw.heads, width)
+    keys, values = joined[:, : draw.heads], joined[:, draw.heads : 2 * draw.heads]
+    pools = [draw.empty(3, 40, draw.heads * width).nan_to_num_(0.5) for _ in range(2)]
+    cos, sin = draw.angles()
+    slots = torch.randperm(3 * 40, generator=torch.Generator().manual_seed(3))[: draw.rows]
+    wanted = define_grouped.kv_append(keys, values, cos, sin, slots, *pools)
+    call(keys, values, cos, sin, slots, *pools)
+    return list(zip(pools, wanted, strict=True))
+
+
+def _gqa(call: Call, draw: _Draw) -> Pairs:
+    """Each head of the pools by one head of queries, by several, and by all."""
+    latents, tiles = _small_pages(draw)
+    pairs: Pairs = []
+    for heads, groups in ((draw.heads, draw.heads), (2 * draw.heads, draw.heads), (draw.heads, 1)):
+        width = 2 * draw.rope
+        key_pool, value_pool = (draw.tensor(*latents.shape[:2], groups * width) for _ in range(2))
+        q = draw.tensor(draw.rows, heads + 1, width)[:, :heads]
+        out = draw.tensor(draw.rows, heads, width)
+        wanted = define_grouped.gqa(q, key_pool, value_pool, tiles, width**-0.5, out)
+        call(q, key_pool, value_pool, tiles, width**-0.5, Workspace(), out)
+        pairs.append((out, wanted))
+    return pairs
+
+
+def _route(call: Call, draw: _Draw) -> Pairs:
+    """Equal scores may be taken in any order, so the chosen scores are compared, not the ids."""
+    wide = torch.float64 if draw.kind == torch.float64 else torch.float32
+    pairs: Pairs = []
+    for rule in _RULES:
+        x, weight = draw.tensor(draw.rows, draw.hidden), draw.weight(8, draw.hidden).to(wide)
+        bias = 0.1 * draw.weight(8).to(wide) if rule.score == "sigmoid" else None
+        ids, weights = call(x, weight, bias, rule)
+        wanted_ids, wanted = define.route(x, weight, bias, rule)
+        pairs.append((weights, wanted))
+        if draw.case.manner == "random":
+            pairs.append((ids.double(), wanted_ids.double()))
+    return pairs
+
+
+def _rule(score: Literal["sigmoid", "softmax"], groups: int, normalise: bool) -> RouteRule:
+    return RouteRule(
+        score=score,
+        top=3,
+        groups=groups,
+        top_groups=min(groups, 2),
+        group_score="top2" if score == "sigmoid" else "max",
+        normalise=normalise,
+        scale=1.5,
+    )
+
+
+_RULES = (_rule("sigmoid", 1, True), _rule("sigmoid", 4, True), _rule("softmax", 1, False), _rule("softmax", 4, False))
+
+
+def _experts(call: Call, draw: _Draw) -> Pairs:
+    pairs: Pairs = []
+    for count, top, dense in ((5, 2, False), (1, 1, True), (1, 2, False)):
+        inner, hidden = draw.rank + 3, draw.hidden
+        x = draw.tensor(draw.rows, hidden)
+        gate_up, down = draw.weight(count, 2 * inner, hidden), draw.weight(count, hidden, inner)
+        noise = torch.Generator().manual_seed(5)
+        # A rank that has one expert sees choices of others as its own, with weight 0, and so twice the same expert.
+        ids = torch.stack([torch.randperm(max(count, top), generator=noise)[:top] for _ in range(draw.rows)])
+        ids = ids.clamp(max=count - 1)
+        wide = torch.float64 if draw.kind == torch.float64 else torch.float32
+        weights = torch.rand(draw.rows, top, generator=noise).to(wide)
+        if dense:
+            weights.fill_(1)
+        elif count == 1:
+            weights[::2, 1] = 0
+        out = draw.empty(draw.rows, hidden)
+        call(x, draw.laid(gate_up, 2), draw.laid(down), ids, weights, Workspace(), out)
+        pairs.append((out, define.experts(x, gate_up, down, ids, weights)))
+    return pairs
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class _Piece:
+    pages: Int32s
+    start: int
+    tokens: int
+    queries: Int32s
+    causal: bool
+
+
+_CALLS: dict[str, Callable[[Call, _Draw], Pairs]] = {
+    "linear": _linear,
+    "heads_linear": _heads_linear,
+    "rms_norm": _rms_norm,
+    "add_rms_norm": _add_rms_norm,
+    "rope": _rope,
+    "latent_append": _latent_append,
+    "mla_rows": _mla_rows,
+    "mla_extend": _mla_extend,
+    "kv_append": _kv_append,
+    "gqa_rows": _gqa,
+    "gqa_extend": _gqa,
+    "route": _route,
+    "experts": _experts,
+}

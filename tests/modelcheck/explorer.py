@@ -1,0 +1,366 @@
+"""Breadth-first search over every interleaving of user verbs, plans and acknowledgements, on production code.
+
+Safety: the ledger is recounted in every state. Liveness: from every state, when users fall silent, the machine alone
+(plan when it can, else acknowledge) must come to a state in which no turn runs. That walk is deterministic, so it is a
+graph with one edge a state, and one pass over it proves or refutes liveness for all states at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from sys import intern
+from typing import Any
+
+from agentspeed_engine.errors import BrokenInvariant
+from agentspeed_engine.ids import LinkId, StepSeq
+from agentspeed_engine.kv.branch_states import Held
+from agentspeed_engine.kv.transitions import BRANCHES
+from agentspeed_engine.protocol import messages as wire
+from agentspeed_engine.protocol.token_ids import pack_ids
+from agentspeed_engine.sched.config import CoreConfig
+from agentspeed_engine.sched.core import Core
+from agentspeed_engine.sched.plan import Drawn, StepResult
+from agentspeed_engine.sched.state import SchedulerState
+
+LINK = LinkId(1)
+STOP = 3
+
+
+class _ClientDies:
+    """All sessions of the link end at once."""
+
+    def __repr__(self) -> str:
+        return "the client dies"
+
+
+GONE = _ClientDies()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """What is explored."""
+
+    pages: int = 4
+    page_tokens: int = 2
+    context_limit: int = 6
+    depth: int = 0
+    decode_ahead: bool = False
+    """Rows are issued for tokens in flight. Then a step may also draw the token that ends a turn, or refuse one; and a
+    turn of those that a user begins has a stop string, so nothing runs ahead of its tokens."""
+    prepares: bool = False
+    """Turns with stop strings wait to be prepared, which ends well or not, at any moment."""
+    firm_pages: int = 0
+    host_slots: int = 0
+    """With any, every copy may end well or fail, at any moment."""
+    tenant_pages: int | None = None
+    """With a quota, sessions are of two tenants: those opened before the search in turn, others of either."""
+    branches: int = 2
+    """Branches that may exist at once."""
+    verbs: int = 5
+    """User verbs in a history."""
+    most: int = 3
+    """Tokens that the longest turns ask for."""
+    setup: tuple[tuple[int, ...], ...] = ()
+    """Sessions opened before the search begins, by their ids."""
+    turns: tuple[int, ...] = ()
+    """Branches that had a turn before the search begins, one after the other, with nobody interfering."""
+    max_states: int = 10_000_000
+
+    def config(self) -> CoreConfig:
+        return CoreConfig(
+            pages=self.pages,
+            page_tokens=self.page_tokens,
+            context_limit=self.context_limit,
+            vocab_size=4,
+            prefill_chunk=3,
+            extend_tokens=2,
+            depth=self.depth,
+            decode_ahead=self.decode_ahead,
+            prepares=self.prepares,
+            firm_pages=self.firm_pages,
+            host_slots=self.host_slots,
+            tenant_pages=self.tenant_pages,
+            max_branches=self.branches,
+            max_sessions=self.branches,
+        )
+
+
+@dataclass(slots=True)
+class Finding:
+    """A rule that does not hold, and the shortest history that shows it."""
+
+    rule: str
+    trace: list[str]
+
+    def __str__(self) -> str:
+        return f"{self.rule}\n" + "\n".join(f"  {number:2}. {action}" for number, action in enumerate(self.trace, 1))
+
+
+@dataclass(slots=True)
+class Explored:
+    states: int = 0
+    transitions: int = 0
+    complete: bool = True
+    finding: Finding | None = None
+    reached: set[str] = field(default_factory=set[str])
+    """States of both machines that some branch or node was in, and commands by the state that they met."""
+
+
+@dataclass(slots=True)
+class _State:
+    parent: int
+    action: str
+    verbs: int
+    silent: int = -1
+    """Where the machine alone goes from here; -1: nowhere, it is quiet."""
+    busy: bool = False
+    world: SchedulerState | None = field(default=None)
+
+
+def explore(bounds: Bounds, progress: Callable[[int, int], None] = lambda states, waiting: None) -> Explored:
+    """Every state within the bounds, or the first finding. `progress` hears of states found and not yet explored."""
+    core = begin(bounds)
+    found = Explored()
+    states: list[_State] = [_State(-1, "", 0, world=core.snapshot())]
+    index: dict[bytes, int] = {digest(core.key(), 0): 0}
+    cursor = 0
+    while cursor < len(states):
+        here = states[cursor]
+        world, here.world = here.world, None
+        assert world is not None
+        for action in actions(world, bounds, here.verbs):
+            core.restore(world)
+            try:
+                oldest = _oldest(core.world)
+                carry_out(core, action)
+                core.check()
+                _check_oldest(core.world, oldest)
+            except (BrokenInvariant, LookupError, ValueError) as broken:
+                rule = str(broken) if isinstance(broken, BrokenInvariant) else f"crash: {broken!r}"
+                found.finding = Finding(rule, [*_trace(states, cursor), _name(action)])
+                found.states = len(states)
+                return found
+            found.transitions += 1
+            if not isinstance(action, str):
+                found.reached.add(_met(world, action))
+            verbs = here.verbs + (0 if isinstance(action, str) else 1)
+            key = digest(core.key(), verbs)
+            number = index.get(key)
+            if number is None:
+                if len(states) >= bounds.max_states:
+                    found.complete = False
+                    continue
+                number = index[key] = len(states)
+                # Not copied: `restore` gives the core another world before anything happens to this one.
+                found.reached |= _kinds(core.world)
+                states.append(_State(cursor, _name(action), verbs, world=core.world, busy=_busy(core.world)))
+            if isinstance(action, str) and here.silent < 0 and number != cursor:
+                here.silent = number
+        cursor += 1
+        if cursor % 1000 == 0:
+            progress(len(states), len(states) - cursor)
+    found.states = len(states)
+    if found.complete:
+        found.finding = _not_live(states)
+    return found
+
+
+def begin(bounds: Bounds) -> Core:
+    """What every history begins with."""
+    core = Core(bounds.config())
+    tenants = _tenants(bounds)
+    for number, ids in enumerate(bounds.setup):
+        tenant = tenants[number % len(tenants)]
+        _ = core.handle(LINK, wire.Open(request=1, ids=pack_ids(ids), tenant=tenant), 0.0)
+    for branch in bounds.turns:
+        _play(core, branch)
+    return core
+
+
+def _tenants(bounds: Bounds) -> tuple[str, ...]:
+    return ("",) if bounds.tenant_pages is None else ("a", "b")
+
+
+def digest(key: Hashable, verbs: int) -> bytes:
+    """128 bits instead of a key of kilobytes: among ten million states two that differ meet with a chance of 1e-25."""
+    return blake2b(repr((key, verbs)).encode(), digest_size=16).digest()
+
+
+def actions(world: SchedulerState, bounds: Bounds, verbs: int) -> Iterator[Any]:
+    """The machine's moves first, in the order in which it takes them when nobody interferes."""
+    if len(world.flights) <= bounds.depth:
+        yield "plan"
+    if world.flights:
+        yield "acknowledge"
+        if bounds.decode_ahead and any(row.sample is not None for row in world.flights[min(world.flights)].rows):
+            yield "acknowledge stop"
+            yield "acknowledge refused"
+    for index in range(len(world.tickets)):
+        yield f"copied {index}"
+    for index in range(len(world.tickets)):
+        yield f"failed {index}"
+    for index in range(len(world.preparing)):
+        yield f"prepared {index}"
+        yield f"unprepared {index}"
+    if verbs >= bounds.verbs:
+        return
+    if len(world.states) < bounds.branches:
+        for tenant in _tenants(bounds):
+            for ids in ((1,), (1, 1, 1)):
+                yield wire.Open(request=1, ids=pack_ids(ids), tenant=tenant)
+    if world.states:
+        yield GONE
+    for number in sorted(world.states):
+        yield from _verbs(world, number, len(world.states) < bounds.branches, bounds)
+
+
+def _verbs(world: SchedulerState, number: Any, room: bool, bounds: Bounds) -> Iterator[Any]:
+    state = world.states[number]
+    if isinstance(state, Held):
+        known = state.branch.known
+        for ids, most in (((), 1), ((1, 2), bounds.most), ((2,), 0)):
+            if known + len(ids):
+                yield wire.Generate(request=1, branch=number, ids=pack_ids(ids), max_tokens=most, stop_ids=(STOP,))
+        if bounds.decode_ahead or bounds.prepares:
+            yield wire.Generate(request=1, branch=number, ids=pack_ids((2,)), max_tokens=3, stop_strings=(b"x",))
+        for cut in {0, known // 2, known - 1} - {known, -1}:
+            yield wire.Rewind(request=1, branch=number, tokens=cut)
+        for other in sorted(world.states):
+            if other != number:
+                yield wire.Adopt(request=1, branch=number, child=other)
+        if bounds.firm_pages:
+            yield wire.Expect(request=1, branch=number, seconds=9.0, keep="firm")
+    else:
+        yield wire.Cancel(request=1, branch=number)
+        yield wire.Cancel(request=1, branch=number, cut=0)
+    if room:
+        yield wire.Fork(request=1, branch=number, n=1)
+    yield wire.Close(request=1, branch=number)
+
+
+def carry_out(core: Core, action: Any) -> None:
+    if action == "plan":
+        _ = core.plan(0.0)
+        _ = core.events()
+        _ = core.host_copies()
+        _ = core.preparations()
+    elif isinstance(action, str) and action.startswith("acknowledge"):
+        _ = core.apply(_result(core.world, action.removeprefix("acknowledge").strip()), 0.0)
+    elif isinstance(action, str) and "prepared" in action:
+        how, index = action.split()
+        turn = list(core.world.preparing)[int(index)]
+        _ = core.prepared(turn, None if how == "prepared" else "refused", 0.0)
+    elif isinstance(action, str):
+        how, index = action.split()
+        _ = core.copied(list(core.world.tickets)[int(index)], how == "copied", 0.0)
+    elif action is GONE:
+        _ = core.drop_link(LINK, 0.0)
+    else:
+        _ = core.handle(LINK, action, 0.0)
+
+
+def _result(world: SchedulerState, first: str) -> StepResult:
+    """Of the oldest step. `first`: what the first of its samples came to, a `stop` or `refused`; the others go on."""
+    seq = StepSeq(min(world.flights))
+    rows = [row for row in world.flights[seq].rows if row.sample is not None]
+    refused = [(row.branch, row.epoch, "refused") for row in rows[:1]] if first == "refused" else []
+    drawn = [
+        Drawn(row.branch, row.epoch, STOP if first == "stop" and not place else 1)
+        for place, row in enumerate(rows)
+        if place or not refused
+    ]
+    return StepResult(seq, tuple(drawn), tuple(refused))
+
+
+def _play(core: Core, number: int) -> None:
+    """A turn to its end, every copy ending well."""
+    carry_out(core, wire.Generate(request=1, branch=number, ids=pack_ids((1,)), max_tokens=1, stop_ids=(STOP,)))
+    for _ in range(100):
+        if not _busy(core.world) and not core.world.tickets:
+            return
+        carry_out(core, "plan")
+        if core.world.flights:
+            carry_out(core, "acknowledge")
+        elif core.world.tickets:
+            carry_out(core, "copied 0")
+        core.check()
+    raise BrokenInvariant(f"the turn of branch {number} before the search does not end")
+
+
+def _oldest(world: SchedulerState) -> tuple[int, int] | None:
+    """(age, times preempted) of the oldest unfinished turn."""
+    turns = [state.turn for state in world.states.values() if not isinstance(state, Held)]
+    return min(((turn.age, turn.preempted) for turn in turns), default=None)
+
+
+def _check_oldest(world: SchedulerState, before: tuple[int, int] | None) -> None:
+    """The heart of the theorem: nobody takes room from the oldest unfinished turn."""
+    turns = [state.turn for state in world.states.values() if not isinstance(state, Held)]
+    if before is not None and any(turn.age == before[0] and turn.preempted > before[1] for turn in turns):
+        raise BrokenInvariant("(L4) the oldest turn was preempted")
+
+
+def _kinds(world: SchedulerState) -> set[str]:
+    return {type(one).__name__ for one in world.states.values()} | {
+        type(node.state).__name__ for node in world.kv.tree.nodes.values()
+    }
+
+
+def _met(world: SchedulerState, command: Any) -> str:
+    """Such as "Fork of a Queued branch"."""
+    number = getattr(command, "branch", None)
+    of = f" of a {type(world.states[number]).__name__} branch" if number is not None else ""
+    return f"{type(command).__name__}{of}"
+
+
+def pairs() -> set[str]:
+    """Every command that users can give a branch, by the state it may meet: the search must come to each."""
+    at_rest = {f"{verb} of a Held branch" for verb in ("Generate", "Rewind", "Adopt", "Expect", "Fork", "Close")}
+    return at_rest | {
+        f"{verb} of a {state} branch"
+        for state in set(BRANCHES) - {"Held", "Closed"}
+        for verb in ("Cancel", "Fork", "Close")
+    }
+
+
+def _busy(world: SchedulerState) -> bool:
+    return any(not isinstance(state, Held) for state in world.states.values())
+
+
+def _not_live(states: list[_State]) -> Finding | None:
+    """The first state from which the machine alone never comes to rest."""
+    settled = bytearray(len(states))
+    for start in range(len(states)):
+        path: list[int] = []
+        number = start
+        while not settled[number]:
+            settled[number] = 2
+            path.append(number)
+            following = states[number].silent
+            if following < 0:
+                if states[number].busy:
+                    return Finding("a turn never ends: the machine is stuck", _trace(states, number))
+                break
+            if settled[following] == 2 and following in path:
+                return Finding(
+                    "a turn never ends: the machine goes in circles",
+                    [*_trace(states, number), f"and back to step {len(_trace(states, following))}"],
+                )
+            number = following
+        for passed in path:
+            settled[passed] = 1
+    return None
+
+
+def _trace(states: list[_State], number: int) -> list[str]:
+    actions: list[str] = []
+    while number > 0:
+        actions.append(states[number].action)
+        number = states[number].parent
+    return actions[::-1]
+
+
+def _name(action: Any) -> str:
+    return intern(action if isinstance(action, str) else repr(action).replace("request=1, ", ""))

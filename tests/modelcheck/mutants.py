@@ -1,0 +1,389 @@
+"""Faults put into the production machines one at a time: the search must find each, or it proves nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+from agentspeed_engine.kv import branch_states
+from agentspeed_engine.kv.branch_states import Held, Next, Queued, Settling, Then
+from agentspeed_engine.kv.kv_cache import KvCache
+from agentspeed_engine.kv.node_states import Device, Saving
+from agentspeed_engine.kv.tree import upward
+from agentspeed_engine.sched import commands, outcome, quotas, reclaim, step, tickets
+from agentspeed_engine.sched.plan import TokenOf
+from agentspeed_engine.sched.reclaim import Room
+from agentspeed_engine.sched.state import SchedulerState
+from tests.modelcheck.explorer import Bounds
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """One fault: what is replaced by what, and bounds small enough to find it fast."""
+
+    name: str
+    why: str
+    patches: tuple[tuple[Any, str, Any], ...]
+    bounds: Bounds = field(default_factory=lambda: Bounds(verbs=4))
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for owner, name, new in self.patches:
+                stack.enter_context(mock.patch.object(owner, name, new))
+            yield
+
+
+def _rest_at_once(kv: Any, branch: Any, turn: Any, room: Any, then: Any, now: float) -> Any:
+    return branch_states._come_to_rest(kv, branch, turn, room, then, now)
+
+
+def _only_held_is_evictable(world: Any, tip: Any, now: float) -> bool:
+    if tip.pinned_by or not isinstance(tip.state, Device):
+        return False
+    return all(isinstance(world.states[number], Held) for number in (*tip.leaf_of, *tip.seed_of))
+
+
+def _room_for_forks_at_rest(world: Any, pages: int, age: int, now: float) -> Room:
+    reserved = sum(1 for state in world.states.values() if isinstance(state, Held) and state.branch.trunk is not None)
+    return Room.GOT if reclaim.reclaim(world, pages + 2 * reserved, now) else Room.NONE
+
+
+def _take_from_anyone(world: Any, pages: int, age: int, now: float) -> Room:
+    while not reclaim.reclaim(world, pages, now):
+        others = [entry for entry in world.active if entry[0] != age]
+        if not others:
+            return Room.WAIT if reclaim._settling(world) else Room.NONE
+        state = world.states[others[0][1]]
+        state.turn.preempted += 1
+        world.leave(state, Then(Next.REQUEUE), now)
+    return Room.GOT
+
+
+def _firm_without_bound(world: Any, branch: Any, pages: int, now: float) -> str:
+    return ""
+
+
+def _pin_without_seed(self: Any, branch: Any) -> None:
+    for node in upward(branch.leaf):
+        node.pinned_by.add(branch.id)
+
+
+def _rewind_keeps_the_leaf(self: Any, branch: Any, tokens: int) -> None:
+    """The log is cut, the references stay."""
+
+
+def _seal_what_is_issued(original: Any) -> Any:
+    def seal(self: Any, branch: Any, room: Any, now: float) -> None:
+        done, room.done = room.done, room.issued + 1
+        original(self, branch, room, now)
+        room.done = done
+
+    return seal
+
+
+def _never_give_back(world: Any, state: Any, now: float) -> None:
+    """A turn that cannot grow keeps its room."""
+
+
+def _release_keeps_the_leaf(self: Any, branch: Any, now: float) -> None:
+    """A closed branch stays counted on its leaf."""
+
+
+def _copy_is_forgotten(self: Any, branch: Any, room: Any) -> None:
+    room.copy = None
+
+
+def _waits_for_anyone(world: Any, branch: Any) -> bool:
+    """Waiting for a sibling that is itself only queued."""
+    return any(isinstance(state, Queued) and state.branch is not branch for state in world.states.values())
+
+
+def _quota_takes_from_nobody(world: Any, tenant: str, pages: int, age: int, now: float) -> bool:
+    return quotas._shed(world, tenant, pages, now)
+
+
+def _tails_are_not_counted(self: Any, room: Any, pages: int) -> None:
+    room.tail.extend(self.pages.take(pages))
+
+
+_TWO = Bounds(verbs=2, pages=5, context_limit=8, setup=((1,), (2, 1)))
+"""Two sessions whose prompts fit at once and whose answers do not: the older must get its room."""
+
+
+def _failed_save_keeps_slots(self: Any) -> Any:
+    return Device(self._take()), ()
+
+
+def _failed_load_keeps_waiting(world: Any, nodes: Any, ok: bool, now: float) -> None:
+    for node in nodes:
+        if ok:
+            world.kv.tree.change(node, node.state.acked())
+            continue
+        host, pages = node.state.failed()
+        world.kv.tree.change(node, host)
+        world.kv.pages.give(pages)
+
+
+def _saving_is_evictable(world: Any, tip: Any, now: float) -> bool:
+    return not tip.pinned_by
+
+
+def _drop_what_is_saved(world: Any, victim: Any, missing: int) -> None:
+    pages = victim.pages
+    world.kv.orphan(victim)
+    world.rankings.left = world.kv.tree.detach(victim)
+    world.kv.pages.give(pages)
+
+
+HOST = Bounds(verbs=3, host_slots=4, setup=((1, 1, 1), (2, 1, 1, 1)))
+
+LOADED = Bounds(verbs=2, host_slots=4, branches=3, setup=HOST.setup, turns=(1, 2))
+"""From where the rows of the first session are on the host alone: commands meet its turn while they come back."""
+
+QUOTA = Bounds(
+    verbs=2, pages=14, page_tokens=1, context_limit=8, tenant_pages=8, branches=3, setup=((1,), (1, 2), (2, 1))
+)
+"""Two sessions of one tenant, whose prompts fit its quota and whose answers do not, and one of another."""
+
+AHEAD = Bounds(verbs=3, depth=1, decode_ahead=True)
+"""A row is issued while the token it is fed with is in flight."""
+AHEAD_TWO = Bounds(verbs=2, depth=1, decode_ahead=True, pages=5, context_limit=8, most=5, setup=((1,), (2, 1)))
+"""Two turns run ahead at once, and their answers do not fit beside each other."""
+AHEAD_FAR = Bounds(verbs=2, depth=2, decode_ahead=True, pages=5, context_limit=8, most=5)
+"""Three steps in flight: there would be room for a second row whose token is not known."""
+
+
+def _two_ahead(state: Any) -> bool:
+    return bool(state.turn.drawn + 2 < state.turn.max_tokens)
+
+
+def _two_unknown(branch: Any, room: Any, tokens: int, unknown: int = 0) -> None:
+    room.issued += tokens
+    room.flight += 1
+
+
+def _dead_rows_count(branch: Any, room: Any, tokens: int) -> int:
+    return int(room.done + tokens)
+
+
+def _ahead_of_the_last(state: Any) -> bool:
+    return bool(state.room.issued == state.branch.known) and not state.turn.spec.stop_strings
+
+
+def _ahead_of_stop_strings(state: Any) -> bool:
+    return bool(state.room.issued == state.branch.known and state.turn.drawn + 1 < state.turn.max_tokens)
+
+
+def _fed_with_the_first_token(world: Any) -> Any:
+    return {
+        row.branch: TokenOf(seq, 0)
+        for seq, plan in world.flights.items()
+        for row in plan.rows
+        if row.sample is not None
+    }
+
+
+def _late_row_is_ignored(original: Any) -> Any:
+    """A row whose turn has ended by the token before it is taken for one of an older epoch."""
+
+    def came_back(world: Any, row: Any, token: Any, refusal: Any, now: float) -> None:
+        state = world.states.get(row.branch)
+        if row.token_of is not None and isinstance(state, Settling):
+            world.ignored += 1
+            return
+        original(world, row, token, refusal, now)
+
+    return came_back
+
+
+def _ahead_takes_room(world: Any, run: Any, state: Any, now: float) -> None:
+    oldest = world.active[0][1]
+    if world.kv.pages_to(state.room, state.room.issued + 1):
+        if not world.kv.pages.free and oldest != state.branch.id:
+            reclaim.preempt(world, world.states[oldest], "preempted", now)
+        if not world.kv.pages.free:
+            return
+        world.kv.grow(state.room, 1)
+    step._row(world, run, state, 1, run.sampled[state.branch.id])
+
+
+PREPARED = Bounds(verbs=4, prepares=True)
+
+
+def _prepared_stays_out(world: Any, turn: int, refusal: Any, now: float) -> None:
+    """What was prepared is taken off the list, and put on no other."""
+    if (number := world.preparing.get(turn)) is not None:
+        world.dequeue(world.states[number].turn, world.states[number].branch)
+
+
+def _forgets_what_waits(original: Any) -> Any:
+    """A turn that waits to be prepared is taken off no list when it is cancelled, forked or closed."""
+
+    def dequeue(self: Any, turn: Any, branch: Any) -> None:
+        if not turn.waits:
+            original(self, turn, branch)
+
+    return dequeue
+
+
+MUTANTS = (
+    Mutant(
+        "held-with-rows-in-flight",
+        "a branch lets go of its room while a step still writes it",
+        ((branch_states, "_leave", _rest_at_once),),
+    ),
+    Mutant(
+        "only-held-reclaimable",
+        "rows of queued turns hold the pool against an older turn",
+        ((reclaim, "_evictable", _only_held_is_evictable),),
+        Bounds(verbs=3, pages=5, context_limit=8, setup=((1,), (2, 1))),
+    ),
+    Mutant(
+        "room-for-forks-at-rest",
+        "forks at rest reserve room that running turns need",
+        ((step, "obtain", _room_for_forks_at_rest),),
+    ),
+    Mutant(
+        "preempt-anyone",
+        "a younger turn takes room from an older one, which takes it back",
+        ((step, "obtain", _take_from_anyone),),
+        _TWO,
+    ),
+    Mutant(
+        "firm-past-the-bound",
+        "firm leases may hold what a turn of the context limit needs (L1)",
+        ((commands, "_no_firm", _firm_without_bound),),
+        Bounds(verbs=3, firm_pages=1, pages=5, setup=((1,), (2,))),
+    ),
+    Mutant(
+        "seed-not-pinned",
+        "the page that is copied may be evicted before the step",
+        ((KvCache, "pin", _pin_without_seed),),
+        Bounds(verbs=3, setup=((1,),)),
+    ),
+    Mutant(
+        "rewind-keeps-the-leaf",
+        "a branch rests on rows its log no longer has",
+        ((KvCache, "position", _rewind_keeps_the_leaf),),
+    ),
+    Mutant(
+        "seal-before-done",
+        "rows are published before they are computed",
+        ((KvCache, "seal", _seal_what_is_issued(KvCache.seal)),),
+        Bounds(verbs=4, depth=1),
+    ),
+    Mutant(
+        "release-keeps-the-leaf",
+        "a closed branch keeps its rows from being freed",
+        ((KvCache, "release", _release_keeps_the_leaf),),
+        Bounds(verbs=3),
+    ),
+    Mutant(
+        "copy-forgets-the-seed",
+        "the seed stays pinned after its rows were copied",
+        ((KvCache, "copied", _copy_is_forgotten),),
+        Bounds(verbs=3, setup=((1,),)),
+    ),
+    Mutant(
+        "failed-save-keeps-slots",
+        "host slots of a copy that failed belong to nobody",
+        ((Saving, "failed", _failed_save_keeps_slots),),
+        HOST,
+    ),
+    Mutant(
+        "failed-load-keeps-waiting",
+        "a branch goes on waiting for rows whose load failed",
+        ((tickets, "_loaded", _failed_load_keeps_waiting),),
+        HOST,
+    ),
+    Mutant(
+        "evict-before-the-copy",
+        "device pages go while the host has no copy yet",
+        ((reclaim, "_evictable", _saving_is_evictable), (reclaim, "_drop", _drop_what_is_saved)),
+        HOST,
+    ),
+    Mutant(
+        "quota-takes-from-nobody",
+        "an older turn waits for the quota that a younger one of its tenant holds",
+        ((quotas, "make_room", _quota_takes_from_nobody),),
+        QUOTA,
+    ),
+    Mutant(
+        "quota-forgets-tails",
+        "what a running turn writes counts for no tenant",
+        ((KvCache, "grow", _tails_are_not_counted),),
+        QUOTA,
+    ),
+    Mutant(
+        "wait-for-the-queued",
+        "a turn waits for one that is not computing what it needs",
+        ((step, "_waits_for_sibling", _waits_for_anyone),),
+        Bounds(verbs=4),
+    ),
+    Mutant(
+        "two-tokens-ahead",
+        "a row is issued for the token of a row whose own token is not known",
+        ((step, "_may_run_ahead", _two_ahead), (branch_states, "_issue", _two_unknown)),
+        AHEAD_FAR,
+    ),
+    Mutant(
+        "dead-rows-count",
+        "a row counts as done whose token the log never took",
+        ((branch_states, "_done", _dead_rows_count),),
+        AHEAD,
+    ),
+    Mutant(
+        "rest-with-a-row-ahead",
+        "a turn that ends lets go of its room while the row after its last token runs",
+        ((branch_states, "_leave", _rest_at_once),),
+        AHEAD,
+    ),
+    Mutant(
+        "ahead-of-the-last-token",
+        "a row is issued for a token that ends its turn for certain",
+        ((step, "_may_run_ahead", _ahead_of_the_last),),
+        AHEAD,
+    ),
+    Mutant(
+        "ahead-of-stop-strings",
+        "a row is issued for a token that the host must see first",
+        ((step, "_may_run_ahead", _ahead_of_stop_strings),),
+        AHEAD,
+    ),
+    Mutant(
+        "fed-with-anothers-token",
+        "a row names the token of another branch in the step before",
+        ((step, "_sampled", _fed_with_the_first_token),),
+        AHEAD_TWO,
+    ),
+    Mutant(
+        "dead-row-is-ignored",
+        "a dead row is never acknowledged, and its branch settles for ever",
+        ((outcome, "_row_came_back", _late_row_is_ignored(outcome._row_came_back)),),
+        AHEAD,
+    ),
+    Mutant(
+        "ahead-takes-room",
+        "a turn that runs ahead takes room from an older one",
+        ((step, "_decode_ahead", _ahead_takes_room),),
+        AHEAD_TWO,
+    ),
+    Mutant(
+        "prepared-stays-out",
+        "a turn whose grammar is ready is in no queue",
+        ((outcome, "prepared", _prepared_stays_out),),
+        PREPARED,
+    ),
+    Mutant(
+        "cancelled-still-prepares",
+        "a turn that ended while its grammar was compiled is awaited",
+        ((SchedulerState, "dequeue", _forgets_what_waits(SchedulerState.dequeue)),),
+        PREPARED,
+    ),
+)
+
+__all__ = ["MUTANTS", "Mutant"]

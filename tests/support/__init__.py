@@ -1,0 +1,1 @@
+"""What tests and benchmarks share: clients, stand-ins, checkpoints, recorded runs."""

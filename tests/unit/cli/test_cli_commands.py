@@ -1,0 +1,163 @@
+"""The command line as its user meets it: output, refusals, exit statuses."""
+
+from __future__ import annotations
+
+import io
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from anyio.from_thread import start_blocking_portal
+from typer.testing import CliRunner
+
+import agentspeed
+from agentspeed import errors
+from agentspeed._base.validate import check_text
+from agentspeed.cli.app import EXIT_BUG, EXIT_REFUSED, app, reported, run
+from agentspeed.cli.bench import names
+from agentspeed.cli.chat import Cancel, Chat, Outcome, Talk, tools_of
+from agentspeed.cli.terminal_text import decodable, encodable
+from agentspeed.testing import ScriptedEngine
+
+RUNNER = CliRunner()
+
+
+def test_help_names_every_command_with_examples() -> None:
+    done = RUNNER.invoke(app, ["--help"])
+    assert done.exit_code == 0
+    for name in ("chat", "demo", "env", "top", "bench"):
+        assert name in done.output
+    assert "agentspeed chat" in done.output
+
+
+def test_whatever_the_output_cannot_encode_is_replaced_and_ends_no_command() -> None:
+    written = io.BytesIO()
+    with io.TextIOWrapper(written, encoding="latin-1", errors="strict") as output:
+        encodable(output)
+        print("é ├ 検索 \ud800", file=output, flush=True)
+        assert written.getvalue() == b"\xe9 | ?? ?\n"
+
+
+def test_a_line_that_cannot_be_decoded_is_refused_when_it_is_used() -> None:
+    with io.TextIOWrapper(io.BytesIO(b"caf\xc3\xa9\nYes\n"), encoding="ascii", errors="strict") as lines:
+        decodable(lines)
+        first, second = lines
+    with pytest.raises(errors.InvalidRequest, match="line holds half a character"):
+        check_text("line", first)
+    check_text("line", second)
+
+
+def test_env_prints_versions_and_every_option() -> None:
+    done = RUNNER.invoke(app, ["env"])
+    assert done.exit_code == 0, done.output
+    for fact in ("torch", "page_tokens", "prefill_chunk", "cores"):
+        assert fact in done.output
+
+
+def test_bench_lists_its_names_and_refuses_others() -> None:
+    assert {"sched", "fork", "turns"} <= set(names())
+    assert RUNNER.invoke(app, ["bench"]).output.split() == names()
+    assert RUNNER.invoke(app, ["bench", "nothing"]).exit_code == EXIT_REFUSED
+
+
+def test_make_bench_runs_every_benchmark_and_no_module_beside_them() -> None:
+    root = Path(__file__).resolve().parents[3]
+    done = subprocess.run(["make", "--dry-run", "bench"], cwd=root, capture_output=True, text=True, check=True)
+    (line,) = re.findall(r"for run in (.*?); do", done.stdout, re.DOTALL)
+    assert sorted(entry.split()[0] for entry in shlex.split(line.replace("\\\n", ""))) == names()
+    assert "pauses" in names() and "pauses_run" not in names()
+
+
+def test_a_wrong_model_ends_with_a_sentence_and_status_2(tmp_path: Path) -> None:
+    done = RUNNER.invoke(app, ["demo", str(tmp_path)])
+    assert done.exit_code == EXIT_REFUSED
+    assert "tokenizer.json" in done.output
+
+
+def test_our_bug_has_a_status_of_its_own() -> None:
+    async def broken() -> None:
+        raise errors.InternalError("a rule was broken")
+
+    with pytest.raises(Exception) as raised:
+        run(broken)
+    assert getattr(raised.value, "exit_code", None) == EXIT_BUG
+
+
+def test_a_bug_during_a_chat_is_reported_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(talk: Talk, line: str, cancel: Cancel) -> Outcome:
+        raise errors.InternalError("a rule was broken")
+
+    monkeypatch.setattr(Talk, "_answer", broken)
+    monkeypatch.setattr("builtins.input", lambda prompt: "Hello.")
+    with (
+        start_blocking_portal() as portal,
+        portal.wrap_async_context_manager(ScriptedEngine([])) as engine,
+        pytest.raises(Exception) as raised,
+        reported(),
+    ):
+        Chat(engine.engine, tools=None, system=None, temperature=0.0, max_tokens=4).run()
+    assert getattr(raised.value, "exit_code", None) == EXIT_BUG
+
+
+def test_a_first_line_whose_tools_filled_the_context_is_said_to_be_the_reason(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def full(talk: Talk, line: str, cancel: Cancel) -> Outcome:
+        overflow = errors.ContextOverflow("4100 tokens leave no room in a context of 4096.")
+        return Outcome(before=await talk._session.mark(), problems=(overflow,), undone=True)
+
+    lines = ["Read.", "/quit"]
+    monkeypatch.setattr(Talk, "_answer", full)
+    monkeypatch.setattr("builtins.input", lambda prompt: lines.pop(0))
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(ScriptedEngine([])) as engine:
+        assert not Chat(engine.engine, tools=None, system=None, temperature=0.0, max_tokens=4).run()
+    shown = capsys.readouterr().out
+    assert "this line with what its tools gave does not fit into the context" in shown and "/undo" not in shown
+
+
+def test_tools_are_the_public_functions_a_file_defines(tmp_path: Path) -> None:
+    path = tmp_path / "tools.py"
+    _ = path.write_text("from json import dumps\ndef add(a: int) -> int:\n    return a\ndef _no() -> int: ...\n")
+    assert [tool.name for tool in tools_of(path).tools] == ["add"]
+    _ = path.write_text("x = 1\n")
+    with pytest.raises(errors.InvalidRequest, match="no public functions"):
+        tools_of(path)
+
+
+def test_where_functions_are_decorated_the_others_are_left_out_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "tools.py"
+    _ = path.write_text(
+        "from agentspeed import tool\n@tool(timeout=5)\ndef add(a: int) -> int:\n    return a\ndef sub(a: int): ...\n"
+    )
+    read = tools_of(path)
+    assert [(tool.name, tool.timeout) for tool in read.tools] == [("add", 5)]
+    assert read.left_out == ("sub: it has no @tool, and others in the file have",)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("def add(a, b): ...\n", "add: parameter 'a' has no type hint"),
+        ("import no_such_module_at_all\n", "ModuleNotFoundError: No module named 'no_such_module_at_all'"),
+        ("def f(:\n", "SyntaxError"),
+        ("x = 1\n", "no public functions"),
+        (None, "is not a file"),
+    ],
+)
+def test_a_tools_file_that_cannot_be_used_is_a_sentence_and_not_a_traceback(
+    tmp_path: Path, text: str | None, told: str
+) -> None:
+    path = tmp_path / "tools.py"
+    if text is not None:
+        _ = path.write_text(text)
+    done = RUNNER.invoke(app, ["chat", "--tools", str(path)])
+    assert done.exit_code == EXIT_REFUSED, done.exception
+    assert told in done.output and str(path) in done.output
+    assert "Starting" not in done.output
+
+
+def test_the_version_can_be_asked_for() -> None:
+    done = RUNNER.invoke(app, ["--version"])
+    assert (done.exit_code, done.output) == (0, f"agentspeed {agentspeed.__version__}\n")

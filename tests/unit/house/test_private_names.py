@@ -1,0 +1,100 @@
+"""No module reads what another keeps to itself: names with an underscore belong to the file that has them."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+PACKAGES = ("agentspeed", "engine/agentspeed_engine", "kernels/agentspeed_kernels")
+ALLOWED: dict[tuple[str, str], str] = {
+    (
+        "engine/agentspeed_engine/sched/state_codec.py",
+        "_Part",
+    ): "a recording holds the parts of a log, which nobody else sees",
+    ("kernels/agentspeed_kernels/cpu/torch_attention.py", "_scaled_dot_product_flash_attention_for_cpu"): (
+        "torch's only attention on CPUs that also gives the log-sum-exp"
+    ),
+}
+"""Private names that are used all the same, and why there is no other way."""
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__") and name != "_"
+
+
+def own_names(tree: ast.Module) -> set[str]:
+    """Private names that the file defines: functions, classes, variables, attributes, fields, slots."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                names.add(name)
+            case ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store()):
+                names.add(name)
+            case ast.Assign(targets=[ast.Name(id="__slots__")], value=value):
+                names |= {
+                    item.value
+                    for item in ast.walk(value)
+                    if isinstance(item, ast.Constant) and isinstance(item.value, str)
+                }
+            case _:
+                pass
+    return {name for name in names if is_private(name)}
+
+
+def foreign_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """(line, name) of every private name that the file uses and does not define."""
+    own = own_names(tree)
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(attr=name) if is_private(name) and name not in own:
+                if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
+                    yield node.lineno, name
+            case ast.ImportFrom(names=aliases):
+                yield from ((node.lineno, alias.name) for alias in aliases if is_private(alias.name))
+            case ast.Call(
+                func=ast.Name(id="getattr" | "setattr" | "hasattr"), args=[_, ast.Constant(value=str(name)), *_]
+            ) if is_private(name):
+                if name not in own:
+                    yield node.lineno, name
+            case ast.Subscript(value=ast.Call(func=ast.Name(id="vars")), slice=ast.Constant(value=str(name))):
+                if is_private(name):
+                    yield node.lineno, name
+            case _:
+                pass
+
+
+def found(*folders: str) -> list[tuple[str, int, str]]:
+    lines: list[tuple[str, int, str]] = []
+    for folder in folders:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            name = str(path.relative_to(ROOT))
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            lines += [(name, line, used) for line, used in foreign_names(tree)]
+    return lines
+
+
+def test_no_module_reads_another_ones_private_names() -> None:
+    uses = found(*PACKAGES)
+    assert [use for use in uses if (use[0], use[2]) not in ALLOWED] == []
+    assert ALLOWED.keys() == {(name, used) for name, _, used in uses}  # none is allowed that is not needed any more
+
+
+@pytest.mark.parametrize(
+    ("source", "seen"),
+    [
+        ("import a\na.b._c", [(2, "_c")]),
+        ("from a import _b", [(1, "_b")]),
+        ("def f(o): return getattr(o, '_c')", [(1, "_c")]),
+        ("def f(o): return vars(o)['_Part']", [(1, "_Part")]),
+        ("class A:\n    def __init__(self): self._b = 1\n    def eq(self, other): return self._b == other._b", []),
+        ("class A:\n    __slots__ = ('_b',)\ndef f(a): return a._b", []),
+        ("_ = [x for _, x in y]", []),
+    ],
+)
+def test_the_check_sees_each_way_in_and_no_more(source: str, seen: list[tuple[int, str]]) -> None:
+    assert list(foreign_names(ast.parse(source))) == seen

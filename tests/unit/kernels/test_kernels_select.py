@@ -1,0 +1,269 @@
+"""Choosing kernels: pure, explained, and never by silent shadowing."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from agentspeed_kernels import registry
+from agentspeed_kernels.cpu import native
+from agentspeed_kernels.ops import OPS, WEIGHT_OPS
+from agentspeed_kernels.packing import pack
+from agentspeed_kernels.platform import Platform, detect
+from agentspeed_kernels.registry import Registry, RegistryError, standard
+from agentspeed_kernels.selection import Kernels, NoKernel, select
+from agentspeed_kernels.signature import KernelSpec, Need
+from agentspeed_kernels.workspace import Workspace
+from tests.support.needs import missing
+
+BARE = Platform(device="cpu", arch="x86_64", features=frozenset(), absent={native.FEATURE: "no C compiler found"})
+FULL = Platform(
+    device="cpu", arch="x86_64", features=frozenset({native.FEATURE, *(form.feature for form in native.forms_here())})
+)
+PLAIN = tuple(form for form in native.forms_here() if form is not native.AMX)
+
+
+@pytest.fixture
+def fresh_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    native.library.cache_clear()
+    yield
+    monkeypatch.undo()
+    native.library.cache_clear()
+
+
+def spec(name: str, priority: int, **changes: object) -> KernelSpec:
+    fields = {"op": "rope", "name": name, "dtypes": frozenset({"float32"}), "device": "cpu", "call": print}
+    return KernelSpec(**(fields | {"priority": priority} | changes))  # type: ignore[arg-type]
+
+
+def test_the_highest_priority_that_fits_is_chosen() -> None:
+    slow, fast, small = spec("slow", 0), spec("fast", 10, most_rows=8), spec("wide", 20, dtypes=frozenset({"bfloat16"}))
+    few = select(Need(op="rope", dtype="float32", rows=8), (slow, fast, small), FULL)
+    many = select(Need(op="rope", dtype="float32", rows=9), (slow, fast, small), FULL)
+    assert (few.kernel, many.kernel) == (fast, slow)
+
+
+def test_every_other_candidate_is_explained() -> None:
+    choice = select(
+        Need(op="rope", dtype="float32", rows=9),
+        (
+            spec("slow", 0),
+            spec("slower", -1),
+            spec("few", 10, most_rows=8),
+            spec("half", 20, dtypes=frozenset({"bfloat16"})),
+            spec("c", 30, features=frozenset({native.FEATURE})),
+            spec("gpu", 40, device="cuda"),
+        ),
+        BARE,
+    )
+    reasons = {kernel.name: why for kernel, why in choice.rejected}
+    assert reasons == {
+        "slower": "priority -1 is below 0",
+        "few": "up to 8 rows",
+        "half": "formats are bfloat16",
+        "c": "needs native-c: no C compiler found",
+        "gpu": "runs on cuda",
+    }
+
+
+def test_nothing_that_fits_is_an_error_with_all_reasons() -> None:
+    with pytest.raises(NoKernel, match=r"no kernel for rope in float64 with 1 rows on cpu: a: formats are float32"):
+        select(Need(op="rope", dtype="float64", rows=1), (spec("a", 0),), FULL)
+
+
+def test_a_second_kernel_of_one_name_is_refused() -> None:
+    with pytest.raises(RegistryError, match="registered twice"):
+        Registry([spec("a", 0), spec("a", 1)])
+
+
+def test_two_kernels_of_equal_rank_are_refused() -> None:
+    with pytest.raises(RegistryError, match="same priority"):
+        Registry([spec("a", 0), spec("b", 0)])
+
+
+def test_installed_packages_add_kernels_through_the_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    extra = spec("theirs", 50)
+
+    class Point:
+        def load(self) -> object:
+            return lambda: (extra,)
+
+    def entry_points(group: str) -> tuple[Point, ...]:
+        return (Point(),) if group == "agentspeed.kernels" else ()
+
+    monkeypatch.setattr(registry, "entry_points", entry_points)
+    assert select(Need(op="rope", dtype="float32", rows=1), standard().candidates("rope"), FULL).kernel is extra
+
+
+def test_an_unknown_op_is_refused() -> None:
+    with pytest.raises(RegistryError, match="unknown op"):
+        Registry([spec("a", 0, op="rpoe")])
+
+
+def test_without_a_compiler_every_op_still_runs_and_the_fallback_is_loud(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "agentspeed.kernels"):
+        kernels = Kernels(standard(), BARE, "float32", tuple(OPS))
+    assert all(callable(kernels[op].at(rows)) for op in OPS for rows in (1, 1000))
+    assert "slower kernels run because native-c is absent: no C compiler found" in caplog.text
+
+
+def test_what_runs_and_why_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "agentspeed.kernels"):
+        kernels = Kernels(standard(), FULL, "float32", ("linear",))
+        kernels["linear"].at(1)
+        kernels["linear"].at(1)
+    if not PLAIN:
+        missing("no C kernels are written for this machine")
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2
+    assert said[0].startswith(f"float32 up to 8 rows: linear: {PLAIN[0].name}-f32 (")
+    assert "not torch: priority 0 is below" in said[0]
+    assert said[1].startswith("float32: linear: torch (")
+    assert f"not {PLAIN[0].name}-f32: up to 8 rows" in said[1]
+
+
+@pytest.mark.usefixtures("fresh_library")
+def test_the_native_kernels_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(native.SWITCH, "0")
+    assert detect().absent == {native.FEATURE: "switched off by AGENTSPEED_NATIVE=0"}
+
+
+@pytest.mark.usefixtures("fresh_library")
+def test_a_named_form_leaves_those_above_it_unused(monkeypatch: pytest.MonkeyPatch) -> None:
+    lowest = native.forms_here()[-1]
+    monkeypatch.setenv(native.SWITCH, lowest.name)
+    library = native.library()
+    if isinstance(library, native.Unavailable):
+        missing(f"the native kernels cannot be built here: {library.reason}")
+    here = detect()
+    assert here.features <= {native.FEATURE, lowest.feature}
+    assert here.lacks == {
+        form.feature: f"AGENTSPEED_NATIVE is {lowest.name}" for form in native.forms_here() if form is not lowest
+    }
+    assert not here.absent
+
+
+@pytest.mark.usefixtures("fresh_library")
+def test_an_unknown_form_is_told_and_ignored(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    before = detect()
+    native.library.cache_clear()
+    monkeypatch.setenv(native.SWITCH, "sse9")
+    assert detect() == before
+    assert "AGENTSPEED_NATIVE=sse9 is neither 0 nor one of" in caplog.text
+
+
+@pytest.mark.usefixtures("fresh_library")
+def test_a_form_that_does_not_compile_is_left_out_loudly_and_the_others_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, *others = native.forms_here()
+    real = native._compiler()
+    if real is None or not others:
+        missing("needs a compiler and two forms of kernels")
+    folder = tmp_path_factory.mktemp("old")
+    old = folder / "old-cc"
+    old.write_text(
+        f'#!/bin/sh\ncase "$*" in *-DFORM={first.name}*) echo "no such instruction" >&2; exit 1;; esac\n'
+        f'exec {real} "$@"\n'
+    )
+    old.chmod(0o755)
+    monkeypatch.setenv("CC", str(old))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    here = detect()
+    assert first.feature not in here.features
+    assert f"the {first.name} kernels are left out: no such instruction" in caplog.text
+    assert native.FEATURE in here.features
+
+
+def test_all_kernels_of_weights_take_one_layout() -> None:
+    """A model packs its weights once; a kernel that wanted them otherwise would read numbers in another order."""
+    tiled = {op: spec("tiles", 20, op=op, layout="tiles") for op in WEIGHT_OPS}
+    plain = [spec("rows", 30 if op == "experts" else 0, op=op) for op in WEIGHT_OPS]
+    kernels = Kernels(Registry([*tiled.values(), *plain]), BARE, "float32", tuple(WEIGHT_OPS))
+    assert kernels.layout == "tiles"
+    chosen = select(Need(op="experts", dtype="float32", rows=1, layout="tiles"), (tiled["experts"], *plain), BARE)
+    assert chosen.kernel is tiled["experts"]
+    assert "not rows: takes weights in rows, not tiles" in chosen.explain()
+
+
+def test_weights_in_rows_are_handed_on_as_they_are() -> None:
+    weight = torch.ones(4, 4)
+    assert Kernels(standard(), BARE, "float32", ("linear",)).weight(weight) is weight
+
+
+@pytest.mark.parametrize("shape", [(16, 32), (5, 3), (37, 70), (2, 3, 40, 33)])
+def test_packed_weights_hold_the_numbers_once_and_give_rows_back(shape: tuple[int, ...]) -> None:
+    weight = torch.arange(math.prod(shape), dtype=torch.float32).remainder(251).view(shape).bfloat16()
+    packed = pack(weight)
+    assert packed.shape == shape
+    assert packed.data.count_nonzero() == weight.count_nonzero()
+    if len(shape) == 2:
+        ids = torch.tensor([shape[0] - 1, 0, 2, 2])
+        assert torch.equal(packed.rows(ids), weight[ids])
+    # Row i of a tile: inputs 2i and 2i + 1 of 16 outputs.
+    outputs, inputs = shape[-2:]
+    tile = packed.data.reshape(-1, *packed.data.shape[-5:])[0, (outputs - 1) // 16, (inputs - 1) // 32]
+    last = tile[(inputs - 1) % 32 // 2, (outputs - 1) % 16, (inputs - 1) % 2]
+    assert last == weight.reshape(-1, outputs, inputs)[0, -1, -1]
+
+
+@pytest.mark.usefixtures("fresh_library")
+def test_a_compiler_that_fails_is_a_reason_and_not_a_crash(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("bin")
+    broken = folder / "broken-cc"
+    broken.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "no such target" >&2\nexit 1\n')
+    broken.chmod(0o755)
+    monkeypatch.setenv("CC", str(broken))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    why = detect().absent[native.FEATURE]
+    assert "failed: no such target" in why
+
+
+@pytest.mark.usefixtures("fresh_library")
+def test_a_user_without_a_home_goes_without_native_kernels_and_is_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert "XDG_CACHE_HOME" in detect().absent[native.FEATURE]
+
+
+def test_costs_count_the_context_once_whatever_the_number_of_rows() -> None:
+    sizes = {"H": 8, "R": 512, "rope": 64, "C": 4096}
+    one, eight = (OPS["mla_rows"].cost(sizes | {"T": rows}, 4) for rows in (1, 8))
+    assert eight.flops == 8 * one.flops
+    assert eight.bytes < 1.03 * one.bytes
+    assert one.limit_seconds(bytes_per_second=one.bytes, flops_per_second=10 * one.flops) == 1.0
+
+
+@pytest.mark.usefixtures("fresh_library")
+def test_the_native_kernels_are_built_once_a_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    first = native.library()
+    if isinstance(first, native.Unavailable):
+        missing(f"the native kernels cannot be built here: {first.reason}")
+    built = first.path.stat().st_mtime_ns
+    native.library.cache_clear()
+    second = native.library()
+    assert isinstance(second, native.Library)
+    assert (second.path, second.path.stat().st_mtime_ns) == (first.path, built)
+    assert [path.name for path in first.path.parent.iterdir()] == [first.path.name]
+
+
+def test_a_workspace_grows_once_and_keeps_names_apart() -> None:
+    workspace = Workspace()
+    large = workspace.take("a", (4, 8), torch.float32)
+    small = workspace.take("a", (2, 2), torch.float32)
+    other = workspace.take("b", (2, 2), torch.float32)
+    assert small.data_ptr() == large.data_ptr() != other.data_ptr()
+    assert workspace.bytes == 4 * (32 + 4)

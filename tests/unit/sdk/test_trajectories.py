@@ -1,0 +1,51 @@
+"""Trajectories as values: what is equal compares equal, also where there is no log-probability."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from dataclasses import replace
+
+import pytest
+
+from agentspeed import Session
+from agentspeed.testing import ScriptedEngine
+from agentspeed.trajectory import Trajectory
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(params=["asyncio", "trio"])
+def anyio_backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+async def said(session: Session) -> Trajectory:
+    _ = await session.generate("Hi")
+    return session.trajectory()
+
+
+async def test_trajectories_of_the_same_tokens_are_equal_and_one_in_a_set() -> None:
+    async with ScriptedEngine(["Fine.", "Fine."]) as engine:
+        async with engine.session(record_logprobs=True) as s:
+            one = await said(s)
+        async with engine.session(record_logprobs=True) as s:
+            other = await said(s)
+    assert any(math.isnan(value) for value in one.logprobs)
+    assert one == other
+    assert len({one, other, copy.deepcopy(one), pickle.loads(pickle.dumps(one))}) == 1
+
+
+def test_trajectories_that_differ_anywhere_are_unequal() -> None:
+    path = Trajectory(ids=(1, 2), made=(False, True), logprobs=(math.nan, -0.5))
+    for other in (
+        replace(path, ids=(1, 3)),
+        replace(path, made=(True, True)),
+        replace(path, logprobs=(math.nan, -0.25)),
+        replace(path, logprobs=(0.0, -0.5)),
+        replace(path, logprobs=(math.nan, math.nan)),
+        Trajectory(ids=(1,), made=(False,), logprobs=(math.nan,)),
+    ):
+        assert path != other
+    assert path != (path.ids, path.made, path.logprobs)
