@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, final
 
 from agentspeed.chat.calls import CallFormat
-from agentspeed.chat.key_values import is_text, texts
+from agentspeed.chat.key_values import is_text
 from agentspeed.errors import SchemaUnsupported
-from agentspeed.tools.bounds import Bounds, bounded
-from agentspeed.tools.grammars import json_rule
-from agentspeed.tools.keywords import Schema, for_the_grammar
+from agentspeed.tools.schema import Bounds, Compiled, Entry, Schema, Wording, compile_entries, compile_schema
 from agentspeed.tools.tool import Tool
 
 _NUMBER: Final = r"/:[0-9]{1,4}/"
-_OF_OBJECTS: Final = frozenset({"type", "properties", "required", "additionalProperties", "$defs"})
 
 
 @final
@@ -70,51 +67,63 @@ class CallRules:
         return self._add(f"call_{number}", rule)
 
     def _arguments(self, number: int, tool: Tool, bounds: Bounds) -> str:
-        closed = bounded(tool.schema, bounds)
+        prefix = f"call_{number}"
         if self._form.keys is None:
-            return json_rule(closed, spaced=self._form.spaced)
-        properties = closed.get("properties", {})
-        if not isinstance(properties, dict) or closed.keys() - _OF_OBJECTS:
+            spaced = self._form.spaced
+            return self._json(compile_schema(tool.schema, bounds, prefix=prefix, sets=True, spaced=spaced))
+        try:
+            ways = compile_entries(tool.schema, bounds, prefix=prefix, sets=True, spaced=True)
+        except SchemaUnsupported as error:
             raise SchemaUnsupported(
-                f"The parameters of {tool.name} are no plain object, and this model writes arguments one by one.",
+                f"The parameters of {tool.name} cannot be written one by one, as this model writes them: {error}",
                 remedy="Give the tool one parameter for each value.",
-            )
-        raw = tool.schema.get("properties", {})
-        required = closed.get("required", [])
-        definitions = closed.get("$defs")
+            ) from error
+        given = tool.schema.get("properties")
+        options = [
+            self._keys(f"{number}_{way}", entries, given if isinstance(given, dict) else {}, tool.name)
+            for way, entries in enumerate(ways)
+        ]
+        return options[0] if len(options) == 1 else f"({' | '.join(options)})"
+
+    def _json(self, compiled: Compiled) -> str:
+        for name, body in compiled.rules:
+            _ = self._add(name, body)
+        return compiled.start
+
+    def _keys(self, name: str, entries: Sequence[Entry], given: Schema, called: str) -> str:
+        """One argument after another; `given` are the properties as who reads the call knows them."""
         rules: list[str] = []
-        for at, (key, schema) in enumerate(properties.items()):
-            given = raw.get(key) if isinstance(raw, dict) else None
-            value = self._value(f"{number}_{at}", given, schema, definitions)
-            needed = isinstance(required, list) and key in required
-            rules.append(self._add(f"key_{number}_{at}", f"{self._key(key)}{value}") + ("" if needed else "?"))
-        return " ".join(rules)
+        for at, entry in enumerate(entries):
+            value = self._value(f"{name}_{at}", entry, given.get(entry.name), called)
+            rule = self._add(f"key_{name}_{at}", f"{self._key(entry.name)}{value}")
+            rules.append(rule if entry.required else f"{rule}?")
+        return " ".join(rules) or '""'
 
     def _key(self, key: str) -> str:
         keys = self._form.keys
         return self._marks.rule(keys.key_open + key) if keys is not None else ""
 
-    def _value(self, name: str, given: object, closed: object, definitions: object) -> str:
+    def _value(self, name: str, entry: Entry, given: object, called: str) -> str:
         """The rest of an argument after its key."""
         keys = self._form.keys
-        if keys is None or not isinstance(closed, dict):
+        if keys is None:
             return ""
-        close = keys.value_close.rstrip()
-        if isinstance(given, dict) and is_text(given, close):
-            return f" {self._marks.rule(keys.text_open)} {self._text(name, for_the_grammar(given), closed)}"
-        schema = dict(closed)
-        if definitions is not None:
-            schema["$defs"] = definitions
+        if isinstance(given, dict) and is_text(given, keys.value_close.rstrip()):
+            if entry.texts is None:
+                raise SchemaUnsupported(
+                    f"{entry.name} of {called} is said to be a text in one place and more in another.",
+                    remedy="Say all of it where the property is.",
+                )
+            return f" {self._marks.rule(keys.text_open)} {self._text(name, entry.texts)}"
         end = self._marks.after(keys.value_close)
-        return f" {self._marks.rule(keys.json_open)} {json_rule(schema, spaced=True)}{end}"
+        return f" {self._marks.rule(keys.json_open)} {self._json(entry.value)}{end}"
 
-    def _text(self, name: str, given: Schema, closed: Schema) -> str:
+    def _text(self, name: str, texts: Wording) -> str:
         """Bare text and what closes it. A text may begin as its close does, so both are told apart in one lexeme."""
         close = "" if self._form.keys is None else self._form.keys.value_close
-        options = texts(given)
-        if options is not None:
-            return f"({' | '.join(quoted(option) for option in options)}){self._marks.after(close)}"
-        text = f"(?s:.){{{closed.get('minLength', 0)},{closed['maxLength']}}}"
+        if texts.only is not None:
+            return f"({' | '.join(quoted(option) for option in texts.only)}){self._marks.after(close)}"
+        text = f"(?s:.){{{texts.least},{texts.most}}}"
         spelt, special = self._marks.first_special(close)
         if special is None:
             return self._add(f"value_{name}[lazy]", f"/{text}/ {quoted(close)}")

@@ -14,7 +14,7 @@ from typing import Final, final
 from agentspeed.chat.calls import CallFormat
 from agentspeed.chat.key_values import is_text
 from agentspeed.chat.pieces import CallBroken, CallDelta, CallOpened, CallReady, Piece, mark_started
-from agentspeed.tools.keywords import Schema
+from agentspeed.tools.schema import Schema
 
 _STRING: Final = r'("(?:[^"\\]|\\.)*")'
 
@@ -228,6 +228,11 @@ class CallReader:
         text = self._raw[found.end() : end]
         told = keys.text_open != keys.json_open
         as_text = found[2].strip() == keys.text_open.strip() if told else self._is_text(found[1], text)
+        if not as_text and text.lstrip()[:1] in ('"', "[", "{"):
+            end = _after_strings(self._raw, found.end(), close)
+            if end < 0:
+                return None
+            text = self._raw[found.end() : end]
         return found[1], json.dumps(text, ensure_ascii=False) if as_text else _json_of(text), end + len(close)
 
     def _is_text(self, key: str, text: str) -> bool:
@@ -291,6 +296,14 @@ def written_as_read(value: object) -> str:
             return f"[{','.join(map(written_as_read, value))}]"
         case _:
             return json.dumps(value, ensure_ascii=False)
+
+
+def _after_strings(text: str, start: int, close: str) -> int:
+    """Where `close` stands outside of JSON strings; -1 where it does not, or a string is still open."""
+    for found in re.finditer(rf'"(?:[^"\\]|\\.)*(?:"|\\?\Z)|{re.escape(close)}', text[start:], re.DOTALL):
+        if found[0] == close:
+            return start + found.start()
+    return -1
 
 
 def _value(text: str) -> object:

@@ -1,7 +1,7 @@
 """Writes the grammar of one turn: tool calls, a tool choice, an output shape, in the language llguidance reads.
 
 The engine runs what is written here without knowing what it means. Whitespace is compact and every schema is closed
-(`tools.bounds`), so a constrained part always comes to an end.
+(`tools.schema`), so a constrained part always comes to an end.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from agentspeed.chat.call_grammar import CallRules, Marks, ending, literal, quot
 from agentspeed.chat.output import Choice, OutputSpec, Regex, Schema
 from agentspeed.chat.tags import DEFAULT_TAGS, Tags
 from agentspeed.errors import InvalidRequest
-from agentspeed.tools.bounds import DEFAULT_BOUNDS, Bounds
-from agentspeed.tools.grammars import HEAD, check_grammar, json_rule
+from agentspeed.tools.grammars import HEAD, check_grammar
+from agentspeed.tools.schema import DEFAULT_BOUNDS, Bounds
 from agentspeed.tools.tool import Tool
 
 MAX_PARALLEL_CALLS: Final = 16
@@ -35,7 +35,7 @@ def turn_grammar(
 
     `tool_choice`: "auto" (free text or an output, or calls), "required", "none", or a tool's name. A call is
     constrained from its opening mark on. Raises `InvalidRequest` for a choice that cannot be, `SchemaUnsupported` for a
-    shape that cannot be bounded or expressed."""
+    shape that no grammar can hold."""
     offered = _offered(tools, tool_choice)
     if not 1 <= parallel_calls <= MAX_PARALLEL_CALLS:
         raise InvalidRequest(f"parallel_calls is {parallel_calls}; it must be 1 to {MAX_PARALLEL_CALLS}.")
@@ -105,7 +105,9 @@ class _Rules:
         """Exactly one value of the shape."""
         match spec:
             case Schema():
-                return self._add("output", json_rule(spec.closed()))
+                compiled = spec.compiled()
+                self._rules.update(compiled.rules)
+                return compiled.start
             case Regex():
                 return self._add("OUTPUT", f"/{_slashed(spec.pattern)}/ & /(?s:.){{0,{spec.max_chars}}}/")
             case Choice():

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 from typing import Final
 
-from agentspeed.tools.keywords import Json, Schema, for_the_grammar
+from agentspeed.tools.schema import Json, Schema
 
 _OF_BARE_TEXT: Final = frozenset({"type", "minLength", "maxLength"})
+_FOR_PEOPLE: Final = frozenset(
+    {"title", "description", "default", "example", "examples", "deprecated", "readOnly", "writeOnly", "discriminator",
+     "$comment", "$schema", "$id", "$defs", "definitions", "contentEncoding", "contentMediaType", "contentSchema"}
+)  # fmt: skip
+"""Keywords that say nothing of a value, and definitions, which are read where they are referred to."""
 
 
 def is_text(schema: Schema, close: str) -> bool:
     """Whether a value of `schema` is bare text. `close` ends a value, so no option may hold it."""
-    rest = for_the_grammar(schema)
+    rest = {key: value for key, value in schema.items() if key not in _FOR_PEOPLE and not key.startswith("x-")}
     options = texts(rest)
     if options is not None:
         return not close or not any(close in option for option in options)

@@ -12,8 +12,10 @@ from pydantic.errors import PydanticInvalidForJsonSchema, PydanticSchemaGenerati
 
 from agentspeed._base.validate import check_text
 from agentspeed.errors import InvalidRequest, OutputError, SchemaUnsupported
-from agentspeed.tools.bounds import DEFAULT_BOUNDS, Bounds, Json, bounded
-from agentspeed.tools.bounds import Schema as JsonSchema
+from agentspeed.tools.grammars import check_expressible
+from agentspeed.tools.schema import DEFAULT_BOUNDS, Bounds, Compiled, Json
+from agentspeed.tools.schema import Schema as JsonSchema
+from agentspeed.tools.schema.checking import check_available, problem_of
 from agentspeed.tools.signature import strip_titles
 
 T_co = TypeVar("T_co", covariant=True)
@@ -25,12 +27,14 @@ _CUT: Final = "Raise max_tokens if it was cut short."
 class Schema(Generic[T_co]):
     """Any type that pydantic knows, as JSON: `Schema(list[int])`, `Schema(MyDataclass)`; a class needs no wrapper.
 
-    `Schema.json({...})` takes a JSON schema as it is and gives plain Python values. Both raise `SchemaUnsupported` at
-    once for a shape under which output might never end."""
+    `Schema.json({...})` takes a JSON schema as it is and gives plain Python values. What the model writes is an
+    instance of the schema. Both raise `SchemaUnsupported` at once for a shape that a grammar cannot hold; with
+    `check_after=True` what the grammar leaves open is checked when the text is whole: a text that fails is an
+    `OutputError`, and `run` asks again as often as `output_retries` says."""
 
-    __slots__ = ("_adapter", "_shown", "bounds", "raw")
+    __slots__ = ("_adapter", "_compiled", "_shown", "bounds", "check_after", "raw")
 
-    def __init__(self, kind: type[T_co] | Any, *, bounds: Bounds = DEFAULT_BOUNDS) -> None:
+    def __init__(self, kind: type[T_co] | Any, *, bounds: Bounds = DEFAULT_BOUNDS, check_after: bool = False) -> None:
         try:
             self._adapter: TypeAdapter[Any] | None = TypeAdapter(kind)
             raw = strip_titles(cast("Json", self._adapter.json_schema()))
@@ -39,49 +43,63 @@ class Schema(Generic[T_co]):
                 f"output={kind!r} has no JSON schema: {str(error).splitlines()[0]}",
                 remedy="Use a pydantic model, a dataclass or a JSON type.",
             ) from error
-        self.raw: JsonSchema = cast("JsonSchema", raw)
-        self.bounds = bounds
-        self._shown = getattr(kind, "__name__", str(kind))
-        _ = self.closed()
+        self._take(raw, bounds, getattr(kind, "__name__", str(kind)), check_after)
 
     @classmethod
-    def json(cls, schema: Mapping[str, Json], *, bounds: Bounds = DEFAULT_BOUNDS) -> Schema[Any]:
-        """A JSON schema as it is; decoded to plain Python values, which the grammar has already checked."""
+    def json(
+        cls, schema: Mapping[str, Json], *, bounds: Bounds = DEFAULT_BOUNDS, check_after: bool = False
+    ) -> Schema[Any]:
+        """A JSON schema as it is; decoded to plain Python values, of which the schema holds."""
         made: Schema[Any] = object.__new__(Schema)
         made._adapter = None
-        made.raw = dict(schema)
-        made.bounds = bounds
-        made._shown = "JSON"
-        _ = made.closed()
+        made._take(schema, bounds, "JSON", check_after)
         return made
+
+    def _take(self, schema: Json | Mapping[str, Json], bounds: Bounds, shown: str, check_after: bool) -> None:
+        self.raw: JsonSchema = cast("JsonSchema", dict(schema) if isinstance(schema, Mapping) else schema)
+        self.bounds = bounds
+        self.check_after = check_after
+        self._shown = shown
+        # A set is read by pydantic, which drops what is named twice.
+        self._compiled = check_expressible(self.raw, bounds, lenient=check_after, sets=self._adapter is not None)
+        if self._compiled.unchecked:
+            check_available()
 
     def __repr__(self) -> str:
         return f"<Schema {self._shown}>"
 
-    def closed(self) -> JsonSchema:
-        """The schema with every open end bounded."""
-        return bounded(self.raw, self.bounds)
+    @property
+    def unchecked(self) -> tuple[str, ...]:
+        """What the grammar leaves to the check afterwards, with its places; empty unless `check_after` is set."""
+        return self._compiled.unchecked
+
+    def compiled(self) -> Compiled:
+        """The schema as rules of a grammar."""
+        return self._compiled
 
     def decode(self, text: str) -> T_co:
         """Raises `OutputError` when the text is not such a value: cut short, or a check the grammar cannot express."""
         try:
             value = json.loads(text) if self._adapter is None else self._adapter.validate_json(text)
+            if self._compiled.unchecked and (problem := problem_of(self.raw, json.loads(text))):
+                raise OutputError(f"The output is not a {self._shown}: {problem}", text=text)
         except ValidationError as error:
             problems = "; ".join(
                 f"{'.'.join(map(str, item['loc'])) or 'value'}: {item['msg']}" for item in error.errors()
             )
-            raise OutputError(
-                f"The output is not a {self._shown}: {problems}", text=text, remedy="" if self.is_whole(text) else _CUT
-            ) from error
+            raise OutputError(f"The output is not a {self._shown}: {problems}", text=text,
+                              remedy="" if self.is_whole(text) else _CUT) from error  # fmt: skip
         except json.JSONDecodeError as error:
             raise OutputError(f"The output is not whole JSON: {error}", text=text, remedy=_CUT) from error
+        except (ValueError, RecursionError) as error:  # digits beyond Python's limit, or brackets beyond its stack
+            raise OutputError(f"The output cannot be read: {error}", text=text) from error
         return cast("T_co", value)
 
     def is_whole(self, text: str) -> bool:
         """Whether a turn that was cut had written all of it; `decode` may refuse what it says nevertheless."""
         try:
             json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return False
         return True
 

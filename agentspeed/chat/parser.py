@@ -20,7 +20,7 @@ from agentspeed.chat.pieces import TextPiece as TextPiece
 from agentspeed.chat.pieces import mark_started
 from agentspeed.chat.tags import DEFAULT_TAGS, Tags
 from agentspeed.errors import InvalidRequest
-from agentspeed.tools.keywords import Schema
+from agentspeed.tools.schema import Schema
 
 _Mode: TypeAlias = Literal["text", "reasoning", "call"]
 _SPACE: Final = " \t\r\n"

@@ -1,7 +1,6 @@
 """Typed functions as tools: what a model is told about them, and how its calls are checked and run."""
 
 from agentspeed.tools.approval import Approval, Approve
-from agentspeed.tools.bounds import DEFAULT_BOUNDS, Bounds, bounded
 from agentspeed.tools.context import ToolContext, ToolSession
 from agentspeed.tools.execution import (
     CANCELLED,
@@ -11,6 +10,7 @@ from agentspeed.tools.execution import (
     content_of,
     execute,
 )
+from agentspeed.tools.schema import DEFAULT_BOUNDS, Bounds
 from agentspeed.tools.tool import NeedsApproval, OnError, Tool, declared_tool, tool, tools_from
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "ToolContext",
     "ToolResult",
     "ToolSession",
-    "bounded",
     "check_arguments",
     "content_of",
     "declared_tool",

@@ -21,9 +21,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import SchemaError
 
 from agentspeed.errors import SchemaUnsupported
-from agentspeed.tools.bounds import Json, Schema
 from agentspeed.tools.context import ToolContext
 from agentspeed.tools.grammars import check_expressible
+from agentspeed.tools.schema import Json, Schema
 
 _DOCSTRING_STYLES: Final = ("google", "numpy", "sphinx")
 _VARIADIC: Final = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -220,7 +220,7 @@ def _describe(called: str, fields: dict[str, Any], *, parameter: str) -> tuple[t
         schema = strip_titles(model.model_json_schema())
         if not isinstance(schema, dict):
             raise TypeError(f"tool {called}(): its parameters are not an object.")
-        check_expressible(schema)
+        _ = check_expressible(schema, sets=True)
     except (PydanticSchemaGenerationError, PydanticInvalidForJsonSchema) as error:
         raise TypeError(
             f"tool {called}(): parameter {parameter!r} has a type that JSON cannot carry; use str, int, float, bool, "

@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, create_model
 
 from agentspeed._base.validate import is_number, shown
 from agentspeed.errors import SchemaUnsupported
-from agentspeed.tools.bounds import Json, Schema, bounded
 from agentspeed.tools.grammars import check_expressible
+from agentspeed.tools.schema import Json, Schema
 from agentspeed.tools.signature import read_signature
 
 OnError = Literal["return", "raise"]
@@ -121,7 +121,7 @@ def declared_tool(definition: Mapping[str, Any], fn: Callable[..., object]) -> T
     """A tool that comes as `{"name", "description", "parameters"}` instead of a typed function: from a server, a
     catalogue, another framework. The grammar keeps arguments to the schema; `fn` is given them by name.
 
-    Raises TypeError when the definition is not whole, or its schema cannot be bounded."""
+    Raises TypeError when the definition is not whole, or no grammar can hold its schema."""
     if not isinstance(definition, Mapping):
         raise TypeError(f"tool definition {definition!r}: it must be a dict with a 'name' and 'parameters'.")
     name, schema = definition.get("name"), definition.get("parameters", {"type": "object", "properties": {}})
@@ -130,11 +130,10 @@ def declared_tool(definition: Mapping[str, Any], fn: Callable[..., object]) -> T
     if not callable(fn):
         raise TypeError(f"tool {name}: fn is {fn!r}; it must be a function that takes the arguments by name.")
     try:
-        closed = bounded(schema)
-        check_expressible(schema)
+        compiled = check_expressible(schema)
     except SchemaUnsupported as error:
         raise TypeError(f"tool {name}: {error}") from error
-    if not _is_object(closed, closed.get("$defs")):
+    if compiled.kinds != {"object"}:
         raise TypeError(f"tool {name}: its parameters are not an object; write them as properties of one.")
     return Tool(
         name=name,
@@ -166,14 +165,3 @@ def tools_from(given: Iterable[Tool | Callable[..., object]]) -> tuple[Tool, ...
 def _check_function(given: object, argument: str) -> None:
     if inspect.isclass(given) or not callable(given):
         raise TypeError(f"{argument}: {given!r} is not a function; pass functions with type hints, or Tool objects.")
-
-
-def _is_object(closed: Json, definitions: Json) -> bool:
-    if not isinstance(closed, dict):
-        return False
-    ref, options = closed.get("$ref"), closed.get("anyOf")
-    if isinstance(ref, str) and isinstance(definitions, dict):
-        return _is_object(definitions.get(ref.rsplit("/", 1)[-1]), definitions)
-    if isinstance(options, list):
-        return all(_is_object(option, definitions) for option in options)
-    return closed.get("type") == "object"

@@ -80,7 +80,7 @@ def test_auto_allows_text_calls_and_text_before_calls(text: str) -> None:
         ADD.replace("1", '"1"'),
         ADD.replace(",", ", "),
         '<tool_call>{"name":"add","arguments":{"a":1}}</tool_call>',
-        '<tool_call>{"name":"add","arguments":{"a":1,"b":1234567890123456}}</tool_call>',
+        '<tool_call>{"name":"add","arguments":{"a":1,"b":12345678901234567890}}</tool_call>',
         "<tool_call>",
     ],
 )
@@ -181,7 +181,7 @@ def test_a_regex_that_no_grammar_can_express_is_refused_before_the_turn(given: R
         _ = turn_grammar(output=given)
 
 
-@pytest.mark.parametrize("given", [3, "yes", ["a"], object])
+@pytest.mark.parametrize("given", [3, "yes", ["a"]])
 def test_a_value_is_not_a_shape(given: object) -> None:
     with pytest.raises(SchemaUnsupported):
         _ = output_spec(given)
@@ -277,4 +277,5 @@ def test_a_grammar_is_checked_by_its_library_once_however_many_turns_use_it() ->
     for _ in range(5):
         assert turn_grammar(output=Schema.json({"type": "object", "properties": {"seen_once": {"type": "integer"}}}))
     after = check_grammar.cache_info()
-    assert (after.misses, after.hits) == (before.misses, before.hits + 5)
+    assert after.misses == before.misses
+    assert after.hits >= before.hits + 5

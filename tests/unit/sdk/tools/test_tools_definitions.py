@@ -169,13 +169,13 @@ async def test_a_partial_of_an_async_function_is_awaited() -> None:
 
 def wrong_pattern(x: Annotated[str, Field(pattern="(?=a)b")]) -> None: ...
 def wrong_limit(x: Annotated[int, Field(ge="a")]) -> None: ...  # type: ignore[arg-type]
-def unknown_format(x: Annotated[str, Field(json_schema_extra={"format": "credit-card"})]) -> None: ...
-def unknown_keyword(x: Annotated[list[int], Field(json_schema_extra={"contains": {"const": 3}})]) -> None: ...
+def crossed_contents(
+    x: Annotated[list[int], Field(json_schema_extra={"contains": {"const": "a"}})],
+) -> None: ...
 def crossed(x: Annotated[int, Field(ge=5, le=3)]) -> None: ...
-def no_set(x: set[int]) -> None: ...
 
 
-@pytest.mark.parametrize("function", [wrong_pattern, wrong_limit, unknown_format, unknown_keyword, crossed, no_set])
+@pytest.mark.parametrize("function", [wrong_pattern, wrong_limit, crossed_contents, crossed])
 def test_what_no_turn_could_be_held_to_is_refused_at_definition_by_tool_and_parameter(function: Any) -> None:
     with pytest.raises(TypeError, match=rf"tool {function.__name__}\(\): parameter 'x'"):
         _ = tool(function)
@@ -210,7 +210,7 @@ def find(query: str) -> str:
                 },
                 find,
             ),
-            "tool x: .*regex",
+            "tool x: .*look-ahead",
         ),
         (lambda: tool("find"), "tool: 'find' is not a function"),  # type: ignore[call-overload]
         (lambda: tool(Shop), "is not a function"),

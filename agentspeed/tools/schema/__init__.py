@@ -1,0 +1,17 @@
+"""From a JSON schema to a grammar whose every text is an instance of it: read, taken apart, planned, written."""
+
+from agentspeed.tools.schema.bounds import DEFAULT_BOUNDS, Bounds
+from agentspeed.tools.schema.compiling import Compiled, Entry, Wording, compile_entries, compile_schema
+from agentspeed.tools.schema.values import Json, Schema
+
+__all__ = [
+    "DEFAULT_BOUNDS",
+    "Bounds",
+    "Compiled",
+    "Entry",
+    "Json",
+    "Schema",
+    "Wording",
+    "compile_entries",
+    "compile_schema",
+]

@@ -1,0 +1,251 @@
+"""A JSON schema as rules of a grammar: read, planned and written, recursion to a bounded depth.
+
+An object can also be compiled entry by entry, for a format of calls that writes arguments one by one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Final
+
+from agentspeed.errors import SchemaUnsupported
+from agentspeed.tools.schema.atoms import Term, Text, Values
+from agentspeed.tools.schema.bounds import DEFAULT_BOUNDS, Bounds
+from agentspeed.tools.schema.plans import ObjectPlan, Plan, Planner, parts_of
+from agentspeed.tools.schema.references import Document
+from agentspeed.tools.schema.rules import Rules
+from agentspeed.tools.schema.terms import MAX_TERMS, Terms
+from agentspeed.tools.schema.values import Json
+
+_MAX_RULES: Final = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """The rules of one value of a schema; `start` is the one to begin with."""
+
+    start: str
+    rules: tuple[tuple[str, str], ...]
+    kinds: frozenset[str]
+    """The kinds of values that there are: "object", "string" and so on."""
+    unchecked: tuple[str, ...] = ()
+    """What the grammar does not hold and a check of the whole text must, where that was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wording:
+    """Texts of `least` to `most` characters; where `only` is set, one of those instead."""
+
+    least: int
+    most: int
+    only: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One entry of an object, with the rules of its value as JSON."""
+
+    name: str
+    required: bool
+    value: Compiled
+    texts: Wording | None
+    """What texts there are, where every value is a text and nothing is said but its length or which it may be."""
+
+
+def compile_schema(
+    schema: Mapping[str, Json],
+    bounds: Bounds = DEFAULT_BOUNDS,
+    *,
+    prefix: str = "json",
+    lenient: bool = False,
+    sets: bool = False,
+    spaced: bool = False,
+) -> Compiled:
+    """Whatever text the rules let be written is JSON, compact, of a bounded length, and an instance of the schema.
+
+    `prefix` begins the rules' names. `lenient` leaves to a later check what no grammar can hold; `sets` leaves out
+    `uniqueItems` where it cannot be held, for a reader that drops duplicates; `spaced` puts one space after each comma
+    and colon. Raises `SchemaUnsupported` with the place and the reason."""
+    return _compiled(_source(schema, bounds), bounds, prefix, lenient, sets, spaced)
+
+
+def compile_entries(
+    schema: Mapping[str, Json],
+    bounds: Bounds = DEFAULT_BOUNDS,
+    *,
+    prefix: str = "json",
+    sets: bool = False,
+    spaced: bool = False,
+) -> tuple[tuple[Entry, ...], ...]:
+    """The entries of an object in the order of their properties; one list for each way the object may be.
+
+    Entries that no property names are left out. Raises `SchemaUnsupported` where entries alone do not make an instance
+    of the schema: other values than objects, a count of entries, entries that need one another."""
+    return _entries(_source(schema, bounds), bounds, prefix, sets, spaced)
+
+
+def _source(schema: Mapping[str, Json], bounds: Bounds) -> str:
+    if not isinstance(bounds, Bounds):
+        raise SchemaUnsupported(f"bounds is {bounds!r}; it must be a Bounds.", remedy="Write Bounds(string_chars=40).")
+    if not isinstance(schema, Mapping):
+        raise SchemaUnsupported(
+            f"The schema is {str(schema)[:200]}, which is not a JSON schema.",
+            remedy='Pass a dict such as {"type": "integer"}.',
+        )
+    return json.dumps(Document(dict(schema)).root)
+
+
+@lru_cache(maxsize=256)
+def _compiled(source: str, bounds: Bounds, prefix: str, lenient: bool, sets: bool, spaced: bool) -> Compiled:
+    terms = Terms(Document(json.loads(source)), lenient=lenient)
+    compiler = _Compiler(terms, Planner(terms, bounds, sets=sets, spaced=spaced), bounds, Rules(prefix, spaced=spaced))
+    compiled = compiler.compile(terms.root())
+    if compiled is None:
+        raise compiler.impossible()
+    return compiled
+
+
+@lru_cache(maxsize=256)
+def _entries(source: str, bounds: Bounds, prefix: str, sets: bool, spaced: bool) -> tuple[tuple[Entry, ...], ...]:
+    terms = Terms(Document(json.loads(source)))
+    compiler = _Compiler(terms, Planner(terms, bounds, sets=sets, spaced=spaced), bounds, Rules(prefix, spaced=spaced))
+    found = [compiler.entries(plan) for plan in compiler.objects()]
+    ways = tuple(way for way in found if way is not None)
+    if not ways:
+        raise compiler.impossible()
+    return ways
+
+
+class _Compiler:
+    def __init__(self, terms: Terms, planner: Planner, bounds: Bounds, rules: Rules) -> None:
+        self._terms = terms
+        self._planner = planner
+        self._bounds = bounds
+        self._rules = rules
+        self._plans: dict[Term, list[Plan]] = {}
+        self._written: dict[Term, str | None] = {}
+
+    def objects(self) -> list[ObjectPlan]:
+        """The ways in which the root is an object whose entries can be written one by one."""
+        plans = self._plans_of(self._terms.root())
+        found = [plan for plan in plans if isinstance(plan, ObjectPlan)]
+        if len(found) < len(plans):
+            raise _not_by_entries("allows other values than objects")
+        for plan in found:
+            needed = sum(field.required for field in plan.fields)
+            if plan.needs or plan.most is not None or plan.least > needed:
+                raise _not_by_entries("counts its entries, or some of them need others")
+            if plan.extras and not plan.fields:
+                raise _not_by_entries("names no entries")
+        return found
+
+    def entries(self, plan: ObjectPlan) -> tuple[Entry, ...] | None:
+        """None where a required entry has no value."""
+        found: list[Entry] = []
+        for field in plan.fields:
+            value = self.compile(field.term)
+            if value is not None:
+                found.append(Entry(field.name, field.required, value, self._wording(field.term)))
+            elif field.required:
+                return None
+        return tuple(found)
+
+    def _wording(self, term: Term) -> Wording | None:
+        shape = self._planner.shape(term)
+        atoms = shape.get("string", ())
+        if shape.keys() != {"string"} or len(atoms) != 1 or not isinstance(atoms[0], Text):
+            return None
+        atom = atoms[0]
+        if atom.values.only is not None:
+            bare = replace(atom, values=Values(None, atom.values.never))
+            kept = [str(value) for value in atom.values.only if self._terms.holding.atom(bare, value)]
+            return Wording(0, max(map(len, kept), default=0), tuple(kept)) if kept else None
+        if atom.patterns or atom.not_patterns or atom.formats or atom.values.never:
+            return None
+        return Wording(atom.least, max(self._bounds.string_chars, atom.least) if atom.most is None else atom.most)
+
+    def impossible(self) -> SchemaUnsupported:
+        """The reason why nothing could be compiled."""
+        within = f" within {self._bounds.nesting} levels" if any(self._plans.values()) else ""
+        why = f": {self._terms.notes[0]}" if self._terms.notes else ""
+        return SchemaUnsupported(
+            f"No value is allowed by the schema{within}{why}.", remedy="Correct what stands side by side in it."
+        )
+
+    def compile(self, root: Term) -> Compiled | None:
+        """None where there is no value."""
+        written = self._written
+        for group in self._groups(root):
+            if group[0] in written:
+                continue
+            if len(group) == 1 and group[0] not in self._inside(group[0]):
+                written[group[0]] = self._write(group[0], written)
+                continue
+            # The parts of a recursive group: each level is written over the one below it.
+            below: dict[Term, str | None] = dict.fromkeys(group, None)
+            for _ in range(self._bounds.nesting):
+                below = {term: self._write(term, {**written, **below}) for term in group}
+                if len(self._rules.bodies) > _MAX_RULES:
+                    raise SchemaUnsupported(
+                        "The schema comes to more rules than a grammar can hold.",
+                        remedy="Say less of it, or lower Bounds(nesting=...).",
+                    )
+            written.update(below)
+        start = written[root]
+        if start is None:
+            return None
+        kinds = frozenset(kind for kind, atoms in self._planner.shape(root).items() if atoms)
+        return Compiled(start, tuple(self._rules.reached(start)), kinds, tuple(dict.fromkeys(self._terms.dropped)))
+
+    def _write(self, term: Term, inside: dict[Term, str | None]) -> str | None:
+        found = [self._rules.plan(plan, inside.__getitem__) for plan in self._plans_of(term)]
+        return self._rules.either(name for name in found if name is not None)
+
+    def _plans_of(self, term: Term) -> list[Plan]:
+        if term not in self._plans:
+            if len(self._plans) >= MAX_TERMS:
+                raise SchemaUnsupported("The schema has too many parts.", remedy="Say less of it.")
+            self._plans[term] = self._planner.plans(term)
+        return self._plans[term]
+
+    def _inside(self, term: Term) -> list[Term]:
+        return list(dict.fromkeys(part for plan in self._plans_of(term) for part in parts_of(plan)))
+
+    def _groups(self, root: Term) -> list[list[Term]]:
+        """The strongly connected parts of what stands in what, those inside first (Tarjan, without recursion)."""
+        index: dict[Term, int] = {root: 0}
+        low: dict[Term, int] = {root: 0}
+        stack, on_stack = [root], {root}
+        groups: list[list[Term]] = []
+        waiting = [(root, iter(self._inside(root)))]
+        while waiting:
+            term, parts = waiting[-1]
+            for part in parts:
+                if part not in index:
+                    index[part] = low[part] = len(index)
+                    stack.append(part)
+                    on_stack.add(part)
+                    waiting.append((part, iter(self._inside(part))))
+                    break
+                if part in on_stack:
+                    low[term] = min(low[term], index[part])
+            else:
+                _ = waiting.pop()
+                if waiting:
+                    low[waiting[-1][0]] = min(low[waiting[-1][0]], low[term])
+                if low[term] == index[term]:
+                    group: list[Term] = []
+                    while not group or group[-1] != term:
+                        group.append(stack.pop())
+                        on_stack.discard(group[-1])
+                    groups.append(group)
+        return groups
+
+
+def _not_by_entries(what: str) -> SchemaUnsupported:
+    return SchemaUnsupported(
+        f"The schema {what}, and entries are to be written one by one.", remedy="Name one property for each value."
+    )
