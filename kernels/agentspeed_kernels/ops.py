@@ -8,9 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import Any, Protocol, final
 
+from torch import Tensor
+
+from agentspeed_kernels.packing import Weight
+from agentspeed_kernels.routing import RouteRule
 from agentspeed_kernels.signature import Cost
+from agentspeed_kernels.workspace import Workspace
 
 Dims = Mapping[str, int]
 
@@ -83,8 +88,135 @@ def _experts(d: Dims, item: int) -> Cost:
     return Cost(bytes=item * (weights + 2 * d["T"] * d["D"]), flops=6 * visits * d["I"] * d["D"])
 
 
-WEIGHT_OPS = frozenset({"linear", "heads_linear", "experts", "mla_extend"})
+WEIGHT_OPS = frozenset({"linear", "heads_linear", "experts", "mla_extend", "add_norm_linear"})
 """Ops whose weights may be packed. A model's weights have one layout, so these kernels are chosen together."""
+
+
+def _add_norm_linear(d: Dims, item: int) -> Cost:
+    return Cost(
+        bytes=item * (d["N"] * d["K"] + d["T"] * (3 * d["K"] + d["N"]) + d["K"]), flops=2 * d["T"] * d["N"] * d["K"]
+    )
+
+
+def _pages(d: Dims, item: int) -> Cost:
+    """`pages` pages of every layer are read and written."""
+    return Cost(bytes=2 * item * d["layers"] * d["pages"] * d["page_tokens"] * (d["R"] + d["rope"]), flops=0)
+
+
+class Linear(Protocol):
+    def __call__(self, x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor) -> None: ...
+
+
+class HeadsLinear(Protocol):
+    def __call__(self, x: Tensor, weight: Weight, out: Tensor) -> None: ...
+
+
+class RmsNorm(Protocol):
+    def __call__(self, x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None: ...
+
+
+class AddRmsNorm(Protocol):
+    def __call__(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor) -> None: ...
+
+
+class AddNormLinear(Protocol):
+    def __call__(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        gain: Tensor,
+        eps: float,
+        weight: Weight,
+        bias: Tensor | None,
+        out: Tensor,
+        total: Tensor,
+    ) -> None: ...
+
+
+class TurnRope(Protocol):
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor) -> None: ...
+
+
+class LatentAppend(Protocol):
+    def __call__(
+        self, raw: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, slots: Tensor, pool: Tensor
+    ) -> None: ...
+
+
+class MlaRows(Protocol):
+    """`plan` is what the attention backend of the same device prepared; callers only hand it on."""
+
+    def __call__(self, q: Tensor, pool: Tensor, plan: Any, scale: float, workspace: Workspace, out: Tensor) -> None: ...
+
+
+class MlaExtend(Protocol):
+    """`plan` as in `MlaRows`; writes the rows of the plan at least, what it does to others is open."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        pool: Tensor,
+        key_up: Weight,
+        value_up: Weight,
+        plan: Any,
+        scale: float,
+        workspace: Workspace,
+        out: Tensor,
+    ) -> None: ...
+
+
+class KvAppend(Protocol):
+    def __call__(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        slots: Tensor,
+        key_pool: Tensor,
+        value_pool: Tensor,
+    ) -> None: ...
+
+
+class GqaRows(Protocol):
+    """`plan` as in `MlaRows`; of `gqa_extend` too. Rows without a part in the plan keep what they had."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        key_pool: Tensor,
+        value_pool: Tensor,
+        plan: Any,
+        scale: float,
+        workspace: Workspace,
+        out: Tensor,
+    ) -> None: ...
+
+
+class Route(Protocol):
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, rule: RouteRule) -> tuple[Tensor, Tensor]: ...
+
+
+class Experts(Protocol):
+    def __call__(
+        self,
+        x: Tensor,
+        gate_up: Weight,
+        down: Weight,
+        ids: Tensor,
+        weights: Tensor,
+        workspace: Workspace,
+        out: Tensor,
+    ) -> None: ...
+
+
+class CopyRows(Protocol):
+    def __call__(self, pool: Tensor, moves: Tensor) -> None: ...
+
+
+class MovePages(Protocol):
+    def __call__(self, pool: Tensor, pages: Tensor, packed: Tensor) -> None: ...
+
 
 OPS: dict[str, Op] = {
     op.name: op
@@ -107,12 +239,12 @@ OPS: dict[str, Op] = {
         ),
         Op(
             name="mla_rows",
-            call="q[T,H,R+rope], pool[pages,page_tokens,R+rope], tiles, scale, workspace, out[T,H,R]",
+            call="q[T,H,R+rope], pool[pages,page_tokens,R+rope], plan, scale, workspace, out[T,H,R]",
             cost=_mla_rows,
         ),
         Op(
             name="mla_extend",
-            call="q[T,H,nope+rope], pool, key_up[H,R,nope], value_up[H,value,R], tiles, scale, workspace, out",
+            call="q[T,H,nope+rope], pool, key_up[H,R,nope], value_up[H,value,R], plan, scale, workspace, out",
             cost=_mla_extend,
         ),
         Op(
@@ -134,5 +266,17 @@ OPS: dict[str, Op] = {
             call="x[T,D], gate_up[E,2I,D] (in tiles [E,2,I,D]), down[E,D,I], ids[T,top], weights, workspace, out[T,D]",
             cost=_experts,
         ),
+        Op(
+            name="add_norm_linear",
+            call="x[T,K], residual[T,K], gain[K], eps, weight[N,K], bias[N]|None, out[T,N], total[T,K] (x + residual)",
+            cost=_add_norm_linear,
+        ),
+        Op(
+            name="copy_rows",
+            call="pool[layers,pages,page_tokens,R+rope] (written), moves[n,3] (from, to, rows)",
+            cost=_pages,
+        ),
+        Op(name="gather_pages", call="pool, pages[n], packed[layers,n,page_tokens,R+rope] (written)", cost=_pages),
+        Op(name="scatter_pages", call="pool (written), pages[n], packed[layers,n,page_tokens,R+rope]", cost=_pages),
     )
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import platform as host
 from dataclasses import dataclass, field
 from typing import final
@@ -14,15 +15,34 @@ from agentspeed_kernels.signature import Device
 class Platform:
     device: Device
     arch: str
+    """Of a CPU what `uname -m` says; of a GPU `sm_90` and the like."""
     features: frozenset[str]
     absent: dict[str, str] = field(default_factory=dict)
     """Why a feature that could be here is not: worth a warning, since something can be done about it."""
     lacks: dict[str, str] = field(default_factory=dict)
     """Why a feature cannot be here: what the processor does not have."""
+    """Why a feature that could be here is not."""
+    processors: int = 0
+    """Multiprocessors of a GPU."""
+    memory_bytes: int = 0
+    """Of a GPU."""
+    model: str = ""
+    """Of a GPU, as its driver names it."""
 
 
-def detect() -> Platform:
-    """The CPU of this process. Builds the native kernels if a compiler is found; that takes seconds once a machine."""
+def detect(device: Device = "cpu", index: int = 0) -> Platform:
+    """The CPU of this process, or the `index`-th GPU.
+
+    For the CPU it builds the native kernels if a compiler is found; that takes seconds once a machine. Raises
+    `NoDevice` where no such GPU can be used."""
+    return _cuda(index) if device == "cuda" else _cpu()
+
+
+class NoDevice(LookupError):
+    """The device that was asked for cannot be used; the message says why."""
+
+
+def _cpu() -> Platform:
     from agentspeed_kernels.cpu import native
 
     library = native.library()
@@ -40,4 +60,31 @@ def detect() -> Platform:
         features=frozenset({native.FEATURE, *(form.feature for form in library.forms)}),
         absent=library.refused,
         lacks=library.lacks,
+    )
+
+
+def _cuda(index: int) -> Platform:
+    import torch
+
+    if not torch.cuda.is_available():
+        built = "" if torch.version.cuda else " This torch is built without CUDA: install one that has it."
+        raise NoDevice(f"No CUDA device can be used: torch.cuda.is_available() is false.{built}")
+    if index >= torch.cuda.device_count():
+        raise NoDevice(f"There is no CUDA device {index}: {torch.cuda.device_count()} are present.")
+    properties = torch.cuda.get_device_properties(index)
+    features, absent = {"cuda"}, {}
+    if importlib.util.find_spec("triton") is not None:
+        features.add("triton")
+    else:
+        absent["triton"] = "the package triton is not installed (pip install 'agentspeed[gpu]')"
+    if properties.major == 9:
+        features.add("hopper")
+    return Platform(
+        device="cuda",
+        arch=f"sm_{properties.major}{properties.minor}",
+        features=frozenset(features),
+        absent=absent,
+        processors=properties.multi_processor_count,
+        memory_bytes=properties.total_memory,
+        model=properties.name,
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from importlib.metadata import entry_points
 from typing import final
 
@@ -10,6 +12,7 @@ from agentspeed_kernels.ops import OPS
 from agentspeed_kernels.signature import KernelSpec
 
 ENTRY_POINTS = "agentspeed.kernels"
+log = logging.getLogger("agentspeed.kernels")
 
 
 class RegistryError(ValueError):
@@ -52,11 +55,33 @@ def _same_rank(left: KernelSpec, right: KernelSpec) -> bool:
 
 
 def standard() -> Registry:
-    """The project's kernels plus those of installed packages (entry points: a callable returning specs)."""
-    from agentspeed_kernels.cpu import amx_kernels, native_kernels, torch_kernels
+    """The project's kernels plus those of installed packages (entry points: a callable returning specs).
 
-    registry = Registry((*torch_kernels.SPECS, *native_kernels.SPECS, *amx_kernels.SPECS))
+    A package that fails to load, or whose kernel cannot be registered, is left out with a warning that names it: it
+    must not take the engine with it. `select.Kernels` checks what its kernels compute when one is first chosen."""
+    from agentspeed_kernels.cpu import amx_kernels, native_kernels, torch_fused, torch_kernels
+    from agentspeed_kernels.triton import portable, specs
+
+    registry = Registry(
+        (
+            *torch_kernels.SPECS,
+            *torch_fused.SPECS,
+            *native_kernels.SPECS,
+            *amx_kernels.SPECS,
+            *portable.SPECS,
+            *specs.SPECS,
+        )
+    )
     for point in entry_points(group=ENTRY_POINTS):
-        for spec in point.load()():
-            registry.add(spec)
+        name = str(getattr(point, "name", point))
+        try:
+            offered = [replace(spec, origin=name) for spec in point.load()()]
+        except Exception as error:  # noqa: BLE001 - foreign code may raise anything; the warning below names it
+            log.warning("kernels of %s are left out: loading them failed: %s: %s", name, type(error).__name__, error)
+            continue
+        for spec in offered:
+            try:
+                registry.add(spec)
+            except RegistryError as error:
+                log.warning("a kernel of %s is left out: %s", name, error)
     return registry

@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, final
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, TypeVar, final, overload
 
 from torch import Tensor
 
 from agentspeed_kernels.cpu.native_kernels import moves
-from agentspeed_kernels.ops import WEIGHT_OPS
+from agentspeed_kernels.ops import (
+    OPS,
+    WEIGHT_OPS,
+    AddNormLinear,
+    AddRmsNorm,
+    CopyRows,
+    Experts,
+    GqaRows,
+    HeadsLinear,
+    KvAppend,
+    LatentAppend,
+    Linear,
+    MlaExtend,
+    MlaRows,
+    MovePages,
+    RmsNorm,
+    Route,
+    TurnRope,
+)
 from agentspeed_kernels.packing import Weight, pack
 from agentspeed_kernels.platform import Platform
 from agentspeed_kernels.registry import Registry
-from agentspeed_kernels.signature import Dtype, KernelSpec, Layout, Need
+from agentspeed_kernels.signature import OWN, Dtype, KernelSpec, Layout, Need
 
 log = logging.getLogger("agentspeed.kernels")
 
@@ -34,24 +53,87 @@ class Choice:
         return f"{self.kernel.op}: {self.kernel.name}" + (f" ({others})" if others else "")
 
 
-def select(need: Need, candidates: tuple[KernelSpec, ...], platform: Platform) -> Choice:
-    """The fitting candidate of highest priority."""
-    rejected = [(spec, why) for spec in candidates if (why := _misfit(spec, need, platform)) is not None]
-    unfit = {spec.name for spec, _ in rejected}
-    fitting = sorted((spec for spec in candidates if spec.name not in unfit), key=lambda spec: -spec.priority)
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preferences:
+    """What a user asked of the choice: kernels to use, kernels never to use."""
+
+    forced: Mapping[str, str] = field(default_factory=dict)
+    """Op -> name of its kernel, wherever that fits."""
+    excluded: frozenset[str] = frozenset()
+    """Names, or `op/name`."""
+
+    @staticmethod
+    def parse(text: str) -> Preferences:
+        """`mla_rows=torch,-native,-linear/triton`: commas between; `op=name` forces, `-name` and `-op/name` exclude.
+
+        Raises `ValueError` for anything else."""
+        forced: dict[str, str] = {}
+        excluded: set[str] = set()
+        for part in (piece.strip() for piece in text.split(",")):
+            op, equals, name = part.partition("=")
+            if part.startswith("-") and len(part) > 1:
+                excluded.add(part[1:])
+            elif equals and op in OPS and name:
+                forced[op] = name
+            elif part:
+                raise ValueError(
+                    f"{part!r} names no choice of kernels. Write op=name to force one and -name or -op/name to exclude "
+                    f"one; ops are {', '.join(sorted(OPS))}."
+                )
+        return Preferences(forced=forced, excluded=frozenset(excluded))
+
+    @staticmethod
+    def from_environment() -> Preferences:
+        """What the variable `SWITCH` asks for; nothing when it is not set."""
+        return Preferences.parse(os.environ.get(SWITCH, ""))
+
+    def objection(self, spec: KernelSpec) -> str | None:
+        if spec.name in self.excluded or f"{spec.op}/{spec.name}" in self.excluded:
+            return "excluded by option"
+        return None
+
+
+SWITCH = "AGENTSPEED_KERNELS"
+"""The option `Preferences.parse` reads, as an environment variable of the engine's process."""
+
+
+def select(
+    need: Need, candidates: tuple[KernelSpec, ...], platform: Platform, preferences: Preferences | None = None
+) -> Choice:
+    """The fitting candidate of highest priority, or the fitting one that is forced."""
+    preferences = preferences or Preferences()
+    reasons_of = [
+        (spec, why)
+        for spec in candidates
+        if (why := preferences.objection(spec) or misfit(spec, need, platform)) is not None
+    ]
+    unfit = {id(spec) for spec, _ in reasons_of}
+    fitting = sorted((spec for spec in candidates if id(spec) not in unfit), key=lambda spec: -spec.priority)
     if not fitting:
-        reasons = "; ".join(f"{spec.name}: {why}" for spec, why in rejected) or "none is registered"
+        reasons = "; ".join(f"{spec.name}: {why}" for spec, why in reasons_of) or "none is registered"
         raise NoKernel(f"no kernel for {need.op} in {need.dtype} with {need.rows} rows on {platform.device}: {reasons}")
-    best = fitting[0]
-    rejected += [(spec, f"priority {spec.priority} is below {best.priority}") for spec in fitting[1:]]
-    return Choice(kernel=best, rejected=tuple(rejected))
+    wanted = preferences.forced.get(need.op)
+    best = next((spec for spec in fitting if spec.name == wanted), fitting[0])
+    forced = best.name == wanted
+    others = [spec for spec in fitting if spec is not best]
+    reasons_of += [
+        (spec, f"{best.name} is forced" if forced else f"priority {spec.priority} is below {best.priority}")
+        for spec in others
+    ]
+    return Choice(kernel=best, rejected=tuple(reasons_of))
 
 
-def _misfit(spec: KernelSpec, need: Need, platform: Platform) -> str | None:
+def misfit(spec: KernelSpec, need: Need, platform: Platform) -> str | None:
+    """Why a kernel cannot serve a need there; None when it can."""
     if spec.device != platform.device:
         return f"runs on {spec.device}"
     if need.dtype not in spec.dtypes:
         return f"formats are {', '.join(sorted(spec.dtypes))}"
+    for role, asked, taken in (("weights", need.weights, spec.weights), ("cache", need.cache, spec.cache)):
+        asked = asked or need.dtype
+        if asked not in (taken if taken is not None else {need.dtype}):
+            return f"{role} in {asked} are not taken"
     for feature in sorted(spec.features - platform.features):
         why = platform.absent.get(feature) or platform.lacks.get(feature, "absent")
         return f"needs {feature}: {why}"
@@ -59,48 +141,108 @@ def _misfit(spec: KernelSpec, need: Need, platform: Platform) -> str | None:
         return f"up to {spec.most_rows} rows"
     if need.layout is not None and spec.layout != need.layout:
         return f"takes weights in {spec.layout}, not {need.layout}"
-    return None
+    objections = (limit.objection(axis, need.sizes[axis]) for axis, limit in spec.sizes.items() if axis in need.sizes)
+    return next((why for why in objections if why is not None), None)
+
+
+C = TypeVar("C", bound=Callable[..., Any])
 
 
 @final
-class Ladder:
+class Ladder(Generic[C]):
     """The choices of one op over the number of rows, made once; a step only compares integers."""
 
     __slots__ = ("_bands", "_last")
 
     def __init__(self, bands: tuple[tuple[int, Choice], ...], last: Choice) -> None:
-        self._bands = tuple((most, choice.kernel.call, choice.kernel) for most, choice in bands)
-        self._last = (last.kernel.call, last.kernel)
+        self._bands = bands
+        self._last = last
 
-    def at(self, rows: int) -> Callable[..., Any]:
-        for most, call, _ in self._bands:
+    def at(self, rows: int) -> C:
+        call: C = self.choice(rows).kernel.call  # type: ignore[assignment]
+        return call
+
+    def choice(self, rows: int) -> Choice:
+        """What runs for so many rows, and why."""
+        for most, choice in self._bands:
             if rows <= most:
-                return call
-        return self._last[0]
+                return choice
+        return self._last
 
-    def kernel(self, rows: int) -> KernelSpec:
-        return next((kernel for most, _, kernel in self._bands if rows <= most), self._last[1])
+    def explain(self) -> tuple[str, ...]:
+        """One line a band of rows."""
+        lines = [f"up to {most} rows: {choice.explain()}" for most, choice in self._bands]
+        return (*lines, f"{'above' if lines else 'any rows'}: {self._last.explain()}")
 
 
 UNBOUNDED = 1 << 62
+Check = Callable[[KernelSpec], str | None]
+"""Says what is wrong with a kernel from outside, or None; `conformance.objection` is one."""
 
 
 @final
 class Kernels:
-    """All ops for one dtype on one platform."""
+    """All ops for one format on one platform.
+
+    A kernel from outside is checked when it would be chosen for the first time; one that fails, or raises, is left out
+    with a warning that names it, and the next best is taken."""
 
     __slots__ = ("_ladders", "_moves", "dtype", "layout")
 
-    def __init__(self, registry: Registry, platform: Platform, dtype: Dtype, ops: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        platform: Platform,
+        dtype: Dtype,
+        ops: tuple[str, ...],
+        *,
+        sizes: Mapping[str, int] | None = None,
+        preferences: Preferences | None = None,
+        check: Check | None = None,
+    ) -> None:
+        """`sizes`: what is known of the model's axes and its page size, for kernels that do not take any."""
         self.dtype: Dtype = dtype
-        self.layout: Layout = _layout(registry, platform, dtype)
+        chooser = _Chooser(registry, platform, dtype, dict(sizes or {}), preferences or Preferences(), check)
+        self.layout: Layout = chooser.layout
         """Of all weights: that of the best kernel for single rows, where weights are what a step waits for."""
-        self._ladders = {op: _ladder(registry.candidates(op), platform, dtype, op, self.layout) for op in ops}
+        self._ladders: dict[str, Ladder[Any]] = {op: chooser.ladder(op) for op in ops}
         self._moves = moves(platform.features, dtype)
         for feature, why in platform.absent.items():
             log.warning("slower kernels run because %s is absent: %s", feature, why)
 
-    def __getitem__(self, op: str) -> Ladder:
+    @overload
+    def __getitem__(self, op: Literal["linear"]) -> Ladder[Linear]: ...
+    @overload
+    def __getitem__(self, op: Literal["heads_linear"]) -> Ladder[HeadsLinear]: ...
+    @overload
+    def __getitem__(self, op: Literal["rms_norm"]) -> Ladder[RmsNorm]: ...
+    @overload
+    def __getitem__(self, op: Literal["add_rms_norm"]) -> Ladder[AddRmsNorm]: ...
+    @overload
+    def __getitem__(self, op: Literal["add_norm_linear"]) -> Ladder[AddNormLinear]: ...
+    @overload
+    def __getitem__(self, op: Literal["rope"]) -> Ladder[TurnRope]: ...
+    @overload
+    def __getitem__(self, op: Literal["latent_append"]) -> Ladder[LatentAppend]: ...
+    @overload
+    def __getitem__(self, op: Literal["mla_rows"]) -> Ladder[MlaRows]: ...
+    @overload
+    def __getitem__(self, op: Literal["mla_extend"]) -> Ladder[MlaExtend]: ...
+    @overload
+    def __getitem__(self, op: Literal["kv_append"]) -> Ladder[KvAppend]: ...
+    @overload
+    def __getitem__(self, op: Literal["gqa_rows", "gqa_extend"]) -> Ladder[GqaRows]: ...
+    @overload
+    def __getitem__(self, op: Literal["route"]) -> Ladder[Route]: ...
+    @overload
+    def __getitem__(self, op: Literal["experts"]) -> Ladder[Experts]: ...
+    @overload
+    def __getitem__(self, op: Literal["copy_rows"]) -> Ladder[CopyRows]: ...
+    @overload
+    def __getitem__(self, op: Literal["gather_pages", "scatter_pages"]) -> Ladder[MovePages]: ...
+    @overload
+    def __getitem__(self, op: str) -> Ladder[Any]: ...
+    def __getitem__(self, op: str) -> Ladder[Any]:
         return self._ladders[op]
 
     def weight(self, held: Tensor, parts: int = 1) -> Weight:
@@ -122,24 +264,65 @@ class Kernels:
         else:
             self._moves.add(x, total)
 
-    def recordable(self, ops: tuple[str, ...], rows: int) -> bool:
+    def recordable(self, ops: Iterable[str], rows: int) -> bool:
         """A step of these ops and `rows` tokens is nothing but calls of the C library."""
-        return all(self._ladders[op].kernel(rows).recordable for op in ops)
+        return all(self._ladders[op].choice(rows).kernel.recordable for op in ops)
 
 
-def _layout(registry: Registry, platform: Platform, dtype: Dtype) -> Layout:
-    need = Need(op="linear", dtype=dtype, rows=1)
-    return select(need, registry.candidates("linear"), platform).kernel.layout
+@final
+class _Chooser:
+    """Makes the ladders of one `Kernels`, and keeps which kernels from outside were found wanting."""
 
+    def __init__(
+        self,
+        registry: Registry,
+        platform: Platform,
+        dtype: Dtype,
+        sizes: dict[str, int],
+        preferences: Preferences,
+        check: Check | None,
+    ) -> None:
+        self._registry, self._platform, self._dtype = registry, platform, dtype
+        self._sizes, self._preferences, self._check = sizes, preferences, check
+        self._sound: set[str] = set()
+        self.layout: Layout = self._select("linear", 1, self._candidates("linear"), None).kernel.layout
 
-def _ladder(candidates: tuple[KernelSpec, ...], platform: Platform, dtype: Dtype, op: str, layout: Layout) -> Ladder:
-    asked = layout if op in WEIGHT_OPS else None
-    edges = sorted({spec.most_rows for spec in candidates if spec.most_rows is not None})
-    bands = tuple(
-        (edge, select(Need(op=op, dtype=dtype, rows=edge, layout=asked), candidates, platform)) for edge in edges
-    )
-    last = select(Need(op=op, dtype=dtype, rows=UNBOUNDED, layout=asked), candidates, platform)
-    for edge, choice in bands:
-        log.info("%s up to %d rows: %s", dtype, edge, choice.explain())
-    log.info("%s: %s", dtype, last.explain())
-    return Ladder(bands, last)
+    def ladder(self, op: str) -> Ladder[Any]:
+        candidates = self._candidates(op)
+        layout = self.layout if op in WEIGHT_OPS else None
+        while True:
+            edges = sorted({spec.most_rows for spec in candidates if spec.most_rows is not None})
+            bands = tuple((edge, self._select(op, edge, candidates, layout)) for edge in edges)
+            last = self._select(op, UNBOUNDED, candidates, layout)
+            unsound = self._unsound({choice.kernel.name: choice.kernel for _, choice in (*bands, (0, last))})
+            if unsound is None:
+                break
+            candidates = tuple(spec for spec in candidates if spec is not unsound)
+        for edge, choice in bands:
+            log.info("%s up to %d rows: %s", self._dtype, edge, choice.explain())
+        log.info("%s: %s", self._dtype, last.explain())
+        return Ladder(bands, last)
+
+    def _candidates(self, op: str) -> tuple[KernelSpec, ...]:
+        """Kernels of other devices say nothing worth reading, unless there is none for this one."""
+        everywhere = self._registry.candidates(op)
+        return tuple(spec for spec in everywhere if spec.device == self._platform.device) or everywhere
+
+    def _select(self, op: str, rows: int, candidates: tuple[KernelSpec, ...], layout: Layout | None) -> Choice:
+        need = Need(op=op, dtype=self._dtype, rows=rows, layout=layout, sizes=self._sizes)
+        return select(need, candidates, self._platform, self._preferences)
+
+    def _unsound(self, chosen: dict[str, KernelSpec]) -> KernelSpec | None:
+        """The first of the chosen kernels that comes from outside and fails its check."""
+        for spec in chosen.values():
+            if self._check is None or spec.origin == OWN or repr(spec) in self._sound:
+                continue
+            try:
+                why = self._check(spec)
+            except Exception as error:  # noqa: BLE001 - foreign code may raise anything; the warning below names it
+                why = f"it raised {type(error).__name__}: {error}"
+            if why is not None:
+                log.warning("%r is left out: %s", spec, why)
+                return spec
+            self._sound.add(repr(spec))
+        return None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
 Dtype = Literal["float32", "float64", "bfloat16"]
@@ -27,15 +27,39 @@ class Cost:
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Widths:
+    """What sizes of one axis a kernel takes; axes are named as in `ops`, `page_tokens` among them."""
+
+    multiple: int = 1
+    least: int = 1
+    most: int | None = None
+
+    def objection(self, axis: str, size: int) -> str | None:
+        if size % self.multiple:
+            return f"{axis} is a multiple of {self.multiple}, not {size}"
+        if size < self.least:
+            return f"{axis} is {self.least} or more, not {size}"
+        if self.most is not None and size > self.most:
+            return f"{axis} is up to {self.most}, not {size}"
+        return None
+
+
+OWN = "agentspeed"
+"""Origin of the project's kernels; others carry the name of their entry point."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
 class KernelSpec:
     """One implementation of one op."""
 
     op: str
     name: str
     dtypes: frozenset[Dtype]
-    """Formats of the activations and weights; every role of a call has the same one."""
+    """Formats of the activations, and of every role below that names none of its own."""
     device: Device
     call: Callable[..., Any]
+    """Typed by the op's Protocol in `ops`."""
     priority: int
     """The highest one that fits is chosen. 0 portable, 10 tuned for a class of machines."""
     features: frozenset[str] = frozenset()
@@ -46,9 +70,24 @@ class KernelSpec:
     """Its calls go to the C library alone, so `cpu.recording` can repeat them."""
     layout: Layout = "rows"
     """What its weights must be in; means nothing for an op without weights."""
+    weights: frozenset[str] | None = None
+    """Formats of the weights; None: that of the activations."""
+    cache: frozenset[str] | None = None
+    """Formats of the latent pool; None: that of the activations."""
+    sizes: Mapping[str, Widths] = field(default_factory=dict)
+    """Limits on axes; an axis that is not named may have any size."""
+    rope_order: Literal["half"] = "half"
+    """Coordinate i turns with coordinate i + rope / 2; models of the interleaved order are reordered when loaded."""
+    plans: Literal["tiles", "triton"] = "tiles"
+    """Of attention: whose plan it takes, that of `cpu.attention_plan` or of `triton.backend`."""
+    origin: str = OWN
 
     def __repr__(self) -> str:
-        return f"<kernel {self.op}/{self.name}>"
+        return (
+            f"<kernel {self.op}/{self.name}>"
+            if self.origin == OWN
+            else f"<kernel {self.op}/{self.name} of {self.origin}>"
+        )
 
 
 @final
@@ -58,7 +97,13 @@ class Need:
 
     op: str
     dtype: Dtype
+    """Format of the activations."""
     rows: int
     """Query rows (tokens) of the call."""
     layout: Layout | None = None
     """What the weights are in; None: any, or the op has none."""
+    weights: str | None = None
+    cache: str | None = None
+    """None: the format of the activations."""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Axes that are known; a limit on an axis that is not named here objects to nothing."""

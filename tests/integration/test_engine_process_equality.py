@@ -7,10 +7,12 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from agentspeed_engine.protocol import messages as wire
+from tests.devices import DEVICES
 from tests.support.engine_client import EngineProcess, Front, engine
 from tests.support.random_checkpoint import make_checkpoint
 
@@ -36,9 +38,15 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return make_checkpoint(config, tmp_path_factory.mktemp("tiny"), seed=3, dtype="float64")
 
 
+@pytest.fixture(scope="module", params=DEVICES)
+def device(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def running(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
-    with engine(tmp_path_factory.mktemp("engine"), model=str(checkpoint), pages=600, **OPTIONS) as process:
+def running(checkpoint: Path, device: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
+    folder = tmp_path_factory.mktemp("engine")
+    with engine(folder, model=str(checkpoint), pages=600, device=device, **OPTIONS) as process:
         yield process
 
 

@@ -51,7 +51,7 @@ chain = family.build(config, weight_source(source, 'float64'), pools, rank, kern
 start = Layout(dp=Shard(TOKENS), tp=Replicate())
 made = plan([module.boundary for module in chain], mesh, start=start, finish=EVERYWHERE)
 mine = batch({page}, [(Trail({page}, list(range(10))), shares[rank.dp])])
-state = step_state(mine, Rope(config.rope, config.context_limit, kind), {page}, Workspace())
+_, state = step_state(mine, Rope(config.rope, config.context_limit, kind), {page}, Workspace())
 steps = lower(made, chain, DistributedComm(rank))
 logits = run(steps, torch.from_numpy(mine.ids), state, [len(share) for share in shares])
 torch.save(logits, out / f"{{index}}.pt")

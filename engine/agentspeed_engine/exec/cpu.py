@@ -1,4 +1,7 @@
-"""The executor of one CPU process: a forward pass, then one draw per sample, both when the step is launched."""
+"""The executor that waits: a forward pass, then one draw per sample on the CPU, both when the step is launched.
+
+The model may lie on a GPU: what `exec.cuda` has no kernels for (float64) runs so.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,15 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
-from agentspeed_engine.errors import BrokenInvariant, EngineFault
+from agentspeed_engine.errors import BrokenInvariant
+from agentspeed_engine.exec.automata import REFUSALS, Automata
 from agentspeed_engine.exec.executor import Pending, Refusal, Sampled, Token
-from agentspeed_engine.exec.grammar import GrammarRefused, Matchers
 from agentspeed_engine.exec.model import Model
 from agentspeed_engine.exec.sampler import draw
 from agentspeed_engine.exec.step_input import Sample, StepInput
-from agentspeed_engine.exec.stops import StopWatch
 from agentspeed_engine.exec.vocabulary import Vocabulary
 from agentspeed_engine.kv.views import TurnSpec
 from agentspeed_engine.models.inputs import FlatBatch, Int64s
-from agentspeed_engine.sched.plan import DrawnEnd
 
 _REFUSED = 0
 """Stands for the token of a sample that was refused: the row that is fed with it is dead."""
@@ -45,10 +46,8 @@ class CpuExecutor:
     def __init__(self, model: Model, vocabulary: Vocabulary, *, depth: int = 0) -> None:
         """`depth`: steps that are planned before an earlier one was collected (`CoreConfig.depth`)."""
         self._model = model
-        self._vocabulary = vocabulary
         self._depth = depth
-        self._matchers = Matchers(vocabulary)
-        self._stops: dict[int, StopWatch] = {}
+        self._automata = Automata(vocabulary)
         self._tokens: dict[int, Int64s] = {}
         """What the latest steps sampled: later steps may name it."""
         self.page_tokens = model.page_tokens
@@ -57,7 +56,7 @@ class CpuExecutor:
 
     def launch(self, step: StepInput) -> Computed:
         started = time.perf_counter()
-        self._forget(step.ended)
+        self._automata.forget(step.ended)
         for copy in step.copies:
             self._model.copy_rows(copy.src, copy.dst, copy.rows)
         logits = self._model.logits(self._known(step))
@@ -74,22 +73,15 @@ class CpuExecutor:
         return pending.sampled
 
     def prepare(self, spec: TurnSpec) -> str | None:
-        try:
-            if spec.stop_strings:
-                _ = self._vocabulary.token_bytes
-            if spec.grammar is not None:
-                self._matchers.prepare(spec, spec.grammar)
-        except (GrammarRefused, EngineFault) as reason:
-            return str(reason)
-        return None
+        return self._automata.prepare(spec)
 
     def discard(self, turn: int) -> None:
-        self._matchers.forget((turn,))
+        self._automata.discard(turn)
 
     @property
     def turns(self) -> frozenset[int]:
         """The turns of which something is kept."""
-        return frozenset(self._matchers.turns | self._stops.keys())
+        return self._automata.turns
 
     def save(self, pages: Sequence[int], slots: Sequence[int]) -> None:
         self._model.save(pages, slots)
@@ -119,28 +111,9 @@ class CpuExecutor:
 
     # ---- sampling -------------------------------------------------------------------------------------------------
     def _sample(self, sample: Sample, logits: NDArray[Any]) -> Token | Refusal:
-        spec, position = sample.spec, sample.position
-        earlier = position - spec.prompt_tokens
+        spec = sample.spec
         try:
-            allowed = None if spec.grammar is None else self._matchers.allowed(spec, spec.grammar, earlier)
-            chosen = draw(logits, spec.sampling, spec.draw_key, position, allowed)
-            complete = spec.grammar is not None and self._matchers.consume(spec, chosen.id)
-            stopped = self._completes_stop_string(spec, earlier, chosen.id)
-        except (GrammarRefused, EngineFault) as reason:
+            chosen = draw(logits, spec.sampling, spec.draw_key, sample.position, self._automata.allowed(sample))
+            return Token(chosen.id, chosen.logprob, chosen.top, self._automata.end(sample, chosen.id))
+        except REFUSALS as reason:
             return Refusal(str(reason))
-        end: DrawnEnd | None = "stop_string" if stopped else "grammar_end" if complete else None
-        return Token(chosen.id, chosen.logprob, chosen.top, end)
-
-    def _completes_stop_string(self, spec: TurnSpec, earlier: int, token: int) -> bool:
-        if not spec.stop_strings or token in spec.stop_ids:
-            return False
-        watch = self._stops.get(spec.turn)
-        if watch is None:
-            begun = b"".join(self._vocabulary.token_bytes[number] for number in spec.consumed_ids)
-            watch = self._stops[spec.turn] = StopWatch(spec.stop_strings, begun)
-        return watch.saw(earlier, self._vocabulary.token_bytes[token])
-
-    def _forget(self, turns: tuple[int, ...]) -> None:
-        self._matchers.forget(turns)
-        for turn in turns:
-            self._stops.pop(turn, None)

@@ -43,19 +43,11 @@ def draw(
     `allowed` [vocab] masks by grammar; the caller makes sure that it allows at least one id. Raises `EngineFault` for
     logits nothing can be drawn from: what a model with broken weights computes."""
     if not np.isfinite(logits.max()):  # the largest is NaN when any is
-        raise EngineFault(
-            "bad_weights",
-            "The model computed logits that are no finite numbers.",
-            "Its weights are damaged, or too large for the dtype: check them, or use float32.",
-        )
+        raise not_finite()
     masked = logits if allowed is None else np.where(allowed, logits, -np.inf)
     chosen = int(masked.argmax())
     if masked[chosen] == -np.inf:
-        raise EngineFault(
-            "bad_weights",
-            "The model rules out every id that the grammar allows.",
-            "Its logits there are minus infinity: check its weights, or loosen the grammar.",
-        )
+        raise ruled_out()
     if sampling.temperature >= LEAST_TEMPERATURE:
         exact = masked.astype(np.float64)
         with np.errstate(over="ignore"):  # what is that far below the largest has no probability
@@ -75,6 +67,24 @@ def draw(
         best = best[np.lexsort((best, -logprobs[best]))][:count]
         top = tuple((int(number), float(logprobs[number])) for number in best)
     return Draw(chosen, float(logprobs[chosen]), top)
+
+
+def not_finite() -> EngineFault:
+    """Of logits that are no finite numbers."""
+    return EngineFault(
+        "bad_weights",
+        "The model computed logits that are no finite numbers.",
+        "Its weights are damaged, or too large for the dtype: check them, or use float32.",
+    )
+
+
+def ruled_out() -> EngineFault:
+    """Of logits that are minus infinity wherever the grammar allows an id."""
+    return EngineFault(
+        "bad_weights",
+        "The model rules out every id that the grammar allows.",
+        "Its logits there are minus infinity: check its weights, or loosen the grammar.",
+    )
 
 
 def gumbel(key: tuple[int, int, int], position: int, ids: NDArray[np.int64]) -> NDArray[np.float64]:

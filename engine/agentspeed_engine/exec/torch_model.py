@@ -18,21 +18,21 @@ from agentspeed_engine.models.loaded import LoadedModel
 @final
 class TorchModel:
     def __init__(self, model: LoadedModel) -> None:
-        self._model = model
+        self.loaded = model
         self._host: HostArena | None = None
         self.page_tokens = model.page_tokens
 
     def logits(self, batch: FlatBatch) -> NDArray[Any]:
-        logits = self._model.forward(batch)
+        logits = self.loaded.forward(batch)
         if logits.dtype not in (torch.float32, torch.float64):
             logits = logits.float()
         return np.asarray(logits.cpu().numpy())
 
     def copy_rows(self, src_page: int, dst_page: int, rows: int) -> None:
-        self._model.copy_rows(src_page, dst_page, rows)
+        self.loaded.copy_rows(src_page, dst_page, rows)
 
     def reserve_host(self, slots: int) -> None:
-        self._host = HostArena(self._model.pools.tensors, slots)
+        self._host = HostArena(self.loaded.pools.tensors, slots)
 
     def save(self, pages: Sequence[int], slots: Sequence[int]) -> None:
         self._arena().save(pages, slots)

@@ -69,18 +69,28 @@ def describe(path: str | Path, *, dtype: Dtype = "float32", page_tokens: int = 6
 
 
 def load(
-    path: str | Path, *, dtype: Dtype = "float32", pages: int, page_tokens: int = 64, threads: int | None = None
+    path: str | Path,
+    *,
+    dtype: Dtype = "float32",
+    pages: int,
+    page_tokens: int = 64,
+    threads: int | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
 ) -> LoadedModel:
-    """Weights and an empty pool of `pages` pages. Raises `EngineFault` for whatever the folder has wrong."""
-    from agentspeed_engine.models.loaded import LoadedModel
-
+    """Weights and an empty pool of `pages` pages, in the memory of `device`. Raises `EngineFault` for whatever the
+    folder has wrong, and out_of_memory where a GPU has no room for them."""
     if pages < 1 or page_tokens < 1:
         raise EngineFault(
             "bad_options", f"a pool of {pages} pages of {page_tokens} tokens is empty.", "Make it larger."
         )
     source = read_source(path)
     info = _info(source, dtype, page_tokens)
-    return LoadedModel(source, info, dtype=dtype, pages=pages, page_tokens=page_tokens, threads=threads)
+    from agentspeed_engine.models.loaded import LoadedModel, out_of_memory
+
+    with out_of_memory(f"{source.path.name} and a pool of {pages} pages"):
+        return LoadedModel(
+            source, info, dtype=dtype, pages=pages, page_tokens=page_tokens, threads=threads, device=device
+        )
 
 
 def read_source(path: str | Path) -> ModelSource:

@@ -75,6 +75,10 @@ class Family(Generic[ConfigT]):
     """What a mesh must divide evenly."""
     kv_layout: Callable[[ConfigT, str, Mesh], KvLayout]
     """The pools of one rank of a mesh, in a dtype."""
+    ops: tuple[str, ...]
+    """The ops of the kernels that its chain calls."""
+    sizes: Callable[[ConfigT, Mesh], dict[str, int]]
+    """The axes of its attention on one rank, by the names of the kernels' ops."""
     build: Callable[[ConfigT, WeightSource, KvPools, Rank, Kernels], list[Module[StepState]]]
     """The chain of local modules of one rank. Raises `EngineFault` (bad_config) for a mesh that does not divide it."""
     text_part: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _itself

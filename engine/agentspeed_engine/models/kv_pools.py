@@ -24,11 +24,12 @@ class KvPools:
 
     __slots__ = ("_by_name", "layout")
 
-    def __init__(self, layout: KvLayout, pages: int, page_tokens: int) -> None:
-        """Allocates [layers, pages, page_tokens, width] for each pool, memory being taken where it is written."""
+    def __init__(self, layout: KvLayout, pages: int, page_tokens: int, device: torch.device | str = "cpu") -> None:
+        """Allocates [layers, pages, page_tokens, width] of zeros for each pool: on a CPU memory is taken where it is
+        written, elsewhere at once (kernels there read whole pages, so that every row must be finite)."""
         self.layout = layout
         self._by_name = {
-            pool.name: zeros_on_demand((pool.layers, pages, page_tokens, pool.width), TORCH_DTYPES[pool.dtype])
+            pool.name: _zeros((pool.layers, pages, page_tokens, pool.width), TORCH_DTYPES[pool.dtype], device)
             for pool in layout.pools
         }
 
@@ -45,3 +46,9 @@ class KvPools:
         """The first `rows` rows of a page, in every layer of every pool."""
         for pool in self._by_name.values():
             pool[:, dst_page, :rows] = pool[:, src_page, :rows]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    if torch.device(device).type == "cpu":
+        return zeros_on_demand(shape, dtype)
+    return torch.zeros(shape, dtype=dtype, device=device)

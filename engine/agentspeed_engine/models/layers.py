@@ -110,7 +110,7 @@ class Head:
     def __call__(self, x: Tensor, residual: Tensor | None, state: StepState) -> tuple[Tensor, Tensor | None]:
         rows = x[state.select]
         # A fresh tensor: logits leave the step, scratch memory does not.
-        out = torch.empty(rows.shape[0], self._table.shape[0], dtype=x.dtype)
+        out = torch.empty(rows.shape[0], self._table.shape[0], dtype=x.dtype, device=x.device)
         if rows.shape[0]:
             self._kernels["linear"].at(rows.shape[0])(rows, self._table, None, out)
         return out, residual

@@ -2,37 +2,62 @@
 
 from __future__ import annotations
 
-from typing import final
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, final
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from agentspeed_engine.models.attention_plan import plan_attention
+from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.models.catalog import Dtype, ModelInfo, ModelSource
 from agentspeed_engine.models.checkpoint import Checkpoint
 from agentspeed_engine.models.inputs import FlatBatch
+from agentspeed_engine.models.inputs_on_device import upload
 from agentspeed_engine.models.kv_pools import TORCH_DTYPES, KvPools
 from agentspeed_engine.models.programs import Programs
 from agentspeed_engine.models.rope import Rope
 from agentspeed_engine.models.state import StepState
-from agentspeed_engine.models.weights import RandomWeights, WeightSource
+from agentspeed_engine.models.weights import OnDevice, RandomWeights, WeightSource
 from agentspeed_engine.spmd.lower import lower, run
 from agentspeed_engine.spmd.placement import ONE
 from agentspeed_engine.spmd.plan import Plan, plan
 from agentspeed_engine.spmd.spec import EVERYWHERE
-from agentspeed_kernels.ops import OPS
+from agentspeed_kernels.attention import NEVER, AttentionBackend
+from agentspeed_kernels.cpu.attention_plan import CpuAttention
 from agentspeed_kernels.platform import detect
 from agentspeed_kernels.registry import standard
-from agentspeed_kernels.selection import Kernels
+from agentspeed_kernels.selection import UNBOUNDED, Kernels, Preferences
+from agentspeed_kernels.signature import DTYPE_BYTES, Device
+from agentspeed_kernels.testing import conformance
 from agentspeed_kernels.workspace import Workspace
 
+if TYPE_CHECKING:
+    from agentspeed_engine.models.graphs import Graphs
+    from agentspeed_kernels.triton.backend import TritonAttention
 
-def weight_source(source: ModelSource, dtype: Dtype) -> WeightSource:
-    """The files of a folder, checked, or chance. Raises `EngineFault`."""
+
+def weight_source(source: ModelSource, dtype: Dtype, device: torch.device | None = None) -> WeightSource:
+    """The files of a folder, checked, or chance, on a device (None: the CPU). Raises `EngineFault`."""
     if source.random:
-        return RandomWeights(dict(source.family.shapes(source.config)), TORCH_DTYPES[dtype])
-    return Checkpoint(source.path, source.family, source.config, TORCH_DTYPES[dtype])
+        shapes = dict(source.family.shapes(source.config))
+        return RandomWeights(shapes, TORCH_DTYPES[dtype], device=str(device or "cpu"))
+    files = Checkpoint(source.path, source.family, source.config, TORCH_DTYPES[dtype])
+    return files if device is None or device.type == "cpu" else OnDevice(files, device)
+
+
+@contextmanager
+def out_of_memory(what: str) -> Iterator[None]:
+    """Names what a GPU had no room for, as an `EngineFault` (out_of_memory)."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        said = str(error).split(". ", 1)[0]
+        raise EngineFault(
+            "out_of_memory",
+            f"The GPU has no room for {what}: {said}.",
+            "Give fewer pages, a smaller prefill_chunk, or device='cpu'; see what else runs on the GPU (nvidia-smi).",
+        ) from error
 
 
 @final
@@ -48,20 +73,40 @@ class LoadedModel:
         pages: int,
         page_tokens: int,
         threads: int | None,
+        device: Device = "cpu",
     ) -> None:
+        """Raises `EngineFault` for weights that have gone bad, and out_of_memory where a GPU has no room for them."""
         if threads is not None:
             torch.set_num_threads(threads)
         self.info = info
         self.page_tokens = page_tokens
-        weights = weight_source(source, dtype)
-        self.pools = KvPools(info.kv, pages, page_tokens)
-        self._kernels = Kernels(standard(), detect(), dtype, tuple(OPS))
+        self.device = torch.device(device)
+        self.dtype: Dtype = dtype
+        weights = weight_source(source, dtype, self.device)
+        self.pools = KvPools(info.kv, pages, page_tokens, self.device)
+        sizes = {"page_tokens": page_tokens, **source.family.sizes(source.config, ONE.mesh)}
+        self._kernels = Kernels(
+            standard(),
+            detect(device),
+            dtype,
+            source.family.ops,
+            sizes=sizes,
+            preferences=Preferences.from_environment(),
+            check=conformance.objection,
+        )
         chain = source.family.build(source.config, weights, self.pools, ONE, self._kernels)
         self.plan: Plan = plan([module.boundary for module in chain], ONE.mesh, start=EVERYWHERE, finish=EVERYWHERE)
         self._steps = lower(self.plan, chain, None)
-        self._programs = Programs(self._steps, self._kernels)
-        self._rope = Rope(source.config.rope, source.config.context_limit, TORCH_DTYPES[dtype])
-        self._workspace = Workspace()
+        self._programs = Programs(self._steps, self._kernels, source.family.ops)
+        self._rope = Rope(source.config.rope, source.config.context_limit, TORCH_DTYPES[dtype], self.device)
+        self._workspace = Workspace(self.device)
+        self._attention = _attention(self._kernels, source.family.ops, sizes, self.device)
+        self._graphs: Graphs | None = None
+        if self.device.type == "cuda" and not isinstance(self._attention, CpuAttention):
+            # Imported late: only a GPU's kernels need it.
+            from agentspeed_engine.models.graphs import Graphs
+
+            self._graphs = Graphs(self._steps, self._rope, self._attention, self.device)
 
     @property
     def repeats(self) -> bool:
@@ -73,10 +118,16 @@ class LoadedModel:
         self._programs.allowed = allowed
 
     @torch.inference_mode()
-    def forward(self, batch: FlatBatch) -> Tensor:
-        """Logits [S, vocab] of the selected rows; the cache has the rows of all tokens afterwards."""
-        state = step_state(batch, self._rope, self.page_tokens, self._workspace)
-        ids = torch.from_numpy(batch.ids)
+    def forward(self, batch: FlatBatch, name: Callable[[Tensor], None] | None = None) -> Tensor:
+        """Logits [S, vocab] of the selected rows, on the model's device; the cache has the rows of all tokens
+        afterwards. On a GPU both are so once its work is done, which nobody waits for here.
+
+        `name` may put ids that are known there alone into the ids of the step [T] before they are read."""
+        if self._graphs is not None and (found := self._graphs.run(batch, name)) is not None:
+            return found
+        ids, state = step_state(batch, self._rope, self.page_tokens, self._workspace, self._attention)
+        if name is not None:
+            name(ids)
         repeated = self._programs.run(ids, state)
         if repeated is not None:
             return repeated
@@ -88,15 +139,35 @@ class LoadedModel:
         self.pools.copy_rows(src_page, dst_page, rows)
 
 
-def step_state(batch: FlatBatch, rope: Rope, page_tokens: int, workspace: Workspace) -> StepState:
-    cos, sin = rope.at(torch.from_numpy(batch.positions))
-    few, many = plan_attention(batch.runs, batch.positions, page_tokens)
-    return StepState(
-        cos=cos,
-        sin=sin,
-        slots=torch.from_numpy(batch.slots),
-        few=few,
-        many=many,
-        select=torch.from_numpy(np.ascontiguousarray(batch.select)),
-        workspace=workspace,
-    )
+def step_state(
+    batch: FlatBatch,
+    rope: Rope,
+    page_tokens: int,
+    workspace: Workspace,
+    backend: AttentionBackend | None = None,
+) -> tuple[Tensor, StepState]:
+    """(Ids [T], state) on the device of the workspace. `backend` is that of its kernels; the CPU's when left out."""
+    ids, positions, slots, select = upload(batch, workspace.device)
+    cos, sin = rope.at(positions)
+    backend = backend or CpuAttention(page_tokens)
+    attention = backend.prepare(batch.runs, batch.positions)
+    return ids, StepState(cos=cos, sin=sin, slots=slots, attention=attention, select=select, workspace=workspace)
+
+
+def _attention(
+    kernels: Kernels, ops: Sequence[str], sizes: dict[str, int], device: torch.device
+) -> CpuAttention | TritonAttention:
+    """The backend that prepares what the chosen kernels of attention take.
+
+    Where those of rows and of long extends want different plans, every row runs as one of the former."""
+    rows, extend = ("mla_rows", "mla_extend") if "mla_rows" in ops else ("gqa_rows", "gqa_extend")
+    wanted = {kernels[rows].choice(1).kernel.plans, kernels[extend].choice(UNBOUNDED).kernel.plans}
+    plans = kernels[rows].choice(1).kernel.plans
+    if plans == "tiles":
+        return CpuAttention(sizes["page_tokens"], *([NEVER] if len(wanted) > 1 else []))
+    # Imported late: only a GPU's kernels need it.
+    from agentspeed_kernels.triton.backend import EXTEND_FROM, TritonAttention, shape_of
+
+    item = DTYPE_BYTES[kernels.dtype]
+    shape = shape_of(sizes["H"], sizes["R"], sizes["rope"], sizes["page_tokens"], device, item)
+    return TritonAttention(shape=shape, device=device, extend_from=NEVER if len(wanted) > 1 else EXTEND_FROM)

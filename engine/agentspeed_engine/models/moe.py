@@ -81,7 +81,7 @@ class Moe:
             ids, weights = self._mine(ids, weights)
         run = self._kernels["experts"].at(rows)
         run(x, self._gate_up, self._down, ids, weights, state.workspace, out)
-        if self._shared_gate_up is None:
+        if self._shared_gate_up is None or self._shared_down is None:
             return out, residual
         shared = state.workspace.take("shared", (rows, x.shape[1]), x.dtype)
         always = state.workspace.take("dense_ids", (rows, 1), torch.int64).zero_()

@@ -19,7 +19,6 @@ from torch import Tensor
 from agentspeed_engine.models.state import StepState
 from agentspeed_engine.spmd.lower import Compiled
 from agentspeed_kernels.cpu.recording import Tape, recording
-from agentspeed_kernels.ops import OPS
 from agentspeed_kernels.selection import Kernels
 from agentspeed_kernels.workspace import Workspace
 
@@ -29,9 +28,10 @@ MOST_ROWS = 32
 """Above this what lies between the kernels is a small share of a step."""
 MOST_PROGRAMS = 16
 """Each has scratch memory of its own, so that its addresses last."""
+LONG_OPS = frozenset({"mla_extend", "gqa_extend"})
+"""Of long extends, which are not repeated."""
 AFTER = 3
 """Steps of as many rows before a record is made: it costs two of them, and checking it one more."""
-_OPS = tuple(op for op in OPS if op != "mla_extend")
 
 
 @final
@@ -60,8 +60,9 @@ class _Program:
 class Programs:
     """Not thread-safe: one worker thread drives it."""
 
-    def __init__(self, steps: Sequence[Compiled], kernels: Kernels) -> None:
-        """`steps` is the chain of one rank: its first embeds, its last is the head."""
+    def __init__(self, steps: Sequence[Compiled], kernels: Kernels, ops: Sequence[str]) -> None:
+        """`steps` is the chain of one rank: its first embeds, its last is the head. `ops`: those it calls."""
+        self._ops = tuple(op for op in ops if op not in LONG_OPS)
         self._first, *self._middle, self._last = steps
         self._kernels = kernels
         self._programs: dict[int, _Program] = {}
@@ -71,7 +72,7 @@ class Programs:
     def run(self, ids: Tensor, state: StepState) -> Tensor | None:
         """Logits as the chain gives them, or None: the step is not one of those that are repeated."""
         rows = ids.shape[0]
-        if not self.allowed or rows > MOST_ROWS or state.many is not None or state.few is None:
+        if not self.allowed or rows > MOST_ROWS or state.attention.many is not None or state.attention.few is None:
             return None
         program = self._programs.get(rows)
         if program is None and not self._worth(rows):
@@ -86,7 +87,7 @@ class Programs:
 
     def _worth(self, rows: int) -> bool:
         seen = self._seen[rows] = self._seen.get(rows, 0) + 1
-        return seen > AFTER and len(self._programs) < MOST_PROGRAMS and self._kernels.recordable(_OPS, rows)
+        return seen > AFTER and len(self._programs) < MOST_PROGRAMS and self._kernels.recordable(self._ops, rows)
 
     def _chain(self, x: Tensor, state: StepState) -> Tensor:
         residual: Tensor | None = None
@@ -113,9 +114,9 @@ class Programs:
         return held
 
     def _repeat(self, program: _Program, x: Tensor, state: StepState) -> None:
-        assert state.few is not None
+        assert state.attention.few is not None
         program.load(x, state)
-        program.tape.attend(state.few, program.workspace)
+        program.tape.attend(state.attention.few, program.workspace)
         program.tape.run()
         if program.proven:
             return

@@ -17,14 +17,16 @@ class Rope:
 
     __slots__ = ("_cos", "_dtype", "_sin")
 
-    def __init__(self, config: RopeConfig, context_limit: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: RopeConfig, context_limit: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
         frequencies, factor = _frequencies(config)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         positions = torch.arange(context_limit, dtype=wide)
         angles = positions[:, None] * frequencies.to(wide)
         self._dtype = dtype
-        self._cos = (angles.cos() * factor).to(dtype)
-        self._sin = (angles.sin() * factor).to(dtype)
+        self._cos = (angles.cos() * factor).to(dtype).to(device)
+        self._sin = (angles.sin() * factor).to(dtype).to(device)
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return self._cos[positions], self._sin[positions]

@@ -7,7 +7,7 @@ from typing import final
 
 from torch import Tensor
 
-from agentspeed_kernels.tiles import TilePlan
+from agentspeed_kernels.attention import AttentionStep
 from agentspeed_kernels.workspace import Workspace
 
 
@@ -20,10 +20,8 @@ class StepState:
     sin: Tensor
     slots: Tensor
     """[T] pool rows the new latents go to."""
-    few: TilePlan | None
-    """Rows that attend in the latent space (decode, short extends)."""
-    many: TilePlan | None
-    """Rows of long extends, for which the context is decompressed."""
+    attention: AttentionStep
+    """Plans for the rows that attend in the latent space and for those of long extends."""
     select: Tensor
     """Indices on the token axis whose logits are wanted."""
     workspace: Workspace

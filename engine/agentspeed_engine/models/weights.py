@@ -57,6 +57,19 @@ class RandomWeights:
         return random_tensor(name, self._shapes[name], noise).to(dtype or self._dtype)
 
 
+@final
+class OnDevice:
+    """The tensors of another source, moved to a device one by one."""
+
+    __slots__ = ("_device", "_source")
+
+    def __init__(self, source: WeightSource, device: torch.device) -> None:
+        self._source, self._device = source, device
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        return self._source.tensor(name, dtype).to(self._device)
+
+
 def random_tensor(name: str, shape: Shape, noise: torch.Generator) -> Tensor:
     """float32 on the generator's device. Matrices have variance 1 / fan-in, so that activations and logits keep a
     scale of about one at any size; gains lie around 1, biases around 0."""

@@ -99,7 +99,7 @@ class EngineLoop:
         self._tape = begun(core, recording, began=self._clock.now())
         self._core: Core | RecordedCore = core if self._tape is None else self._tape.core
         self._executor: Executor = (
-            executor if executor is not None else CpuExecutor(built.model, built.vocabulary, depth=built.core.depth)
+            executor or built.executor or CpuExecutor(built.model, built.vocabulary, depth=built.core.depth)
         )
         self._copier = Copier(self._executor, self._report, self._clock)
         self._preparer = Preparer(self._executor, self._report)
@@ -198,6 +198,10 @@ class EngineLoop:
         if self._tape is not None:
             self._tape.close(error)
             where = f" What led to it: `agentspeed replay {self._tape.path}`."
+        if isinstance(error, EngineFault):  # the world's: a GPU that has no room, or is gone
+            self._tell_all(error.code, error.message, f"{error.remedy} The engine stops.{where}".strip())
+            _LOG.critical("The engine stops: %s%s", error, where, exc_info=error)
+            return
         self._tell_all("internal", f"{type(error).__name__}: {error}", f"This is a bug of the engine; it stops.{where}")
         _LOG.critical("The engine stops by a bug of its own.%s", where, exc_info=error)
 

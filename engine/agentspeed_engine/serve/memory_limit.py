@@ -14,10 +14,12 @@ _GROUPS = Path("sys/fs/cgroup")
 @final
 @dataclass(frozen=True, slots=True)
 class MemoryLimit:
-    """The bytes, and who sets them: "the machine" or "this container"."""
+    """The bytes, and who sets them: "the machine", "this container" or a GPU."""
 
     bytes: int
     owner: str
+    idle: bool = False
+    """Nobody else is waiting for it: what is free of a GPU, of which a pool may take most."""
 
 
 def memory_limit(root: Path = Path("/")) -> MemoryLimit:

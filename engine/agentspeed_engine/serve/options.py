@@ -11,20 +11,25 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, final, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, final, get_args
 
 import msgspec
 
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.exec.calibrate import calibrated
+from agentspeed_engine.exec.executor import Executor
 from agentspeed_engine.exec.model import Model
 from agentspeed_engine.exec.noop import NoopModel
 from agentspeed_engine.exec.vocabulary import Vocabulary
 from agentspeed_engine.models.catalog import RANDOM, Dtype, describe, load, read_source
 from agentspeed_engine.protocol.messages import as_text
 from agentspeed_engine.sched.config import CoreConfig
+from agentspeed_engine.serve.place import placed
 from agentspeed_engine.serve.recording import LEAST_BYTES, RecordingOrder
 from agentspeed_engine.serve.sizing import sizes
+
+if TYPE_CHECKING:
+    from agentspeed_kernels.platform import Platform
 
 T = TypeVar("T")
 _NOOP = "noop:"
@@ -44,16 +49,21 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     dtype: Literal["auto", "float32", "float64", "bfloat16"] = "auto"
     """Of weights, activations and cache. auto: bfloat16 where the checkpoint is in 16 bits or fewer and the processor
     has matrix units for it, else float32; the engine says at its start which and why."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where weights, cache and steps are. auto: the first GPU where one can be used, has kernels for the model's
+    attention and room for its weights, else the CPU; the engine says at its start which GPU, or why none."""
     context_limit: int | None = None
     """None: the model's own, as far as the pool allows it."""
     pages: int | None = None
-    """None: a quarter of the memory that this process may use, or what the weights leave of it."""
+    """None: a quarter of the memory that this process may use, or what the weights leave of it; on a GPU 0.85 of what
+    the weights leave of its free memory. A pool nobody sized has at most 16 384 pages, or two turns of the context."""
     page_tokens: int = 64
     """Rows of a page; what is shared between branches is shared in whole pages."""
     threads: int | None = None
     """Of the CPU kernels. None: as many as torch takes by itself."""
-    depth: int = 0
-    """Steps planned ahead of the one that runs."""
+    depth: int | None = None
+    """Steps planned ahead of the one that runs. None: 1 on a GPU, where the next step is on its way before the tokens
+    of this one are on the host, else 0."""
     host_slots: int = 0
     """Pages of host memory that device pages can be saved to."""
     prefill_chunk: int = 512
@@ -213,6 +223,8 @@ class Built:
     vocabulary: Vocabulary
     source: str
     """The model's folder, all links followed; empty where there is no model."""
+    executor: Executor | None = None
+    """None: the one that waits (`exec.cpu`)."""
 
 
 def build(options: EngineOptions, progress: Callable[[str], None] | None = None) -> Built:
@@ -222,14 +234,19 @@ def build(options: EngineOptions, progress: Callable[[str], None] | None = None)
         return _build_noop(options)
     say = progress if progress is not None else lambda what: None
     folder = Path(options.model.removeprefix(RANDOM))
-    dtype, why = _dtype(options)
-    options = msgspec.structs.replace(options, dtype=dtype)
+    place = _aside(lambda: placed(options))
+    device = place.device
+    dtype, why = _dtype(options, place.platform)
+    depth = options.depth if options.depth is not None else 1 if device == "cuda" else 0
+    options = msgspec.structs.replace(options, dtype=dtype, device=device, depth=depth)
     info = describe(options.model, dtype=dtype, page_tokens=options.page_tokens)
-    pages, limit = sizes(options, info.context_limit, info.bytes_per_page, info.parameters)
+    pages, limit = sizes(options, info.context_limit, info.bytes_per_page, info.parameters, place.memory)
     core = _core(options, pages, limit, info.vocab_size, as_text(folder.name))
     core.check()
     if info.notice:
         say(info.notice)
+    if place.said:
+        say(place.said)
     if why:
         say(f"{dtype}: {why}")
     say(
@@ -242,7 +259,12 @@ def build(options: EngineOptions, progress: Callable[[str], None] | None = None)
         unusable = beside.submit(vocabulary.load)
         loaded = _aside(
             lambda: load(
-                options.model, dtype=dtype, pages=pages, page_tokens=options.page_tokens, threads=options.threads
+                options.model,
+                dtype=dtype,
+                pages=pages,
+                page_tokens=options.page_tokens,
+                threads=options.threads,
+                device=device,
             )
         )
     if unusable.result():
@@ -255,19 +277,23 @@ def build(options: EngineOptions, progress: Callable[[str], None] | None = None)
         model.reserve_host(options.host_slots)
         say("measuring what copies and prefill cost")
         core = _aside(partial(calibrated, core, model))
-    return Built(core, model, vocabulary, str(folder.resolve()))
+    executor = None
+    if device == "cuda" and dtype != "float64" and "triton" in place.platform.features:
+        from agentspeed_engine.exec.cuda import CudaExecutor
+
+        executor = CudaExecutor(model, vocabulary, depth=core.depth)
+    return Built(core, model, vocabulary, str(folder.resolve()), executor)
 
 
-def _dtype(options: EngineOptions) -> tuple[Dtype, str]:
+def _dtype(options: EngineOptions, platform: Platform) -> tuple[Dtype, str]:
     """(format, why), no reason where it was asked for."""
     if options.dtype != "auto":
         return options.dtype, ""
     raw = read_source(options.model).raw
     # Imported late, as torch is.
     from agentspeed_engine.models.precision import choose
-    from agentspeed_kernels.platform import detect
 
-    return choose(raw, _aside(detect))
+    return choose(raw, platform)
 
 
 def _aside(call: Callable[[], T]) -> T:
@@ -286,6 +312,7 @@ def _build_noop(options: EngineOptions) -> Built:
         raise EngineFault("bad_options", f"{options.model!r} is not noop:VOCABULARY:MILLISECONDS.") from error
     if not 1 <= size <= _MOST_NOOP_VOCABULARY or not 0 <= step <= _MOST_NOOP_SECONDS:
         raise EngineFault("bad_options", f"{options.model!r} has an impossible vocabulary or step time.")
+    options = msgspec.structs.replace(options, dtype="float32", device="cpu")  # it has no weights to compute with
     pages, limit = sizes(options, _NOOP_CONTEXT, _NOOP_PAGE_BYTES, 0)
     core = _core(options, pages, limit, size, options.model)
     core.check()
@@ -306,7 +333,8 @@ def _core(options: EngineOptions, pages: int, limit: int, vocab_size: int, name:
         max_sessions=options.max_sessions,
         max_branches=options.max_branches,
         max_waiting=options.max_waiting,
-        depth=options.depth,
+        depth=options.depth or 0,
+        decode_ahead=options.device == "cuda" and bool(options.depth),
         host_slots=options.host_slots,
         ticket_deadline=options.ticket_deadline,
         max_lease_seconds=options.max_lease_seconds,

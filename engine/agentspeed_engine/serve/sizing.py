@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 _MOST_DEFAULT_PAGES = 16_384
 """A default pool never asks for more pages than this: a million tokens is plenty until someone says otherwise."""
+_IDLE_SHARE = 0.85
+"""Of what weights leave of memory that lies idle; the rest is for activations and compiled steps."""
 _LEFT_OVER = 16
 """One part in so many of the memory is neither weights nor pool: activations and the interpreter need some."""
 
@@ -35,20 +37,25 @@ def sizes(
         )
     weights = parameters * DTYPE_BYTES[options.dtype]
     _weights_fit(options, parameters, memory)
-    for what, count in (("pages", options.pages or 0), ("host_slots", options.host_slots)):
-        if count * bytes_per_page + weights > memory.bytes:
-            beside = f" beside {_size(weights)} of weights" if weights else ""
+    host, beside_slots = (memory_limit(), 0) if memory.idle else (memory, weights)
+    for what, count, held, taken in (
+        ("pages", options.pages or 0, memory, weights),
+        ("host_slots", options.host_slots, host, beside_slots),
+    ):
+        if count * bytes_per_page + taken > held.bytes:
+            beside = f" beside {_size(taken)} of weights" if taken else ""
             raise EngineFault(
                 "bad_options",
-                f"{what} is {count}; that many take {_size(count * bytes_per_page)}{beside}, {memory.owner} has "
-                f"{_size(memory.bytes)}.",
+                f"{what} is {count}; that many take {_size(count * bytes_per_page)}{beside}, {held.owner} has "
+                f"{_size(held.bytes)}.",
                 f"Give fewer {what}, or leave `{what}` out.",
             )
     wanted = options.context_limit or model_limit
     pages = options.pages
     if pages is None:
         most = max(_MOST_DEFAULT_PAGES, 2 * pages_for(wanted, options.page_tokens) + (options.firm_pages or 0))
-        room = min(memory.bytes // 4, _room(memory, weights))
+        room = int(_IDLE_SHARE * (memory.bytes - weights)) if memory.idle else memory.bytes // 4
+        room = min(room, _room(memory, weights))
         pages = min(room // bytes_per_page, most)
         if pages < 2:
             raise EngineFault(

@@ -81,7 +81,7 @@ def _part(
     torch.bmm(compressed.expand(heads, -1, -1), key_up, out=keys)
     values = take("extend_values", (tile.tokens, heads * value), torch.float32)
     torch.mm(compressed, value_up.view(heads * value, rank).T, out=values)
-    queries = q[rows_of(tile)]
+    queries = q[rows_of(tile, q.device)]
     scores = take("extend_scores", (heads, count, tile.tokens), torch.float32)
     torch.bmm(queries[:, :, :nope].transpose(0, 1), keys.transpose(1, 2), out=scores)
     # Turned keys are the same for all heads: one product for all of them.

@@ -18,7 +18,7 @@ def mla_rows(q: Tensor, pool: Tensor, tiles: TilePlan, scale: float, workspace: 
     merged = RunningMerge(workspace, q.shape[0], heads, rank, q.dtype)
     for tile in tiles.tiles:
         latents = latents_of(pool, tile, workspace)
-        rows = rows_of(tile)
+        rows = rows_of(tile, q.device)
         scores = (q[rows].reshape(-1, width) @ latents.T).view(tile.rows.size, heads, -1)
         scores = scores.to(merged.dtype).mul_(scale)
         if tile.shape != "full":
@@ -49,13 +49,9 @@ def mla_extend(
     for tile in tiles.tiles:
         latents = latents_of(pool, tile, workspace)
         keys, values = _decompress(latents, key_up, value_up, rank, q.shape[2], workspace)
-        rows = rows_of(tile)
+        rows = rows_of(tile, q.device)
         queries = padded[rows].transpose(0, 1).unsqueeze(0)
-        mask = None if tile.shape != "ragged" else seen_mask(tile, q.dtype)
-        # The public function does not return the log-sum-exp that merging needs.
-        part, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            queries, keys.unsqueeze(0), values.unsqueeze(0), 0.0, tile.shape == "diagonal", attn_mask=mask, scale=scale
-        )
+        part, weight = attend_tile(queries, keys.unsqueeze(0), values.unsqueeze(0), tile, scale)
         part = part[0, :, :, :value].transpose(0, 1)
         merged.add(rows, part, weight[0].transpose(0, 1).unsqueeze(-1))
     out.copy_(merged.sum)
@@ -84,26 +80,47 @@ def latents_of(pool: Tensor, tile: Tile, workspace: Workspace, name: str = "gath
         first = int(tile.pages[0]) * page_tokens + tile.offset
         return pool.view(-1, width)[first : first + tile.tokens]
     gathered = workspace.take(name, (tile.pages.size, page_tokens, width), pool.dtype)
-    torch.index_select(pool, 0, torch.from_numpy(tile.pages), out=gathered)
+    torch.index_select(pool, 0, torch.from_numpy(tile.pages).to(pool.device), out=gathered)
     return gathered.view(-1, width)[tile.offset : tile.offset + tile.tokens]
 
 
-def rows_of(tile: Tile) -> slice | Tensor:
+def attend_tile(queries: Tensor, keys: Tensor, values: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
+    """Softmax attention of `queries` [B, H, rows, W] to the tile's tokens, and its log-sum-exp [B, H, rows]."""
+    if queries.device.type == "cpu":
+        mask = None if tile.shape != "ragged" else seen_mask(tile, queries.dtype)
+        # The public function does not return the log-sum-exp that merging needs.
+        part, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            queries, keys, values, 0.0, tile.shape == "diagonal", attn_mask=mask, scale=scale
+        )
+        return part, weight
+    scores = queries @ keys.transpose(-1, -2)
+    scores = (scores if scores.dtype == torch.float64 else scores.float()).mul_(scale)
+    if tile.shape != "full":
+        scores.masked_fill_(hidden_from(tile, scores.device), float("-inf"))
+    weight = scores.logsumexp(-1)
+    return scores.sub_(weight.unsqueeze(-1)).exp_().to(values.dtype) @ values, weight
+
+
+def rows_of(tile: Tile, device: torch.device) -> slice | Tensor:
     """Neighbouring rows as a slice: a view instead of a copy."""
     if bool((np.diff(tile.rows) == 1).all()):
         return slice(int(tile.rows[0]), int(tile.rows[-1]) + 1)
-    return torch.from_numpy(tile.rows).long()
+    return torch.from_numpy(tile.rows).long().to(device)
+
+
+def hidden_from(tile: Tile, device: torch.device) -> Tensor:
+    """[rows, tokens]: what each row does not see."""
+    return torch.arange(tile.tokens, device=device) >= torch.from_numpy(tile.visible).to(device)[:, None]
 
 
 def hide_unseen(scores: Tensor, tile: Tile) -> None:
     """Takes what a row does not see out of its scores [..., rows, heads, tokens]."""
-    hidden = torch.arange(tile.tokens) >= torch.from_numpy(tile.visible)[:, None]
-    scores.masked_fill_(hidden[:, None, :], float("-inf"))
+    scores.masked_fill_(hidden_from(tile, scores.device)[:, None, :], float("-inf"))
 
 
 def seen_mask(tile: Tile, dtype: torch.dtype) -> Tensor:
     """[1, 1, rows, tokens] to add to scores."""
-    hidden = torch.arange(tile.tokens) >= torch.from_numpy(tile.visible)[:, None]
+    hidden = hidden_from(tile, torch.device("cpu"))
     return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))[None, None]
 
 

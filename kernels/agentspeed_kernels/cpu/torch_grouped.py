@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from agentspeed_kernels.cpu.torch_attention import RunningMerge, hide_unseen, latents_of, rows_of, seen_mask
+from agentspeed_kernels.cpu.torch_attention import RunningMerge, attend_tile, hide_unseen, latents_of, rows_of
 from agentspeed_kernels.tiles import Tile, TilePlan
 from agentspeed_kernels.workspace import Workspace
 
@@ -30,7 +30,7 @@ def gqa_rows(
     merged = RunningMerge(workspace, tokens, heads, width, q.dtype)
     for tile in tiles.tiles:
         keys, values = _heads_of(key_pool, value_pool, tile, width, workspace)
-        groups, count, rows = keys.shape[0], tile.rows.size, rows_of(tile)
+        groups, count, rows = keys.shape[0], tile.rows.size, rows_of(tile, q.device)
         queries = q[rows].view(count, groups, -1, width).permute(1, 0, 2, 3).reshape(groups, -1, width)
         scores = torch.bmm(queries, keys.transpose(1, 2)).to(merged.dtype).mul_(scale)
         scores = scores.view(groups, count, -1, tile.tokens)
@@ -52,20 +52,11 @@ def gqa_extend(
     merged = RunningMerge(workspace, tokens, heads, width, q.dtype)
     for tile in tiles.tiles:
         keys, values = _heads_of(key_pool, value_pool, tile, width, workspace)
-        groups, count, rows = keys.shape[0], tile.rows.size, rows_of(tile)
+        groups, count, rows = keys.shape[0], tile.rows.size, rows_of(tile, q.device)
         queries = q[rows].view(count, groups, -1, width).permute(1, 2, 0, 3)
         shared = (groups, queries.shape[1], tile.tokens, width)
-        mask = None if tile.shape != "ragged" else seen_mask(tile, q.dtype)
-        # The public function does not return the log-sum-exp that merging needs.
-        part, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            queries,
-            keys.unsqueeze(1).expand(shared),
-            values.unsqueeze(1).expand(shared),
-            0.0,
-            tile.shape == "diagonal",
-            attn_mask=mask,
-            scale=scale,
-        )
+        held = (keys.unsqueeze(1).expand(shared), values.unsqueeze(1).expand(shared))
+        part, weight = attend_tile(queries, *held, tile, scale)
         merged.add(rows, _by_row(part.transpose(1, 2)), _by_row(weight.transpose(1, 2).unsqueeze(-1)))
     _give(merged, tiles, out)
 
@@ -85,5 +76,5 @@ def _by_row(parts: Tensor) -> Tensor:
 
 
 def _give(merged: RunningMerge, tiles: TilePlan, out: Tensor) -> None:
-    rows = torch.from_numpy(tiles.merge_rows).long()
+    rows = torch.from_numpy(tiles.merge_rows).long().to(out.device)
     out[rows] = merged.sum[rows].to(out.dtype)

@@ -112,3 +112,30 @@ def experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tens
             gate, up = (gate_up[expert].double() @ x[token].double()).chunk(2)
             out[token] += share * (down[expert].double() @ (torch.nn.functional.silu(gate) * up))
     return out
+
+
+def add_norm_linear(
+    x: Tensor, residual: Tensor, gain: Tensor, eps: float, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(product of the normed sum, the sum)"""
+    normed, total = add_rms_norm(x, residual, gain, eps)
+    return linear(normed, weight, bias), total
+
+
+def copy_rows(pool: Tensor, moves: Tensor) -> Tensor:
+    """The pool after the first rows of some pages went to others, in every layer."""
+    after = pool.double().clone()
+    for source, target, rows in moves.tolist():
+        after[:, target, :rows] = pool[:, source, :rows].double()
+    return after
+
+
+def gather_pages(pool: Tensor, pages: Tensor) -> Tensor:
+    return pool.double()[:, pages.long()]
+
+
+def scatter_pages(pool: Tensor, pages: Tensor, packed: Tensor) -> Tensor:
+    """The pool after the named pages of every layer were written."""
+    after = pool.double().clone()
+    after[:, pages.long()] = packed.double()
+    return after

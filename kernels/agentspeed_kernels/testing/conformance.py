@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from agentspeed_kernels.packing import Weight, pack
-from agentspeed_kernels.reference import definitions as define
+from agentspeed_kernels.reference import definitions
 from agentspeed_kernels.reference import grouped as define_grouped
 from agentspeed_kernels.routing import RouteRule
 from agentspeed_kernels.signature import Dtype, KernelSpec, Layout
-from agentspeed_kernels.testing.tolerance import KIND_OF, UNDEFINED
-from agentspeed_kernels.tiles import Int32s, TilePlan, plan_tiles
+from agentspeed_kernels.testing.tolerance import KIND_OF, UNDEFINED, tolerance
+from agentspeed_kernels.tiles import Int32s, Int64s, Piece, TilePlan, plan_tiles
 from agentspeed_kernels.workspace import Workspace
 
 Manner = Literal["random", "zeros", "large", "tiny", "one_peak"]
@@ -30,6 +30,8 @@ MANNERS: tuple[Manner, ...] = ("random", "zeros", "large", "tiny", "one_peak")
 tiny: squares near the end of float32's range. one_peak: one coordinate rules, its neighbours vanish beside it."""
 SIZES: tuple[Literal["small", "odd", "wide"], ...] = ("small", "odd", "wide")
 """odd sizes are no multiple of a vector; wide ones are those of a real model."""
+RANKS: dict[str, int] = {"small": 32, "odd": 23, "wide": 512}
+ROPES: dict[str, int] = {"small": 16, "odd": 6, "wide": 64}
 KINDS: dict[Dtype, torch.dtype] = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -47,44 +49,87 @@ class Case:
         return f"{self.op}-{self.dtype}-{self.manner}-{self.size}-{self.rows}"
 
 
-def cases(spec: KernelSpec) -> Iterator[Case]:
-    """All that `spec` says it can do: its formats, and row counts from one to just past its last vector."""
-    most = spec.most_rows if spec.most_rows is not None else 70
+def cases(spec: KernelSpec, most: int = 70) -> Iterator[Case]:
+    """All that `spec` says it can do: its formats and widths, and row counts from one to just past its last vector.
+
+    `most` bounds the rows, for kernels that an interpreter runs."""
+    most = min(most, spec.most_rows) if spec.most_rows is not None else most
     for dtype in sorted(spec.dtypes):
         for manner in MANNERS:
             if (KIND_OF[spec.op], dtype, manner) in UNDEFINED:
                 continue
             for size in SIZES if manner == "random" else SIZES[:2]:
+                if not fits(spec, size):
+                    continue
                 for rows in sorted({1, min(3, most), min(most, 70 if size != "wide" else 8)}):
                     yield Case(op=spec.op, dtype=dtype, manner=manner, size=size, rows=rows)
 
 
-def worst_error(spec: KernelSpec, case: Case) -> float:
+def fits(spec: KernelSpec, size: Literal["small", "odd", "wide"]) -> bool:
+    """Whether the kernel takes the widths that cases of a size have."""
+    widths = {"R": RANKS[size], "rope": ROPES[size], "nope": ROPES[size]}
+    return all(spec.sizes[axis].objection(axis, width) is None for axis, width in widths.items() if axis in spec.sizes)
+
+
+def objection(spec: KernelSpec) -> str | None:
+    """What is wrong with a kernel, found by a few of its cases; None when nothing is. Some milliseconds a case."""
+    for case in cases(spec, most=3):
+        if case.size == "small":
+            error = worst_error(spec, case, spec.device)
+            if not error <= tolerance(case.op, case.dtype):
+                return f"its error is {error:.1e} where {tolerance(case.op, case.dtype):.0e} is allowed ({case.name})"
+    return None
+
+
+def worst_error(spec: KernelSpec, case: Case, device: torch.device | str = "cpu") -> float:
     """max|d| / max|definition| of one call; infinite when the kernel gives anything that is not finite."""
-    draw = _Draw(case, spec.layout)
+    draw = _Draw(case, spec.layout, torch.device(device))
+    draw.paged = spec.plans == "triton"
     pairs = _CALLS[case.op](spec.call, draw)
     return max(_relative(got, wanted) for got, wanted in pairs)
 
 
+@final
+class _OnCpu:
+    """The definitions, for arguments that may lie on a device."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        function = getattr(definitions, name)
+        return lambda *given: function(*(one.cpu() if isinstance(one, Tensor) else one for one in given))
+
+
+define = _OnCpu()
+
+
 def _relative(got: Tensor, wanted: Tensor) -> float:
+    got, wanted = got.cpu(), wanted.cpu()
     if not bool(torch.isfinite(got).all()):
         return float("inf")
     scale = float(wanted.abs().max()) or 1.0
     return float((got.double() - wanted).abs().max()) / scale
 
 
+def _plans_of_triton(
+    pieces: list[Piece], path: list[Piece], positions: Int64s, draw: _Draw, page_tokens: int
+) -> tuple[Any, Any]:
+    from agentspeed_kernels.triton import attention, backend, extend
+
+    shape = backend.shape_of(draw.heads, draw.rank, draw.rope, page_tokens, draw.device)
+    few = attention.prepare(pieces, positions, shape, draw.device)
+    return few, extend.prepare_extend(path, positions, page_tokens, draw.heads, draw.device)
+
+
 @final
 class _Draw:
     """Seeded tensors in a case's format and manner."""
 
-    def __init__(self, case: Case, layout: Layout) -> None:
-        self.case = case
-        self.layout = layout
+    def __init__(self, case: Case, layout: Layout, device: torch.device) -> None:
+        self.case, self.layout, self.device = case, layout, device
+        self.paged = False
         self.kind = KINDS[case.dtype]
         self.rows = case.rows
         self.hidden = {"small": 32, "odd": 45, "wide": 512}[case.size]
-        self.rank = {"small": 32, "odd": 23, "wide": 512}[case.size]
-        self.rope = {"small": 8, "odd": 6, "wide": 64}[case.size]
+        self.rank, self.rope = RANKS[case.size], ROPES[case.size]
         self.heads = {"small": 4, "odd": 3, "wide": 8}[case.size]
         self._noise = torch.Generator().manual_seed(7)
 
@@ -102,27 +147,27 @@ class _Draw:
                 drawn[..., 0] = 50 * spread
             case "random":
                 pass
-        return drawn.to(self.kind)
+        return drawn.to(self.kind).to(self.device)
 
     def weight(self, *shape: int) -> Tensor:
         """Always ordinary: hostile are the values that come from users and layers before."""
         drawn = torch.randn(*shape, generator=self._noise, dtype=torch.float64)
-        return (drawn / math.sqrt(shape[-1])).to(self.kind)
+        return (drawn / math.sqrt(shape[-1])).to(self.kind).to(self.device)
 
     def laid(self, weight: Tensor, parts: int = 1) -> Weight:
         """In the layout of the kernel that is checked."""
         return weight if self.layout == "rows" else pack(weight, parts)
 
     def gain(self, width: int) -> Tensor:
-        return (1 + 0.1 * torch.randn(width, generator=self._noise, dtype=torch.float64)).to(self.kind)
+        return (1 + 0.1 * torch.randn(width, generator=self._noise, dtype=torch.float64)).to(self.kind).to(self.device)
 
     def angles(self) -> tuple[Tensor, Tensor]:
         turned = torch.rand(self.rows, self.rope // 2, generator=self._noise, dtype=torch.float64) * 6.3
-        return turned.cos().to(self.kind), turned.sin().to(self.kind)
+        return turned.cos().to(self.kind).to(self.device), turned.sin().to(self.kind).to(self.device)
 
     def empty(self, *shape: int) -> Tensor:
         """Filled with what must not survive."""
-        return torch.full(shape, float("nan"), dtype=self.kind)
+        return torch.full(shape, float("nan"), dtype=self.kind, device=self.device)
 
 
 Call = Callable[..., Any]
@@ -174,22 +219,41 @@ def _latent_append(call: Call, draw: _Draw) -> Pairs:
     raw = draw.tensor(draw.rows, 3 + draw.rank + draw.rope)[:, 3:]
     gain, (cos, sin) = draw.gain(draw.rank), draw.angles()
     pool = draw.tensor(2 * draw.rows, draw.rank + draw.rope)
-    slots = torch.randperm(2 * draw.rows, generator=torch.Generator().manual_seed(3))[: draw.rows]
+    slots = torch.randperm(2 * draw.rows, generator=torch.Generator().manual_seed(3))[: draw.rows].to(draw.device)
     wanted = define.latent_append(raw, gain, 1e-6, cos, sin, slots, pool)
     call(raw, gain, 1e-6, cos, sin, slots, pool)
     return [(pool, wanted)]
 
 
-def _attentions(draw: _Draw) -> Iterator[tuple[Tensor, TilePlan]]:
-    """Pools and plans: small pages, pages of a running engine, and pieces that begin within a page."""
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class _Attention:
+    """A pool, and what attends to it: tiles for the definitions beside the plans of the kernels."""
+
+    pool: Tensor
+    tiles: TilePlan
+    rows: Any
+    """For `mla_rows`."""
+    extend: Any
+    """For `mla_extend`."""
+    path: TilePlan
+    """What `extend` computes."""
+
+
+def _attentions(draw: _Draw) -> Iterator[_Attention]:
+    """Pools and plans: small pages and, on the CPU, pages of a running engine and pieces that begin within a page."""
     yield _small_pages(draw)
-    if draw.case.manner != "random":
+    if draw.paged or draw.case.manner != "random":
         return
     for page_tokens, chunk, block in ((64, 512, 32), (48, 100, 7)):
         yield _long_pages(draw, page_tokens, chunk, block)
 
 
-def _long_pages(draw: _Draw, page_tokens: int, chunk: int, block: int) -> tuple[Tensor, TilePlan]:
+def _on_cpu(pool: Tensor, tiles: TilePlan) -> _Attention:
+    return _Attention(pool=pool, tiles=tiles, rows=tiles, extend=tiles, path=tiles)
+
+
+def _long_pages(draw: _Draw, page_tokens: int, chunk: int, block: int) -> _Attention:
     """A shared context of some hundred tokens and a causal piece. What no token was written to is not a number: rows of
     a session that ended, in pages that another one got."""
     shared, own = 300 + draw.rows, draw.rows + 9
@@ -204,45 +268,56 @@ def _long_pages(draw: _Draw, page_tokens: int, chunk: int, block: int) -> tuple[
     pieces = [_Piece(order[:held], 0, shared, everyone, False), _Piece(order[held:], shared, own, everyone, True)]
     positions = np.arange(draw.rows, dtype=np.int64) + shared + 9
     align: Literal["page", "query"] = "page" if page_tokens == 64 else "query"
-    return pool, plan_tiles(
-        pieces, positions, page_tokens=page_tokens, chunk_tokens=chunk, block_rows=block, align=align
-    )
+    tiles = plan_tiles(pieces, positions, page_tokens=page_tokens, chunk_tokens=chunk, block_rows=block, align=align)
+    return _on_cpu(pool, tiles)
 
 
-def _small_pages(draw: _Draw) -> tuple[Tensor, TilePlan]:
-    """A pool of scattered pages and a plan with a shared piece, causal tails and a long piece in chunks."""
-    page_tokens, pages = 4, 12
+def _small_pages(draw: _Draw) -> _Attention:
+    """A pool of scattered pages and plans with a shared piece, causal tails and a long piece in chunks."""
+    page_tokens, pages = 16 if draw.paged else 4, 12
     pool = draw.tensor(pages, page_tokens, draw.rank + draw.rope)
-    positions = np.arange(draw.rows, dtype=np.int64) + 17
+    positions = np.arange(draw.rows, dtype=np.int64) + 4 * page_tokens + 1
     everyone = np.arange(draw.rows, dtype=np.int32)
-    pieces = [
-        _Piece(np.array([7, 8, 9], np.int32), 0, 11, everyone, False),
-        _Piece(np.array([3, 1], np.int32), 11, 6, everyone[:1], False),
-        _Piece(np.array([11, 2, 5, 4], np.int32), 17, 14, everyone, True),
+    own = 3 * page_tokens + 2
+    pieces: list[Piece] = [
+        _Piece(np.array([7, 8, 9], np.int32), 0, 3 * page_tokens - 1, everyone, False),
+        _Piece(np.array([3, 1], np.int32), 3 * page_tokens - 1, page_tokens + 2, everyone[:1], False),
+        _Piece(np.array([11, 2, 5, 4], np.int32), 4 * page_tokens + 1, own, everyone, True),
     ]
-    return pool, plan_tiles(pieces, positions, page_tokens=page_tokens, chunk_tokens=8, block_rows=5)
+    tiles = plan_tiles(pieces, positions, page_tokens=page_tokens, chunk_tokens=2 * page_tokens, block_rows=5)
+    path: list[Piece] = [
+        _Piece(np.array([7, 8, 9, 3], np.int32), 0, 4 * page_tokens, everyone, False),
+        _Piece(np.array([11, 2, 5, 4, 6, 10], np.int32), 4 * page_tokens, 6 * page_tokens, everyone, True),
+    ]
+    if not draw.paged:
+        return _on_cpu(pool, tiles)
+    few, many = _plans_of_triton(pieces, path, positions, draw, page_tokens)
+    path_tiles = plan_tiles(path, positions, page_tokens=page_tokens, chunk_tokens=2 * page_tokens, block_rows=5)
+    return _Attention(pool=pool, tiles=tiles, rows=few, extend=many, path=path_tiles)
 
 
 def _mla_rows(call: Call, draw: _Draw) -> Pairs:
     pairs: Pairs = []
-    for pool, tiles in _attentions(draw):
+    for case in _attentions(draw):
         q = draw.tensor(draw.rows, draw.heads, draw.rank + draw.rope)
         out, scale = draw.empty(draw.rows, draw.heads, draw.rank), (draw.rank + draw.rope) ** -0.5
-        call(q, pool, tiles, scale, Workspace(), out)
-        pairs.append((out, define.mla_rows(q, pool, tiles, scale, draw.rank)))
+        call(q, case.pool, case.rows, scale, Workspace(draw.device), out)
+        pairs.append((out, define.mla_rows(q, case.pool, case.tiles, scale, draw.rank)))
     return pairs
 
 
 def _mla_extend(call: Call, draw: _Draw) -> Pairs:
     pairs: Pairs = []
     # narrower and wider than the keys, and the usual widths
-    widths = [(draw.rope, draw.rope + 1), (draw.rope, 3 * draw.rope)] + [(128, 128)] * (draw.case.size == "wide")
-    for (nope, value), (pool, tiles) in itertools.product(widths, _attentions(draw)):
+    widths = [(draw.rope, draw.rope + (8 if draw.paged else 1)), (draw.rope, 3 * draw.rope)]
+    widths += [(128, 128)] * (draw.case.size == "wide")
+    for (nope, value), case in itertools.product(widths, _attentions(draw)):
         q = draw.tensor(draw.rows, draw.heads, nope + draw.rope)
         key_up, value_up = draw.weight(draw.heads, draw.rank, nope), draw.weight(draw.heads, value, draw.rank)
         out, scale = draw.empty(draw.rows, draw.heads, value), (nope + draw.rope) ** -0.5
-        call(q, pool, draw.laid(key_up), draw.laid(value_up), tiles, scale, Workspace(), out)
-        pairs.append((out, define.mla_extend(q, pool, key_up, value_up, tiles, scale)))
+        laid = (draw.laid(key_up), draw.laid(value_up))
+        call(q, case.pool, *laid, case.extend, scale, Workspace(draw.device), out)
+        pairs.append((out, define.mla_extend(q, case.pool, key_up, value_up, case.path, scale)))
     return pairs
 
 
@@ -260,7 +335,8 @@ def _kv_append(call: Call, draw: _Draw) -> Pairs:
 
 def _gqa(call: Call, draw: _Draw) -> Pairs:
     """Each head of the pools by one head of queries, by several, and by all."""
-    latents, tiles = _small_pages(draw)
+    case = _small_pages(draw)
+    latents, tiles = case.pool, case.tiles
     pairs: Pairs = []
     for heads, groups in ((draw.heads, draw.heads), (2 * draw.heads, draw.heads), (draw.heads, 1)):
         width = 2 * draw.rope
@@ -271,6 +347,46 @@ def _gqa(call: Call, draw: _Draw) -> Pairs:
         call(q, key_pool, value_pool, tiles, width**-0.5, Workspace(), out)
         pairs.append((out, wanted))
     return pairs
+
+
+def _add_norm_linear(call: Call, draw: _Draw) -> Pairs:
+    x, residual = draw.tensor(draw.rows, draw.hidden), draw.tensor(draw.rows, draw.hidden)
+    gain, weight = draw.gain(draw.hidden), draw.weight(draw.rank + 5, draw.hidden)
+    pairs: Pairs = []
+    for bias in (None, draw.gain(draw.rank + 5)):
+        out, total = draw.empty(draw.rows, draw.rank + 5), draw.empty(draw.rows, draw.hidden)
+        wanted, added = define.add_norm_linear(x, residual, gain, 1e-6, weight, bias)
+        call(x, residual, gain, 1e-6, weight, bias, out, total)
+        pairs += [(out, wanted), (total, added.to(draw.kind).double())]
+    return pairs
+
+
+def _copy_rows(call: Call, draw: _Draw) -> Pairs:
+    pool = draw.tensor(2, 2 * draw.rows, 4, draw.rank + draw.rope)
+    moves = torch.tensor([[i, draw.rows + i, 1 + i % 4] for i in range(draw.rows)], dtype=torch.int32).to(draw.device)
+    wanted = define.copy_rows(pool, moves)
+    call(pool, moves)
+    return [(pool, wanted)]
+
+
+def _gather_pages(call: Call, draw: _Draw) -> Pairs:
+    pool, pages = draw.tensor(2, 2 * draw.rows, 4, draw.rank + draw.rope), _some_pages(draw)
+    packed = draw.empty(2, draw.rows, 4, draw.rank + draw.rope)
+    call(pool, pages, packed)
+    return [(packed, define.gather_pages(pool, pages))]
+
+
+def _scatter_pages(call: Call, draw: _Draw) -> Pairs:
+    pool, pages = draw.tensor(2, 2 * draw.rows, 4, draw.rank + draw.rope), _some_pages(draw)
+    packed = draw.tensor(2, draw.rows, 4, draw.rank + draw.rope)
+    wanted = define.scatter_pages(pool, pages, packed)
+    call(pool, pages, packed)
+    return [(pool, wanted)]
+
+
+def _some_pages(draw: _Draw) -> Tensor:
+    order = torch.randperm(2 * draw.rows, generator=torch.Generator().manual_seed(3))[: draw.rows]
+    return order.to(torch.int32).to(draw.device)
 
 
 def _route(call: Call, draw: _Draw) -> Pairs:
@@ -319,8 +435,9 @@ def _experts(call: Call, draw: _Draw) -> Pairs:
             weights.fill_(1)
         elif count == 1:
             weights[::2, 1] = 0
+        ids, weights = ids.to(draw.device), weights.to(draw.device)
         out = draw.empty(draw.rows, hidden)
-        call(x, draw.laid(gate_up, 2), draw.laid(down), ids, weights, Workspace(), out)
+        call(x, draw.laid(gate_up, 2), draw.laid(down), ids, weights, Workspace(draw.device), out)
         pairs.append((out, define.experts(x, gate_up, down, ids, weights)))
     return pairs
 
@@ -335,6 +452,11 @@ class _Piece:
     causal: bool
 
 
+def piece(pages: Int32s, start: int, tokens: int, queries: Int32s, causal: bool) -> Piece:
+    """For tests: cached tokens that several rows read."""
+    return _Piece(pages, start, tokens, queries, causal)
+
+
 _CALLS: dict[str, Callable[[Call, _Draw], Pairs]] = {
     "linear": _linear,
     "heads_linear": _heads_linear,
@@ -347,6 +469,10 @@ _CALLS: dict[str, Callable[[Call, _Draw], Pairs]] = {
     "kv_append": _kv_append,
     "gqa_rows": _gqa,
     "gqa_extend": _gqa,
+    "add_norm_linear": _add_norm_linear,
+    "copy_rows": _copy_rows,
+    "gather_pages": _gather_pages,
+    "scatter_pages": _scatter_pages,
     "route": _route,
     "experts": _experts,
 }

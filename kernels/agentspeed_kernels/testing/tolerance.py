@@ -10,7 +10,7 @@ from typing import Literal
 
 from agentspeed_kernels.signature import Dtype
 
-Kind = Literal["elementwise", "product", "routing", "attention", "experts"]
+Kind = Literal["elementwise", "product", "routing", "attention", "experts", "move"]
 
 KIND_OF: dict[str, Kind] = {
     "linear": "product",
@@ -26,9 +26,16 @@ KIND_OF: dict[str, Kind] = {
     "kv_append": "elementwise",
     "gqa_rows": "attention",
     "gqa_extend": "attention",
+    "add_norm_linear": "product",
+    "copy_rows": "move",
+    "gather_pages": "move",
+    "scatter_pages": "move",
 }
 
 TOLERANCE: dict[tuple[Kind, Dtype], tuple[float, str]] = {
+    ("move", "float64"): (0.0, "bits are copied"),
+    ("move", "float32"): (0.0, "bits are copied"),
+    ("move", "bfloat16"): (0.0, "bits are copied"),
     ("elementwise", "float64"): (1e-14, "a few roundings of 1e-16 each"),
     ("product", "float64"): (1e-13, "sums of up to 1000 terms in any order"),
     ("routing", "float64"): (

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +16,11 @@ from agentspeed_kernels import registry
 from agentspeed_kernels.cpu import native
 from agentspeed_kernels.ops import OPS, WEIGHT_OPS
 from agentspeed_kernels.packing import pack
-from agentspeed_kernels.platform import Platform, detect
+from agentspeed_kernels.platform import NoDevice, Platform, detect
 from agentspeed_kernels.registry import Registry, RegistryError, standard
-from agentspeed_kernels.selection import Kernels, NoKernel, select
-from agentspeed_kernels.signature import KernelSpec, Need
+from agentspeed_kernels.selection import Kernels, NoKernel, Preferences, select
+from agentspeed_kernels.signature import KernelSpec, Need, Widths
+from agentspeed_kernels.testing import conformance
 from agentspeed_kernels.workspace import Workspace
 from tests.support.needs import missing
 
@@ -39,6 +42,24 @@ def fresh_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def spec(name: str, priority: int, **changes: object) -> KernelSpec:
     fields = {"op": "rope", "name": name, "dtypes": frozenset({"float32"}), "device": "cpu", "call": print}
     return KernelSpec(**(fields | {"priority": priority} | changes))  # type: ignore[arg-type]
+
+
+@dataclass
+class Point:
+    """An entry point of an installed package."""
+
+    name: str
+    offer: Callable[[], tuple[KernelSpec, ...]]
+
+    def load(self) -> Callable[[], tuple[KernelSpec, ...]]:
+        return self.offer
+
+
+def install(monkeypatch: pytest.MonkeyPatch, *points: Point) -> None:
+    def entry_points(group: str) -> tuple[Point, ...]:
+        return points if group == "agentspeed.kernels" else ()
+
+    monkeypatch.setattr(registry, "entry_points", entry_points)
 
 
 def test_the_highest_priority_that_fits_is_chosen() -> None:
@@ -89,15 +110,9 @@ def test_two_kernels_of_equal_rank_are_refused() -> None:
 def test_installed_packages_add_kernels_through_the_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
     extra = spec("theirs", 50)
 
-    class Point:
-        def load(self) -> object:
-            return lambda: (extra,)
-
-    def entry_points(group: str) -> tuple[Point, ...]:
-        return (Point(),) if group == "agentspeed.kernels" else ()
-
-    monkeypatch.setattr(registry, "entry_points", entry_points)
-    assert select(Need(op="rope", dtype="float32", rows=1), standard().candidates("rope"), FULL).kernel is extra
+    install(monkeypatch, Point("a-package", lambda: (extra,)))
+    chosen = select(Need(op="rope", dtype="float32", rows=1), standard().candidates("rope"), FULL).kernel
+    assert (chosen.name, chosen.call, chosen.origin) == ("theirs", extra.call, "a-package")
 
 
 def test_an_unknown_op_is_refused() -> None:
@@ -267,3 +282,105 @@ def test_a_workspace_grows_once_and_keeps_names_apart() -> None:
     other = workspace.take("b", (2, 2), torch.float32)
     assert small.data_ptr() == large.data_ptr() != other.data_ptr()
     assert workspace.bytes == 4 * (32 + 4)
+
+
+def test_a_kernel_that_does_not_take_a_size_a_page_or_a_format_of_a_role_is_passed_over_with_the_reason() -> None:
+    candidates = (
+        spec("any", 0),
+        spec("aligned", 10, sizes={"R": Widths(multiple=16)}),
+        spec("paged", 20, sizes={"page_tokens": Widths(multiple=64)}),
+        spec("fp8", 30, cache=frozenset({"float8"})),
+        spec("packed", 40, weights=frozenset({"int4"})),
+        spec("short", 50, sizes={"R": Widths(least=1, most=64)}),
+    )
+    need = Need(op="rope", dtype="float32", rows=1, sizes={"R": 100, "page_tokens": 16})
+    choice = select(need, candidates, FULL)
+    assert choice.kernel.name == "any"
+    assert {kernel.name: why for kernel, why in choice.rejected} == {
+        "aligned": "R is a multiple of 16, not 100",
+        "paged": "page_tokens is a multiple of 64, not 16",
+        "fp8": "cache in float32 are not taken",
+        "packed": "weights in float32 are not taken",
+        "short": "R is up to 64, not 100",
+    }
+    stored = select(Need(op="rope", dtype="float32", rows=1, cache="float8"), candidates[:1] + candidates[3:4], FULL)
+    assert stored.kernel.name == "fp8"
+
+
+def test_a_kernel_can_be_forced_or_excluded_by_an_option() -> None:
+    candidates = (spec("slow", 0), spec("fast", 10), spec("faster", 20))
+    need = Need(op="rope", dtype="float32", rows=1)
+    forced = select(need, candidates, FULL, Preferences.parse("rope=slow"))
+    assert (forced.kernel.name, forced.rejected[0][1]) == ("slow", "slow is forced")
+    excluded = select(need, candidates, FULL, Preferences.parse("-faster, linear=torch"))
+    assert (excluded.kernel.name, excluded.rejected[0][1]) == ("fast", "excluded by option")
+    assert select(need, candidates, FULL, Preferences.parse("-rope/faster,-rope/fast")).kernel.name == "slow"
+    assert select(need, candidates, FULL, Preferences.parse("-linear/faster")).kernel.name == "faster"
+
+
+@pytest.mark.parametrize("text", ["rpoe=slow", "slow", "rope=", "-"])
+def test_an_option_that_names_no_choice_is_refused_with_what_may_be_written(text: str) -> None:
+    with pytest.raises(ValueError, match="Write op=name to force one"):
+        Preferences.parse(text)
+
+
+def test_the_option_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGENTSPEED_KERNELS", "linear=torch,-native")
+    asked = Preferences.from_environment()
+    assert (asked.forced, asked.excluded) == ({"linear": "torch"}, frozenset({"native"}))
+
+
+def test_a_package_that_cannot_be_loaded_is_left_out_with_a_warning_that_names_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken() -> tuple[KernelSpec, ...]:
+        raise OSError("libfast.so: no such file")
+
+    install(monkeypatch, Point("broken-package", broken), Point("good-package", lambda: (spec("theirs", 50),)))
+    found = {candidate.name for candidate in standard().candidates("rope")}
+    assert "theirs" in found
+    assert "kernels of broken-package are left out: loading them failed: OSError: libfast.so" in caplog.text
+
+
+def test_a_foreign_kernel_that_ties_with_another_is_left_out_with_a_warning_that_names_its_package(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    install(monkeypatch, Point("a-package", lambda: (spec("theirs", 0), spec("also", 50))))
+    found = {candidate.name for candidate in standard().candidates("rope")}
+    assert "also" in found and "theirs" not in found
+    assert "a kernel of a-package is left out" in caplog.text and "same priority" in caplog.text
+
+
+def wrong_norm(x: Any, weight: Any, eps: float, out: Any) -> None:
+    out.copy_(x)
+
+
+def raising_norm(x: Any, weight: Any, eps: float, out: Any) -> None:
+    raise IndexError("row 7")
+
+
+@pytest.mark.parametrize(("call", "why"), [(wrong_norm, "its error is"), (raising_norm, "it raised IndexError: row 7")])
+def test_a_foreign_kernel_that_fails_its_check_is_left_out_and_the_next_best_runs(
+    call: Callable[..., Any], why: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    theirs = spec("theirs", 50, op="rms_norm", call=call)
+    install(monkeypatch, Point("a-package", lambda: (theirs,)))
+    kernels = Kernels(standard(), BARE, "float32", ("rms_norm",), check=conformance.objection)
+    assert kernels["rms_norm"].choice(3).kernel.name == "torch"
+    assert "<kernel rms_norm/theirs of a-package> is left out: " + why in caplog.text
+
+
+def test_a_sound_foreign_kernel_passes_its_check_and_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = next(one for one in standard().candidates("rms_norm") if one.name == "torch")
+    install(monkeypatch, Point("a-package", lambda: (spec("theirs", 50, op="rms_norm", call=honest.call),)))
+    kernels = Kernels(standard(), BARE, "float32", ("rms_norm",), check=conformance.objection)
+    assert kernels["rms_norm"].choice(3).kernel.name == "theirs"
+    (line,) = kernels["rms_norm"].explain()
+    assert line.startswith("any rows: rms_norm: theirs (")
+    assert "; not torch: priority 0 is below 50)" in line
+
+
+def test_a_gpu_that_is_not_there_is_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(NoDevice, match="No CUDA device can be used"):
+        detect("cuda")

@@ -16,6 +16,7 @@ from agentspeed_engine.models.catalog import load
 from agentspeed_engine.models.loaded import LoadedModel
 from agentspeed_engine.models.memory import zeros_on_demand
 from tests.conformance.family_configs import random_config
+from tests.devices import DEVICES
 from tests.support.paged import CONFIG, Trail, batch
 from tests.support.random_checkpoint import make_checkpoint
 
@@ -36,10 +37,15 @@ def config(request: pytest.FixtureRequest) -> dict[str, Any]:
     return found
 
 
+@pytest.fixture(scope="module", params=DEVICES)
+def device(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def model(config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+def model(config: dict[str, Any], device: Any, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     folder = make_checkpoint(config, tmp_path_factory.mktemp("model"), seed=6, dtype="float64")
-    return load(folder, dtype="float64", pages=256, page_tokens=PAGE)
+    return load(folder, dtype="float64", pages=256, page_tokens=PAGE, device=device)
 
 
 def close(left: torch.Tensor, right: torch.Tensor) -> bool:
@@ -130,7 +136,7 @@ def test_lower_formats_stay_near_float64(
 ) -> None:
     folder = make_checkpoint(config, tmp_path, seed=6, dtype="float64")
     other = load(folder, dtype=dtype, pages=256, page_tokens=PAGE)  # type: ignore[arg-type]
-    wanted, got = fresh(model, IDS[:60]), fresh(other, IDS[:60]).double()
+    wanted, got = fresh(model, IDS[:60]).cpu(), fresh(other, IDS[:60]).double()
     # Positions where rounding flips an expert choice may differ widely in bfloat16, hence the median.
     error = float(((got - wanted).abs().amax(-1) / wanted.abs().max()).median())
     assert error < {"float32": 1e-5, "bfloat16": 6e-2}[dtype]

@@ -60,7 +60,7 @@ class Ranks:
     def forward(self, batches: list[FlatBatch]) -> list[torch.Tensor]:
         """One batch per dp rank, the same for its tp ranks."""
         mine = [batches[rank.dp] for rank in self.mesh.ranks()]
-        states = [step_state(b, self.rope, PAGE, w) for b, w in zip(mine, self.workspaces, strict=True)]
+        states = [step_state(b, self.rope, PAGE, w)[1] for b, w in zip(mine, self.workspaces, strict=True)]
         inputs = [torch.from_numpy(b.ids) for b in mine]
         return run_logical(self.plan, self.chains, inputs, states, [len(b.ids) for b in batches])
 

@@ -15,7 +15,7 @@ from agentspeed_engine.models.families.deepseek.config import (
     parse_youtu,
     text_of_kimi,
 )
-from agentspeed_engine.models.families.deepseek.shapes import cuts, kv_layout, shapes
+from agentspeed_engine.models.families.deepseek.shapes import OPS, cuts, kv_layout, shapes, sizes
 from agentspeed_engine.models.family import Family
 from agentspeed_engine.models.fields import Fields
 
@@ -50,6 +50,8 @@ def _family(
         shapes=shapes,
         cuts=cuts,
         kv_layout=kv_layout,
+        ops=OPS,
+        sizes=sizes,
         build=_build,
     )
 

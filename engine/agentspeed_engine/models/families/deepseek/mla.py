@@ -95,9 +95,9 @@ class Mla:
         turned = q[:, :, config.nope :]
         run["rope"].at(rows)(turned, state.cos, state.sin)
         mixed = take("mixed", (rows, self._heads, config.value), x.dtype)
-        if state.few is not None:
+        if state.attention.few is not None:
             self._attend_few(q, state, mixed)
-        if state.many is not None:
+        if state.attention.many is not None:
             self._attend_many(q, state, mixed)
         out = take("attended", (rows, config.hidden), x.dtype)
         run["linear"].at(rows)(mixed.view(rows, -1), self._o, self._o_bias, out)
@@ -126,7 +126,6 @@ class Mla:
         return q.view(rows, self._heads, -1)
 
     def _attend_few(self, q: Tensor, state: StepState, mixed: Tensor) -> None:
-        assert state.few is not None
         config, take, run = self._config, state.workspace.take, self._kernels
         rows = q.shape[0]
         absorbed = take("absorbed", (rows, self._heads, config.latent_width), q.dtype)
@@ -134,18 +133,17 @@ class Mla:
         run.copy(q[:, :, config.nope :], absorbed[:, :, config.kv_rank :])
         latent = take("latent_out", (rows, self._heads, config.kv_rank), q.dtype)
         attend = run["mla_rows"].at(rows)
-        attend(absorbed, self._pool, state.few, self._scale, state.workspace, latent)
+        attend(absorbed, self._pool, state.attention.few, self._scale, state.workspace, latent)
         run["heads_linear"].at(rows)(latent, self._value_up, mixed)
 
     def _attend_many(self, q: Tensor, state: StepState, mixed: Tensor) -> None:
         """Rows of `few` keep what they have: the extend's result is taken for its own rows only."""
-        assert state.many is not None
-        alone = state.few is None
+        alone = state.attention.few is None
         out = mixed if alone else state.workspace.take("extended", tuple(mixed.shape), q.dtype)
         attend = self._kernels["mla_extend"].at(q.shape[0])
-        attend(q, self._pool, self._absorb, self._value_up, state.many, self._scale, state.workspace, out)
+        attend(q, self._pool, self._absorb, self._value_up, state.attention.many, self._scale, state.workspace, out)
         if not alone:
-            rows = torch.from_numpy(state.many.merge_rows).long()
+            rows = torch.from_numpy(state.attention.many_rows).to(q.device)
             mixed[rows] = out[rows]
 
 

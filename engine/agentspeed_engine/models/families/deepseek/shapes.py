@@ -13,6 +13,20 @@ from agentspeed_engine.spmd.placement import Mesh
 LATENT = "latent"
 """The one pool: a token's compressed keys and values, then its turned key."""
 
+OPS = (
+    "linear",
+    "heads_linear",
+    "rms_norm",
+    "add_rms_norm",
+    "rope",
+    "latent_append",
+    "mla_rows",
+    "mla_extend",
+    "route",
+    "experts",
+)
+"""What the chain calls."""
+
 
 def shapes(config: DeepseekConfig) -> Iterator[tuple[str, Shape]]:
     """Names and shapes, in the order of the layers."""
@@ -68,3 +82,14 @@ def kv_layout(config: DeepseekConfig, dtype: str, mesh: Mesh) -> KvLayout:
     """The latent is the same for all heads, so every rank of tp keeps it whole."""
     del mesh
     return KvLayout(pools=(KvPool(name=LATENT, layers=config.layers, width=config.latent_width, dtype=dtype),))
+
+
+def sizes(config: DeepseekConfig, mesh: Mesh) -> dict[str, int]:
+    """Axes as in `agentspeed_kernels.ops`, of one rank."""
+    return {
+        "R": config.kv_rank,
+        "rope": config.rope.width,
+        "nope": config.nope,
+        "value": config.value,
+        "H": config.heads // mesh.tp,
+    }

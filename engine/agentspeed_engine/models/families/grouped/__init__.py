@@ -11,7 +11,7 @@ from agentspeed_engine.models.families.grouped.config import (
     parse_qwen3,
     parse_qwen3_moe,
 )
-from agentspeed_engine.models.families.grouped.shapes import cuts, kv_layout, shapes
+from agentspeed_engine.models.families.grouped.shapes import OPS, cuts, kv_layout, shapes, sizes
 from agentspeed_engine.models.family import Family
 from agentspeed_engine.models.fields import Fields
 
@@ -42,6 +42,8 @@ def _family(name: str, model_type: str, parse: Callable[[Fields], GroupedConfig]
         shapes=shapes,
         cuts=cuts,
         kv_layout=kv_layout,
+        ops=OPS,
+        sizes=sizes,
         build=_build,
     )
 

@@ -13,6 +13,19 @@ from agentspeed_engine.spmd.placement import Mesh
 KEYS, VALUES = "keys", "values"
 """The two pools: a token's turned keys and its values, head after head."""
 
+OPS = (
+    "linear",
+    "rms_norm",
+    "add_rms_norm",
+    "rope",
+    "kv_append",
+    "gqa_rows",
+    "gqa_extend",
+    "route",
+    "experts",
+)
+"""What the chain calls."""
+
 
 def shapes(config: GroupedConfig) -> Iterator[tuple[str, Shape]]:
     """Names and shapes, in the order of the layers."""
@@ -63,3 +76,8 @@ def kv_layout(config: GroupedConfig, dtype: str, mesh: Mesh) -> KvLayout:
     return KvLayout(
         pools=tuple(KvPool(name=name, layers=config.layers, width=width, dtype=dtype) for name in (KEYS, VALUES))
     )
+
+
+def sizes(config: GroupedConfig, mesh: Mesh) -> dict[str, int]:
+    """Axes as in `agentspeed_kernels.ops`, of one rank."""
+    return {"W": config.head, "rope": config.head, "G": config.kv_heads // mesh.tp, "H": config.heads // mesh.tp}

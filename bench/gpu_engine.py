@@ -1,0 +1,105 @@
+"""The whole engine on a GPU: a model of DeepSeek-V2-Lite's shapes with weights by chance, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from gpu_timing import READ_BYTES, Report
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+os.environ.setdefault("TRITON_INTERPRET", "0")
+
+from agentspeed_engine.models.catalog import describe, read_source
+from tests.support.engine_client import Front, engine
+
+MODEL = f"random:{ROOT / 'bench/models/v2-lite.json'}"
+CONTEXT, DRAWN = 4096, 128
+LONG, MORE = 32_768, 512
+MUST = {"batch 1": 0.42, "batch 32": 0.45}
+RESUME_MUST = 8.0
+
+
+def section_engine(report: Report, *, depth: int = 1) -> None:
+    """Tokens/s at batch 1 and 32, and what a resume saves; figures are those of a client of the engine's socket."""
+    draw = random.Random(0)
+    with tempfile.TemporaryDirectory() as folder, engine(
+        Path(folder), model=MODEL, device="cuda", dtype="bfloat16", pages=6000, context_limit=36_864, depth=depth,
+        prefill_chunk=2048, extend_tokens=1024, record="off",
+    ) as process:  # fmt: skip
+        for line in process.progress:
+            print(f"          {line}")
+        front = process.connect()
+        front.socket.settimeout(300.0)
+        for batch in (1, 32):
+            seconds, steps = decode(front, draw, batch)
+            figures = {"tokens/s": batch * DRAWN / seconds, "ms a step": 1e3 * seconds / DRAWN}
+            share = limit_seconds(batch) * DRAWN / seconds
+            report.add("engine", f"decode, batch {batch} at {CONTEXT}", **figures, share=share,
+                       steps=steps, must=MUST[f"batch {batch}"], met=share >= MUST[f"batch {batch}"])  # fmt: skip
+        resumed, whole = resume(front, draw)
+        report.add("engine", f"+{MORE} on {LONG} against all anew", resumed_ms=1e3 * resumed, anew_ms=1e3 * whole,
+                   times=whole / resumed, must=RESUME_MUST, met=whole / resumed >= RESUME_MUST)  # fmt: skip
+
+
+def decode(front: Front, draw: random.Random, batch: int) -> tuple[float, int]:
+    """(Seconds for DRAWN tokens of each branch, steps of the engine meanwhile); the second of two rounds."""
+    branches = [front.open(private=True) for _ in range(batch)]
+    front.finish(*[front.start(branch, ids(draw, CONTEXT), max_tokens=2) for branch in branches])
+    seconds = []
+    for _ in range(2):
+        before = front.stats().counts["steps"]
+        started = time.perf_counter()
+        turns = [front.start(branch, ids(draw, 1), max_tokens=DRAWN) for branch in branches]
+        front.finish(*turns)
+        seconds.append(time.perf_counter() - started)
+        assert all(len(turn.ids) == DRAWN for turn in turns), "a turn ended by itself"
+        steps = front.stats().counts["steps"] - before
+    for branch in branches:
+        front.end(branch)
+    return seconds[-1], steps
+
+
+def resume(front: Front, draw: random.Random) -> tuple[float, float]:
+    """Medians of three: MORE tokens more in a session of LONG, and a new session that is given all of them."""
+    trunk = front.open(private=True)
+    held = ids(draw, LONG)
+    front.generate(trunk, held, max_tokens=1)
+    resumed, whole = [], []
+    for _ in range(3):
+        (child,) = front.fork(trunk)
+        more = ids(draw, MORE)
+        started = time.perf_counter()
+        front.generate(child, more, max_tokens=1)
+        resumed.append(time.perf_counter() - started)
+        front.end(child)
+        other = front.open(private=True)
+        started = time.perf_counter()
+        front.generate(other, [*held, *more], max_tokens=1)
+        whole.append(time.perf_counter() - started)
+        front.end(other)
+    front.end(trunk)
+    return statistics.median(resumed), statistics.median(whole)
+
+
+def limit_seconds(batch: int) -> float:
+    """Of one step: what must be read of the weights (each expert that any token visits once) and of the cache."""
+    config = read_source(MODEL).config
+    moe = config.moe  # type: ignore[attr-defined]
+    info = describe(MODEL, dtype="bfloat16")
+    expert = 3 * moe.inner * config.hidden
+    layers = config.layers - 1
+    hit = moe.experts * (1 - (1 - moe.top / moe.experts) ** batch)
+    embedded = config.vocab_size * config.hidden
+    weights = info.parameters - embedded - layers * (moe.experts - hit) * expert
+    return float((2 * weights + batch * CONTEXT * info.kv.bytes_per_token) / READ_BYTES)
+
+
+def ids(draw: random.Random, count: int) -> list[int]:
+    return [draw.randrange(3, 99_000) for _ in range(count)]

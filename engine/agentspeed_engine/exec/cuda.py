@@ -1,0 +1,198 @@
+"""The executor on one GPU: a launched step is enqueued, from the upload to the copy of its tokens to the host."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agentspeed_engine.errors import BrokenInvariant, EngineFault
+from agentspeed_engine.exec.automata import REFUSALS, Automata
+from agentspeed_engine.exec.executor import Pending, Refusal, Sampled, Token
+from agentspeed_engine.exec.sampler import not_finite, ruled_out
+from agentspeed_engine.exec.sampling_rows import asked_of, on_device
+from agentspeed_engine.exec.step_input import Sample, StepInput
+from agentspeed_engine.exec.torch_model import TorchModel
+from agentspeed_engine.exec.vocabulary import Vocabulary
+from agentspeed_engine.kv.views import TurnSpec
+from agentspeed_engine.models.loaded import out_of_memory
+from agentspeed_kernels.triton.sampling import sample
+from agentspeed_kernels.workspace import Workspace
+
+_cuda: Any = torch.cuda
+"""torch gives these no types."""
+_FAULTS = {1: not_finite, 2: ruled_out}
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Enqueued:
+    """A step on its way. Tensors are in pinned memory and hold what they shall once `event` has passed."""
+
+    step: int
+    event: Any
+    samples: tuple[Sample, ...]
+    refused: dict[int, str]
+    """By place among the samples: why there is no token."""
+    ids: Tensor
+    faulty: Tensor
+    logprob: Tensor
+    top_ids: Tensor
+    top_logprobs: Tensor
+
+    def done(self) -> bool:
+        return bool(self.event.query())
+
+
+@final
+class CudaExecutor:
+    """`exec.executor.Executor` over a model on a GPU, in bfloat16 or float32. Needs Triton."""
+
+    def __init__(self, model: TorchModel, vocabulary: Vocabulary, *, depth: int = 0) -> None:
+        """`depth`: steps that are planned before an earlier one was collected (`CoreConfig.depth`)."""
+        self._model = model
+        self._loaded = model.loaded
+        self._device = model.loaded.device
+        self._depth = depth
+        self._automata = Automata(vocabulary)
+        self._workspace = Workspace(self._device)
+        self._tokens: dict[int, Tensor] = {}
+        """What the latest steps sampled, on the device: later steps may name it."""
+        self.page_tokens = model.page_tokens
+        self.model_seconds = 0.0
+        """From a launch to the end of the wait for its tokens, sampling included: the device does both in one go."""
+        self.sampling_seconds = 0.0
+        """Of the host: masks before a launch, automata after it."""
+
+    def launch(self, step: StepInput) -> Enqueued:
+        started = time.perf_counter()
+        with _named_faults(), torch.inference_mode():
+            self._automata.forget(step.ended)
+            for copy in step.copies:
+                self._model.copy_rows(copy.src, copy.dst, copy.rows)
+            logits = self._loaded.forward(step.batch, lambda ids: self._name(step, ids))
+            enqueued = self._sample(step, logits)
+        self.model_seconds += time.perf_counter() - started
+        return enqueued
+
+    def collect(self, pending: Pending) -> Sampled:
+        if not isinstance(pending, Enqueued):
+            raise BrokenInvariant(f"step {pending.step} was not launched here")
+        started = time.perf_counter()
+        with _named_faults():
+            pending.event.synchronize()
+        arrived = time.perf_counter()
+        ids, faulty, logprob = pending.ids.tolist(), pending.faulty.tolist(), pending.logprob.tolist()
+        sampled = tuple(
+            self._token(pending, place, one, ids[place], faulty[place], logprob[place])
+            for place, one in enumerate(pending.samples)
+        )
+        self.model_seconds += arrived - started
+        self.sampling_seconds += time.perf_counter() - arrived
+        return sampled
+
+    def prepare(self, spec: TurnSpec) -> str | None:
+        return self._automata.prepare(spec)
+
+    def discard(self, turn: int) -> None:
+        self._automata.discard(turn)
+
+    @property
+    def turns(self) -> frozenset[int]:
+        """The turns of which something is kept."""
+        return self._automata.turns
+
+    def save(self, pages: Sequence[int], slots: Sequence[int]) -> None:
+        self._model.save(pages, slots)
+
+    def load(self, slots: Sequence[int], pages: Sequence[int]) -> None:
+        self._model.load(slots, pages)
+
+    # ---- on the device --------------------------------------------------------------------------------------------
+    def _name(self, step: StepInput, ids: Tensor) -> None:
+        """Puts tokens that the host does not know yet into the step's ids."""
+        unknown = step.unknown
+        for earlier in np.unique(unknown.step).tolist():
+            if earlier not in self._tokens:
+                raise BrokenInvariant(f"step {step.step} names a token of step {earlier}, which is not kept any more")
+            mine = unknown.step == earlier
+            at, place = torch.from_numpy(np.stack([unknown.at[mine], unknown.place[mine]])).to(self._device)
+            ids[at] = self._tokens[earlier][place]
+
+    def _sample(self, step: StepInput, logits: Tensor) -> Enqueued:
+        started = time.perf_counter()
+        masks: dict[int, Any] = {}
+        refused: dict[int, str] = {}
+        for place, one in enumerate(step.samples):
+            try:
+                if (allowed := self._automata.allowed(one)) is not None:
+                    masks[place] = allowed
+            except REFUSALS as reason:
+                refused[place] = str(reason)
+        self.sampling_seconds += time.perf_counter() - started
+        if step.samples:
+            drawn = sample(logits, on_device(step.samples, masks, logits.shape[1], self._device), self._workspace)
+            ids = torch.where(drawn.faulty == 0, drawn.ids, 0)
+            asked = any(asked_of(one) >= 0 for one in step.samples)
+            held = (ids, drawn.faulty, *((drawn.logprob, drawn.top_ids, drawn.top_logprobs) if asked else ()))
+        else:
+            ids = torch.zeros(0, dtype=torch.int64, device=self._device)
+            held = (ids, ids)
+        self._keep(step.step, ids)
+        host = [torch.empty(part.shape, dtype=part.dtype, pin_memory=True) for part in held]
+        for target, source in zip(host, held, strict=True):
+            target.copy_(source, non_blocking=True)
+        event = _cuda.Event(blocking=True)
+        event.record()
+        none = torch.zeros(len(step.samples), 0)
+        logprob, top_ids, top_logprobs = host[2:] if len(host) > 2 else (torch.zeros(len(step.samples)), none, none)
+        return Enqueued(step.step, event, step.samples, refused, host[0], host[1], logprob, top_ids, top_logprobs)
+
+    def _keep(self, step: int, ids: Tensor) -> None:
+        """A step is named only by those that were planned while it was in flight: at most `depth` later ones."""
+        if self._depth:
+            self._tokens[step] = ids
+            for old in [old for old in self._tokens if old <= step - self._depth]:
+                del self._tokens[old]
+
+    # ---- on the host ----------------------------------------------------------------------------------------------
+    def _token(
+        self, pending: Enqueued, place: int, one: Sample, token: int, faulty: int, logprob: float
+    ) -> Token | Refusal:
+        if place in pending.refused:
+            return Refusal(pending.refused[place])
+        if faulty:
+            return Refusal(str(_FAULTS[faulty]()))
+        try:
+            end = self._automata.end(one, token)
+        except REFUSALS as reason:
+            return Refusal(str(reason))
+        asked = asked_of(one)
+        if asked < 0:
+            return Token(token, None, (), end)
+        best = pending.top_ids[place, :asked].tolist(), pending.top_logprobs[place, :asked].tolist()
+        return Token(token, logprob, tuple(zip(*best, strict=True)), end)
+
+
+@contextmanager
+def _named_faults() -> Iterator[None]:
+    """What a GPU refuses ends the engine by its name: no room for a step, or a device that is gone.
+
+    Sessions live on in the recording of the engine and in their clients' logs, from which another engine restores
+    them."""
+    with out_of_memory("a step"):
+        try:
+            yield
+        except torch.AcceleratorError as error:
+            said = str(error).splitlines()[0]
+            raise EngineFault(
+                "internal",
+                f"The GPU faulted and is lost to this process: {said}.",
+                "Start another engine; see what the driver says (dmesg, nvidia-smi).",
+            ) from error

@@ -1,0 +1,56 @@
+"""How each sample of a step is drawn, as arrays for the sampling kernel: one copy to the device for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from agentspeed_engine.exec.step_input import Sample
+from agentspeed_engine.protocol.sampling import LEAST_TEMPERATURE
+from agentspeed_kernels.triton.sampling import SamplingRows, noise_state
+
+
+def asked_of(sample: Sample) -> int:
+    """How many of the likeliest ids the turn wants to hear of; -1: nothing at all."""
+    count = sample.spec.sampling.logprobs
+    return -1 if count is None else count
+
+
+def on_device(
+    samples: Sequence[Sample], masks: Mapping[int, NDArray[np.bool_]], vocabulary: int, device: torch.device
+) -> SamplingRows:
+    """`masks` [vocab] by place among the samples: what grammars allow there."""
+    count, words = len(samples), -(-vocabulary // 32)
+    given = [one.spec.sampling for one in samples]
+    mask_row = np.full(count, -1, np.int32)
+    bits = np.zeros((max(len(masks), 1), words), np.int32)
+    for row, (place, allowed) in enumerate(masks.items()):
+        mask_row[place] = row
+        packed = np.packbits(allowed, bitorder="little")
+        bits.view(np.uint8).reshape(bits.shape[0], -1)[row, : packed.size] = packed
+    parts: tuple[NDArray[Any], ...] = (
+        np.array([one.temperature if one.temperature >= LEAST_TEMPERATURE else 0.0 for one in given], np.float64),
+        np.array([0 if one.top_k is None else min(one.top_k, vocabulary) for one in given], np.int32),
+        np.array([one.top_p for one in given], np.float64),
+        np.array([one.min_p for one in given], np.float64),
+        noise_state([one.spec.draw_key for one in samples], [one.position for one in samples]),
+        mask_row,
+        np.array([asked_of(one) for one in samples], np.int32),
+        bits,
+    )
+    # Each begins at a multiple of 16 bytes: compiled kernels rely on where an array begins.
+    starts = np.concatenate([[0], np.cumsum([-(-part.nbytes // 16) * 16 for part in parts])]).tolist()
+    flat = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+    view = flat.numpy()
+    for start, part in zip(starts, parts, strict=False):
+        view[start : start + part.nbytes] = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+    block = flat.to(device, non_blocking=True)
+    tensors = [
+        block[start : start + part.nbytes].view(torch.from_numpy(part[:0]).dtype).view(part.shape)
+        for start, part in zip(starts, parts, strict=False)
+    ]
+    return SamplingRows(*tensors)

@@ -1,0 +1,78 @@
+"""Where an engine computes: the GPU where one serves the model, else the CPU, with the reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, final
+
+from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.models.catalog import read_source
+from agentspeed_engine.models.kv_layout import DTYPE_BYTES
+from agentspeed_engine.serve.memory_limit import MemoryLimit
+
+if TYPE_CHECKING:
+    from agentspeed_engine.serve.options import EngineOptions
+    from agentspeed_kernels.platform import Platform
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A device and what it offers."""
+
+    device: Literal["cpu", "cuda"]
+    platform: Platform
+    memory: MemoryLimit | None
+    """What is free of a GPU; None: the process's own."""
+    said: str
+    """What a user hears at the start; empty where there was nothing to choose."""
+
+
+def placed(options: EngineOptions) -> Place:
+    """The device that `options` names or, for auto, the best one. Raises `EngineFault` (bad_options) for a GPU that was
+    asked for and cannot be used."""
+    # Imported late: what is wrong with options is answered before anything heavy is loaded.
+    from agentspeed_kernels.platform import NoDevice, detect
+
+    if options.device == "cpu":
+        return Place("cpu", detect(), None, "")
+    try:
+        platform = detect("cuda")
+    except NoDevice as reason:
+        if options.device == "cuda":
+            raise EngineFault("bad_options", f"device is 'cuda'. {reason}", "Give device='cpu'.") from reason
+        return Place("cpu", detect(), None, "")
+    memory = _free(platform)
+    if options.device == "auto" and (why := objection(options, platform, memory)) is not None:
+        return Place("cpu", detect(), None, f"cpu: {platform.model} is present, but {why}")
+    return Place("cuda", platform, memory, f"cuda: {platform.model}, {memory.bytes / 1e9:.1f} GB free")
+
+
+def objection(options: EngineOptions, platform: Platform, memory: MemoryLimit) -> str | None:
+    """Why nobody should be given this GPU who did not ask for it; None when it serves the model."""
+    if "triton" not in platform.features:
+        return f"its kernels cannot run: {platform.absent.get('triton', 'triton is absent')}"
+    source = read_source(options.model)
+    if "mla_rows" not in source.family.ops:
+        return f"it has no kernels of its own for {source.family.attention}; device='cuda' runs it on torch, slowly"
+    if options.dtype == "float64":
+        return "it has no kernels of its own for float64; device='cuda' runs it on torch, slowly"
+    item = DTYPE_BYTES["bfloat16" if options.dtype == "auto" else options.dtype]
+    weights = item * sum(_count(shape) for _, shape in source.family.shapes(source.config))
+    if weights > memory.bytes:
+        return f"the weights take {weights / 1e9:.1f} GB of the {memory.bytes / 1e9:.1f} GB that are free"
+    return None
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for extent in shape:
+        count *= extent
+    return count
+
+
+def _free(platform: Platform) -> MemoryLimit:
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(0)
+    return MemoryLimit(int(free), f"the GPU ({platform.model})", idle=True)

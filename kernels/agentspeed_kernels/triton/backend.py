@@ -1,0 +1,81 @@
+"""The attention backend for CUDA: absorbed rows and decompressed extends, planned and uploaded once a step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+import torch
+
+from agentspeed_kernels.attention import AttentionStep, split_long
+from agentspeed_kernels.tiles import Int64s, Piece
+from agentspeed_kernels.triton.attention import AttentionShape, Form, plan_step, prepare
+from agentspeed_kernels.triton.extend import NotOneBranch, prepare_extend
+from agentspeed_kernels.triton.plan import Cut, RowsPlan
+
+log = logging.getLogger("agentspeed.kernels")
+
+EXTEND_FROM = 256
+"""From this many new tokens of one branch on, decompressing the context costs less than absorbed attention (measured on
+an H200 at 32 768 cached tokens, docs/performance.md)."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TritonAttention:
+    """Plans are `RowsOnDevice` for rows and a tuple of `ExtendedBranch` for extends."""
+
+    shape: AttentionShape
+    device: torch.device
+    invariant: bool = False
+    """Every segment is cut at fixed places: a row's attention is then bit-equal in any batch of the same form."""
+    extend_from: int = EXTEND_FROM
+
+    def prepare(self, pieces: Sequence[Piece], positions: Int64s) -> AttentionStep:
+        few, many, rows = split_long(pieces, positions.size, self.extend_from)
+        extended = None
+        if many:
+            try:
+                extended = prepare_extend(many, positions, self.shape.page_tokens, self.shape.heads, self.device)
+            except NotOneBranch as error:
+                log.info("a long extend runs absorbed: %s", error)
+                few, rows = list(pieces), np.zeros(0, np.int64)
+        absorbed = prepare(few, positions, self.shape, self.device, cut=self._cut) if few else None
+        return AttentionStep(few=absorbed, many=extended, many_rows=rows)
+
+    def rows(self, pieces: Sequence[Piece], positions: Int64s) -> tuple[RowsPlan, Form]:
+        """The plan for a step without long extends, not uploaded yet."""
+        return plan_step(pieces, positions, self.shape, cut=self._cut)
+
+    @property
+    def _cut(self) -> Cut | None:
+        return "fixed" if self.invariant else None
+
+
+def shape_of(
+    heads: int, rank: int, rope: int, page_tokens: int, device: torch.device, element_bytes: int = 2
+) -> AttentionShape:
+    """The shape for a model on a device; the Gluon kernel needs compute capability 9."""
+    if device.type != "cuda":
+        return AttentionShape(
+            heads=heads,
+            rank=rank,
+            rope=rope,
+            page_tokens=page_tokens,
+            processors=4,
+            hopper=False,
+            element_bytes=element_bytes,
+        )
+    properties = torch.cuda.get_device_properties(device)
+    return AttentionShape(
+        heads=heads,
+        rank=rank,
+        rope=rope,
+        page_tokens=page_tokens,
+        processors=properties.multi_processor_count,
+        hopper=properties.major == 9 and element_bytes == 2,
+        element_bytes=element_bytes,
+    )

@@ -1,0 +1,308 @@
+"""Compiles the Triton kernels for a chip that need not be here, and says what the compiler made of them.
+
+    python -m agentspeed_kernels.triton.compiled cuda:90
+
+One JSON line a kernel: registers, spilled bytes, shared memory, and how many matrix and bulk-copy instructions. What
+was only compiled was not run: numbers are checked by the interpreter, speed by bench/gpu.py on the chip.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, final
+
+BF16, FP32, INT32, INT64, FP64 = "*bf16", "*fp32", "*i32", "*i64", "*fp64"
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Build:
+    """One kernel in one shape: V2-Lite's, at the sizes that decide speed."""
+
+    name: str
+    function: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    gluon: bool = False
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What one compilation gave; -1 where the target's tools do not tell."""
+
+    name: str
+    target: str
+    registers: int
+    spilled: int
+    """Bytes of local memory a thread uses."""
+    shared: int
+    """Bytes of shared memory a program uses."""
+    matrix: dict[str, int]
+    """Matrix instructions by kind: wgmma, mma, tcgen05, mfma."""
+    bulk_copies: int
+    seconds: float
+
+
+def builds(hopper: bool) -> Iterator[Build]:
+    """All gated kernels; `hopper` adds those in Gluon."""
+    yield from _rows()
+    yield from _layers()
+    yield from _extend()
+    if hopper:
+        yield from _gluon()
+
+
+def _rows() -> Iterator[Build]:
+    from agentspeed_kernels.triton import attention
+    from agentspeed_kernels.triton.device import rows
+
+    shapes = (("16", attention.ROWS_16, False), ("16-edge", attention.ROWS_16, True), ("64", attention.ROWS_64, True))
+    for name, form, edge in shapes:
+        yield Build(
+            name=f"rows-{name}",
+            function=rows.attend_rows,
+            signature=_rows_signature() | {
+                "latents": f"tensordesc<bf16[{form.tile},512]>", "turned": f"tensordesc<bf16[{form.tile},64]>",
+            },
+            constants={
+                "R": form.block_rows, "T": form.tile, "PAGE": 64, "RANK": 512, "ROPE": 64, "WIDE": 512, "SPLIT": True,
+                "ONE": False, "RUN": False, "EDGE": edge, "STAGES": form.stages,
+            },
+            options={"num_warps": form.warps, "num_stages": form.stages},
+        )  # fmt: skip
+    yield Build(
+        name="merge",
+        function=rows.merge,
+        signature={
+            "part": FP32, "part_weight": FP32, "out": BF16, "unit_row": INT32, "table": INT32, "PARTS": "i32",
+        },
+        constants={"UNIT": 16, "RANK": 512, "COLUMNS": 64, "TAKE": 32, "SHOT": False},
+        options={"num_warps": 1},
+    )  # fmt: skip
+
+
+def _gluon() -> Iterator[Build]:
+    from triton.experimental.gluon import language as gl
+
+    from agentspeed_kernels.triton import attention
+    from agentspeed_kernels.triton.device import rows_hopper
+
+    layout = repr(gl.NVMMASharedLayout(128, 16))
+    for name, form in (("large", attention.HOPPER_LARGE), ("small", attention.HOPPER_SMALL)):
+        yield Build(
+            name=f"rows-hopper-{name}",
+            function=rows_hopper.attend_rows_hopper,
+            signature=_rows_signature() | {
+                "latents": f"tensordesc<bf16[{form.tile}, 256],{layout}>",
+                "turned": f"tensordesc<bf16[{form.tile}, 64],{layout}>",
+            },
+            constants={"PAGE": 64, "T": form.tile, "RING": form.stages, "EDGE": True},
+            options={"num_warps": form.warps, "maxnreg": 168},
+            gluon=True,
+        )  # fmt: skip
+
+
+def _rows_signature() -> dict[str, str]:
+    return {
+        "q": BF16, "rows": INT32, "visible": INT32, "pages": INT32, "items": INT32, "bounds": INT32, "part": FP32,
+        "part_weight": FP32, "out": BF16, "scale2": "fp32",
+    }  # fmt: skip
+
+
+def _layers() -> Iterator[Build]:
+    from agentspeed_kernels.triton.device import elementwise, experts, products, sample
+
+    yield Build(
+        name="latent_append",
+        function=elementwise.latent_append,
+        signature={
+            "raw": BF16, "gain": BF16, "cos": BF16, "sin": BF16, "slots": INT64, "pool": BF16, "raw_stride": "i32",
+            "eps": "fp32",
+        },
+        constants={"RANK": 512, "HALF": 32, "BLOCK": 512, "BLOCK_HALF": 32},
+        options={"num_warps": 1},
+    )  # fmt: skip
+    yield Build(
+        name="add_norm_linear",
+        function=products.linear,
+        signature={
+            "x": BF16, "residual": BF16, "gain": BF16, "weight": BF16, "bias": BF16, "out": BF16, "total": BF16,
+            "x_stride": "i32", "out_stride": "i32", "eps": "fp32", "T": "i32", "N": "i32",
+        },
+        constants={"K": 2048, "BN": 4, "BK": 2048, "NORM": True, "BIAS": False},
+        options={"num_warps": 4},
+    )  # fmt: skip
+    yield Build(
+        name="heads_many",
+        function=products.heads_many,
+        signature={
+            "x": BF16, "weight": BF16, "out": BF16, "x_token": "i32", "x_head": "i32", "out_token": "i32",
+            "out_head": "i32", "T": "i32",
+        },
+        constants={"N": 512, "K": 128, "BT": 32, "BN": 128, "BK": 64},
+        options={"num_warps": 4, "num_stages": 3},
+    )  # fmt: skip
+    yield Build(
+        name="choose",
+        function=experts.choose,
+        signature={"logits": FP32, "bias": FP32, "ids": INT64, "weights": FP32, "scale": "fp32"},
+        constants={
+            "E": 256, "GROUP": 32, "GROUPS": 8, "PAD_GROUP": 32, "PAD_GROUPS": 8, "TOP": 8, "PAD_TOP": 8,
+            "TOP_GROUPS": 4, "SIGMOID": True, "BIAS": True, "SUM_OF_TWO": True, "NORMALISE": True,
+        },
+        options={"num_warps": 4},
+    )  # fmt: skip
+    yield Build(
+        name="gate_up_few",
+        function=experts.gate_up_few,
+        signature={"x": BF16, "gate_up": BF16, "ids": INT64, "act": FP32},
+        constants={"TOP": 6, "D": 2048, "I": 1408, "BI": 2, "BD": 2048},
+        options={"num_warps": 4},
+    )
+    yield Build(
+        name="gate_up_grouped",
+        function=experts.gate_up_grouped,
+        signature={"x": BF16, "gate_up": BF16, "order": INT32, "starts": INT32, "act": BF16},
+        constants={"TOP": 6, "D": 2048, "I": 1408, "BM": 16, "BI": 64, "BD": 128},
+        options={"num_warps": 4, "num_stages": 4},
+    )
+    yield Build(
+        name="down_grouped",
+        function=experts.down_grouped,
+        signature={"act": BF16, "down": BF16, "order": INT32, "starts": INT32, "weights": FP32, "part": FP32},
+        constants={"D": 2048, "I": 1408, "BM": 16, "BN": 64, "BI": 128},
+        options={"num_warps": 4, "num_stages": 4},
+    )
+    logits = {"logits": BF16, "mask_words": INT32, "mask_row": INT32, "temperature": FP64}
+    yield Build(
+        name="sample-bounds",
+        function=sample.bounds,
+        signature=logits | {
+            "top_k": INT32, "top_p": FP64, "asked": INT32, "stride": "i32", "V": "i32", "best_id": INT32, "best": FP64,
+            "least": FP32, "total": FP64, "faulty": INT32,
+        },
+        constants={"BLOCK": 2048, "BITS": 16},
+        options={"num_warps": 16},
+    )  # fmt: skip
+    yield Build(
+        name="sample-draw",
+        function=sample.draw,
+        signature=logits | {
+            "min_p": FP64, "state": INT64, "best": FP64, "least": FP32, "stride": "i32", "V": "i32",
+            "part_score": FP64, "part_id": INT32,
+        },
+        constants={"PARTS": 16, "BLOCK": 1024},
+        options={"num_warps": 8},
+    )  # fmt: skip
+    yield Build(
+        name="sample-pick",
+        function=sample.pick,
+        signature={
+            "logits": BF16, "temperature": FP64, "best_id": INT32, "total": FP64, "part_score": FP64, "part_id": INT32,
+            "asked": INT32, "stride": "i32", "V": "i32", "ids": INT64, "logprob": FP64, "top_ids": INT64,
+            "top_logprobs": FP64,
+        },
+        constants={"PARTS": 16, "BLOCK": 2048, "MOST": 20},
+        options={"num_warps": 16},
+    )  # fmt: skip
+
+
+def _extend() -> Iterator[Build]:
+    from agentspeed_kernels.triton import extend
+    from agentspeed_kernels.triton.device import extend as device
+
+    for name, form in (("wide", extend.WIDE), ("narrow", extend.NARROW)):
+        columns = {"keys": 128, "turned": 64, "values": 128}
+        yield Build(
+            name=f"extend-{name}",
+            function=device.attend_chunk,
+            signature={
+                "q": BF16, "part": FP32, "part_weight": FP32, "out": BF16, "scale2": "fp32",
+                **{key: f"tensordesc<bf16[{form.tokens},{width}]>" for key, width in columns.items()},
+                **dict.fromkeys(("q_token", "q_head", "out_token", "out_head", "T", "tokens"), "i32"),
+                **dict.fromkeys(("rows_of_head", "before", "seen_first"), "i32"),
+            },
+            constants={
+                "HEADS": 16, "NOPE": 128, "ROPE": 64, "RANK": 512, "VALUE": 128, "WIDE_NOPE": 128, "WIDE_ROPE": 64,
+                "WIDE_VALUE": 128, "BM": form.rows, "BN": form.tokens, "PARTS": 1, "CARRY": True, "LAST": True,
+            },
+            options={"num_warps": form.warps, "num_stages": form.stages},
+        )  # fmt: skip
+
+
+def compile_one(build: Build, target: str) -> Facts:
+    """Compiles for `cuda:90`, `cuda:100` or `hip:gfx950`."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    vendor, _, arch = target.partition(":")
+    chip = GPUTarget(vendor, int(arch) if vendor == "cuda" else arch, 32 if vendor == "cuda" else 64)
+    source_of: Any = ASTSource
+    if build.gluon:
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        source_of = GluonASTSource
+    names = build.function.arg_names
+    signature = {name: "constexpr" if name in build.constants else build.signature[name] for name in names}
+    divisible = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    started = time.perf_counter()
+    made = triton.compile(
+        source_of(fn=build.function, signature=signature, constexprs=build.constants, attrs=divisible),
+        target=chip,
+        options=build.options,
+    )
+    text = made.asm["ptx"] if vendor == "cuda" else made.asm["amdgcn"]
+    registers, spilled = _resources(made.asm["cubin"]) if vendor == "cuda" else _amd_resources(text)
+    kinds = {"wgmma": r"wgmma\.mma_async", "mma": r"\smma\.sync", "tcgen05": r"tcgen05\.mma", "mfma": r"v_mfma"}
+    counts = {kind: len(re.findall(pattern, text)) for kind, pattern in kinds.items()}
+    return Facts(
+        name=build.name,
+        target=target,
+        registers=registers,
+        spilled=spilled,
+        shared=int(made.metadata.shared),
+        matrix={kind: count for kind, count in counts.items() if count},
+        bulk_copies=len(re.findall(r"cp\.async\.bulk\.tensor", text)),
+        seconds=round(time.perf_counter() - started, 1),
+    )
+
+
+def _resources(binary: bytes) -> tuple[int, int]:
+    """(registers, bytes of stack) as `cuobjdump` of the Triton wheel reads them from the machine code."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        said = subprocess.run(
+            [str(tool), "-res-usage", file.name], capture_output=True, text=True, timeout=60, check=True
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", said.stdout + said.stderr)
+    return (int(found[1]), int(found[2])) if found else (-1, -1)
+
+
+def _amd_resources(text: str) -> tuple[int, int]:
+    found = {key: re.search(rf"\.{key}:\s*(\d+)", text) for key in ("vgpr_count", "vgpr_spill_count")}
+    registers, spilled = found["vgpr_count"], found["vgpr_spill_count"]
+    return (int(registers[1]) if registers else -1, 4 * int(spilled[1]) if spilled else -1)
+
+
+def main(target: str) -> None:
+    for build in builds(hopper=target == "cuda:90"):
+        print(json.dumps(asdict(compile_one(build, target))), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

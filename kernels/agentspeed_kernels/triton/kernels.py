@@ -1,0 +1,288 @@
+"""The Triton kernels under the signatures of the public ops."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from agentspeed_kernels.routing import RouteRule
+from agentspeed_kernels.workspace import Workspace
+
+MOST_LINEAR_ROWS = 1
+"""Above this the vendor's products are faster."""
+MOST_SCORED = 64
+"""Up to this many tokens the router's scores are one small kernel."""
+MOST_FEW_TOKENS = 4
+"""Up to this many tokens every (token, expert) pair reads its expert by itself."""
+MOST_HEADS_FEW = 2
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+    from agentspeed_kernels.triton.device import elementwise
+
+    assert x.stride(1) == 1 and out.stride(1) == 1
+    rows, width = x.shape
+    elementwise.rms_norm[(rows,)](
+        x, weight, out, x.stride(0), out.stride(0), eps, D=width, BLOCK=_above(width), num_warps=_warps(width)
+    )
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+    from agentspeed_kernels.triton.device import elementwise
+
+    assert x.is_contiguous() and residual.is_contiguous() and out.is_contiguous()
+    rows, width = x.shape
+    elementwise.add_rms_norm[(rows,)](
+        x, residual, weight, out, eps, D=width, BLOCK=_above(width), num_warps=_warps(width)
+    )
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    from agentspeed_kernels.triton.device import elementwise
+
+    assert x.stride(2) == 1 and cos.is_contiguous() and sin.is_contiguous()
+    tokens, heads, _ = x.shape
+    half = cos.shape[1]
+    elementwise.rope[(tokens,)](
+        x, cos, sin, x.stride(0), x.stride(1), HEADS=heads, HALF=half, H2=_above(heads), BLOCK=_above(half)
+    )
+
+
+def latent_append(
+    raw: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, slots: Tensor, pool: Tensor
+) -> None:
+    """A negative slot writes nothing: rows that pad a graph's batch."""
+    from agentspeed_kernels.triton.device import elementwise
+
+    assert raw.stride(1) == 1 and pool.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
+    rank, half = weight.shape[0], cos.shape[1]
+    elementwise.latent_append[(raw.shape[0],)](
+        raw, weight, cos, sin, slots, pool, raw.stride(0), eps,
+        RANK=rank, HALF=half, BLOCK=_above(rank), BLOCK_HALF=_above(half), num_warps=_warps(rank),
+    )  # fmt: skip
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """For few rows; each reads the weights by itself, from L2 after the first."""
+    from agentspeed_kernels.triton.device import products
+
+    assert x.stride(1) == 1 and weight.is_contiguous() and out.stride(1) == 1
+    rows, width = x.shape
+    count = weight.shape[0]
+    columns, block, warps = linear_shape(width, norm=False)
+    products.linear[(-(-count // columns), rows)](
+        x, x, x, weight, bias if bias is not None else x, out, x, x.stride(0), out.stride(0), 0.0, rows, count,
+        K=width, BN=columns, BK=block, NORM=False, BIAS=bias is not None, num_warps=warps,
+    )  # fmt: skip
+
+
+def add_norm_linear(
+    x: Tensor,
+    residual: Tensor,
+    gain: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    total: Tensor,
+) -> None:
+    """out = norm(x + residual) * gain @ weight^T; `total`, not the residual itself, gets the sum."""
+    from agentspeed_kernels.triton.device import products
+
+    assert x.is_contiguous() and residual.is_contiguous() and weight.is_contiguous() and total.is_contiguous()
+    assert total.data_ptr() != residual.data_ptr()
+    rows, width = x.shape
+    count = weight.shape[0]
+    columns, block, warps = linear_shape(width, norm=True)
+    products.linear[(-(-count // columns), rows)](
+        x, residual, gain, weight, bias if bias is not None else x, out, total, x.stride(0), out.stride(0), eps, rows,
+        count, K=width, BN=columns, BK=block, NORM=True, BIAS=bias is not None, num_warps=warps,
+    )  # fmt: skip
+
+
+def linear_shape(width: int, norm: bool) -> tuple[int, int, int]:
+    """(rows of the weights, columns at once, warps) of a program."""
+    block = min(_above(width), 2048)
+    if block < 512:
+        return 16, block, 4
+    return (4, block, 8) if norm else (2, block, 4)
+
+
+def heads_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    from agentspeed_kernels.triton.device import products
+
+    assert x.stride(2) == 1 and weight.is_contiguous() and out.stride(2) == 1
+    tokens, heads, width = x.shape
+    count = weight.shape[1]
+    strides = (x.stride(0), x.stride(1), out.stride(0), out.stride(1))
+    if tokens <= MOST_HEADS_FEW:
+        columns = max(1, min(_above(count), 8192 // _above(width)))
+        products.heads_few[(-(-count // columns), heads, tokens)](
+            x, weight, out, *strides, N=count, K=width, BN=columns, BK=_above(width), num_warps=4
+        )
+        return
+    block_t = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
+    # Narrow blocks where there are few columns: programs enough to fill the device count for more than reuse.
+    block_n = 32 if count <= 128 and tokens <= 64 else min(128, max(16, _above(count)))
+    block_k = min(64, max(16, _above(width)))
+    products.heads_many[(-(-tokens // block_t), -(-count // block_n), heads)](
+        x,
+        weight,
+        out,
+        *strides,
+        tokens,
+        N=count,
+        K=width,
+        BT=block_t,
+        BN=block_n,
+        BK=block_k,
+        num_warps=4,
+        num_stages=3,
+    )
+
+
+def route(x: Tensor, weight: Tensor, bias: Tensor | None, rule: RouteRule) -> tuple[Tensor, Tensor]:
+    """Scores in float32; ties go to the lower expert."""
+    from agentspeed_kernels.triton.device import experts as device
+
+    tokens, width = x.shape
+    count = weight.shape[0]
+    if tokens <= MOST_SCORED:
+        logits = torch.empty(tokens, count, dtype=torch.float32, device=x.device)
+        block = min(_above(width), 1024)
+        device.scores[(-(-count // 4), tokens)](
+            x, weight, logits, x.stride(0), E=count, D=width, BE=4, BD=block, num_warps=4
+        )
+    else:
+        logits = x.float() @ weight.T
+    ids = torch.empty(tokens, rule.top, dtype=torch.int64, device=x.device)
+    weights = torch.empty(tokens, rule.top, dtype=torch.float32, device=x.device)
+    group = count // rule.groups
+    device.choose[(tokens,)](
+        logits, bias if bias is not None else logits, ids, weights, rule.scale,
+        E=count, GROUP=group, GROUPS=rule.groups, PAD_GROUP=_above(group), PAD_GROUPS=_above(rule.groups), TOP=rule.top,
+        PAD_TOP=_above(rule.top), TOP_GROUPS=rule.top_groups, SIGMOID=rule.score == "sigmoid", BIAS=bias is not None,
+        SUM_OF_TWO=rule.group_score == "top2", NORMALISE=rule.normalise, num_warps=1 if count <= 128 else 4,
+    )  # fmt: skip
+    return ids, weights
+
+
+def experts(
+    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, workspace: Workspace, out: Tensor
+) -> None:
+    """The few-token form, the grouped form, or, for one expert and many tokens, the vendor's products."""
+    assert x.is_contiguous() and gate_up.is_contiguous() and down.is_contiguous() and out.is_contiguous()
+    assert ids.is_contiguous() and weights.is_contiguous()
+    if x.shape[0] <= MOST_FEW_TOKENS:
+        experts_few(x, gate_up, down, ids, weights, workspace, out)
+    elif gate_up.shape[0] == 1 and x.is_cuda and ids.shape[1] == 1:
+        gate, up = (x @ gate_up[0].T).chunk(2, dim=-1)
+        act = torch.nn.functional.silu(gate).mul_(up)
+        torch.mul(act @ down[0].T, weights.to(x.dtype), out=out)
+    else:
+        experts_grouped(x, gate_up, down, ids, weights, workspace, out)
+
+
+def experts_few(
+    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, workspace: Workspace, out: Tensor
+) -> None:
+    from agentspeed_kernels.triton.device import experts as device
+
+    _, width, inner = down.shape
+    tokens, top = ids.shape
+    act = workspace.take("expert_act", (tokens * top, inner), torch.float32)
+    part = workspace.take("expert_part", (tokens * top, width), torch.float32)
+    block = min(_above(width), 2048)
+    device.gate_up_few[(-(-inner // 4), tokens * top)](
+        x, gate_up, ids, act, TOP=top, D=width, I=inner, BI=4, BD=block, num_warps=4
+    )
+    block, rows = min(_above(inner), 2048), 8 if inner > 64 else 32
+    device.down_few[(-(-width // rows), tokens * top)](
+        act, down, ids, weights, part, D=width, I=inner, BN=rows, BI=block, num_warps=8 if block > 512 else 4
+    )
+    _combine(part, top, out)
+
+
+def experts_grouped(
+    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, workspace: Workspace, out: Tensor
+) -> None:
+    from agentspeed_kernels.triton.device import experts as device
+
+    count, width, inner = down.shape
+    tokens, top = ids.shape
+    pairs = tokens * top
+    order = workspace.take("expert_order", (pairs,), torch.int32)
+    starts = workspace.take("expert_starts", (count + 1,), torch.int32)
+    device.arrange[(count,)](ids, order, starts, pairs, E=count, BLOCK=min(max(_above(pairs), 16), 1024), num_warps=4)
+    act = workspace.take("expert_inner", (pairs, inner), x.dtype)
+    part = workspace.take("expert_part", (pairs, width), torch.float32)
+    rows, columns, depth, warps, stages = grouped_shape(pairs / count, x.element_size())
+    blocks = -(-tokens // rows)
+    device.gate_up_grouped[(-(-inner // columns), blocks, count)](
+        x, gate_up, order, starts, act, TOP=top, D=width, I=inner, BM=rows, BI=columns, BD=depth, num_warps=warps,
+        num_stages=stages,
+    )  # fmt: skip
+    device.down_grouped[(-(-width // columns), blocks, count)](
+        act, down, order, starts, weights, part, D=width, I=inner, BM=rows, BN=columns, BI=depth, num_warps=warps,
+        num_stages=stages,
+    )  # fmt: skip
+    _combine(part, top, out)
+
+
+def grouped_shape(rows_an_expert: float, element_bytes: int = 2) -> tuple[int, int, int, int, int]:
+    """(rows, columns, depth, warps, stages) of a program of the grouped form."""
+    if element_bytes > 2:  # shared memory has no room for larger ones
+        return (16, 64, 64, 4, 2) if rows_an_expert <= 16 else (32, 64, 32, 4, 2)
+    if rows_an_expert <= 16:
+        return 16, 64, 128, 4, 3
+    if rows_an_expert <= 32:
+        return 32, 64, 128, 4, 3
+    return (64, 64, 64, 4, 4) if rows_an_expert <= 96 else (64, 128, 64, 8, 4)
+
+
+def _combine(part: Tensor, top: int, out: Tensor) -> None:
+    from agentspeed_kernels.triton.device import experts as device
+
+    tokens, width = out.shape
+    block = min(_above(width), 1024)
+    device.combine[(-(-width // block), tokens)](part, out, TOP=top, D=width, BLOCK=block, num_warps=4)
+
+
+def copy_rows(pool: Tensor, moves: Tensor) -> None:
+    """`moves` [n, 3] int32 (from page, to page, rows) in every layer of `pool` [layers, pages, page_tokens, width].
+
+    A page is written by one move and read by none that writes it: the order of moves does not matter."""
+    from agentspeed_kernels.triton.device import elementwise
+
+    layers, _, tokens, width = pool.shape
+    elementwise.copy_rows[(moves.shape[0], layers)](
+        pool, moves, pool.stride(0), tokens * width, ROW=width, BLOCK=4096, num_warps=8
+    )
+
+
+def gather_pages(pool: Tensor, pages: Tensor, packed: Tensor) -> None:
+    """packed [layers, n, page_tokens, width] = the named pages of every layer."""
+    _move_pages(pool, pages, packed, back=False)
+
+
+def scatter_pages(pool: Tensor, pages: Tensor, packed: Tensor) -> None:
+    """The named pages of every layer = packed [layers, n, page_tokens, width]."""
+    _move_pages(pool, pages, packed, back=True)
+
+
+def _move_pages(pool: Tensor, pages: Tensor, packed: Tensor, *, back: bool) -> None:
+    from agentspeed_kernels.triton.device import elementwise
+
+    layers, _, tokens, width = pool.shape
+    elementwise.gather_pages[(pages.shape[0], layers)](
+        pool, pages, packed, pool.stride(0), packed.stride(0), SIZE=tokens * width, BLOCK=4096, BACK=back, num_warps=8
+    )
+
+
+def _above(number: int) -> int:
+    """The next power of two."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def _warps(width: int) -> int:
+    return 8 if width > 4096 else 4 if width > 512 else 1

@@ -1,0 +1,43 @@
+"""The Triton kernels as entries of the registry."""
+
+from __future__ import annotations
+
+from agentspeed_kernels.signature import Dtype, KernelSpec, Widths
+from agentspeed_kernels.triton import attention, extend, kernels
+
+FEATURE = "triton"
+_FORMATS: frozenset[Dtype] = frozenset({"float32", "bfloat16"})
+_POOL = {"page_tokens": Widths(multiple=16), "R": Widths(multiple=16), "rope": Widths(multiple=16)}
+"""Tiles are read by descriptors: rows are multiples of 16 bytes, and a tile of at least 16 tokens lies in one page."""
+_EXTEND = _POOL | {"nope": Widths(multiple=8), "value": Widths(multiple=8)}
+
+SPECS: tuple[KernelSpec, ...] = tuple(
+    KernelSpec(
+        op=op,
+        name="triton",
+        dtypes=_FORMATS,
+        device="cuda",
+        call=call,
+        priority=10,
+        features=frozenset({FEATURE}),
+        most_rows=most_rows,
+        sizes=sizes,
+        plans="triton",
+    )
+    for op, call, most_rows, sizes in (
+        ("linear", kernels.linear, kernels.MOST_LINEAR_ROWS, {}),
+        ("add_norm_linear", kernels.add_norm_linear, kernels.MOST_LINEAR_ROWS, {}),
+        ("heads_linear", kernels.heads_linear, None, {}),
+        ("rms_norm", kernels.rms_norm, None, {}),
+        ("add_rms_norm", kernels.add_rms_norm, None, {}),
+        ("rope", kernels.rope, None, {}),
+        ("latent_append", kernels.latent_append, None, {}),
+        ("route", kernels.route, None, {}),
+        ("experts", kernels.experts, None, {}),
+        ("copy_rows", kernels.copy_rows, None, {}),
+        ("gather_pages", kernels.gather_pages, None, {}),
+        ("scatter_pages", kernels.scatter_pages, None, {}),
+        ("mla_rows", attention.mla_rows, None, _POOL),
+        ("mla_extend", extend.mla_extend, None, _EXTEND),
+    )
+)

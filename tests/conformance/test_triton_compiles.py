@@ -1,0 +1,71 @@
+"""What the compiler makes of the Triton kernels, without a GPU: matrix instructions, spills, shared memory.
+
+Compiled is not run: numbers are checked by the interpreter, speed on the chip by bench/gpu.py.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SHARED = {"cuda:90": 232448, "cuda:100": 232448, "hip:gfx950": 163840}
+"""Bytes of shared memory a program may use."""
+MATRIX = {
+    "cuda:90": {"rows-16": "mma", "rows-64": "wgmma", "rows-hopper-large": "wgmma", "rows-hopper-small": "wgmma",
+                "gate_up_grouped": "mma", "down_grouped": "mma", "extend-wide": "wgmma"},
+    "cuda:100": {"rows-16": "mma", "rows-64": "tcgen05", "gate_up_grouped": "mma", "extend-wide": "tcgen05"},
+    "hip:gfx950": {"rows-16": "mfma", "rows-64": "mfma", "gate_up_grouped": "mfma", "extend-wide": "mfma"},
+}  # fmt: skip
+"""The matrix instructions a kernel must use there: without them it runs on a slower path."""
+SPILLS = {"rows-64": 160, "rows-hopper-large": 160, "rows-hopper-small": 80}
+"""Bytes a thread may keep in local memory; outside the loop in the two for Hopper. All others: none."""
+
+
+def compiled(target: str) -> dict[str, dict[str, Any]]:
+    made = subprocess.run(
+        [sys.executable, "-m", "agentspeed_kernels.triton.compiled", target],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT / "kernels")},
+    )
+    assert made.returncode == 0, made.stderr[-2000:]
+    facts = [json.loads(line) for line in made.stdout.splitlines()]
+    return {fact["name"]: fact for fact in facts}
+
+
+def check(target: str) -> None:
+    facts = compiled(target)
+    assert not {name: fact["shared"] for name, fact in facts.items() if fact["shared"] > SHARED[target]}
+    missing = {
+        name: facts[name]["matrix"] for name, kind in MATRIX[target].items() if kind not in facts[name]["matrix"]
+    }
+    assert not missing
+    if target == "cuda:90":
+        spilled = {name: fact["spilled"] for name, fact in facts.items() if fact["spilled"] > SPILLS.get(name, 0)}
+        assert not spilled
+        # Latents come through bulk copies, not through registers.
+        assert all(facts[name]["bulk_copies"] for name in ("rows-16", "rows-16-edge", "rows-64", "extend-wide"))
+
+
+@pytest.mark.timeout(300)
+def test_kernels_compile_for_hopper_with_its_matrix_instructions_and_no_spill_in_a_loop() -> None:
+    check("cuda:90")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("target", ["cuda:100", "hip:gfx950"])
+def test_kernels_compile_for_chips_that_were_never_run(target: str) -> None:
+    check(target)
