@@ -15,7 +15,8 @@ class EngineOptions(TypedDict, total=False):
     """What `Engine(model, ...)` and `Session(model, ...)` start an engine with; docs/reference/engine-options.md says
     what each one means and what it is by default."""
 
-    dtype: Literal["float32", "float64", "bfloat16"]
+    dtype: Literal["auto", "float32", "float64", "bfloat16"]
+    device: Literal["auto", "cpu", "cuda"]
     context_limit: int | None
     pages: int | None
     page_tokens: int

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHED = ROOT / "engine" / "agentspeed_engine" / "sched"
-ROOTS = {"describe": {"waiting_for"}, "step": {"_shortage"}, "admission": {"lacks"}}
+ROOTS = {"inspection": {"waiting_for"}, "step": {"_shortage"}, "admission": {"lacks"}}
 """Who gives reasons: what a look says, and what a turn was refused for (`_refuse`)."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import threading
@@ -20,32 +19,34 @@ from agentspeed._core.engine_options import EngineOptions
 from agentspeed.engine import NANO
 from agentspeed.testing import ScriptedEngine
 from agentspeed.testing.scripted_server import ScriptedServer, ScriptedText
+from agentspeed.transport.base import Connection
 from agentspeed_engine.serve import options as engine_side
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 class Counting:
-    """An opener that counts what it was asked for, and fails as often as it is told to."""
+    """A transport that counts what it was asked for, and fails as often as it is told to."""
 
     def __init__(self, failures: int = 0) -> None:
         self.server = ScriptedServer(NANO, lambda asked: ScriptedText(text="Hello."))
         self.failures = failures
         self.opened = self.closed = 0
 
-    def want(self, change: int) -> None:
-        pass
+    @property
+    def pid(self) -> int | None:
+        return None
 
-    def open(self, *, after_death: bool) -> socket.socket:
+    async def connect(self, *, after_death: bool) -> Connection:
         self.opened += 1
-        time.sleep(0.05)
+        await anyio.sleep(0.05)
         if self.opened <= self.failures:
             raise errors.EngineStartFailed("It did not start.")
-        return self.server.open()
+        return await self.server.connect(after_death=after_death)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         self.closed += 1
-        self.server.close()
+        await self.server.close()
 
 
 @pytest.fixture(params=["asyncio", "trio"])
@@ -99,7 +100,7 @@ async def test_a_start_that_fails_leaves_nothing_and_may_be_tried_again() -> Non
 async def test_a_cancelled_start_waits_for_no_download(monkeypatch: pytest.MonkeyPatch) -> None:
     done = threading.Event()
 
-    def slow(model: object) -> Path:
+    def slow(model: object, revision: object) -> Path:
         _ = done.wait(20)
         return NANO
 
@@ -115,7 +116,7 @@ async def test_a_cancelled_start_waits_for_no_download(monkeypatch: pytest.Monke
 def test_a_program_whose_start_was_cancelled_ends_at_once() -> None:
     code = (
         "import anyio, time\nfrom agentspeed import Session\nfrom agentspeed._core import engine_handle\n"
-        "engine_handle.resolve = lambda model: time.sleep(60)\n"
+        "engine_handle.resolve = lambda model, revision: time.sleep(60)\n"
         "async def main():\n    with anyio.move_on_after(0.1):\n        async with Session('owner/name'): pass\n"
         "anyio.run(main)\n"
     )

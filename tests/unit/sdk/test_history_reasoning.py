@@ -33,12 +33,12 @@ async def test_the_log_goes_back_to_before_an_answer_and_on_without_its_reasonin
     async with ScriptedEngine([THOUGHT, "Two."], model=qwen) as engine, engine.session(reasoning=True) as s:
         first = await s.generate("Go.")
         assert (first.text, first.reasoning.strip()) == ("One.", "First this.")
-        assert s.ids and "First this." in s.codec.tokenizer.text(list(s.ids))
+        assert s.ids and "First this." in s._core.codec.tokenizer.text(list(s.ids))
         _ = await s.generate("On.")
-        text = s.codec.tokenizer.text(list(s.ids))
+        text = s._core.codec.tokenizer.text(list(s.ids))
         assert "First this." not in text and text.count("One.") == 1
-        messages = dicts(s.codec, s.messages[:-1])
-        whole = load_template(qwen)(messages, generate=True, variables=s.codec.variables)
+        messages = dicts(s._core.codec, s.messages[:-1])
+        whole = load_template(qwen)(messages, generate=True, variables=s._core.codec.variables)
         assert text.startswith(whole)
         assert [type(message).__name__ for message in s.messages] == ["User", "Assistant"] * 2
         assert s.messages[1].text == "One."
@@ -50,7 +50,7 @@ async def test_reasoning_that_is_kept_stays_token_by_token(qwen: Path) -> None:
         _ = await s.generate("Go.")
         before = s.ids
         _ = await s.generate("On.")
-        assert s.ids[: len(before)] == before and "First this." in s.codec.tokenizer.text(list(s.ids))
+        assert s.ids[: len(before)] == before and "First this." in s._core.codec.tokenizer.text(list(s.ids))
 
 
 async def test_a_mark_behind_reasoning_that_was_left_out_is_no_mark_any_more(qwen: Path) -> None:
@@ -71,7 +71,7 @@ async def test_template_variables_reach_the_template_and_no_other_value_does(qwe
     async with ScriptedEngine(["One."], model=qwen) as engine:
         async with engine.session(reasoning=True, template_variables={"enable_thinking": False}) as s:
             _ = await s.generate("Go.")
-            assert "<think>\n\n</think>" in s.codec.tokenizer.text(list(s.ids))
+            assert "<think>\n\n</think>" in s._core.codec.tokenizer.text(list(s.ids))
         with pytest.raises(errors.InvalidRequest, match="values of JSON"):
             async with engine.session(template_variables={"enable_thinking": object()}) as s:
                 pass

@@ -59,7 +59,7 @@ def test_the_least_limit_around_the_process_counts(tmp_path: Path, contents: dic
 
 
 def options(**given: object) -> EngineOptions:
-    return EngineOptions(**({"model": "m"} | given))  # type: ignore[arg-type]
+    return EngineOptions(**({"model": "m", "dtype": "float32"} | given))  # type: ignore[arg-type]
 
 
 def test_a_default_pool_is_a_quarter_of_what_the_container_may_use() -> None:
