@@ -1,7 +1,7 @@
 """Plans of one size for many steps, so that a CUDA graph can be replayed with another plan in the same memory.
 
-What a graph fixes is what the launches are made of: their grids, compiled forms and addresses. A padded plan has programs
-without items, units without a row and room in every array; the kernels take both as they are.
+What a graph fixes is what the launches are made of: their grids, compiled forms and addresses. A padded plan has
+programs without items, units without a row and room in every array; the kernels take both as they are.
 """
 
 from __future__ import annotations
