@@ -36,7 +36,7 @@ def section_engine(report: Report, *, depth: int = 1) -> None:
         for line in process.progress:
             print(f"          {line}")
         front = process.connect()
-        front.socket.settimeout(300.0)
+        front.socket.settimeout(30.0)
         for batch in (1, 32):
             seconds, steps = decode(front, draw, batch)
             figures = {"tokens/s": batch * DRAWN / seconds, "ms a step": 1e3 * seconds / DRAWN}

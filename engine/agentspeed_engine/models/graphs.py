@@ -42,8 +42,8 @@ class _Graph:
     plans: PlanMemory
     inputs: Tensor
     """[3, rows] int64: ids, positions, slots."""
-    workspace: Workspace
-    """Held, since the graph has its addresses."""
+    held: tuple[Workspace, Tensor]
+    """Scratch memory and selected rows: the graph has their addresses."""
     graph: Any
     logits: Tensor
 
@@ -116,7 +116,7 @@ class Graphs:
         with _cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits = chain()
         self._pool = self._pool or graph.pool()
-        held = self._graphs[shape] = _Graph(plans, inputs, workspace, graph, logits)
+        held = self._graphs[shape] = _Graph(plans, inputs, (workspace, select), graph, logits)
         log.info("steps of up to %d rows are one graph (%d graphs)", shape.queries, len(self._graphs))
         return held
 
