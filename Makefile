@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Two workers, a file's tests on one of them, so that they share its engines. One process: make test PARALLEL=
+PARALLEL ?= -n 2 --dist loadfile
 # What `make bench` runs, in this order; the options keep each below ten minutes. One alone: make bench BENCHES=fork
 BENCHES := sched fork resume cold_siblings sdk server turns agents busy nano kernels step retention "pauses --seeds 6" \
 	deadlock_race recorder host_copies "cancel --events 2000 --kills 10"
@@ -18,24 +20,25 @@ demo: $(STAMP)
 	@$(BIN)/python examples/agents/quickstart.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(PARALLEL)
 
 # A check whose reference is missing fails here instead of being skipped (tests/support/needs.py).
 check: $(STAMP)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pyright
 	$(BIN)/lint-imports
-	AGENTSPEED_CHECK=1 $(BIN)/python -m pytest -q
+	AGENTSPEED_CHECK=1 $(BIN)/python -m pytest -q $(PARALLEL)
 
 bench: $(STAMP)
 	@for run in $(BENCHES); do name=$${run%% *}; echo "== bench/$$name.py$${run#$$name}"; \
 		$(BIN)/python bench/$$name.py$${run#$$name} || exit 1; done
 
-# Mends what the lint rules can mend, the order of imports among it. Line breaks are set by hand and stay as they are
-# (docs/decisions/0014-formatting-is-by-hand.md).
+# Mends what the lint rules can mend, and sets line breaks (docs/decisions/0024-ruff-formats.md).
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 model: $(STAMP)
 	PYTHONPATH=engine:kernels $(BIN)/python -m tests.modelcheck --bounds small
