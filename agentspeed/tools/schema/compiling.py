@@ -6,7 +6,8 @@ An object can also be compiled entry by entry, for a format of calls that writes
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Final
@@ -69,7 +70,8 @@ def compile_schema(
     `prefix` begins the rules' names. `lenient` leaves to a later check what no grammar can hold; `sets` leaves out
     `uniqueItems` where it cannot be held, for a reader that drops duplicates; `spaced` puts one space after each comma
     and colon. Raises `SchemaUnsupported` with the place and the reason."""
-    return _compiled(_source(schema, bounds), bounds, prefix, lenient, sets, spaced)
+    with _shallow():
+        return _compiled(_source(schema, bounds), bounds, prefix, lenient, sets, spaced)
 
 
 def compile_entries(
@@ -84,7 +86,17 @@ def compile_entries(
 
     Entries that no property names are left out. Raises `SchemaUnsupported` where entries alone do not make an instance
     of the schema: other values than objects, a count of entries, entries that need one another."""
-    return _entries(_source(schema, bounds), bounds, prefix, sets, spaced)
+    with _shallow():
+        return _entries(_source(schema, bounds), bounds, prefix, sets, spaced)
+
+
+@contextmanager
+def _shallow() -> Iterator[None]:
+    """The caller may stand deep in the stack already."""
+    try:
+        yield
+    except RecursionError as error:
+        raise SchemaUnsupported("The schema nests too deep to be read here.", remedy="Say less of it.") from error
 
 
 def _source(schema: Mapping[str, Json], bounds: Bounds) -> str:

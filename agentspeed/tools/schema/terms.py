@@ -38,7 +38,7 @@ from agentspeed.tools.schema.values import KINDS, Json, Schema
 MAX_CASES: Final = 160
 """Atoms of one kind in one union."""
 MAX_TERMS: Final = 20_000
-MAX_MEETINGS: Final = 200_000
+MAX_MEETINGS: Final = 60_000
 """Pairs of atoms that are joined for one schema: a bound of the time it takes."""
 _MAX_LEVEL: Final = 40
 _DEPTH_OF_PROOF: Final = 4
@@ -78,6 +78,7 @@ class Terms:
         self._read: dict[tuple[int, bool], Shape] = {}
         self._open: set[tuple[int, bool]] = set()
         self._proofs = 0
+        self._proved: dict[tuple[Term, int], bool] = {}
         self._meetings = 0
         declared = str(document.root.get("$schema", ""))
         self._unknown: frozenset[str] = frozenset()
@@ -137,15 +138,24 @@ class Terms:
 
     def is_possible(self, term: Term, depth: int = _DEPTH_OF_PROOF) -> bool:
         """False where plainly no value is such; True is no promise."""
-        if depth == 0 or term == ANYTHING:
+        if depth == 0 or term == ANYTHING or self._proofs >= _DEPTH_OF_PROOF:
             return True
+        known = self._proved.get((term, depth))
+        if known is not None:
+            return known
         self._proofs += 1
         try:
-            return any(self._may_be(atom, depth) for atoms in self.shape(term).values() for atom in atoms)
-        except (_Undecided, SchemaUnsupported):  # refused where it is needed, not where it would help to know
+            possible = any(self._may_be(atom, depth) for atoms in self.shape(term).values() for atom in atoms)
+        except _Undecided:
             return True
+        except SchemaUnsupported:  # refused where it is needed, not where it would help to know
+            if self._meetings > MAX_MEETINGS:
+                raise
+            possible = True
         finally:
             self._proofs -= 1
+        self._proved[term, depth] = possible
+        return possible
 
     def _intern(self, key: object, node: _Node) -> int:
         number = self._known.get(key)
