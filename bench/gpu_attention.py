@@ -6,7 +6,7 @@ import lzma
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from gpu_timing import DEVICE, Report, limit_us, relative, rotated
 
-from agentspeed_kernels.triton import attention
+from agentspeed_kernels.triton import attention, backend
 from agentspeed_kernels.triton.attention import AttentionShape, RowsOnDevice
 from agentspeed_kernels.triton.plan import Cut, plan_rows, segments
 from agentspeed_kernels.workspace import Workspace
@@ -80,11 +80,8 @@ class Batch:
         return pieces
 
     def prepare(self, plain: bool = False, folded: bool = True, **options: Any) -> list[RowsOnDevice]:
-        properties = torch.cuda.get_device_properties(0)
-        shape = AttentionShape(
-            heads=self.heads, rank=RANK, rope=ROPE, page_tokens=PAGE, processors=properties.multi_processor_count,
-            hopper=not plain and properties.major == 9,
-        )  # fmt: skip
+        shape = backend.shape_of(self.heads, RANK, ROPE, PAGE, DEVICE)
+        shape = replace(shape, hopper=shape.hopper and not plain)
         return [
             attention.prepare(self.pieces(r, folded), self.positions, shape, DEVICE, **options)
             for r in range(self.rotations)

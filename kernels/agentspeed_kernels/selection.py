@@ -282,7 +282,8 @@ class _Chooser:
         preferences: Preferences,
         check: Check | None,
     ) -> None:
-        self._registry, self._platform, self._dtype = registry, platform, dtype
+        self._registry, self._platform = registry, platform
+        self._dtype: Dtype = dtype
         self._sizes, self._preferences, self._check = sizes, preferences, check
         self._sound: set[str] = set()
         self.layout: Layout = self._select("linear", 1, self._candidates("linear"), None).kernel.layout

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Literal, final
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from agentspeed_kernels.attention import paths
 from agentspeed_kernels.tiles import Int32s, Int64s, Piece
+from agentspeed_kernels.triton.device_code import device_code
 from agentspeed_kernels.triton.plan import Cut, RowsPlan, merge_shape, plan_rows, segments
 from agentspeed_kernels.workspace import Workspace
 
@@ -37,8 +38,10 @@ class Form:
 
 
 ROWS_16 = Form(block_rows=16, tile=64, warps=8, stages=3)
-ROWS_32 = Form(block_rows=32, tile=64, warps=8, stages=3)
-ROWS_64 = Form(block_rows=64, tile=64, warps=8, stages=2)
+ROWS_32 = Form(block_rows=32, tile=32, warps=8, stages=3)
+ROWS_64 = Form(block_rows=64, tile=32, warps=8, stages=2)
+ROWS_16_HIP = Form(block_rows=16, tile=16, warps=4, stages=1)
+"""The one that keeps a CDNA4 chip's registers; compiled, not run."""
 ROWS_WIDE_FORMAT = Form(block_rows=16, tile=16, warps=4, stages=2)
 """For formats wider than 2 bytes: shared memory has no room for larger tiles."""
 HOPPER_LARGE = Form(block_rows=64, tile=64, warps=4, stages=2, hopper=True)
@@ -63,6 +66,8 @@ class AttentionShape:
     """The Gluon kernel can run: compute capability 9, and `plain` is not asked for."""
     element_bytes: int = 2
     """Of the pool's format."""
+    chip: Literal["sm_90", "cuda", "hip"] = "sm_90"
+    """Whose plain forms to take: a Hopper's, another NVIDIA chip's, an AMD one's."""
 
 
 @final
@@ -135,12 +140,14 @@ def choose(rows: int, pages: int, shape: AttentionShape) -> Form:
     if shape.element_bytes > 2:
         return fitted(ROWS_WIDE_FORMAT, shape)
     fits = shape.rank == 512 and shape.rope == 64 and shape.page_tokens % 64 == 0
+    if shape.chip == "hip":
+        return fitted(ROWS_16_HIP, shape)
     if rows <= 16:
         return fitted(ROWS_16, shape)
     if shape.hopper and fits:
         few = SMALL_PAGES if rows <= 64 else SMALL_PAGES_SHARED
         return HOPPER_SMALL if pages <= few * shape.processors else HOPPER_LARGE
-    return fitted(ROWS_32 if rows <= 32 else ROWS_64, shape)
+    return fitted(ROWS_64 if rows > 32 and shape.chip == "sm_90" else ROWS_32, shape)
 
 
 def fitted(form: Form, shape: AttentionShape) -> Form:
@@ -185,7 +192,7 @@ def launch_rows(q: Tensor, pool: Tensor, step: RowsOnDevice, scale: float, works
     fixed = (arrays["rows"], arrays["visible"], arrays["pages"], arrays["items"], arrays["bounds"])
     rest = (part, weight, out, scale * math.log2(math.e))
     if form.hopper:
-        from agentspeed_kernels.triton.device import rows_hopper
+        rows_hopper = device_code("rows_hopper")
 
         latents, turned = hopper_descriptors(pool, form.tile)
         rows_hopper.attend_rows_hopper[(plan.programs,)](
@@ -193,7 +200,7 @@ def launch_rows(q: Tensor, pool: Tensor, step: RowsOnDevice, scale: float, works
             num_warps=form.warps, maxnreg=168,
         )  # fmt: skip
         return
-    from agentspeed_kernels.triton.device import rows
+    rows = device_code("rows")
 
     split = _power_of_two(rank) and _power_of_two(rope) and rope >= 16
     wide = rank if split else 1 << (rank + rope - 1).bit_length()
@@ -207,7 +214,7 @@ def launch_rows(q: Tensor, pool: Tensor, step: RowsOnDevice, scale: float, works
 
 def launch_merge(step: RowsOnDevice, workspace: Workspace, out: Tensor) -> None:
     """The second launch: joins the partials of all rows that have several."""
-    from agentspeed_kernels.triton.device import rows
+    rows = device_code("rows")
 
     part, weight = _partials(step, out.shape[-1], workspace)
     units, parts = step.plan.table.shape

@@ -76,6 +76,7 @@ def shape_of(
         rope=rope,
         page_tokens=page_tokens,
         processors=properties.multi_processor_count,
-        hopper=properties.major == 9 and element_bytes == 2,
+        hopper=properties.major == 9 and torch.version.hip is None and element_bytes == 2,
         element_bytes=element_bytes,
+        chip="hip" if torch.version.hip else "sm_90" if properties.major == 9 else "cuda",
     )

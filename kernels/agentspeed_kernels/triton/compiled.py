@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, final
 
+from agentspeed_kernels.triton.device_code import device_code
+
 BF16, FP32, INT32, INT64, FP64 = "*bf16", "*fp32", "*i32", "*i64", "*fp64"
 
 
@@ -53,20 +55,25 @@ class Facts:
     seconds: float
 
 
-def builds(hopper: bool) -> Iterator[Build]:
-    """All gated kernels; `hopper` adds those in Gluon."""
-    yield from _rows()
+def builds(target: str) -> Iterator[Build]:
+    """All kernels that would run on `cuda:90`, `cuda:100` or `hip:gfx950`."""
+    yield from _rows(target)
     yield from _layers()
-    yield from _extend()
-    if hopper:
+    yield from _extend(target)
+    if target == "cuda:90":
         yield from _gluon()
 
 
-def _rows() -> Iterator[Build]:
+def _rows(target: str) -> Iterator[Build]:
     from agentspeed_kernels.triton import attention
-    from agentspeed_kernels.triton.device import rows
 
-    shapes = (("16", attention.ROWS_16, False), ("16-edge", attention.ROWS_16, True), ("64", attention.ROWS_64, True))
+    rows = device_code("rows")
+
+    shapes = [("16", attention.ROWS_16, False), ("16-edge", attention.ROWS_16, True), ("32", attention.ROWS_32, True)]
+    if target == "cuda:90":
+        shapes.append(("64", attention.ROWS_64, True))
+    if target.startswith("hip"):
+        shapes = [("16", attention.ROWS_16_HIP, False), ("16-edge", attention.ROWS_16_HIP, True)]
     for name, form, edge in shapes:
         yield Build(
             name=f"rows-{name}",
@@ -95,7 +102,8 @@ def _gluon() -> Iterator[Build]:
     from triton.experimental.gluon import language as gl
 
     from agentspeed_kernels.triton import attention
-    from agentspeed_kernels.triton.device import rows_hopper
+
+    rows_hopper = device_code("rows_hopper")
 
     layout = repr(gl.NVMMASharedLayout(128, 16))
     for name, form in (("large", attention.HOPPER_LARGE), ("small", attention.HOPPER_SMALL)):
@@ -120,7 +128,10 @@ def _rows_signature() -> dict[str, str]:
 
 
 def _layers() -> Iterator[Build]:
-    from agentspeed_kernels.triton.device import elementwise, experts, products, sample
+    elementwise = device_code("elementwise")
+    experts = device_code("experts")
+    products = device_code("products")
+    sample = device_code("sample")
 
     yield Build(
         name="latent_append",
@@ -217,11 +228,15 @@ def _layers() -> Iterator[Build]:
     )  # fmt: skip
 
 
-def _extend() -> Iterator[Build]:
+def _extend(target: str) -> Iterator[Build]:
     from agentspeed_kernels.triton import extend
-    from agentspeed_kernels.triton.device import extend as device
 
-    for name, form in (("wide", extend.WIDE), ("narrow", extend.NARROW)):
+    device = device_code("extend")
+
+    forms = {"wide": extend.WIDE, "narrow": extend.NARROW}
+    if target.startswith("hip"):
+        del forms["wide"]
+    for name, form in forms.items():
         columns = {"keys": 128, "turned": 64, "values": 128}
         yield Build(
             name=f"extend-{name}",
@@ -300,7 +315,7 @@ def _amd_resources(text: str) -> tuple[int, int]:
 
 
 def main(target: str) -> None:
-    for build in builds(hopper=target == "cuda:90"):
+    for build in builds(target):
         print(json.dumps(asdict(compile_one(build, target))), flush=True)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from agentspeed_kernels.attention import paths
 from agentspeed_kernels.tiles import Int64s, Piece
+from agentspeed_kernels.triton.device_code import device_code
 from agentspeed_kernels.triton.plan import merge_shape, segments
 from agentspeed_kernels.workspace import Workspace
 
@@ -171,7 +172,7 @@ def _attend(
     branch: ExtendedBranch, scale2: float, form: ExtendForm, parts: int, up: tuple[int, int, int], value: int, *,
     last: bool,
 ) -> None:  # fmt: skip
-    from agentspeed_kernels.triton.device import extend as device
+    device = device_code("extend")
 
     heads, rank, nope = up
     rope = q.shape[2] - nope
@@ -186,7 +187,7 @@ def _attend(
 
 def _merge(part: Tensor, weight: Tensor, out: Tensor, branch: ExtendedBranch, parts: int) -> None:
     """Part z of query t begins at row (z * count + t) * heads."""
-    from agentspeed_kernels.triton.device import rows
+    rows = device_code("rows")
 
     count, heads, value = out.shape
     columns, take, warps = merge_shape(parts)
@@ -201,10 +202,10 @@ def _merge(part: Tensor, weight: Tensor, out: Tensor, branch: ExtendedBranch, pa
 
 
 def form_for(count: int, element_bytes: int) -> ExtendForm:
-    """Wide blocks, unless half of one would stay empty."""
+    """Wide blocks, unless half of one would stay empty or they do not fit the registers (AMD; compiled, not run)."""
     if element_bytes > 2:
         return SMALL
-    return WIDE if count > NARROW.rows else NARROW
+    return WIDE if count > NARROW.rows and torch.version.hip is None else NARROW
 
 
 def processors(device: torch.device) -> int:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from agentspeed_kernels.routing import RouteRule
+from agentspeed_kernels.triton.device_code import device_code
 from agentspeed_kernels.workspace import Workspace
 
 MOST_LINEAR_ROWS = 1
@@ -18,7 +19,7 @@ MOST_HEADS_FEW = 2
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
-    from agentspeed_kernels.triton.device import elementwise
+    elementwise = device_code("elementwise")
 
     assert x.stride(1) == 1 and out.stride(1) == 1
     rows, width = x.shape
@@ -28,7 +29,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
-    from agentspeed_kernels.triton.device import elementwise
+    elementwise = device_code("elementwise")
 
     assert x.is_contiguous() and residual.is_contiguous() and out.is_contiguous()
     rows, width = x.shape
@@ -38,7 +39,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: T
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    from agentspeed_kernels.triton.device import elementwise
+    elementwise = device_code("elementwise")
 
     assert x.stride(2) == 1 and cos.is_contiguous() and sin.is_contiguous()
     tokens, heads, _ = x.shape
@@ -52,7 +53,7 @@ def latent_append(
     raw: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, slots: Tensor, pool: Tensor
 ) -> None:
     """A negative slot writes nothing: rows that pad a graph's batch."""
-    from agentspeed_kernels.triton.device import elementwise
+    elementwise = device_code("elementwise")
 
     assert raw.stride(1) == 1 and pool.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
     rank, half = weight.shape[0], cos.shape[1]
@@ -64,7 +65,7 @@ def latent_append(
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """For few rows; each reads the weights by itself, from L2 after the first."""
-    from agentspeed_kernels.triton.device import products
+    products = device_code("products")
 
     assert x.stride(1) == 1 and weight.is_contiguous() and out.stride(1) == 1
     rows, width = x.shape
@@ -87,7 +88,7 @@ def add_norm_linear(
     total: Tensor,
 ) -> None:
     """out = norm(x + residual) * gain @ weight^T; `total`, not the residual itself, gets the sum."""
-    from agentspeed_kernels.triton.device import products
+    products = device_code("products")
 
     assert x.is_contiguous() and residual.is_contiguous() and weight.is_contiguous() and total.is_contiguous()
     assert total.data_ptr() != residual.data_ptr()
@@ -109,7 +110,7 @@ def linear_shape(width: int, norm: bool) -> tuple[int, int, int]:
 
 
 def heads_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    from agentspeed_kernels.triton.device import products
+    products = device_code("products")
 
     assert x.stride(2) == 1 and weight.is_contiguous() and out.stride(2) == 1
     tokens, heads, width = x.shape
@@ -143,7 +144,7 @@ def heads_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
 
 def route(x: Tensor, weight: Tensor, bias: Tensor | None, rule: RouteRule) -> tuple[Tensor, Tensor]:
     """Scores in float32; ties go to the lower expert."""
-    from agentspeed_kernels.triton.device import experts as device
+    device = device_code("experts")
 
     tokens, width = x.shape
     count = weight.shape[0]
@@ -186,7 +187,7 @@ def experts(
 def experts_few(
     x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, workspace: Workspace, out: Tensor
 ) -> None:
-    from agentspeed_kernels.triton.device import experts as device
+    device = device_code("experts")
 
     _, width, inner = down.shape
     tokens, top = ids.shape
@@ -206,7 +207,7 @@ def experts_few(
 def experts_grouped(
     x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, workspace: Workspace, out: Tensor
 ) -> None:
-    from agentspeed_kernels.triton.device import experts as device
+    device = device_code("experts")
 
     count, width, inner = down.shape
     tokens, top = ids.shape
@@ -241,7 +242,7 @@ def grouped_shape(rows_an_expert: float, element_bytes: int = 2) -> tuple[int, i
 
 
 def _combine(part: Tensor, top: int, out: Tensor) -> None:
-    from agentspeed_kernels.triton.device import experts as device
+    device = device_code("experts")
 
     tokens, width = out.shape
     block = min(_above(width), 1024)
@@ -252,7 +253,7 @@ def copy_rows(pool: Tensor, moves: Tensor) -> None:
     """`moves` [n, 3] int32 (from page, to page, rows) in every layer of `pool` [layers, pages, page_tokens, width].
 
     A page is written by one move and read by none that writes it: the order of moves does not matter."""
-    from agentspeed_kernels.triton.device import elementwise
+    elementwise = device_code("elementwise")
 
     layers, _, tokens, width = pool.shape
     elementwise.copy_rows[(moves.shape[0], layers)](
@@ -271,7 +272,7 @@ def scatter_pages(pool: Tensor, pages: Tensor, packed: Tensor) -> None:
 
 
 def _move_pages(pool: Tensor, pages: Tensor, packed: Tensor, *, back: bool) -> None:
-    from agentspeed_kernels.triton.device import elementwise
+    elementwise = device_code("elementwise")
 
     layers, _, tokens, width = pool.shape
     elementwise.gather_pages[(pages.shape[0], layers)](

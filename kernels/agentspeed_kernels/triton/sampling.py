@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from agentspeed_kernels.triton.device_code import device_code
 from agentspeed_kernels.workspace import Workspace
 
 MOST_LOGPROBS = 20
@@ -89,7 +90,7 @@ def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 def sample(logits: Tensor, rows: SamplingRows, workspace: Workspace) -> Sampled:
     """Draws one id of each row of `logits` [B, V]; three launches and no wait."""
-    from agentspeed_kernels.triton.device import sample as device
+    device = device_code("sample")
 
     assert logits.stride(1) == 1
     count, vocabulary = logits.shape
