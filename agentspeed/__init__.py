@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from agentspeed.chat.output import Choice as Choice
     from agentspeed.chat.output import Regex as Regex
     from agentspeed.chat.output import Schema as Schema
+    from agentspeed.compaction import Compaction as Compaction
     from agentspeed.engine import Engine as Engine
+    from agentspeed.limits import Limits as Limits
     from agentspeed.marks import Mark as Mark
     from agentspeed.messages import Assistant as Assistant
     from agentspeed.messages import System as System
@@ -27,7 +29,9 @@ if TYPE_CHECKING:
     from agentspeed.messages import User as User
     from agentspeed.replies import Reply as Reply
     from agentspeed.replies import Result as Result
+    from agentspeed.run_stream import RunStream as RunStream
     from agentspeed.sampling import Sampling as Sampling
+    from agentspeed.score import Score as Score
     from agentspeed.session import Session as Session
     from agentspeed.tools import Approval as Approval
     from agentspeed.tools import Tool as Tool
@@ -42,6 +46,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Approval": "tools",
+    "Compaction": "compaction",
     "Engine": "engine",
     "Choice": "chat.output",
     "Regex": "chat.output",
@@ -51,8 +56,11 @@ _HOMES = {
     "ToolCall": "messages",
     "ToolMessage": "messages",
     "User": "messages",
+    "RunStream": "run_stream",
     "Sampling": "sampling",
+    "Limits": "limits",
     "Mark": "marks",
+    "Score": "score",
     "Session": "session",
     "Tool": "tools",
     "ToolContext": "tools",
@@ -69,14 +77,18 @@ __all__ = [
     "Approval",
     "Assistant",
     "Choice",
+    "Compaction",
     "Engine",
     "Lease",
+    "Limits",
     "Mark",
     "Regex",
     "Reply",
     "Result",
+    "RunStream",
     "Sampling",
     "Schema",
+    "Score",
     "Session",
     "System",
     "Tool",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar, final
 
+from agentspeed.limits import LimitName
 from agentspeed.messages import ToolCall, ToolMessage
 from agentspeed.usage import Usage
 
@@ -48,11 +49,15 @@ class Result(Generic[T]):
     text: str
     output: T
     """The text, or what `output=` asked for."""
-    reason: Literal["answered", "forced", "cut", "max_turns"]
+    reason: Literal["answered", "forced", "cut", "max_turns", "limit"]
     """"answered": by itself. "forced": in the last of `max_turns` turns, in which it could call no tool any more.
-    "cut": `max_tokens` ended its answer. "max_turns": that last turn was a call, in a session without tools."""
+    "cut": `max_tokens` ended its answer. "max_turns": that last turn was a call, in a session without tools.
+    "limit": one of `limits` ended it, the one that `limit` names."""
     turns: int
     tools: tuple[ToolMessage, ...]
     """Every tool result, in the order in which the model read them."""
     usage: Usage
     reply: Reply[T]
+    """The last turn that ended."""
+    limit: LimitName | None = None
+    """With the reason "limit": "tokens", "seconds" or "tool_calls"."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any, Literal, cast, final
+import math
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, Literal, cast, final
 
 import anyio
 
 from agentspeed import agent_loop, errors, events
-from agentspeed._base.validate import check_count, check_seconds, shown
+from agentspeed._base.validate import check_count, check_seconds, is_whole, shown
 from agentspeed._core.options import TurnOptions, build_request
 from agentspeed._core.session_core import SessionCore
+from agentspeed.limits import LimitName, Limits
 from agentspeed.messages import Message, ToolCall, ToolMessage
 from agentspeed.replies import Reply
 from agentspeed.replies import Result as Result
@@ -19,24 +21,47 @@ from agentspeed.tools import Approve, Tool, ToolBatch, ToolResult, ToolSession, 
 from agentspeed.tools.execution import message_of
 from agentspeed.turn import Turn
 
+BETWEEN: Final = "a run"
+"""What a session is busy with between two steps of a run that waits for its reader."""
+
 
 @final
 class Run:
-    """One call of `Session.run`."""
+    """One call of `Session.run` or `Session.stream_run`."""
 
     def __init__(
         self,
         core: SessionCore,
         *,
         output: Any,
+        max_turns: int,
+        output_retries: int,
+        limits: Limits | None,
         approve: Approve | None,
         approve_at_once: bool,
         tool_data: object,
         expect: float | None,
         on_event: Callable[[events.AnyEvent], object] | None,
         options: TurnOptions,
+        caught_up: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
+        """`caught_up` is waited for after every event of a turn, and before every step but the first: a run whose
+        reader has gone does nothing more. Raises `InvalidRequest`."""
+        check_count("max_turns", max_turns)
+        check_count("output_retries", output_retries, least=0)
+        check_seconds("expect", expect, zero=True)
+        for name, call in (("on_event", on_event), ("approve", approve)):
+            if call is not None and not callable(call):
+                raise errors.InvalidRequest(f"{name} is {shown(call)}; it must be a function, or None.")
+        if inspect.iscoroutinefunction(on_event):
+            raise _on_event_is_async()
+        if not isinstance(limits, Limits | None):
+            raise errors.InvalidRequest(f"limits is {shown(limits)}; it must be Limits(...), or None.")
         self._core = core
+        self._max_turns = max_turns
+        self._output_retries = output_retries
+        self._limits = limits or Limits()
+        self._caught_up = caught_up
         self._output = output
         self._approve = approve
         self._approve_at_once = approve_at_once
@@ -51,43 +76,74 @@ class Run:
         self._results: list[ToolMessage] = []
         self._choice = options.get("tool_choice", "auto")
         self._forced = False
+        self._calls_left = self._limits.tool_calls
+        """None: any number."""
+        self._turns = 0
+        self._limit: LimitName | None = None
+        """Which limit ended the run."""
+        self._partial = ""
+        """What the last turn had said."""
+        self._before = core.usage
 
-    async def drive(self, prompt: tuple[Message, ...], max_turns: int, output_retries: int) -> Result[Any]:
+    async def drive(self, prompt: tuple[Message, ...]) -> Result[Any]:
         """Raises `OutputError` when the answer was still not an `output` after the retries, or a turn was cut inside a
-        call; and what a tool with `on_error="raise"` raised, once every call has its result in the log."""
-        check_count("max_turns", max_turns)
-        check_count("output_retries", output_retries, least=0)
-        check_seconds("expect", self._expect, zero=True)
-        for name, call in (("on_event", self._on_event), ("approve", self._approve)):
-            if call is not None and not callable(call):
-                raise errors.InvalidRequest(f"{name} is {shown(call)}; it must be a function, or None.")
-        if inspect.iscoroutinefunction(self._on_event):
-            raise _on_event_is_async()
-        before = self._core.usage
-        steps = agent_loop.agent_loop(*prompt, max_turns=max_turns, output_retries=output_retries)
+        call; `TurnTimeout` when `limits.seconds` went before the first turn had ended; and what a tool with
+        `on_error="raise"` raised, once every call has its result in the log."""
+        self._before = self._core.usage
+        outcome: agent_loop.Outcome | None = None
+        with anyio.CancelScope(deadline=self._deadline()) as scope:
+            outcome = await self._steps(prompt)
+        if scope.cancelled_caught:
+            self._limit = "seconds"
+        if self._reply is None and self._problem is not None:
+            raise self._problem
+        if self._reply is None:
+            raise errors.TurnTimeout(
+                f"The run's limit of {self._limits.seconds} s went before its first turn had ended.",
+                partial=self._partial,
+                remedy="Give it more seconds or fewer tokens.",
+            )
+        return Result(
+            text=self._reply.text,
+            output=self._reply.output,
+            reason=self._reason(outcome, self._reply),
+            limit=self._limit,
+            turns=self._turns,
+            tools=tuple(self._results),
+            usage=self._core.usage - self._before,
+            reply=self._reply,
+        )
+
+    def _deadline(self) -> float:
+        seconds = self._limits.seconds
+        return math.inf if seconds is None else anyio.current_time() + seconds
+
+    async def _steps(self, prompt: tuple[Message, ...]) -> agent_loop.Outcome | None:
+        """None when a limit ended it."""
+        steps = agent_loop.agent_loop(*prompt, max_turns=self._max_turns, output_retries=self._output_retries)
         step = next(steps)
         await self._serve_open_calls(prompt)
         while True:
             answer = await self._carry_out(step)
+            if self._limit is None and self._tokens_left() < 1 and not self._answered(answer):
+                self._limit = "tokens"
+            if self._limit is not None:
+                return None
             try:
                 step = steps.send(answer)
             except StopIteration as end:
                 outcome: agent_loop.Outcome = end.value
-                break
-        if outcome.reason == "rejected" and self._problem is not None:
-            raise self._problem
-        reply = self._reply
-        if reply is None or outcome.reason == "rejected":
-            raise errors.InternalError("A run ended without a turn.")
-        return Result(
-            text=reply.text,
-            output=reply.output,
-            reason=self._reason(outcome.reason, reply),
-            turns=outcome.turns,
-            tools=tuple(self._results),
-            usage=self._core.usage - before,
-            reply=reply,
-        )
+                return outcome
+            if self._caught_up is not None:
+                with self._core.doing(BETWEEN):
+                    await self._caught_up()
+
+    def _answered(self, answer: agent_loop.Answer) -> bool:
+        return isinstance(answer, agent_loop.Spoke) and not answer.calls
+
+    def _tokens_left(self) -> float:
+        most = self._limits.tokens
+        return math.inf if most is None else most - (self._core.usage - self._before).drawn
 
     async def _carry_out(self, step: agent_loop.Step) -> agent_loop.Answer:
         if isinstance(step, agent_loop.Generate):
@@ -95,13 +151,18 @@ class Run:
         return await self._use_tools(step.calls, self._tools)
 
     def _reason(
-        self,
-        reason: Literal["answered", "max_turns"],
-        reply: Reply[Any],
-    ) -> Literal["answered", "forced", "cut", "max_turns"]:
-        if reason == "answered" and reply.finish_reason == "max_tokens":
+        self, outcome: agent_loop.Outcome | None, reply: Reply[Any]
+    ) -> Literal["answered", "forced", "cut", "max_turns", "limit"]:
+        if outcome is None or outcome.reason == "rejected":  # a rejected answer has been raised
+            return "limit"
+        if outcome.reason == "max_turns":
+            return "max_turns"
+        if reply.finish_reason == "max_tokens":
             return "cut"
-        return "forced" if reason == "answered" and self._forced else reason
+        if self._forced and self._calls_left == 0:
+            self._limit = "tool_calls"
+            return "limit"
+        return "forced" if self._forced else "answered"
 
     async def _serve_open_calls(self, prompt: tuple[Message, ...]) -> None:
         """Calls that an earlier turn left are run first, unless the prompt has results or the model goes on with that
@@ -117,32 +178,52 @@ class Run:
             _ = await self._use_tools(calls, tuple(tools.values()))
 
     async def _speak(self, step: agent_loop.Generate) -> agent_loop.Answer:
-        self._forced = step.last and bool(self._tools) and self._choice != "none"
+        last = step.last or self._calls_left == 0
+        self._forced = last and bool(self._tools) and self._choice != "none"
         choice = "none" if self._forced else self._choice
         if self._choice != "none":
             self._choice = "auto"  # a forced choice is for the first turn: forced again, the run could not end
         options: TurnOptions = {**self._options, "tool_choice": choice}
+        left, most = self._tokens_left(), options.get("max_tokens")
+        bounded = left < math.inf and (not is_whole(most) or most > left)
+        if bounded:
+            options["max_tokens"] = int(left)
         core = self._core
         core.must_be_open()
         request = build_request(
             step.messages or None, self._output, options, core.defaults, core.tags_for(step.messages)
         )
         async with Turn[Any](core, request) as turn:
-            async for event in turn:
-                self._tell(event)
-            if (cut := turn.cut()) is not None:
-                raise cut
             try:
-                self._reply = turn.result()
-            except errors.OutputError as problem:
-                self._problem = problem
-                return agent_loop.Rejected(problem=problem.message)
-        return agent_loop.Spoke(calls=self._reply.tool_calls)
+                async for event in turn:
+                    self._tell(event)
+                    if self._caught_up is not None and not isinstance(event, events.TurnFinished):
+                        await self._caught_up()
+            finally:
+                self._partial = turn.text
+            self._turns += 1
+            return self._spoken(turn, bounded=bounded)
+
+    def _spoken(self, turn: Turn[Any], *, bounded: bool) -> agent_loop.Answer:
+        """What the turn came to. `bounded`: it had no more tokens than the run had left."""
+        cut = turn.cut()
+        if cut is not None and (not bounded or self._output is not str):
+            raise cut
+        self._reply = None
+        try:
+            reply = turn.result()
+        except errors.OutputError as problem:
+            self._problem = problem
+            return agent_loop.Rejected(problem=problem.message)
+        self._reply = reply
+        if bounded and reply.finish_reason == "max_tokens" and not reply.bound:
+            self._limit = "tokens"
+        return agent_loop.Spoke(calls=reply.tool_calls)
 
     async def _use_tools(self, calls: tuple[ToolCall, ...], tools: tuple[Tool, ...]) -> agent_loop.Answer:
         """One result for each call: of `tools`, or what a `tool_call` block left that ended during the turn."""
         core = self._core
-        left = core.pending.waits(calls)
+        left = self._within_limit(core.pending.waits(calls))
         failures: list[Exception] = []
 
         def tell(event: events.AnyEvent) -> None:
@@ -187,12 +268,24 @@ class Run:
                 for call, result in zip(left, batch.results(), strict=True):
                     core.pending.arrived(message_of(call, result))
                 messages = await core.resume(calls)
-        self._results.extend(messages)
+                self._results.extend(messages)
         if failures:
             raise failures[0]
         if (error := batch.to_raise()) is not None:
             raise error
         return agent_loop.Ran(results=messages)
+
+    def _within_limit(self, calls: tuple[ToolCall, ...]) -> tuple[ToolCall, ...]:
+        """Those of `calls` that may still be run; the others have a result that says why they were not."""
+        if self._calls_left is None:
+            return calls
+        run, beyond = calls[: self._calls_left], calls[self._calls_left :]
+        self._calls_left -= len(run)
+        for call in beyond:
+            told = f"error: {call.name}: not run, because all {self._limits.tool_calls} tool calls of this run are used"
+            self._core.pending.arrived(ToolMessage(call_id=call.id, name=call.name, text=told, ok=False))
+            self._tell(self._core.stamp(events.ToolFinished(call=call, content=told, ok=False, seconds=0.0)))
+        return run
 
     def _tell(self, event: events.AnyEvent) -> None:
         if self._on_event is None:

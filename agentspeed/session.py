@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, cast, final, overload
@@ -35,12 +35,16 @@ from agentspeed._core.options import (
 )
 from agentspeed._core.session_core import SessionCore, State
 from agentspeed.chat.codec import History
+from agentspeed.compaction import Compaction, compact
 from agentspeed.fork import Forks, adopt, copy
+from agentspeed.limits import Limits
 from agentspeed.marks import Mark
 from agentspeed.messages import Message, ToolCall
 from agentspeed.replies import Reply, Result
 from agentspeed.run import Run
+from agentspeed.run_stream import RunStream
 from agentspeed.sampling import Sampling
+from agentspeed.score import Score, score
 from agentspeed.tool_call import Pending, tool_call
 from agentspeed.tools import Approve, OnError, Tool, tools_from
 from agentspeed.trajectory import Trajectory
@@ -133,6 +137,12 @@ class Session:
         return session
 
     # ---- the block ------------------------------------------------------------------------------------------------
+    async def open(self) -> Self:
+        """Enters it without a block, for who opens it in one function and closes it in another: a web application, a
+        cell of a notebook. `close` ends it."""
+        await self._core.open()
+        return self
+
     async def __aenter__(self) -> Self:
         await self._core.open()
         return self
@@ -203,6 +213,7 @@ class Session:
         output: Any = str,
         max_turns: int = 16,
         output_retries: int = 1,
+        limits: Limits | None = None,
         approve: Approve | None = None,
         approve_at_once: bool = False,
         tool_data: object = None,
@@ -211,7 +222,7 @@ class Session:
         **options: Unpack[TurnOptions],
     ) -> Result[Any]:
         """Turns and tools until the model answers, at most `max_turns` turns; in the last one it cannot call a tool,
-        for nobody would read the result.
+        for nobody would read the result. `limits`: what all of them may spend together.
 
         Each turn is atomic; while tools run the branch is held under a lease, and whatever happens to a tool its call
         gets a result, in call order. `approve` is asked about tools that need it, one call after the other unless
@@ -222,6 +233,9 @@ class Session:
         driver = Run(
             self._core,
             output=output,
+            max_turns=max_turns,
+            output_retries=output_retries,
+            limits=limits,
             approve=approve,
             approve_at_once=approve_at_once,
             tool_data=tool_data,
@@ -229,7 +243,46 @@ class Session:
             on_event=on_event,
             options=options,
         )
-        return await driver.drive(messages_of(prompt), max_turns, output_retries)
+        return await driver.drive(messages_of(prompt))
+
+    def stream_run(
+        self,
+        prompt: Prompt = None,
+        *,
+        output: Any = str,
+        max_turns: int = 16,
+        output_retries: int = 1,
+        limits: Limits | None = None,
+        approve: Approve | None = None,
+        approve_at_once: bool = False,
+        tool_data: object = None,
+        expect: float | None = None,
+        **options: Unpack[TurnOptions],
+    ) -> RunStream[Any]:
+        """A run to iterate over: `async with s.stream_run("...") as run: async for event in run: ...`
+
+        The arguments are those of `run`, and `run.result()` is what it gives. Raises what `stream` raises, and
+        `SessionBusy` on entering; what the run raises comes where its events end."""
+        self.check(prompt, output=output, **options)
+        core = self._core
+        return RunStream(
+            lambda heard, caught_up: Run(
+                core,
+                output=output,
+                max_turns=max_turns,
+                output_retries=output_retries,
+                limits=limits,
+                approve=approve,
+                approve_at_once=approve_at_once,
+                tool_data=tool_data,
+                expect=expect,
+                on_event=heard,
+                options=options,
+                caught_up=caught_up,
+            ),
+            messages_of(prompt),
+            core.must_be_idle,
+        )
 
     def tool_call(
         self, call: ToolCall, *, timeout: float | None = None, expect: float | None = None, on_error: OnError = "return"
@@ -296,6 +349,21 @@ class Session:
         the middle of the model's message, `generate()` goes on with it."""
         await self._core.rewind(to)
 
+    async def compact(
+        self, *, keep: int = 0, summary: str | Callable[[Session], Awaitable[str]] | None = None
+    ) -> Compaction:
+        """This session goes on over a shorter log: what stands above the conversation (system text, tools), the summary
+        as a user's message, and the last `keep` messages. Results stay with their calls, so it may keep more.
+
+        `summary`: a text; or an async function, which is given a fork that ends where the kept messages begin, so that
+        their room is free there; or None, for none. Named marks in what is kept move with it, those in what is dropped
+        are gone; the answer says which. Usage and name stay. The rows of what stands above the conversation are shared;
+        those of the kept messages are computed again, for they stand in another place.
+
+        Raises `ContextOverflow` when that is still too long, `InvalidRequest` when the model's template does not have
+        such a conversation, `SessionBusy`, and what `summary` raises; nothing has changed then."""
+        return await compact(self._core, keep, summary, Session._of)
+
     # ---- pauses ---------------------------------------------------------------------------------------------------
     async def expect(self, seconds: float | None, *, keep: Literal["soft", "firm"] = "soft", tool: str = "") -> Lease:
         """Says when this session will be used again; the answer says what was granted, until when, and why. `seconds`
@@ -347,6 +415,15 @@ class Session:
         if not is_whole(messages) or not 0 <= messages <= len(spans):
             raise errors.InvalidRequest(f"messages is {messages!r}; the session has {len(spans)}.")
         return spans[messages].start if messages < len(spans) else self.tokens
+
+    async def score(self, text: str, *, after: Prompt = None) -> Score:
+        """How likely the model would write `text` next: the natural logarithms of its own distribution, before
+        temperature, the other sampling values and any grammar. `after`: messages that stand before its answer; without
+        them the text goes on with the open message, or answers the last one.
+
+        The session stays as it is: a fork is scored, one engine step for each token. Raises `ContextOverflow` for a
+        text that does not fit, `SessionBusy`, and `InvalidRequest`."""
+        return await score(self._core, text, messages_of(after))
 
     def trajectory(self) -> Trajectory:
         """Ids, log-probabilities and the mask of model-made ids, exactly as the engine computed on them."""

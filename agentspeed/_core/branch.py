@@ -240,6 +240,31 @@ class Branch:
 
         await self._again(once)
 
+    async def restart(self, mirror: TokenLog) -> None:
+        """Goes on over another log: a branch is opened with its ids, which shares what the engine has of them, and then
+        the one before ends. Nothing has changed when this raises."""
+
+        async def restarted(link: Connection) -> None:
+            before, number = self.mirror, self._number
+            self.mirror = mirror
+            try:
+                await self._open(link, None)
+            except BaseException:
+                self.mirror = before
+                raise
+            self._born = self.lease = None
+            link.unlisten(number)
+            try:
+                _ = await self._call(link, lambda request: wire.Close(request=request, branch=number))
+            except errors.AgentspeedError as error:
+                _LOG.info("closing a branch: %s", error)
+
+        async def once() -> None:
+            link = await self.attach()
+            await run_to_completion(lambda: restarted(link))
+
+        await self._again(once)
+
     async def fork(self, n: int, at: int | None) -> list[Branch]:
         """Children of what is committed when the engine forks, which a running turn goes on beyond."""
 

@@ -84,6 +84,8 @@ class SessionCore:
         self.births = 0
         self.moves = 0
         """Grows with every verb that changes the log."""
+        self.compacted: set[str] = set()
+        """Names of marks that stood among what a compaction dropped."""
         self.forked_at: tuple[int, int] = (0, 0)
         """The parent's `moves` and its log's length at birth: while both hold, it can adopt."""
         self.rested_at: float | None = None
@@ -378,13 +380,16 @@ class SessionCore:
         if isinstance(to, str):
             if to not in self.log.marks:
                 known = ", ".join(self.log.marks) or "none"
-                raise errors.MarkNotFound(f"There is no mark {to!r}; the marks are: {known}.")
+                gone = f"The mark {to!r} stood among messages that compact() dropped"
+                why = gone if to in self.compacted else f"There is no mark {to!r}"
+                raise errors.MarkNotFound(f"{why}; the marks are: {known}.")
             return self.log.marks[to]
         if isinstance(to, Mark):
             if not to.fits(self.log):
                 raise errors.MarkNotFound(
                     f"{to!r} is not in this session any more.",
-                    remedy="It was rewound to before the mark; make a new one.",
+                    remedy="It was rewound to before the mark, or compacted since; make a new one. Named marks "
+                    "move with what compact() keeps.",
                 )
             return to.point
         if not is_whole(to):

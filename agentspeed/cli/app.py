@@ -74,14 +74,23 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System text.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one answer.")] = 512,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="Answer this alone, print the answer alone, and end.")
+    ] = None,
 ) -> None:
     """Talk to a model; each answer shows what was resumed and computed. Ctrl-C cancels the answer, Ctrl-D ends.
 
     Example:  agentspeed chat
     Example:  agentspeed chat ./model --tools tools.py --temperature 0.7
+    Example:  agentspeed chat -p "Name a colour." > colour.txt
 
     In the chat, /help lists its commands. Lines from a pipe are answered one after the other; then the status is 2 when
     one of them failed."""
+    if prompt is not None:
+        from agentspeed.cli.one_shot import one_shot
+
+        run(lambda: one_shot(model, prompt, tools=tools, system=system, temperature=temperature, max_tokens=max_tokens))
+        return
     from agentspeed.cli.chat import Chat
 
     with reported():

@@ -24,6 +24,7 @@ COMMANDS: Final = {
     "/tools": "the tools that the model may call",
     "/usage": "what this session has cost, and how full its context is",
     "/undo": "go back to before your last question; again: to before the one before",
+    "/retry": "go back to before your last question, and ask it again",
     "/new": "a new session, in which nothing was said",
     "/quit": "end the chat, as Ctrl-D does",
 }
@@ -184,7 +185,10 @@ class Talk:
             case "/usage":
                 self._usage()
             case "/undo":
-                self._undo()
+                _ = self._undo()
+            case "/retry":
+                if (last := self._undo()) is not None:
+                    self._ask(last.line)
             case _:
                 known = ", ".join(COMMANDS)
                 self._screen.error(f"There is no command {word}. The commands are: {known}. {_HINT}")
@@ -195,18 +199,20 @@ class Talk:
         self._screen.line(f"{session.tokens} of {session.context_limit} tokens of the context are used.")
         self._screen.line(f"{usage.turns} turn{'' if usage.turns == 1 else 's'}: {cost(usage)}")
 
-    def _undo(self) -> None:
+    def _undo(self) -> Exchange | None:
+        """The exchange that was taken back, if there was one."""
         if not self._exchanges:
             self._screen.line("There is nothing to undo.")
-            return
+            return None
         last = self._exchanges[-1]
         try:
             self._portal.call(self._session.rewind, last.before)
         except errors.AgentspeedError as error:
             self._screen.error(error)
-            return
+            return None
         _ = self._exchanges.pop()
         self._screen.line(f"(back to before: {last.line}{_still_done(last.ran)})")
+        return last
 
     # ---- one line -------------------------------------------------------------------------------------------------
     def _ask(self, line: str) -> None:

@@ -287,6 +287,29 @@ def test_undo_goes_back_before_the_last_question_and_again_before_the_one_before
     assert "back to before: Two." in shown and "There is nothing to undo." in shown
 
 
+def test_retry_asks_the_last_question_again_as_if_it_had_not_been_asked() -> None:
+    script = "lambda turn: f'answer {turn.turn}, user {turn.log.count(chr(60) + chr(124) + chr(117))}'"
+    shown = piped(scripted(script), "/retry\nOne.\nTwo.\n/retry\nThree.\n")
+    assert "There is nothing to undo." in shown
+    assert "answer 2, user 2" in shown and "back to before: Two." in shown
+    assert "answer 3, user 2" in shown and "answer 4, user 3" in shown
+
+
+def test_one_question_is_answered_alone_on_standard_output() -> None:
+    command = [*COMMAND, "--max-tokens", "12", "-p", "Hello!"]
+    done = subprocess.run(
+        command, env=environment(), capture_output=True, text=True, check=False, timeout=60, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("\n") and done.stdout.strip()
+    assert "tokens resumed" not in done.stdout and "Starting" not in done.stdout
+    longer = subprocess.run(
+        [*COMMAND, "-p", "word " * 9000], env=environment(), capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (longer.returncode, longer.stdout) == (2, "")
+    assert "ContextOverflow" in longer.stderr
+
+
 def test_undo_says_that_what_tools_did_stays(tools: Path) -> None:
     shown = piped(scripted("[tool_call('add', a=1, b=2), 'Three.']", tools), "Add.\n/undo\n")
     assert "(back to before: Add., but what add did is not undone)" in shown

@@ -17,7 +17,7 @@ _INHERITED = {"Engine": ("agentspeed._core.engine_handle", "EngineHandle")}
 """Public classes whose members stand in a base that nobody names."""
 _INTERNAL = ("over", "shared", "codec", "link")
 """Members of these bases that are no one's but the SDK's."""
-_MADE_ELSEWHERE = ("Turn", "Forks", "Pending")
+_MADE_ELSEWHERE = ("Turn", "RunStream", "Stream", "Forks", "Pending")
 """Public classes that users are given and never make."""
 _Definition: TypeAlias = _Function | ast.ClassDef | ast.AnnAssign | ast.Assign
 

@@ -106,6 +106,7 @@ API = {
     "agentspeed.testing": "api-testing.md",
     "agentspeed.messages": "api-messages.md",
     "agentspeed.events": "api-events.md",
+    "agentspeed.sync": "api-sync.md",
 }
 
 

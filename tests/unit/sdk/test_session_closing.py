@@ -45,3 +45,13 @@ async def test_a_turn_that_is_read_after_its_session_was_closed_says_so() -> Non
         await s.close()
         with anyio.fail_after(10), pytest.raises(SessionClosed, match="closed while a turn of it ran"):
             _ = await turn.reply()
+
+
+async def test_a_session_may_be_opened_without_a_block_and_is_closed_by_hand() -> None:
+    async with ScriptedEngine(["Hello."]) as engine:
+        s = await engine.session().open()
+        assert (await s.generate("Hi")).text == "Hello."
+        await s.close()
+        assert engine.live_branches == 0
+        with pytest.raises(SessionClosed):
+            _ = await s.open()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import pickle
 from dataclasses import replace
@@ -10,6 +11,7 @@ from dataclasses import replace
 import pytest
 
 from agentspeed import Session
+from agentspeed.errors import InvalidRequest
 from agentspeed.testing import ScriptedEngine
 from agentspeed.trajectory import Trajectory
 
@@ -49,3 +51,22 @@ def test_trajectories_that_differ_anywhere_are_unequal() -> None:
     ):
         assert path != other
     assert path != (path.ids, path.made, path.logprobs)
+
+
+async def test_a_trajectory_is_strict_json_and_comes_back_the_same() -> None:
+    async with ScriptedEngine(["Fine."]) as engine, engine.session(record_logprobs=True) as s:
+        one = await said(s)
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
+    found = json.loads(one.to_json(), parse_constant=refuse)
+    assert found["ids"] == list(one.ids)
+    assert [value is None for value in found["logprobs"]] == [math.isnan(value) for value in one.logprobs]
+    assert Trajectory.from_json(one.to_json()) == one
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"ids":[1],"made":[true],"logprobs":[]}', '{"ids":[1]}'])
+def test_what_is_no_trajectory_is_refused(text: str) -> None:
+    with pytest.raises(InvalidRequest, match="no trajectory"):
+        _ = Trajectory.from_json(text)

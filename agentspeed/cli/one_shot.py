@@ -1,0 +1,32 @@
+"""What `agentspeed chat --prompt` does: one run, whose answer alone is printed; nobody is asked anything."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from agentspeed import Engine, Session
+from agentspeed.cli.terminal_text import printable
+from agentspeed.cli.tools_file import ToolsFile, tools_of
+
+
+async def one_shot(
+    model: str | Engine | None,
+    prompt: str,
+    *,
+    tools: Path | None,
+    system: str | None,
+    temperature: float,
+    max_tokens: int,
+) -> None:
+    """The answer goes to standard output, whatever else there is to say to standard error. Raises what a run raises."""
+    file = tools_of(tools) if tools is not None else ToolsFile()
+    for line in file.left_out:
+        print(f"left out of the tools: {line}", file=sys.stderr)
+    async with Session(model, system=system, tools=file.tools) as session:
+        result = await session.run(prompt, temperature=temperature, max_tokens=max_tokens)
+    lines = result.text.split("\n")
+    print("\n".join(map(printable, lines) if sys.stdout.isatty() else lines), flush=True)
+    if result.reason != "answered":
+        bound = result.reply.bound or ("--max-tokens" if result.reason == "cut" else f"{result.turns} turns")
+        print(f"({result.reason}: {bound})", file=sys.stderr)

@@ -1,0 +1,63 @@
+"""How likely a model finds a given text: its log-probabilities at a branch, where nothing is sampled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+from agentspeed import errors
+from agentspeed._base.validate import check_text
+from agentspeed._core.options import build_request
+from agentspeed._core.session_core import SessionCore
+from agentspeed.fork import fork
+from agentspeed.messages import Message
+from agentspeed.tools.grammars import HEAD
+from agentspeed.turn import Turn
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """Of one text, as the beginning of the model's message or the next of its open one."""
+
+    ids: tuple[int, ...]
+    """Of the text, as the tokenizer writes it; the end of the message is not among them."""
+    logprobs: tuple[float, ...]
+    """Natural logarithms of the model's own distribution, one for each id."""
+
+    @property
+    def total(self) -> float:
+        """The logarithm of the probability of the whole text, written with these ids."""
+        return sum(self.logprobs)
+
+
+async def score(core: SessionCore, text: str, after: tuple[Message, ...]) -> Score:
+    """See `Session.score`."""
+    check_text("text", text)
+    core.must_be_idle()
+    ids = tuple(core.codec.tokenizer.content_ids(text))
+    if not ids:
+        raise errors.InvalidRequest("text is empty; there is nothing to score.")
+    opened = core.log.open_at
+    said = [] if after or opened is None else core.log.ids[opened:]
+    (child,) = await fork(core, 1, None)
+    try:
+        request = build_request(
+            after or None,
+            str,
+            {"logprobs": 0, "max_tokens": len(ids), "tool_choice": "none"},
+            child.defaults,
+            child.tags_for(after),
+        )
+        # The engine is allowed these very ids, one after the other: log-probabilities are from before the grammar.
+        grammar = f"{HEAD}\nstart: {' '.join(f'<[{number}]>' for number in (*said, *ids))}"
+        async with Turn[Any](child, replace(request, grammar=grammar)) as turn:
+            reply = await turn.reply()
+    finally:
+        await child.close()
+    if reply.ids != ids:
+        raise errors.ContextOverflow(
+            f"The text has {len(ids)} tokens, and {reply.bound or 'the engine'} left room for {len(reply.ids)}.",
+            remedy="Score a shorter text, or compact the session.",
+        )
+    return Score(ids=ids, logprobs=reply.logprobs)

@@ -1,0 +1,120 @@
+"""Sessions without async: the same verbs, from a plain function; an interrupt cancels what runs."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from agentspeed import Limits, errors, events, tool
+from agentspeed.sync import Session, entered
+from agentspeed.testing import ScriptedEngine, ScriptedText, say, tool_call
+
+
+@tool
+def add(a: int, b: int) -> int:
+    """Add."""
+    return a + b
+
+
+def loops() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if "portal" in thread.name]
+
+
+@pytest.fixture(autouse=True)
+def no_loop_is_left() -> Iterator[None]:
+    yield
+    assert loops() == []
+
+
+def test_turns_runs_and_branches_are_as_in_an_async_session() -> None:
+    script = ["Hello.", tool_call("add", a=17, b=25), "42.", "One.", "Two.", "Three."]
+    with entered(ScriptedEngine(script)) as engine, Session(engine.engine, tools=[add], name="plain") as s:
+        assert s.generate("Hi!").text == "Hello."
+        here = s.mark("here")
+        result = s.run("17 plus 25?", limits=Limits(tool_calls=2))
+        assert (result.text, [message.text for message in result.tools]) == ("42.", ["42"])
+        s.rewind(here)
+        assert [message.text for message in s.messages] == ["Hi!", "Hello."]
+        with s.fork(2) as (one, two):
+            told = {branch.generate("Say.").text for branch in (one, two)}
+            assert told == {"One.", "Two."}
+            two.close()
+            s.adopt(one)
+        assert s.messages[-1].text in told
+        assert s.compact(keep=2, summary="We met.").dropped == 2
+        assert s.generate("And?").text == "Three."
+        assert s.usage.turns == 5
+        assert s.room > 0
+        data, ids = s.snapshot(), s.trajectory().ids
+        with Session.restore(data, engine.engine, tools=[add]) as again:
+            assert again.trajectory().ids == ids
+        assert engine.live_branches == 1
+
+
+def test_a_stream_is_an_iterator_and_may_be_left() -> None:
+    script: list[str | ScriptedText] = [
+        "Hello there.",
+        tool_call("add", a=1, b=2),
+        "3.",
+        say("A long answer indeed.", seconds=0.05),
+        "Fine.",
+    ]
+    with entered(ScriptedEngine(script)) as engine, Session(engine.engine, tools=[add]) as s:
+        with s.stream("Hi!") as turn:
+            text = "".join(event.text for event in turn if isinstance(event, events.TextDelta))
+        assert text == turn.result().text == "Hello there."
+        with s.stream_run("Add.") as run:
+            names = [type(event).__name__ for event in run]
+        assert "ToolFinished" in names
+        assert run.result().text == "3."
+        with s.stream_run("Long.") as run:
+            _ = next(run)
+        assert s.messages[-1].text == "3."
+        assert s.generate("And now?").text == "Fine."
+
+
+def test_it_is_open_between_open_and_close_and_says_so_outside() -> None:
+    with entered(ScriptedEngine(["Hello."])) as engine:
+        s = Session(engine.engine)
+        with pytest.raises(errors.SessionClosed, match="call open"):
+            _ = s.generate("Hi!")
+        assert s.open() is s
+        assert s.generate("Hi!").text == "Hello."
+        s.close()
+        s.close()
+        with pytest.raises(errors.SessionClosed):
+            _ = s.generate("Hi!")
+        with pytest.raises(errors.SessionClosed):
+            _ = s.open()
+        assert engine.live_branches == 0
+
+
+def test_errors_are_those_of_an_async_session() -> None:
+    with entered(ScriptedEngine([])) as engine, Session(engine.engine) as s:
+        with pytest.raises(errors.MarkNotFound):
+            s.rewind("nowhere")
+        with pytest.raises(errors.InvalidRequest, match="max_tokens"):
+            _ = s.generate("Hi!", max_tokens=0)
+        other: Any = "a session"
+        with pytest.raises(errors.ChildUnrelated):
+            s.adopt(other)
+
+
+def test_an_interrupt_cancels_the_turn_and_the_session_goes_on() -> None:
+    script: list[str | ScriptedText] = [say("A long answer indeed. " * 20, seconds=0.2), "Fine."]
+    with entered(ScriptedEngine(script)) as engine, Session(engine.engine) as s:
+        main = threading.main_thread().ident or 0
+        timer = threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT))  # as Ctrl-C does
+        timer.start()
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            _ = s.generate("Long.")
+        timer.join()
+        assert time.monotonic() - began < 10
+        assert s.messages == ()
+        assert s.generate("And now?").text == "Fine."
