@@ -8,7 +8,7 @@ PARALLEL ?= -n 2 --dist loadfile
 # What `make bench` runs, in this order; the options keep each below ten minutes. One alone: make bench BENCHES=fork
 BENCHES := sched fork resume cold_siblings sdk server turns agents busy nano kernels step retention "pauses --seeds 6" \
 	deadlock_race recorder host_copies "cancel --events 2000 --kills 10"
-.PHONY: demo test check bench format model model-large simulate clean
+.PHONY: demo test check conformance bench format model model-large simulate clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (once; a few minutes, most of it torch) ..."
@@ -31,6 +31,18 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 	AGENTSPEED_CHECK=1 $(BIN)/python -m pytest -q $(PARALLEL)
 
+# Other projects' own suites, each in an environment with its group of pyproject.toml. -W ignore: their warnings are theirs.
+.venv-langchain/.installed: pyproject.toml constraints.txt
+	@echo "Setting up .venv-langchain (once; a few minutes) ..."
+	@test -x .venv-langchain/bin/python || $(PYTHON) -m venv .venv-langchain
+	@.venv-langchain/bin/python -m pip install -q --disable-pip-version-check -U 'pip>=25.1'
+	@.venv-langchain/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]' \
+		--group conformance-langchain
+	@touch $@
+
+conformance: .venv-langchain/.installed
+	.venv-langchain/bin/python -m pytest -q -W ignore tests/adapters
+
 bench: $(STAMP)
 	@for run in $(BENCHES); do name=$${run%% *}; echo "== bench/$$name.py$${run#$$name}"; \
 		$(BIN)/python bench/$$name.py$${run#$$name} || exit 1; done
@@ -50,4 +62,4 @@ simulate: $(STAMP)
 	PYTHONPATH=engine:kernels $(BIN)/python -m tests.simulation --seeds 25 --marks
 
 clean:
-	rm -rf $(VENV) .checkpoints
+	rm -rf $(VENV) .venv-langchain .checkpoints

@@ -20,11 +20,12 @@ import json
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Literal, final
 
+from agentspeed.errors import SessionBusy
 from agentspeed.messages import Assistant, Message, System, ToolMessage, User
 from agentspeed.session import Session
 from agentspeed.tools import Tool
@@ -175,6 +176,16 @@ class Taken:
     """Tokens of its log that were kept."""
     why: str
     """Why not more was shared; empty when all but the new messages was."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """A session of the pool as bytes, for `Session.restore`. `state` is another one after every turn."""
+
+    name: str
+    state: str
+    data: bytes
 
 
 @final
@@ -333,6 +344,43 @@ class History:
         self._entries.pop(entry.number, None)
         self._follow(entry, [])
         await entry.session.close()
+
+    # ---- what outlives the process ----------------------------------------------------------------------------------
+    async def kept(self, wanted: Callable[[str | None], bool], known: Mapping[str, str]) -> list[Kept]:
+        """The idle sessions of the hints that are `wanted`, oldest use first. `known`: states by name, of those that
+        are not needed again. One that goes on meanwhile is left out: its turn's end is another moment to ask."""
+        found: list[Kept] = []
+        for number in list(self._idle):
+            entry = self._entries.get(number)
+            if entry is None or not entry.idle or not wanted(entry.hint):
+                continue
+            session, state = entry.session, entry.keys[-1].hex()
+            if known.get(session.id) == state:
+                continue
+            try:
+                found.append(Kept(name=session.id, state=state, data=await session.snapshot()))
+            except SessionBusy:
+                continue
+        return found
+
+    async def put(self, session: Session, conversation: Conversation) -> None:
+        """A restored session, not entered yet, that waits for its conversation to go on. Raises what entering raises;
+        it is not among the pool's then."""
+        entry = self._enter_book(session, conversation, keys(root_key(conversation), session.messages))
+        try:
+            await self._make_room(conversation.tenant)
+            _ = await session.__aenter__()
+        except BaseException:
+            await self._drop(entry)
+            raise
+        await self._give_back(entry)
+
+    async def forget(self, wanted: Callable[[str | None], bool]) -> None:
+        """Closes the idle sessions of the hints that are `wanted`."""
+        for number in list(self._idle):
+            entry = self._entries.get(number)
+            if entry is not None and entry.idle and wanted(entry.hint):
+                await self._drop(entry)
 
     # ---- bounds -----------------------------------------------------------------------------------------------------
     async def _make_room(self, tenant: str) -> None:

@@ -39,6 +39,7 @@ from agentspeed.compaction import Compaction, compact
 from agentspeed.fork import Forks, adopt, copy
 from agentspeed.limits import Limits
 from agentspeed.marks import Mark
+from agentspeed.message_formats import lists
 from agentspeed.messages import Message, ToolCall
 from agentspeed.replies import Reply, Result
 from agentspeed.run import Run
@@ -127,12 +128,40 @@ class Session:
             ),
         )
         self._core.face = self
+        self._opening: tuple[Message, ...] = ()
+
+    @classmethod
+    def from_messages(
+        cls,
+        messages: Sequence[Mapping[str, Any]],
+        model: str | os.PathLike[str] | EngineHandle | None = None,
+        *,
+        format: lists.Format = "openai",
+        **options: Unpack[RestoreOptions],
+    ) -> Session:
+        """A session that begins with a list of messages as another SDK writes them; enter it like any other, which is
+        when they enter the log. OpenAI's system messages become `system`; Anthropic's is not in its list: give it as
+        `system=`. Raises `MessageMisfit` for what this product cannot read, and names the message."""
+        system, found = lists.read(messages, format)
+        if system is not None and options.setdefault("system", system) != system:
+            raise errors.InvalidRequest(
+                "The messages have a system text, and system= is another.", remedy="Leave one of them out."
+            )
+        session = cls(model, **options)
+        session._opening = found
+        return session
+
+    def to_messages(self, format: lists.Format = "openai") -> list[dict[str, Any]]:
+        """The messages as another SDK writes them. The system text is OpenAI's first message; Anthropic's list has none
+        (it is `system`). What the model thought before it answered is left out."""
+        return lists.write(self.system, self.messages, format)
 
     @classmethod
     def _of(cls, core: SessionCore) -> Session:
         """The face of a core that was made of another session's."""
         session = cls.__new__(cls)
         session._core = core
+        session._opening = ()
         core.face = session
         return session
 
@@ -145,6 +174,13 @@ class Session:
 
     async def __aenter__(self) -> Self:
         await self._core.open()
+        opening, self._opening = self._opening, ()
+        if opening:
+            try:
+                _ = await self.add(*opening)
+            except BaseException:
+                await self._core.close()
+                raise
         return self
 
     async def __aexit__(

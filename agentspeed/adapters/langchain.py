@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, cast
 
 import anyio
@@ -26,16 +25,13 @@ from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import ConfigDict, Field, PrivateAttr, SecretStr
 
 from agentspeed import errors, events
+from agentspeed.adapters.calls import Call, Streamed, new_call_id, prompt_tokens, whole
 from agentspeed.adapters.langchain_errors import public
-from agentspeed.adapters.runtime import Runtime
-from agentspeed.chat.output import Schema
+from agentspeed.adapters.runtime import Runtime, hint_of
 from agentspeed.engine import Engine
-from agentspeed.history import Conversation
-from agentspeed.message_formats.openai import conversation_parts, tool_definitions
-from agentspeed.message_formats.tools import declared
 from agentspeed.sampling import Sampling
 from agentspeed.session import TurnOptions
-from agentspeed.turn import Reply, Turn
+from agentspeed.turn import Reply
 from agentspeed.usage import Usage
 
 _FINISH = {"stop_id": "stop", "grammar_end": "stop", "stop_string": "stop", "max_tokens": "length"}
@@ -68,6 +64,7 @@ class ChatAgentSpeed(BaseChatModel):
     tenant: str | None = None
     streaming: bool = False
     _runtimes: dict[str | None, Runtime] = PrivateAttr(default_factory=dict)
+    _recall: Callable[[str, str], list[bytes]] | None = PrivateAttr(default=None)
 
     # ---- what LangChain asks about a model --------------------------------------------------------------------------
     @property
@@ -204,7 +201,15 @@ class ChatAgentSpeed(BaseChatModel):
     async def _whole(
         self, messages: list[BaseMessage], stop: list[str] | None, hint: str | None, kwargs: Mapping[str, Any]
     ) -> ChatResult:
-        reply = await self._turned(messages, stop, hint, kwargs, None)
+        runtime = self._runtime(kwargs.get("model"))
+        attempt = 0
+        while True:
+            try:
+                reply = await whole(runtime, self._call(messages, stop, hint, kwargs))
+                break
+            except errors.AgentspeedError as error:
+                await self._again(error, attempt)
+                attempt += 1
         message = AIMessage(
             content=reply.text,
             tool_calls=[
@@ -219,70 +224,46 @@ class ChatAgentSpeed(BaseChatModel):
     async def _chunks(
         self, messages: list[BaseMessage], stop: list[str] | None, hint: str | None, kwargs: Mapping[str, Any]
     ) -> AsyncIterator[ChatGenerationChunk]:
-        """The turn runs in a task of its own, since no scope may be open where an asynchronous generator yields."""
-        send, receive = anyio.create_memory_object_stream[AIMessageChunk](256)
-
-        async def told(event: events.AnyEvent) -> None:
-            if (chunk := _chunk(event)) is not None:
-                await send.send(chunk)
-
-        async def run() -> Reply[Any]:
-            with send:
-                return await self._turned(messages, stop, hint, kwargs, told)
-
-        task = asyncio.ensure_future(run())
-        try:
-            with receive:
-                async for chunk in receive:
-                    yield ChatGenerationChunk(message=chunk)
-            reply = await task
-            yield ChatGenerationChunk(
-                message=AIMessageChunk(
-                    content="",
-                    response_metadata=self._metadata(reply, kwargs.get("model")),
-                    usage_metadata=usage_metadata(reply.usage),
-                    chunk_position="last",
-                )
-            )
-        finally:
-            if not task.done():
-                _ = task.cancel()
-                await asyncio.wait([task])
-
-    async def _turned(
-        self,
-        messages: list[BaseMessage],
-        stop: list[str] | None,
-        hint: str | None,
-        kwargs: Mapping[str, Any],
-        told: Callable[[events.AnyEvent], Awaitable[None]] | None,
-    ) -> Reply[Any]:
-        """One turn on the conversation's session. Raises LangChain's errors, which are ours too."""
-        for attempt in range(self.max_retries + 1):
-            begun = False
+        runtime = self._runtime(kwargs.get("model"))
+        begun, attempt = False, 0
+        while True:
             try:
-                system, own = conversation_parts([_openai(message) for message in messages])
-                tools = declared(tool_definitions(kwargs.get("tools")))
-                conversation = Conversation(
-                    messages=own, system=system, tools=tools, tenant=self.tenant or "", hint=hint
-                )
-                shape = kwargs.get("output_schema")
-                output: Any = str if shape is None else Schema.json(shape)
-                async with self._runtime(kwargs.get("model")).take(conversation) as taken:
-                    turn: Turn[Any] = taken.session.stream(
-                        taken.messages or None, output=output, **self._options(stop, kwargs)
-                    )
-                    async with turn:
-                        async for event in turn:
-                            if told is not None:
-                                begun = True
-                                await told(event)
-                        return turn.result()
+                async with Streamed(runtime, self._call(messages, stop, hint, kwargs)) as streamed:
+                    async for event in streamed:
+                        begun = True
+                        if (chunk := _chunk(event)) is not None:
+                            yield ChatGenerationChunk(message=chunk)
+                    reply = streamed.reply
+                break
             except errors.AgentspeedError as error:
-                if begun or not error.retryable or attempt == self.max_retries:
-                    raise public(error) from error
-                await anyio.sleep(min(8.0, 0.5 * 2**attempt))
-        raise errors.InternalError("A call ended without a reply or an error.")
+                await self._again(error, self.max_retries if begun else attempt)
+                attempt += 1
+        yield ChatGenerationChunk(
+            message=AIMessageChunk(
+                content="",
+                response_metadata=self._metadata(reply, kwargs.get("model")),
+                usage_metadata=usage_metadata(reply.usage),
+                chunk_position="last",
+            )
+        )
+
+    async def _again(self, error: errors.AgentspeedError, attempt: int) -> None:
+        """Waits before another attempt, or raises LangChain's error, which is ours too."""
+        if not error.retryable or attempt >= self.max_retries:
+            raise public(error) from error
+        await anyio.sleep(min(8.0, 0.5 * 2**attempt))
+
+    def _call(
+        self, messages: list[BaseMessage], stop: list[str] | None, hint: str | None, kwargs: Mapping[str, Any]
+    ) -> Call:
+        return Call(
+            messages=[_openai(message) for message in messages],
+            tools=kwargs.get("tools") or (),
+            shape=kwargs.get("output_schema"),
+            options=self._options(stop, kwargs),
+            tenant=self.tenant or "",
+            hint=hint,
+        )
 
     def _options(self, stop: list[str] | None, kwargs: Mapping[str, Any]) -> TurnOptions:
         heat = kwargs.get("temperature", self.temperature)
@@ -308,10 +289,25 @@ class ChatAgentSpeed(BaseChatModel):
         name = self.model_name if model is None else model
         if name not in self._runtimes:
             engine: Engine | None = self.engine
-            self._runtimes[name] = Runtime(
+            made = Runtime(
                 name, engine=engine, reasoning=self.reasoning, engine_options=cast("Any", self.engine_options)
             )
+            self._runtimes[name] = made
+            self._set_recall(name, made)
         return self._runtimes[name]
+
+    def runtimes(self) -> dict[str, Runtime]:
+        """Of each model that was called, by its name; "" is the one that no call named."""
+        return {name or "": runtime for name, runtime in list(self._runtimes.items())}
+
+    def recall_sessions(self, recall: Callable[[str, str], list[bytes]] | None) -> None:
+        """Where stored sessions of a model's thread are asked for, before the thread's first turn."""
+        self._recall = recall
+        for name, runtime in list(self._runtimes.items()):
+            self._set_recall(name, runtime)
+
+    def _set_recall(self, name: str | None, runtime: Runtime) -> None:
+        runtime.recall = None if self._recall is None else partial(self._recall, name or "")
 
     def _metadata(self, reply: Reply[Any], model: str | None) -> dict[str, Any]:
         return {
@@ -337,7 +333,7 @@ _ = ALL_SERIALIZABLE_MAPPINGS.setdefault(tuple(ChatAgentSpeed.lc_id()), tuple(Ch
 
 def usage_metadata(usage: Usage) -> UsageMetadata:
     """As LangChain counts: `cache_read` is a part of the input."""
-    prompt = usage.new + usage.resumed + usage.recomputed
+    prompt = prompt_tokens(usage)
     return UsageMetadata(
         input_tokens=prompt,
         output_tokens=usage.drawn,
@@ -355,7 +351,7 @@ def _chunk(event: events.AnyEvent) -> AIMessageChunk | None:
         case events.ToolCallStarted(index=index, name=name):
             return AIMessageChunk(
                 content="",
-                tool_call_chunks=[tool_call_chunk(name=name, args="", id=f"call_{secrets.token_hex(4)}", index=index)],
+                tool_call_chunks=[tool_call_chunk(name=name, args="", id=new_call_id(), index=index)],
             )
         case events.ToolCallDelta(index=index, arguments=text):
             return AIMessageChunk(
@@ -408,4 +404,4 @@ def _hint(run_manager: Any) -> str | None:
     """The graph's thread, if there is one: it decides nothing but whether a session may go back."""
     metadata = getattr(run_manager, "metadata", None) or {}
     thread = metadata.get("thread_id")
-    return None if thread is None else f"{thread}/{metadata.get('langgraph_checkpoint_ns', '')}"
+    return None if thread is None else hint_of(str(thread), str(metadata.get("langgraph_checkpoint_ns", "")))

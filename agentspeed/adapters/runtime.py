@@ -9,20 +9,37 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import logging
 import threading
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager
-from typing import TypeVar, final
+from typing import Final, TypeAlias, TypeVar, final
 
+from anyio import to_thread
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
+from agentspeed import errors, snapshot
 from agentspeed._core.engine_options import EngineOptions
 from agentspeed.engine import Engine
-from agentspeed.history import Conversation, History, Limits, Taken
+from agentspeed.history import Conversation, History, Kept, Limits, Taken
+from agentspeed.message_formats.tools import declared
 from agentspeed.session import Session
 
 T = TypeVar("T")
+_LOG = logging.getLogger("agentspeed.adapters")
+_SEPARATOR: Final = "\x1f"
+Recall: TypeAlias = Callable[[str], list[bytes]]
+"""The snapshots of a thread's sessions, oldest first; it may block."""
+
+
+def hint_of(thread: str, place: str) -> str:
+    """What a conversation in a framework's thread is called. `place`: where in the thread."""
+    return f"{thread}{_SEPARATOR}{place}"
+
+
+def _thread_of(hint: str | None) -> str | None:
+    return None if hint is None or _SEPARATOR not in hint else hint.rpartition(_SEPARATOR)[0]
 
 
 @final
@@ -43,15 +60,20 @@ class Runtime:
         self._reasoning = reasoning
         self._limits = limits
         self._engine_options: EngineOptions = engine_options or {}
+        self.recall: Recall | None = None
+        """Asked once for each thread on each event loop, before its first turn there."""
         self._histories: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _OfLoop] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
         self._portal: BlockingPortal | None = None
         self._portal_block: AbstractContextManager[BlockingPortal] | None = None
+        self._portal_thread: int | None = None
 
     @asynccontextmanager
     async def take(self, conversation: Conversation) -> AsyncIterator[Taken]:
         """The conversation's session on this event loop; see `History.take`."""
         own = await self._of_loop()
+        if self.recall is not None and (thread := _thread_of(conversation.hint)) is not None:
+            await own.restore(thread, self.recall)
         async with own.history.take(conversation) as taken:
             yield taken
 
@@ -77,6 +99,39 @@ class Runtime:
         own = self._histories.pop(asyncio.get_running_loop(), None)
         if own is not None:
             await own.close()
+
+    # ---- sessions that outlive the process --------------------------------------------------------------------------
+    async def akept(self, thread: str, known: Mapping[str, str]) -> list[Kept]:
+        """The idle sessions of a thread on this event loop, and on the runtime's own; see `History.kept`."""
+        found = await self._own_kept(thread, known)
+        if (portal := self._portal) is not None and self._portal_thread != threading.get_ident():
+            found += await to_thread.run_sync(portal.call, self._own_kept, thread, known)
+        return found
+
+    def kept(self, thread: str, known: Mapping[str, str]) -> list[Kept]:
+        """Those on the runtime's own loop."""
+        portal = self._portal
+        return [] if portal is None else portal.call(self._own_kept, thread, known)
+
+    async def _own_kept(self, thread: str, known: Mapping[str, str]) -> list[Kept]:
+        own = self._histories.get(asyncio.get_running_loop())
+        return [] if own is None else await own.history.kept(lambda hint: _thread_of(hint) == thread, known)
+
+    async def aforget(self, thread: str) -> None:
+        """Closes the idle sessions of a thread, as far as `akept` sees them."""
+        await self._own_forget(thread)
+        if (portal := self._portal) is not None and self._portal_thread != threading.get_ident():
+            await to_thread.run_sync(portal.call, self._own_forget, thread)
+
+    def forget(self, thread: str) -> None:
+        """Those on the runtime's own loop."""
+        if (portal := self._portal) is not None:
+            portal.call(self._own_forget, thread)
+
+    async def _own_forget(self, thread: str) -> None:
+        own = self._histories.get(asyncio.get_running_loop())
+        if own is not None:
+            await own.history.forget(lambda hint: _thread_of(hint) == thread)
 
     # ---- calls without an event loop --------------------------------------------------------------------------------
     def call(self, make: Callable[[], Awaitable[T]]) -> T:
@@ -104,6 +159,7 @@ class Runtime:
             if self._portal is None:
                 self._portal_block = start_blocking_portal("asyncio")
                 self._portal = self._portal_block.__enter__()
+                self._portal_thread = self._portal.call(threading.get_ident)
                 _ = atexit.register(self.close)
             return self._portal
 
@@ -139,6 +195,8 @@ class _OfLoop:
         self._reasoning = reasoning
         self._started = asyncio.Lock()
         self._running = not owned
+        self._restoring = asyncio.Lock()
+        self._restored: set[str] = set()
         self.history = History(self._open, limits=limits)
 
     def _open(self, conversation: Conversation) -> Session:
@@ -156,6 +214,34 @@ class _OfLoop:
                 if not self._running:
                     _ = await self.engine.start()
                     self._running = True
+
+    async def restore(self, thread: str, recall: Recall) -> None:
+        """The thread's stored sessions wait in the pool afterwards. One that this engine cannot go on with is left out:
+        what it said is read as text then."""
+        if thread in self._restored:
+            return
+        async with self._restoring:
+            if thread in self._restored:
+                return
+            for data in await to_thread.run_sync(recall, thread):
+                try:
+                    await self._put(data, thread)
+                except errors.InvalidRequest as error:
+                    _LOG.warning("a stored session of thread %s is not used: %s", thread, error)
+            self._restored.add(thread)
+
+    async def _put(self, data: bytes, thread: str) -> None:
+        found = snapshot.load(data)
+        tools = declared(found.tools)
+        session = Session.restore(data, self.engine, tools=tools)
+        conversation = Conversation(
+            messages=session.messages,
+            system=session.system,
+            tools=tools,
+            tenant=found.tenant,
+            hint=hint_of(thread, ""),
+        )
+        await self.history.put(session, conversation)
 
     async def close(self) -> None:
         """Closes the sessions, and lets go of the engine."""

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import anyio
 import pytest
 
-from agentspeed import Engine, errors
+from agentspeed import Engine, Session, errors
 from agentspeed.history import Conversation, History, Limits
 from agentspeed.messages import Assistant, Message, ToolCall, ToolMessage, User
 from agentspeed.tools import tool
@@ -201,3 +201,39 @@ async def test_what_cannot_be_opened_leaves_nothing_behind() -> None:
 async def _turns(history: History) -> int:
     async with history.take(_asked(User("Say hi."))) as taken:
         return taken.session.usage.turns
+
+
+async def test_idle_sessions_go_out_as_bytes_and_come_back_with_their_ids() -> None:
+    async with _history() as history:
+        first = User("Say hi.")
+        async with history.take(_asked(first, hint="a")) as taken:
+            reply = await taken.session.generate(taken.messages, max_tokens=8)
+            ids = taken.session.ids
+        async with history.take(_asked(first, hint="b")):
+            pass
+        (kept,) = await history.kept(lambda hint: hint == "a", {})
+        assert await history.kept(lambda hint: hint == "a", {kept.name: kept.state}) == []
+        await history.forget(lambda hint: hint == "a")
+        assert history.open == 1
+        restored = Session.restore(kept.data, taken.session.engine, tools=[add])
+        asked = _asked(first, Assistant(reply.text), User("Again."))
+        await history.put(restored, asked)
+        async with history.take(asked) as taken:
+            assert (taken.verb, taken.shared, taken.session.ids) == ("continue", 2, ids)
+
+
+async def test_a_session_that_is_in_use_is_not_among_those_that_go_out() -> None:
+    async with _history() as history, history.take(_asked(User("Say hi."), hint="a")):
+        assert await history.kept(lambda hint: True, {}) == []
+        await history.forget(lambda hint: True)
+        assert history.open == 1
+
+
+async def test_a_restored_session_that_cannot_be_entered_is_not_in_the_pool() -> None:
+    async with _history() as history, Engine.shared(None, {"pages": 256}) as engine:
+        closed = engine.session()
+        async with closed:
+            pass
+        with pytest.raises(errors.SessionClosed):
+            await history.put(closed, _asked(User("Say hi.")))
+        assert history.open == 0
