@@ -111,7 +111,7 @@ def test_siblings_that_run_together_draw_what_each_draws_alone(exact: Front, fas
 
 def test_sessions_that_were_paged_out_to_the_host_go_on_as_if_never(exact: Front, tmp_path: Path) -> None:
     draw = random.Random(8)
-    with engine(tmp_path, device="cuda", dtype="float32", pages=24, host_slots=120, **COMMON) as process:
+    with engine(tmp_path, device="cuda", dtype="float32", pages=36, host_slots=120, **COMMON) as process:
         front = process.connect()
         front.socket.settimeout(120.0)
         held = [(front.open(), prompt(draw, 400)) for _ in range(6)]

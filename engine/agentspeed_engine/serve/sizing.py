@@ -29,14 +29,16 @@ def sizes(
     alone are too large.
     """
     memory = memory_limit() if limit is None else limit
+    # What nobody chose yet is taken for the wider of the formats that it may come to.
+    dtype: str = "float32" if options.dtype == "auto" else options.dtype
     if options.context_limit is not None and options.context_limit > model_limit:
         raise EngineFault(
             "bad_options",
             f"context_limit is {options.context_limit}; the model has {model_limit}.",
             "Give a number between 1 and the model's own limit.",
         )
-    weights = parameters * DTYPE_BYTES[options.dtype]
-    _weights_fit(options, parameters, memory)
+    weights = parameters * DTYPE_BYTES[dtype]
+    _weights_fit(dtype, parameters, memory)
     host, beside_slots = (memory_limit(), 0) if memory.idle else (memory, weights)
     for what, count, held, taken in (
         ("pages", options.pages or 0, memory, weights),
@@ -84,18 +86,18 @@ def _fitting_context(options: EngineOptions, pages: int) -> int:
     return fits
 
 
-def _weights_fit(options: EngineOptions, parameters: int, memory: MemoryLimit) -> None:
-    fitting = [dtype for dtype, item in DTYPE_BYTES.items() if not parameters or _room(memory, parameters * item) > 0]
-    if options.dtype in fitting:
+def _weights_fit(dtype: str, parameters: int, memory: MemoryLimit) -> None:
+    fitting = [name for name, item in DTYPE_BYTES.items() if not parameters or _room(memory, parameters * item) > 0]
+    if dtype in fitting:
         return
-    others = [dtype for dtype in fitting if DTYPE_BYTES[dtype] < DTYPE_BYTES[options.dtype]]
+    others = [name for name in fitting if DTYPE_BYTES[name] < DTYPE_BYTES[dtype]]
     remedy = "Take a smaller model or more memory."
     if others:
-        best = max(others, key=lambda dtype: DTYPE_BYTES[dtype])
+        best = max(others, key=lambda name: DTYPE_BYTES[name])
         remedy = f"Give dtype={best!r}, with which they take {_size(parameters * DTYPE_BYTES[best])}."
     raise EngineFault(
         "out_of_memory",
-        f"The weights take {_size(parameters * DTYPE_BYTES[options.dtype])} in {options.dtype}, {memory.owner} has "
+        f"The weights take {_size(parameters * DTYPE_BYTES[dtype])} in {dtype}, {memory.owner} has "
         f"{_size(memory.bytes)}.",
         remedy,
     )

@@ -1,0 +1,84 @@
+"""Where an engine computes: a GPU that was asked for and is not there, and one that is there and does not serve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.exec.sampling_rows import on_device
+from agentspeed_engine.exec.step_input import Sample
+from agentspeed_engine.ids import BranchId
+from agentspeed_engine.kv.views import TurnSpec
+from agentspeed_engine.models.loaded import out_of_memory
+from agentspeed_engine.protocol.messages import Sampling
+from agentspeed_engine.serve.memory_limit import MemoryLimit
+from agentspeed_engine.serve.options import EngineOptions
+from agentspeed_engine.serve.place import objection, placed
+from agentspeed_engine.serve.sizing import sizes
+from agentspeed_kernels.platform import Platform
+
+BENCH = Path(__file__).parents[3] / "bench/models"
+LATENT, GROUPED = f"random:{BENCH / 'tiny.json'}", f"random:{BENCH / 'tiny-qwen3-moe.json'}"
+GPU = Platform(device="cuda", arch="sm_90", features=frozenset({"cuda", "triton"}), model="A GPU")
+ROOM = MemoryLimit(10**9, "the GPU (A GPU)", idle=True)
+
+
+def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_a_gpu_that_was_asked_for_and_is_not_there_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_a_gpu(monkeypatch)
+    with pytest.raises(EngineFault, match="device is 'cuda'.*Give device='cpu'") as refused:
+        placed(EngineOptions(model=LATENT, device="cuda"))
+    assert refused.value.code == "bad_options"
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_without_a_gpu_an_engine_is_on_the_cpu_and_says_nothing(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    without_a_gpu(monkeypatch)
+    place = placed(EngineOptions(model=LATENT, device=device))  # type: ignore[arg-type]
+    assert (place.device, place.memory, place.said) == ("cpu", None, "")
+
+
+def test_a_gpu_is_left_alone_that_does_not_serve_the_model_well() -> None:
+    assert objection(EngineOptions(model=LATENT), GPU, ROOM) is None
+    assert "grouped-query" in str(objection(EngineOptions(model=GROUPED), GPU, ROOM))
+    assert "float64" in str(objection(EngineOptions(model=LATENT, dtype="float64"), GPU, ROOM))
+    small = MemoryLimit(1000, "the GPU (A GPU)", idle=True)
+    assert "the weights take" in str(objection(EngineOptions(model=LATENT), GPU, small))
+    bare = Platform(device="cuda", arch="sm_90", features=frozenset({"cuda"}), absent={"triton": "not installed"})
+    assert "not installed" in str(objection(EngineOptions(model=LATENT), bare, ROOM))
+
+
+def test_a_pool_takes_most_of_what_weights_leave_of_a_gpu() -> None:
+    options = EngineOptions(model=LATENT, dtype="float32", device="cuda")
+    pages, _ = sizes(options, 10**9, 10**6, 50_000_000, ROOM)
+    assert pages == int(0.85 * (10**9 - 4 * 50_000_000)) // 10**6
+
+
+def test_what_a_gpu_has_no_room_for_is_named() -> None:
+    with pytest.raises(EngineFault, match="The GPU has no room for a step: CUDA out of memory") as refused:
+        with out_of_memory("a step"):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+    assert refused.value.code == "out_of_memory" and "prefill_chunk" in refused.value.remedy
+
+
+def test_samples_reach_the_sampling_kernel_as_they_were_asked_for() -> None:
+    asked = [Sampling(), Sampling(temperature=0.7, top_k=9, top_p=0.9, min_p=0.1, logprobs=3), Sampling(logprobs=0)]
+    samples = [
+        Sample(TurnSpec(turn=i, branch=BranchId(i), sampling=one, draw_key=(i, 2, 3), stop_strings=(), grammar=None,
+                        consumed_ids=(), prompt_tokens=1), 5 + i) for i, one in enumerate(asked)
+    ]  # fmt: skip
+    allowed = np.zeros(70, np.bool_)
+    allowed[[0, 33, 69]] = True
+    rows = on_device(samples, {1: allowed}, 70, torch.device("cpu"))
+    assert rows.temperature.tolist() == [0.0, 0.7, 0.0] and rows.top_k.tolist() == [0, 9, 0]
+    assert rows.top_p.tolist() == [1.0, 0.9, 1.0] and rows.min_p.tolist() == [0.0, 0.1, 0.0]
+    assert rows.asked.tolist() == [-1, 3, 0] and rows.mask_row.tolist() == [-1, 0, -1]
+    assert rows.mask_words.tolist() == [[1, 2, 1 << 5]]
+    assert len(set(rows.state.tolist())) == 3
