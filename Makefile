@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # What `make bench` runs, in this order; the options keep each below ten minutes. One alone: make bench BENCHES=fork
-BENCHES := sched fork resume cold_siblings sdk turns agents busy nano kernels step retention "pauses --seeds 6" \
+BENCHES := sched fork resume cold_siblings sdk turns agents busy nano kernels spmd step retention "pauses --seeds 6" \
 	deadlock_race recorder host_copies "cancel --events 2000 --kills 10"
 .PHONY: demo test check bench format model model-large simulate clean
 

@@ -70,12 +70,13 @@ class GroupedAttention:
         self._heads, self._kv_heads = config.heads // rank.mesh.tp, config.kv_heads // rank.mesh.tp
         self._scale = float(config.head**-0.5)
         # One product reads the hidden rows once for queries, keys and values.
-        self._joined = torch.cat([piece(part, 0, *cut) for part in (weights.q, weights.k, weights.v)])
+        joined = torch.cat([piece(part, 0, *cut) for part in (weights.q, weights.k, weights.v)])
+        self._joined = kernels.weight(joined)
         biases = (weights.q_bias, weights.k_bias, weights.v_bias)
         given = [piece(bias, 0, *cut) for bias in biases if bias is not None]
         self._bias = torch.cat(given) if given else None
         self._q_norm, self._k_norm = weights.q_norm, weights.k_norm
-        self._o = piece(weights.o, 1, *cut)
+        self._o = kernels.weight(piece(weights.o, 1, *cut))
         # Partial outputs are summed over tp, so one rank alone adds the bias.
         self._o_bias = weights.o_bias if rank.tp == 0 else None
         self.boundary = Boundary(

@@ -6,7 +6,7 @@ from agentspeed_engine.models.families.grouped.attention import GroupedAttention
 from agentspeed_engine.models.families.grouped.config import GroupedConfig
 from agentspeed_engine.models.families.grouped.shapes import KEYS, VALUES, cuts
 from agentspeed_engine.models.kv_pools import KvPools
-from agentspeed_engine.models.layers import AddNorm, Embed, Head
+from agentspeed_engine.models.layers import AddNorm, Embed, Head, piece
 from agentspeed_engine.models.mesh import check_cuts
 from agentspeed_engine.models.moe import feed_forward
 from agentspeed_engine.models.state import StepState
@@ -25,8 +25,10 @@ def build(config: GroupedConfig, weights: WeightSource, pools: KvPools, rank: Ra
     """
     check_cuts(cuts(config, rank.mesh))
     keys, values = pools[KEYS], pools[VALUES]
-    embedding = weights.tensor("model.embed_tokens.weight")
-    chain: Chain = [Embed("embed", embedding, rank)]
+    cut = (0, rank.tp, rank.mesh.tp)
+    embedding = piece(weights.tensor("model.embed_tokens.weight"), *cut)
+    head = kernels.weight(embedding if config.tied else piece(weights.tensor("lm_head.weight"), *cut))
+    chain: Chain = [Embed("embed", head if config.tied else embedding, rank)]
     for layer in range(config.layers):
         at = f"model.layers.{layer}."
         held = _attention_weights(config, weights, at + "self_attn.")
@@ -37,7 +39,6 @@ def build(config: GroupedConfig, weights: WeightSource, pools: KvPools, rank: Ra
         moe = None if config.is_dense(layer) else config.moe
         chain.append(feed_forward(at + "mlp", weights, moe, rank, kernels))
     chain.append(_norm(config, weights, "model.norm", kernels))
-    head = embedding if config.tied else weights.tensor("lm_head.weight")
     chain.append(Head("head", head, rank, kernels))
     return chain
 
