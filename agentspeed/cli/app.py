@@ -168,6 +168,32 @@ def env(model: Model = None) -> None:
 
 
 @app.command()
+def plan(
+    model: Annotated[Path, typer.Argument(help="A model folder, or a config.json; weights need not be there.")],
+    tp: Annotated[int, typer.Option(min=1, help="Ranks that cut heads, widths and the vocabulary.")] = 1,
+    dp: Annotated[int, typer.Option(min=1, help="Ranks with sessions of their own; experts are cut over all.")] = 1,
+    memory: Annotated[str | None, typer.Option(help="Of one GPU, as 141GB or 80GiB.")] = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of the sessions that are counted; nothing: the largest context.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float64.")] = "bfloat16",
+    rows: Annotated[int, typer.Option(min=1, help="Tokens of a dp rank in the step that is shown.")] = 512,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object with every step, for programs.")] = False,
+) -> None:
+    """How a model lies on several GPUs: each step with its shapes on a rank, what ranks send each other, bytes of
+    weights and cache on each GPU, the largest context, and where the next cut fails. Nothing is loaded.
+
+    Example:  agentspeed plan ./model --tp 8 --memory 141GB
+    Example:  agentspeed plan bench/models/deepseek-v3.json --tp 16 --memory 141GB --json"""
+    from agentspeed.cli.plan import described
+
+    with reported():
+        typer.echo(
+            described(model, tp=tp, dp=dp, dtype=dtype, rows=rows, memory=memory, context=context, as_json=as_json)
+        )
+
+
+@app.command()
 def top(
     socket: Annotated[Path | None, typer.Argument(help="An engine's socket; nothing: every engine of yours.")] = None,
     once: Annotated[bool, typer.Option("--once", help="One frame, then end.")] = False,

@@ -192,8 +192,8 @@ async def test_a_folder_that_is_no_model_is_refused_with_what_to_do(tmp_path: Pa
     with pytest.raises(errors.ModelBroken, match=r"tokenizer\.json"):
         async with Session(tmp_path):
             raise AssertionError("opened")
-    with pytest.raises(errors.InvalidRequest, match="server"):
-        async with Session("http://localhost:8000"):
+    with pytest.raises(errors.ConnectFailed, match="agentspeed serve"):
+        async with Session("http://localhost:1"):
             raise AssertionError("opened")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         _ = (tmp_path / name).write_bytes((checkpoint / name).read_bytes())

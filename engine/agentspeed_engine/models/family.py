@@ -14,6 +14,7 @@ from agentspeed_engine.spmd.placement import Mesh, Rank
 
 if TYPE_CHECKING:
     from agentspeed_engine.models.kv_pools import KvPools
+    from agentspeed_engine.models.moe_config import MoeConfig
     from agentspeed_engine.models.state import StepState
     from agentspeed_engine.models.weights import WeightSource
     from agentspeed_engine.spmd.lower import Module
@@ -47,6 +48,10 @@ class ModelConfig(Protocol):
     def context_limit(self) -> int: ...
     @property
     def rope(self) -> RopeConfig: ...
+    @property
+    def moe(self) -> MoeConfig | None:
+        """None for a model without routed experts."""
+        ...
 
 
 ConfigT = TypeVar("ConfigT", bound=ModelConfig)

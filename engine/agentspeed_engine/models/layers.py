@@ -15,8 +15,8 @@ from agentspeed_kernels.selection import Kernels
 
 
 def piece(weight: Tensor, dim: int, index: int, count: int) -> Tensor:
-    """The `index`-th of `count` equal pieces, contiguous."""
-    return weight if count == 1 else weight.chunk(count, dim=dim)[index].contiguous()
+    """The `index`-th of `count` equal pieces, contiguous and with memory of its own: the whole can go."""
+    return weight if count == 1 else weight.chunk(count, dim=dim)[index].clone(memory_format=torch.contiguous_format)
 
 
 @final

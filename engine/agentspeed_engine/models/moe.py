@@ -61,7 +61,10 @@ class Moe:
         """`experts` are this rank's own (`own_experts`), `shared` is whole or absent."""
         self._router, self._bias, self._rule, self._kernels = router, bias, rule, kernels
         self._first = rank.index * len(experts) if rank.mesh.size > 1 else None
-        self._gate_up = kernels.weight(torch.stack([torch.cat([one.gate, one.up]) for one in experts]), parts=2)
+        # Few large calls: planning makes them for every expert of every layer.
+        gates, ups = torch.stack([one.gate for one in experts]), torch.stack([one.up for one in experts])
+        self._gate_up = kernels.weight(torch.cat([gates, ups], dim=1), parts=2)
+        del gates, ups
         self._down = kernels.weight(torch.stack([one.down for one in experts]))
         cut = (rank.index, rank.mesh.size)
         self._shared_gate_up, self._shared_down = None, None

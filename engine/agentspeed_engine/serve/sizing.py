@@ -8,6 +8,7 @@ from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.ids import pages_for
 from agentspeed_engine.models.kv_layout import DTYPE_BYTES
 from agentspeed_engine.serve.memory_limit import MemoryLimit, memory_limit
+from agentspeed_engine.spmd.report import SPARE_PART
 
 if TYPE_CHECKING:
     from agentspeed_engine.serve.options import EngineOptions
@@ -16,8 +17,6 @@ _MOST_DEFAULT_PAGES = 16_384
 """A default pool never asks for more pages than this: a million tokens is plenty until someone says otherwise."""
 _IDLE_SHARE = 0.85
 """Of what weights leave of memory that lies idle; the rest is for activations and compiled steps."""
-_LEFT_OVER = 16
-"""One part in so many of the memory is neither weights nor pool: activations and the interpreter need some."""
 
 
 def sizes(
@@ -105,7 +104,7 @@ def _weights_fit(dtype: str, parameters: int, memory: MemoryLimit) -> None:
 
 def _room(memory: MemoryLimit, weights: int) -> int:
     """Bytes for a pool beside so many of weights."""
-    return memory.bytes - memory.bytes // _LEFT_OVER - weights
+    return memory.bytes - memory.bytes // SPARE_PART - weights
 
 
 def _size(count: int) -> str:

@@ -43,8 +43,13 @@ class Collective:
         """What each rank sends, for a ring over `tokens` rows of the whole value."""
         extent = mesh.extent(self.axis)
         whole = tokens * self.width * item_bytes
-        hops = {"all_reduce": 2, "reduce_scatter": 1, "all_gather": 1, "slice": 0}[self.kind]
-        return hops * whole * (extent - 1) // extent
+        return self.hops * whole * (extent - 1) // extent
+
+    @property
+    def hops(self) -> int:
+        """How often a ring passes the whole value on. A reduce-scatter is run as an all-reduce whose result is cut
+        (`distributed`: gloo has none for uneven shards), so it costs as much."""
+        return {"all_reduce": 2, "reduce_scatter": 2, "all_gather": 1, "slice": 0}[self.kind]
 
     @property
     def launches(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import shlex
 import subprocess
@@ -18,6 +19,7 @@ from agentspeed._base.validate import check_text
 from agentspeed.cli.app import EXIT_BUG, EXIT_REFUSED, app, reported, run
 from agentspeed.cli.bench import names
 from agentspeed.cli.chat import Cancel, Chat, Outcome, Talk, tools_of
+from agentspeed.cli.plan import memory_bytes
 from agentspeed.cli.terminal_text import decodable, encodable
 from agentspeed.testing import ScriptedEngine
 
@@ -165,3 +167,41 @@ def test_a_tools_file_that_cannot_be_used_is_a_sentence_and_not_a_traceback(
 def test_the_version_can_be_asked_for() -> None:
     done = RUNNER.invoke(app, ["--version"])
     assert (done.exit_code, done.output) == (0, f"agentspeed {agentspeed.__version__}\n")
+
+
+MODELS = Path(__file__).parents[3] / "bench" / "models"
+
+
+def test_plan_shows_a_model_on_its_ranks_without_any_weights() -> None:
+    done = RUNNER.invoke(app, ["plan", str(MODELS / "tiny.json"), "--tp", "2", "--memory", "1GB"])
+    assert done.exit_code == 0, done.output
+    for fact in ("tp 2, dp 1", "all_reduce over tp", "largest context of a session", "where the next cut fails"):
+        assert fact in done.output
+
+
+def test_plan_for_programs_has_every_step() -> None:
+    done = RUNNER.invoke(app, ["plan", str(MODELS / "tiny.json"), "--tp", "2", "--rows", "3", "--json"])
+    shown = json.loads(done.output)
+    layers = json.loads((MODELS / "tiny.json").read_text())["num_hidden_layers"]
+    assert [step["kind"] for step in shown["steps"]].count("all_reduce") == shown["launches"] - 1 == 1 + 2 * layers
+    assert shown["steps"][0]["before"] == [3] and shown["room"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nowhere.json"], "nowhere.json does not exist"),
+        ([str(MODELS / "tiny.json"), "--tp", "7"], "does not divide by 7 ranks"),
+        ([str(MODELS / "tiny.json"), "--memory", "lots"], "'lots' is no size of a memory"),
+        ([str(MODELS / "tiny.json"), "--memory", "0GB"], "A memory of no bytes"),
+        ([str(MODELS / "tiny.json"), "--dtype", "int3"], "dtype 'int3' is unknown"),
+        ([str(MODELS / "tiny.json"), "--context", "999999999"], "longer than the model's context"),
+    ],
+)
+def test_plan_refuses_what_cannot_be_planned_with_a_sentence(words: list[str], said: str) -> None:
+    done = RUNNER.invoke(app, ["plan", *words])
+    assert done.exit_code == EXIT_REFUSED and said in done.output
+
+
+def test_a_memory_is_written_with_decimal_or_binary_units() -> None:
+    assert [memory_bytes(given) for given in ("141GB", "1.5 kb", "80GiB", "7")] == [141 * 10**9, 1500, 80 * 2**30, 7]

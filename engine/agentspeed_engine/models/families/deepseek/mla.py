@@ -46,7 +46,6 @@ class Mla:
         "_down_bias",
         "_heads",
         "_kernels",
-        "_key_up",
         "_kv_norm",
         "_o",
         "_o_bias",
@@ -77,7 +76,8 @@ class Mla:
         self._o_bias = weights.o_bias if rank.tp == 0 else None
         up = piece(weights.kv_b, 0, *cut).view(self._heads, config.nope + config.value, config.kv_rank)
         self._absorb = kernels.weight(up[:, : config.nope].transpose(1, 2).contiguous())
-        self._value_up = kernels.weight(up[:, config.nope :].contiguous())
+        # Copied also where it is contiguous already, by a rank of one head: else the whole would stay behind it.
+        self._value_up = kernels.weight(up[:, config.nope :].clone(memory_format=torch.contiguous_format))
         self.boundary = Boundary(
             name=name,
             input=TOKEN_SHARD,

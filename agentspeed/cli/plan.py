@@ -1,0 +1,125 @@
+"""What `agentspeed plan` prints: a model on several ranks, its steps, what they send, and what the memory holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, cast
+
+from agentspeed import errors
+from agentspeed.transport.model_plans import ModelPlan, StepLine, planned
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
+_DTYPES = ("bfloat16", "float32", "float64")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+
+def described(
+    model: Path, *, tp: int, dp: int, dtype: str, rows: int, memory: str | None, context: int | None, as_json: bool
+) -> str:
+    """Text for people, or one JSON object. Raises what `planned` raises, and `InvalidRequest` for a wrong option."""
+    if dtype not in _DTYPES:
+        raise errors.InvalidRequest(f"dtype {dtype!r} is unknown.", remedy=f"Known: {', '.join(_DTYPES)}.")
+    size = None if memory is None else memory_bytes(memory)
+    plan = planned(model, tp=tp, dp=dp, dtype=cast(Any, dtype), rows=rows, memory=size, context=context)
+    return json.dumps(dataclasses.asdict(plan)) if as_json else text(plan)
+
+
+def memory_bytes(given: str) -> int:
+    """Of "141GB", "80GiB" or a number of bytes. Raises `InvalidRequest`."""
+    match = _SIZE.fullmatch(given.strip())
+    if match is None:
+        raise errors.InvalidRequest(f"{given!r} is no size of a memory.", remedy="Write it as 141GB or 80GiB.")
+    number, unit = match[1], (match[2] or "").upper()
+    power = "KMGT".index(unit[0]) + 1 if unit else 0
+    size = int(float(number) * (1024 if unit.endswith("I") else 1000) ** power)
+    if size < 1:
+        raise errors.InvalidRequest("A memory of no bytes holds nothing.", remedy="Write it as 141GB or 80GiB.")
+    return size
+
+
+def text(plan: ModelPlan) -> str:
+    """One fact a line; layers that are alike are shown once."""
+    ranks = plan.tp * plan.dp
+    lines = [
+        f"{plan.model_type} on {ranks} ranks: tp {plan.tp}, dp {plan.dp}, {plan.dtype}",
+        f"parameters     {plan.parameters / 1e9:.1f} B, of which a token is multiplied with "
+        f"{plan.active_parameters / 1e9:.1f} B",
+        "",
+        "on each GPU",
+        f"  weights      {_size(plan.weight_bytes)}",
+        f"  cache        {plan.cache_bytes_per_token:,} B a token",
+        f"  workspace    {_size(plan.workspace_bytes)} between kernels, in a step of {plan.rows} rows",
+        *_room(plan),
+        "",
+        "collectives of one step",
+        f"  launches     {plan.launches}",
+        f"  each sends   {plan.bytes_per_token:,} B a token",
+        "",
+        "where the next cut fails",
+        *(f"  {line}" for line in _limits(plan)),
+        "",
+        f"steps on one rank, {plan.rows} rows a dp rank",
+        *_steps(plan.steps),
+    ]
+    return "\n".join(lines)
+
+
+def _room(plan: ModelPlan) -> Iterator[str]:
+    room = plan.room
+    if room is None:
+        yield "  for contexts and sessions give --memory"
+        return
+    if not room.tokens:
+        yield f"  of {_size(room.memory)}: {_size(-room.cache)} too little for the weights, or no page fits. Add ranks."
+        return
+    yield f"  of {_size(room.memory)}: {_size(room.cache)} for the cache, {room.tokens:,} tokens in whole pages"
+    why = "the model's own limit" if room.largest_context == plan.context_limit else "what fits"
+    yield f"  largest context of a session: {room.largest_context:,} ({why})"
+    yield f"  sessions of {room.session_tokens:,} tokens: {room.sessions:,}" + (
+        f" on all {plan.dp} dp ranks" if plan.dp > 1 else ""
+    )
+
+
+def _limits(plan: ModelPlan) -> Iterator[str]:
+    for limit in plan.limits:
+        if limit.fails_at:
+            yield f"{limit.axis} goes to {limit.most}; at {limit.fails_at}: {limit.reason}"
+        else:
+            yield f"{limit.axis} goes on: {limit.reason}"
+
+
+def _steps(steps: Sequence[StepLine]) -> Iterator[str]:
+    """A layer is what lies between two names of other layers; equal ones in a row are one."""
+    layers = [
+        (layer, [_step(line) for line in lines]) for layer, lines in groupby(steps, lambda line: _layer(line.name))
+    ]
+    for shown, alike in groupby(layers, lambda item: (item[0] is None, item[1])):
+        numbers = [layer for layer, _ in alike]
+        if not shown[0]:
+            span = f"layer {numbers[0]}" if len(numbers) == 1 else f"layers {numbers[0]} to {numbers[-1]}, each"
+            yield f"  {span}"
+        yield from ("  " + ("" if shown[0] else "  ") + line for line in shown[1])
+
+
+def _layer(name: str) -> int | None:
+    """Of a collective between two layers: the first, whose output it moves."""
+    found = _LAYER.match(name)
+    return int(found[1]) if found else None
+
+
+def _step(line: StepLine) -> str:
+    name = _LAYER.sub("", line.name)
+    shape = f"{list(line.before)} > {list(line.after)}"
+    if line.kind == "call":
+        return f"{name:44} {shape}"
+    value = "" if line.value == "x" else f" of the {line.value}"
+    return f"{line.kind + ' over ' + str(line.axis) + value:44} {shape}  {line.bytes_sent:,} B sent"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if abs(count) >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,231 @@
+"""Plans a model on a mesh of ranks from its configuration alone: its modules are built and called without memory."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any, cast, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.models.catalog import Dtype, ModelSource
+from agentspeed_engine.models.kv_layout import DTYPE_BYTES
+from agentspeed_engine.models.kv_pools import TORCH_DTYPES, KvPools
+from agentspeed_engine.models.mesh import check_cuts
+from agentspeed_engine.models.state import StepState
+from agentspeed_engine.models.weights import MetaWeights
+from agentspeed_engine.spmd.lower import Module
+from agentspeed_engine.spmd.placement import AXES, Axis, Mesh
+from agentspeed_engine.spmd.plan import Plan, PlanError, plan
+from agentspeed_engine.spmd.report import AxisLimit, ModelPlan, Room, StepLine, room_in, step_lines
+from agentspeed_engine.spmd.spec import TOKEN_SHARD
+from agentspeed_kernels.attention import AttentionStep
+from agentspeed_kernels.routing import RouteRule
+from agentspeed_kernels.selection import Kernels
+from agentspeed_kernels.workspace import Workspace
+
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+_EMBEDDING = "model.embed_tokens.weight"
+_MOST_RANKS = 1 << 16
+"""Where looking for a cut that fails ends."""
+
+
+def plan_model(
+    source: ModelSource,
+    mesh: Mesh,
+    *,
+    dtype: Dtype,
+    rows: int,
+    page_tokens: int = 64,
+    memory: int | None = None,
+    session_tokens: int | None = None,
+) -> ModelPlan:
+    """No weight is read. `rows`: tokens of each dp rank in the step that is described. `memory`: bytes of one GPU.
+
+    Raises `EngineFault`: bad_config for a mesh that does not divide the model, bad_options for a context above the
+    model's.
+    """
+    family, config = source.family, source.config
+    if session_tokens is not None and session_tokens > config.context_limit:
+        raise EngineFault("bad_options", f"A session of {session_tokens} tokens is longer than the model's context "
+                          f"of {config.context_limit}.", "Ask for a shorter one.")  # fmt: skip
+    shapes = dict(family.shapes(config))
+    kv = family.kv_layout(config, dtype, mesh)
+    kernels = cast(Kernels, _NoKernels(dtype))
+    weights_by_name = MetaWeights(shapes, TORCH_DTYPES[dtype])
+    chain = family.build(config, weights_by_name, KvPools(kv, 1, page_tokens), mesh.rank(0), kernels)
+    boundaries = [module.boundary for module in chain]
+    try:
+        made = plan(boundaries, mesh, start=TOKEN_SHARD, finish=TOKEN_SHARD)
+    except PlanError as error:
+        raise EngineFault("bad_config", str(error), "") from error
+    item = DTYPE_BYTES[dtype]
+    lines = step_lines(made, boundaries, rows=rows, start=TOKEN_SHARD, item_bytes=item)
+    weights, workspace = _weight_bytes(chain), _workspace_bytes(made, chain, lines, TORCH_DTYPES[dtype])
+    room: Room | None = None
+    if memory is not None:
+        room = room_in(
+            memory,
+            weights=weights,
+            workspace=workspace,
+            bytes_per_token=kv.bytes_per_token,
+            page_tokens=page_tokens,
+            limit=config.context_limit,
+            session_tokens=session_tokens,
+            dp=mesh.dp,
+        )
+    parameters = sum(math.prod(shape) for shape in shapes.values())
+    return ModelPlan(
+        model_type=config.model_type,
+        dtype=dtype,
+        tp=mesh.tp,
+        dp=mesh.dp,
+        rows=rows,
+        parameters=parameters,
+        active_parameters=_active(source, shapes),
+        context_limit=config.context_limit,
+        weight_bytes=weights,
+        cache_bytes_per_token=kv.bytes_per_token,
+        workspace_bytes=workspace,
+        steps=lines,
+        bytes_per_token=sum(line.bytes_sent for line in lines) // (rows * mesh.dp),
+        launches=sum(line.launches for line in lines),
+        limits=tuple(_limit(source, mesh, axis) for axis in AXES),
+        room=room,
+    )
+
+
+def _active(source: ModelSource, shapes: dict[str, tuple[int, ...]]) -> int:
+    """What a token is multiplied with: a table of embeddings only where it is the head as well."""
+    moe = source.config.moe
+    routed = sum(math.prod(shape) for name, shape in shapes.items() if _EXPERT.search(name))
+    table = 0 if "lm_head.weight" not in shapes else math.prod(shapes[_EMBEDDING])
+    resting = routed - routed * moe.top // moe.experts if moe is not None else 0
+    return sum(math.prod(shape) for shape in shapes.values()) - table - resting
+
+
+def _limit(source: ModelSource, mesh: Mesh, axis: Axis) -> AxisLimit:
+    """Doubles one axis until the model does not divide any more."""
+    fits, extent = mesh.extent(axis), 2 * mesh.extent(axis)
+    while extent <= _MOST_RANKS:
+        larger = Mesh(dp=extent, tp=mesh.tp) if axis == "dp" else Mesh(dp=mesh.dp, tp=extent)
+        try:
+            check_cuts(source.family.cuts(source.config, larger))
+        except EngineFault as fault:
+            return AxisLimit(axis=axis, most=fits, fails_at=extent, reason=fault.message)
+        fits, extent = extent, 2 * extent
+    return AxisLimit(axis=axis, most=fits, fails_at=0, reason=f"nothing of the model is cut over {axis}")
+
+
+def _weight_bytes(chain: list[Module[StepState]]) -> int:
+    """Of what the modules hold, each tensor once: a tied head is the embedding."""
+    held: dict[int, Tensor] = {}
+    for module in chain:
+        for name in getattr(type(module), "__slots__", ()):
+            value = getattr(module, name)
+            if isinstance(value, Tensor) and value.is_meta:
+                held[id(value)] = value
+    return sum(tensor.nbytes for tensor in held.values())
+
+
+def _workspace_bytes(
+    made: Plan, chain: list[Module[StepState]], lines: tuple[StepLine, ...], dtype: torch.dtype
+) -> int:
+    """Calls every module with a value of the shape that the plan gives it; raises where it gives another one back."""
+    workspace = _Measured()
+    rows = lines[0].before[0]
+    angles = torch.empty(rows, 1, device="meta")
+    # Attention kernels that compute nothing look at no tiles.
+    state = StepState(
+        cos=angles,
+        sin=angles,
+        slots=torch.empty(rows, dtype=torch.int64, device="meta"),
+        attention=AttentionStep(few=object(), many=None, many_rows=np.empty(0, np.int64)),
+        select=torch.arange(rows),
+        workspace=cast(Workspace, workspace),
+    )
+    calls = (module for module in chain)
+    residual: Tensor | None = None
+    for line in lines:
+        if line.kind != "call":
+            continue
+        module = next(calls)
+        ids = len(line.before) == 1
+        x = torch.empty(line.before, dtype=torch.int64 if ids else dtype, device="meta")
+        out, residual = module(x, residual, state)
+        if tuple(out.shape) != line.after:
+            raise PlanError(f"{line.name} gives {tuple(out.shape)} and declares {line.after}")
+    return workspace.bytes
+
+
+@final
+class _Measured:
+    """A workspace that only keeps how large its buffers would be."""
+
+    def __init__(self) -> None:
+        self._most: dict[tuple[str, torch.dtype], int] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        key = (name, dtype)
+        self._most[key] = max(self._most.get(key, 0), math.prod(shape))
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    @property
+    def bytes(self) -> int:
+        return sum(count * dtype.itemsize for (_, dtype), count in self._most.items())
+
+
+@final
+class _NoKernels:
+    """Stands in for `Kernels`: weights stay rows, and nothing is computed."""
+
+    def __init__(self, dtype: Dtype) -> None:
+        self.dtype = dtype
+        self._ops = {"route": _Op(_route), "experts": _Op(_experts)}
+
+    def __getitem__(self, op: str) -> _Op:
+        return self._ops.get(op, _NOTHING)
+
+    def weight(self, held: Tensor, parts: int = 1) -> Tensor:
+        del parts
+        return held
+
+    def copy(self, x: Tensor, out: Tensor) -> None:
+        del x, out
+
+    def add(self, x: Tensor, total: Tensor) -> None:
+        del x, total
+
+
+@final
+class _Op:
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    def at(self, rows: int) -> Any:
+        del rows
+        return self._call
+
+
+def _nothing(*_: object) -> None:
+    """Leaves its output as it is."""
+
+
+def _route(x: Tensor, router: Tensor, bias: Tensor | None, rule: RouteRule) -> tuple[Tensor, Tensor]:
+    del router, bias
+    chosen = torch.empty(x.shape[0], rule.top, dtype=torch.int64, device="meta")
+    return chosen, torch.empty(x.shape[0], rule.top, device="meta")
+
+
+def _experts(
+    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, workspace: _Measured, out: Tensor
+) -> None:
+    """What lies between its two products is taken by every form of the op, at most one row for each choice."""
+    del down, weights, out
+    workspace.take("planned_gate_up", (ids.numel(), gate_up.shape[-2]), x.dtype)
+
+
+_NOTHING = _Op(_nothing)
