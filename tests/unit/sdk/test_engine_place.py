@@ -33,7 +33,7 @@ def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_gpu_that_was_asked_for_and_is_not_there_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     without_a_gpu(monkeypatch)
-    with pytest.raises(EngineFault, match="device is 'cuda'.*Give device='cpu'") as refused:
+    with pytest.raises(EngineFault, match=r"device is 'cuda'.*Give device='cpu'") as refused:
         placed(EngineOptions(model=LATENT, device="cuda"))
     assert refused.value.code == "bad_options"
 
@@ -62,9 +62,11 @@ def test_a_pool_takes_most_of_what_weights_leave_of_a_gpu() -> None:
 
 
 def test_what_a_gpu_has_no_room_for_is_named() -> None:
-    with pytest.raises(EngineFault, match="The GPU has no room for a step: CUDA out of memory") as refused:
-        with out_of_memory("a step"):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+    with (
+        pytest.raises(EngineFault, match="The GPU has no room for a step: CUDA out of memory") as refused,
+        out_of_memory("a step"),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
     assert refused.value.code == "out_of_memory" and "prefill_chunk" in refused.value.remedy
 
 
