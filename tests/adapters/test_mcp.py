@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
+from pydantic import Field
 
 _ = pytest.importorskip("mcp", reason="install agentspeed[mcp]")
 
@@ -182,13 +183,13 @@ async def test_a_schema_that_no_grammar_holds_is_refused_by_name_and_the_others_
 ) -> None:
     server = MCPServer("tests")
 
-    def odd(value: Any) -> str:
+    def odd(value: Annotated[int, Field(json_schema_extra={"$dynamicRef": "#other"})]) -> str:
         return "x"
 
     def plain(value: int) -> str:
         return "x"
 
-    server.add_tool(odd, description="Takes anything.")
+    server.add_tool(odd, description="Takes what another schema says.")
     server.add_tool(plain, description="Takes a number.")
     async with Client(server) as client:
         with pytest.raises(InvalidRequest, match="odd"):
