@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import anyio
 import pytest
@@ -71,6 +71,9 @@ class Engine:
 
     def close(self) -> None:
         self.reads.set()
+        # Closing alone ends no `recv` that another thread is in, and the link would hear of no end.
+        with suppress(OSError):
+            self.peer.shutdown(socket.SHUT_RDWR)
         self.peer.close()
         self.client.close()
 
