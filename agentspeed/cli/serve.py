@@ -29,7 +29,7 @@ def serve(
     options = ServerOptions(host=host, port=port, keys=keys_from(keys), **limits)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    # Each start names every kernel chosen, a screen of lines; `agentspeed kernels` shows them to who asks.
+    # Each start names every kernel chosen, a screen of lines; warnings, as of a slower kernel, are still shown.
     logging.getLogger("agentspeed.engine").setLevel(logging.WARNING)
     typer.echo(f"Loading {model or 'nano, the shipped model'} ...", err=True)
 
