@@ -8,6 +8,7 @@ import os
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,14 @@ LOOPS = {
 def anyio_backend(request: pytest.FixtureRequest) -> Any:
     """Every `@pytest.mark.anyio` test runs on each of these."""
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def import_path() -> Iterator[None]:
+    """The import path as it was before the test: a folder of a test's own modules hides nothing in a later one."""
+    before = list(sys.path)
+    yield
+    sys.path[:] = before
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,0 +1,1 @@
+"""The shipped model: its tasks, its training, its scores."""
