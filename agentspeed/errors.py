@@ -163,7 +163,7 @@ class TransportError(WorldError):
 
 
 class ConnectFailed(TransportError):
-    """Nobody listens at the engine's address."""
+    """No engine listens at the address."""
 
     retryable = True
 

@@ -202,7 +202,7 @@ class Limits:
 class History:
     """The sessions of one engine that wait for their conversations to go on. Belongs to one event loop.
 
-    `open_session` makes a session that was not entered yet, for a conversation that shares nothing: whoever serves
+    `open_session` makes a session that was not entered yet, for a conversation that shares nothing: its caller
     decides about its options."""
 
     def __init__(

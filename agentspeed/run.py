@@ -11,13 +11,13 @@ import anyio
 
 from agentspeed import agent_loop, errors, events
 from agentspeed._base.validate import check_count, check_seconds, is_whole, shown
-from agentspeed._core.options import TurnOptions, build_request
+from agentspeed._core.options import RunOptions, TurnOptions, build_request, turn_options
 from agentspeed._core.session_core import SessionCore
 from agentspeed.limits import LimitName, Limits
 from agentspeed.messages import Message, ToolCall, ToolMessage
 from agentspeed.replies import Reply
 from agentspeed.replies import Result as Result
-from agentspeed.tools import Approve, Tool, ToolBatch, ToolResult, ToolSession, tools_from
+from agentspeed.tools import Tool, ToolBatch, ToolResult, ToolSession, tools_from
 from agentspeed.tools.execution import message_of
 from agentspeed.turn import Turn
 
@@ -34,19 +34,14 @@ class Run:
         core: SessionCore,
         *,
         output: Any,
-        max_turns: int,
-        output_retries: int,
-        limits: Limits | None,
-        approve: Approve | None,
-        approve_at_once: bool,
-        tool_data: object,
-        expect: float | None,
+        options: RunOptions,
         on_event: Callable[[events.AnyEvent], object] | None,
-        options: TurnOptions,
         caught_up: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         """`caught_up` is waited for after every event of a turn, and before every step but the first: a run whose
         reader has gone does nothing more. Raises `InvalidRequest`."""
+        max_turns, output_retries = options.get("max_turns", 16), options.get("output_retries", 1)
+        approve, limits, expect = options.get("approve"), options.get("limits"), options.get("expect")
         check_count("max_turns", max_turns)
         check_count("output_retries", output_retries, least=0)
         check_seconds("expect", expect, zero=True)
@@ -64,11 +59,11 @@ class Run:
         self._caught_up = caught_up
         self._output = output
         self._approve = approve
-        self._approve_at_once = approve_at_once
-        self._tool_data = tool_data
+        self._approve_at_once = options.get("approve_at_once", False)
+        self._tool_data = options.get("tool_data")
         self._expect = expect
         self._on_event = on_event
-        self._options = options
+        self._options = turn_options(options)
         given = options.get("tools")
         self._tools: tuple[Tool, ...] = core.defaults.tools if given is None else tools_from(given)
         self._reply: Reply[Any] | None = None

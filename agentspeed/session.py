@@ -4,40 +4,35 @@ from __future__ import annotations
 
 import os
 import secrets
-import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, cast, final, overload
 
 from agentspeed import errors, events, snapshot
-from agentspeed._base.validate import check_count, check_number, check_text, is_whole, shown
+from agentspeed._base.validate import check_count, is_whole, shown
 from agentspeed._core.branch import Opening
 from agentspeed._core.engine_handle import EngineHandle
 from agentspeed._core.engine_options import EngineOptions
 from agentspeed._core.options import (
     Defaults,
+    Prompt,
     RestoreOptions,
+    RunOptions,
+    SessionOptions,
+    TurnOptions,
     TurnRequest,
     build_request,
     check_option_names,
     check_session,
     messages_of,
-)
-from agentspeed._core.options import (
-    Prompt as Prompt,
-)
-from agentspeed._core.options import (
-    SessionOptions as SessionOptions,
-)
-from agentspeed._core.options import (
-    TurnOptions as TurnOptions,
+    turn_options,
 )
 from agentspeed._core.session_core import SessionCore, State
+from agentspeed._core.session_text import in_a_line, tree
 from agentspeed.chat.codec import History
 from agentspeed.compaction import Compaction, compact
 from agentspeed.fork import Forks, adopt, copy
-from agentspeed.limits import Limits
 from agentspeed.marks import Mark
 from agentspeed.message_formats import lists
 from agentspeed.messages import Message, ToolCall
@@ -47,16 +42,16 @@ from agentspeed.run_stream import RunStream
 from agentspeed.sampling import Sampling
 from agentspeed.score import Score, score
 from agentspeed.tool_call import Pending, tool_call
-from agentspeed.tools import Approve, OnError, Tool, tools_from
+from agentspeed.tools import OnError, Tool, tools_from
 from agentspeed.trajectory import Trajectory
-from agentspeed.transport.base import wire
 from agentspeed.turn import Turn
-from agentspeed.usage import Lease, Residence, Usage
+from agentspeed.usage import Inspection, Lease, Residence, Usage
 
 if TYPE_CHECKING:
     from agentspeed.chat.output import Choice, Regex, Schema
 
 T = TypeVar("T")
+__all__ = ["Prompt", "RestoreOptions", "RunOptions", "Session", "SessionOptions", "TurnOptions"]
 
 
 @final
@@ -96,19 +91,13 @@ class Session:
             name=name,
             timeout=timeout,
             close_timeout=close_timeout,
+            history_reasoning=history_reasoning,
+            on_engine=isinstance(model, EngineHandle),
             engine_options=engine_options,
         )
-        if history_reasoning not in ("template", "keep"):
-            raise errors.InvalidRequest(f"history_reasoning is {history_reasoning!r}; it must be 'template' or 'keep'.")
-        if isinstance(model, EngineHandle) and engine_options:
-            raise errors.InvalidRequest(
-                f"Unknown options {', '.join(sorted(engine_options))}.",
-                remedy="Engine options are given to Engine(...).",
-            )
-        own = not isinstance(model, EngineHandle)
         self._core = SessionCore(
-            engine=EngineHandle.shared(model, engine_options) if not isinstance(model, EngineHandle) else model,
-            owns_engine=own,
+            engine=model if isinstance(model, EngineHandle) else EngineHandle.shared(model, engine_options),
+            owns_engine=not isinstance(model, EngineHandle),
             system=system,
             defaults=Defaults(
                 tools=tools_from(tools),
@@ -247,75 +236,28 @@ class Session:
         prompt: Prompt = None,
         *,
         output: Any = str,
-        max_turns: int = 16,
-        output_retries: int = 1,
-        limits: Limits | None = None,
-        approve: Approve | None = None,
-        approve_at_once: bool = False,
-        tool_data: object = None,
-        expect: float | None = None,
         on_event: Callable[[events.AnyEvent], None] | None = None,
-        **options: Unpack[TurnOptions],
+        **options: Unpack[RunOptions],
     ) -> Result[Any]:
-        """Turns and tools until the model answers, at most `max_turns` turns; in the last one it cannot call a tool,
-        for nobody would read the result. `limits`: what all of them may spend together.
+        """Turns and tools until the model answers, at most `max_turns` turns. The options are those of `stream` and of
+        `RunOptions`; `on_event` is called with every event.
 
         Each turn is atomic; while tools run the branch is held under a lease, and whatever happens to a tool its call
-        gets a result, in call order. `approve` is asked about tools that need it, one call after the other unless
-        `approve_at_once`, and is shown every argument that would run; without it they are denied.
-        `expect`: seconds the tools will take, if you know better than the engine learns. `tool_data` is what tools find
-        in their `ToolContext`; `on_event` is called with every event."""
-        check_option_names(options)
-        driver = Run(
-            self._core,
-            output=output,
-            max_turns=max_turns,
-            output_retries=output_retries,
-            limits=limits,
-            approve=approve,
-            approve_at_once=approve_at_once,
-            tool_data=tool_data,
-            expect=expect,
-            on_event=on_event,
-            options=options,
-        )
-        return await driver.drive(messages_of(prompt))
+        gets a result, in call order. Raises what `stream` raises, and `OutputError` for an answer that is still not an
+        `output` after the retries."""
+        check_option_names(options, RunOptions)
+        return await Run(self._core, output=output, options=options, on_event=on_event).drive(messages_of(prompt))
 
-    def stream_run(
-        self,
-        prompt: Prompt = None,
-        *,
-        output: Any = str,
-        max_turns: int = 16,
-        output_retries: int = 1,
-        limits: Limits | None = None,
-        approve: Approve | None = None,
-        approve_at_once: bool = False,
-        tool_data: object = None,
-        expect: float | None = None,
-        **options: Unpack[TurnOptions],
-    ) -> RunStream[Any]:
+    def stream_run(self, prompt: Prompt = None, *, output: Any = str, **options: Unpack[RunOptions]) -> RunStream[Any]:
         """A run to iterate over: `async with s.stream_run("...") as run: async for event in run: ...`
 
         The arguments are those of `run`, and `run.result()` is what it gives. Raises what `stream` raises, and
         `SessionBusy` on entering; what the run raises comes where its events end."""
-        self.check(prompt, output=output, **options)
+        check_option_names(options, RunOptions)
+        self.check(prompt, output=output, **turn_options(options))
         core = self._core
         return RunStream(
-            lambda heard, caught_up: Run(
-                core,
-                output=output,
-                max_turns=max_turns,
-                output_retries=output_retries,
-                limits=limits,
-                approve=approve,
-                approve_at_once=approve_at_once,
-                tool_data=tool_data,
-                expect=expect,
-                on_event=heard,
-                options=options,
-                caught_up=caught_up,
-            ),
+            lambda heard, caught_up: Run(core, output=output, options=options, on_event=heard, caught_up=caught_up),
             messages_of(prompt),
             core.must_be_idle,
         )
@@ -372,10 +314,6 @@ class Session:
     async def mark(self, name: str | None = None) -> Mark:
         """Here, to come back to with `rewind`; a name is remembered, travels to forks and snapshots, and stands for the
         latest mark that was given it."""
-        self._core.must_be_idle()
-        if name is not None and not (isinstance(name, str) and name):
-            raise errors.InvalidRequest(f"name is {name!r}; it must be a text that is not empty, or None.")
-        check_text("name", name or "")
         return self._core.mark(name)
 
     async def rewind(self, to: Mark | str | int) -> None:
@@ -404,14 +342,9 @@ class Session:
     async def expect(self, seconds: float | None, *, keep: Literal["soft", "firm"] = "soft", tool: str = "") -> Lease:
         """Says when this session will be used again; the answer says what was granted, until when, and why. `seconds`
         None: nobody knows, and the engine goes by the pauses it has seen (of `tool`); a firm lease needs an end."""
-        if seconds is not None:
-            check_number("seconds", seconds)
-        if keep not in ("soft", "firm"):
-            raise errors.InvalidRequest(f"keep is {shown(keep)}; it must be 'soft' or 'firm'.")
-        check_text("tool", tool)
         return await self._core.expect(seconds, keep, tool)
 
-    async def inspect(self) -> wire.Inspected:
+    async def inspect(self) -> Inspection:
         """What the engine says of this branch now; `residence` and `repr` show it afterwards."""
         self._core.must_be_open()
         return await self._core.branch.inspect()
@@ -556,28 +489,7 @@ class Session:
 
     def tree(self) -> str:
         """This session and its children that are open, a line each."""
-        lines = [repr(self)]
-        for child in self._core.children:
-            if child.state == "open":
-                lines += [f"  {line}" for line in cast("Session", child.face).tree().splitlines()]
-        return "\n".join(lines)
+        return tree(self._core)
 
     def __repr__(self) -> str:
-        turns = f"{self.usage.turns} turn{'' if self.usage.turns == 1 else 's'}"
-        rows = self.residence
-        where = f"{self.tokens} tok ({rows.device + rows.host} cached)"
-        return f"<Session {self.id} {self._core.path} · {turns} · {where} · {self._state_text()}>"
-
-    def _state_text(self) -> str:
-        core = self._core
-        if core.state != "open":
-            return core.state
-        if core.busy is not None and not core.pending.on:
-            return "running"
-        kept = f", {self.lease.keep} lease" if self.lease is not None else ""
-        if self.lease is not None and self.lease.seconds:
-            kept += f" {self.lease.seconds:g}s"
-        if self.residence.host:
-            kept += f", {self.residence.host} tok on host"
-        since = "" if core.rested_at is None else f" {time.monotonic() - core.rested_at:.1f}s"
-        return f"held{since}{kept}"
+        return f"<Session {in_a_line(self._core)}>"

@@ -9,28 +9,32 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Awaitable, Callable, Generator, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from types import TracebackType
-from typing import Any, Final, Generic, Protocol, Self, TypeVar, Unpack, final
+from typing import Any, Final, Generic, Literal, Protocol, Self, TypeVar, Unpack, final
 
+import anyio.to_thread
 from anyio.from_thread import BlockingPortal, BlockingPortalProvider
 
 import agentspeed.session as asynchronous
 from agentspeed import errors, events
 from agentspeed._base.validate import shown
 from agentspeed._core.engine_handle import EngineHandle
-from agentspeed._core.options import Prompt, RestoreOptions, TurnOptions
+from agentspeed._core.options import Defaults, Prompt, RestoreOptions, RunOptions, TurnOptions
+from agentspeed._core.session_core import State
 from agentspeed.compaction import Compaction
-from agentspeed.limits import Limits
 from agentspeed.marks import Mark
+from agentspeed.message_formats import lists
 from agentspeed.messages import Message, ToolCall
 from agentspeed.replies import Reply, Result
 from agentspeed.run_stream import RunStream
-from agentspeed.tools import Approve
+from agentspeed.score import Score
+from agentspeed.tool_call import Pending
+from agentspeed.tools import OnError, Tool
 from agentspeed.trajectory import Trajectory
 from agentspeed.turn import Turn
-from agentspeed.usage import Usage
+from agentspeed.usage import Inspection, Lease, Residence, Usage
 
 T = TypeVar("T")
 __all__ = ["Session", "Stream", "entered"]
@@ -127,7 +131,8 @@ class Stream(Generic[S]):
 class Session:
     """`with Session(system="Be brief.") as s: print(s.generate("Hello!").text)`
 
-    The arguments are those of `agentspeed.Session`; a model that is an `Engine` has been started (`entered`). In a
+    It has every verb and every value of `agentspeed.Session`, which says what they mean, with the same arguments. A
+    model that is an `Engine` has been started (`entered`). In a
     notebook, where a block cannot go over several cells: `s = Session().open()`, and `s.close()` at the end."""
 
     def __init__(
@@ -141,13 +146,31 @@ class Session:
         self._portal: BlockingPortal | None = None
         self._holds_loop = False
         """A child runs on its parent's."""
+        self.parent: Session | None = None
+        """The session that this one was forked from."""
 
     @classmethod
-    def _of(cls, session: asynchronous.Session, portal: BlockingPortal | None = None) -> Session:
+    def _of(cls, session: asynchronous.Session) -> Session:
         made = cls.__new__(cls)
         made._over(session)
-        made._portal = portal
         return made
+
+    def _child(self, session: asynchronous.Session, portal: BlockingPortal) -> Session:
+        made = self._of(session)
+        made._portal, made.parent = portal, self
+        return made
+
+    @classmethod
+    def from_messages(
+        cls,
+        messages: Sequence[Mapping[str, Any]],
+        model: str | os.PathLike[str] | EngineHandle | None = None,
+        *,
+        format: lists.Format = "openai",
+        **options: Unpack[RestoreOptions],
+    ) -> Session:
+        """A session that begins with a list of messages as another SDK writes them."""
+        return cls._of(asynchronous.Session.from_messages(messages, model, format=format, **options))
 
     @classmethod
     def restore(
@@ -156,7 +179,7 @@ class Session:
         model: str | os.PathLike[str] | EngineHandle | None = None,
         **options: Unpack[RestoreOptions],
     ) -> Session:
-        """See `agentspeed.Session.restore`."""
+        """A session as it was at `snapshot`; enter it like any other."""
         return cls._of(asynchronous.Session.restore(data, model, **options))
 
     # ---- the block ------------------------------------------------------------------------------------------------
@@ -208,58 +231,37 @@ class Session:
         """`with s.stream("...") as turn: for event in turn: ...`"""
         return Stream(self._running(), self.session.stream(prompt, output=output, **options))
 
+    def check(self, prompt: Prompt = None, *, output: Any = str, **options: Unpack[TurnOptions]) -> None:
+        """Raises what `stream` would raise for these arguments, and begins nothing."""
+        self.session.check(prompt, output=output, **options)
+
     def run(
         self,
         prompt: Prompt = None,
         *,
         output: Any = str,
-        max_turns: int = 16,
-        output_retries: int = 1,
-        limits: Limits | None = None,
-        approve: Approve | None = None,
-        tool_data: object = None,
         on_event: Callable[[events.AnyEvent], None] | None = None,
-        **options: Unpack[TurnOptions],
+        **options: Unpack[RunOptions],
     ) -> Result[Any]:
         """Turns and tools until the model answers. Tools, `approve` and `on_event` run on the loop in the thread."""
-        return self._call(
-            lambda: self.session.run(
-                prompt,
-                output=output,
-                max_turns=max_turns,
-                output_retries=output_retries,
-                limits=limits,
-                approve=approve,
-                tool_data=tool_data,
-                on_event=on_event,
-                **options,
-            )
-        )
+        return self._call(lambda: self.session.run(prompt, output=output, on_event=on_event, **options))
 
     def stream_run(
-        self,
-        prompt: Prompt = None,
-        *,
-        output: Any = str,
-        max_turns: int = 16,
-        output_retries: int = 1,
-        limits: Limits | None = None,
-        approve: Approve | None = None,
-        tool_data: object = None,
-        **options: Unpack[TurnOptions],
+        self, prompt: Prompt = None, *, output: Any = str, **options: Unpack[RunOptions]
     ) -> Stream[RunStream[Any]]:
         """`with s.stream_run("...") as run: for event in run: ...`"""
-        run = self.session.stream_run(
-            prompt,
-            output=output,
-            max_turns=max_turns,
-            output_retries=output_retries,
-            limits=limits,
-            approve=approve,
-            tool_data=tool_data,
-            **options,
-        )
-        return Stream(self._running(), run)
+        return Stream(self._running(), self.session.stream_run(prompt, output=output, **options))
+
+    @contextmanager
+    def tool_call(
+        self, call: ToolCall, *, expect: float | None = None, on_error: OnError = "return"
+    ) -> Generator[Pending, None, None]:
+        """`with s.tool_call(call) as pending: pending.result = search(**pending.arguments)`
+
+        No timeout: nothing can stop a plain block from outside."""
+        block = self.session.tool_call(call, expect=expect, on_error=on_error)
+        with self._running().wrap_async_context_manager(block) as pending:
+            yield pending
 
     def add(self, *messages: str | Message, prefill: bool = False) -> Mark:
         """Messages without a turn."""
@@ -273,9 +275,13 @@ class Session:
         forks = self.session.fork(n, at=at)
         children = _carry_out(portal, forks.__aenter__)
         try:
-            yield tuple(self._of(child, portal) for child in children)
+            yield tuple(self._child(child, portal) for child in children)
         finally:
             _carry_out(portal, lambda: forks.__aexit__(None, None, None))
+
+    def copy(self, *, at: Mark | str | int | None = None) -> Session:
+        """A session of its own over this one's log, or its beginning; enter it like any other."""
+        return self._of(self.session.copy(at=at))
 
     def adopt(self, child: Session) -> None:
         """The child's context becomes this session's; the child is closed."""
@@ -291,18 +297,76 @@ class Session:
         """Exactly back to a mark, or to any token position."""
         self._call(lambda: self.session.rewind(to))
 
-    def compact(self, *, keep: int = 0, summary: str | None = None) -> Compaction:
-        """Goes on over a shorter log; see `agentspeed.Session.compact`."""
-        return self._call(lambda: self.session.compact(keep=keep, summary=summary))
+    def compact(self, *, keep: int = 0, summary: str | Callable[[Session], str] | None = None) -> Compaction:
+        """Goes on over a shorter log. A function that writes the summary is given a fork, and runs in a thread."""
+        portal = self._running()
+        told = (lambda fork: _written(summary, self._child(fork, portal))) if callable(summary) else summary
+        return self._call(lambda: self.session.compact(keep=keep, summary=told))
+
+    # ---- pauses ---------------------------------------------------------------------------------------------------
+    def expect(self, seconds: float | None, *, keep: Literal["soft", "firm"] = "soft", tool: str = "") -> Lease:
+        """Says when this session will be used again; the answer says what was granted."""
+        return self._call(lambda: self.session.expect(seconds, keep=keep, tool=tool))
+
+    def inspect(self) -> Inspection:
+        """What the engine says of this branch now."""
+        return self._call(self.session.inspect)
 
     # ---- values ---------------------------------------------------------------------------------------------------
     def snapshot(self) -> bytes:
         """Everything but KV; `Session.restore` opens it again."""
         return self._call(self.session.snapshot)
 
+    def score(self, text: str, *, after: Prompt = None) -> Score:
+        """How likely the model would write `text` next. The session stays as it is."""
+        return self._call(lambda: self.session.score(text, after=after))
+
+    def position(self, messages: int) -> int:
+        """How many tokens the first `messages` messages are, with what closes them."""
+        return self.session.position(messages)
+
+    def to_messages(self, format: lists.Format = "openai") -> list[dict[str, Any]]:
+        """The messages as another SDK writes them."""
+        return self.session.to_messages(format)
+
     def trajectory(self) -> Trajectory:
         """Ids, log-probabilities and the mask of model-made ids."""
         return self.session.trajectory()
+
+    @property
+    def id(self) -> str:
+        """The name it was given, or a random one."""
+        return self.session.id
+
+    @property
+    def state(self) -> State:
+        """ "new" before its block, "open" in it, "closed" after it."""
+        return self.session.state
+
+    @property
+    def engine(self) -> EngineHandle:
+        """What it runs on."""
+        return self.session.engine
+
+    @property
+    def system(self) -> str | None:
+        """The system text."""
+        return self.session.system
+
+    @property
+    def defaults(self) -> Defaults:
+        """What holds for turns that say nothing else."""
+        return self.session.defaults
+
+    @property
+    def usage(self) -> Usage:
+        """What all its turns have cost."""
+        return self.session.usage
+
+    @property
+    def tools(self) -> tuple[Tool, ...]:
+        """What the model was told about in the session's first message."""
+        return self.session.tools
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -315,9 +379,14 @@ class Session:
         return self.session.open_calls
 
     @property
-    def tokens(self) -> int:
-        """Known tokens."""
-        return self.session.tokens
+    def starts(self) -> tuple[int, ...]:
+        """At which token each of `messages` begins."""
+        return self.session.starts
+
+    @property
+    def context_limit(self) -> int:
+        """The most tokens that the log may have."""
+        return self.session.context_limit
 
     @property
     def room(self) -> int:
@@ -325,9 +394,33 @@ class Session:
         return self.session.room
 
     @property
-    def usage(self) -> Usage:
-        """What all its turns have cost."""
-        return self.session.usage
+    def tokens(self) -> int:
+        """Known tokens."""
+        return self.session.tokens
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Every id of the log."""
+        return self.session.ids
+
+    @property
+    def residence(self) -> Residence:
+        """Where the rows were when the engine last said so."""
+        return self.session.residence
+
+    @property
+    def lease(self) -> Lease | None:
+        """The engine's last answer to `expect`."""
+        return self.session.lease
+
+    def tree(self) -> str:
+        """This session and its children that are open, a line each."""
+        return self.session.tree()
 
     def __repr__(self) -> str:
         return repr(self.session)
+
+
+async def _written(summary: Callable[[Session], str], fork: Session) -> str:
+    """In a thread: what it asks of the fork is carried out on the loop."""
+    return await anyio.to_thread.run_sync(summary, fork)

@@ -1,7 +1,8 @@
-"""What turns cost, as values that add up."""
+"""What turns cost, as values that add up, and what the engine says of a session or of itself."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import final
 
@@ -99,6 +100,38 @@ class Lease:
     """Granted from the moment of the answer; what the engine expects where nobody said for how long."""
     residence: Residence
     why: str
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspection:
+    """What the engine said of a session when it was asked."""
+
+    state: str
+    """Of its branch: Held, Queued, Promoting, Prefilling, Decoding or Settling (docs/reference/states.md)."""
+    known: int
+    """Tokens that the engine knows of its log."""
+    residence: Residence
+    lease: Lease | None
+    waiting_for: str
+    """What its turn waits for; empty for one that waits for nothing."""
+    tenant_pages: int
+    """Device pages of its tenant, all its sessions and cached rows together."""
+    tenant_quota: int | None
+    """The most that its tenant may have; None: no quota."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """Numbers of a whole engine, by name. An engine may say more than these, and says them all."""
+
+    counts: Mapping[str, int]
+    """Now: `sessions`, `branches` (and `branches_held`, `branches_decoding`, one for each state), `waiting_turns`,
+    `pages_total`, `pages_free`, `pages_firm`, `slots_total`, `slots_free`, `links`. Since the start: `steps`,
+    `tokens_drawn`, `rows_computed`, `preemptions`, `pages_evicted`, `pages_saved`, `pages_loaded`."""
+    seconds: Mapping[str, float]
+    """Since the start, spent by the `model`, in `sampling`, in `planning`; `clock`: the engine's monotonic clock."""
 
 
 def _short(value: object) -> str:

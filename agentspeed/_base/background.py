@@ -1,4 +1,4 @@
-"""A task that belongs to no block: it is ended by whoever started it, from whatever task, under asyncio and trio.
+"""A task that belongs to no block: the code that started it ends it, from any task, under asyncio and trio.
 
 A task group would tie it to the task that entered it, and everything in between to the group's cancel scope. What is
 handed out over an async generator's `yield` (every streamed response of a web framework) must not: a generator may be

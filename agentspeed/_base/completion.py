@@ -19,7 +19,7 @@ from agentspeed.errors import InternalError
 T = TypeVar("T")
 _LOG = logging.getLogger("agentspeed.session")
 _tasks: WeakSet[asyncio.Task[Any]] = WeakSet()
-"""Those that carry a step out: nobody but `run_to_completion` has them, so nobody cancels them."""
+"""Tasks that carry a step out. Only `run_to_completion` has them, so nothing else can cancel them."""
 
 
 async def run_to_completion(

@@ -20,10 +20,10 @@ from msgspec.structs import replace
 from agentspeed import errors
 from agentspeed._base.completion import run_to_completion
 from agentspeed._core.engine_handle import EngineHandle
-from agentspeed._core.wire_values import lease_of, residence_of
+from agentspeed._core.wire_values import inspection_of, lease_of, residence_of
 from agentspeed.chat.token_log import Checkpoint, TokenLog
 from agentspeed.transport.base import Connection, Sink, Then, pack_ids, unpack_ids, wire
-from agentspeed.usage import Lease, Residence
+from agentspeed.usage import Inspection, Lease, Residence
 
 T = TypeVar("T")
 _LOG = logging.getLogger("agentspeed.session")
@@ -162,7 +162,7 @@ class Branch:
         patience: float | None = None,
     ) -> Coroutine[Any, Any, wire.Reply]:
         """To be awaited inside of `run_to_completion`. What waits for the end of a long step is waited for; an engine
-        that answers nobody for `close_timeout` is given up, link and all. `patience`: this call alone is given up,
+        that answers no call for `close_timeout` is given up, link and all. `patience`: this call alone is given up,
         after less."""
         most = self.opening.close_timeout
         if patience is None or patience >= most:
@@ -331,12 +331,13 @@ class Branch:
         self.lease = lease_of(lease)
         self.residence = self.lease.residence
 
-    async def inspect(self) -> wire.Inspected:
+    async def inspect(self) -> Inspection:
         reply = await self.command(lambda request, branch: wire.Inspect(request=request, branch=branch))
         if not isinstance(reply, wire.Inspected):
             raise errors.InternalError(f"The engine answered Inspect with {type(reply).__name__}.")
-        self.residence = residence_of(reply.residence)
-        return reply
+        seen = inspection_of(reply)
+        self.residence = seen.residence
+        return seen
 
     async def waits_for(self) -> str:
         """What a turn that was not admitted yet waits for; empty when it was, or the engine does not say soon."""
@@ -364,7 +365,7 @@ class Branch:
             except errors.AgentspeedError as error:
                 _LOG.info("closing a branch: %s", error)
         sink, self._sink = self._sink, None
-        if sink is not None:  # nobody hears the engine any more, so whoever waits for the turn is told here
+        if sink is not None:  # the engine's events no longer come, so the turn that waits for them is told here
             if self._base is not None:
                 self.mirror.back_to(self._base)
                 self._base = None

@@ -16,6 +16,7 @@ from agentspeed._base.completion import run_to_completion
 from agentspeed._base.validate import check_messages, check_text, shown
 from agentspeed._core.engine_options import EngineOptions, checked_engine_options
 from agentspeed._core.model_files import NANO, codec_of
+from agentspeed._core.wire_values import stats_of
 from agentspeed.chat.codec import ChatCodec
 from agentspeed.messages import Message
 from agentspeed.tools.threads import in_thread
@@ -25,6 +26,7 @@ from agentspeed.transport.model_files import fetch_model_files
 from agentspeed.transport.remote import RemoteTransport
 from agentspeed.transport.shared_engines import EngineConnections
 from agentspeed.transport.socket_link import SocketSource
+from agentspeed.usage import EngineStats
 
 _PATIENCE = 5.0
 """Seconds without any answer after which an engine that is asked for its counts is given up."""
@@ -209,15 +211,15 @@ class EngineHandle:
         self._welcome = link.welcome
         return link
 
-    async def stats(self) -> wire.Stats:
-        """Counts of the whole engine."""
+    async def stats(self) -> EngineStats:
+        """Counts of the whole engine. Raises `SessionClosed` before `start`, and `EngineDied`."""
         try:
             reply = await self._stats()
         except errors.EngineDied:  # since it was used last: another is started
             reply = await self._stats()
         if not isinstance(reply, wire.Stats):
             raise errors.InternalError(f"The engine answered GetStats with {type(reply).__name__}.")
-        return reply
+        return stats_of(reply)
 
     async def _stats(self) -> wire.Reply:
         link = await self.link()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, final
+from typing import Any, TypeAlias, TypedDict, cast, final
 
 from agentspeed import errors
 from agentspeed._base.validate import (
@@ -18,17 +18,16 @@ from agentspeed._base.validate import (
     shown,
 )
 from agentspeed._core.engine_options import EngineOptions
+from agentspeed.chat.codec import History
 from agentspeed.chat.output import OutputSpec, output_spec
 from agentspeed.chat.parser import TurnParser
 from agentspeed.chat.tags import Tags
 from agentspeed.chat.transcript import OpenMessage
+from agentspeed.limits import Limits
 from agentspeed.messages import Message, User
 from agentspeed.sampling import Sampling
-from agentspeed.tools import Tool, tools_from
+from agentspeed.tools import Approve, Tool, tools_from
 from agentspeed.transport.base import wire
-
-if TYPE_CHECKING:
-    from agentspeed.chat.codec import History
 
 Prompt: TypeAlias = "str | Message | Sequence[str | Message] | None"
 """What a turn adds before the model speaks; a string is a user's message."""
@@ -60,6 +59,25 @@ class TurnOptions(TypedDict, total=False):
     timeout: float | None
 
 
+class RunOptions(TurnOptions, total=False):
+    """Options of `run` and `stream_run`, all by name: those of each of its turns, and of the run as a whole."""
+
+    max_turns: int
+    """16 by default. In the last one the model cannot call a tool, for nobody would read the result."""
+    output_retries: int
+    """How often an answer that is not an `output` is sent back; 1 by default."""
+    limits: Limits | None
+    """What all turns may spend together."""
+    approve: Approve | None
+    """Is asked about tools that need it, and shown every argument that would run; without it they are denied."""
+    approve_at_once: bool
+    """It is asked about all calls of a turn at once, instead of one after the other in call order."""
+    tool_data: object
+    """What tools find in their `ToolContext`."""
+    expect: float | None
+    """Seconds the tools will take, if you know better than the engine learns."""
+
+
 class SessionOptions(TypedDict, total=False):
     """Options of a session on an engine, all by name; `Session` says what they mean."""
 
@@ -73,6 +91,8 @@ class SessionOptions(TypedDict, total=False):
     timeout: float | None
     record_logprobs: bool
     reasoning: bool
+    history_reasoning: History
+    template_variables: Mapping[str, Any] | None
     close_timeout: float
 
 
@@ -129,27 +149,34 @@ class Defaults:
     history_reasoning: History = "template"
     template_variables: Mapping[str, Any] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
-    """Tools that the session's first message describes and nobody gave: it can be read, and takes no turns."""
+    """Tools that the session's first message describes and that were not given: it can be read, and takes no turns."""
 
 
 def _bytes(text: str) -> int:
     return len(text.encode())
 
 
-def check_option_names(options: TurnOptions) -> None:
-    """Raises `InvalidRequest` for an option that no turn has."""
-    unknown = sorted(options.keys() - TurnOptions.__annotations__.keys())
+def turn_options(options: RunOptions) -> TurnOptions:
+    """Those of a run's options that are its turns'."""
+    return cast("TurnOptions", {name: value for name, value in options.items() if name in TurnOptions.__annotations__})
+
+
+def check_option_names(options: TurnOptions, known: type[TurnOptions] = TurnOptions) -> None:
+    """Raises `InvalidRequest` for an option that no turn has, or, where `known` is `RunOptions`, no run."""
+    unknown = sorted(options.keys() - known.__annotations__.keys())
     if unknown:
         drawing = [name for name in unknown if name in Sampling.__dataclass_fields__]
         hint = f" Give them as sampling=Sampling({', '.join(f'{name}=...' for name in drawing)})." if drawing else ""
         raise errors.InvalidRequest(
             f"Unknown options {', '.join(unknown)}.",
-            remedy=f"The options are: {', '.join(sorted(TurnOptions.__annotations__))}.{hint}",
+            remedy=f"The options are: {', '.join(sorted(known.__annotations__))}.{hint}",
         )
 
 
 def check_session(
     *,
+    history_reasoning: str,
+    on_engine: bool,
     system: str | None,
     sampling: Sampling | None,
     private: bool,
@@ -160,7 +187,7 @@ def check_session(
     close_timeout: float,
     engine_options: Mapping[str, Any],
 ) -> None:
-    """Raises `InvalidRequest` for an argument of a session that cannot be."""
+    """Raises `InvalidRequest` for an argument of a session that cannot be. `on_engine`: it was given an `Engine`."""
     for what, text in (("system", system), ("tenant", tenant), ("name", name)):
         if text is not None:
             check_text(what, text)
@@ -170,12 +197,19 @@ def check_session(
     check_seed(seed)
     check_seconds("timeout", timeout)
     check_seconds("close_timeout", close_timeout, none=False)
+    if history_reasoning not in ("template", "keep"):
+        raise errors.InvalidRequest(f"history_reasoning is {history_reasoning!r}; it must be 'template' or 'keep'.")
     known = TurnOptions.__annotations__.keys() | Sampling.__dataclass_fields__.keys()
     if misplaced := sorted(engine_options.keys() & known):
         raise errors.InvalidRequest(
             f"A session has no options {', '.join(misplaced)}.",
             remedy="Options of a turn are given to generate, stream or run; what all turns draw by, as "
             "sampling=Sampling(...).",
+        )
+    if on_engine and engine_options:
+        raise errors.InvalidRequest(
+            f"Unknown options {', '.join(sorted(engine_options))}.",
+            remedy="Engine options are given to Engine(...).",
         )
 
 

@@ -19,7 +19,7 @@ import msgspec
 
 from agentspeed import errors, events
 from agentspeed._base.completion import run_to_completion
-from agentspeed._base.validate import is_whole, shown
+from agentspeed._base.validate import check_number, check_text, is_whole, shown
 from agentspeed._core.branch import Branch, Opening
 from agentspeed._core.engine_handle import EngineHandle
 from agentspeed._core.options import Defaults
@@ -324,6 +324,12 @@ class SessionCore:
 
     # ---- pauses ---------------------------------------------------------------------------------------------------
     async def expect(self, seconds: float | None, keep: Literal["soft", "firm"], tool: str) -> Lease:
+        """See `Session.expect`. Raises `InvalidRequest`."""
+        if seconds is not None:
+            check_number("seconds", seconds)
+        if keep not in ("soft", "firm"):
+            raise errors.InvalidRequest(f"keep is {shown(keep)}; it must be 'soft' or 'firm'.")
+        check_text("tool", tool)
         with self.doing("expect"):
             return await self.branch.expect(seconds, keep, tool)
 
@@ -368,8 +374,11 @@ class SessionCore:
 
     # ---- places in the log ----------------------------------------------------------------------------------------
     def mark(self, name: str | None) -> Mark:
-        """Here; a name stands for the latest mark that was given it."""
+        """Here; a name stands for the latest mark that was given it. Raises `InvalidRequest`."""
         self.must_be_idle()
+        if name is not None and not (isinstance(name, str) and name):
+            raise errors.InvalidRequest(f"name is {name!r}; it must be a text that is not empty, or None.")
+        check_text("name", name or "")
         mark = Mark(name, self.log)
         if name is not None:
             self.log.marks[name] = mark.point

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 from agentspeed.transport.base import wire
-from agentspeed.usage import Lease, Residence, Usage
+from agentspeed.usage import EngineStats, Inspection, Lease, Residence, Usage
 
 
 def lease_of(lease: wire.Lease) -> Lease:
@@ -14,6 +16,24 @@ def lease_of(lease: wire.Lease) -> Lease:
 def residence_of(residence: wire.Residence) -> Residence:
     """Where the rows of a branch are."""
     return Residence(device=residence.device, host=residence.host, lost=residence.lost)
+
+
+def inspection_of(seen: wire.Inspected) -> Inspection:
+    """What the engine says of a branch."""
+    return Inspection(
+        state=seen.state,
+        known=seen.known,
+        residence=residence_of(seen.residence),
+        lease=None if seen.lease is None else lease_of(seen.lease),
+        waiting_for=seen.waiting_for,
+        tenant_pages=seen.tenant_pages,
+        tenant_quota=seen.tenant_quota,
+    )
+
+
+def stats_of(stats: wire.Stats) -> EngineStats:
+    """What the engine counts."""
+    return EngineStats(counts=MappingProxyType(stats.counts), seconds=MappingProxyType(stats.seconds))
 
 
 def usage_of(usage: wire.TurnUsage) -> Usage:

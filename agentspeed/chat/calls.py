@@ -1,6 +1,6 @@
 """How a family writes tool calls: one record by which the grammar lets a model write them and the parser reads them.
 
-It is read off the model's own template (`front.derivation`), so what the model is shown is what it may write.
+It is read off the model's own template (`chat.call_forms`), so what the model is shown is what it may write.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class CallFormat:
         return (found[0], found[-1]) if len(found) > 1 else ("name", "arguments")
 
     def written(self, calls: Sequence[ToolCall]) -> list[str]:
-        """The text of calls, cut where contents begin and end: every second piece is somebody's."""
+        """The text of calls, cut where contents begin and end: every second piece is content."""
         pieces = [self.section_open]
         for number, call in enumerate(calls):
             pieces[-1] += (self.joint if number else "") + self.call_open

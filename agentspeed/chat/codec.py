@@ -1,7 +1,7 @@
 """Messages to ids, only ever appended: what the model's own chat template writes, token by token.
 
 Nothing about a family is written down here: frames of every role, the format of calls and the marks of reasoning are
-read off the template (`front.frames`, `front.call_forms`) and proven on generated conversations (`front.proof`).
+read off the template (`chat.frames`, `chat.call_forms`) and proven on generated conversations (`chat.proof`).
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ class ChatCodec:
             raise self._refusal(history[-1:], error) from error
 
     def closing(self, history: Sequence[Message] = ()) -> list[int]:
-        """What is certain to follow an answer of the model after `history`, whoever speaks next."""
+        """The ids that follow an answer of the model after `history`, the same for every next speaker."""
         shapes = self.shapes(history) or [USER]
         return self._frames.text_ids(self._frames.closing([*shapes, ANSWER]))
 

@@ -6,12 +6,12 @@ The engine runs what is written here without knowing what it means. Whitespace i
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Final
 
 from agentspeed.chat.call_grammar import CallRules, Marks, ending, literal, quoted, without
 from agentspeed.chat.output import Choice, OutputSpec, Regex, Schema
+from agentspeed.chat.regex_rule import regex_rule
 from agentspeed.chat.tags import DEFAULT_TAGS, Tags
 from agentspeed.errors import InvalidRequest
 from agentspeed.tools.grammars import HEAD, check_grammar
@@ -52,16 +52,6 @@ def turn_grammar(
     source = rules.source(ends)
     check_grammar(source)
     return source
-
-
-def matches(spec: Regex, text: str) -> bool:
-    """Whether the whole text is an output of this shape, by the rules that the engine drew it under."""
-    from llguidance import LLMatcher, LLTokenizer
-
-    rules = _Rules(DEFAULT_TAGS, reasoning=False)
-    source = rules.source([rules.output(spec)])
-    matcher = LLMatcher(LLTokenizer("byte"), source, log_level=0)
-    return all(matcher.try_consume_tokens([byte]) == 1 for byte in text.encode()) and matcher.is_accepting()
 
 
 def _offered(tools: Sequence[Tool], tool_choice: str) -> tuple[Tool, ...]:
@@ -109,7 +99,7 @@ class _Rules:
                 self._rules.update(compiled.rules)
                 return compiled.start
             case Regex():
-                return self._add("OUTPUT", f"/{_slashed(spec.pattern)}/ & /(?s:.){{0,{spec.max_chars}}}/")
+                return self._add("OUTPUT", regex_rule(spec.pattern, spec.max_chars))
             case Choice():
                 return self._add("output", " | ".join(quoted(option) for option in spec.options))
 
@@ -157,10 +147,3 @@ class _Rules:
     def _add(self, name: str, rule: str) -> str:
         self._rules[name] = rule
         return name.partition("[")[0]
-
-
-def _slashed(pattern: str) -> str:
-    """A pattern between slashes: anchors are implied, and a slash of its own is escaped."""
-    bare = pattern.removeprefix("^")
-    bare = bare[:-1] if bare.endswith("$") and not bare.endswith(r"\$") else bare
-    return re.sub(r"\\.|/", lambda found: r"\/" if found[0] == "/" else found[0], bare, flags=re.DOTALL)

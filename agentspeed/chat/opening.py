@@ -1,6 +1,6 @@
 """A log's first ids: what stands before the first message, with the system text and the definitions of tools.
 
-Definitions are rendered twice, so that what somebody wrote into them never counts as a control token (`front.origins`).
+Definitions are rendered twice, so that no text of theirs ever counts as a control token (`chat.provenance`).
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from pydantic import PydanticUserError, TypeAdapter, ValidationError
 from pydantic.errors import PydanticInvalidForJsonSchema, PydanticSchemaGenerationError
 
 from agentspeed._base.validate import check_text
+from agentspeed.chat.regex_rule import matches
 from agentspeed.errors import InvalidRequest, OutputError, SchemaUnsupported
 from agentspeed.tools.grammars import check_expressible
 from agentspeed.tools.schema import DEFAULT_BOUNDS, Bounds, Compiled, Json
@@ -128,9 +129,7 @@ class Regex:
 
     def is_whole(self, text: str) -> bool:
         """Whether a turn that was cut had written all of it."""
-        from agentspeed.chat.grammar import matches
-
-        return matches(self, text)
+        return matches(self.pattern, self.max_chars, text)
 
 
 @final

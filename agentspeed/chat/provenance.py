@@ -1,8 +1,8 @@
 """Which characters of a rendered text are the template's own and which came from tool definitions.
 
 A template writes definitions through loops and filters, so no single placeholder can stand for them as it does for a
-message. They are rendered twice instead: as they are, and with a stand-in for each character that somebody chose. Where
-both texts agree the template wrote; where the second has a stand-in, content stands.
+message. They are rendered twice instead: as they are, and with a stand-in for each character of a definition's own
+texts. Where both agree the template wrote; where the second has a stand-in, content stands.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ _STAND_INS: Final = 0xF0000
 """A private plane: the stand-in of a character is this far above it, so order and length stay."""
 _TYPES: Final = frozenset({"array", "boolean", "integer", "null", "number", "object", "string"})
 _NAMING: Final = frozenset({"$defs", "definitions", "patternProperties", "properties"})
-"""Keywords whose own keys are names that somebody chose."""
+"""Keywords whose keys are names that the author of the definition chose."""
 _DATA: Final = frozenset({"const", "default", "enum", "example", "examples"})
-"""Keywords under which everything is somebody's."""
+"""Keywords under which every text is the author's."""
 _KEYWORD: Final = re.compile(r"\$?[A-Za-z][A-Za-z0-9_-]*")
 
 

@@ -1,8 +1,8 @@
 """A conversation as its template writes it, with a slot where each content stands.
 
 The template is run with slots instead of contents, so what it decides by is kept (who speaks, which calls there are,
-whether there is reasoning) and what somebody said is not. Everything between the slots is text of the template, where
-control tokens count; what fills a slot is content, where they do not. So no document can forge a turn.
+whether there is reasoning) and what the messages say is not. Everything between the slots is text of the template,
+where control tokens count; what fills a slot is content, where they do not. So no document can forge a turn.
 """
 
 from __future__ import annotations

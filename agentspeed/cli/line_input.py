@@ -1,7 +1,7 @@
 """Reads what a person types, with a line editor where there is a terminal, and says what Ctrl-C does meanwhile.
 
-For the main thread alone: nowhere else can a read be interrupted. So whoever reads lines has the event loop in another
-thread, and the editor clears its line at Ctrl-C as its user expects.
+For the main thread alone: nowhere else can a read be interrupted. So a caller that reads lines runs its event loop in
+another thread, and the editor clears its line at Ctrl-C as its user expects.
 """
 
 from __future__ import annotations

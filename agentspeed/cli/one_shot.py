@@ -1,4 +1,4 @@
-"""What `agentspeed chat --prompt` does: one run, whose answer alone is printed; nobody is asked anything."""
+"""What `agentspeed chat --prompt` does: one run, whose answer alone is printed; the user is asked nothing."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ class Top:
         raise errors.ConnectFailed("No engine of yours is running.", remedy=_REMEDY)
 
     def _frames(self, patience: float) -> list[Frame]:
-        """Everyone of whom there is a picture, which is an old one where the answer did not come within `patience`."""
+        """A frame for each engine that has answered; an old one where no answer came within `patience` seconds."""
         self._connect()
         for watcher in self._watchers.values():
             watcher.ask(self._most())

@@ -34,10 +34,10 @@ from agentspeed.session import Session
 from agentspeed.usage import Usage
 
 _OF_ONE_TRY: Final = (OutputError, ContextOverflow, TurnTimeout, ToolError)
-"""What one turn or one scoring meets and the next may not. Anything else of them is a mistake in the call, which every
-try would meet."""
+"""Errors that end one try; other tries go on. Any other error is a mistake in the call of the search: every try would
+raise it, so the search raises it."""
 _OF_ALL: Final = (InternalError, EngineError, ConnectFailed)
-"""What no try is spared, whoever meets it: a bug, or an engine that cannot go on."""
+"""Errors that end the whole search, whichever try raised them: a bug, or an engine that cannot go on."""
 
 
 @final

@@ -33,7 +33,7 @@ from agentspeed.transport.frames import BadFrame, command_reader, encode_command
 
 _LOG = logging.getLogger("agentspeed.server")
 MOST_UNREAD: Final = 8 * 1024 * 1024
-"""Bytes of a link that nobody reads; beyond them the engine is not read either, and bounds what it keeps."""
+"""Most bytes kept for a client that does not read; beyond them the engine is not read, and bounds what it keeps."""
 _READ_BYTES: Final = 1 << 16
 
 
@@ -45,7 +45,7 @@ class ServedLink:
         self.number = secrets.token_hex(16)
         self.tenant = tenant
         self.left_at: float | None = time.monotonic()
-        """Since when nobody reads it."""
+        """Since when no client reads it; None while one does."""
         self.ended = False
         self._stream = stream
         self._commands = command_reader()

@@ -12,7 +12,8 @@ from agentspeed._base.validate import check_count, check_seconds, check_text
 from agentspeed.chat.tags import DEFAULT_TAGS
 from agentspeed.engine import Engine
 from agentspeed.session import Session, SessionOptions
-from agentspeed.testing.scripted_server import Asked, ScriptedServer, ScriptedText, ScriptRaised
+from agentspeed.testing.scripted_model import Asked, ScriptedText, ScriptRaised
+from agentspeed.testing.scripted_server import ScriptedServer
 from agentspeed.tools.execution import told_of
 from agentspeed.transport.base import wire
 from agentspeed.transport.hub import resolve

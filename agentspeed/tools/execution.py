@@ -165,8 +165,8 @@ class Question:
 class ToolBatch:
     """The calls of one turn, run at once, with their results in call order.
 
-    `results()` is complete at any moment: a call that is not finished has the result "cancelled". So whoever appends
-    results to a log does it in a `finally`, and the log stays well formed when the run is cancelled."""
+    `results()` is complete at any moment: a call that is not finished has the result "cancelled". So the caller appends
+    results to its log in a `finally`, and the log stays well formed when the run is cancelled."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Runs a sync tool in a thread that nobody has to wait for: no other tool, no call of the SDK, no process that ends.
+"""Runs a sync tool in a thread that nothing has to wait for: no other tool, no call of the SDK, no process that ends.
 
 anyio's own worker threads would be shared: forty calls, the SDK's among them, and the next one waits, for ever when the
 forty wait for it. So each call has its own place. Under asyncio the process would also wait at its end for a thread
@@ -35,7 +35,7 @@ threads, for which a process waits."""
 
 
 async def in_thread(work: Callable[[], T]) -> T:
-    """What `work` gives, or raises. When the caller is cancelled it is given up: it runs on, and nobody hears of it.
+    """What `work` gives, or raises. When the caller is cancelled it is given up: it runs on, and its result is dropped.
 
     There is no bound but the system's own, at which a thread that cannot be started is a `RuntimeError`: with any other
     bound, tools that wait for tools could wait for ever."""

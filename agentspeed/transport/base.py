@@ -88,7 +88,7 @@ class Transport(Protocol):
         """A new connection, greeted, for the running event loop; it starts the engine where none runs.
 
         `after_death`: the last connection broke, so an engine that is ending is not to be taken for a living one.
-        Whoever is cancelled does not wait for an engine that takes long, and leaves nothing open. Raises
+        A caller that is cancelled does not wait for a slow engine, and leaves nothing open. Raises
         `EngineStartFailed`, `ConnectFailed`, `SessionClosed` after `close`, and the public error of what the engine
         refused to load."""
         ...

@@ -1,4 +1,4 @@
-"""Engine processes: started by `subprocess`, shared by model and options, ended when nobody needs them."""
+"""Engine processes: started by `subprocess`, shared by model and options, ended when no session needs them."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class EngineProcess:
         return self._process.poll() is None
 
     def wait_for_death(self) -> None:
-        """A process whose link broke is likely dying: gives it a moment, so that nobody connects to a corpse."""
+        """Waits a moment for a process whose link broke: it is likely ending, and a new link would break too."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(1.0)
 
@@ -178,7 +178,7 @@ class EngineProcess:
         )
 
     def _log(self, output: IO[bytes]) -> None:
-        """Until the process ends: a pipe that nobody reads would stop it."""
+        """Until the process ends: a full pipe would stop it."""
         while raw := output.readline(_LONGEST_LINE):
             text = raw.decode("utf-8", "replace").rstrip()
             self._complaints.append(text)
@@ -222,7 +222,7 @@ def _status_lines(status: FileIO) -> Iterator[dict[str, Any]]:
 
 
 def open_socket(path: Path) -> socket.socket:
-    """A connected socket. Raises `ConnectFailed` when nobody listens there."""
+    """A connected socket. Raises `ConnectFailed` when no engine listens there."""
     peer: socket.socket | None = None
     try:
         peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

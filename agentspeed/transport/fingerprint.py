@@ -14,7 +14,7 @@ def fingerprint(folder: Path) -> str:
 
     A file that is written anew, in place or by a rename, with its old size and even its old time, gets another time of
     change of its inode, which no program can set. No file is read. A folder that is not there has a fingerprint too:
-    whoever opens it says what is wrong.
+    opening it raises the error.
     """
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(folder.rglob("*")) if folder.is_dir() else ():

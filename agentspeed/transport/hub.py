@@ -35,7 +35,7 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Path:
     text = os.fspath(model)
     try:
         folder = Path(text).expanduser()
-    except RuntimeError as error:  # `~name`, and nobody is called so
+    except RuntimeError as error:  # `~name` of a user that does not exist
         raise errors.ModelBroken(
             f"{text} is not a folder: {str(error).rstrip('.')}.", remedy="Give a model folder."
         ) from error

@@ -78,7 +78,7 @@ class RemoteTransport:
         return await open_link(self, after_death=after_death, client="agentspeed remote")
 
     def want(self, change: int) -> None:
-        """See `socket_link.SocketSource`: nothing is started here that nobody may wait for."""
+        """See `socket_link.SocketSource`: nothing is started here, so there is nothing to count."""
 
     def open(self, *, after_death: bool) -> socket.socket:
         """The near end of a pair whose far end is carried to the server."""

@@ -105,7 +105,7 @@ class EngineConnections:
             )
 
     async def close(self) -> None:
-        """Lets go of the connections, closing those that nobody else uses, and of the engine."""
+        """Lets go of the connections, closing those that no other session uses, and of the engine."""
         with _counting:
             left = list(self._joined.items())
             self._joined.clear()

@@ -1,7 +1,7 @@
 """A folder for the socket of one engine process: short enough for a socket's path, private, and gone after any end.
 
 The folder is locked for as long as its maker or the engine lives, whichever is longer: both hold the same open file.
-Whoever makes the next one takes away those that nobody holds, which is how the last trace of two killed processes goes.
+Making a folder removes those that no process holds any more: so the last trace of two killed processes goes.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _made_in(place: Path) -> tuple[Path, int]:
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not ours(place):
         raise PermissionError("it belongs to somebody else, or others may write there")
-    with _locked(place, fcntl.LOCK_EX):  # nobody sweeps between the making and the locking
+    with _locked(place, fcntl.LOCK_EX):  # no other process sweeps between the making and the locking
         _sweep(place)
         path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
         descriptor = os.open(path, os.O_RDONLY)
@@ -89,7 +89,7 @@ def _made_in(place: Path) -> tuple[Path, int]:
 
 def _sweep(place: Path) -> None:
     for path in place.glob(f"{_PREFIX}{'?' * _RANDOM_CHARACTERS}"):
-        with contextlib.suppress(OSError), _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB):  # else somebody holds it
+        with contextlib.suppress(OSError), _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB):  # else a process holds it
             shutil.rmtree(path, ignore_errors=True)
 
 

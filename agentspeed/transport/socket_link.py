@@ -37,8 +37,8 @@ class SocketSource(Protocol):
     """Where connected sockets to one engine come from."""
 
     def want(self, change: int) -> None:
-        """One more caller, or one less, waits for `open`: an engine that starts while nobody waits for it any more is
-        ended. Never blocks."""
+        """Counts the callers that wait for `open`: `change` is 1 before a call and -1 after it. An engine that is
+        still starting when the count falls to 0 is ended. Never blocks."""
         ...
 
     def open(self, *, after_death: bool) -> socket.socket:
@@ -104,7 +104,7 @@ class SocketLink:
                 )
             if not isinstance(reply, wire.Welcome):
                 raise errors.InternalError(f"The engine answered a greeting with {type(reply).__name__}.")
-        except BaseException:  # cancelled or refused: nobody would own the socket and its thread
+        except BaseException:  # cancelled or refused: nothing else would close the socket and end its thread
             link.close()
             raise
         link._welcome = reply
@@ -215,7 +215,7 @@ class SocketLink:
 
     # ---- sending --------------------------------------------------------------------------------------------------
     def _send(self, frame: bytes) -> None:
-        """At once as far as the socket takes it, the rest from a thread, in order: the event loop waits for nobody."""
+        """At once as far as the socket takes it, the rest from a thread, in order: the event loop never waits."""
         with self._sending:
             rest = memoryview(frame)
             if not self._draining:
@@ -259,7 +259,7 @@ class SocketLink:
     def _read(self) -> None:
         try:
             self._read_on()
-        finally:  # however it ended, nobody waits for it any longer
+        finally:  # however it ended, its caller no longer waits
             self._hand_over(self._ended)
 
     def _read_on(self) -> None:
@@ -312,7 +312,7 @@ class SocketLink:
                 self._unheard(message)
 
     def _unheard(self, reply: wire.Reply) -> None:
-        """Branches that were made for a call that was given up meanwhile belong to nobody."""
+        """Closes the branches of a reply whose caller has given up: no session will ever use them."""
         match reply:
             case wire.Opened():
                 orphans: tuple[int, ...] = (reply.branch,)
@@ -348,7 +348,7 @@ class SocketLink:
     def _tell_end(self, sink: Sink) -> None:
         try:
             sink(None)
-        except Exception as error:  # noqa: BLE001 - nobody is left to raise it to
+        except Exception as error:  # noqa: BLE001 - there is no caller to raise it to
             _LOG.error("A listener raised at the end of its branch.", exc_info=error)
 
     def _misunderstood(self, error: BadFrame) -> None:
@@ -369,8 +369,8 @@ class SocketLink:
 
 
 async def open_link(source: SocketSource, *, after_death: bool, client: str, credential: str = "") -> SocketLink:
-    """A greeted link over a socket of `source`. Raises what opening the socket and greeting the engine raise. Whoever
-    is cancelled meanwhile does not wait for an engine that takes long; the socket that comes too late is closed."""
+    """A greeted link over a socket of `source`. Raises what opening the socket and greeting the engine raise. A
+    caller that is cancelled does not wait for a slow engine; the socket that comes too late is closed."""
     lock, made, given_up = threading.Lock(), list[socket.socket](), False
 
     def opened() -> socket.socket:

@@ -34,7 +34,7 @@ def sockets(*, known: Container[Path] = ()) -> list[Path]:
 
 @final
 class Watcher:
-    """One engine watched in a thread of its own, so that one that hangs holds up nobody; `close` it.
+    """One engine watched in a thread of its own, so that one that hangs holds up no other; `close` it.
 
     A link that is not answered stays open: an engine that goes on answers there, and one that ends closes it."""
 
@@ -45,8 +45,8 @@ class Watcher:
         self.seen: tuple[wire.Picture, wire.Picture | None] | None = None
         """The newest picture and the one before it."""
         self.ended: Exception | None = None
-        """Why there will be no more: `EngineDied`; `ConnectFailed` when nobody listens there, or nobody who speaks our
-        protocol; or a bug."""
+        """Why there will be no more: `EngineDied`; `ConnectFailed` when no process listens there, or none that speaks
+        our protocol; or a bug."""
         self._branches = branches
         self._asked_at = time.monotonic()
         self._wanted = threading.Event()

@@ -32,7 +32,7 @@ NEVER = 1 << 62
 class AttentionBackend(Protocol):
     """Prepares what its kernels need from the step's pieces and positions; thresholds are its own.
 
-    What it returns is handed to the kernels of the same device and to nobody else. Called once a step, by the thread
+    What it returns is handed to the kernels of the same device and to no one else. Called once a step, by the thread
     that launches."""
 
     def prepare(self, pieces: Sequence[Piece], positions: Int64s) -> AttentionStep: ...

@@ -28,7 +28,7 @@ class Workspace:
         return buffer[:count].view(shape)
 
     def clear(self) -> None:
-        """Zeros everywhere: what nobody writes is finite then."""
+        """Zeros everywhere, so that what no kernel writes is finite."""
         for buffer in self._buffers.values():
             buffer.zero_()
 

@@ -1,7 +1,13 @@
-"""Every Python block of the documentation runs; every generated page is what its source says today."""
+"""Every Python block of the documentation runs; every generated page is what its source says today.
+
+A block in ```python is a program. One in ```py is no program: signatures in docs/reference, which its generator writes,
+and the shortened engine, whose names are looked up here.
+"""
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -12,6 +18,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+SHORTENED = ROOT / "docs" / "explanation" / "engine-in-150-lines.md"
+LANGUAGES = {"python", "py", "console", "text", "toml", "mermaid"}
 
 
 def with_code() -> list[Path]:
@@ -44,3 +54,32 @@ def test_links_between_pages_lead_somewhere() -> None:
             if not (page.parent / target).exists():
                 broken.append(f"{page.relative_to(ROOT)} -> {target}")
     assert not broken
+
+
+def test_no_block_of_python_hides_behind_another_name() -> None:
+    for page in PAGES:
+        fences = re.findall(r"^ *```(.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+        assert len(fences) % 2 == 0 and set(fences[1::2]) <= {""}, page
+        opened = set(fences[::2])
+        assert opened <= LANGUAGES, (page, opened - LANGUAGES)
+        assert "py" not in opened or page == SHORTENED or page.parent.name == "reference", page
+
+
+def test_the_shortened_engine_has_the_names_of_the_real_one() -> None:
+    (text,) = re.findall(r"^```py\n(.*?)^```", SHORTENED.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert text.count("\n") <= 150
+    named = re.findall(r"^# ((?:kv|sched|exec|serve|protocol)\.\w+)|(kv\.\w+):", text, re.MULTILINE)
+    modules = [importlib.import_module(f"agentspeed_engine.{first or second}") for first, second in named]
+    assert len(modules) >= 8
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.ImportFrom):
+            assert node.module is not None
+            found = importlib.import_module(node.module)
+            assert all(hasattr(found, alias.name) for alias in node.names)
+        if isinstance(node, ast.ClassDef):
+            (real,) = {vars(module)[node.name] for module in modules if node.name in vars(module)}
+            methods = [item.name for item in node.body if isinstance(item, ast.FunctionDef)]
+            fields = [item.target.id for item in node.body if isinstance(item, ast.AnnAssign)]  # type: ignore[union-attr]
+            assert [name for name in methods if not hasattr(real, name)] == [], node.name
+            slots = {*getattr(real, "__slots__", ()), *vars(real)}
+            assert [name for name in fields if name not in slots] == [], node.name

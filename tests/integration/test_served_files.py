@@ -10,7 +10,8 @@ import pytest
 
 from agentspeed import errors
 from agentspeed.chat.codec import ChatCodec
-from agentspeed.testing.scripted_server import ScriptedServer, ScriptedText
+from agentspeed.testing.scripted_model import ScriptedText
+from agentspeed.testing.scripted_server import ScriptedServer
 from agentspeed.transport.base import Transport, wire
 from agentspeed.transport.in_thread import ThreadTransport
 from agentspeed.transport.model_files import fetch_model_files

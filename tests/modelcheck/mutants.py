@@ -13,7 +13,7 @@ from agentspeed_engine.kv.branch_states import Held, Next, Queued, Settling, The
 from agentspeed_engine.kv.kv_cache import KvCache
 from agentspeed_engine.kv.node_states import Device, Saving
 from agentspeed_engine.kv.tree import upward
-from agentspeed_engine.sched import commands, outcome, quotas, reclaim, step, tickets
+from agentspeed_engine.sched import leases, outcome, quotas, reclaim, step, tickets
 from agentspeed_engine.sched.plan import TokenOf
 from agentspeed_engine.sched.reclaim import Room
 from agentspeed_engine.sched.state import SchedulerState
@@ -256,7 +256,7 @@ MUTANTS = (
     Mutant(
         "firm-past-the-bound",
         "firm leases may hold what a turn of the context limit needs (L1)",
-        ((commands, "_no_firm", _firm_without_bound),),
+        ((leases, "_no_firm", _firm_without_bound),),
         Bounds(verbs=3, firm_pages=1, pages=5, setup=((1,), (2,))),
     ),
     Mutant(

@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from agentspeed_engine.models.config import parse_as
-from agentspeed_engine.models.family import Shape
 from agentspeed_engine.models.registry import family_of
+from agentspeed_engine.models.tensor_shapes import Shape
 from agentspeed_engine.models.weights import random_tensor
 
 SPECIALS = (

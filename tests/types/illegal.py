@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from agentspeed_engine.ids import PageId, SlotId
+from agentspeed_engine.kv.branch import Room
 from agentspeed_engine.kv.branch_states import Closed, Decoding, Held, Prefilling, Queued, Settling, Then
-from agentspeed_engine.kv.kv_cache import KvCache, Room
+from agentspeed_engine.kv.kv_cache import KvCache
 from agentspeed_engine.kv.node_states import Device, Host, Loading
 
 

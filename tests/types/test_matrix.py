@@ -17,7 +17,8 @@ from agentspeed_engine.ids import BranchId, PageId, SlotId, TicketId
 from agentspeed_engine.kv.branch_states import AtRest, Closed, Decoding, Held, Prefilling, Promoting, Queued
 from agentspeed_engine.kv.branch_states import Settling, Then
 from agentspeed_engine.kv.node_states import Both, Device, Gone, Host, Loading, Saving
-from agentspeed_engine.kv.kv_cache import KvCache, Room
+from agentspeed_engine.kv.branch import Room
+from agentspeed_engine.kv.kv_cache import KvCache
 from agentspeed_engine.kv.turn import Turn
 
 def cells(kv: KvCache, room: Room, turn: Turn, then: Then, held: Held, ids: list[int], numbers: tuple[BranchId, ...],

@@ -41,7 +41,7 @@ def machine(title: str, table: dict[str, tuple[Verb, ...]]) -> str:
 
 
 def states() -> str:
-    head = "# State machines\n\nDrawn from `agentspeed_engine/kv/tables.py`; type checkers hold the classes to it.\n"
+    head = "# State machines\n\nDrawn from `agentspeed_engine/kv/transitions.py`; type checkers hold classes to it.\n"
     branches, nodes = machine("Branches: who may compute", BRANCHES), machine("Nodes: where rows are", NODES)
     return f"{NOTE}{head}\n{branches}\n{nodes}"
 
@@ -114,10 +114,14 @@ MET = {
     "agentspeed": {
         "SessionOptions": "agentspeed._core.options",
         "TurnOptions": "agentspeed._core.options",
+        "RunOptions": "agentspeed._core.options",
+        "RestoreOptions": "agentspeed._core.options",
         "EngineOptions": "agentspeed._core.engine_options",
         "Forks": "agentspeed.fork",
         "Pending": "agentspeed.tool_call",
         "Residence": "agentspeed.usage",
+        "Inspection": "agentspeed.usage",
+        "EngineStats": "agentspeed.usage",
     },
 }
 

@@ -36,7 +36,7 @@ class Served:
         self.used_at = time.monotonic()
         self.readers = 0
         self.left_at: float | None = None
-        """Since when nobody reads a turn that runs."""
+        """Since when a running turn has no reader; None while it has one, or none runs."""
         self.turn: anyio.CancelScope | None = None
         self._events: deque[dict[str, Any]] = deque(maxlen=MOST_EVENTS)
         self._last = 0
@@ -77,7 +77,7 @@ class Served:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """While somebody reads, a turn is not left."""
+        """While it has a reader, a turn is not given up."""
         self.readers += 1
         self.left_at = None
         try:

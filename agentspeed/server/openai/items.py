@@ -15,7 +15,7 @@ from agentspeed.messages import Assistant, Message, ToolCall, ToolMessage, User
 @final
 @dataclass(slots=True)
 class _Reading:
-    """What was read so far; the model's items gather until somebody else speaks."""
+    """What was read so far; the model's items gather until an item of another speaker."""
 
     system: list[str] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)

@@ -1,7 +1,7 @@
 """Regular expressions of numbers within bounds, over their decimal digits: nothing goes through a float.
 
-Comparison is that of the decimal text. Whoever reads the text as a float rounds it; rounding keeps order, so inclusive
-bounds survive it. Exclusive bounds are moved to the next number that is still another float.
+Comparison is that of the decimal text. A reader that takes the text as a float rounds it; rounding keeps order, so
+inclusive bounds survive it. Exclusive bounds are moved to the next number that is still another float.
 """
 
 from __future__ import annotations

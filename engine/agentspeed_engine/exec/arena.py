@@ -78,7 +78,7 @@ class HostArena:
                 with _cuda.stream(stream):
                     target.copy_(source, non_blocking=True)
         finally:
-            # After a failure too: whoever hears of it gives the pages and slots to others.
+            # After a failure too: the scheduler, once told, gives the pages and slots to others.
             for stream in self._streams:
                 arrived = _cuda.Event(blocking=True)
                 arrived.record(stream)

@@ -14,12 +14,12 @@ from agentspeed_engine.models.inputs import FlatBatch, Run
 from agentspeed_engine.sched.config import CoreConfig
 
 _TOKENS = 128
-"""Of the measured prefill: enough to fill the kernels, little enough that nobody waits for it."""
+"""Of the measured prefill: enough to fill the kernels, little enough that the start does not take long."""
 _REPEATS = 3
 
 
 def calibrated(core: CoreConfig, model: Model) -> CoreConfig:
-    """The configuration with its costs filled in. It writes to pages and slots that nobody owns yet."""
+    """The configuration with its costs filled in. It writes to pages and slots that have no owner yet."""
     tokens = min(_TOKENS, core.context_limit)
     pages = list(range(min(pages_for(tokens, core.page_tokens), core.host_slots)))
     batch = _cold_prompt(tokens, core.page_tokens)

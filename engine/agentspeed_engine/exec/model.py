@@ -19,7 +19,7 @@ class Model(Protocol):
 
     def logits(self, batch: FlatBatch) -> NDArray[Any]:
         """[S, vocab] of `batch.select`, float32 or float64. Returns when the step is through: its rows are in the pool
-        and it reads no page any more, for then its pages may be copied, or belong to somebody else."""
+        and it reads no page any more, for then its pages may be copied, or have another owner."""
         ...
 
     def copy_rows(self, src_page: int, dst_page: int, rows: int) -> None:

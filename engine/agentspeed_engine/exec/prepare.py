@@ -1,4 +1,4 @@
-"""Makes an executor ready for turns in threads of their own: what a grammar takes to compile, nobody else waits for."""
+"""Makes an executor ready for turns in threads of their own: no other turn waits while a grammar is compiled."""
 
 from __future__ import annotations
 

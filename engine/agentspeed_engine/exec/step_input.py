@@ -1,6 +1,6 @@
 """What an executor is given: everything that the ranks of a group must know of one step, and nothing else.
 
-These are plain values. There is no branch in them and no state of the scheduler: whoever receives the same orders in
+These are plain values. There is no branch in them and no state of the scheduler: a rank that gets the same orders in
 the same sequence computes the same rows and draws the same tokens, so they are what a leader broadcasts to its group.
 Copies between device and host are orders of their own (`HostCopy`), because no step waits for one.
 """
@@ -24,7 +24,7 @@ def _none() -> Int64s:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unknown:
-    """The tokens of a step that nobody knows when it is launched. All arrays are [U]; usually U is 0."""
+    """The tokens of a step that are not known when it is launched. All arrays are [U]; usually U is 0."""
 
     at: Int64s = field(default_factory=_none)
     """Indices on the step's token axis; `FlatBatch.ids` holds 0 there."""

@@ -27,7 +27,7 @@ that a decoding branch may have one row issued for the token that a step in flig
 takes that token, because the turn was left first, the row is dead: it is acknowledged and does not count as done.
 
 Who may write. The object of a state owns its `Branch` (`linear.Linear`) and is its only writer. A verb takes the
-branch out of the object it is called on and hands it to the successor, so a reference that somebody kept raises
+branch out of the object it is called on and hands it to the successor, so a reference to the old object raises
 `UseAfterMove`. A verb checks before it takes; after that it cannot fail. Which verbs a state has is static: mypy and
 pyright reject the others, and a test holds what they accept against the tables (`tables`).
 """
@@ -41,7 +41,8 @@ from typing import TypeAlias, final
 
 from agentspeed_engine.errors import BrokenInvariant
 from agentspeed_engine.ids import BranchId
-from agentspeed_engine.kv.kv_cache import Branch, KvCache, Room
+from agentspeed_engine.kv.branch import Branch, Room
+from agentspeed_engine.kv.kv_cache import KvCache
 from agentspeed_engine.kv.linear import Linear
 from agentspeed_engine.kv.turn import Turn
 

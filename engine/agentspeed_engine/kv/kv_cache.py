@@ -1,85 +1,16 @@
-"""The hands of the ownership machines: every move of a page, a reference or a pin happens in one of these functions.
-
-`Branch` is what outlives the states of a branch; `Room` is what only an active branch has.
-"""
+"""Every move of a page, a reference or a pin: the one class whose methods change who owns what."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import final
 
 from agentspeed_engine.errors import BrokenInvariant
-from agentspeed_engine.ids import BranchId, LinkId, NodeId, PageId, SessionId, SlotId, TicketId, page_floor, pages_for
+from agentspeed_engine.ids import BranchId, NodeId, PageId, SessionId, SlotId, TicketId, page_floor, pages_for
+from agentspeed_engine.kv.branch import Branch, Room
 from agentspeed_engine.kv.node_states import Both, Device, Host
 from agentspeed_engine.kv.pool import Pool
-from agentspeed_engine.kv.token_log import Log
 from agentspeed_engine.kv.tree import Match, Node, RootKey, Tree, session_of, subtree, tenant_of, upward
-from agentspeed_engine.kv.views import NodeRun, PageCopy
-
-
-@final
-@dataclass(slots=True, kw_only=True, eq=False)
-class Branch:
-    """One path that can be extended. Its state object (`branches`) holds it and is its only writer."""
-
-    id: BranchId
-    session: SessionId
-    link: LinkId
-    root: RootKey
-    private: bool
-    draw_seed: int
-    log: Log
-    leaf: Node
-    """The node this branch at rest ends on; its end is a page boundary."""
-    seed: Node | None = None
-    """Holds `seed_rows` rows right after the leaf, still to be copied when this branch next runs."""
-    seed_rows: int = 0
-    computed: int = 0
-    """Rows of this log that were computed once, wherever they are now. What was dropped is recomputed, not new."""
-    lost_why: str = ""
-    """Why some of them are gone, while some are."""
-    serial: int = 0
-    """Turns begun; never goes back, so that a retry after a rewind draws anew."""
-    child_index: int = 0
-    forks: int = 0
-    epoch: int = 0
-    """Raised whenever room is given back: rows of an older epoch are late."""
-    moves: int = 0
-    """Raised by every change of the log; a child adopted later must find it as it was at the fork."""
-    trunk: tuple[BranchId, int] | None = None
-    """(parent, its `moves` at the fork)."""
-    rested_at: float = 0.0
-    """Since when it is silent: it gave its room back, or its turn ended without any. The pauses learnt begin here."""
-
-    @property
-    def known(self) -> int:
-        return len(self.log)
-
-    @property
-    def resident(self) -> int:
-        """Known tokens whose rows are on its path, on the device or on the host."""
-        return min(self.leaf.end + self.seed_rows, self.known)
-
-
-@final
-@dataclass(slots=True, kw_only=True)
-class Room:
-    """What an active branch holds: pins on its path, and a tail of pages it alone writes."""
-
-    tenant: str
-    """Whose pages the tail's are."""
-    path: tuple[NodeRun, ...]
-    tail_start: int
-    tail: list[PageId]
-    issued: int
-    done: int
-    """Rows acknowledged: `done <= known - 1` while schedulable."""
-    copy: PageCopy | None = None
-    """The seed's rows, copied at the head of the first step; the seed stays pinned until that step is acknowledged."""
-    flight: int = 0
-    """Steps in flight that hold rows of this branch."""
-    stale: bool = field(default=False)
-    """Nodes of the path were loaded: `path` must be read anew before the next step."""
+from agentspeed_engine.kv.views import PageCopy
 
 
 @final
@@ -111,7 +42,7 @@ class KvCache:
         self.rooms: dict[BranchId, Room] = {}
         """The rooms of active branches. Entries come and go with pins."""
         self.moved: set[BranchId] = set()
-        """Branches whose rows may have moved since somebody last asked, beside those below `Tree.moved`."""
+        """Branches whose rows may have moved since `taken_moves` was last called, beside those below `Tree.moved`."""
         self.tree = Tree(page_tokens)
 
     # ---- branches at rest -----------------------------------------------------------------------------------------
@@ -159,7 +90,7 @@ class KvCache:
         if last <= start:
             return
         page = branch.log.packed(start, min(last, start + self.page_tokens))
-        # A turn that waits is asked at every plan: the rest is of interest only behind a page that somebody has.
+        # Every plan calls this for every waiting turn, so the rest is compared only when the tree has the first page.
         ids = branch.log.packed(start, last) if page in branch.leaf.children else page
         match = self.tree.match(branch.leaf, ids)
         if match.node is branch.leaf and match.rows <= branch.seed_rows:
@@ -383,7 +314,7 @@ class KvCache:
     # ---- eviction -------------------------------------------------------------------------------------------------
     def drop(self, node: Node, why: str = "") -> Node:
         """A node that nobody pins and with none below goes; holders at rest move to its parent and have lost rows,
-        `why` says to whom. Returns the parent."""
+        `why` says what for. Returns the parent."""
         if node.parent is None or not isinstance(node.state, Device | Both | Host):
             raise BrokenInvariant(f"{node!r} cannot be dropped")
         _ = self.orphan(node, why)

@@ -1,4 +1,4 @@
-"""Free lists of device pages and host slots: the only place that knows which of them nobody owns."""
+"""Free lists of device pages and host slots: the only place that knows which of them have no owner."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from agentspeed_engine.kv.views import NodeRun
 
 RootKey: TypeAlias = tuple[str, str, str]
 """(model, adapter, tenant salt): rows are never shared across different ones. The salt is the tenant's name, NUL, and
-for a private session its number; a name has no NUL (`sched.verbs`)."""
+for a private session its number; a name has no NUL (`sched.commands`)."""
 
 _ID_BYTES = 4
 _SEED_SEARCH = 64
@@ -144,7 +144,7 @@ class Tree:
         self.owned: dict[str, int] = {}
         """Device pages by tenant: of its nodes, cached ones included, and in its tails (`KvCache` counts those)."""
         self.moved: dict[NodeId, Node] = {}
-        """Nodes that came to the device or left it since somebody last asked (`KvCache.taken_moves`)."""
+        """Nodes that came to the device or left it since `KvCache.taken_moves` was last called."""
         self.reshaped: set[BranchId] = set()
         """Pinning branches of which a node was split or merged since `KvCache` last read their paths."""
         self._next = 0
@@ -396,7 +396,7 @@ def upward(leaf: Node) -> Iterator[Node]:
 
 def subtree(top: Node) -> Iterator[Node]:
     """`top` and all below it, those above first; reversed, a list of it takes every node after what hangs below it.
-    A tree is as deep as somebody rewinds, so nothing that walks it may recurse."""
+    Every rewind may make the tree one node deeper, so nothing that walks it may recurse."""
     waiting = [top]
     while waiting:
         node = waiting.pop()

@@ -11,9 +11,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from agentspeed_engine.errors import EngineFault
-from agentspeed_engine.models.family import Family, ModelConfig, Shape
+from agentspeed_engine.models.family import Family, ModelConfig
 from agentspeed_engine.models.quantization import FP8_BLOCK, PACKED, packed_refusal
 from agentspeed_engine.models.shards import shard_paths
+from agentspeed_engine.models.tensor_shapes import Shape
 
 _SCALE = "_scale_inv"
 _FLOATS = ("F64", "F32", "F16", "BF16")

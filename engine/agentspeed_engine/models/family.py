@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, fina
 from agentspeed_engine.models.fields import Fields
 from agentspeed_engine.models.kv_layout import KvLayout
 from agentspeed_engine.models.rope_config import RopeConfig
+from agentspeed_engine.models.tensor_shapes import Cut, Shape
 from agentspeed_engine.spmd.placement import Mesh, Rank
 
 if TYPE_CHECKING:
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from agentspeed_engine.spmd.lower import Module
     from agentspeed_kernels.selection import Kernels
 
-Shape = tuple[int, ...]
-Cut = tuple[str, int, int]
-"""(what is cut, its extent, into how many)."""
 Capability = Literal["rewind_to_any_token"]
 """`rewind_to_any_token`: a cut at any token leaves rows that need no computing again. Families with recurrent state or
 sliding windows lack it, and the engine, which promises it, refuses them."""
@@ -93,5 +91,5 @@ class Family(Generic[ConfigT]):
     unread: re.Pattern[str] | None = None
     """Tensors that are left alone."""
     notice: str = ""
-    """A sentence for whoever loads one: what of the model does not run."""
+    """What of the model does not run, as a sentence for the user who loads one; mostly empty."""
     capabilities: frozenset[Capability] = frozenset({"rewind_to_any_token"})

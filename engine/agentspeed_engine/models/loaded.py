@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from agentspeed_engine.errors import EngineFault
-from agentspeed_engine.models.catalog import Dtype, ModelInfo, ModelSource
 from agentspeed_engine.models.checkpoint import Checkpoint
 from agentspeed_engine.models.inputs import FlatBatch
 from agentspeed_engine.models.inputs_on_device import upload
 from agentspeed_engine.models.kv_pools import TORCH_DTYPES, KvPools
 from agentspeed_engine.models.programs import Programs
 from agentspeed_engine.models.rope import Rope
+from agentspeed_engine.models.source import Dtype, ModelInfo, ModelSource
 from agentspeed_engine.models.state import StepState
 from agentspeed_engine.models.weights import OnDevice, RandomWeights, WeightSource
 from agentspeed_engine.spmd.lower import lower, run
@@ -120,7 +120,7 @@ class LoadedModel:
     @torch.inference_mode()
     def forward(self, batch: FlatBatch, name: Callable[[Tensor], None] | None = None) -> Tensor:
         """Logits [S, vocab] of the selected rows, on the model's device; the cache has the rows of all tokens
-        afterwards. On a GPU both are so once its work is done, which nobody waits for here.
+        afterwards. On a GPU both are so once its work is done; `forward` does not wait for it.
 
         `name` may put ids that are known there alone into the ids of the step [T] before they are read."""
         if self._graphs is not None and (found := self._graphs.run(batch, name)) is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from agentspeed_engine.errors import EngineFault
-from agentspeed_engine.models.family import Cut
+from agentspeed_engine.models.tensor_shapes import Cut
 
 
 def check_cuts(cuts: Sequence[Cut]) -> None:

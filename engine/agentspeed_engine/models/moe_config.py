@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, final
 
-from agentspeed_engine.models.family import Shape
 from agentspeed_engine.models.fields import Fields
+from agentspeed_engine.models.tensor_shapes import Shape
 
 _MOST_EXPERTS = 2**17
 """Of all layers together (DeepSeek-V3: 61 of 256, 15,616): every tensor is looked for by its name, which takes time."""

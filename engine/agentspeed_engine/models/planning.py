@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from agentspeed_engine.errors import EngineFault
-from agentspeed_engine.models.catalog import Dtype, ModelSource
 from agentspeed_engine.models.kv_layout import DTYPE_BYTES
 from agentspeed_engine.models.kv_pools import TORCH_DTYPES, KvPools
 from agentspeed_engine.models.mesh import check_cuts
+from agentspeed_engine.models.source import Dtype, ModelSource
 from agentspeed_engine.models.state import StepState
 from agentspeed_engine.models.weights import MetaWeights
 from agentspeed_engine.spmd.lower import Module

@@ -1,11 +1,11 @@
-"""Which format a model runs in when nobody said: the faster one that keeps what the checkpoint has."""
+"""Which format a model runs in when none was asked for: the faster one that keeps what the checkpoint has."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from agentspeed_engine.models.catalog import Dtype
+from agentspeed_engine.models.source import Dtype
 from agentspeed_kernels.cpu.native import AMX
 from agentspeed_kernels.platform import Platform
 

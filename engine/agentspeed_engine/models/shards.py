@@ -1,4 +1,4 @@
-"""Which files of a model folder hold its weights. Torch-free: whoever fetches a model needs it first."""
+"""Which files of a model folder hold its weights. Torch-free: fetching a model needs it first."""
 
 from __future__ import annotations
 

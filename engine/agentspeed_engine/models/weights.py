@@ -10,7 +10,7 @@ from typing import Protocol, final
 import torch
 from torch import Tensor
 
-from agentspeed_engine.models.family import Shape
+from agentspeed_engine.models.tensor_shapes import Shape
 
 
 class WeightSource(Protocol):

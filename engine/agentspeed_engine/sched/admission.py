@@ -6,8 +6,8 @@ from bisect import bisect_left
 from collections.abc import Iterable
 
 from agentspeed_engine.ids import BranchId, NodeId, pages_for
+from agentspeed_engine.kv.branch import Branch
 from agentspeed_engine.kv.branch_states import Decoding, Prefilling, Promoting, Queued
-from agentspeed_engine.kv.kv_cache import Branch
 from agentspeed_engine.kv.tree import Node, tenant_of, upward
 from agentspeed_engine.kv.turn import Turn
 from agentspeed_engine.sched import tickets
@@ -77,7 +77,7 @@ def held_by_firm(world: SchedulerState, now: float) -> int:
 
 def _firm_pages(world: SchedulerState, holders: Iterable[BranchId], seen: set[NodeId], now: float) -> int:
     """Device pages under these firm leases that have not ended, those already `seen` left out. The leases count a page
-    once for each of them, because they may part; here it is one page, whoever else reads it."""
+    once for each of them, because they may part; here a page counts once, however many leases share it."""
     pages = 0
     for number in holders:
         if world.firm[number][0] > now:

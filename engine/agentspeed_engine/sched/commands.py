@@ -7,7 +7,8 @@ from array import array
 from typing import assert_never
 
 from agentspeed_engine.errors import EngineFault
-from agentspeed_engine.ids import BranchId, LinkId, SessionId, pages_for
+from agentspeed_engine.ids import BranchId, LinkId, SessionId
+from agentspeed_engine.kv.branch import Branch
 from agentspeed_engine.kv.branch_states import (
     BranchState,
     Decoding,
@@ -19,7 +20,6 @@ from agentspeed_engine.kv.branch_states import (
     Settling,
     Then,
 )
-from agentspeed_engine.kv.kv_cache import Branch
 from agentspeed_engine.kv.token_log import Log
 from agentspeed_engine.kv.tree import tenant_of
 from agentspeed_engine.kv.turn import Turn
@@ -36,7 +36,6 @@ from agentspeed_engine.protocol.messages import (
     Generate,
     Inspect,
     Inspected,
-    Lease,
     LeaseAnswer,
     Open,
     Opened,
@@ -44,7 +43,7 @@ from agentspeed_engine.protocol.messages import (
 )
 from agentspeed_engine.protocol.sampling import validate_sampling
 from agentspeed_engine.protocol.token_ids import unpack_ids
-from agentspeed_engine.sched import prefetch, quotas
+from agentspeed_engine.sched import leases, quotas
 from agentspeed_engine.sched.inspection import waiting_for
 from agentspeed_engine.sched.pause_model import PauseModel
 from agentspeed_engine.sched.redaction import MAX_NAME, usable_name
@@ -296,7 +295,7 @@ def adopt(world: SchedulerState, link: LinkId, command: Adopt, now: float) -> No
     world.rest(held)
     world.forget(gone)
     world.tell(held.branch, Done(request=command.request, known=held.branch.known))
-    _take_over_firm(world, held.branch, given, now)
+    leases.take_over_firm(world, held.branch, given, now)
 
 
 def close(world: SchedulerState, link: LinkId, command: Close, now: float) -> None:
@@ -345,79 +344,13 @@ def _close(world: SchedulerState, state: BranchState, wait: Waiting | None, now:
 
 def expect(world: SchedulerState, link: LinkId, command: Expect, now: float) -> None:
     held = _at_rest(world, link, command.branch)
-    branch = held.branch
-    limit, asked = world.config.max_lease_seconds, command.seconds
-    if asked is None and command.keep == "firm":
+    if command.seconds is None and command.keep == "firm":
         raise EngineFault("invalid_request", "A firm lease needs an end.", "Say for how many seconds.")
-    if asked is not None and (not math.isfinite(asked) or asked < 0):
-        raise EngineFault("invalid_request", f"seconds is {asked}.", "Give a finite number, 0 or more.")
+    if command.seconds is not None and (not math.isfinite(command.seconds) or command.seconds < 0):
+        raise EngineFault("invalid_request", f"seconds is {command.seconds}.", "Give a finite number, 0 or more.")
     _check_name("tool", command.tool)
-    world.end_lease(branch.id)
-    _ = world.tools.pop(branch.id, None)
-    if command.tool:
-        world.tools[branch.id] = command.tool
-    seconds = min(asked if asked is not None else world.law_of(branch).residual(0.0), limit)
-    why = [] if asked is None or seconds == asked else [f"clipped to the longest lease, {limit:g} s"]
-    pages = _pages_kept(world, branch)
-    keep = command.keep
-    if keep == "firm":
-        refusal = _no_firm(world, branch, pages, now)
-        if refusal:
-            keep = "soft"
-            why.append(refusal)
-        else:
-            world.hold_firm(branch.id, now + seconds, pages)
-            why.append(f"{pages} pages of the firm budget are yours until then")
-    if keep == "soft":
-        why.append("kept as long as no running turn needs the pages")
-    if asked is None:
-        why.append("nobody announced how long: the engine goes by the pauses it has seen")
-    lease = Lease(
-        keep=keep,
-        until=None if asked is None else now + seconds,
-        seconds=seconds,
-        residence=world.residence(branch),
-        why="; ".join(why),
-    )
-    world.leases[branch.id] = lease
-    prefetch.expect(world, branch, None if asked is None else seconds, now)
-    world.tell(branch, LeaseAnswer(request=command.request, lease=lease))
-
-
-def _pages_kept(world: SchedulerState, branch: Branch) -> int:
-    """Pages that stay on the device with a branch: all up to the end of its leaf, or of the node its seed is in."""
-    end = branch.leaf.end if branch.seed is None else branch.seed.end
-    return pages_for(end, world.config.page_tokens)
-
-
-def _take_over_firm(world: SchedulerState, branch: Branch, given: Lease | None, now: float) -> None:
-    """A firm lease of the trunk or of the child it adopted, the one that ends later, goes on over the rows that it
-    took over, if the budget has room for them."""
-    firm = world.firm.pop(branch.id, None)
-    until = -math.inf if firm is None else firm[0]
-    if given is not None and given.until is not None and given.until > until:
-        until = given.until
-        world.leases[branch.id] = given
-        world.lease_news[branch.id] = "it took over the firm lease of the child it adopted"
-    elif firm is None:
-        return
-    pages = _pages_kept(world, branch)
-    refusal = _no_firm(world, branch, pages, now)
-    if refusal:
-        world.soften(branch.id, f"soft since it took over a child's rows; {refusal}")
-    else:
-        world.hold_firm(branch.id, until, pages)
-
-
-def _no_firm(world: SchedulerState, branch: Branch, pages: int, now: float) -> str:
-    """Why a firm lease cannot be granted; empty when it can."""
-    if world.kv.on_device(branch) < max(branch.resident, min(branch.computed, branch.known)):
-        return "firm refused: not all rows are on the device"
-    used = sum(counted for _, counted in world.firm.values())
-    budget = world.config.firm_budget()
-    if used + pages > budget:
-        return f"firm refused: {pages} pages asked, {max(0, budget - used)} of {budget} left in the firm budget"
-    return quotas.no_firm(world, branch, pages)
+    lease = leases.grant(world, held.branch, command, now)
+    world.tell(held.branch, LeaseAnswer(request=command.request, lease=lease))
 
 
 def inspect(world: SchedulerState, link: LinkId, command: Inspect, now: float) -> None:

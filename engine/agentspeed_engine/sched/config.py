@@ -32,7 +32,7 @@ class CoreConfig:
     """A turn may have a decode row issued while the token that the row is fed with is still in flight. The executor
     must keep what a step sampled for the steps planned meanwhile (`exec.executor`); it takes a depth of 1 or more."""
     prepares: bool = False
-    """Turns with a grammar or stop strings wait until somebody says that the executor is ready for them
+    """Turns with a grammar or stop strings wait until the loop says that the executor is ready for them
     (`Core.preparations`, `Core.prepared`). Else the step that samples them first makes that ready."""
     host_slots: int = 0
     firm_pages: int | None = None

@@ -12,8 +12,8 @@ from typing import Any, Final
 
 import msgspec
 
+from agentspeed_engine.kv.branch import Room
 from agentspeed_engine.kv.branch_states import BranchState, Decoding, Held, Prefilling, Promoting, Queued, Settling
-from agentspeed_engine.kv.kv_cache import Room
 from agentspeed_engine.kv.node_states import Both, Device, Host, Loading, Saving
 from agentspeed_engine.kv.tree import Node
 from agentspeed_engine.kv.turn import Turn

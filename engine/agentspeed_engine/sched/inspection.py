@@ -72,7 +72,7 @@ def pages_by_owner(world: SchedulerState) -> dict[str, int]:
     """Who owns the device pages; the numbers add up to the pool.
 
     `tails`: active branches write there. Pages of nodes: `loading` from the host, `pinned` by active branches, `held`
-    by branches at rest or waiting, `cached` (nobody needs them: first victims). `unsorted`: beyond what is walked."""
+    by branches at rest or waiting, `cached` (no branch has them: first victims). `unsorted`: beyond what is walked."""
     kv = world.kv
     tails = sum(len(room.tail) for room in kv.rooms.values())
     owners = {"free": kv.pages.free, "tails": tails, "loading": 0, "pinned": 0, "held": 0, "cached": 0}
@@ -180,7 +180,7 @@ def _why_queued(world: SchedulerState, state: Queued) -> str:
 
 
 def _lacking(world: SchedulerState, state: Queued | Prefilling | Decoding) -> str:
-    """What the last pass refused this turn for, or after whom nothing younger entered or grew (L3)."""
+    """Why the last pass refused this turn, or the refused turn after which no younger one entered or grew (L3)."""
     for number in world.over_quota:
         first = world.states.get(number)
         same = first is not None and tenant_of(first.branch.root) == tenant_of(state.branch.root)

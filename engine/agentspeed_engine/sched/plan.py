@@ -70,13 +70,14 @@ class HostCopy:
     """Seconds after the copier's last progress in which it may begin as well."""
 
     def may_begin(self, now: float, progress: float) -> bool:
-        """Else it must not any more: its pages or slots may soon have another owner. `progress`: when the copier last
-        made any."""
+        """Whether the copier may begin it at `now`; later its pages or slots may have another owner. `progress`:
+        when the copier last made any."""
         return now <= max(self.begin_by, progress + self.patience)
 
     def progress(self, ended: float, before: float) -> float:
-        """When the copier last made progress, once it ended this copy, well or not. One that took longer than it might
-        have waited to begin is none: what queued behind it has been given up by then, or will soon be."""
+        """When the copier last made progress, after it ended this copy (done or failed) at `ended`; `before` is the
+        time of its progress before that. A copy that took longer than another may wait to begin counts as none: the
+        copies behind it have been given up meanwhile, or soon will be."""
         return ended if self.may_begin(ended, before) else before
 
 

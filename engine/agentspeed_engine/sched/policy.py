@@ -26,7 +26,7 @@ class Facts(NamedTuple):
     recompute_seconds: float
     """Per token."""
     oracle: float | None = None
-    """The true seconds until next use, where somebody knows them (offline runs alone)."""
+    """The true seconds until next use; None in an engine. Offline runs know them."""
     waiting: int | None = None
     """The age of the oldest turn that waits for room and has some of these rows (then `expected` is 0); None: all of
     the branches are paused."""
@@ -51,13 +51,13 @@ def lru(facts: Facts) -> float | None:
 
 def ttl(facts: Facts) -> float | None:
     """Least recently used, but for pauses within their time to live: those go only when nothing else can, not even
-    rows of turns that wait, so that nobody starves."""
+    rows of turns that wait, so that no turn starves."""
     within = facts.waiting is None and facts.rested <= TTL_SECONDS
     return facts.rested - 1e9 if within else facts.rested
 
 
 def pin(facts: Facts) -> float | None:
-    """Whoever is not done keeps everything for ever."""
+    """Never evicts the rows of a session that is open."""
     return None
 
 

@@ -1,12 +1,12 @@
-"""Rows of a paused branch come back from the host before its tool is due, in pages nobody has or needs sooner."""
+"""Rows of a paused branch come back from the host before its tool is due, in pages no branch has or needs sooner."""
 
 from __future__ import annotations
 
 from functools import partial
 from heapq import heapify, heappop, heappush
 
+from agentspeed_engine.kv.branch import Branch
 from agentspeed_engine.kv.branch_states import Decoding, Held, Prefilling, Queued
-from agentspeed_engine.kv.kv_cache import Branch
 from agentspeed_engine.kv.node_states import Host
 from agentspeed_engine.kv.tree import Node, tenant_of
 from agentspeed_engine.sched import quotas, tickets
@@ -77,7 +77,7 @@ def _try_again(world: SchedulerState, branch: Branch, now: float) -> None:
 
 
 def _may_come(world: SchedulerState, branch: Branch, chain: list[Node], now: float) -> bool:
-    """Whether the pages for these rows are free now, after what nobody loses anything by went."""
+    """Whether the pages for these rows are free now; rows that can go without loss have gone for them."""
     tenant = tenant_of(branch.root)
     if _room_is_wanted(world, tenant) or not all(isinstance(node.state, Host) for node in chain):
         return False

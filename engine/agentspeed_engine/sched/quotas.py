@@ -11,8 +11,8 @@ import math
 
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.ids import pages_for
+from agentspeed_engine.kv.branch import Branch
 from agentspeed_engine.kv.branch_states import Decoding, Prefilling, Promoting
-from agentspeed_engine.kv.kv_cache import Branch
 from agentspeed_engine.kv.tree import tenant_of
 from agentspeed_engine.sched import reclaim, tickets
 from agentspeed_engine.sched.state import SchedulerState
@@ -88,7 +88,7 @@ def make_room(world: SchedulerState, tenant: str, pages: int, age: int, now: flo
 
 
 def _shed(world: SchedulerState, tenant: str, pages: int, now: float) -> bool:
-    """Lets rows of a tenant go until `pages` more fit, as far as nobody runs on them."""
+    """Drops rows of a tenant until `pages` more fit, as far as no turn runs on them."""
     while (missing := pages - left(world, tenant)) > 0:
         missing = int(missing)
         coming = _coming(world, tenant)

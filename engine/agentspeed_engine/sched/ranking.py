@@ -1,7 +1,7 @@
 """Nodes by who goes first, ranked once for a whole plan: what the plan moves is ranked anew, the rest is not looked at.
 
-Within a plan time stands still, so a key changes only with the holders and pins of a node. Whoever makes a key larger,
-or a new candidate, has to say so (`again`); keys that became smaller are found when their turn comes.
+Within a plan time stands still, so a key changes only with the holders and pins of a node. A caller that makes a key
+larger, or adds a candidate, calls `again`; keys that became smaller are found when their turn comes.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Rankings:
         """The branches that lose their rows at present."""
 
     def moved(self, *nodes: Node | None) -> None:
-        """Holders came to or left these nodes, or nobody pins them any more."""
+        """Says that the holders of these nodes changed, or that their last pin went."""
         for node in nodes:
             if node is None:
                 continue

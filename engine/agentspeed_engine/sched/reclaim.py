@@ -9,8 +9,8 @@ from functools import partial
 
 from agentspeed_engine.errors import BrokenInvariant
 from agentspeed_engine.ids import BranchId, NodeId
+from agentspeed_engine.kv.branch import Branch
 from agentspeed_engine.kv.branch_states import Decoding, Held, Next, Prefilling, Promoting, Queued, Then
-from agentspeed_engine.kv.kv_cache import Branch
 from agentspeed_engine.kv.node_states import Both, Device, Host
 from agentspeed_engine.kv.tree import Node, tenant_of, upward
 from agentspeed_engine.sched import tickets
@@ -23,7 +23,7 @@ _UNREFERENCED = 1
 _REFERENCED = 0
 _NEEDED = "evicted while at rest: a running turn needed its device pages"
 _SAVE_PAGES = 64
-"""Most pages of one save that somebody waits for: room comes back in portions, not after a whole context."""
+"""Most pages of one save that a turn waits for: room comes back in portions, not after a whole context."""
 
 
 class Room(Enum):
@@ -96,9 +96,9 @@ def make_way(
     due: Node,
     now: float,
 ) -> bool:
-    """Makes so many pages `available` (in the pool, or of a tenant's quota) for rows that are soon `due`, without loss
-    to anybody: rows that nobody has go, or the device copies of rows that the host has too and that are needed later.
-    Only if `reserve` pages are left to be had after that."""
+    """Makes so many pages `available` (in the pool, or of a tenant's quota) for rows that are soon `due`, without loss:
+    rows that no branch has go, or the device copies of rows that the host has too and that are needed later. Does so
+    only if `reserve` pages can still be had after that."""
     kv = world.kv
     spare = available() - pages - reserve
     if spare >= 0:
@@ -129,14 +129,15 @@ def make_way(
 
 
 def _goes_without_loss(world: SchedulerState, node: Node, own: Key, above: set[NodeId], now: float) -> bool:
-    """Nobody has these rows, or the host has them too and they are needed later than `own`, which is not below them."""
+    """Whether no branch has these rows, or the host has them too and they are needed later than `own`, the key of
+    the node that is due, which is not below them."""
     if node.id in above or not _evictable(world, node, now):
         return False
     return not _held_below(node) or (isinstance(node.state, Both) and _key(world, node, now) > own)
 
 
 def _settling(world: SchedulerState) -> bool:
-    """Rows in flight hold pages that will come back by themselves."""
+    """Whether branches that stopped still hold pages: those come back when their rows in flight are acknowledged."""
     return len(world.kv.rooms) > len(world.active)
 
 
@@ -232,7 +233,7 @@ def save_early(world: SchedulerState, now: float) -> None:
         if not _evictable(world, tip, now):
             continue
         if not _held_below(tip):
-            clean += _unheld_pages(tip)  # nobody would miss them: to drop them costs nothing either
+            clean += _unheld_pages(tip)  # no branch has them: dropping them costs nothing either
             continue
         node = tip
         while isinstance(node.state, Both) and not node.pinned_by and node.parent is not None:
@@ -276,9 +277,10 @@ def next_use(world: SchedulerState, branch: Branch, now: float) -> float:
 
 
 def next_victim(world: SchedulerState, tenant: str | None, now: float) -> Node | None:
-    """The tip that goes first, of all or of one tenant's; None when none can. What is left of the branches that lost
-    rows last goes before all others, for victims are whole branches; rows that more branches would lose than those,
-    and rows that nobody has, are ranked like any."""
+    """The tip to evict first, of all or of one tenant's; None when there is none.
+
+    The policy chooses a branch, and the whole branch goes before another is chosen: so tips that only the last victims
+    hold come first. Tips that other branches hold too, and tips that no branch holds, are ranked as usual."""
     rankings = _rankings(world)
     left = rankings.left
     if left is not None and tenant in (None, tenant_of(left.root)) and _goes_on(world, left, rankings.losing, now):
@@ -357,7 +359,7 @@ def _held_below(node: Node) -> AbstractSet[BranchId]:
 
 
 def _key(world: SchedulerState, node: Node, now: float) -> Key:
-    """Larger goes first: what nobody refers to by age, then by the policy."""
+    """Larger goes first: rows that no branch refers to by age, before all others by the policy."""
     holders = _held_below(node)
     if not holders:
         return _UNREFERENCED, now - node.used

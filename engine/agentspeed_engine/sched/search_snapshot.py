@@ -17,8 +17,7 @@ from agentspeed_engine.kv.views import NodeRun, PageCopy, TurnSpec
 from agentspeed_engine.protocol.messages import Lease, Residence
 from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.sched.plan import HostCopy, Row, StepPlan, TokenOf
-from agentspeed_engine.sched.state import SchedulerState, Waiting
-from agentspeed_engine.sched.tickets import Ticket
+from agentspeed_engine.sched.state import SchedulerState, Ticket, Waiting
 
 _PLAIN: frozenset[type[Any]] = frozenset({int, float, str, bytes, bool, type(None)})
 _FROZEN: frozenset[type[Any]] = frozenset(

@@ -6,12 +6,13 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias, final
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, final
 
 import msgspec
 
 from agentspeed_engine.errors import BrokenInvariant
 from agentspeed_engine.ids import BranchId, LinkId, SessionId, StepSeq, TicketId
+from agentspeed_engine.kv.branch import Branch
 from agentspeed_engine.kv.branch_states import (
     AtRest,
     BranchState,
@@ -25,7 +26,7 @@ from agentspeed_engine.kv.branch_states import (
     Settling,
     Then,
 )
-from agentspeed_engine.kv.kv_cache import Branch, KvCache
+from agentspeed_engine.kv.kv_cache import KvCache
 from agentspeed_engine.kv.tree import tenant_of
 from agentspeed_engine.kv.turn import Turn
 from agentspeed_engine.kv.views import TurnSpec
@@ -45,7 +46,6 @@ from agentspeed_engine.sched.plan import HostCopy, StepPlan
 
 if TYPE_CHECKING:
     from agentspeed_engine.sched.ranking import Rankings
-    from agentspeed_engine.sched.tickets import Ticket
 
 Out: TypeAlias = list[tuple[LinkId, Outgoing]]
 
@@ -72,10 +72,20 @@ class Session:
 
 
 @final
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """A host copy in flight (`tickets`). Its nodes stand in `Tree.in_copy`, because a split must find them."""
+
+    direction: Literal["save", "load"]
+    deadline: float
+    """It moves on whenever another copy ends; infinite once this one has begun."""
+
+
+@final
 class SchedulerState:
     """The state of one scheduler, and the moves that several of its parts share.
 
-    Commands (`verbs`), planning (`step`) and results (`outcome`) are functions over it; each begins and ends with a
+    Commands (`commands`), planning (`step`) and results (`outcome`) are functions over it; each begins and ends with a
     sound world, and none runs inside another. A caller that moves a branch puts its new state object into `states` in
     the same call, through the methods here, which also keep the lists by age (`queue`, `active`) and by tenant.
 
@@ -97,7 +107,7 @@ class SchedulerState:
         self.preparing: dict[int, BranchId] = {}
         """Queued turns that are in no queue yet, because the executor is not ready for them, with their branches."""
         self.unprepared: list[TurnSpec] = []
-        """Those of them that nobody was asked to prepare yet."""
+        """Those of them that the executor was not asked to prepare yet."""
         self.active: list[tuple[int, BranchId]] = []
         """Promoting, Prefilling and Decoding turns by age."""
         self.actives: dict[str, list[tuple[int, BranchId]]] = {}
@@ -131,13 +141,13 @@ class SchedulerState:
         """Turns that ended since the last step, for the executor to forget. Only those that it was made ready for or
         that some step computed rows of: it knows no others, and between two steps no more can end than had begun."""
         self.refused: tuple[BranchId, str] | None = None
-        """Whom the last pass refused, so that nothing younger entered or grew (L3), and what for."""
+        """The branch whose turn the last pass refused, and why: no younger turn entered or grew (L3)."""
         self.over_quota: list[BranchId] = []
-        """Whom the last pass refused pages of a tenant's quota, so that nothing younger of that tenant entered."""
+        """The branches that the last pass refused pages of their tenant's quota: no younger turn of it entered."""
         self.spent = 0
         """Turns up to this age found no token budget left in the last pass; 0: some was left."""
         self.rankings: Rankings | None = None
-        """Who loses rows first, while one plan is made; None between plans."""
+        """The order in which nodes lose their rows, while one plan is made; None between plans."""
         self.ignored = 0
         self.evicted_pages = 0
         self.copied_pages = 0
@@ -307,7 +317,7 @@ class SchedulerState:
         self.lease_news[number] = why
 
     def lapse(self, now: float) -> None:
-        """What was firm until now is soft: it holds back nobody any more."""
+        """Firm leases that have ended become soft: their pages hold back no turn any more."""
         if now < self.firm_ends:
             return
         for number in [number for number, (until, _) in self.firm.items() if until <= now]:
@@ -382,4 +392,4 @@ def usage(turn: Turn, now: float) -> TurnUsage:
     )
 
 
-__all__ = ["Next", "Out", "SchedulerState", "Session", "Waiting", "usage"]
+__all__ = ["Next", "Out", "SchedulerState", "Session", "Ticket", "Waiting", "usage"]

@@ -15,8 +15,9 @@ import msgspec
 
 from agentspeed_engine.errors import BrokenInvariant
 from agentspeed_engine.kv import node_states, token_log
+from agentspeed_engine.kv.branch import Branch, Room
 from agentspeed_engine.kv.branch_states import Decoding, Held, Next, Prefilling, Promoting, Queued, Settling, Then
-from agentspeed_engine.kv.kv_cache import Branch, KvCache, Room
+from agentspeed_engine.kv.kv_cache import KvCache
 from agentspeed_engine.kv.pool import Pool
 from agentspeed_engine.kv.tree import Node, Tree
 from agentspeed_engine.kv.turn import Turn
@@ -26,8 +27,7 @@ from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.sched.pause_model import PauseModel
 from agentspeed_engine.sched.plan import HostCopy, Row, StepPlan, TokenOf
 from agentspeed_engine.sched.redaction import Veil
-from agentspeed_engine.sched.state import SchedulerState, Session, Waiting
-from agentspeed_engine.sched.tickets import Ticket
+from agentspeed_engine.sched.state import SchedulerState, Session, Ticket, Waiting
 
 Plain: TypeAlias = list[Any]
 

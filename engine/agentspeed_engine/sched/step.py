@@ -8,8 +8,8 @@ from heapq import heapify, heappop, heapreplace, merge
 
 from agentspeed_engine.errors import BrokenInvariant
 from agentspeed_engine.ids import BranchId, StepSeq, pages_for
+from agentspeed_engine.kv.branch import Branch, Room
 from agentspeed_engine.kv.branch_states import Decoding, Next, Prefilling, Promoting, Queued, Then
-from agentspeed_engine.kv.kv_cache import Branch, Room
 from agentspeed_engine.kv.node_states import Host
 from agentspeed_engine.kv.tree import Node, tenant_of
 from agentspeed_engine.kv.turn import Turn
@@ -24,7 +24,8 @@ from agentspeed_engine.sched.state import SchedulerState, usage
 
 _PASSED_OVER = 32
 _FEW = 8
-"""One part in so many of a page is cheaper computed again than room is made beside the node that has it."""
+"""When pages are short, a seed of at most `page_tokens / _FEW` rows is computed again: holding its node until the copy
+is made would cost more."""
 _LAST_TOKEN = "its last token is computed once more: the next one is drawn from what comes of it"
 
 
@@ -37,11 +38,11 @@ class _Pass:
     short: int
     """Tokens left for short extends."""
     refused: bool = False
-    """Someone older lacked room: nothing younger is admitted or grows (L3)."""
+    """An older turn lacked room: no younger one is admitted or grows (L3)."""
     full: dict[str, BranchId] = field(default_factory=dict[str, BranchId])
-    """Tenants of whom someone older lacked pages of the quota: nothing younger of theirs is admitted or grows."""
+    """By tenant: the branch that lacked pages of its quota. No younger turn of that tenant is admitted or grows."""
     passed_over: int = 0
-    """Cold prompts that found no tokens left; behind a few of them nobody looks for a short extend."""
+    """Cold prompts that found no tokens left. After `_PASSED_OVER` of them the pass looks for no short extend."""
     rows: list[Row] = field(default_factory=list[Row])
     copies: list[PageCopy] = field(default_factory=list[PageCopy])
     sampled: dict[BranchId, TokenOf] = field(default_factory=dict[BranchId, TokenOf])
@@ -159,7 +160,7 @@ def _sampled(world: SchedulerState) -> dict[BranchId, TokenOf]:
 
 def _may_run_ahead(state: Decoding) -> bool:
     """Whether a row may be issued for the token that is in flight. It must be the only one that is not known, not the
-    last that the turn may draw, and of a turn whose tokens nobody on the host must see before the next is drawn."""
+    last that the turn may draw, and of a turn whose next token does not depend on what the host finds in this one."""
     turn = state.turn
     if turn.spec.grammar is not None or turn.spec.stop_strings:
         return False
@@ -231,7 +232,7 @@ def _shortage(world: SchedulerState, asked: Asked, pages: int, now: float) -> st
 
 
 def give_back(world: SchedulerState, state: Prefilling | Decoding, now: float) -> None:
-    """A turn that cannot grow and has nobody younger to take from waits again, at its old age."""
+    """A turn that cannot grow, with no younger turn to take from, waits again at its old age."""
     state.turn.preempted += 1
     state.turn.why = "gave its room back: older turns hold the rest of the pool"
     world.preemptions += 1
@@ -247,7 +248,7 @@ def _moved(world: SchedulerState, branch: Branch, *others: Node | None) -> None:
 
 
 def _stretch(world: SchedulerState, room: Room, tokens: int, now: float) -> None:
-    """More pages for a longer chunk, as far as nobody has to give up room for them."""
+    """Takes more pages for a longer chunk, as far as no other turn has to give up room for them."""
     missing = quotas.allowed(world, room.tenant, world.kv.pages_to(room, room.issued + tokens), now)
     if missing:
         _ = reclaim(world, missing, now)

@@ -8,8 +8,7 @@ hangs nothing waits for more than one deadline, however many queue.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, final
+from typing import Literal
 
 from agentspeed_engine.errors import BrokenInvariant
 from agentspeed_engine.ids import PageId, SlotId, TicketId
@@ -17,20 +16,10 @@ from agentspeed_engine.kv.branch_states import Promoting
 from agentspeed_engine.kv.node_states import Device, Host, Loading, Saving
 from agentspeed_engine.kv.tree import Node, session_of, tenant_of
 from agentspeed_engine.sched.plan import HostCopy
-from agentspeed_engine.sched.state import SchedulerState
+from agentspeed_engine.sched.state import SchedulerState, Ticket
 
 MOST_FAILURES = 2
 """Loads of a node that may fail before its rows count as lost."""
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Ticket:
-    """Its nodes stand in `Tree.in_copy`, because a split must find them."""
-
-    direction: Literal["save", "load"]
-    deadline: float
-    """It moves on whenever another copy ends; infinite once this one has begun."""
 
 
 def save(world: SchedulerState, node: Node, now: float) -> int:
@@ -85,7 +74,7 @@ def _end(world: SchedulerState, number: TicketId, ok: bool, now: float) -> None:
 
 
 def begun(world: SchedulerState, number: TicketId) -> None:
-    """The copy has begun to touch its pages and slots: until it ends they are nobody else's, however long it takes."""
+    """The copy has begun to touch its pages and slots: until it ends they get no other owner, however late."""
     ticket = world.tickets.get(number)
     if ticket is not None:
         world.tickets[number] = Ticket(ticket.direction, math.inf)

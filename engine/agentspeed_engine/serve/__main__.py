@@ -2,7 +2,7 @@
 
     python -m agentspeed_engine.serve --socket /run/user/1000/agentspeed/engine.sock --model FOLDER --pages 4096
 
-Options come as flags, or all at once as JSON with `--options`; `run.options.EngineOptions` lists them. While it loads
+Options come as flags, or all at once as JSON with `--options`; `serve.options.EngineOptions` lists them. While it loads
 it writes JSON lines {"progress": ...}, then one line {"ready": ..., "pid": ..., "recording": ...} when it listens: to
 the descriptor of `--status-fd`, which it closes then, or to stdout. What it refuses at start it says there too, in one
 JSON line {"code", "message", "remedy"} (without `--status-fd` on stderr), and ends with status 2; a bug of its own ends
@@ -55,7 +55,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main() -> int:
-    # Whoever starts engines may have tuned their environment already: then one start is enough.
+    # The process that starts engines may have tuned their environment already: then one start is enough.
     tuned = tuning.tuned(os.environ)
     if tuning.SWITCH not in os.environ and tuned != os.environ:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], tuned | {tuning.SWITCH: "tuned"})
@@ -155,7 +155,7 @@ def serve(path: Path, options: EngineOptions, status: _Status, *, stay: bool, ow
         server.close()
         path.unlink(missing_ok=True)
         if own_folder:
-            with contextlib.suppress(OSError):  # gone already, or somebody put something there
+            with contextlib.suppress(OSError):  # gone already, or another program put something there
                 path.parent.rmdir()
     return 0
 
@@ -189,7 +189,7 @@ def listen_at(path: Path) -> socket.socket:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
-        mask = os.umask(0o177)  # from its first moment on, nobody else reaches the socket
+        mask = os.umask(0o177)  # from its first moment on, no other user reaches the socket
         try:
             server.bind(str(path))
         finally:
@@ -235,7 +235,7 @@ class _Status:
             self._out.close()
 
     def _print(self, line: str, otherwise: TextIO) -> None:
-        # Nobody has to listen: an engine whose starter has gone is ended by the end of its stdin.
+        # The starter may be gone: then the end of stdin ends this engine.
         with contextlib.suppress(BrokenPipeError):
             print(line, file=self._out or otherwise, flush=True)
 

@@ -1,6 +1,6 @@
-"""Recordings that nobody asked for: every engine process makes one, and only those of engines that ended badly stay.
+"""Crash recordings: every engine process makes one, and only those of engines that ended badly stay.
 
-An engine holds a lock on its recording's folder for as long as it lives, so whoever looks can tell what is left of a
+An engine holds a lock on its recording's folder for as long as it lives, so a reader can tell what is left of a
 dead one from what a living one writes, whatever the process numbers say.
 """
 

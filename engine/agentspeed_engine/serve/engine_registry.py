@@ -51,7 +51,7 @@ def folder(environment: Mapping[str, str]) -> Path:
 
 @contextlib.contextmanager
 def entered(place: Path, entry: Entry) -> Iterator[None]:
-    """Listed while the block runs. Raises `OSError` when the folder cannot be used or is somebody else's."""
+    """Listed while the block runs. Raises `OSError` when the folder cannot be used or belongs to another user."""
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not ours(place):
         raise PermissionError(f"{place} belongs to somebody else, or others may write there")
@@ -87,7 +87,7 @@ def running(place: Path, *, known: Container[Path] = ()) -> list[Entry]:
 
 
 def answers(path: Path) -> bool:
-    """Whether somebody listens there, even if too busy to answer now."""
+    """Whether a process listens there, even if it is too busy to answer now."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(_PROBE_SECONDS)
         try:

@@ -46,7 +46,7 @@ class EngineThread:
 
 
 def _listener() -> tuple[socket.socket, str]:
-    """A listening socket nobody else can name: Linux's abstract namespace picks the address."""
+    """A listening socket that no other process can name: Linux's abstract namespace picks the address."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind("")
     listener.listen()

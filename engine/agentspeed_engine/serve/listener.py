@@ -61,7 +61,7 @@ class Listener:
         except OSError as error:
             if error.errno not in _EXHAUSTED:
                 raise
-            if not self._said:  # once: whoever brings it about may bring it about for hours
+            if not self._said:  # once: its cause may last for hours
                 self._said = True
                 _LOG.warning("links wait, for none can be accepted now: %s", error)
             # The peer stays in the backlog, where it would wake the loop for ever.

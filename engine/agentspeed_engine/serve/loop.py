@@ -117,8 +117,8 @@ class EngineLoop:
         self._stopping = False
         self._closed = False
         self._pipe = threading.RLock()
-        """For whoever writes to the wake pipe, or closes it: a number that was closed may be another file's already.
-        One thread may have it twice: a signal handler wakes the loop too."""
+        """Held by a thread that writes to the wake pipe or closes it: the number of a closed one may be another file's.
+        Reentrant, because a signal handler also wakes the loop."""
         self._steps = 0
         self._rows = 0
         self._tokens = 0
@@ -395,7 +395,7 @@ class EngineLoop:
         return Stats(request=request, counts=counts, seconds=seconds)
 
     def _look(self, link: Link, command: Look) -> None:
-        if link.owes(Picture):  # whoever does not read them must not pile them up here
+        if link.owes(Picture):  # a client that does not read its pictures must not pile them up here
             link.put(
                 Failed(
                     request=command.request,
@@ -409,7 +409,7 @@ class EngineLoop:
         link.put(replace(picture, counts=picture.counts | {"steps": self._steps, "tokens_drawn": self._tokens}))
 
     def _read_file(self, link: Link, command: ReadModelFile) -> None:
-        if link.owes(FilePart):  # as with pictures: parts that nobody reads must not pile up here
+        if link.owes(FilePart):  # as with pictures: parts that a client does not read must not pile up here
             link.put(
                 Failed(
                     request=command.request,

@@ -19,7 +19,7 @@ class MemoryLimit:
     bytes: int
     owner: str
     idle: bool = False
-    """Nobody else is waiting for it: what is free of a GPU, of which a pool may take most."""
+    """Whether the memory lies idle, as what is free of a GPU does: a pool may take most of it."""
 
 
 def memory_limit(root: Path = Path("/")) -> MemoryLimit:

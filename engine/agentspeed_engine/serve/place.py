@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, final
+from typing import TYPE_CHECKING, Literal, Protocol, final
 
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.models.catalog import read_source
@@ -11,8 +11,18 @@ from agentspeed_engine.models.kv_layout import DTYPE_BYTES
 from agentspeed_engine.serve.memory_limit import MemoryLimit
 
 if TYPE_CHECKING:
-    from agentspeed_engine.serve.options import EngineOptions
     from agentspeed_kernels.platform import Platform
+
+
+class PlaceOptions(Protocol):
+    """What of the engine's options decides where it computes."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def dtype(self) -> Literal["auto", "float32", "float64", "bfloat16"]: ...
+    @property
+    def device(self) -> Literal["auto", "cpu", "cuda"]: ...
 
 
 @final
@@ -28,7 +38,7 @@ class Place:
     """What a user hears at the start; empty where there was nothing to choose."""
 
 
-def placed(options: EngineOptions) -> Place:
+def placed(options: PlaceOptions) -> Place:
     """The device that `options` names or, for auto, the best one. Raises `EngineFault` (bad_options) for a GPU that was
     asked for and cannot be used."""
     # Imported late: what is wrong with options is answered before anything heavy is loaded.
@@ -48,8 +58,8 @@ def placed(options: EngineOptions) -> Place:
     return Place("cuda", platform, memory, f"cuda: {platform.model}, {memory.bytes / 1e9:.1f} GB free")
 
 
-def objection(options: EngineOptions, platform: Platform, memory: MemoryLimit) -> str | None:
-    """Why nobody should be given this GPU who did not ask for it; None when it serves the model."""
+def objection(options: PlaceOptions, platform: Platform, memory: MemoryLimit) -> str | None:
+    """Why `auto` does not choose this GPU; None when it serves the model."""
     if "triton" not in platform.features:
         return f"its kernels cannot run: {platform.absent.get('triton', 'triton is absent')}"
     source = read_source(options.model)

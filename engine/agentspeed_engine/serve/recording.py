@@ -43,7 +43,7 @@ class RecordingOrder:
     content: bool
     every: int = STEPS_PER_DIGEST
     crash_only: bool = False
-    """Nobody asked for it: it goes when the engine ends in order, and an engine that cannot have it does without."""
+    """A crash recording: it is removed when the engine ends in order, and an engine that cannot write it runs on."""
 
 
 def begun(core: Core, order: RecordingOrder | None, *, began: float) -> Tape | None:

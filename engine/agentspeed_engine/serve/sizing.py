@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Literal, Protocol
 
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.ids import pages_for
@@ -10,17 +10,31 @@ from agentspeed_engine.models.kv_layout import DTYPE_BYTES
 from agentspeed_engine.serve.memory_limit import MemoryLimit, memory_limit
 from agentspeed_engine.spmd.report import SPARE_PART
 
-if TYPE_CHECKING:
-    from agentspeed_engine.serve.options import EngineOptions
-
 _MOST_DEFAULT_PAGES = 16_384
 """A default pool never asks for more pages than this: a million tokens is plenty until someone says otherwise."""
 _IDLE_SHARE = 0.85
 """Of what weights leave of memory that lies idle; the rest is for activations and compiled steps."""
 
 
+class PoolOptions(Protocol):
+    """What of the engine's options a pool is sized by."""
+
+    @property
+    def dtype(self) -> Literal["auto", "float32", "float64", "bfloat16"]: ...
+    @property
+    def context_limit(self) -> int | None: ...
+    @property
+    def pages(self) -> int | None: ...
+    @property
+    def page_tokens(self) -> int: ...
+    @property
+    def host_slots(self) -> int: ...
+    @property
+    def firm_pages(self) -> int | None: ...
+
+
 def sizes(
-    options: EngineOptions, model_limit: int, bytes_per_page: int, parameters: int, limit: MemoryLimit | None = None
+    options: PoolOptions, model_limit: int, bytes_per_page: int, parameters: int, limit: MemoryLimit | None = None
 ) -> tuple[int, int]:
     """(Pages, context limit): what was asked for, else what the memory and the model give (rule L1).
 
@@ -28,7 +42,7 @@ def sizes(
     alone are too large.
     """
     memory = memory_limit() if limit is None else limit
-    # What nobody chose yet is taken for the wider of the formats that it may come to.
+    # A format that is not chosen yet counts as the wider of the two that it may become.
     dtype: str = "float32" if options.dtype == "auto" else options.dtype
     if options.context_limit is not None and options.context_limit > model_limit:
         raise EngineFault(
@@ -70,7 +84,7 @@ def sizes(
     return pages, min(wanted, _fitting_context(options, pages))
 
 
-def _fitting_context(options: EngineOptions, pages: int) -> int:
+def _fitting_context(options: PoolOptions, pages: int) -> int:
     firm = options.firm_pages
     if firm is None:
         # Firm leases get a share of a pool that was sized for them, and only what is left of one that the user sized.

@@ -18,7 +18,8 @@ from agentspeed._core import engine_handle
 from agentspeed._core.engine_options import EngineOptions
 from agentspeed.engine import NANO
 from agentspeed.testing import ScriptedEngine
-from agentspeed.testing.scripted_server import ScriptedServer, ScriptedText
+from agentspeed.testing.scripted_model import ScriptedText
+from agentspeed.testing.scripted_server import ScriptedServer
 from agentspeed.transport.base import Connection
 from agentspeed_engine.serve import options as engine_side
 

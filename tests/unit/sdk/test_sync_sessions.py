@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import signal
 import threading
 import time
@@ -10,7 +12,10 @@ from typing import Any
 
 import pytest
 
+import agentspeed
 from agentspeed import Limits, errors, events, tool
+from agentspeed._core.engine_options import EngineOptions
+from agentspeed._core.options import RestoreOptions, SessionOptions
 from agentspeed.sync import Session, entered
 from agentspeed.testing import ScriptedEngine, ScriptedText, say, tool_call
 
@@ -118,3 +123,61 @@ def test_an_interrupt_cancels_the_turn_and_the_session_goes_on() -> None:
         assert time.monotonic() - began < 10
         assert s.messages == ()
         assert s.generate("And now?").text == "Fine."
+
+
+NOT_THE_SAME = {
+    "open": "it gives the plain session",
+    "tool_call": "nothing can stop a plain block from outside, so it has no timeout",
+    "compact": "a function that writes the summary is a plain one",
+}
+"""Verbs whose arguments differ from the async ones, and why."""
+_PLAIN = {"Forks[Session]": "Generator[tuple[Session, ...], None, None]", "Turn[Any]": "Stream[Turn[Any]]"}
+_PLAIN |= {"RunStream[Any]": "Stream[RunStream[Any]]"}
+
+
+def members(kind: type) -> dict[str, Any]:
+    return {name: value for name, value in vars(kind).items() if not name.startswith("_")}
+
+
+def signature(value: Any) -> str:
+    call = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+    return str(inspect.signature(inspect.unwrap(call))).replace("'", "").replace("asynchronous.", "")
+
+
+def test_every_verb_and_value_of_an_async_session_is_here_with_the_same_arguments() -> None:
+    theirs, ours = members(agentspeed.Session), members(Session)
+    assert theirs.keys() - ours.keys() == {"parent"} and ours.keys() - theirs.keys() == set()
+    assert Session("a folder").parent is None  # it is the plain session, so each has its own
+    for name, value in theirs.items():
+        if name in NOT_THE_SAME or name == "parent":
+            continue
+        wanted = signature(value)
+        for theirs_gives, ours_gives in _PLAIN.items():
+            wanted = re.sub(f"-> {re.escape(theirs_gives)}$", f"-> {ours_gives}", wanted)
+        assert signature(ours[name]) == wanted, name
+
+
+def test_sessions_take_the_same_options_wherever_they_are_made() -> None:
+    made = inspect.signature(agentspeed.Session.__init__).parameters.values()
+    own = {one.name for one in made if one.kind is inspect.Parameter.KEYWORD_ONLY}
+    assert own == SessionOptions.__annotations__.keys()
+    assert RestoreOptions.__annotations__.keys() == own | EngineOptions.__annotations__.keys()
+
+
+def test_calls_are_served_sessions_scored_and_copied_from_plain_code() -> None:
+    script = [tool_call("add", a=17, b=25), "42.", "We added.", "Twice."]
+    with entered(ScriptedEngine(script)) as engine, Session(engine.engine, tools=[add], name="plain") as s:
+        (call,) = s.generate("17 plus 25?").tool_calls
+        with s.tool_call(call, expect=0.0) as pending:
+            pending.result = pending.arguments["a"] + pending.arguments["b"]
+        assert s.open_calls == () and s.generate().text == "42."
+        assert s.expect(1.0).keep == "soft"
+        assert (s.inspect().state, s.inspect().known) == ("Held", s.tokens)
+        with pytest.raises(errors.InvalidRequest, match="nothing to score"):
+            _ = s.score("")
+        with s.copy() as other, s.fork() as (child,):
+            assert (other.messages, other.parent, child.parent) == (s.messages, None, s)
+        assert s.compact(summary=lambda fork: fork.generate("Sum up.").text).dropped == 4
+        assert "We added." in s.messages[0].text
+        with Session.from_messages(s.to_messages(), engine.engine, tools=[add]) as again:
+            assert again.messages == s.messages and again.position(1) == s.position(1)

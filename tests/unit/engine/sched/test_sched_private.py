@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import ValuesView
 
 from agentspeed_engine.ids import BranchId
-from agentspeed_engine.kv.kv_cache import Branch
+from agentspeed_engine.kv.branch import Branch
 from agentspeed_engine.protocol import messages as wire
 from agentspeed_engine.sched.redaction import Clear
 from agentspeed_engine.sched.state_codec import packed, unpacked

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from agentspeed_engine.models.families.grouped.config import GroupedConfig
-from agentspeed_engine.models.family import Cut, Shape
 from agentspeed_engine.models.kv_layout import KvLayout, KvPool
 from agentspeed_engine.models.moe_config import expert_shapes, feed_forward_shapes
+from agentspeed_engine.models.tensor_shapes import Cut, Shape
 from agentspeed_engine.spmd.placement import Mesh
 
 KEYS, VALUES = "keys", "values"
