@@ -154,6 +154,7 @@ def _move(log: TokenLog, made: TokenLog, start: int) -> None:
     made.ids.extend(array("I", log.ids[start:]))
     made.made.extend(log.made[start:])
     made.logprobs.extend(array("d", log.logprobs[start:]))
+    made.draw_logprobs.extend(array("d", log.draw_logprobs[start:]))
     made.hidden += [(tokens + shift, characters) for tokens, characters in log.hidden if tokens > start]
 
 

@@ -21,8 +21,8 @@ class Reply(Generic[T]):
     """Of the whole message, as `output`, `tool_calls`, `reasoning` and `partial_call` are: also of what earlier turns
     wrote of it, when this one went on with an open message. No text of `stop` is in it."""
     new_text: str
-    """What this turn wrote of `text`: its `TextDelta` events together. `ids`, `logprobs` and `usage` are of this turn
-    alone too."""
+    """What this turn wrote of `text`: its `TextDelta` events together. `ids`, the log-probabilities and `usage` are
+    of this turn alone too."""
     output: T
     """The text, or what `output=` asked for. With `output=`, None for a turn that ended in calls instead."""
     tool_calls: tuple[ToolCall, ...]
@@ -34,7 +34,13 @@ class Reply(Generic[T]):
     ids: tuple[int, ...]
     """Drawn in this turn, the end id included."""
     logprobs: tuple[float, ...] = ()
+    """Of `ids` in the model's own distribution: the softmax of its logits. Empty, as the next two are, unless asked
+    for."""
+    draw_logprobs: tuple[float, ...] = ()
+    """Of `ids` in the distribution that they were drawn from, after all of `sampling` and the grammar; 0 where only
+    one token could come, as in a greedy turn."""
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    """The most likely ids and their log-probabilities in the model's own distribution."""
     bound: str = ""
     """What ended the turn at fewer tokens than were asked for: the context limit, or the tenant's quota of pages."""
     partial_call: str | None = None

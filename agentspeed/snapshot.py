@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,12 +12,13 @@ import msgspec
 
 from agentspeed._core.options import SessionOptions
 from agentspeed._core.session_core import SessionCore
+from agentspeed.chat.codec import History
 from agentspeed.chat.token_log import Checkpoint, Span
 from agentspeed.errors import InvalidRequest
 from agentspeed.messages import Assistant, System, ToolMessage, User
 from agentspeed.sampling import Sampling
 
-VERSION: Final = 2
+VERSION: Final = 3
 _NOTES: Final = ("description", "title", "examples", "$comment")
 """Keywords of a schema that only say something to a reader."""
 
@@ -40,6 +42,10 @@ class _Sampling(msgspec.Struct, frozen=True, kw_only=True):
     top_k: int | None
     top_p: float
     min_p: float
+    frequency_penalty: float
+    presence_penalty: float
+    repetition_penalty: float
+    logit_bias: dict[int, float]
 
 
 class _Header(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,6 +65,9 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     close_timeout: float
     record_logprobs: bool
     reasoning: bool
+    history_reasoning: History
+    template_variables: str
+    """As JSON: numbers of any length."""
     private: bool
     tenant: str
     seed: int
@@ -66,6 +75,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     ids: bytes
     made: bytes
     logprobs: bytes
+    draw_logprobs: bytes
     spans: list[_Span]
     open_at: int | None
     owed: tuple[int, ...]
@@ -86,13 +96,13 @@ def dump(core: SessionCore, tokenizer: str) -> bytes:
             name=core.id,
             system=core.system,
             tools=core.described,
-            sampling=_Sampling(
-                temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p
-            ),
+            sampling=_Sampling(**{name: getattr(sampling, name) for name in _Sampling.__struct_fields__}),
             timeout=defaults.timeout,
             close_timeout=opening.close_timeout,
             record_logprobs=defaults.record_logprobs,
             reasoning=defaults.reasoning,
+            history_reasoning=defaults.history_reasoning,
+            template_variables=json.dumps(dict(defaults.template_variables)),
             private=opening.private,
             tenant=opening.tenant,
             seed=opening.seed,
@@ -100,6 +110,7 @@ def dump(core: SessionCore, tokenizer: str) -> bytes:
             ids=log.ids.tobytes(),
             made=bytes(log.made),
             logprobs=log.logprobs.tobytes(),
+            draw_logprobs=log.draw_logprobs.tobytes(),
             spans=_dumped(log.spans),
             open_at=log.open_at,
             owed=log.owed,
@@ -124,12 +135,14 @@ def load(data: bytes) -> Snapshot:
             )
         found = msgspec.msgpack.decode(data, type=Snapshot)
         tokens = len(_array("I", found.ids))
-        logprobs = len(_array("d", found.logprobs))
+        logprobs = {len(_array("d", found.logprobs)), len(_array("d", found.draw_logprobs))}
+        if not isinstance(json.loads(found.template_variables), dict):
+            raise ValueError("its template variables are no object")
     except InvalidRequest:
         raise
     except (msgspec.DecodeError, ValueError, TypeError, RecursionError) as error:
         raise InvalidRequest(f"This is no session snapshot: {error}.", remedy="Give what snapshot() gave.") from error
-    if not tokens == logprobs == len(found.made):
+    if logprobs != {tokens} or len(found.made) != tokens:
         raise InvalidRequest("The snapshot is damaged: its parts have different lengths.")
     points = [(found.spans, found.open_at, tokens), *((mark.spans, mark.open_at, mark.tokens) for mark in found.marks)]
     if not all(length in range(tokens + 1) and _fits(spans, open_at, length) for spans, open_at, length in points):
@@ -147,16 +160,13 @@ def options_of(found: Snapshot, given: SessionOptions) -> SessionOptions:
         )
     kept: SessionOptions = {
         "system": found.system,
-        "sampling": Sampling(
-            temperature=found.sampling.temperature,
-            top_k=found.sampling.top_k,
-            top_p=found.sampling.top_p,
-            min_p=found.sampling.min_p,
-        ),
+        "sampling": Sampling(**{name: getattr(found.sampling, name) for name in _Sampling.__struct_fields__}),
         "timeout": found.timeout,
         "close_timeout": found.close_timeout,
         "record_logprobs": found.record_logprobs,
         "reasoning": found.reasoning,
+        "history_reasoning": found.history_reasoning,
+        "template_variables": json.loads(found.template_variables),
         "private": found.private,
         "tenant": found.tenant,
         "seed": found.seed,
@@ -183,7 +193,8 @@ def fill(core: SessionCore, found: Snapshot) -> None:
     core.defaults = replace(core.defaults, missing=tuple(name for name in described if name not in given))
     core.described, core.tokenizer = found.tools, found.tokenizer
     log = core.log
-    log.ids, log.logprobs, log.made = _array("I", found.ids), _array("d", found.logprobs), bytearray(found.made)
+    log.ids, log.made = _array("I", found.ids), bytearray(found.made)
+    log.logprobs, log.draw_logprobs = _array("d", found.logprobs), _array("d", found.draw_logprobs)
     log.spans = list(_loaded(found.spans))
     log.open_at, log.owed = found.open_at, found.owed
     log.marks = {

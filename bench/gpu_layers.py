@@ -95,7 +95,7 @@ def _check_sampling(report: Report) -> None:
     positions = rng.integers(1, 100000, count).tolist()
     rows = sampling_rows(asked, masks, keys, positions)
     got = sampling.sample(logits, rows, Workspace(DEVICE))
-    ids, chance = got.ids.tolist(), got.logprob.tolist()
+    ids, chance, own_chance = got.ids.tolist(), got.logprob.tolist(), got.draw_logprob.tolist()
     top = got.top_ids.tolist()
     host = logits.float().cpu().numpy()
     wrong, wrong_chance = 0, 0.0
@@ -105,6 +105,8 @@ def _check_sampling(report: Report) -> None:
         if wanted.logprob is not None:
             wrong += [number for number, _ in wanted.top] != top[i][: len(wanted.top)]
             wrong_chance = max(wrong_chance, abs(wanted.logprob - chance[i]))
+            own = 0.0 if wanted.draw_logprob is None else wanted.draw_logprob
+            wrong_chance = max(wrong_chance, abs(own - own_chance[i]))
     report.add("layers", "sampling equals the CPU's", rows=count, different=wrong, logprob_error=wrong_chance,
                met=wrong == 0 and wrong_chance < 1e-9)  # fmt: skip
 
@@ -129,6 +131,8 @@ def sampling_rows(asked: list[Any], masks: list[Any], keys: list[Any], positions
         mask_row=column(mask_row, torch.int32),
         asked=column([-1 if one.logprobs is None else one.logprobs for one in asked], torch.int32),
         mask_words=torch.from_numpy(words).to(DEVICE),
+        changed_row=column([-1] * len(asked), torch.int32),
+        changed=None,
     )
 
 

@@ -179,7 +179,7 @@ class Branch:
                 self.mirror.back_to(self._base)
                 self._base = None
         elif isinstance(event, wire.Tokens):
-            self.mirror.drew(unpack_ids(event.ids), event.logprobs)
+            self.mirror.drew(unpack_ids(event.ids), event.logprobs, event.draw_logprobs)
         elif isinstance(event, wire.LeaseChanged):
             self._leased(event.lease)
             if self.on_lease is not None and self.lease is not None:

@@ -50,8 +50,8 @@ class TurnOptions(TypedDict, total=False):
     """The stop text that ended the turn is part of its text."""
     max_tokens: int | None
     logprobs: int | None
-    """0: of each drawn token; k: also of the k most likely ones. They are of the model's own distribution, before
-    temperature, top_k, top_p, min_p and grammar."""
+    """0: of each drawn token; k: also of the k most likely ones. `logprobs` are of the model's own distribution, before
+    anything of `sampling` and the grammar; `draw_logprobs` of the one that the token was drawn from."""
     seed: int | None
     """Makes the turn repeat exactly."""
     keep_on_cancel: bool
@@ -132,6 +132,7 @@ class TurnRequest:
             stop_strings=tuple(text.encode() for text in self.stop),
             grammar=grammar,
             stop_consumed=begun,
+            penalty_consumed=continues,
             seed=self.seed,
         )
 
@@ -315,6 +316,10 @@ def _sampling(options: TurnOptions, defaults: Defaults) -> wire.Sampling:
         top_p=base.top_p,
         min_p=base.min_p,
         logprobs=logprobs,
+        frequency_penalty=base.frequency_penalty,
+        presence_penalty=base.presence_penalty,
+        repetition_penalty=base.repetition_penalty,
+        logit_bias=tuple(base.logit_bias.items()),
     )
 
 
@@ -326,6 +331,16 @@ def check_sampling(sampling: Sampling) -> None:
     check_draw("top_k", sampling.top_k, whole=True, none=True)
     check_draw("top_p", sampling.top_p)
     check_draw("min_p", sampling.min_p)
+    check_draw("frequency_penalty", sampling.frequency_penalty)
+    check_draw("presence_penalty", sampling.presence_penalty)
+    check_draw("repetition_penalty", sampling.repetition_penalty)
+    if not isinstance(sampling.logit_bias, Mapping):
+        raise errors.InvalidSampling(
+            f"logit_bias is {shown(sampling.logit_bias)}.", remedy="It must say what is added to which vocabulary id."
+        )
+    for number, bias in sampling.logit_bias.items():
+        check_draw("an id of logit_bias", number, whole=True)
+        check_draw(f"the logit_bias of id {number}", bias)
 
 
 def _max_tokens(options: TurnOptions) -> int | None:

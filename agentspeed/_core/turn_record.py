@@ -46,6 +46,7 @@ class TurnRecord:
         self._partial_call: str | None = None
         self._ids: list[int] = []
         self._logprobs: list[float] = []
+        self._draw_logprobs: list[float] = []
         self._top: list[tuple[tuple[int, float], ...]] = []
         self._told: list[events.AnyEvent] = []
         self._earlier_calls: deque[ToolCall] = deque()
@@ -114,6 +115,7 @@ class TurnRecord:
         ids = list(unpack_ids(event.ids))
         self._ids += ids
         self._logprobs += event.logprobs
+        self._draw_logprobs += event.draw_logprobs
         self._top += [tuple((other.id, other.logprob) for other in top) for top in event.top]
         fresh = self._decoder.feed([number for number in ids if number not in self._codec.stop_ids])
         if fresh:
@@ -215,6 +217,7 @@ class TurnRecord:
             usage=self.usage,
             ids=tuple(self._ids),
             logprobs=tuple(self._logprobs),
+            draw_logprobs=tuple(self._draw_logprobs),
             top_logprobs=tuple(self._top),
             bound=self.ended.message,
             partial_call=partial,

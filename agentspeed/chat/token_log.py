@@ -45,7 +45,9 @@ class TokenLog:
         self.made = bytearray()
         """1 where the model drew the id."""
         self.logprobs = array("d")
-        """Of drawn ids, when asked for; NaN elsewhere."""
+        """Of drawn ids in the model's own distribution, when asked for; NaN elsewhere."""
+        self.draw_logprobs = array("d")
+        """Of drawn ids in the distribution that they were drawn from, when asked for; NaN elsewhere."""
         self.spans: list[Span] = []
         self.open_at: int | None = None
         """Where the text of an assistant message that is not closed begins; None when all messages are closed."""
@@ -75,12 +77,14 @@ class TokenLog:
         self.ids.extend(ids)
         self.made.extend(bytes(len(ids)))
         self.logprobs.extend([math.nan] * len(ids))
+        self.draw_logprobs.extend([math.nan] * len(ids))
 
-    def drew(self, ids: Sequence[int], logprobs: Sequence[float]) -> None:
-        """Ids the model drew; `logprobs` is empty or as long."""
+    def drew(self, ids: Sequence[int], logprobs: Sequence[float], draw_logprobs: Sequence[float]) -> None:
+        """Ids the model drew; each of the other two is empty or as long."""
         self.ids.extend(ids)
         self.made.extend(b"\x01" * len(ids))
         self.logprobs.extend(logprobs or [math.nan] * len(ids))
+        self.draw_logprobs.extend(draw_logprobs or [math.nan] * len(ids))
 
     def checkpoint(self) -> Checkpoint:
         return Checkpoint(len(self.ids), tuple(self.spans), self.open_at, self.owed)
@@ -90,6 +94,7 @@ class TokenLog:
         del self.ids[point.tokens :]
         del self.made[point.tokens :]
         del self.logprobs[point.tokens :]
+        del self.draw_logprobs[point.tokens :]
         self.spans = list(point.spans)
         self.open_at, self.owed = point.open_at, point.owed
         self.marks = {name: mark for name, mark in self.marks.items() if mark.tokens <= point.tokens}
@@ -114,6 +119,7 @@ class TokenLog:
         other.ids = self.ids[:tokens]
         other.made = self.made[:tokens]
         other.logprobs = self.logprobs[:tokens]
+        other.draw_logprobs = self.draw_logprobs[:tokens]
         other.spans = list(point.spans)
         other.open_at, other.owed = point.open_at, point.owed
         other.marks = {name: mark for name, mark in self.marks.items() if mark.tokens <= tokens}

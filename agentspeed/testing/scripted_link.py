@@ -148,7 +148,7 @@ class ScriptedLink:
                 self._check_room(len(branch.log) + len(ids))
                 branch.log.extend(ids)
             case wire.Generate():
-                validate_sampling(command.sampling)
+                validate_sampling(command.sampling, self._model.vocab_size)
                 ids = unpack_ids(command.ids)
                 self._check_room(len(branch.log) + len(ids), 0 if command.max_tokens == 0 else 1)
                 branch.log.extend(ids)
@@ -269,6 +269,7 @@ class ScriptedLink:
                 ids=pack_ids(ids),
                 logprobs=() if most is None else (CERTAIN,) * len(ids),
                 top=tuple(self._model.most_likely(drawn, most) for drawn in ids) if most else (),
+                draw_logprobs=() if most is None else (CERTAIN,) * len(ids),
             ),
         )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -15,7 +16,12 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 import tests.triton_interpreter  # noqa: F401 - must come before the first kernel
+from agentspeed_engine.exec.penalties import Adjustment
 from agentspeed_engine.exec.sampler import draw
+from agentspeed_engine.exec.sampling_rows import on_device
+from agentspeed_engine.exec.step_input import Sample
+from agentspeed_engine.ids import BranchId
+from agentspeed_engine.kv.views import TurnSpec
 from agentspeed_engine.protocol.messages import Sampling
 from agentspeed_kernels.signature import KernelSpec
 from agentspeed_kernels.testing import conformance
@@ -152,8 +158,9 @@ RULES = (
 )
 
 
+@pytest.mark.parametrize("penalised", [False, True])
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-def test_the_device_draws_what_the_sampler_on_the_cpu_draws(kind: torch.dtype) -> None:
+def test_the_device_draws_what_the_sampler_on_the_cpu_draws(kind: torch.dtype, penalised: bool) -> None:
     rng = np.random.default_rng(1)
     vocabulary, count = 701, len(RULES)
     logits = torch.from_numpy(rng.normal(size=(count, vocabulary)) * 3).to(kind)
@@ -164,13 +171,15 @@ def test_the_device_draws_what_the_sampler_on_the_cpu_draws(kind: torch.dtype) -
     masks = [None if i % 3 else rng.random(vocabulary) < 0.3 for i in range(count)]
     keys = [(random.Random(i).getrandbits(63), i, 3 * i) for i in range(count)]
     positions = [100 + i for i in range(count)]
-    rows = sampling_rows(RULES, masks, keys, positions, vocabulary)
+    adjustments = {i: adjustment(rng, vocabulary) for i in range(0, count, 2)} if penalised else {}
+    rows = sampling_rows(RULES, masks, keys, positions, logits, adjustments)
     got = sampling.sample(logits, rows, Workspace())
     for i, rule in enumerate(RULES):
-        wanted = draw(logits[i].float().numpy(), rule, keys[i], positions[i], masks[i])
+        wanted = draw(logits[i].float().numpy(), rule, keys[i], positions[i], masks[i], adjustments.get(i))
         assert got.ids[i].item() == wanted.id
         if wanted.logprob is not None:
             assert got.logprob[i].item() == pytest.approx(wanted.logprob, abs=1e-9)
+            assert got.draw_logprob[i].item() == pytest.approx(wanted.draw_logprob, abs=1e-9)
             found = got.top_ids[i, : len(wanted.top)].tolist()
             assert found == [number for number, _ in wanted.top]
             assert np.allclose(got.top_logprobs[i, : len(found)].numpy(), [value for _, value in wanted.top])
@@ -182,30 +191,29 @@ def test_logits_nothing_can_be_drawn_from_are_reported_a_row() -> None:
     logits[0, 3], logits[1, 3] = float("nan"), float("inf")
     logits[2, :] = -float("inf")
     forbidden = np.zeros(40, dtype=bool)
-    rows = sampling_rows([Sampling(temperature=1.0)] * 4, [None, None, None, forbidden], [(1, 2, 3)] * 4, [5] * 4, 40)
+    masks = [None, None, None, forbidden]
+    rows = sampling_rows([Sampling(temperature=1.0)] * 4, masks, [(1, 2, 3)] * 4, [5] * 4, logits, {})
     assert sampling.sample(logits, rows, Workspace()).faulty.tolist() == [1, 1, 1, 2]
 
 
+def adjustment(rng: np.random.Generator, vocabulary: int) -> Adjustment:
+    ids = np.flatnonzero(rng.random(vocabulary) < 0.2)
+    scale = np.where(rng.random(len(ids)) < 0.5, 1.7, 1.0).astype(np.float32)
+    return Adjustment(ids, scale, (rng.normal(size=len(ids)) * 5).astype(np.float32))
+
+
 def sampling_rows(
-    rules: tuple[Sampling, ...] | list[Sampling],
-    masks: list[np.ndarray | None],
-    keys: list[tuple[int, int, int]],
-    positions: list[int],
-    vocabulary: int,
+    rules: Sequence[Sampling],
+    masks: Sequence[np.ndarray | None],
+    keys: Sequence[tuple[int, int, int]],
+    positions: Sequence[int],
+    logits: torch.Tensor,
+    adjustments: Mapping[int, Adjustment],
 ) -> sampling.SamplingRows:
-    held = [mask for mask in masks if mask is not None]
-    words = np.zeros((max(len(held), 1), -(-vocabulary // 32)), np.int32)
-    for row, mask in zip(words, held, strict=False):
-        row[:] = np.packbits(np.pad(mask, (0, row.size * 32 - mask.size)), bitorder="little").view(np.int32)
-    numbers = np.cumsum([mask is not None for mask in masks]) - 1
-    mask_row = [int(n) if mask is not None else -1 for n, mask in zip(numbers, masks, strict=True)]
-    return sampling.SamplingRows(
-        temperature=torch.tensor([rule.temperature for rule in rules], dtype=torch.float64),
-        top_k=torch.tensor([rule.top_k or 0 for rule in rules], dtype=torch.int32),
-        top_p=torch.tensor([rule.top_p for rule in rules], dtype=torch.float64),
-        min_p=torch.tensor([rule.min_p for rule in rules], dtype=torch.float64),
-        state=torch.from_numpy(sampling.noise_state(keys, positions)),
-        mask_row=torch.tensor(mask_row, dtype=torch.int32),
-        asked=torch.tensor([-1 if rule.logprobs is None else rule.logprobs for rule in rules], dtype=torch.int32),
-        mask_words=torch.from_numpy(words),
-    )
+    """As the engine makes them."""
+    samples = [
+        Sample(TurnSpec(turn=i, branch=BranchId(i), sampling=rule, draw_key=key, stop_strings=(), grammar=None,
+                        consumed_ids=(), prompt_tokens=0), position)
+        for i, (rule, key, position) in enumerate(zip(rules, keys, positions, strict=True))
+    ]  # fmt: skip
+    return on_device(samples, {i: mask for i, mask in enumerate(masks) if mask is not None}, adjustments, logits)

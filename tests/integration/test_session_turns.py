@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import anyio
@@ -202,6 +203,37 @@ async def test_logprobs_come_with_each_token_when_asked_for(checkpoint: Path) ->
         path = s.trajectory()
         assert path.ids == s.ids and sum(path.made) == 4
         assert tuple(value for value, made in zip(path.logprobs, path.made, strict=True) if made) == reply.logprobs
+
+
+async def test_the_distribution_that_drew_stands_beside_the_model_s_own(checkpoint: Path) -> None:
+    """The behaviour policy: equal to the model's own where nothing changes it, and certain where the turn is greedy."""
+    async with Session(checkpoint, record_logprobs=True) as s:
+        plain = await s.generate("Say it.", max_tokens=4, temperature=1.0)
+        assert plain.draw_logprobs == pytest.approx(plain.logprobs, abs=1e-9)
+        greedy = await s.generate("Again.", max_tokens=4)
+        assert greedy.draw_logprobs == (0.0,) * 4 != greedy.logprobs
+        pair = await s.generate("Two.", max_tokens=4, sampling=Sampling(temperature=1.0, top_k=2), logprobs=2)
+        for number, own, top in zip(pair.ids, pair.draw_logprobs, pair.top_logprobs, strict=True):
+            likely = {other: math.exp(value) for other, value in top}
+            assert math.exp(own) == pytest.approx(likely[number] / sum(likely.values()), abs=1e-6)
+        path = s.trajectory()
+        drawn = tuple(value for value, made in zip(path.draw_logprobs, path.made, strict=True) if made)
+        assert drawn == plain.draw_logprobs + greedy.draw_logprobs + pair.draw_logprobs
+
+
+async def test_penalties_and_a_bias_decide_what_is_drawn_whether_or_not_the_message_was_cut(checkpoint: Path) -> None:
+    rule = Sampling(frequency_penalty=2.0, presence_penalty=1.0, repetition_penalty=1.5)
+    async with Session(checkpoint, sampling=rule) as s, Session(checkpoint) as plain, Session(checkpoint) as biased:
+        whole = await plain.generate("Count.", max_tokens=24, sampling=rule)
+        assert len(set(whole.ids)) > len(set((await biased.generate("Count.", max_tokens=24)).ids))
+        _ = await s.generate("Count.", max_tokens=7)
+        async with s.fork() as children:
+            assert (await children[0].generate(max_tokens=17)).ids == whole.ids[7:]
+        assert (await s.generate(max_tokens=17)).ids == whole.ids[7:], "what stands in the message counts"
+        likes = Sampling(logit_bias={whole.ids[3]: 100.0})
+        assert (await biased.generate("Again.", max_tokens=5, sampling=likes)).ids == (whole.ids[3],) * 5
+        with pytest.raises(errors.InvalidSampling, match="an id of logit_bias is 99999999"):
+            _ = await biased.generate("No.", sampling=Sampling(logit_bias={99999999: 1.0}))
 
 
 async def test_messages_can_be_added_and_their_rows_computed_ahead(checkpoint: Path) -> None:

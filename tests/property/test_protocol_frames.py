@@ -161,9 +161,9 @@ def test_an_outbox_that_no_frame_holds_goes_in_several_and_a_long_delta_in_parts
     ids, logprobs = list(range(300)), [-number / 2 for number in range(300)]
     top = tuple((wire.TopLogprob(id=number, logprob=-1.0),) for number in range(300))
     done = [wire.Done(request=number) for number in range(60)]
-    reader.feed(
-        encode_outbox((*done, wire.Tokens(branch=3, ids=pack_ids(ids), logprobs=tuple(logprobs), top=top), *done))
-    )
+    own = [-number / 4 for number in range(300)]
+    delta = wire.Tokens(branch=3, ids=pack_ids(ids), logprobs=tuple(logprobs), top=top, draw_logprobs=tuple(own))
+    reader.feed(encode_outbox((*done, delta, *done)))
     got = [message for frame in reader for message in frame]
     assert reader.pending_bytes == 0
     tokens = [message for message in got if isinstance(message, wire.Tokens)]
@@ -172,6 +172,7 @@ def test_an_outbox_that_no_frame_holds_goes_in_several_and_a_long_delta_in_parts
     assert [number for part in tokens for number in unpack_ids(part.ids)] == ids
     assert [value for part in tokens for value in part.logprobs] == logprobs
     assert tuple(value for part in tokens for value in part.top) == top
+    assert [value for part in tokens for value in part.draw_logprobs] == own
 
 
 def test_a_message_that_no_frame_holds_is_refused_by_name_and_size(monkeypatch: pytest.MonkeyPatch) -> None:

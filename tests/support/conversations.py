@@ -123,7 +123,7 @@ class Log:
         raw = written(self.codec, self.tags, [span.message for span in self.mirror.spans], said)
         assert self.mirror.open_at is not None
         opened = self.mirror.open_at
-        self.mirror.drew([*self.codec.tokenizer.template_ids(raw), end], [])
+        self.mirror.drew([*self.codec.tokenizer.template_ids(raw), end], [], [])
         transcript.settle(self.mirror, self.codec, "stop_id")
         transcript.record(self.mirror, self.parsed(raw, said), opened)
 

@@ -48,6 +48,7 @@ class TurnRecord:
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top: list[tuple[wire.TopLogprob, ...]] = field(default_factory=list)
+    draw_logprobs: list[float] = field(default_factory=list)
     started: wire.TurnStarted | None = None
     ended: wire.TurnEnded | None = None
     frames: int = 0
@@ -102,6 +103,7 @@ class Front:
                     turn = self.turns[message.branch][-1]
                     turn.ids += unpack_ids(message.ids)
                     turn.logprobs += message.logprobs
+                    turn.draw_logprobs += message.draw_logprobs
                     turn.top += message.top
                     turn.frames += 1
                 case wire.TurnEnded():

@@ -1,4 +1,4 @@
-"""What running turns hold on the host beside the model: matchers of grammars and watches for stop strings."""
+"""What running turns hold on the host beside the model: matchers of grammars, watches for stop strings, penalties."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.exec.grammar import GrammarRefused, Matchers
+from agentspeed_engine.exec.penalties import Adjustment, Penalties, penalises
 from agentspeed_engine.exec.step_input import Sample
 from agentspeed_engine.exec.stops import StopWatch
 from agentspeed_engine.exec.vocabulary import Vocabulary
@@ -27,11 +28,12 @@ class Automata:
         self._vocabulary = vocabulary
         self._matchers = Matchers(vocabulary)
         self._stops: dict[int, StopWatch] = {}
+        self._penalties: dict[int, Penalties] = {}
 
     @property
     def turns(self) -> frozenset[int]:
         """The turns of which something is kept."""
-        return frozenset(self._matchers.turns | self._stops.keys())
+        return frozenset(self._matchers.turns | self._stops.keys() | self._penalties.keys())
 
     def prepare(self, spec: TurnSpec) -> str | None:
         """Why the turn cannot be served, or None."""
@@ -51,6 +53,7 @@ class Automata:
         self._matchers.forget(turns)
         for turn in turns:
             self._stops.pop(turn, None)
+            self._penalties.pop(turn, None)
 
     def allowed(self, sample: Sample) -> NDArray[np.bool_] | None:
         """[vocab] of the ids that may be drawn; None: all. Raises one of `REFUSALS`."""
@@ -59,9 +62,21 @@ class Automata:
             return None
         return self._matchers.allowed(spec, spec.grammar, sample.position - spec.prompt_tokens)
 
+    def adjustment(self, sample: Sample) -> Adjustment | None:
+        """What the turn's penalties and bias make of its logits; None: it has none."""
+        spec = sample.spec
+        if not penalises(spec):
+            return None
+        penalties = self._penalties.get(spec.turn)
+        if penalties is None:
+            penalties = self._penalties[spec.turn] = Penalties(spec, self._vocabulary.vocab_size)
+        return penalties.at(sample.position - spec.prompt_tokens)
+
     def end(self, sample: Sample, token: int) -> DrawnEnd | None:
         """Why the turn ends with the token drawn for `sample`, if it does. Raises one of `REFUSALS`."""
         spec = sample.spec
+        if (penalties := self._penalties.get(spec.turn)) is not None:
+            penalties.drew(token)
         complete = spec.grammar is not None and self._matchers.consume(spec, token)
         if self._completes_stop_string(spec, sample.position - spec.prompt_tokens, token):
             return "stop_string"

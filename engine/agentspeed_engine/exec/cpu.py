@@ -113,7 +113,9 @@ class CpuExecutor:
     def _sample(self, sample: Sample, logits: NDArray[Any]) -> Token | Refusal:
         spec = sample.spec
         try:
-            chosen = draw(logits, spec.sampling, spec.draw_key, sample.position, self._automata.allowed(sample))
-            return Token(chosen.id, chosen.logprob, chosen.top, self._automata.end(sample, chosen.id))
+            allowed, adjustment = self._automata.allowed(sample), self._automata.adjustment(sample)
+            chosen = draw(logits, spec.sampling, spec.draw_key, sample.position, allowed, adjustment)
+            end = self._automata.end(sample, chosen.id)
+            return Token(chosen.id, chosen.logprob, chosen.top, end, chosen.draw_logprob)
         except REFUSALS as reason:
             return Refusal(str(reason))

@@ -15,6 +15,7 @@ from torch import Tensor
 from agentspeed_engine.errors import BrokenInvariant, EngineFault
 from agentspeed_engine.exec.automata import REFUSALS, Automata
 from agentspeed_engine.exec.executor import Pending, Refusal, Sampled, Token
+from agentspeed_engine.exec.penalties import Adjustment
 from agentspeed_engine.exec.sampler import not_finite, ruled_out
 from agentspeed_engine.exec.sampling_rows import asked_of, on_device
 from agentspeed_engine.exec.step_input import Sample, StepInput
@@ -43,6 +44,7 @@ class Enqueued:
     ids: Tensor
     faulty: Tensor
     logprob: Tensor
+    draw_logprob: Tensor
     top_ids: Tensor
     top_logprobs: Tensor
 
@@ -88,9 +90,10 @@ class CudaExecutor:
         with _named_faults():
             pending.event.synchronize()
         arrived = time.perf_counter()
-        ids, faulty, logprob = pending.ids.tolist(), pending.faulty.tolist(), pending.logprob.tolist()
+        ids, faulty = pending.ids.tolist(), pending.faulty.tolist()
+        logprobs = list(zip(pending.logprob.tolist(), pending.draw_logprob.tolist(), strict=True))
         sampled = tuple(
-            self._token(pending, place, one, ids[place], faulty[place], logprob[place])
+            self._token(pending, place, one, ids[place], faulty[place], logprobs[place])
             for place, one in enumerate(pending.samples)
         )
         self.model_seconds += arrived - started
@@ -128,19 +131,23 @@ class CudaExecutor:
     def _sample(self, step: StepInput, logits: Tensor) -> Enqueued:
         started = time.perf_counter()
         masks: dict[int, Any] = {}
+        adjustments: dict[int, Adjustment] = {}
         refused: dict[int, str] = {}
         for place, one in enumerate(step.samples):
             try:
                 if (allowed := self._automata.allowed(one)) is not None:
                     masks[place] = allowed
+                if (adjustment := self._automata.adjustment(one)) is not None:
+                    adjustments[place] = adjustment
             except REFUSALS as reason:
                 refused[place] = str(reason)
         self.sampling_seconds += time.perf_counter() - started
         if step.samples:
-            drawn = sample(logits, on_device(step.samples, masks, logits.shape[1], self._device), self._workspace)
+            drawn = sample(logits, on_device(step.samples, masks, adjustments, logits), self._workspace)
             ids = torch.where(drawn.faulty == 0, drawn.ids, 0)
             asked = any(asked_of(one) >= 0 for one in step.samples)
-            held = (ids, drawn.faulty, *((drawn.logprob, drawn.top_ids, drawn.top_logprobs) if asked else ()))
+            reported = (drawn.logprob, drawn.draw_logprob, drawn.top_ids, drawn.top_logprobs)
+            held = (ids, drawn.faulty, *(reported if asked else ()))
         else:
             ids = torch.zeros(0, dtype=torch.int64, device=self._device)
             held = (ids, ids)
@@ -150,9 +157,9 @@ class CudaExecutor:
             target.copy_(source, non_blocking=True)
         event = _cuda.Event(blocking=True)
         event.record()
-        none = torch.zeros(len(step.samples), 0)
-        logprob, top_ids, top_logprobs = host[2:] if len(host) > 2 else (torch.zeros(len(step.samples)), none, none)
-        return Enqueued(step.step, event, step.samples, refused, host[0], host[1], logprob, top_ids, top_logprobs)
+        none, zeros = torch.zeros(len(step.samples), 0), torch.zeros(len(step.samples))
+        told = host[2:] if len(host) > 2 else (zeros, zeros, none, none)
+        return Enqueued(step.step, event, step.samples, refused, host[0], host[1], *told)
 
     def _keep(self, step: int, ids: Tensor) -> None:
         """A step is named only by those that were planned while it was in flight: at most `depth` later ones."""
@@ -163,8 +170,9 @@ class CudaExecutor:
 
     # ---- on the host ----------------------------------------------------------------------------------------------
     def _token(
-        self, pending: Enqueued, place: int, one: Sample, token: int, faulty: int, logprob: float
+        self, pending: Enqueued, place: int, one: Sample, token: int, faulty: int, logprobs: tuple[float, float]
     ) -> Token | Refusal:
+        """`logprobs`: of the model's own distribution, and of the one that the token was drawn from."""
         if place in pending.refused:
             return Refusal(pending.refused[place])
         if faulty:
@@ -177,7 +185,7 @@ class CudaExecutor:
         if asked < 0:
             return Token(token, None, (), end)
         best = pending.top_ids[place, :asked].tolist(), pending.top_logprobs[place, :asked].tolist()
-        return Token(token, logprob, tuple(zip(*best, strict=True)), end)
+        return Token(token, logprobs[0], tuple(zip(*best, strict=True)), end, logprobs[1])
 
 
 @contextmanager

@@ -27,6 +27,9 @@ class Token:
     """(id, logprob) of the likeliest, best first: as many as the turn asked for."""
     end: DrawnEnd | None = None
     """Why the turn ends with this token, if one of the turn's automata says so."""
+    draw_logprob: float | None = None
+    """Natural logarithm of its probability in the distribution that it was drawn from: after penalties, bias, grammar,
+    temperature, top_k, top_p and min_p; 0 of a greedy turn. None where `logprob` is."""
 
 
 @final

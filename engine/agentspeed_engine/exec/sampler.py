@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.exec.penalties import Adjustment
 from agentspeed_engine.protocol.messages import Sampling
 from agentspeed_engine.protocol.sampling import LEAST_TEMPERATURE
 
@@ -24,11 +25,14 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 @final
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """The drawn id, and what was asked to be reported of the unmodified distribution."""
+    """The drawn id, and what was asked to be reported."""
 
     id: int
     logprob: float | None
+    """Of the softmax of the unmodified logits, as `top` is."""
     top: tuple[tuple[int, float], ...]
+    draw_logprob: float | None
+    """Of the distribution that it was drawn from; 0 of a greedy draw."""
 
 
 def draw(
@@ -37,17 +41,21 @@ def draw(
     key: tuple[int, int, int],
     position: int,
     allowed: NDArray[np.bool_] | None = None,
+    adjustment: Adjustment | None = None,
 ) -> Draw:
     """`logits` [vocab] of any float dtype are not changed. `position` is that of the token drawn.
 
-    `allowed` [vocab] masks by grammar; the caller makes sure that it allows at least one id. Raises `EngineFault` for
-    logits nothing can be drawn from: what a model with broken weights computes."""
+    `allowed` [vocab] masks by grammar; the caller makes sure that it allows at least one id. `adjustment`: what
+    penalties and a bias make of the logits. Raises `EngineFault` for logits nothing can be drawn from: what a model
+    with broken weights computes."""
     if not np.isfinite(logits.max()):  # the largest is NaN when any is
         raise not_finite()
-    masked = logits if allowed is None else np.where(allowed, logits, -np.inf)
+    adjusted = logits if adjustment is None else adjustment.of(logits)
+    masked = adjusted if allowed is None else np.where(allowed, adjusted, -np.inf)
     chosen = int(masked.argmax())
     if masked[chosen] == -np.inf:
         raise ruled_out()
+    draw_logprob = 0.0
     if sampling.temperature >= LEAST_TEMPERATURE:
         exact = masked.astype(np.float64)
         with np.errstate(over="ignore"):  # what is that far below the largest has no probability
@@ -55,8 +63,10 @@ def draw(
         candidates = _candidates(scaled, sampling)
         scores = scaled[candidates] + gumbel(key, position, candidates)
         chosen = int(candidates[int(scores.argmax())])
+        if sampling.logprobs is not None:
+            draw_logprob = float(scaled[chosen]) - _log_sum_exp(scaled[candidates])
     if sampling.logprobs is None:
-        return Draw(chosen, None, ())
+        return Draw(chosen, None, (), None)
     exact = logits.astype(np.float64)
     logprobs = exact - _log_sum_exp(exact)
     count = min(sampling.logprobs, len(logits))
@@ -66,7 +76,7 @@ def draw(
         best = np.flatnonzero(logprobs >= edge)  # all that tie at the edge, so that the lowest ids are the ones taken
         best = best[np.lexsort((best, -logprobs[best]))][:count]
         top = tuple((int(number), float(logprobs[number])) for number in best)
-    return Draw(chosen, float(logprobs[chosen]), top)
+    return Draw(chosen, float(logprobs[chosen]), top, draw_logprob)
 
 
 def not_finite() -> EngineFault:

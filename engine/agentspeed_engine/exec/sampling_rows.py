@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from agentspeed_engine.exec.penalties import Adjustment
 from agentspeed_engine.exec.step_input import Sample
 from agentspeed_engine.protocol.sampling import LEAST_TEMPERATURE
 from agentspeed_kernels.triton.sampling import SamplingRows, noise_state
@@ -21,10 +23,15 @@ def asked_of(sample: Sample) -> int:
 
 
 def on_device(
-    samples: Sequence[Sample], masks: Mapping[int, NDArray[np.bool_]], vocabulary: int, device: torch.device
+    samples: Sequence[Sample],
+    masks: Mapping[int, NDArray[np.bool_]],
+    adjustments: Mapping[int, Adjustment],
+    logits: Tensor,
 ) -> SamplingRows:
-    """`masks` [vocab] by place among the samples: what grammars allow there."""
-    count, words = len(samples), -(-vocabulary // 32)
+    """By place among the samples, which are the rows of `logits` [B, vocab]: `masks` [vocab], what grammars allow
+    there, and what penalties and biases make of the logits."""
+    count, (_, vocabulary), device = len(samples), logits.shape, logits.device
+    words = -(-vocabulary // 32)
     given = [one.spec.sampling for one in samples]
     mask_row = np.full(count, -1, np.int32)
     bits = np.zeros((max(len(masks), 1), words), np.int32)
@@ -32,6 +39,9 @@ def on_device(
         mask_row[place] = row
         packed = np.packbits(allowed, bitorder="little")
         bits.view(np.uint8).reshape(bits.shape[0], -1)[row, : packed.size] = packed
+    changed_row = np.full(count, -1, np.int32)
+    changed_row[list(adjustments)] = range(len(adjustments))
+    touched, scale, shift = _flat(adjustments.values(), vocabulary)
     parts: tuple[NDArray[Any], ...] = (
         np.array([one.temperature if one.temperature >= LEAST_TEMPERATURE else 0.0 for one in given], np.float64),
         np.array([0 if one.top_k is None else min(one.top_k, vocabulary) for one in given], np.int32),
@@ -41,6 +51,11 @@ def on_device(
         mask_row,
         np.array([asked_of(one) for one in samples], np.int32),
         bits,
+        changed_row,
+        np.array(list(adjustments), np.int64),
+        touched,
+        scale,
+        shift,
     )
     # Each begins at a multiple of 16 bytes: compiled kernels rely on where an array begins.
     starts = np.concatenate([[0], np.cumsum([-(-part.nbytes // 16) * 16 for part in parts])]).tolist()
@@ -53,4 +68,28 @@ def on_device(
         block[start : start + part.nbytes].view(torch.from_numpy(part[:0]).dtype).view(part.shape)
         for start, part in zip(starts, parts, strict=False)
     ]
-    return SamplingRows(*tensors)
+    rows, at, by, more = tensors[-4:]
+    return SamplingRows(*tensors[:-4], _changed(logits[rows], at, by, more) if adjustments else None)
+
+
+def _flat(adjustments: Iterable[Adjustment], vocabulary: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Of all together: places in [row, vocab] taken as one axis, scales and shifts."""
+    held = list(adjustments)
+    if not held:
+        return np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.float32)
+    return (
+        np.concatenate([row * vocabulary + one.ids for row, one in enumerate(held)]),
+        np.concatenate([one.scale for one in held]),
+        np.concatenate([one.shift for one in held]),
+    )
+
+
+def _changed(logits: Tensor, at: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """`exec.penalties.Adjustment.of`, of several rows and in float32."""
+    changed = logits.float()
+    flat = changed.view(-1)
+    held = flat[at]
+    most = torch.finfo(torch.float32).max
+    other = (torch.where(held > 0, held / scale, held * scale) + shift).clamp(-most, most)
+    flat[at] = torch.where(torch.isinf(held), held, other)
+    return changed

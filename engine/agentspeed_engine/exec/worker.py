@@ -48,7 +48,9 @@ class Worker:
             if isinstance(token, Refusal):
                 refused.append((row.branch, row.epoch, token.reason))
             else:
-                drawn.append(Drawn(row.branch, row.epoch, token.id, token.logprob, token.top, token.end))
+                drawn.append(
+                    Drawn(row.branch, row.epoch, token.id, token.logprob, token.top, token.end, token.draw_logprob)
+                )
         return StepResult(launched.plan.seq, tuple(drawn), tuple(refused), time.perf_counter() - launched.started)
 
     def execute(self, plan: StepPlan) -> StepResult:

@@ -51,3 +51,8 @@ class TurnSpec:
     prompt_tokens: int
     """Known ids when the turn was queued: position of the first drawn token."""
     stop_ids: frozenset[int] = frozenset()
+    seen: bytes = b""
+    """The log when the turn was queued, packed, for a repetition penalty; empty where the turn has none."""
+    counted: bytes = b""
+    """The ids of the message that the turn goes on with, packed, for frequency and presence penalties; empty where the
+    turn has none."""

@@ -122,10 +122,17 @@ def _halves(message: Outgoing, size: int) -> tuple[Tokens, Tokens]:
     count = len(message.ids) // 4 if isinstance(message, Tokens) else 0
     if not isinstance(message, Tokens) or count < 2:
         raise Unsendable(f"A {type(message).__name__} of {size} bytes; a frame holds {MAX_FRAME_BYTES}.")
-    branch, ids, logprobs, top, cut = message.branch, message.ids, message.logprobs, message.top, count // 2
-    return (
-        Tokens(branch=branch, ids=ids[: 4 * cut], logprobs=logprobs[:cut], top=top[:cut]),
-        Tokens(branch=branch, ids=ids[4 * cut :], logprobs=logprobs[cut:], top=top[cut:]),
+    cut = count // 2
+    return _part(message, 0, cut), _part(message, cut, count)
+
+
+def _part(message: Tokens, start: int, end: int) -> Tokens:
+    return Tokens(
+        branch=message.branch,
+        ids=message.ids[4 * start : 4 * end],
+        logprobs=message.logprobs[start:end],
+        top=message.top[start:end],
+        draw_logprobs=message.draw_logprobs[start:end],
     )
 
 

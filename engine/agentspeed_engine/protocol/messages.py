@@ -14,7 +14,7 @@ import msgspec
 
 from agentspeed_engine.protocol.codes import RETRYABLE
 
-PROTOCOL = 4
+PROTOCOL = 5
 """Raised whenever a message changes its meaning; `Hello` with another number is refused."""
 
 Keep = Literal["soft", "firm"]
@@ -26,7 +26,10 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=Tr
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
-    """How one turn draws its tokens. Temperature 0 is greedy; so is all below `sampling.LEAST_TEMPERATURE`."""
+    """How one turn draws its tokens. Temperature 0 is greedy; so is all below `sampling.LEAST_TEMPERATURE`.
+
+    The logits become those that are drawn from in this order: the repetition penalty, the frequency and presence
+    penalties and the bias, the grammar's mask, temperature, top_k, top_p, min_p."""
 
     temperature: float = 0.0
     top_k: int | None = None
@@ -34,6 +37,15 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     min_p: float = 0.0
     logprobs: int | None = None
     """None: no logprobs. 0: of the drawn token. k: also of the k most likely ones (at most 20)."""
+    frequency_penalty: float = 0.0
+    """Taken from an id's logit for each time that it stands in the message so far (`Generate.penalty_consumed`)."""
+    presence_penalty: float = 0.0
+    """Taken once from the logit of an id that stands there."""
+    repetition_penalty: float = 1.0
+    """Divides the logit of an id that stands anywhere in the log so far where it is above 0, and multiplies it where it
+    is below (Keskar et al. 2019)."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(id, what is added to its logit)."""
 
 
 class Grammar(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -93,6 +105,9 @@ class Generate(Message, frozen=True, kw_only=True):
     """Overrides the draw key's session seed for this turn, which makes it reproducible."""
     stop_consumed: int = 0
     """How many ids at the end of the log may have begun a stop string: of a message that an earlier turn was cut in."""
+    penalty_consumed: int = 0
+    """How many ids at the end of the log belong to the message that this turn goes on with: the frequency and presence
+    penalties count them."""
 
 
 class Cancel(Message, frozen=True, kw_only=True):
@@ -433,7 +448,11 @@ class Tokens(Message, frozen=True, kw_only=True):
     branch: int
     ids: bytes
     logprobs: tuple[float, ...] = ()
+    """Of the drawn ids in the softmax of the model's own logits; empty unless the turn asked for any."""
     top: tuple[tuple[TopLogprob, ...], ...] = ()
+    """Of the likeliest ids in the same."""
+    draw_logprobs: tuple[float, ...] = ()
+    """Of the drawn ids in the distribution that they were drawn from; empty where `logprobs` is."""
 
 
 class TurnEnded(Message, frozen=True, kw_only=True):

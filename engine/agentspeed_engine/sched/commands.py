@@ -41,7 +41,7 @@ from agentspeed_engine.protocol.messages import (
     Opened,
     Rewind,
 )
-from agentspeed_engine.protocol.sampling import validate_sampling
+from agentspeed_engine.protocol.sampling import counts_log, counts_message, validate_sampling
 from agentspeed_engine.protocol.token_ids import unpack_ids
 from agentspeed_engine.sched import leases, quotas
 from agentspeed_engine.sched.inspection import waiting_for
@@ -118,7 +118,7 @@ def generate(world: SchedulerState, link: LinkId, command: Generate, now: float)
         raise _overflow(world, known)
     if world.waiting_turns >= config.max_waiting:
         raise EngineFault("overloaded", f"{config.max_waiting} turns are waiting.", "Try again later.")
-    validate_sampling(command.sampling)
+    validate_sampling(command.sampling, config.vocab_size)
     if len(command.stop_strings) > MAX_STOP_STRINGS or sum(map(len, command.stop_strings)) > MAX_STOP_BYTES:
         raise EngineFault(
             "invalid_request",
@@ -133,6 +133,8 @@ def generate(world: SchedulerState, link: LinkId, command: Generate, now: float)
         raise EngineFault("invalid_request", f"The grammar is to consume {consumed} of {known} ids.")
     if not 0 <= command.stop_consumed <= known:
         raise EngineFault("invalid_request", f"Stop strings are to consume {command.stop_consumed} of {known} ids.")
+    if not 0 <= command.penalty_consumed <= known:
+        raise EngineFault("invalid_request", f"Penalties are to count {command.penalty_consumed} of {known} ids.")
     if grammar is None and command.stop_strings:
         consumed = command.stop_consumed
     _learn_pause(world, branch, now)
@@ -152,6 +154,8 @@ def generate(world: SchedulerState, link: LinkId, command: Generate, now: float)
         consumed_ids=tuple(branch.log.ids(known - consumed, known)) if consumed else (),
         prompt_tokens=known,
         stop_ids=frozenset(command.stop_ids),
+        seen=branch.log.packed(0, known) if counts_log(command.sampling) else b"",
+        counted=branch.log.packed(known - command.penalty_consumed, known) if counts_message(command.sampling) else b"",
     )
     bound = f"the context limit of {config.context_limit} tokens"
     if within < left:

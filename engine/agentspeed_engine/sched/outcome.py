@@ -114,6 +114,7 @@ def _draw(world: SchedulerState, state: Decoding, token: Drawn | None, refusal: 
             ids=pack_ids((token.id,)),
             logprobs=() if token.logprob is None else (token.logprob,),
             top=(tuple(TopLogprob(id=other, logprob=logprob) for other, logprob in token.top),) if token.top else (),
+            draw_logprobs=() if token.draw_logprob is None else (token.draw_logprob,),
         ),
     )
     if token.id in turn.spec.stop_ids:

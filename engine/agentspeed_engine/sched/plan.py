@@ -105,6 +105,7 @@ class Drawn:
     top: tuple[tuple[int, float], ...] = ()
     end: DrawnEnd | None = None
     """Set by the worker's automata: the turn ends with this token. `stop_id` only by a replay without the real ids."""
+    draw_logprob: float | None = None
 
 
 @final

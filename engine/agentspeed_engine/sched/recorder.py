@@ -290,6 +290,7 @@ class RecordedCore:
                     stop_ids=(),
                     stop_strings=tuple(bytes(len(stop)) for stop in command.stop_strings),
                     grammar=None if grammar is None else changed(grammar, source=""),
+                    sampling=changed(command.sampling, logit_bias=self._bias(command.sampling.logit_bias)),
                 )
             case wire.Expect():
                 return changed(command, tool=self._name(command.tool))
@@ -302,6 +303,12 @@ class RecordedCore:
 
     def _name(self, text: str) -> str:
         return self._veil.name(text) if usable_name(text) else UNUSABLE_NAME
+
+    def _bias(self, bias: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
+        """As many, and one that the core refuses stays one that it refuses."""
+        if self._veil.clear:
+            return bias
+        return tuple((0 if 0 <= number < self.config.vocab_size else -1, value) for number, value in bias)
 
     def _ids(self, packed_ids: bytes, start: int) -> bytes:
         """Ids the core refuses are replaced by others that it refuses for the same reason."""

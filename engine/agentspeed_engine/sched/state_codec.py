@@ -297,6 +297,10 @@ class _Hidden:
                 return frozenset[int]()
             case TurnSpec(), "consumed_ids":
                 return ()
+            case TurnSpec(), "seen" | "counted":
+                return b""
+            case TurnSpec(), "sampling":
+                return msgspec.structs.replace(held, logit_bias=())
             case TurnSpec(), "stop_strings":
                 return tuple(bytes(len(stop)) for stop in held)
             case TurnSpec(), "grammar":

@@ -14,6 +14,7 @@ from agentspeed_engine.kv.node_states import Host
 from agentspeed_engine.kv.tree import Node, tenant_of
 from agentspeed_engine.kv.turn import Turn
 from agentspeed_engine.protocol.messages import TurnStarted
+from agentspeed_engine.protocol.sampling import counts_log, counts_message
 from agentspeed_engine.sched import prefetch, quotas, tickets
 from agentspeed_engine.sched.admission import held_by_firm, lacks, lacks_quota, target
 from agentspeed_engine.sched.plan import PageCopy, Row, StepPlan, TokenOf
@@ -162,7 +163,8 @@ def _may_run_ahead(state: Decoding) -> bool:
     """Whether a row may be issued for the token that is in flight. It must be the only one that is not known, not the
     last that the turn may draw, and of a turn whose next token does not depend on what the host finds in this one."""
     turn = state.turn
-    if turn.spec.grammar is not None or turn.spec.stop_strings:
+    spec = turn.spec
+    if spec.grammar is not None or spec.stop_strings or counts_message(spec.sampling) or counts_log(spec.sampling):
         return False
     return state.room.issued == state.branch.known and turn.drawn + 1 < turn.max_tokens
 

@@ -118,5 +118,6 @@ def coalesce(messages: list[Outgoing]) -> list[Outgoing]:
                 ids=b"".join(part.ids for part in tokens),
                 logprobs=tuple(value for part in tokens for value in part.logprobs),
                 top=tuple(value for part in tokens for value in part.top),
+                draw_logprobs=tuple(value for part in tokens for value in part.draw_logprobs),
             )
     return joined

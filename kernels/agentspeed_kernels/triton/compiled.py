@@ -194,36 +194,37 @@ def _layers() -> Iterator[Build]:
         constants={"D": 2048, "I": 1408, "BM": 16, "BN": 64, "BI": 128},
         options={"num_warps": 4, "num_stages": 4},
     )
-    logits = {"logits": BF16, "mask_words": INT32, "mask_row": INT32, "temperature": FP64}
+    logits = {"logits": BF16, "changed": FP32, "changed_row": INT32}
+    rows = logits | {"mask_words": INT32, "mask_row": INT32, "temperature": FP64}
     yield Build(
         name="sample-bounds",
         function=sample.bounds,
-        signature=logits | {
+        signature=rows | {
             "top_k": INT32, "top_p": FP64, "asked": INT32, "stride": "i32", "V": "i32", "best_id": INT32, "best": FP64,
             "least": FP32, "total": FP64, "faulty": INT32,
         },
-        constants={"BLOCK": 2048, "BITS": 16},
+        constants={"BLOCK": 2048, "BITS": 16, "CHANGED": False},
         options={"num_warps": 16},
     )  # fmt: skip
     yield Build(
         name="sample-draw",
         function=sample.draw,
-        signature=logits | {
-            "min_p": FP64, "state": INT64, "best": FP64, "least": FP32, "stride": "i32", "V": "i32",
-            "part_score": FP64, "part_id": INT32,
+        signature=rows | {
+            "min_p": FP64, "asked": INT32, "state": INT64, "best": FP64, "least": FP32, "stride": "i32", "V": "i32",
+            "part_score": FP64, "part_id": INT32, "part_mass": FP64,
         },
-        constants={"PARTS": 16, "BLOCK": 1024},
+        constants={"PARTS": 16, "BLOCK": 1024, "CHANGED": False},
         options={"num_warps": 8},
     )  # fmt: skip
     yield Build(
         name="sample-pick",
         function=sample.pick,
-        signature={
-            "logits": BF16, "temperature": FP64, "best_id": INT32, "total": FP64, "part_score": FP64, "part_id": INT32,
-            "asked": INT32, "stride": "i32", "V": "i32", "ids": INT64, "logprob": FP64, "top_ids": INT64,
-            "top_logprobs": FP64,
+        signature=logits | {
+            "temperature": FP64, "best_id": INT32, "best": FP64, "total": FP64, "part_score": FP64, "part_id": INT32,
+            "part_mass": FP64, "asked": INT32, "stride": "i32", "V": "i32", "ids": INT64, "logprob": FP64,
+            "draw_logprob": FP64, "top_ids": INT64, "top_logprobs": FP64,
         },
-        constants={"PARTS": 16, "BLOCK": 2048, "MOST": 20},
+        constants={"PARTS": 16, "BLOCK": 2048, "MOST": 20, "CHANGED": False},
         options={"num_warps": 16},
     )  # fmt: skip
 

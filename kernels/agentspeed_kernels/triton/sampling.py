@@ -48,17 +48,23 @@ class SamplingRows:
     """[B] int32: how many best ids are reported, up to MOST_LOGPROBS; -1 reports nothing."""
     mask_words: Tensor
     """[M, ceil(V / 32)] int32, bit i of word w allows id 32 w + i; at least one row."""
+    changed_row: Tensor
+    """[B] int32: the row of `changed` that is drawn from in place of the logits, or -1."""
+    changed: Tensor | None
+    """[C, V] float32: logits after penalties and a bias; None: no row has any."""
 
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Sampled:
-    """Results of one launch; the rows of `logprob` and `top_*` hold numbers only where they were asked for."""
+    """Results of one launch; the log-probabilities and `top_ids` hold numbers only where they were asked for."""
 
     ids: Tensor
     """[B] int64"""
     logprob: Tensor
     """[B] float64, of the unmodified distribution"""
+    draw_logprob: Tensor
+    """[B] float64, of the distribution that the id was drawn from; 0 of a greedy row"""
     top_ids: Tensor
     """[B, MOST_LOGPROBS] int64"""
     top_logprobs: Tensor
@@ -98,22 +104,38 @@ def sample(logits: Tensor, rows: SamplingRows, workspace: Workspace) -> Sampled:
     best_id, best = take("sample_best_id", (count,), torch.int32), take("sample_best", (count,), torch.float64)
     least, total = take("sample_least", (count,), torch.float32), take("sample_total", (count,), torch.float64)
     faulty = take("sample_faulty", (count,), torch.int32)
-    common = (logits, rows.mask_words, rows.mask_row, rows.temperature)
+    given = rows.changed is not None
+    changed = (
+        rows.changed if rows.changed is not None else take("sample_unchanged", (1,), torch.float32),
+        rows.changed_row,
+    )
+    common = (logits, *changed, rows.mask_words, rows.mask_row, rows.temperature)
+    exact = logits.dtype != torch.bfloat16 or given
     device.bounds[(count,)](
         *common, rows.top_k, rows.top_p, rows.asked, logits.stride(0), vocabulary, best_id, best, least, total,
-        faulty, BLOCK=BLOCK, BITS=16 if logits.dtype == torch.bfloat16 else 32, num_warps=16,
+        faulty, BLOCK=BLOCK, BITS=32 if exact else 16, CHANGED=given, num_warps=16,
     )  # fmt: skip
     score = take("sample_score", (count, PARTS), torch.float64)
     part_id = take("sample_part_id", (count, PARTS), torch.int32)
+    mass = take("sample_mass", (count, PARTS), torch.float64)
     device.draw[(count, PARTS)](
-        *common, rows.min_p, rows.state, best, least, logits.stride(0), vocabulary, score, part_id, PARTS=PARTS,
-        BLOCK=1024, num_warps=8,
+        *common, rows.min_p, rows.asked, rows.state, best, least, logits.stride(0), vocabulary, score, part_id, mass,
+        PARTS=PARTS, BLOCK=1024, CHANGED=given, num_warps=8,
     )  # fmt: skip
     ids, logprob = take("sample_ids", (count,), torch.int64), take("sample_logprob", (count,), torch.float64)
+    draw_logprob = take("sample_draw_logprob", (count,), torch.float64)
     top_ids = take("sample_top_ids", (count, MOST_LOGPROBS), torch.int64)
     top_logprobs = take("sample_top", (count, MOST_LOGPROBS), torch.float64)
     device.pick[(count,)](
-        logits, rows.temperature, best_id, total, score, part_id, rows.asked, logits.stride(0), vocabulary, ids,
-        logprob, top_ids, top_logprobs, PARTS=PARTS, BLOCK=BLOCK, MOST=MOST_LOGPROBS, num_warps=16,
+        logits, *changed, rows.temperature, best_id, best, total, score, part_id, mass, rows.asked, logits.stride(0),
+        vocabulary, ids, logprob, draw_logprob, top_ids, top_logprobs, PARTS=PARTS, BLOCK=BLOCK, MOST=MOST_LOGPROBS,
+        CHANGED=given, num_warps=16,
     )  # fmt: skip
-    return Sampled(ids=ids, logprob=logprob, top_ids=top_ids, top_logprobs=top_logprobs, faulty=faulty)
+    return Sampled(
+        ids=ids,
+        logprob=logprob,
+        draw_logprob=draw_logprob,
+        top_ids=top_ids,
+        top_logprobs=top_logprobs,
+        faulty=faulty,
+    )

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.exec.penalties import Adjustment
 from agentspeed_engine.exec.sampling_rows import on_device
 from agentspeed_engine.exec.step_input import Sample
 from agentspeed_engine.ids import BranchId
@@ -78,9 +79,12 @@ def test_samples_reach_the_sampling_kernel_as_they_were_asked_for() -> None:
     ]  # fmt: skip
     allowed = np.zeros(70, np.bool_)
     allowed[[0, 33, 69]] = True
-    rows = on_device(samples, {1: allowed}, 70, torch.device("cpu"))
+    more = Adjustment(np.array([3, 69]), np.float32([2.0, 2.0]), np.float32([0.0, 1.0]))
+    rows = on_device(samples, {1: allowed}, {2: more}, torch.full((3, 70), -4.0))
     assert rows.temperature.tolist() == [0.0, 0.7, 0.0] and rows.top_k.tolist() == [0, 9, 0]
     assert rows.top_p.tolist() == [1.0, 0.9, 1.0] and rows.min_p.tolist() == [0.0, 0.1, 0.0]
     assert rows.asked.tolist() == [-1, 3, 0] and rows.mask_row.tolist() == [-1, 0, -1]
     assert rows.mask_words.tolist() == [[1, 2, 1 << 5]]
+    assert rows.changed_row.tolist() == [-1, -1, 0] and rows.changed is not None
+    assert rows.changed[0].tolist() == [-8.0 if i == 3 else -7.0 if i == 69 else -4.0 for i in range(70)]
     assert len(set(rows.state.tolist())) == 3

@@ -36,7 +36,16 @@ def adder(doc: str = "Add two numbers.", *, note: str = "the first", default: in
 async def test_every_option_comes_back() -> None:
     given: dict[str, Any] = {
         "system": "You are brief.",
-        "sampling": Sampling(temperature=0.5, top_k=7, top_p=0.9, min_p=0.1),
+        "sampling": Sampling(
+            temperature=0.5,
+            top_k=7,
+            top_p=0.9,
+            min_p=0.1,
+            frequency_penalty=0.5,
+            presence_penalty=-0.5,
+            repetition_penalty=1.1,
+            logit_bias={3: -1.5},
+        ),
         "private": True,
         "tenant": "acme",
         "seed": 5,
@@ -44,6 +53,8 @@ async def test_every_option_comes_back() -> None:
         "timeout": 3.0,
         "record_logprobs": True,
         "reasoning": True,
+        "history_reasoning": "keep",
+        "template_variables": {"persona": "a pirate", "years": 10**30, "odd": [None, {"a": 1.5}]},
         "close_timeout": 2.0,
     }
     async with ScriptedEngine(["Hello."]) as engine:

@@ -40,14 +40,15 @@ async def test_trajectories_of_the_same_tokens_are_equal_and_one_in_a_set() -> N
 
 
 def test_trajectories_that_differ_anywhere_are_unequal() -> None:
-    path = Trajectory(ids=(1, 2), made=(False, True), logprobs=(math.nan, -0.5))
+    path = Trajectory(ids=(1, 2), made=(False, True), logprobs=(math.nan, -0.5), draw_logprobs=(math.nan, -0.125))
     for other in (
         replace(path, ids=(1, 3)),
         replace(path, made=(True, True)),
         replace(path, logprobs=(math.nan, -0.25)),
         replace(path, logprobs=(0.0, -0.5)),
         replace(path, logprobs=(math.nan, math.nan)),
-        Trajectory(ids=(1,), made=(False,), logprobs=(math.nan,)),
+        replace(path, draw_logprobs=(math.nan, 0.0)),
+        Trajectory(ids=(1,), made=(False,), logprobs=(math.nan,), draw_logprobs=(math.nan,)),
     ):
         assert path != other
     assert path != (path.ids, path.made, path.logprobs)
@@ -62,11 +63,22 @@ async def test_a_trajectory_is_strict_json_and_comes_back_the_same() -> None:
 
     found = json.loads(one.to_json(), parse_constant=refuse)
     assert found["ids"] == list(one.ids)
-    assert [value is None for value in found["logprobs"]] == [math.isnan(value) for value in one.logprobs]
+    for name, values in (("logprobs", one.logprobs), ("draw_logprobs", one.draw_logprobs)):
+        assert [value is None for value in found[name]] == [math.isnan(value) for value in values]
+        assert [not made for made in one.made] == [math.isnan(value) for value in values]
     assert Trajectory.from_json(one.to_json()) == one
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"ids":[1],"made":[true],"logprobs":[]}', '{"ids":[1]}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"ids":[1],"made":[true],"logprobs":[],"draw_logprobs":[0]}',
+        '{"ids":[1],"made":[true],"logprobs":[0],"draw_logprobs":[]}',
+        '{"ids":[1]}',
+    ],
+)
 def test_what_is_no_trajectory_is_refused(text: str) -> None:
     with pytest.raises(InvalidRequest, match="no trajectory"):
         _ = Trajectory.from_json(text)

@@ -29,6 +29,10 @@ def anyio_backend(request: pytest.FixtureRequest) -> str:
         ({"sampling": Sampling(top_k=1.5)}, InvalidSampling, "top_k is 1.5"),  # type: ignore[arg-type]
         ({"sampling": Sampling(top_p="all")}, InvalidSampling, "top_p is 'all'"),  # type: ignore[arg-type]
         ({"sampling": Sampling(min_p=None)}, InvalidSampling, "min_p is None"),  # type: ignore[arg-type]
+        ({"sampling": Sampling(logit_bias=[5])}, InvalidSampling, r"logit_bias is \[5\]"),  # type: ignore[arg-type]
+        ({"sampling": Sampling(logit_bias={"5": 1})}, InvalidSampling, "an id of logit_bias is '5'"),  # type: ignore[dict-item]
+        ({"sampling": Sampling(logit_bias={5: "no"})}, InvalidSampling, "the logit_bias of id 5 is 'no'"),  # type: ignore[dict-item]
+        ({"sampling": Sampling(presence_penalty=None)}, InvalidSampling, "presence_penalty is None"),  # type: ignore[arg-type]
         ({"sampling": "greedy"}, InvalidRequest, "sampling is 'greedy'"),
         ({"sampling": {"temperature": 1}}, InvalidRequest, "sampling is {"),
         ({"logprobs": "all"}, InvalidSampling, "logprobs is 'all'"),

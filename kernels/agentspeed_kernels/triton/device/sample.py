@@ -15,15 +15,23 @@ MIX_2 = tl.constexpr(0x94D049BB133111EB)
 
 
 @triton.jit
-def _load(logits, mask_words, mask_row, row, stride, i, V):
-    """(raw, allowed) logits in float32; outside the vocabulary and where the grammar forbids: minus infinity."""
+def _load(logits, changed, changed_row, mask_words, mask_row, row, stride, i, V, CHANGED: tl.constexpr):
+    """(raw, drawn from) logits in float32; outside the vocabulary minus infinity.
+
+    Those that are drawn from are as `changed` has them where the row has one, and minus infinity where the grammar
+    forbids."""
     inside = i < V
     raw = tl.load(logits + row * stride + i, mask=inside, other=-float("inf")).to(tl.float32)
+    value = raw
+    if CHANGED:
+        at_changed = changed + tl.maximum(changed_row, 0).to(tl.int64) * V + i
+        other = tl.load(at_changed, mask=inside & (changed_row >= 0), other=-float("inf"))
+        value = tl.where(changed_row >= 0, other, raw)
     # Without a mask nothing is read, and all bits count as set.
     words = (V + 31) // 32
     at = mask_words + tl.maximum(mask_row, 0).to(tl.int64) * words + i // 32
     word = tl.load(at, mask=inside & (mask_row >= 0), other=-1)
-    allowed = tl.where(((word >> (i % 32)) & 1) == 1, raw, -float("inf"))
+    allowed = tl.where(((word >> (i % 32)) & 1) == 1, value, -float("inf"))
     return raw, allowed
 
 
@@ -45,9 +53,9 @@ def _value(key):
 
 @triton.jit
 def bounds(
-    logits, mask_words, mask_row, temperature, top_k, top_p, asked, stride, V,
+    logits, changed, changed_row, mask_words, mask_row, temperature, top_k, top_p, asked, stride, V,
     best_id, best, least, total, faulty,
-    BLOCK: tl.constexpr, BITS: tl.constexpr,
+    BLOCK: tl.constexpr, BITS: tl.constexpr, CHANGED: tl.constexpr,
 ):  # fmt: skip
     """Of each row: the best allowed id and its logit, the logit below which no id is drawn, log-sum-exp, and a fault.
 
@@ -56,6 +64,7 @@ def bounds(
     float32, their sums float64. One program a row."""
     row = tl.program_id(0).to(tl.int64)
     words_row = tl.load(mask_row + row)
+    other_row = tl.load(changed_row + row)
     j = tl.arange(0, BLOCK)
     top = tl.full((BLOCK,), -float("inf"), tl.float32)
     at_top = tl.full((BLOCK,), 2147483647, tl.int32)
@@ -63,7 +72,7 @@ def bounds(
     strange = tl.zeros((BLOCK,), tl.int32)
     for at in range(0, V, BLOCK):
         i = at + j
-        raw, value = _load(logits, mask_words, words_row, row, stride, i, V)
+        raw, value = _load(logits, changed, other_row, mask_words, words_row, row, stride, i, V, CHANGED)
         strange = strange | (raw != raw).to(tl.int32)
         at_top = tl.where(value > top, i, at_top)
         top = tl.where(value > top, value, top)
@@ -79,7 +88,7 @@ def bounds(
     if (fault == 0) & (tl.load(asked + row) >= 0):
         mass = tl.zeros((BLOCK,), tl.float64)
         for at in range(0, V, BLOCK):
-            raw, _ = _load(logits, mask_words, words_row, row, stride, at + j, V)
+            raw, _ = _load(logits, changed, other_row, mask_words, words_row, row, stride, at + j, V, CHANGED)
             mass += tl.exp(raw.to(tl.float64) - peak_raw.to(tl.float64))
         tl.store(total + row, peak_raw.to(tl.float64) + tl.log(tl.sum(mass, 0)))
 
@@ -105,7 +114,9 @@ def bounds(
                     least2 = _value(middle)
                     least3 = _value(high)
                     for at in range(0, V, BLOCK):
-                        _, value = _load(logits, mask_words, words_row, row, stride, at + j, V)
+                        _, value = _load(
+                            logits, changed, other_row, mask_words, words_row, row, stride, at + j, V, CHANGED
+                        )
                         finite = value > -float("inf")
                         count1 += (finite & (value >= least1)).to(tl.int32)
                         count2 += (finite & (value >= least2)).to(tl.int32)
@@ -118,7 +129,7 @@ def bounds(
             of_top_k = _value(key)
             kept = tl.zeros((BLOCK,), tl.float64)
             for at in range(0, V, BLOCK):
-                _, value = _load(logits, mask_words, words_row, row, stride, at + j, V)
+                _, value = _load(logits, changed, other_row, mask_words, words_row, row, stride, at + j, V, CHANGED)
                 kept += tl.where(value >= of_top_k, tl.exp((value - peak) * cool), 0.0).to(tl.float64)
             goal = p * tl.sum(kept, 0)
             # The largest key with the goal at or above it: strictly above it there is less, so it is the last one kept.
@@ -135,7 +146,9 @@ def bounds(
                     least2 = _value(middle)
                     least3 = _value(high)
                     for at in range(0, V, BLOCK):
-                        _, value = _load(logits, mask_words, words_row, row, stride, at + j, V)
+                        _, value = _load(
+                            logits, changed, other_row, mask_words, words_row, row, stride, at + j, V, CHANGED
+                        )
                         share = tl.exp((value - peak) * cool).to(tl.float64)
                         mass1 += tl.where(value >= least1, share, 0.0)
                         mass2 += tl.where(value >= least2, share, 0.0)
@@ -156,10 +169,13 @@ def _mix(value):
 
 @triton.jit
 def draw(
-    logits, mask_words, mask_row, temperature, min_p, state, best, least, stride, V,
-    part_score, part_id, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    logits, changed, changed_row, mask_words, mask_row, temperature, min_p, asked, state, best, least, stride, V,
+    part_score, part_id, part_mass, PARTS: tl.constexpr, BLOCK: tl.constexpr, CHANGED: tl.constexpr,
 ):  # fmt: skip
-    """The best of logit / temperature + Gumbel noise in one part of a row's vocabulary; grid (rows, PARTS)."""
+    """The best of logit / temperature + Gumbel noise in one part of a row's vocabulary; grid (rows, PARTS).
+
+    `part_mass`: the sum of exp((logit - best) / temperature) over what may be drawn, where log-probabilities are
+    asked for."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     warm = tl.load(temperature + row)
@@ -168,8 +184,11 @@ def draw(
     last = tl.minimum(first + size, V)
     top = tl.full((BLOCK,), -float("inf"), tl.float64)
     at_top = tl.full((BLOCK,), 2147483647, tl.int32)
+    mass = tl.zeros((BLOCK,), tl.float64)
     if warm > 0:
+        wanted = tl.load(asked + row) >= 0
         words_row = tl.load(mask_row + row)
+        other_row = tl.load(changed_row + row)
         peak = tl.load(best + row)
         lowest = tl.load(least + row)
         floor = tl.load(min_p + row)
@@ -178,9 +197,11 @@ def draw(
         j = tl.arange(0, BLOCK)
         for at in range(first, last, BLOCK):
             i = at + j
-            _, value = _load(logits, mask_words, words_row, row, stride, i, V)
+            _, value = _load(logits, changed, other_row, mask_words, words_row, row, stride, i, V, CHANGED)
             scaled = (value.to(tl.float64) - peak) / warm
             drawn = (value >= lowest) & (scaled > -float("inf")) & (scaled >= least_scaled)
+            if wanted:
+                mass += tl.where(drawn, tl.exp(scaled), 0.0)
             bits = _mix(seed + (i.to(tl.uint64) + 1) * GOLDEN)
             # 53 bits at the centres of their cells, as on the CPU.
             uniform = ((bits >> 11).to(tl.float64) + 0.5) * 1.1102230246251565e-16
@@ -190,18 +211,23 @@ def draw(
     peak_score = tl.max(top, 0)
     tl.store(part_score + row * PARTS + part, peak_score)
     tl.store(part_id + row * PARTS + part, tl.min(tl.where(top == peak_score, at_top, 2147483647), 0))
+    tl.store(part_mass + row * PARTS + part, tl.sum(mass, 0))
 
 
 @triton.jit
 def pick(
-    logits, temperature, best_id, total, part_score, part_id, asked, stride, V, ids, logprob, top_ids, top_logprobs,
-    PARTS: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr,
+    logits, changed, changed_row, temperature, best_id, best, total, part_score, part_id, part_mass, asked, stride, V,
+    ids, logprob, draw_logprob, top_ids, top_logprobs,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr, CHANGED: tl.constexpr,
 ):  # fmt: skip
     """The drawn id of each row (the best one where the temperature is 0) and the log-probabilities asked for.
 
+    `draw_logprob`: of the drawn id among what could be drawn; 0 where the temperature is 0.
+
     `asked[row]`: -1 none, else how many of the best ids; the lower id comes first among equals. One program a row."""
     row = tl.program_id(0).to(tl.int64)
-    if tl.load(temperature + row) > 0:
+    warm = tl.load(temperature + row)
+    if warm > 0:
         p = tl.arange(0, PARTS)
         score = tl.load(part_score + row * PARTS + p)
         chosen = tl.min(tl.where(score == tl.max(score, 0), tl.load(part_id + row * PARTS + p), 2147483647), 0)
@@ -214,6 +240,17 @@ def pick(
         inside = (chosen >= 0) & (chosen < V)
         held = tl.load(logits + row * stride + chosen, mask=inside, other=0.0).to(tl.float64)
         tl.store(logprob + row, held - sum_all)
+        own = tl.zeros((), tl.float64)
+        if warm > 0:
+            value = held
+            if CHANGED:
+                other_row = tl.load(changed_row + row)
+                at_changed = changed + tl.maximum(other_row, 0).to(tl.int64) * V + chosen
+                other = tl.load(at_changed, mask=inside & (other_row >= 0), other=0.0).to(tl.float64)
+                value = tl.where(other_row >= 0, other, held)
+            mass = tl.sum(tl.load(part_mass + row * PARTS + tl.arange(0, PARTS)), 0)
+            own = (value - tl.load(best + row)) / warm - tl.log(mass)
+        tl.store(draw_logprob + row, own)
         j = tl.arange(0, BLOCK)
         before = tl.full((), float("inf"), tl.float64)
         before_id = tl.full((), -1, tl.int32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -10,9 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.exec.penalties import Adjustment, Penalties
 from agentspeed_engine.exec.sampler import draw, gumbel
+from agentspeed_engine.ids import BranchId
+from agentspeed_engine.kv.views import TurnSpec
 from agentspeed_engine.protocol.messages import Sampling
 from agentspeed_engine.protocol.sampling import LEAST_TEMPERATURE, validate_sampling
+from agentspeed_engine.protocol.token_ids import pack_ids
 
 KEY = (1, 2, 3)
 LOGITS = np.array([0.0, 2.0, 1.0, -1.0, 2.0])
@@ -99,6 +104,69 @@ def test_logprobs_are_of_the_unmodified_distribution() -> None:
     assert draw(LOGITS, Sampling(), KEY, 0).logprob is None
 
 
+RULES = (
+    Sampling(temperature=1.0, logprobs=0),
+    Sampling(temperature=0.5, logprobs=0),
+    Sampling(temperature=2.0, top_k=3, logprobs=0),
+    Sampling(temperature=1.0, top_p=0.6, min_p=0.2, logprobs=0),
+)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("allowed", [None, np.array([True, False, True, True, False])])
+@pytest.mark.parametrize("adjusted", [False, True])
+def test_the_drawn_logprob_is_of_the_distribution_that_drew(
+    rule: Sampling, allowed: np.ndarray | None, adjusted: bool
+) -> None:
+    """Its probabilities are those with which ids are drawn, and they add up to 1."""
+    adjustment = Adjustment(np.array([1, 3]), np.float32([2.0, 1.0]), np.float32([0.0, 1.5])) if adjusted else None
+    chosen = [draw(LOGITS, rule, KEY, position, allowed, adjustment) for position in range(4000)]
+    told = {one.id: math.exp(one.draw_logprob) for one in chosen if one.draw_logprob is not None}
+    assert sum(told.values()) == pytest.approx(1.0)
+    counts = np.bincount([one.id for one in chosen], minlength=5) / len(chosen)
+    assert [told.get(number, 0.0) for number in range(5)] == pytest.approx(counts, abs=0.03)
+    raw = np.log(softmax(LOGITS))
+    assert all(one.logprob == pytest.approx(raw[one.id]) for one in chosen), "the other one is the model's own"
+
+
+def test_a_greedy_draw_was_certain_and_nothing_is_told_unasked() -> None:
+    assert draw(LOGITS, Sampling(logprobs=0), KEY, 0).draw_logprob == 0.0
+    assert draw(LOGITS, Sampling(temperature=1.0), KEY, 0).draw_logprob is None
+
+
+def test_a_penalty_and_a_bias_change_what_is_drawn_from_as_their_definitions_say() -> None:
+    """Repetition divides what is above 0 and multiplies what is below; the rest is subtracted and added."""
+    spec = penalised(
+        Sampling(
+            repetition_penalty=2.0, frequency_penalty=0.5, presence_penalty=0.25, logit_bias=((0, 7.0), (3, -1.0))
+        ),
+        seen=[1, 3, 3],
+        counted=[3],
+    )
+    penalties = Penalties(spec, 5)
+    assert penalties.at(0).of(LOGITS).tolist() == [7.0, 1.0, 1.0, -1.0 * 2 - 0.75 - 1, 2.0]
+    for token in (2, 2):
+        penalties.drew(token)
+    assert penalties.at(2).of(LOGITS).tolist() == [7.0, 1.0, 1.0 / 2 - 1.25, -3.75, 2.0]
+    assert penalties.at(1).of(LOGITS).tolist() == [7.0, 1.0, 1.0 / 2 - 0.75, -3.75, 2.0], "a draw was not taken"
+    assert penalties.at(0).of(LOGITS).tolist() == [7.0, 1.0, 1.0, -3.75, 2.0]
+    assert LOGITS.tolist() == [0.0, 2.0, 1.0, -1.0, 2.0], "they are not changed themselves"
+
+
+def test_what_the_model_rules_out_stays_so_and_nothing_becomes_infinite() -> None:
+    logits = np.array([-np.inf, 3e38, -3e38, 1.0, 0.0], np.float32)
+    spec = penalised(Sampling(repetition_penalty=0.01, logit_bias=((0, 100.0),)), seen=[0, 1, 2, 3, 4])
+    changed = Penalties(spec, 5).at(0).of(logits)
+    assert changed.dtype == np.float32 and changed[0] == -np.inf
+    assert np.isfinite(changed[1:]).all() and changed[3] == pytest.approx(100.0)
+
+
+def penalised(sampling: Sampling, *, seen: Sequence[int] = (), counted: Sequence[int] = ()) -> TurnSpec:
+    return TurnSpec(turn=1, branch=BranchId(1), sampling=sampling, draw_key=KEY, stop_strings=(), grammar=None,
+                    consumed_ids=(), prompt_tokens=len(seen), seen=pack_ids(seen),
+                    counted=pack_ids(counted))  # fmt: skip
+
+
 def test_more_top_logprobs_than_ids_are_all_ids() -> None:
     assert len(draw(LOGITS, Sampling(logprobs=20), KEY, 0).top) == 5
 
@@ -152,10 +220,19 @@ def test_a_mask_that_leaves_only_impossible_ids_is_refused(temperature: float) -
         (Sampling(temperature=math.inf), "temperature"), (Sampling(top_k=0), "top_k"), (Sampling(top_p=0.0), "top_p"),
         (Sampling(top_p=1.1), "top_p"), (Sampling(min_p=-0.1), "min_p"), (Sampling(logprobs=21), "logprobs"),
         (Sampling(logprobs=-1), "logprobs"), (Sampling(top_p=math.nan), "top_p"), (Sampling(min_p=math.nan), "min_p"),
+        (Sampling(frequency_penalty=2.1), "frequency_penalty"), (Sampling(presence_penalty=-2.1), "presence_penalty"),
+        (Sampling(presence_penalty=math.nan), "presence_penalty"),
+        (Sampling(repetition_penalty=0.0), "repetition_penalty"),
+        (Sampling(repetition_penalty=math.inf), "repetition_penalty"),
+        (Sampling(logit_bias=((5, 1.0),)), "an id of logit_bias is 5"),
+        (Sampling(logit_bias=((-1, 1.0),)), "an id of logit_bias is -1"),
+        (Sampling(logit_bias=((2, 100.5),)), "logit_bias of id 2 is 100.5"),
+        (Sampling(logit_bias=((2, math.nan),)), "logit_bias of id 2"),
+        (Sampling(logit_bias=((2, 1.0),) * 1025), "logit_bias names 1025 ids"),
     ],
 )  # fmt: skip
 def test_bad_values_are_named_with_what_they_may_be(sampling: Sampling, name: str) -> None:
     with pytest.raises(EngineFault, match=name) as fault:
-        validate_sampling(sampling)
+        validate_sampling(sampling, 5)
     assert fault.value.code == "invalid_sampling"
     assert fault.value.remedy

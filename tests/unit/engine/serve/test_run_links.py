@@ -28,7 +28,12 @@ from agentspeed_engine.serve.connections import Link, coalesce
 MESSAGES = st.lists(
     st.one_of(
         st.builds(
-            lambda branch, ids: Tokens(branch=branch, ids=pack_ids(ids), logprobs=tuple(map(float, ids))),
+            lambda branch, ids: Tokens(
+                branch=branch,
+                ids=pack_ids(ids),
+                logprobs=tuple(map(float, ids)),
+                draw_logprobs=tuple(float(number) / 2 for number in ids),
+            ),
             st.integers(1, 3),
             st.lists(st.integers(0, 9), min_size=1, max_size=3),
         ),
@@ -47,7 +52,7 @@ def story(messages: list[Outgoing], branch: int) -> list[object]:
     told: list[object] = []
     for message in messages:
         if isinstance(message, Tokens) and message.branch == branch:
-            told += zip(unpack_ids(message.ids), message.logprobs, strict=True)
+            told += zip(unpack_ids(message.ids), message.logprobs, message.draw_logprobs, strict=True)
         elif getattr(message, "branch", None) == branch:
             told.append(message)
     return told

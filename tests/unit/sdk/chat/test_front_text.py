@@ -180,7 +180,7 @@ def test_a_mirror_goes_back_exactly_and_its_copies_share_nothing() -> None:
     point, before = mirror.checkpoint(), list(mirror.ids)
     copy = mirror.copy(len(mirror))
     _ = transcript.open_reply(mirror, codec, [])
-    mirror.drew([5, 6, 7], [-0.5, -0.25, -0.125])
+    mirror.drew([5, 6, 7], [-0.5, -0.25, -0.125], [0.0, 0.0, -1.0])
     assert mirror.made[-3:] == b"\x01\x01\x01" and mirror.logprobs[-1] == -0.125
     open_at = mirror.at(len(mirror) - 1).open_at
     assert open_at == len(mirror) - 3

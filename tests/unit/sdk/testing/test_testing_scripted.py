@@ -12,7 +12,7 @@ from typing import Any
 import anyio
 import pytest
 
-from agentspeed import Session
+from agentspeed import Sampling, Session
 from agentspeed.engine import NANO
 from agentspeed.errors import (
     InvalidRequest,
@@ -236,7 +236,7 @@ async def test_a_function_that_gives_no_text_ends_its_turn_with_what_was_wrong()
 async def test_the_most_likely_ids_come_with_each_token_when_asked_for(logprobs: int, count: int) -> None:
     async with ScriptedEngine(["a b c"]) as engine, engine.session() as s:
         reply = await s.generate("Hi", logprobs=logprobs)
-    assert len(reply.logprobs) == len(reply.ids)
+    assert len(reply.logprobs) == len(reply.draw_logprobs) == len(reply.ids)
     assert len(reply.top_logprobs) == (len(reply.ids) if count else 0)
     for number, logprob, top in zip(reply.ids, reply.logprobs, reply.top_logprobs, strict=False):
         assert top[0] == (number, logprob)
@@ -245,7 +245,15 @@ async def test_the_most_likely_ids_come_with_each_token_when_asked_for(logprobs:
         assert sum(math.exp(value) for _, value in top) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize(("options", "told"), [({"logprobs": 21}, "logprobs is 21"), ({"temperature": -1}, "-1")])
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"logprobs": 21}, "logprobs is 21"),
+        ({"temperature": -1}, "-1"),
+        ({"sampling": Sampling(frequency_penalty=3)}, "frequency_penalty is 3"),
+        ({"sampling": Sampling(logit_bias={10**6: 1.0})}, "an id of logit_bias is 1000000"),
+    ],
+)
 async def test_how_to_draw_is_refused_as_the_engine_refuses_it(options: Any, told: str) -> None:
     async with ScriptedEngine(["Fine."]) as engine, engine.session() as s:
         with pytest.raises(InvalidSampling, match=told):
