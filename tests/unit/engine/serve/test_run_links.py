@@ -86,7 +86,15 @@ def test_a_reader_that_takes_nothing_costs_a_bounded_number_of_messages(pair: tu
     with link.socket, theirs:
         top = (TopLogprob(id=1, logprob=-1.0),)
         for number in range(100_000):
-            link.put(Tokens(branch=number % 4, ids=pack_ids([number % 512]), logprobs=(-0.5,), top=(top,)))
+            link.put(
+                Tokens(
+                    branch=number % 4,
+                    ids=pack_ids([number % 512]),
+                    logprobs=(-0.5,),
+                    top=(top,),
+                    draw_logprobs=(-0.25,),
+                )
+            )
             if number % 50 == 0:
                 assert link.write()
         assert len(link._pending) <= 512
@@ -105,7 +113,7 @@ def test_a_reader_that_takes_nothing_costs_a_bounded_number_of_messages(pair: tu
         assert not link.behind
     for branch in range(4):
         told = story(got, branch)
-        assert told == [(number % 512, -0.5) for number in range(branch, 100_000, 4)]
+        assert told == [(number % 512, -0.5, -0.25) for number in range(branch, 100_000, 4)]
 
 
 def test_frames_arrive_whole_however_they_are_cut(pair: tuple[Link, socket.socket]) -> None:
