@@ -68,8 +68,20 @@ def on_device(
         block[start : start + part.nbytes].view(torch.from_numpy(part[:0]).dtype).view(part.shape)
         for start, part in zip(starts, parts, strict=False)
     ]
-    rows, at, by, more = tensors[-4:]
-    return SamplingRows(*tensors[:-4], _changed(logits[rows], at, by, more) if adjustments else None)
+    temperature, top_k, top_p, min_p, state, masked, asked, held, changed, *rest = tensors
+    rows, at, divisors, added = rest
+    return SamplingRows(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        state=state,
+        mask_row=masked,
+        asked=asked,
+        mask_words=held,
+        changed_row=changed,
+        changed=_changed(logits[rows], at, divisors, added) if adjustments else None,
+    )
 
 
 def _flat(adjustments: Iterable[Adjustment], vocabulary: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
