@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from agentspeed.chat.output import Regex as Regex
     from agentspeed.chat.output import Schema as Schema
     from agentspeed.compaction import Compaction as Compaction
+    from agentspeed.delegation import hand_off as hand_off
+    from agentspeed.delegation import sub_agent as sub_agent
     from agentspeed.engine import Engine as Engine
     from agentspeed.limits import Limits as Limits
     from agentspeed.marks import Mark as Mark
@@ -48,6 +50,8 @@ _HOMES = {
     "Approval": "tools",
     "Compaction": "compaction",
     "Engine": "engine",
+    "hand_off": "delegation",
+    "sub_agent": "delegation",
     "Choice": "chat.output",
     "Regex": "chat.output",
     "Schema": "chat.output",
@@ -102,8 +106,10 @@ __all__ = [
     "__version__",
     "errors",
     "events",
+    "hand_off",
     "messages",
     "search",
+    "sub_agent",
     "testing",
     "tool",
     "tools",

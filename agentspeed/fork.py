@@ -10,6 +10,7 @@ from typing import Generic, TypeVar, final
 
 from agentspeed import errors
 from agentspeed._base.completion import run_to_completion
+from agentspeed._base.validate import shown
 from agentspeed._core.session_core import TOO_OLD, SessionCore
 
 S = TypeVar("S")
@@ -86,8 +87,13 @@ def copy(core: SessionCore, tokens: int) -> SessionCore:
     return other
 
 
-async def adopt(trunk: SessionCore, child: SessionCore) -> None:
+async def adopt(trunk: SessionCore, child: object) -> None:
     """The child's context becomes the trunk's; the child is closed. Raises what `Session.adopt` says."""
+    if not isinstance(child, SessionCore) or child.parent is not trunk:
+        other = child.id if isinstance(child, SessionCore) else shown(child)
+        raise errors.ChildUnrelated(
+            f"{other} is not a child of {trunk.id}.", remedy="Adopt a child of this very session."
+        )
     with trunk.doing("adopt"), child.doing("adopt"):
         if child.forked_at != (trunk.moves, trunk.tokens):
             raise errors.TrunkMoved(

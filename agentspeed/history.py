@@ -29,6 +29,7 @@ from agentspeed.errors import SessionBusy
 from agentspeed.messages import Assistant, Message, System, ToolMessage, User
 from agentspeed.session import Session
 from agentspeed.tools import Tool
+from agentspeed.usage import Lease
 
 _LOG = logging.getLogger("agentspeed.history")
 _KEY_BYTES = 16
@@ -374,6 +375,21 @@ class History:
             await self._drop(entry)
             raise
         await self._give_back(entry)
+
+    async def expect(self, wanted: Callable[[str | None], bool], seconds: float | None, tool: str) -> list[Lease]:
+        """Idle sessions of the hints that are `wanted` wait under a lease from now on; see `Session.expect`. Gives the
+        engine's answers, one a session."""
+        found: list[Lease] = []
+        for number in list(self._idle):
+            entry = self._entries.get(number)
+            if entry is None or not entry.idle or not wanted(entry.hint) or entry.session.state != "open":
+                continue
+            self._occupy(entry)  # a call that wants it meanwhile branches off
+            try:
+                found.append(await entry.session.expect(seconds, tool=tool))
+            finally:
+                await self._give_back(entry)
+        return found
 
     async def forget(self, wanted: Callable[[str | None], bool]) -> None:
         """Closes the idle sessions of the hints that are `wanted`."""

@@ -63,9 +63,11 @@ class Run:
         self._tool_data = options.get("tool_data")
         self._expect = expect
         self._on_event = on_event
-        self._options = turn_options(options)
+        self._options: TurnOptions = turn_options(options)
         given = options.get("tools")
         self._tools: tuple[Tool, ...] = core.defaults.tools if given is None else tools_from(given)
+        for tool in self._tools:
+            _ = self._handed_over(tool)
         self._reply: Reply[Any] | None = None
         self._problem: errors.OutputError | None = None
         self._results: list[ToolMessage] = []
@@ -268,7 +270,29 @@ class Run:
             raise failures[0]
         if (error := batch.to_raise()) is not None:
             raise error
+        by_name = {tool.name: tool for tool in tools}
+        for message in messages:
+            if message.ok and message.name in by_name:
+                self._hand_over(by_name[message.name])
         return agent_loop.Ran(results=messages)
+
+    def _hand_over(self, tool: Tool) -> None:
+        """The rest of the run has the tools that `tool` hands over to, if it does."""
+        if (tools := self._handed_over(tool)) is not None:
+            self._tools = tools
+            changed: TurnOptions = {**self._options, "tools": tools}
+            self._options = changed
+
+    def _handed_over(self, tool: Tool) -> tuple[Tool, ...] | None:
+        if tool.hands_over is None:
+            return None
+        known = {one.name: one for one in self._core.defaults.tools}
+        if unknown := [name for name in tool.hands_over if name not in known]:
+            raise errors.InvalidRequest(
+                f"{tool.name} hands over to the tools {', '.join(unknown)}, which the session does not have.",
+                remedy="Give them to Session(tools=[...]) too; a run may be offered fewer of them.",
+            )
+        return tuple(known[name] for name in tool.hands_over)
 
     def _within_limit(self, calls: tuple[ToolCall, ...]) -> tuple[ToolCall, ...]:
         """Those of `calls` that may still be run; the others have a result that says why they were not."""

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, cast, final, overload
 
 from agentspeed import errors, events, snapshot
-from agentspeed._base.validate import check_count, is_whole, shown
+from agentspeed._base.validate import check_count
 from agentspeed._core.branch import Opening
 from agentspeed._core.engine_handle import EngineHandle
 from agentspeed._core.engine_options import EngineOptions
@@ -61,7 +61,8 @@ class Session:
     `model`: a Hugging Face model folder or repository id, an `Engine`, or None for the model that ships with the
     package. Sessions of one model and the same `engine_options` share one engine process. A session belongs to one
     task at a time; one turn at a time. `private` rows are never shared and are dropped at the end; `tenant` separates
-    what may be shared. `record_logprobs` keeps the drawn ids' log-probabilities for `trajectory()`."""
+    what may be shared. `record_logprobs` keeps the drawn ids' log-probabilities for `trajectory()`. `idle_timeout`:
+    after so many seconds in which nobody used it or a child of it, it closes itself."""
 
     def __init__(
         self,
@@ -80,6 +81,7 @@ class Session:
         history_reasoning: History = "template",
         template_variables: Mapping[str, Any] | None = None,
         close_timeout: float = 5.0,
+        idle_timeout: float | None = None,
         **engine_options: Unpack[EngineOptions],
     ) -> None:
         check_session(
@@ -93,6 +95,7 @@ class Session:
             close_timeout=close_timeout,
             history_reasoning=history_reasoning,
             on_engine=isinstance(model, EngineHandle),
+            idle_timeout=idle_timeout,
             engine_options=engine_options,
         )
         self._core = SessionCore(
@@ -116,7 +119,7 @@ class Session:
                 seed=secrets.randbits(62) if seed is None else seed,
             ),
         )
-        self._core.face = self
+        self._core.face, self._core.idle_timeout = self, idle_timeout
         self._opening: tuple[Message, ...] = ()
 
     @classmethod
@@ -159,10 +162,6 @@ class Session:
         """Enters it without a block, for who opens it in one function and closes it in another: a web application, a
         cell of a notebook. `close` ends it."""
         await self._core.open()
-        return self
-
-    async def __aenter__(self) -> Self:
-        await self._core.open()
         opening, self._opening = self._opening, ()
         if opening:
             try:
@@ -171,6 +170,9 @@ class Session:
                 await self._core.close()
                 raise
         return self
+
+    async def __aenter__(self) -> Self:
+        return await self.open()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -304,12 +306,7 @@ class Session:
 
         Raises `SessionBusy` when either has a turn running, `TrunkMoved` when this session went on since the fork,
         `ChildUnrelated` for anything but a child of this session."""
-        if not isinstance(child, Session) or child._core.parent is not self._core:
-            other = child.id if isinstance(child, Session) else shown(child)
-            raise errors.ChildUnrelated(
-                f"{other} is not a child of {self.id}.", remedy="Adopt a child of this very session."
-            )
-        await adopt(self._core, child._core)
+        await adopt(self._core, child._core if isinstance(child, Session) else child)
 
     async def mark(self, name: str | None = None) -> Mark:
         """Here, to come back to with `rewind`; a name is remembered, travels to forks and snapshots, and stands for the
@@ -380,10 +377,7 @@ class Session:
         """How many tokens the first `messages` messages are, with what closes them: a place for `rewind` and `fork`.
 
         Raises `InvalidRequest` when there are not so many."""
-        spans = self._core.log.spans
-        if not is_whole(messages) or not 0 <= messages <= len(spans):
-            raise errors.InvalidRequest(f"messages is {messages!r}; the session has {len(spans)}.")
-        return spans[messages].start if messages < len(spans) else self.tokens
+        return self._core.position(messages)
 
     async def score(self, text: str, *, after: Prompt = None) -> Score:
         """How likely the model would write `text` next: the natural logarithms of its own distribution, before
@@ -413,6 +407,16 @@ class Session:
     def engine(self) -> EngineHandle:
         """What it runs on: the `Engine` it was given, or its hold on the process-wide one."""
         return self._core.engine
+
+    @property
+    def tenant(self) -> str | None:
+        """Whose rows it shares."""
+        return self._core.branch.opening.tenant or None
+
+    @property
+    def private(self) -> bool:
+        """Whether its rows are shared with its own forks alone."""
+        return self._core.branch.opening.private
 
     @property
     def parent(self) -> Session | None:

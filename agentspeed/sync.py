@@ -349,6 +349,16 @@ class Session:
         return self.session.engine
 
     @property
+    def tenant(self) -> str | None:
+        """Whose rows it shares."""
+        return self.session.tenant
+
+    @property
+    def private(self) -> bool:
+        """Whether its rows are shared with its own forks alone."""
+        return self.session.private
+
+    @property
     def system(self) -> str | None:
         """The system text."""
         return self.session.system

@@ -131,7 +131,8 @@ class EngineHandle:
 
     async def _start_remote(self, url: str) -> None:
         """The tokenizer and the template come from the server's engine, once."""
-        transport = RemoteTransport(url, api_key=self._api_key, client=self._http_client)
+        api_key = self._api_key or os.environ.get("AGENTSPEED_API_KEY")
+        transport = RemoteTransport(url, api_key=api_key, client=self._http_client)
         local = EngineConnections(transport)
         try:
             folder = await fetch_model_files(await local.link())

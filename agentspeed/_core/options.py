@@ -94,6 +94,7 @@ class SessionOptions(TypedDict, total=False):
     history_reasoning: History
     template_variables: Mapping[str, Any] | None
     close_timeout: float
+    idle_timeout: float | None
 
 
 class RestoreOptions(SessionOptions, EngineOptions, total=False):
@@ -186,6 +187,7 @@ def check_session(
     name: str | None,
     timeout: float | None,
     close_timeout: float,
+    idle_timeout: float | None,
     engine_options: Mapping[str, Any],
 ) -> None:
     """Raises `InvalidRequest` for an argument of a session that cannot be. `on_engine`: it was given an `Engine`."""
@@ -200,6 +202,7 @@ def check_session(
     check_seconds("close_timeout", close_timeout, none=False)
     if history_reasoning not in ("template", "keep"):
         raise errors.InvalidRequest(f"history_reasoning is {history_reasoning!r}; it must be 'template' or 'keep'.")
+    check_seconds("idle_timeout", idle_timeout)
     known = TurnOptions.__annotations__.keys() | Sampling.__dataclass_fields__.keys()
     if misplaced := sorted(engine_options.keys() & known):
         raise errors.InvalidRequest(

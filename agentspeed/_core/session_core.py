@@ -22,6 +22,7 @@ from agentspeed._base.completion import run_to_completion
 from agentspeed._base.validate import check_number, check_text, is_whole, shown
 from agentspeed._core.branch import Branch, Opening
 from agentspeed._core.engine_handle import EngineHandle
+from agentspeed._core.idle_watch import IdleWatch
 from agentspeed._core.options import Defaults
 from agentspeed._core.pending_calls import PendingCalls
 from agentspeed._core.turn_record import TurnRecord
@@ -89,6 +90,11 @@ class SessionCore:
         self.forked_at: tuple[int, int] = (0, 0)
         """The parent's `moves` and its log's length at birth: while both hold, it can adopt."""
         self.rested_at: float | None = None
+        self.idle_timeout: float | None = None
+        """Seconds without use after which it closes itself; None: never."""
+        self._watch: IdleWatch | None = None
+        self._used_at = time.monotonic()
+        self._why_closed = "The session is closed."
         self._owns_engine = owns_engine
         self._events = itertools.count(1)
         self._reply_at = 0
@@ -145,6 +151,22 @@ class SessionCore:
         except BaseException:
             await self.close()
             raise
+        self._used_at = time.monotonic()
+        if self.idle_timeout is not None:
+            self._watch = IdleWatch(self.idle_timeout, self._last_used, self._close_idle)
+
+    def _last_used(self) -> float | None:
+        """By whoever holds it or a child of it; None while one of them is busy."""
+        if self.busy is not None:
+            return None
+        times = [self._used_at, *(child._last_used() for child in self.children)]
+        used = [at for at in times if at is not None]
+        return max(used) if len(used) == len(times) else None
+
+    async def _close_idle(self) -> None:
+        self._watch = None
+        self._why_closed = f"The session was closed, for nobody had used it for {self.idle_timeout} s."
+        await self.close()
 
     async def _check_tokenizer(self) -> None:
         if self.tokenizer is not None and self.tokenizer != await self.fingerprint():
@@ -167,6 +189,8 @@ class SessionCore:
         await run_to_completion(self._close)
 
     async def _close(self) -> None:
+        if self._watch is not None:
+            await self._watch.end()
         for child in tuple(self.children):
             await child.close()
         await self.branch.close()
@@ -179,9 +203,10 @@ class SessionCore:
         """Raises `SessionClosed`."""
         if self.state != "open":
             raise errors.SessionClosed(
-                "The session is closed." if self.state == "closed" else "The session was not entered.",
+                self._why_closed if self.state == "closed" else "The session was not entered.",
                 remedy="Use it inside `async with`.",
             )
+        self._used_at = time.monotonic()
 
     def must_be_idle(self) -> None:
         """Raises `SessionClosed` or `SessionBusy`."""
@@ -202,6 +227,7 @@ class SessionCore:
             yield
         finally:
             self.busy = None
+            self._used_at = time.monotonic()
 
     # ---- turns ----------------------------------------------------------------------------------------------------
     async def begin_turn(self, turn: TurnRecord, sink: Sink) -> None:
@@ -291,7 +317,7 @@ class SessionCore:
         self.usage = self.usage + turn.usage
         self.busy = None
         self.pending.leave(self.log)
-        self.rested_at = time.monotonic()
+        self.rested_at = self._used_at = time.monotonic()
 
     # ---- messages -------------------------------------------------------------------------------------------------
     async def add(self, messages: Sequence[Message], *, prefill: bool) -> None:
@@ -409,6 +435,13 @@ class SessionCore:
         if not 0 <= to <= self.tokens:
             raise errors.MarkNotFound(f"Position {shown(to)} is not in a session of {self.tokens} tokens.")
         return self.log.at(to)
+
+    def position(self, messages: int) -> int:
+        """Where the first `messages` messages end. Raises `InvalidRequest`."""
+        spans = self.log.spans
+        if not is_whole(messages) or not 0 <= messages <= len(spans):
+            raise errors.InvalidRequest(f"messages is {messages!r}; the session has {len(spans)}.")
+        return spans[messages].start if messages < len(spans) else self.tokens
 
     async def rewind(self, to: Mark | str | int) -> None:
         """Exactly back to there. Raises `MarkNotFound`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -11,16 +12,18 @@ from typing import Any, final
 
 import anyio
 
-from agentspeed import events
+from agentspeed import errors, events
 from agentspeed.adapters.runtime import Runtime
 from agentspeed.chat.output import Schema
 from agentspeed.history import Conversation
 from agentspeed.message_formats.openai import conversation_parts, tool_definitions
 from agentspeed.message_formats.tools import declared
 from agentspeed.replies import Reply
-from agentspeed.session import TurnOptions
+from agentspeed.session import Session, TurnOptions
 from agentspeed.turn import Turn
 from agentspeed.usage import Usage
+
+_LOG = logging.getLogger("agentspeed.adapters")
 
 
 @final
@@ -61,6 +64,16 @@ async def _turn(runtime: Runtime, call: Call) -> AsyncIterator[Turn[Any]]:
             options["tools"] = [tool for tool in session.tools if tool.name in call.allowed]
         async with session.stream(taken.messages or None, output=output, **options) as turn:
             yield turn
+        if calls := session.open_calls:
+            await _pause(session, calls[0].name)
+
+
+async def _pause(session: Session, tool: str) -> None:
+    """The framework runs the tools now: the branch is held under a lease for as long as such a pause takes."""
+    try:
+        _ = await session.expect(None, tool=tool)
+    except errors.WorldError as error:  # the turn is over, and its reply is worth more than a lease
+        _LOG.info("no lease for session %s: %s", session.id, error)
 
 
 @final

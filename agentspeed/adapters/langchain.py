@@ -22,13 +22,12 @@ from langchain_core.tools import BaseTool
 from langchain_core.utils import secret_from_env
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
-from pydantic import ConfigDict, Field, PrivateAttr, SecretStr
+from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, model_validator
 
 from agentspeed import errors, events
 from agentspeed.adapters.calls import Call, Streamed, new_call_id, prompt_tokens, whole
 from agentspeed.adapters.langchain_errors import public
-from agentspeed.adapters.runtime import Runtime, hint_of
-from agentspeed.engine import Engine
+from agentspeed.adapters.runtime import Runtime, Source, hint_of
 from agentspeed.sampling import Sampling
 from agentspeed.session import TurnOptions
 from agentspeed.turn import Reply
@@ -38,7 +37,8 @@ _FINISH = {"stop_id": "stop", "grammar_end": "stop", "stop_string": "stop", "max
 
 
 class ChatAgentSpeed(BaseChatModel):
-    """`ChatAgentSpeed()` for the shipped model; `model` is a folder or a repository id, `engine` one that runs.
+    """`ChatAgentSpeed()` for the shipped model; `model` is a folder or a repository id, `engine` one that runs,
+    a session to begin from, or a server's address.
 
     Each call sends its whole message list, as LangChain does; the longest known log is continued or branched, and the
     reply's `usage_metadata.input_token_details.cache_read` says how many tokens that saved. Native async: cancelling a
@@ -48,10 +48,13 @@ class ChatAgentSpeed(BaseChatModel):
 
     model_name: str | None = Field(default=None, alias="model")
     engine: Any = Field(default=None, exclude=True)
-    """An `agentspeed.Engine` that the caller runs; None: the process-wide one of the model and `engine_options`."""
+    """An `agentspeed.Engine` that the caller runs, a `Session` to begin from, or a server's address, which becomes
+    `base_url`; None: the process-wide one of the model and `engine_options`."""
+    base_url: str | None = None
+    """Of an `agentspeed serve` whose engine is used; `api_key` is for it."""
     engine_options: dict[str, Any] = Field(default_factory=dict)
     api_key: SecretStr | None = Field(default_factory=secret_from_env("AGENTSPEED_API_KEY", default=None))
-    """Of a server; local engines need none."""
+    """Of a server; local engines need none. By default what `AGENTSPEED_API_KEY` says."""
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
@@ -65,6 +68,13 @@ class ChatAgentSpeed(BaseChatModel):
     streaming: bool = False
     _runtimes: dict[str | None, Runtime] = PrivateAttr(default_factory=dict)
     _recall: Callable[[str, str], list[bytes]] | None = PrivateAttr(default=None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _address(cls, given: Any) -> Any:
+        if isinstance(given, dict) and isinstance(given.get("engine"), str):
+            return {**given, "base_url": given["engine"], "engine": None}
+        return given
 
     # ---- what LangChain asks about a model --------------------------------------------------------------------------
     @property
@@ -288,9 +298,13 @@ class ChatAgentSpeed(BaseChatModel):
     def _runtime(self, model: str | None) -> Runtime:
         name = self.model_name if model is None else model
         if name not in self._runtimes:
-            engine: Engine | None = self.engine
+            source: Source | None = self.base_url if self.engine is None else self.engine
             made = Runtime(
-                name, engine=engine, reasoning=self.reasoning, engine_options=cast("Any", self.engine_options)
+                name,
+                engine=source,
+                api_key=None if self.api_key is None else self.api_key.get_secret_value(),
+                reasoning=self.reasoning,
+                engine_options=cast("Any", self.engine_options),
             )
             self._runtimes[name] = made
             self._set_recall(name, made)

@@ -9,7 +9,7 @@ import os
 import random
 from collections.abc import AsyncIterator, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Final, Self, cast
 
 from anyio import to_thread
 from langchain_core.runnables import RunnableConfig
@@ -24,7 +24,9 @@ from langgraph.checkpoint.base import (
     get_checkpoint_metadata,
 )
 from langgraph.checkpoint.serde.base import SerializerProtocol
+from langgraph.checkpoint.serde.types import INTERRUPT
 
+from agentspeed._base.validate import check_seconds
 from agentspeed.adapters.checkpoint_rows import CheckpointRows, Place, Row, Write
 from agentspeed.adapters.langchain import ChatAgentSpeed
 from agentspeed.errors import InvalidRequest
@@ -33,13 +35,17 @@ from agentspeed.history import Kept
 _COUNTERS = "counters_since_delta_snapshot"
 """LangGraph's metadata of the channels whose value is told by writes since their last snapshot."""
 
+INTERRUPTED: Final = "interrupt"
+"""What the engine is told a graph waits for, and learns the length of."""
+
 
 class AgentSpeedSaver(BaseCheckpointSaver[str]):
     """`with AgentSpeedSaver("graph.db", models=[model]) as saver: graph = builder.compile(checkpointer=saver)`
 
     `path`: a file, made when there is none, or ":memory:". `models`: the chat models of the graph whose sessions are
-    kept with its threads. Every method may be called from any thread and any event loop; a file may be open in several
-    processes. Raises `InvalidRequest` for a file that another version wrote."""
+    kept with its threads; while a graph is interrupted they wait under a lease. `interrupt_seconds`: how long that
+    takes, if you know better than the engine learns. Every method may be called from any thread and any event loop; a
+    file may be open in several processes. Raises `InvalidRequest` for a file that another version wrote."""
 
     def __init__(
         self,
@@ -47,12 +53,15 @@ class AgentSpeedSaver(BaseCheckpointSaver[str]):
         *,
         models: Sequence[ChatAgentSpeed] = (),
         serde: SerializerProtocol | None = None,
+        interrupt_seconds: float | None = None,
     ) -> None:
         super().__init__(serde=serde)
+        check_seconds("interrupt_seconds", interrupt_seconds)
         try:
             self._rows = CheckpointRows(os.fspath(path))
         except ValueError as error:
             raise InvalidRequest(str(error), remedy="Give another file, or read it with what wrote it.") from error
+        self._interrupt_seconds = interrupt_seconds
         self._models = tuple(models)
         for model in self._models:
             model.recall_sessions(self._rows.sessions)
@@ -227,7 +236,17 @@ class AgentSpeedSaver(BaseCheckpointSaver[str]):
     def put_writes(
         self, config: RunnableConfig, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str = ""
     ) -> None:
-        """Stores what a task wrote after the checkpoint that `config` names."""
+        """Stores what a task wrote after the checkpoint that `config` names. A task that was interrupted leaves the
+        thread's sessions under a lease."""
+        self._put_writes(config, writes, task_id, task_path)
+        if _interrupted(writes):
+            for model in self._models:
+                for runtime in model.runtimes().values():
+                    _ = runtime.expect(_thread(config), self._interrupt_seconds, INTERRUPTED)
+
+    def _put_writes(
+        self, config: RunnableConfig, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str
+    ) -> None:
         named = get_checkpoint_id(config)
         if named is None:
             raise InvalidRequest("config names no checkpoint_id.", remedy="Give the config that put returned.")
@@ -249,7 +268,11 @@ class AgentSpeedSaver(BaseCheckpointSaver[str]):
         self, config: RunnableConfig, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str = ""
     ) -> None:
         """See `put_writes`."""
-        await to_thread.run_sync(self.put_writes, config, writes, task_id, task_path)
+        await to_thread.run_sync(self._put_writes, config, writes, task_id, task_path)
+        if _interrupted(writes):
+            for model in self._models:
+                for runtime in model.runtimes().values():
+                    _ = await runtime.aexpect(_thread(config), self._interrupt_seconds, INTERRUPTED)
 
     # ---- what goes, and what is copied ------------------------------------------------------------------------------
     def delete_thread(self, thread_id: str) -> None:
@@ -306,6 +329,10 @@ class AgentSpeedSaver(BaseCheckpointSaver[str]):
         """Increasing, and different on every branch of a thread's history."""
         number = 0 if current is None else int(str(current).partition(".")[0])
         return f"{number + 1:032}.{random.getrandbits(62):019}"
+
+
+def _interrupted(writes: Sequence[tuple[str, Any]]) -> bool:
+    return any(channel == INTERRUPT for channel, _ in writes)
 
 
 def _check_strategy(strategy: str) -> None:

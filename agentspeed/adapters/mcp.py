@@ -54,6 +54,7 @@ async def tools_from_mcp(
     on_error: OnError = "return",
     needs_approval: bool | Callable[[ServerTool], NeedsApproval] = False,
     on_progress: OnProgress | None = None,
+    retries: int = 0,
 ) -> list[Tool]:
     """The tools that the server of an entered `mcp.Client` lists, in its order; `names` picks some of them.
 
@@ -61,7 +62,8 @@ async def tools_from_mcp(
     Arguments are kept to the server's schema by the grammar. A result's parts are one text, what is no text is named
     by its kind and size, and an error of the tool, of the server or of the connection is the tool's error. `timeout`
     (seconds) and the end of a run cancel the call on the server. `needs_approval` is asked about each definition, and
-    may answer with a function of the arguments; a definition's hints are the server's word only.
+    may answer with a function of the arguments; a definition's hints are the server's word only. `retries`: how often a
+    call that failed is made again; for tools that may run twice.
 
     Raises `InvalidRequest` for names that the server does not have, for one that two tools would share, and for a
     schema that no grammar can hold; what `client.list_tools` raises passes."""
@@ -79,7 +81,7 @@ async def tools_from_mcp(
                 f"Two tools would be named {tool.name!r}.", remedy="Pick one of them with names=, or give a prefix=."
             )
         approval = _approval(needs_approval, listed[name])
-        made[tool.name] = replace(tool, timeout=timeout, on_error=on_error, needs_approval=approval)
+        made[tool.name] = replace(tool, timeout=timeout, on_error=on_error, needs_approval=approval, retries=retries)
     return list(made.values())
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import secrets
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Final, cast
@@ -11,6 +13,8 @@ from agents.agent_output import AgentOutputSchemaBase
 from agents.exceptions import ModelBehaviorError, UserError
 from agents.handoffs import Handoff
 from agents.items import TResponseInputItem, TResponseStreamEvent
+from agents.memory import SessionSettings
+from agents.memory.session_settings import resolve_session_limit
 from agents.models.chatcmpl_converter import Converter
 from agents.models.chatcmpl_stream_handler import ChatCmplStreamHandler
 from agents.models.fake_id import FAKE_RESPONSES_ID
@@ -23,10 +27,9 @@ from openai.types.responses import Response
 from openai.types.responses.response_prompt_param import ResponsePromptParam
 from openai.types.responses.response_usage import InputTokensDetails
 
-from agentspeed import events
+from agentspeed import errors, events
 from agentspeed.adapters.calls import Call, Streamed, new_call_id, prompt_tokens, whole
-from agentspeed.adapters.runtime import Runtime
-from agentspeed.engine import Engine
+from agentspeed.adapters.runtime import Runtime, Source
 from agentspeed.message_formats.openai import call_of
 from agentspeed.messages import ToolCall
 from agentspeed.replies import Reply
@@ -38,7 +41,7 @@ _FINISH: Final = {"max_tokens": "length", "tool_calls": "tool_calls"}
 
 class AgentSpeedModel(Model):
     """`Agent(name="...", model=AgentSpeedModel())` for the shipped model; `model` is a folder or a repository id,
-    `engine` one that runs.
+    `engine` one that runs, a session to begin from, or a server's address, which `api_key` is for.
 
     Each call sends its whole list of items; the longest known log is continued or branched, and the usage's
     `input_tokens_details.cached_tokens` says how many tokens that saved. An output type is constrained decoding.
@@ -48,14 +51,21 @@ class AgentSpeedModel(Model):
         self,
         model: str | None = None,
         *,
-        engine: Engine | None = None,
+        engine: Source | None = None,
+        api_key: str | None = None,
         reasoning: bool = False,
         tenant: str | None = None,
         **engine_options: Any,
     ) -> None:
         self.model = model or "nano"
         self._tenant = tenant or ""
-        self._runtime = Runtime(model, engine=engine, reasoning=reasoning, engine_options=cast("Any", engine_options))
+        self._runtime = Runtime(
+            model,
+            engine=engine,
+            api_key=api_key,
+            reasoning=reasoning,
+            engine_options=cast("Any", engine_options),
+        )
 
     async def close(self) -> None:
         """Closes the sessions of this event loop; they end by themselves when idle."""
@@ -165,7 +175,7 @@ class AgentSpeedProvider(ModelProvider):
     """`RunConfig(model_provider=AgentSpeedProvider())`: an agent's model name is a folder, a repository id, or none for
     the shipped model. `engine`: every name is answered by this one. The options are those of `AgentSpeedModel`."""
 
-    def __init__(self, *, engine: Engine | None = None, **options: Any) -> None:
+    def __init__(self, *, engine: Source | None = None, **options: Any) -> None:
         self._engine = engine
         self._options = options
         self._models: dict[str | None, AgentSpeedModel] = {}
@@ -180,6 +190,53 @@ class AgentSpeedProvider(ModelProvider):
         """Closes the sessions of all its models on this event loop."""
         for model in self._models.values():
             await model.close()
+
+
+class AgentSpeedSession:
+    """A conversation of the SDK that forks: `Runner.run(agent, "...", session=session)`, then `session.fork()`.
+
+    The items are kept here, in memory; the model finds their session, and rows that two forks have in common are
+    computed once. `items`: those of an earlier one, as `get_items` gave them."""
+
+    def __init__(
+        self,
+        session_id: str | None = None,
+        *,
+        items: Sequence[TResponseInputItem] = (),
+        session_settings: SessionSettings | None = None,
+    ) -> None:
+        self.session_id = session_id or f"session_{secrets.token_hex(8)}"
+        self.session_settings = session_settings
+        self._items = copy.deepcopy(list(items))
+
+    def fork(self, session_id: str | None = None, *, at: int | None = None) -> AgentSpeedSession:
+        """Another one with the same items, or the first `at` of them; neither sees what the other goes on with. To be
+        called between two runs: one that goes on has added a part of its items. Raises `InvalidRequest` when there are
+        not so many."""
+        if at is not None and not 0 <= at <= len(self._items):
+            raise errors.InvalidRequest(f"at is {at}; the session has {len(self._items)} items.")
+        return AgentSpeedSession(session_id, items=self._items[:at], session_settings=self.session_settings)
+
+    async def get_items(self, limit: int | None = None) -> list[TResponseInputItem]:
+        """The latest `limit` items, or all, in their order."""
+        most = resolve_session_limit(limit, self.session_settings)
+        first = 0 if most is None else max(0, len(self._items) - max(0, most))
+        return copy.deepcopy(self._items[first:])
+
+    async def add_items(self, items: list[TResponseInputItem]) -> None:
+        """Behind those that there are."""
+        self._items += copy.deepcopy(items)
+
+    async def pop_item(self) -> TResponseInputItem | None:
+        """The latest item, which is not in the session any more."""
+        return self._items.pop() if self._items else None
+
+    async def clear_session(self) -> None:
+        """All items go."""
+        self._items.clear()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.session_id} {len(self._items)} items>"
 
 
 def _check_state(previous_response_id: str | None, conversation_id: str | None, prompt: object) -> None:

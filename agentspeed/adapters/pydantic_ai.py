@@ -33,8 +33,7 @@ from pydantic_ai.usage import RequestUsage
 
 from agentspeed import errors, events
 from agentspeed.adapters.calls import Call, Streamed, new_call_id, prompt_tokens, whole
-from agentspeed.adapters.runtime import Runtime
-from agentspeed.engine import Engine
+from agentspeed.adapters.runtime import Runtime, Source
 from agentspeed.replies import Reply
 from agentspeed.sampling import Sampling
 from agentspeed.session import TurnOptions
@@ -57,7 +56,8 @@ _FINISH: Final[dict[str, FinishReason]] = {
 
 
 class AgentSpeedModel(Model[Any]):
-    """`Agent(AgentSpeedModel())` for the shipped model; `model` is a folder or a repository id, `engine` one that runs.
+    """`Agent(AgentSpeedModel())` for the shipped model; `model` is a folder or a repository id, `engine` one that runs,
+    a session to begin from, or a server's address, which `api_key` is for.
 
     Each request sends its whole history, as pydantic-ai does; the longest known log is continued or branched, and the
     usage's `cache_read_tokens` says how many tokens that saved. Structured output is constrained decoding in every
@@ -68,7 +68,8 @@ class AgentSpeedModel(Model[Any]):
         self,
         model: str | None = None,
         *,
-        engine: Engine | None = None,
+        engine: Source | None = None,
+        api_key: str | None = None,
         reasoning: bool = False,
         tenant: str | None = None,
         settings: ModelSettings | None = None,
@@ -77,7 +78,13 @@ class AgentSpeedModel(Model[Any]):
         super().__init__(settings=settings, profile=_PROFILE)
         self._name = model or "nano"
         self._tenant = tenant or ""
-        self._runtime = Runtime(model, engine=engine, reasoning=reasoning, engine_options=cast("Any", engine_options))
+        self._runtime = Runtime(
+            model,
+            engine=engine,
+            api_key=api_key,
+            reasoning=reasoning,
+            engine_options=cast("Any", engine_options),
+        )
 
     @property
     def model_name(self) -> str:

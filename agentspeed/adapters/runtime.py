@@ -20,13 +20,18 @@ from anyio import to_thread
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from agentspeed import errors, snapshot
+from agentspeed._base.validate import shown
+from agentspeed._core.engine_handle import EngineHandle
 from agentspeed._core.engine_options import EngineOptions
 from agentspeed.engine import Engine
 from agentspeed.history import Conversation, History, Kept, Limits, Taken
 from agentspeed.message_formats.tools import declared
 from agentspeed.session import Session
+from agentspeed.usage import Lease
 
 T = TypeVar("T")
+Source: TypeAlias = Engine | Session | str
+"""What a model may be given to run on: an engine that runs, a session to begin from, or a server's address."""
 _LOG = logging.getLogger("agentspeed.adapters")
 _SEPARATOR: Final = "\x1f"
 Recall: TypeAlias = Callable[[str], list[bytes]]
@@ -44,19 +49,27 @@ def _thread_of(hint: str | None) -> str | None:
 
 @final
 class Runtime:
-    """One model as adapters use it. `engine`: a running one; else the process-wide one of `model` and its options."""
+    """One model as adapters use it. `engine`: a running one, a session, or a server's address (`api_key` is for it);
+    else the process-wide one of `model` and its options. Message lists that begin with what a given session says go on
+    from a copy of it, as it was at the first call. Raises `InvalidRequest` for any other `engine`."""
 
     def __init__(
         self,
         model: str | None = None,
         *,
-        engine: Engine | None = None,
+        engine: Source | None = None,
+        api_key: str | None = None,
         reasoning: bool = False,
         limits: Limits | None = None,
         engine_options: EngineOptions | None = None,
     ) -> None:
+        if not isinstance(engine, Source | None) or (isinstance(engine, str) and not _is_url(engine)):
+            raise errors.InvalidRequest(
+                f"engine is {shown(engine)}; it must be an Engine, a Session, or the address of a server."
+            )
         self._model = model
-        self._engine = engine
+        self._engine = model if engine is None and model is not None and _is_url(model) else engine
+        self._api_key = api_key
         self._reasoning = reasoning
         self._limits = limits
         self._engine_options: EngineOptions = engine_options or {}
@@ -72,12 +85,15 @@ class Runtime:
     async def take(self, conversation: Conversation) -> AsyncIterator[Taken]:
         """The conversation's session on this event loop; see `History.take`."""
         own = await self._of_loop()
+        if isinstance(self._engine, Session):
+            await own.begin_from(self._engine, conversation.tenant)
         if self.recall is not None and (thread := _thread_of(conversation.hint)) is not None:
             await own.restore(thread, self.recall)
+        await own.history.sweep()
         async with own.history.take(conversation) as taken:
             yield taken
 
-    async def engine(self) -> Engine:
+    async def engine(self) -> EngineHandle:
         """Started, for what only its codec knows."""
         return (await self._of_loop()).engine
 
@@ -85,14 +101,23 @@ class Runtime:
         loop = asyncio.get_running_loop()
         own = self._histories.get(loop)
         if own is None:
+            owned = not isinstance(self._engine, Engine | Session)
             own = self._histories[loop] = _OfLoop(
-                self._make_engine(), self._limits, reasoning=self._reasoning, owned=self._engine is None
+                self._make_engine(), self._limits, reasoning=self._reasoning, owned=owned
             )
         await own.ready()
         return own
 
-    def _make_engine(self) -> Engine:
-        return self._engine or Engine.shared(self._model, self._engine_options)
+    def _make_engine(self) -> EngineHandle:
+        match self._engine:
+            case None:
+                return Engine.shared(self._model, self._engine_options)
+            case str(url):
+                return Engine(url, api_key=self._api_key, **self._engine_options)
+            case Session() as session:
+                return session.engine
+            case engine:
+                return engine
 
     async def aclose(self) -> None:
         """Closes the sessions of this event loop."""
@@ -132,6 +157,28 @@ class Runtime:
         own = self._histories.get(asyncio.get_running_loop())
         if own is not None:
             await own.history.forget(lambda hint: _thread_of(hint) == thread)
+
+    async def aexpect(self, thread: str, seconds: float | None, tool: str) -> list[Lease]:
+        """The idle sessions of a thread, as far as `akept` sees them, wait under a lease; see `Session.expect`."""
+        found = await self._own_expect(thread, seconds, tool)
+        if (portal := self._portal) is not None and self._portal_thread != threading.get_ident():
+            found += await to_thread.run_sync(portal.call, self._own_expect, thread, seconds, tool)
+        return found
+
+    def expect(self, thread: str, seconds: float | None, tool: str) -> list[Lease]:
+        """Those on the runtime's own loop."""
+        portal = self._portal
+        return [] if portal is None else portal.call(self._own_expect, thread, seconds, tool)
+
+    async def _own_expect(self, thread: str, seconds: float | None, tool: str) -> list[Lease]:
+        own = self._histories.get(asyncio.get_running_loop())
+        if own is None:
+            return []
+        try:
+            return await own.history.expect(lambda hint: _thread_of(hint) == thread, seconds, tool)
+        except errors.WorldError as error:
+            _LOG.info("no lease for thread %s: %s", thread, error)
+            return []
 
     # ---- calls without an event loop --------------------------------------------------------------------------------
     def call(self, make: Callable[[], Awaitable[T]]) -> T:
@@ -174,6 +221,10 @@ class Runtime:
             block.__exit__(None, None, None)
 
 
+def _is_url(text: str) -> bool:
+    return text.startswith(("http://", "https://"))
+
+
 @asynccontextmanager
 async def _closed(make: Callable[[], AsyncIterator[T]]) -> AsyncIterator[AsyncIterator[T]]:
     items = make()
@@ -189,7 +240,7 @@ async def _closed(make: Callable[[], AsyncIterator[T]]) -> AsyncIterator[AsyncIt
 class _OfLoop:
     """What one event loop has."""
 
-    def __init__(self, engine: Engine, limits: Limits | None, *, reasoning: bool, owned: bool) -> None:
+    def __init__(self, engine: EngineHandle, limits: Limits | None, *, reasoning: bool, owned: bool) -> None:
         self.engine = engine
         self._owned = owned
         self._reasoning = reasoning
@@ -197,10 +248,12 @@ class _OfLoop:
         self._running = not owned
         self._restoring = asyncio.Lock()
         self._restored: set[str] = set()
+        self._begun: set[str] = set()
         self.history = History(self._open, limits=limits)
 
     def _open(self, conversation: Conversation) -> Session:
-        return self.engine.session(
+        return Session(
+            self.engine,
             system=conversation.system,
             tools=conversation.tools,
             tenant=conversation.tenant or None,
@@ -242,6 +295,15 @@ class _OfLoop:
             hint=hint_of(thread, ""),
         )
         await self.history.put(session, conversation)
+
+    async def begin_from(self, session: Session, tenant: str) -> None:
+        """A copy of it waits in the pool, once for each tenant. Raises `SessionBusy` and `SessionClosed`."""
+        if tenant in self._begun:
+            return
+        copy, messages = session.copy(), session.messages
+        self._begun.add(tenant)
+        conversation = Conversation(messages=messages, system=session.system, tools=session.tools, tenant=tenant)
+        await self.history.put(copy, conversation)
 
     async def close(self) -> None:
         """Closes the sessions, and lets go of the engine."""

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Final, TypeAlias, final
+from typing import Any, Final, Literal, TypeAlias, final
 
 import anyio
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
-from agentspeed import Engine, Mark, Session, errors, events
-from agentspeed.cli.chat_screen import Screen, cost, described, whole
+from agentspeed import Engine, Mark, Session, errors, events, snapshot
+from agentspeed.cli.chat_screen import Screen, cost, described, shortened, whole
 from agentspeed.cli.line_input import Lines
 from agentspeed.cli.tools_file import ToolsFile, tools_of
-from agentspeed.messages import ToolCall, User
+from agentspeed.messages import ToolCall, ToolMessage, User, role_of
 from agentspeed.replies import Result
 
 _PROMPT: Final = "> "
@@ -25,6 +27,10 @@ COMMANDS: Final = {
     "/usage": "what this session has cost, and how full its context is",
     "/undo": "go back to before your last question; again: to before the one before",
     "/retry": "go back to before your last question, and ask it again",
+    "/fork": "go on in a copy of this session; /back returns to this one as it is now",
+    "/back": "leave a fork: the session goes on from where /fork was said",
+    "/save": "/save FILE: this session in a file, which /load reads",
+    "/load": "/load FILE: go on with a session that was saved, here or elsewhere",
     "/new": "a new session, in which nothing was said",
     "/quit": "end the chat, as Ctrl-D does",
 }
@@ -52,20 +58,42 @@ class Chat:
         for line in self._file.left_out:
             screen.line(f"left out of the tools: {line}", "yellow")
         with Lines() as lines, start_blocking_portal("asyncio") as portal:
-            hello = "Ctrl-C cancels an answer, Ctrl-D ends. /help lists the commands."
-            again = True
-            while again:
-                with portal.wrap_async_context_manager(portal.call(self._session)) as session:
-                    screen.line(hello)
-                    talk = Talk(
-                        portal, session, screen, lines, temperature=self._temperature, max_tokens=self._max_tokens
-                    )
-                    again = talk.run()
-                hello = "A new session."
+            table = Table(portal=portal, screen=screen, lines=lines, new=self._new, saved=self._saved)
+            session: Session | None = portal.call(self._new)
+            screen.line("Ctrl-C cancels an answer, Ctrl-D ends. /help lists the commands.")
+            while session is not None:
+                with portal.wrap_async_context_manager(closing(session)):
+                    left = Talk(table, session, temperature=self._temperature, max_tokens=self._max_tokens).run()
+                session = None if isinstance(left, str) else left
             return lines.can_ask or not screen.failed
 
-    def _session(self) -> Session:
-        return Session(self._model, system=self._system, tools=self._file.tools)
+    async def _new(self) -> Session:
+        return await Session(self._model, system=self._system, tools=self._file.tools).open()
+
+    async def _saved(self, data: bytes) -> Session:
+        return await Session.restore(data, self._model, tools=self._file.tools).open()
+
+
+@asynccontextmanager
+async def closing(session: Session) -> AsyncIterator[None]:
+    """Closes a session that is open."""
+    try:
+        yield
+    finally:
+        await session.close()
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """What every session of a chat is talked to with."""
+
+    portal: BlockingPortal
+    screen: Screen
+    lines: Lines
+    new: Callable[[], Awaitable[Session]]
+    """Opens one in which nothing was said; on the loop, as `saved`, which opens one from its bytes."""
+    saved: Callable[[bytes], Awaitable[Session]]
 
 
 @final
@@ -73,10 +101,23 @@ class Chat:
 class Exchange:
     """One line and all that came of it."""
 
-    before: Mark
+    before: Mark | int
+    """Where the session goes back to."""
     line: str
     ran: tuple[str, ...]
     """Tools that ran: what they did stays done when the session goes back."""
+
+
+def exchanges_of(session: Session) -> list[Exchange]:
+    """Those of a session that was talked to elsewhere."""
+    found: list[Exchange] = []
+    for message, start in zip(session.messages, session.starts, strict=True):
+        if isinstance(message, User):
+            found.append(Exchange(before=start, line=message.text, ran=()))
+        elif isinstance(message, ToolMessage) and found:
+            ran = dict.fromkeys((*found[-1].ran, message.name))
+            found[-1] = replace(found[-1], ran=tuple(ran))
+    return found
 
 
 @final
@@ -125,6 +166,8 @@ class Cancel:
         return scope
 
 
+Left: TypeAlias = 'Session | Literal["end", "back"]'
+"""How a talk was left: for another session, which is open; for none; for the one that it is a fork of."""
 _Told: TypeAlias = "events.AnyEvent | Question | None"
 """What the loop tells the main thread about a line, in order; None: the line is done."""
 
@@ -134,27 +177,22 @@ class Talk:
     """One session of a chat. All printing and reading is in the main thread, so that nothing comes in between."""
 
     def __init__(
-        self,
-        portal: BlockingPortal,
-        session: Session,
-        screen: Screen,
-        lines: Lines,
-        *,
-        temperature: float,
-        max_tokens: int,
+        self, table: Table, session: Session, *, temperature: float, max_tokens: int, forked: bool = False
     ) -> None:
-        self._portal = portal
+        self._table = table
+        self._portal = table.portal
         self._session = session
-        self._screen = screen
-        self._lines = lines
+        self._screen = table.screen
+        self._lines = table.lines
         self._temperature = temperature
         self._max_tokens = max_tokens
+        self._forked = forked
         self._told: SimpleQueue[_Told] = SimpleQueue()
-        self._exchanges: list[Exchange] = []
-        self._start = session.tokens
+        self._exchanges = exchanges_of(session)
+        self._start = session.starts[0] if session.starts else session.tokens
 
-    def run(self) -> bool:
-        """Whether another session is wanted."""
+    def run(self) -> Left:
+        """Until the person wants another session, or none."""
         with self._lines.during(lambda: None):
             while (line := self._lines.read(_PROMPT)) is not None:
                 match line.strip():
@@ -162,17 +200,18 @@ class Talk:
                         pass
                     case "/quit":
                         break
-                    case "/new":
-                        return True
                     case word if word.startswith("/") and not word.startswith("//"):
-                        self._command(word)
+                        if (left := self._command(word)) is not None:
+                            return left
                     case word:
                         self._ask(word[1:] if word.startswith("//") else line)
-        return False
+        return "end"
 
     # ---- commands -------------------------------------------------------------------------------------------------
-    def _command(self, word: str) -> None:
-        match word:
+    def _command(self, word: str) -> Left | None:
+        """Where the chat goes on; None: here."""
+        name, _, rest = word.partition(" ")
+        match word if name not in ("/save", "/load") else name:
             case "/help":
                 for name, what in COMMANDS.items():
                     self._screen.line(f"{name:8}{what}")
@@ -189,9 +228,76 @@ class Talk:
             case "/retry":
                 if (last := self._undo()) is not None:
                     self._ask(last.line)
+            case "/fork":
+                return self._fork()
+            case "/back":
+                if self._forked:
+                    return "back"
+                self._screen.line("This is no fork: there is nothing to go back to.")
+            case "/save":
+                self._save(rest.strip())
+            case "/load":
+                return self._load(rest.strip())
+            case "/new":
+                return self._opened(self._table.new, "A new session.")
             case _:
                 known = ", ".join(COMMANDS)
                 self._screen.error(f"There is no command {word}. The commands are: {known}. {_HINT}")
+        return None
+
+    def _opened(self, make: Callable[[], Awaitable[Session]], hello: str) -> Session | None:
+        """None when it could not be opened: this one goes on."""
+        try:
+            session = self._portal.call(make)
+        except errors.InternalError:
+            raise
+        except errors.AgentspeedError as error:
+            self._screen.error(error)
+            return None
+        self._screen.line(hello)
+        return session
+
+    def _fork(self) -> Left | None:
+        child = self._opened(self._copied, "In a fork of this session; /back returns to it as it is now.")
+        if child is None:
+            return None
+        with self._portal.wrap_async_context_manager(closing(child)):
+            talk = Talk(self._table, child, temperature=self._temperature, max_tokens=self._max_tokens, forked=True)
+            left = talk.run()
+        if left != "back":
+            return left
+        self._screen.line("Back in the session that was forked.")
+        return None
+
+    async def _copied(self) -> Session:
+        return await self._session.copy().open()
+
+    def _save(self, name: str) -> None:
+        try:
+            path = _file(name, "/save FILE")
+            if path.exists():
+                _ = snapshot.load(path.read_bytes())  # what is no saved session is not written over
+            data = self._portal.call(self._session.snapshot)
+            _ = path.write_bytes(data)
+        except errors.InvalidRequest as error:
+            self._screen.error(f"Nothing was saved. {error}")
+        except OSError as error:
+            self._screen.error(f"Nothing was saved: {error}.")
+        else:
+            self._screen.line(f"Saved: {len(self._session.messages)} messages, {len(data)} bytes in {path}.")
+
+    def _load(self, name: str) -> Session | None:
+        try:
+            path = _file(name, "/load FILE")
+            data = path.read_bytes()
+        except (errors.InvalidRequest, OSError) as error:
+            self._screen.error(f"Nothing was loaded: {error}")
+            return None
+        session = self._opened(lambda: self._table.saved(data), f"The session of {path}.")
+        if session is not None:
+            for message in session.messages[-2:]:
+                self._screen.line(shortened(f"{role_of(message)}: {message.text}"))
+        return session
 
     def _usage(self) -> None:
         session = self._session
@@ -313,6 +419,12 @@ class Talk:
                 print()
                 cancel()
         self._portal.call(question.answered.set)
+
+
+def _file(name: str, usage: str) -> Path:
+    if not name:
+        raise errors.InvalidRequest("No file was named.", remedy=usage)
+    return Path(name).expanduser()
 
 
 _FULL: Final = "the context is full: /undo goes back before your last question, /new begins a new session"

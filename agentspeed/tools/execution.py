@@ -32,6 +32,9 @@ from agentspeed.tools.tool import Tool
 
 _LOG: Final = logging.getLogger("agentspeed.tools")
 T = TypeVar("T")
+_FIRST_WAIT: Final = 0.5
+_LONGEST_WAIT: Final = 8.0
+"""Seconds before a tool that raised is called again: twice as long each time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -321,13 +324,19 @@ async def _call(tool: Tool, checked: BaseModel, context: ToolContext[Any] | None
     arguments = _passed(checked)
     if tool.context_parameter is not None:
         arguments[tool.context_parameter] = context
-    try:
-        return content_of(await _own(_value(tool, arguments)))
-    except PydanticSerializationError as error:
-        raise ToolFailed(f"{tool.name}: its result cannot be written as JSON: {error}", tool=tool.name) from error
-    except (Exception, SystemExit) as error:  # a command line's parser exits where a function would raise
-        _LOG.info("tool %s raised", tool.name, exc_info=error)
-        raise ToolFailed(f"{tool.name}: {told_of(error)}", tool=tool.name) from error
+    attempt = 0
+    while True:
+        try:
+            return content_of(await _own(_value(tool, arguments)))
+        except PydanticSerializationError as error:
+            raise ToolFailed(f"{tool.name}: its result cannot be written as JSON: {error}", tool=tool.name) from error
+        except (Exception, SystemExit) as error:  # a command line's parser exits where a function would raise
+            _LOG.info("tool %s raised", tool.name, exc_info=error)
+            if attempt == tool.retries:
+                told = str(error) if isinstance(error, ToolError) else told_of(error)  # ours is written for the model
+                raise ToolFailed(f"{tool.name}: {told}", tool=tool.name) from error
+        await anyio.sleep(min(_LONGEST_WAIT, _FIRST_WAIT * 2**attempt))
+        attempt += 1
 
 
 async def _value(tool: Tool, arguments: Mapping[str, Any]) -> object:

@@ -11,7 +11,7 @@ from typing import Any, Final, Literal, TypeAlias, final, overload
 
 from pydantic import BaseModel, ConfigDict, create_model
 
-from agentspeed._base.validate import is_number, shown
+from agentspeed._base.validate import is_number, is_whole, shown
 from agentspeed.errors import SchemaUnsupported
 from agentspeed.tools.grammars import check_expressible
 from agentspeed.tools.schema import Json, Schema
@@ -42,6 +42,11 @@ class Tool:
     timeout: float | None = None
     on_error: OnError = "return"
     needs_approval: NeedsApproval = field(default=False, compare=False)
+    retries: int = 0
+    """How often the function is called again after it raised, before the model is told."""
+    hands_over: tuple[str, ...] | None = None
+    """Names of the tools that the rest of the run may call once this one has succeeded; None: those that it could call
+    before. `agentspeed.hand_off` makes such tools."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
@@ -56,6 +61,8 @@ class Tool:
             )
         if self.on_error not in ("return", "raise"):
             raise ValueError(f"tool {self.name}: on_error is {self.on_error!r}; it must be 'return' or 'raise'.")
+        if not is_whole(self.retries) or self.retries < 0:
+            raise ValueError(f"tool {self.name}: retries is {shown(self.retries)}; it must be a number, 0 or more.")
         if not isinstance(self.needs_approval, bool) and not callable(self.needs_approval):
             raise ValueError(
                 f"tool {self.name}: needs_approval is {self.needs_approval!r}; it must be True, False or a function of "
@@ -85,6 +92,7 @@ def tool(
     timeout: float | None = None,
     on_error: OnError = "return",
     needs_approval: NeedsApproval = False,
+    retries: int = 0,
 ) -> Callable[[Callable[..., object]], Tool]: ...
 def tool(
     fn: Callable[..., object] | None = None,
@@ -95,8 +103,13 @@ def tool(
     timeout: float | None = None,
     on_error: OnError = "return",
     needs_approval: NeedsApproval = False,
+    retries: int = 0,
 ) -> Tool | Callable[[Callable[..., object]], Tool]:
-    """Makes a tool of a typed function: `@tool`, or `@tool(timeout=5)`."""
+    """Makes a tool of a typed function: `@tool`, or `@tool(timeout=5)`.
+
+    `retries`: a function that raised is called again so often, after 0.5 s, 1 s, 2 s ... and 8 s at most, before the
+    model is told. `timeout` is of all attempts together, and ends them: what took too long may still be running. What
+    was approved once is not asked about again."""
 
     def make(function: Callable[..., object]) -> Tool:
         _check_function(function, "tool")
@@ -112,6 +125,7 @@ def tool(
             timeout=timeout,
             on_error=on_error,
             needs_approval=needs_approval,
+            retries=retries,
         )
 
     return make if fn is None else make(fn)

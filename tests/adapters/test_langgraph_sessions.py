@@ -18,14 +18,16 @@ import anyio  # noqa: E402
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage  # noqa: E402
 from langchain_core.runnables import RunnableConfig, RunnableLambda  # noqa: E402
 from langgraph.graph import END, START, MessagesState, StateGraph  # noqa: E402
-from langgraph.types import Send  # noqa: E402
+from langgraph.types import Command, Send, interrupt  # noqa: E402
 from typing_extensions import TypedDict  # noqa: E402
 
 from agentspeed import Engine, Session  # noqa: E402
 from agentspeed.adapters.langchain import ChatAgentSpeed  # noqa: E402
 from agentspeed.adapters.langgraph import AgentSpeedSaver  # noqa: E402
+from agentspeed.errors import InvalidRequest  # noqa: E402
 from agentspeed.testing import ScriptedEngine, tool_call  # noqa: E402
 from agentspeed.testing import Turn as Asked  # noqa: E402
+from agentspeed.transport.base import unpack_ids, wire  # noqa: E402
 
 _ADD = {
     "type": "function",
@@ -210,3 +212,70 @@ async def test_siblings_share_what_their_step_began_with() -> None:
             for usage in siblings:
                 assert usage["input_token_details"]["cache_read"] >= whole_pages
         await model.aclose()
+
+
+class _Talk(TypedDict):
+    messages: Annotated[list[Any], operator.add]
+
+
+def _interrupted(model: ChatAgentSpeed, saver: AgentSpeedSaver) -> Any:
+    async def talk(state: _Talk) -> dict[str, Any]:
+        return {"messages": [await model.ainvoke(state["messages"])]}
+
+    def ask(state: _Talk) -> dict[str, Any]:
+        return {"messages": [HumanMessage(interrupt("Shall it go on?"))]}
+
+    builder: Any = StateGraph(_Talk)
+    for name, node in (("talk", talk), ("ask", ask), ("again", talk)):
+        builder.add_node(name, node)
+    for one, other in ((START, "talk"), ("talk", "ask"), ("ask", "again"), ("again", END)):
+        builder.add_edge(one, other)
+    return builder.compile(checkpointer=saver)
+
+
+def _pauses(scripted: ScriptedEngine) -> list[tuple[str, float | None]]:
+    return [(one.tool, one.seconds) for one in scripted._server.commands if isinstance(one, wire.Expect)]
+
+
+@pytest.mark.asyncio
+async def test_an_interrupted_graph_waits_under_a_lease_and_its_session_goes_on() -> None:
+    async with ScriptedEngine(_script) as scripted:
+        model = ChatAgentSpeed(engine=scripted.engine)
+        async with AgentSpeedSaver(":memory:", models=[model], interrupt_seconds=60.0) as saver:
+            graph = _interrupted(model, saver)
+            _ = await graph.ainvoke(_asked("Are you there?"), _config())
+            assert _pauses(scripted) == [("interrupt", 60.0)]
+            found = await graph.ainvoke(Command(resume="Go on."), _config())
+            assert [message.text for message in found["messages"]] == ["Are you there?", "Yes.", "Go on.", "Yes."]
+            assert scripted.live_branches == 1
+        await model.aclose()
+
+
+def test_a_turn_that_ends_in_calls_waits_for_its_tools_under_a_lease() -> None:
+    with _engine() as scripted:
+        model = ChatAgentSpeed(engine=scripted.engine)
+        with AgentSpeedSaver(":memory:", models=[model]) as saver:
+            _ = _graph(model, saver).invoke(_asked("What is 17 plus 25?"), _config())
+        assert _pauses(scripted) == [("add", None)]
+        model.close()
+
+
+@pytest.mark.asyncio
+async def test_a_chat_model_that_is_given_a_session_goes_on_from_it_and_leaves_it_as_it_is() -> None:
+    async with ScriptedEngine(_script) as scripted, scripted.session() as session:
+        _ = await session.generate("Are you there?")
+        before = session.ids
+        model = ChatAgentSpeed(engine=session)
+        said = [HumanMessage("Are you there?"), AIMessage("Yes."), HumanMessage("Really?")]
+        answer = await model.ainvoke(said)
+        assert answer.text == "Yes."
+        opened = [unpack_ids(one.ids) for one in scripted._server.commands if isinstance(one, wire.Open)]
+        assert [tuple(ids) for ids in opened[1:]] == [before]
+        assert session.ids == before
+        await model.aclose()
+
+
+@pytest.mark.parametrize("engine", ["localhost:8000", 7])
+def test_what_is_no_engine_is_refused_in_words(engine: Any) -> None:
+    with pytest.raises(InvalidRequest, match="it must be an Engine, a Session, or the address of a server"):
+        _ = ChatAgentSpeed(engine=engine).invoke("Hi.")

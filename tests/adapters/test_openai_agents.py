@@ -14,10 +14,12 @@ _ = pytest.importorskip("agents", reason="install the group conformance-openai-a
 
 from agents import Agent, ModelSettings, RunConfig, Runner, SQLiteSession, function_tool  # noqa: E402
 from agents.exceptions import UserError  # noqa: E402
+from agents.memory import Session, SessionSettings  # noqa: E402
 from pydantic import BaseModel  # noqa: E402
 
 from agentspeed import Engine  # noqa: E402
-from agentspeed.adapters.openai_agents import AgentSpeedModel, AgentSpeedProvider  # noqa: E402
+from agentspeed.adapters.openai_agents import AgentSpeedModel, AgentSpeedProvider, AgentSpeedSession  # noqa: E402
+from agentspeed.errors import InvalidRequest  # noqa: E402
 from agentspeed.testing import ScriptedEngine, say, tool_call  # noqa: E402
 from agentspeed.testing import Turn as Asked  # noqa: E402
 
@@ -155,3 +157,46 @@ async def test_settings_reach_the_turn() -> None:
         await Runner.run(Agent(name="talk", model=model, model_settings=settings), "Hi.", run_config=_QUIET)
         (turn,) = scripted.turns
         assert (turn.sampling.temperature, turn.sampling.top_p, turn.max_tokens) == (0.5, 0.9, 3)
+
+
+async def test_forks_of_a_conversation_go_on_apart_and_compute_what_they_share_once() -> None:
+    async with Engine.shared(None, {"pages": 256}) as engine:
+        model = AgentSpeedModel(engine=engine)
+        agent = Agent(
+            name="talk", instructions="You are brief.", model=model, model_settings=ModelSettings(max_tokens=16)
+        )
+        session: Session = AgentSpeedSession("mine")
+        assert isinstance(session, AgentSpeedSession)
+        first = (await Runner.run(agent, "Say hi. " * 12, session=session, run_config=_QUIET)).context_wrapper.usage
+        forks = [session, session.fork(), session.fork("third")]
+        for number, fork in enumerate(forks):
+            result = await Runner.run(agent, f"Number {number}?", session=fork, run_config=_QUIET)
+            kept = result.context_wrapper.usage.input_tokens_details.cached_tokens
+            assert kept >= (first.total_tokens - 1 if number == 0 else first.total_tokens // 64 * 64)
+        said = [[item.get("content") for item in await fork.get_items()] for fork in forks]
+        assert [len(one) for one in said] == [4, 4, 4]
+        assert [one[2] for one in said] == ["Number 0?", "Number 1?", "Number 2?"]
+        await model.close()
+
+
+async def test_a_forking_session_keeps_the_contract_of_the_sdk() -> None:
+    session = AgentSpeedSession(items=[{"role": "user", "content": str(number)} for number in range(4)])
+    assert isinstance(session, Session)
+
+    async def said(one: AgentSpeedSession, limit: int | None = None) -> list[object]:
+        return [item.get("content") for item in await one.get_items(limit)]
+
+    assert await said(session, 2) == ["2", "3"]
+    assert await said(session, 0) == []
+    early = session.fork(at=1)
+    popped = await session.pop_item()
+    assert popped is not None and popped.get("content") == "3"
+    (await session.get_items())[0]["content"] = "changed"  # type: ignore[typeddict-unknown-key,index]
+    assert (await said(session), await said(early)) == (["0", "1", "2"], ["0"])
+    assert await said(
+        AgentSpeedSession(items=await session.get_items(), session_settings=SessionSettings(limit=1))
+    ) == ["2"]
+    await session.clear_session()
+    assert await session.pop_item() is None
+    with pytest.raises(InvalidRequest, match="has 0 items"):
+        _ = session.fork(at=1)

@@ -147,6 +147,14 @@ def test_the_arrow_keys_edit_the_line_and_bring_back_earlier_ones() -> None:
         leave(chat)
 
 
+def test_what_is_pasted_is_one_question_whatever_lines_it_has() -> None:
+    with terminal(scripted(ECHO), environment()) as chat:
+        _ = chat.until("> ")
+        chat.type("\x1b[200~one\ntwo\n\x1b[201~ three\n")
+        assert "heard 'one\\ntwo\\n three'" in chat.until(" computed")
+        leave(chat)
+
+
 # ---- tools ----------------------------------------------------------------------------------------------------------
 def test_tools_of_a_python_file_run_and_are_shown(tools: Path) -> None:
     with terminal(scripted("[tool_call('add', a=19, b=23), 'It is 42.']", tools), environment()) as chat:
@@ -293,6 +301,31 @@ def test_retry_asks_the_last_question_again_as_if_it_had_not_been_asked() -> Non
     assert "There is nothing to undo." in shown
     assert "answer 2, user 2" in shown and "back to before: Two." in shown
     assert "answer 3, user 2" in shown and "answer 4, user 3" in shown
+
+
+def test_a_fork_is_another_way_on_and_back_leads_to_where_it_began() -> None:
+    script = "lambda turn: f\"users {turn.log.count('<|user|>')}\""
+    lines = "One.\n/fork\nTwo.\n/fork\nThree.\n/undo\n/undo\nFour.\n/back\n/back\nFive.\n/back\n/fork\n/quit\nSix.\n"
+    shown = piped(scripted(script), lines)
+    assert re.findall(r"users \d", shown) == [f"users {number}" for number in (1, 2, 3, 2, 2)]
+    assert "back to before: Two." in shown
+    assert shown.count("Back in the session that was forked.") == 2 and "This is no fork" in shown
+
+
+def test_a_saved_session_is_loaded_with_its_questions_and_what_fails_leaves_the_chat_as_it_is(tmp_path: Path) -> None:
+    script = "lambda turn: f\"users {turn.log.count('<|user|>')}\""
+    other, saved = tmp_path / "notes.txt", tmp_path / "talk"
+    _ = other.write_text("mine")
+    lines = (
+        f"One.\n/save {saved}\nTwo.\n/save {other}\n/save\n/load {other}\n/load {tmp_path}\n/load no file\nThree.\n"
+        f"/load {saved}\n/undo\n/undo\nFour.\n/save {saved}\n"
+    )
+    shown = piped(scripted(script), lines, status=2)
+    assert re.findall(r"users \d\n", shown) == [f"users {number}\n" for number in (1, 2, 3, 1, 1)]
+    assert "assistant: users 1" in shown and "back to before: One." in shown and "nothing to undo" in shown
+    assert shown.count("Nothing was saved") == 2 and shown.count("Nothing was loaded") == 2
+    assert "This is no session snapshot" in shown and "Traceback" not in shown
+    assert other.read_text() == "mine"
 
 
 def test_one_question_is_answered_alone_on_standard_output() -> None:

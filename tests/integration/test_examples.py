@@ -133,6 +133,15 @@ async def test_the_same_agent_runs_under_trio(anyio_backend: str, capsys: pytest
     assert "running on trio" in capsys.readouterr().out
 
 
+SHOWN = {
+    "coding_agent": ("may write_file run? no", "undone: the context is back", "mended after 2 attempts"),
+    "mcp_client": ("the server has: add", "add: adding, 1 of 2", "add gave: 42", "get_weather: no station"),
+    "research_agent": ("compacted: 3 messages", "mate", "the article: "),
+    "web_chat": ("one     leaves after 3 events", 'one     calls get_weather({"city":"Oslo"})', "two < "),
+}
+"""What a run of an example must have done, as it says itself."""
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
 def test_every_example_is_one_line_to_run_and_takes_seconds(name: str) -> None:
     environment = {
@@ -150,5 +159,7 @@ def test_every_example_is_one_line_to_run_and_takes_seconds(name: str) -> None:
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
+    for words in SHOWN.get(name, ()):
+        assert words in ran.stdout
     assert len(ran.stdout.splitlines()) >= 2
     assert max(map(len, ran.stdout.splitlines())) <= 100

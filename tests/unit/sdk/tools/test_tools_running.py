@@ -18,7 +18,7 @@ from pydantic import BaseModel, field_validator
 
 from agentspeed.errors import BadArguments, ToolDenied, ToolFailed, ToolTimeout, UnknownTool
 from agentspeed.messages import ToolCall
-from agentspeed.tools import ToolBatch, ToolContext, declared_tool, execute, tool
+from agentspeed.tools import ToolBatch, ToolContext, declared_tool, execute, execution, tool
 
 pytestmark = pytest.mark.anyio
 
@@ -367,3 +367,52 @@ async def test_a_cancellation_of_asyncios_own_passes() -> None:
 async def test_a_timeout_is_no_stray_cancellation() -> None:
     result = await execute(tool(timeout=0.05)(slow), {"seconds": 9.0})
     assert isinstance(result.error, ToolTimeout)
+
+
+async def test_the_words_of_an_error_that_is_ours_reach_the_model_without_its_class() -> None:
+    def lookup() -> str:
+        raise ToolFailed("the server has no such file")
+
+    assert (await execute(tool(lookup), "{}")).content == "error: lookup: the server has no such file"
+
+
+@pytest.mark.parametrize(("fails", "ok", "calls"), [(2, True, 3), (3, False, 3)])
+async def test_a_tool_that_raises_is_called_again_as_often_as_it_says(
+    fails: int, ok: bool, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execution, "_FIRST_WAIT", 0.01)
+    seen: list[int] = []
+    asked: list[str] = []
+
+    def flaky(a: int) -> str:
+        seen.append(a)
+        if len(seen) <= fails:
+            raise ConnectionError("try again")
+        return "done"
+
+    def approve(request: ToolCall) -> bool:
+        asked.append(request.name)
+        return True
+
+    result = await execute(tool(retries=2, needs_approval=True)(flaky), '{"a":1}', approve=approve)
+    assert (result.ok, seen, asked) == (ok, [1] * calls, ["flaky"])
+    assert result.content == ("done" if ok else "error: flaky: ConnectionError: try again")
+
+
+async def test_the_time_of_a_tool_is_of_all_its_attempts_and_wrong_arguments_are_not_tried_again() -> None:
+    seen: list[int] = []
+
+    def flaky(a: int) -> str:
+        seen.append(a)
+        raise ConnectionError("try again")
+
+    made = tool(retries=9, timeout=0.05)(flaky)
+    assert isinstance((await execute(made, '{"a":1}')).error, ToolTimeout)
+    assert isinstance((await execute(made, '{"a":"x"}')).error, BadArguments)
+    assert seen == [1]
+
+
+@pytest.mark.parametrize("retries", [-1, 1.5, True])
+def test_an_impossible_number_of_retries_is_refused_when_the_tool_is_made(retries: Any) -> None:
+    with pytest.raises(ValueError, match="retries is"):
+        _ = tool(retries=retries)(add)

@@ -1,0 +1,87 @@
+"""Agents as tools of agents: a sub-agent in a session of its own, and a hand-off that goes on in the same one."""
+
+from __future__ import annotations
+
+import pytest
+
+from agentspeed import Limits, ToolMessage, hand_off, sub_agent, tool
+from agentspeed.errors import InvalidRequest
+from agentspeed.testing import ScriptedEngine, tool_call
+from agentspeed.testing import Turn as Asked
+from agentspeed.transport.base import wire
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(params=["asyncio", "trio"])
+def anyio_backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@tool
+def rhymes(word: str) -> str:
+    """Words that rhyme."""
+    return f"{word}: moon, soon"
+
+
+@tool
+def search(query: str) -> str:
+    """Search."""
+    return f"found {query}"
+
+
+writer = hand_off("writer", "You write now. Use rhymes.", tools=[rhymes])
+
+
+async def test_a_sub_agent_works_in_a_session_of_its_own_and_only_its_answer_comes_back() -> None:
+    def model(asked: Asked) -> str:
+        if "You look things up" in asked.log:
+            return "It is 42." if "found it" in asked.log else tool_call("search", query="it")
+        return "Done." if "It is 42." in asked.log else tool_call("look_up", task="What is it?")
+
+    look_up = sub_agent("look_up", "Looks things up.", system="You look things up.", tools=[search])
+    async with ScriptedEngine(model) as engine:
+        async with engine.session(tools=[look_up], tenant="a") as s:
+            result = await s.run("Go.")
+            assert (result.text, [one.text for one in result.tools]) == ("Done.", ["It is 42."])
+        assert engine.live_branches == 0
+        opened = [command for command in engine._server.commands if isinstance(command, wire.Open)]
+        assert [command.tenant for command in opened] == ["a", "a"]
+
+
+async def test_a_sub_agent_that_comes_to_nothing_is_an_error_that_says_why() -> None:
+    script = [
+        tool_call("look_up", task="x"),
+        tool_call("search", query="a") + tool_call("search", query="b"),
+        "",
+        "I see.",
+    ]
+    look_up = sub_agent("look_up", "Looks things up.", tools=[search], limits=Limits(tool_calls=1))
+    async with ScriptedEngine(script) as engine, engine.session(tools=[look_up]) as s:
+        (told,) = (await s.run("Go.")).tools
+        assert told.text == "error: look_up: the agent ended without an answer: tool_calls"
+
+
+async def test_after_a_hand_off_the_same_session_goes_on_with_the_other_tools() -> None:
+    script = [
+        tool_call("transfer_to_writer"),
+        tool_call("rhymes", word="June"),
+        "A poem.",
+        tool_call("search", query="more"),
+        "Enough.",
+    ]
+    async with ScriptedEngine(script) as engine, engine.session(tools=[search, rhymes, writer]) as s:
+        result = await s.run("Write a poem.", tools=[search, writer])
+        assert [one.text for one in result.tools] == ["You write now. Use rhymes.", "June: moon, soon"]
+        assert [message.text for message in s.messages if not isinstance(message, ToolMessage)][-1] == "A poem."
+        first, second, _ = engine.turns
+        assert first.grammar is not None and second.grammar is not None
+        assert '"rhymes"' not in first.grammar.source and '"search"' not in second.grammar.source
+        assert (await s.run("And now?", tools=[search, writer])).text == "Enough."
+
+
+async def test_a_hand_off_to_tools_that_the_session_does_not_have_is_refused_before_anything_runs() -> None:
+    async with ScriptedEngine(["Never."]) as engine, engine.session(tools=[search, writer]) as s:
+        with pytest.raises(InvalidRequest, match="hands over to the tools rhymes"):
+            _ = await s.run("Write a poem.")
+        assert s.messages == ()
