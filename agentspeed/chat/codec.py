@@ -257,6 +257,10 @@ class ChatCodec:
         """The system text and the tools that the template itself is given (`Opening.described`)."""
         return self._opening.described(system, tools)
 
+    def wrapped(self, tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Definitions of tools in the shape that the template takes them in."""
+        return self._opening.wrapped(tools)
+
     @property
     def as_text(self) -> bool:
         """Whether the template takes the arguments of calls as text, or as an object."""

@@ -110,6 +110,10 @@ class Opening:
         told = "\n".join(["## Tools", "", "You can call these functions:", "", *lines])
         return (told if not system else f"{system}\n\n{told}"), []
 
+    def wrapped(self, tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Definitions in the shape that the template takes them in. Raises `InvalidRequest` where it takes none."""
+        return [self.shape()(tool) for tool in tools] if tools else []
+
     def probes(self) -> list[dict[str, Any]]:
         """One tool, as the template expects it, for renders in which only messages matter."""
         return [self.shape()(_TOOL)]

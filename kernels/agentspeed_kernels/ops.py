@@ -1,7 +1,7 @@
 """The public ops: their names, what a call means in one line, and the least bytes and FLOPs a call costs.
 
 Axes: T tokens, K inputs, N outputs, H heads, G heads of keys and values, W head width, R latent rank, D hidden,
-E experts, I expert width, C context tokens.
+E experts, I expert width, C context tokens. Of an indexer: J heads of width V, `chosen` tokens that a row reads.
 """
 
 from __future__ import annotations
@@ -76,6 +76,22 @@ def _gqa(d: Dims, item: int) -> Cost:
     """C tokens of context are read once, whatever the number of rows that see them."""
     moved = 2 * d["C"] * d["G"] * d["W"] + 2 * d["T"] * d["H"] * d["W"]
     return Cost(bytes=item * moved, flops=4 * d["T"] * d["H"] * d["C"] * d["W"])
+
+
+def _index_append(d: Dims, item: int) -> Cost:
+    return Cost(bytes=item * 2 * d["T"] * d["V"], flops=8 * d["T"] * d["V"])
+
+
+def _index_select(d: Dims, item: int) -> Cost:
+    moved = d["C"] * d["V"] + d["J"] * d["D"] + d["T"] * (d["D"] + d["J"] * d["V"])
+    return Cost(bytes=item * moved, flops=2 * d["T"] * d["J"] * (d["D"] + d["C"] * (d["V"] + 1)))
+
+
+def _mla_selected(d: Dims, item: int) -> Cost:
+    """Rows may choose different tokens: each reads its own."""
+    width, rows = d["R"] + d["rope"], d["T"] * d["H"]
+    moved = d["T"] * d["chosen"] * width + rows * (width + d["R"])
+    return Cost(bytes=item * moved, flops=2 * rows * d["chosen"] * (width + d["R"]))
 
 
 def _route(d: Dims, item: int) -> Cost:
@@ -193,6 +209,32 @@ class GqaRows(Protocol):
     ) -> None: ...
 
 
+class IndexAppend(Protocol):
+    def __call__(
+        self,
+        raw: Tensor,
+        gain: Tensor,
+        shift: Tensor,
+        eps: float,
+        cos: Tensor,
+        sin: Tensor,
+        slots: Tensor,
+        pool: Tensor,
+    ) -> None: ...
+
+
+class IndexSelect(Protocol):
+    """`plan` as in `MlaRows`; every row of the step is in it. `weight` is float32 at least."""
+
+    def __call__(
+        self, q: Tensor, x: Tensor, weight: Tensor, pool: Tensor, plan: Any, top: int, workspace: Workspace
+    ) -> Tensor: ...
+
+
+class MlaSelected(Protocol):
+    def __call__(self, q: Tensor, pool: Tensor, chosen: Tensor, scale: float, out: Tensor) -> None: ...
+
+
 class Route(Protocol):
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, rule: RouteRule) -> tuple[Tensor, Tensor]: ...
 
@@ -260,6 +302,23 @@ OPS: dict[str, Op] = {
             cost=_gqa,
         ),
         Op(name="gqa_extend", call="as gqa_rows, for tiles of many rows", cost=_gqa),
+        Op(
+            name="index_append",
+            call="raw[T,V], gain[V], shift[V], eps, cos[T,rope/2], sin[T,rope/2], slots[T], pool[rows,V] (written); "
+            "the first `rope` coordinates turn",
+            cost=_index_append,
+        ),
+        Op(
+            name="index_select",
+            call="q[T,J,V], x[T,D], weight[J,D], pool[pages,page_tokens,V], plan, top, workspace -> chosen[T,n] (rows "
+            "of the pool, -1 where a row sees fewer; n is top, or the most that a row sees)",
+            cost=_index_select,
+        ),
+        Op(
+            name="mla_selected",
+            call="q[T,H,R+rope], pool[pages,page_tokens,R+rope], chosen[T,n], scale, out[T,H,R]",
+            cost=_mla_selected,
+        ),
         Op(name="route", call="x[T,D], weight[E,D], bias[E]|None, rule -> ids[T,top], weights[T,top]", cost=_route),
         Op(
             name="experts",

@@ -20,11 +20,14 @@ from agentspeed_kernels.ops import (
     Experts,
     GqaRows,
     HeadsLinear,
+    IndexAppend,
+    IndexSelect,
     KvAppend,
     LatentAppend,
     Linear,
     MlaExtend,
     MlaRows,
+    MlaSelected,
     MovePages,
     RmsNorm,
     Route,
@@ -232,6 +235,12 @@ class Kernels:
     def __getitem__(self, op: Literal["kv_append"]) -> Ladder[KvAppend]: ...
     @overload
     def __getitem__(self, op: Literal["gqa_rows", "gqa_extend"]) -> Ladder[GqaRows]: ...
+    @overload
+    def __getitem__(self, op: Literal["index_append"]) -> Ladder[IndexAppend]: ...
+    @overload
+    def __getitem__(self, op: Literal["index_select"]) -> Ladder[IndexSelect]: ...
+    @overload
+    def __getitem__(self, op: Literal["mla_selected"]) -> Ladder[MlaSelected]: ...
     @overload
     def __getitem__(self, op: Literal["route"]) -> Ladder[Route]: ...
     @overload

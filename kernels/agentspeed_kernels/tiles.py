@@ -37,6 +37,8 @@ class Piece(Protocol):
 class Tile:
     """A view of one tile for kernels that go tile by tile."""
 
+    start: int
+    """Position of its first token."""
     pages: Int32s
     offset: int
     """Of the first token within the first page."""
@@ -157,6 +159,7 @@ def _tile(piece: Piece, low: int, high: int, rows: Int32s, visible: Int64s, page
     elif rows.size == tokens and bool((visible == np.arange(1, tokens + 1)).all()):
         shape = "diagonal"
     return Tile(
+        start=piece.start + low,
         pages=pages,
         offset=low % page_tokens,
         tokens=tokens,

@@ -19,11 +19,15 @@ ARCHITECTURE = {
     "kimi_k25": "Kimi_K25ForConditionalGeneration",
     "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
     "youtu": "YoutuForCausalLM",
+    "deepseek_v32": "DeepseekV32ForCausalLM",
+    "glm_moe_dsa": "GlmMoeDsaForCausalLM",
     "llama": "LlamaForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 """The class of transformers by `model_type`."""
+SPARSE = ("deepseek_v32", "glm_moe_dsa")
+"""Their rows read fewer tokens than the tests' contexts have."""
 
 
 def random_config(model_type: str, seed: int) -> dict[str, Any]:
@@ -73,7 +77,12 @@ def _latent(model_type: str, config: dict[str, Any], chance: random.Random) -> d
         "qk_nope_head_dim": chance.choice([8, 12]), "v_head_dim": chance.choice([8, 10, 26]),
         "rope_scaling": chance.choice([None, scaled]),
     }  # fmt: skip
-    if model_type != "deepseek_v2" and chance.random() < 0.5:
+    if model_type in SPARSE:
+        found |= {
+            "q_lora_rank": 20, "index_n_heads": chance.choice([16, 24]), "index_head_dim": chance.choice([8, 12]),
+            "index_topk": chance.choice([12, 40, 70]),
+        }  # fmt: skip
+    elif model_type != "deepseek_v2" and chance.random() < 0.5:
         found["rope_interleave"] = chance.random() < 0.5
     if model_type == "youtu":
         return found
@@ -90,6 +99,9 @@ def _latent(model_type: str, config: dict[str, Any], chance: random.Random) -> d
         found["norm_topk_prob"] = False
     elif chance.random() < 0.5:
         found["norm_topk_prob"] = chance.random() < 0.5
+    if model_type == "glm_moe_dsa" and chance.random() < 0.7:
+        layers = config["num_hidden_layers"]
+        found["indexer_types"] = ["full", *(chance.choice(["full", "shared"]) for _ in range(layers - 1))]
     if model_type == "glm4_moe_lite":
         kinds = ["dense" if chance.random() < 0.4 else "sparse" for _ in range(config["num_hidden_layers"])]
         found["mlp_layer_types"] = chance.choice([None, kinds])

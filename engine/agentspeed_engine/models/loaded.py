@@ -159,7 +159,10 @@ def _attention(
 ) -> CpuAttention | TritonAttention:
     """The backend that prepares what the chosen kernels of attention take.
 
-    Where those of rows and of long extends want different plans, every row runs as one of the former."""
+    Where those of rows and of long extends want different plans, every row runs as one of the former; where an indexer
+    chooses what is read, there are no long extends."""
+    if "index_select" in ops:
+        return CpuAttention(sizes["page_tokens"], NEVER)
     rows, extend = ("mla_rows", "mla_extend") if "mla_rows" in ops else ("gqa_rows", "gqa_extend")
     wanted = {kernels[rows].choice(1).kernel.plans, kernels[extend].choice(UNBOUNDED).kernel.plans}
     plans = kernels[rows].choice(1).kernel.plans

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-_SPARSE = "DeepSeek sparse attention, whose indexer is not implemented"
 _WINDOWS = "sliding-window attention, which cannot go back to any token"
 _RECURRENT = "recurrent state, which cannot go back to any token"
 KNOWN: dict[str, tuple[str, str]] = {
     "deepseek": ("a DeepSeek-MoE with multi-head attention, whose routing is not implemented", "qwen3_moe"),
-    "deepseek_v32": (f"a DeepSeek-V3.2 has {_SPARSE}", "deepseek_v3"),
     "deepseek_v4": ("a DeepSeek-V4 compresses its cache along the tokens, which is not implemented", "deepseek_v3"),
-    "glm_moe_dsa": (f"a GLM-5 has {_SPARSE}", "glm4_moe_lite"),
     "glm4": ("a GLM-4 turns a part of each head and norms after its layers, which is not implemented", "llama"),
     "glm4_moe": ("a GLM-4.6 turns a part of each head, which is not implemented", "qwen3_moe"),
     "qwen2": ("a Qwen2 has biases on its queries, keys and values alone, which is not implemented", "qwen3"),

@@ -46,9 +46,12 @@ def plan_model(
     """No weight is read. `rows`: tokens of each dp rank in the step that is described. `memory`: bytes of one GPU.
 
     Raises `EngineFault`: bad_config for a mesh that does not divide the model, bad_options for a context above the
-    model's.
+    model's, unsupported_model for sparse attention.
     """
     family, config = source.family, source.config
+    if "index_select" in family.ops:
+        raise EngineFault("unsupported_model", f"Nobody has planned {family.attention} ({family.name}) on several "
+                          "ranks yet.", "An engine of one rank runs it.")  # fmt: skip
     if session_tokens is not None and session_tokens > config.context_limit:
         raise EngineFault("bad_options", f"A session of {session_tokens} tokens is longer than the model's context "
                           f"of {config.context_limit}.", "Ask for a shorter one.")  # fmt: skip

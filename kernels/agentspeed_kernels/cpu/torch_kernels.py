@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agentspeed_kernels.cpu import torch_attention, torch_grouped
+from agentspeed_kernels.cpu import torch_attention, torch_grouped, torch_sparse
 from agentspeed_kernels.routing import RouteRule
 from agentspeed_kernels.signature import Dtype, KernelSpec
 from agentspeed_kernels.workspace import Workspace
@@ -125,6 +125,9 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "kv_append": torch_grouped.kv_append,
     "gqa_rows": torch_grouped.gqa_rows,
     "gqa_extend": torch_grouped.gqa_extend,
+    "index_append": torch_sparse.index_append,
+    "index_select": torch_sparse.index_select,
+    "mla_selected": torch_sparse.mla_selected,
 }
 
 SPECS: tuple[KernelSpec, ...] = tuple(

@@ -20,6 +20,7 @@ from agentspeed_kernels.reference import definitions
 from agentspeed_kernels.reference import grouped as define_grouped
 from agentspeed_kernels.routing import RouteRule
 from agentspeed_kernels.signature import Dtype, KernelSpec, Layout
+from agentspeed_kernels.testing import sparse_cases
 from agentspeed_kernels.testing.tolerance import KIND_OF, UNDEFINED, tolerance
 from agentspeed_kernels.tiles import Int32s, Int64s, Piece, TilePlan, plan_tiles
 from agentspeed_kernels.workspace import Workspace
@@ -349,6 +350,11 @@ def _gqa(call: Call, draw: _Draw) -> Pairs:
     return pairs
 
 
+def _index_select(call: Call, draw: _Draw) -> Pairs:
+    case = _small_pages(draw)
+    return sparse_cases.index_select(call, draw, case.tiles, (case.pool.shape[0], case.pool.shape[1]))
+
+
 def _add_norm_linear(call: Call, draw: _Draw) -> Pairs:
     x, residual = draw.tensor(draw.rows, draw.hidden), draw.tensor(draw.rows, draw.hidden)
     gain, weight = draw.gain(draw.hidden), draw.weight(draw.rank + 5, draw.hidden)
@@ -475,4 +481,7 @@ _CALLS: dict[str, Callable[[Call, _Draw], Pairs]] = {
     "scatter_pages": _scatter_pages,
     "route": _route,
     "experts": _experts,
+    "index_append": sparse_cases.index_append,
+    "index_select": _index_select,
+    "mla_selected": sparse_cases.mla_selected,
 }

@@ -4,7 +4,7 @@ Attention, `experts` and `copy_rows` among them wait for the device in every lay
 
 from __future__ import annotations
 
-from agentspeed_kernels.cpu import torch_attention, torch_fused, torch_grouped, torch_kernels
+from agentspeed_kernels.cpu import torch_attention, torch_fused, torch_grouped, torch_kernels, torch_sparse
 from agentspeed_kernels.signature import Dtype, KernelSpec
 
 FEATURE = "cuda"
@@ -32,5 +32,8 @@ SPECS: tuple[KernelSpec, ...] = tuple(
         ("kv_append", torch_grouped.kv_append),
         ("gqa_rows", torch_grouped.gqa_rows),
         ("gqa_extend", torch_grouped.gqa_extend),
+        ("index_append", torch_sparse.index_append),
+        ("index_select", torch_sparse.index_select),
+        ("mla_selected", torch_sparse.mla_selected),
     )
 )

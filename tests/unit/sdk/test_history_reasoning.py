@@ -9,9 +9,10 @@ import pytest
 
 from agentspeed import Assistant, ToolCall, ToolMessage, User, errors
 from agentspeed.chat.environment import load_template
+from agentspeed.chat.rehearsal import as_dicts
 from agentspeed.testing import ScriptedEngine
 from tests.support.chat_templates import FAMILIES
-from tests.support.conversations import Log, check, dicts, folder_of
+from tests.support.conversations import folder_of, log_of
 
 pytestmark = pytest.mark.anyio
 THOUGHT = "<think>\nFirst this.\n</think>\n\nOne."
@@ -37,7 +38,7 @@ async def test_the_log_goes_back_to_before_an_answer_and_on_without_its_reasonin
         _ = await s.generate("On.")
         text = s._core.codec.tokenizer.text(list(s.ids))
         assert "First this." not in text and text.count("One.") == 1
-        messages = dicts(s._core.codec, s.messages[:-1])
+        messages = as_dicts(s._core.codec, s.messages[:-1])
         whole = load_template(qwen)(messages, generate=True, variables=s._core.codec.variables)
         assert text.startswith(whole)
         assert [type(message).__name__ for message in s.messages] == ["User", "Assistant"] * 2
@@ -88,7 +89,7 @@ async def test_reasoning_that_was_given_goes_when_an_answer_that_was_drawn_ends_
 ) -> None:
     family = FAMILIES["kimi k2 thinking"]
     root = tmp_path_factory.mktemp("kimi") / "m"
-    log = Log(
+    log = log_of(
         folder_of(root, family.template, family.controls, plain=family.plain), reasoning=True, system=None, tools=True
     )
     call = ToolCall(id="c", name="look_up", arguments='{"word": "a"}')
@@ -96,5 +97,5 @@ async def test_reasoning_that_was_given_goes_when_an_answer_that_was_drawn_ends_
     log.ask()
     log.drawn(Assistant("One."), log.codec.stop_ids[0])
     log.ask(User("On."))
-    check(log)
+    log.check()
     assert "Hm: look." not in log.codec.tokenizer.text(list(log.mirror.ids))

@@ -30,9 +30,16 @@ GROUPED = random_config("qwen3_moe", 0) | {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=[CONFIG, GROUPED], ids=["latent", "grouped"])
+SPARSE = CONFIG | {
+    "model_type": "glm_moe_dsa", "index_n_heads": 16, "index_head_dim": 12, "index_topk": 40,
+    "indexer_types": ["full", "shared", "full"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[CONFIG, GROUPED, SPARSE], ids=["latent", "grouped", "sparse"])
 def config(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """One pool of latents, and two of keys and values."""
+    """One pool of latents, two of keys and values, and latents beside the keys of an indexer, which has fewer layers
+    and chooses fewer tokens than most of these contexts have."""
     found: dict[str, Any] = request.param
     return found
 

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
-from agentspeed import Assistant, ToolCall, User, errors
+from agentspeed import Assistant, User, errors
 from agentspeed.chat.grammar import turn_grammar
 from agentspeed.chat.parser import CallReady, TurnParser
 from agentspeed.messages import Message
 from agentspeed.tools import declared_tool
+from tests.support.call_samples import SMALL, calls_of, walked
 from tests.support.chat_templates import FAMILIES
-from tests.support.conversations import TOOLS, Log, converse, folder_of, written
+from tests.support.conversations import TOOLS, converse, folder_of, log_of, written
 
 SEEDS = 12
 """Of each kind of session; `bench/models.py` takes more."""
@@ -42,40 +43,18 @@ def test_a_log_written_message_by_message_is_what_the_template_renders_at_once(
 ) -> None:
     tools = FAMILIES[name].tools
     for seed, (given, system) in itertools.product(range(SEEDS), [(False, "Be brief."), (tools, None), (tools, "Be.")]):
-        log = Log(folders[name], reasoning=reasoning, system=system, tools=given)
+        log = log_of(folders[name], reasoning=reasoning, system=system, tools=given)
         converse(log, random.Random(seed))
 
 
 @pytest.mark.parametrize("name", WITH_TOOLS)
 def test_a_kept_log_only_grows_whatever_the_template_leaves_out(folders: dict[str, Path], name: str) -> None:
-    from tests.support import conversations
-
     chance = random.Random(3)
-    log = Log(folders[name], reasoning=True, system=None, tools=True, history="keep")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conversations, "check", lambda _: None)
-        converse(log, chance)
+    log = log_of(folders[name], reasoning=True, system=None, tools=True, history="keep")
+    converse(log, chance, compared=False)
     drawn = [span for span in log.mirror.spans if log.mirror.made.find(1, span.start, span.end) >= 0]
     assert all(1 in log.mirror.made[span.start : span.end] for span in drawn)
     assert log.codec.first_changed([span.message for span in log.mirror.spans], [], {}, generate=True) is None
-
-
-def calls_of(log: Log, count: int, chance: random.Random) -> tuple[ToolCall, ...]:
-    """Calls whose arguments fit the tools' schemas."""
-    style = (", ", ": ") if log.codec.tags.calls.spaced else (",", ":")
-    values: dict[str, list[object]] = {
-        "word": ["a", "5", "", "two\nlines", 'quo"ted \\ back', "é 😀", " spaced ", "null", "{}", "<b>"],
-        "count": [0, -12],
-        "items": [["x", "y\nz", '"']],
-        "flag": [True, False],
-    }
-    calls = []
-    for number in range(count):
-        keys = [key for key in values if chance.random() < 0.6]
-        arguments = {key: chance.choice(values[key]) for key in keys}
-        text = json.dumps(arguments, ensure_ascii=False, separators=style)
-        calls.append(ToolCall(id=f"c{number}", name=chance.choice(TOOLS)["name"], arguments=text))
-    return tuple(calls)
 
 
 @pytest.mark.parametrize("name", WITH_TOOLS)
@@ -83,7 +62,7 @@ def test_the_grammar_lets_a_family_write_calls_as_its_template_does_and_they_are
     folders: dict[str, Path], name: str
 ) -> None:
     chance = random.Random(7)
-    log = Log(folders[name], reasoning=False, system=None, tools=True)
+    log = log_of(folders[name], reasoning=False, system=None, tools=True)
     tokenizer = LLTokenizer((folders[name] / "tokenizer.json").read_text())
     history: list[Message] = [User("Go.")]
     log.ask(*history)
@@ -107,7 +86,7 @@ def test_whatever_call_the_grammar_lets_through_is_read_back_and_fits_the_schema
 ) -> None:
     """Draws at random among the ids that the grammar allows, once a call has begun."""
     chance = random.Random(11)
-    log = Log(folders[name], reasoning=False, system=None, tools=True)
+    log = log_of(folders[name], reasoning=False, system=None, tools=True)
     tokenizer = LLTokenizer((folders[name] / "tokenizer.json").read_text())
     log.ask(User("Go."))
     few = [{**TOOLS[0], "parameters": SMALL}]
@@ -126,48 +105,19 @@ def test_whatever_call_the_grammar_lets_through_is_read_back_and_fits_the_schema
             assert value.get("kind", "a b") in ("a b", "5"), raw
 
 
-SMALL = {
-    "type": "object",
-    "properties": {
-        "word": {"type": "string", "maxLength": 6},
-        "count": {"type": "integer"},
-        "kind": {"enum": ["a b", "5"]},
-    },
-    "required": ["word"],
-}
-
-
-def walked(matcher: LLMatcher, tokenizer: LLTokenizer, chance: random.Random, never: int | None) -> list[int]:
-    """Ids drawn at random under a grammar, to its first end; `never` is not drawn."""
-    import llguidance.numpy
-
-    mask = llguidance.numpy.allocate_token_bitmask(1, tokenizer.vocab_size)
-    ids: list[int] = []
-    while not matcher.is_stopped() and len(ids) < 400:
-        llguidance.numpy.fill_next_token_bitmask(matcher, mask)
-        allowed = [n for n in range(tokenizer.vocab_size) if mask[0, n // 32] >> (n % 32) & 1]
-        eos = tokenizer.eos_token
-        if matcher.is_accepting() and eos in allowed:
-            break
-        drawn = chance.choice([n for n in allowed if n not in (eos, never)] or allowed)
-        assert matcher.consume_token(drawn)
-        ids.append(drawn)
-    return ids
-
-
 def test_what_a_template_cannot_do_is_refused_with_what_and_why(folders: dict[str, Path]) -> None:
-    two = calls_of(Log(folders["qwen 3"], reasoning=False, system=None, tools=True), 2, random.Random(1))
-    llama = Log(folders["llama 3"], reasoning=False, system=None, tools=True)
+    two = calls_of(log_of(folders["qwen 3"], reasoning=False, system=None, tools=True), 2, random.Random(1))
+    llama = log_of(folders["llama 3"], reasoning=False, system=None, tools=True)
     llama.add(User("Go."))
     with pytest.raises(errors.InvalidRequest, match=r"has 2 calls, and this model's template writes 1"):
         llama.add(Assistant("", two))
     with pytest.raises(errors.InvalidRequest, match="text beside its calls"):
         llama.add(Assistant("So.", two[:1]))
     with pytest.raises(errors.InvalidRequest, match="does not show tools"):
-        _ = Log(folders["deepseek v2"], reasoning=False, system=None, tools=True)
+        _ = log_of(folders["deepseek v2"], reasoning=False, system=None, tools=True)
 
 
 def test_tools_that_a_template_with_calls_does_not_show_stand_in_the_system_text(folders: dict[str, Path]) -> None:
-    log = Log(folders["deepseek v3.1"], reasoning=False, system="Be brief.", tools=True)
+    log = log_of(folders["deepseek v3.1"], reasoning=False, system="Be brief.", tools=True)
     opening = log.codec.tokenizer.text(list(log.mirror.ids))
     assert "Be brief." in opening and "look_up" in opening and "count_them" in opening

@@ -1,4 +1,4 @@
-"""Multi-head latent attention with dense or routed feed-forwards: DeepSeek-V2 and V3, Kimi K2, GLM-4.7-Flash, Youtu."""
+"""Multi-head latent attention, dense and sparse: DeepSeek-V2, V3 and V3.2, Kimi K2, GLM-4.7-Flash, GLM-5, Youtu."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from agentspeed_engine.models.families.deepseek.config import (
     parse_youtu,
     text_of_kimi,
 )
-from agentspeed_engine.models.families.deepseek.shapes import OPS, cuts, kv_layout, shapes, sizes
+from agentspeed_engine.models.families.deepseek.shapes import OPS, SPARSE_OPS, cuts, kv_layout, shapes, sizes
+from agentspeed_engine.models.families.deepseek.sparse_config import parse_glm as parse_glm_dsa
+from agentspeed_engine.models.families.deepseek.sparse_config import parse_v32
 from agentspeed_engine.models.family import Family
 from agentspeed_engine.models.fields import Fields
 
@@ -41,16 +43,18 @@ def _family(
     name: str,
     model_types: tuple[str, ...],
     parse: Callable[[Fields], DeepseekConfig],
+    *,
+    sparse: bool = False,
 ) -> Family[DeepseekConfig]:
     return Family(
         name=name,
-        attention="multi-head latent attention",
+        attention=f"{'sparse ' if sparse else ''}multi-head latent attention",
         model_types=model_types,
         parse=parse,
         shapes=shapes,
         cuts=cuts,
         kv_layout=kv_layout,
-        ops=OPS,
+        ops=SPARSE_OPS if sparse else OPS,
         sizes=sizes,
         build=_build,
     )
@@ -68,4 +72,6 @@ FAMILIES: tuple[Family[DeepseekConfig], ...] = (
     ),
     _family("GLM-4.7-Flash", ("glm4_moe_lite",), parse_glm),
     _family("Youtu", ("youtu",), parse_youtu),
+    _family("DeepSeek-V3.2", ("deepseek_v32",), parse_v32, sparse=True),
+    _family("GLM-5", ("glm_moe_dsa",), parse_glm_dsa, sparse=True),
 )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+
 from agentspeed_engine.models.families.deepseek.config import DeepseekConfig
+from agentspeed_engine.models.families.deepseek.indexer import Chosen, Indexer, IndexerWeights
 from agentspeed_engine.models.families.deepseek.mla import Mla, MlaWeights
-from agentspeed_engine.models.families.deepseek.shapes import LATENT, cuts
+from agentspeed_engine.models.families.deepseek.shapes import INDEX, LATENT, cuts
 from agentspeed_engine.models.kv_pools import KvPools
 from agentspeed_engine.models.layers import AddNorm, Embed, Head, piece
 from agentspeed_engine.models.mesh import check_cuts
@@ -25,6 +28,7 @@ def build(config: DeepseekConfig, weights: WeightSource, pools: KvPools, rank: R
     """
     check_cuts(cuts(config, rank.mesh))
     latents = pools[LATENT]
+    chosen = None if config.indexer is None else Chosen()
     cut = (0, rank.tp, rank.mesh.tp)
     embedding = piece(weights.tensor("model.embed_tokens.weight"), *cut)
     head = kernels.weight(embedding if config.tied else piece(weights.tensor("lm_head.weight"), *cut))
@@ -32,7 +36,9 @@ def build(config: DeepseekConfig, weights: WeightSource, pools: KvPools, rank: R
     for layer in range(config.layers):
         at = f"model.layers.{layer}."
         chain.append(_norm(config, weights, at + "input_layernorm", kernels))
-        chain.append(Mla(at + "self_attn", config, _mla_weights(config, weights, at), latents[layer], rank, kernels))
+        held = _mla_weights(config, weights, at)
+        indexer = _indexer(config, weights, pools, layer, chosen, kernels)
+        chain.append(Mla(at + "self_attn", config, held, latents[layer], rank, kernels, indexer, chosen))
         chain.append(_norm(config, weights, at + "post_attention_layernorm", kernels))
         chain.append(feed_forward(at + "mlp", weights, None if config.is_dense(layer) else config.moe, rank, kernels))
     chain.append(_norm(config, weights, "model.norm", kernels))
@@ -42,6 +48,25 @@ def build(config: DeepseekConfig, weights: WeightSource, pools: KvPools, rank: R
 
 def _norm(config: DeepseekConfig, weights: WeightSource, name: str, kernels: Kernels) -> AddNorm:
     return AddNorm(name, weights.tensor(name + ".weight"), config.eps, kernels)
+
+
+def _indexer(
+    config: DeepseekConfig, weights: WeightSource, pools: KvPools, layer: int, chosen: Chosen | None, kernels: Kernels
+) -> Indexer | None:
+    """None for a layer that reads everything, or what a layer before it chose."""
+    if config.indexer is None or chosen is None or layer not in config.indexer.layers:
+        return None
+    at = f"model.layers.{layer}.self_attn.indexer."
+    wide = torch.float64 if kernels.dtype == "float64" else torch.float32
+    held = IndexerWeights(
+        q=weights.tensor(at + "wq_b.weight"),
+        k=weights.tensor(at + "wk.weight"),
+        k_gain=weights.tensor(at + "k_norm.weight"),
+        k_shift=weights.tensor(at + "k_norm.bias"),
+        shares=weights.tensor(at + "weights_proj.weight", wide),
+    )
+    pool = pools[INDEX][config.indexer.layers.index(layer)]
+    return Indexer(config.indexer, config.rope.width, held, pool, chosen, kernels)
 
 
 def _mla_weights(config: DeepseekConfig, weights: WeightSource, layer_at: str) -> MlaWeights:

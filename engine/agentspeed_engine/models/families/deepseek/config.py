@@ -12,7 +12,23 @@ from agentspeed_engine.models.rope_config import RopeConfig, Yarn, parse_rope
 
 LATENT_NORM_EPS = 1e-6
 """Of the norms inside attention: these families fix it, whatever `rms_norm_eps` says."""
-_MOST_LAYERS = 1024
+MOST_LAYERS = 1024
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexerConfig:
+    """Sparse attention: an indexer chooses the tokens that a row reads (DeepSeek-V3.2)."""
+
+    heads: int
+    width: int
+    """Of its queries and keys; the first `rope.width` coordinates turn."""
+    top: int
+    """The most tokens that a row reads."""
+    interleaved: bool
+    """Its rotary pairs are neighbours, as those of the attention are."""
+    layers: tuple[int, ...]
+    """Those that choose; a layer between two of them reads what the one before it chose."""
 
 
 @final
@@ -38,6 +54,8 @@ class DeepseekConfig:
     attention_bias: bool
     tied: bool
     moe: MoeConfig | None
+    indexer: IndexerConfig | None = None
+    """None where every row reads all that it sees."""
 
     @property
     def latent_width(self) -> int:
@@ -56,30 +74,30 @@ class DeepseekConfig:
 
 def parse_v2(fields: Fields) -> DeepseekConfig:
     """`deepseek_v2`. Absent fields take the defaults of transformers' DeepseekV2Config, or are refused."""
-    layers = fields.count("num_hidden_layers", most=_MOST_LAYERS)
-    return _parsed(fields, moe=_softmax_experts(fields, layers), interleaved=True)
+    layers = fields.count("num_hidden_layers", most=MOST_LAYERS)
+    return parsed(fields, moe=_softmax_experts(fields, layers), interleaved=True)
 
 
 def parse_v3(fields: Fields) -> DeepseekConfig:
     """`deepseek_v3` and `kimi_k2`. Defaults of transformers' DeepseekV3Config."""
-    layers = fields.count("num_hidden_layers", most=_MOST_LAYERS)
+    layers = fields.count("num_hidden_layers", most=MOST_LAYERS)
     routed = frozenset(range(fields.natural("first_k_dense_replace", 3), layers))
-    moe = _sigmoid_experts(fields, routed, groups=8, top_groups=4, top=8, scale=2.5)
-    return _parsed(fields, moe=moe)
+    moe = sigmoid_experts(fields, routed, groups=8, top_groups=4, top=8, scale=2.5)
+    return parsed(fields, moe=moe)
 
 
 def parse_glm(fields: Fields) -> DeepseekConfig:
     """`glm4_moe_lite`. Defaults of transformers' Glm4MoeLiteConfig: a list of layer kinds says which have experts."""
-    layers = fields.count("num_hidden_layers", most=_MOST_LAYERS)
+    layers = fields.count("num_hidden_layers", most=MOST_LAYERS)
     routed = _sparse_layers(fields, layers)
-    moe = _sigmoid_experts(fields, routed, groups=1, top_groups=1, top=4, scale=1.8)
-    return _parsed(fields, moe=moe, eps=1e-5)
+    moe = sigmoid_experts(fields, routed, groups=1, top_groups=1, top=4, scale=1.8)
+    return parsed(fields, moe=moe, eps=1e-5)
 
 
 def parse_youtu(fields: Fields) -> DeepseekConfig:
     """`youtu`. Defaults of transformers' YoutuConfig: all layers are dense."""
     fields.require(not fields.raw.get("n_routed_experts"), "n_routed_experts is given", "Youtu models have no experts.")
-    return _parsed(fields, moe=None, tied=True)
+    return parsed(fields, moe=None, tied=True)
 
 
 def text_of_kimi(raw: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -101,20 +119,21 @@ def text_of_kimi(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**text, **ends, "model_type": raw.get("model_type")}
 
 
-def _parsed(
+def parsed(
     fields: Fields,
     *,
     moe: MoeConfig | None,
     interleaved: bool | None = None,
     eps: float = 1e-6,
     tied: bool = False,
+    indexer: IndexerConfig | None = None,
 ) -> DeepseekConfig:
-    """`interleaved` is fixed by the family, or None where `rope_interleave` says it."""
+    """What all types share. `interleaved` is fixed by the family, or None where `rope_interleave` says it."""
     config = DeepseekConfig(
         model_type=str(fields.raw["model_type"]),
         vocab_size=fields.count("vocab_size"),
         hidden=fields.count("hidden_size"),
-        layers=fields.count("num_hidden_layers", most=_MOST_LAYERS),
+        layers=fields.count("num_hidden_layers", most=MOST_LAYERS),
         draft_layers=fields.natural("num_nextn_predict_layers", 0),
         heads=fields.count("num_attention_heads"),
         inner=fields.count("intermediate_size"),
@@ -129,6 +148,7 @@ def _parsed(
         attention_bias=fields.flag("attention_bias", False),
         tied=fields.flag("tie_word_embeddings", tied),
         moe=moe,
+        indexer=indexer,
     )
     _check(config, fields)
     return config
@@ -191,9 +211,10 @@ def _softmax_experts(fields: Fields, layers: int) -> MoeConfig | None:
     )
 
 
-def _sigmoid_experts(
+def sigmoid_experts(
     fields: Fields, routed: frozenset[int], *, groups: int, top_groups: int, top: int, scale: float
 ) -> MoeConfig | None:
+    """Those of DeepSeek-V3 and what follows it; None where there are none. Raises `EngineFault` (bad_config)."""
     experts = _expert_count(fields)
     if experts is None:
         return None
@@ -237,6 +258,12 @@ def _sparse_layers(fields: Fields, layers: int) -> frozenset[int]:
             "Give mlp_layer_types: the published code reads it alone.",
         )
         return frozenset(range(1, layers))
+    return listed_sparse(fields, layers)
+
+
+def listed_sparse(fields: Fields, layers: int) -> frozenset[int]:
+    """The layers with experts that `mlp_layer_types` names. Raises `EngineFault` (bad_config)."""
+    kinds = fields.raw.get("mlp_layer_types")
     fits = isinstance(kinds, list) and len(kinds) == layers and all(kind in ("dense", "sparse") for kind in kinds)
     fields.require(fits, f"mlp_layer_types is {kinds!r}", f'It must be a list of {layers} times "dense" or "sparse".')
-    return frozenset(layer for layer, kind in enumerate(kinds) if kind == "sparse")
+    return frozenset(layer for layer, kind in enumerate(kinds or ()) if kind == "sparse")

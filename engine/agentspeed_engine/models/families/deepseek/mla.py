@@ -1,4 +1,4 @@
-"""Multi-head latent attention over the paged latent pool, absorbed for few rows and decompressed for many."""
+"""Multi-head latent attention over the paged latent pool: absorbed for few rows, decompressed for many, or sparse."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from agentspeed_engine.models.families.deepseek.config import LATENT_NORM_EPS, DeepseekConfig
+from agentspeed_engine.models.families.deepseek.indexer import Chosen, Indexer
 from agentspeed_engine.models.layers import piece
 from agentspeed_engine.models.rope import half_order, yarn_scale
 from agentspeed_engine.models.state import StepState
@@ -41,10 +42,12 @@ class Mla:
 
     __slots__ = (
         "_absorb",
+        "_chosen",
         "_config",
         "_down",
         "_down_bias",
         "_heads",
+        "_indexer",
         "_kernels",
         "_kv_norm",
         "_o",
@@ -59,8 +62,18 @@ class Mla:
     )  # fmt: skip
 
     def __init__(
-        self, name: str, config: DeepseekConfig, weights: MlaWeights, pool: Tensor, rank: Rank, kernels: Kernels
+        self,
+        name: str,
+        config: DeepseekConfig,
+        weights: MlaWeights,
+        pool: Tensor,
+        rank: Rank,
+        kernels: Kernels,
+        indexer: Indexer | None = None,
+        chosen: Chosen | None = None,
     ) -> None:
+        """`chosen`: what rows read, where that is not all they see; `indexer`: what fills it, where this layer does."""
+        self._indexer, self._chosen = indexer, chosen
         self._config, self._pool, self._kernels = config, pool, kernels
         self._heads = config.heads // rank.mesh.tp
         self._scale = _score_scale(config)
@@ -91,10 +104,12 @@ class Mla:
         if not rows:  # a dp rank whose branches all rest
             return x, residual
         run = self._kernels
-        q = self._project(x, state)
+        q, low = self._project(x, state)
         turned = q[:, :, config.nope :]
         run["rope"].at(rows)(turned, state.cos, state.sin)
         mixed = take("mixed", (rows, self._heads, config.value), x.dtype)
+        if self._indexer is not None:
+            self._indexer(x, low, state)
         if state.attention.few is not None:
             self._attend_few(q, state, mixed)
         if state.attention.many is not None:
@@ -103,8 +118,8 @@ class Mla:
         run["linear"].at(rows)(mixed.view(rows, -1), self._o, self._o_bias, out)
         return out, residual
 
-    def _project(self, x: Tensor, state: StepState) -> Tensor:
-        """Queries [T, H, nope + rope]; the new latents are written to the pool on the way."""
+    def _project(self, x: Tensor, state: StepState) -> tuple[Tensor, Tensor]:
+        """(Queries [T, H, nope + rope], what they were made of); the new latents are written to the pool on the way."""
         config, rows, take, run = self._config, x.shape[0], state.workspace.take, self._kernels
         down = take("down", (rows, self._down.shape[0]), x.dtype)
         run["linear"].at(rows)(x, self._down, self._down_bias, down)
@@ -123,7 +138,7 @@ class Mla:
             run["rms_norm"].at(rows)(down[:, : self._q_rank], self._q_norm, LATENT_NORM_EPS, low)
         q = take("q", (rows, self._q.shape[0]), x.dtype)
         run["linear"].at(rows)(low, self._q, None, q)
-        return q.view(rows, self._heads, -1)
+        return q.view(rows, self._heads, -1), low
 
     def _attend_few(self, q: Tensor, state: StepState, mixed: Tensor) -> None:
         config, take, run = self._config, state.workspace.take, self._kernels
@@ -132,8 +147,12 @@ class Mla:
         run["heads_linear"].at(rows)(q[:, :, : config.nope], self._absorb, absorbed[:, :, : config.kv_rank])
         run.copy(q[:, :, config.nope :], absorbed[:, :, config.kv_rank :])
         latent = take("latent_out", (rows, self._heads, config.kv_rank), q.dtype)
-        attend = run["mla_rows"].at(rows)
-        attend(absorbed, self._pool, state.attention.few, self._scale, state.workspace, latent)
+        if self._chosen is None:
+            attend = run["mla_rows"].at(rows)
+            attend(absorbed, self._pool, state.attention.few, self._scale, state.workspace, latent)
+        else:
+            assert self._chosen.rows is not None, "a layer that shares follows one that chooses"
+            run["mla_selected"].at(rows)(absorbed, self._pool, self._chosen.rows, self._scale, latent)
         run["heads_linear"].at(rows)(latent, self._value_up, mixed)
 
     def _attend_many(self, q: Tensor, state: StepState, mixed: Tensor) -> None:

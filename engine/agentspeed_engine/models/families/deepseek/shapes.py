@@ -4,28 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from agentspeed_engine.models.families.deepseek.config import DeepseekConfig
+from agentspeed_engine.models.families.deepseek.config import DeepseekConfig, IndexerConfig
 from agentspeed_engine.models.kv_layout import KvLayout, KvPool
 from agentspeed_engine.models.moe_config import expert_shapes, feed_forward_shapes
 from agentspeed_engine.models.tensor_shapes import Cut, Shape
 from agentspeed_engine.spmd.placement import Mesh
 
 LATENT = "latent"
-"""The one pool: a token's compressed keys and values, then its turned key."""
+"""The pool of attention: a token's compressed keys and values, then its turned key."""
 
-OPS = (
-    "linear",
-    "heads_linear",
-    "rms_norm",
-    "add_rms_norm",
-    "rope",
-    "latent_append",
-    "mla_rows",
-    "mla_extend",
-    "route",
-    "experts",
-)
+INDEX = "index"
+"""The second pool of sparse attention: the key by which a layer's indexer knows a token."""
+
+_SHARED_OPS = ("linear", "heads_linear", "rms_norm", "add_rms_norm", "rope", "latent_append", "route", "experts")
+OPS = (*_SHARED_OPS, "mla_rows", "mla_extend")
 """What the chain calls."""
+SPARSE_OPS = (*_SHARED_OPS, "index_append", "index_select", "mla_selected")
+"""What it calls where an indexer chooses: also for contexts that are short enough to be read whole."""
 
 
 def shapes(config: DeepseekConfig) -> Iterator[tuple[str, Shape]]:
@@ -35,6 +30,8 @@ def shapes(config: DeepseekConfig) -> Iterator[tuple[str, Shape]]:
         at = f"model.layers.{layer}."
         yield at + "input_layernorm.weight", (config.hidden,)
         yield from _attention(config, at + "self_attn.")
+        if config.indexer is not None and layer in config.indexer.layers:
+            yield from _indexer(config, config.indexer, at + "self_attn.indexer.")
         yield at + "post_attention_layernorm.weight", (config.hidden,)
         if config.moe is None or config.is_dense(layer):
             yield from feed_forward_shapes(at + "mlp.", config.hidden, config.inner)
@@ -65,6 +62,14 @@ def _attention(config: DeepseekConfig, at: str) -> Iterator[tuple[str, Shape]]:
         yield at + "o_proj.bias", (config.hidden,)
 
 
+def _indexer(config: DeepseekConfig, indexer: IndexerConfig, at: str) -> Iterator[tuple[str, Shape]]:
+    yield at + "wq_b.weight", (indexer.heads * indexer.width, config.q_rank or 0)
+    yield at + "wk.weight", (indexer.width, config.hidden)
+    yield at + "k_norm.weight", (indexer.width,)
+    yield at + "k_norm.bias", (indexer.width,)
+    yield at + "weights_proj.weight", (indexer.heads, config.hidden)
+
+
 def cuts(config: DeepseekConfig, mesh: Mesh) -> list[Cut]:
     """Heads, vocabulary and dense widths over tp; experts over all ranks."""
     found: list[Cut] = [
@@ -79,9 +84,13 @@ def cuts(config: DeepseekConfig, mesh: Mesh) -> list[Cut]:
 
 
 def kv_layout(config: DeepseekConfig, dtype: str, mesh: Mesh) -> KvLayout:
-    """The latent is the same for all heads, so every rank of tp keeps it whole."""
+    """The latent is the same for all heads, so every rank of tp keeps it whole; so is an indexer's key."""
     del mesh
-    return KvLayout(pools=(KvPool(name=LATENT, layers=config.layers, width=config.latent_width, dtype=dtype),))
+    latent = KvPool(name=LATENT, layers=config.layers, width=config.latent_width, dtype=dtype)
+    if config.indexer is None:
+        return KvLayout(pools=(latent,))
+    index = KvPool(name=INDEX, layers=len(config.indexer.layers), width=config.indexer.width, dtype=dtype)
+    return KvLayout(pools=(latent, index))
 
 
 def sizes(config: DeepseekConfig, mesh: Mesh) -> dict[str, int]:
