@@ -21,6 +21,10 @@ class EngineOptions(TypedDict, total=False):
     pages: int | None
     page_tokens: int
     threads: int | None
+    tp: int
+    dp: int
+    ep: int | None
+    rank_seconds: float
     depth: int
     host_slots: int
     prefill_chunk: int

@@ -37,6 +37,7 @@ _CLASSES: dict[str, type[AgentspeedError]] = {
     "quota_exceeded": errors.EngineOverloaded,
     "out_of_memory": errors.EngineStartFailed,  # only what is taken at start can be refused so
     "engine_stopping": errors.EngineDied,
+    "rank_lost": errors.EngineDied,
     "internal": errors.InternalError,
 }
 

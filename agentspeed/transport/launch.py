@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import site
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +12,6 @@ from agentspeed import errors
 
 PYTHON: Final = "AGENTSPEED_PYTHON"
 """Environment variable: the interpreter that runs engines, where this process is not an ordinary `python`."""
-_PACKAGES: Final = ("agentspeed_engine", "agentspeed_kernels")
 
 
 def command() -> list[str]:
@@ -54,34 +51,10 @@ def _runs(path: Path) -> bool:
 
 
 def environment() -> dict[str, str]:
-    """Of the engine: this process's own, tuned, and with a PYTHONPATH where the engine would not be found without it.
+    """Of the engine: this process's own, tuned, and with a PYTHONPATH where the engine would not be found without
+    it."""
+    # Late: `import agentspeed` needs the protocol alone.
+    from agentspeed_engine.serve.import_path import with_import_path
+    from agentspeed_engine.serve.tuning import tuned
 
-    Folders that an interpreter searches by itself are not named there: on PYTHONPATH they would come before Python's
-    own modules, and whatever is installed under the name of one would hide it."""
-    from agentspeed_engine.serve.tuning import tuned  # late: `import agentspeed` needs the protocol alone
-
-    given = os.environ.get("PYTHONPATH", "")
-    paths = [path for path in given.split(os.pathsep) if path]  # an empty entry means the working folder
-    searched = {Path(path).resolve() for path in _searched()}
-    for folder in _package_folders():
-        if folder.resolve() not in searched:
-            paths.append(str(folder))
-    said = tuned(os.environ)
-    said.pop("PYTHONPATH", None)
-    if paths:
-        said["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
-    return said
-
-
-def _searched() -> list[str]:
-    own = [*site.getsitepackages()]
-    if site.ENABLE_USER_SITE:
-        own.append(site.getusersitepackages())
-    return own
-
-
-def _package_folders() -> Iterator[Path]:
-    for name in _PACKAGES:
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.submodule_search_locations:
-            yield Path(next(iter(spec.submodule_search_locations))).resolve().parent
+    return with_import_path(tuned(os.environ))

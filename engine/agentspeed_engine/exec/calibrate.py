@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 
-from agentspeed_engine.exec.model import Model
 from agentspeed_engine.ids import pages_for
 from agentspeed_engine.models.inputs import FlatBatch, Run
 from agentspeed_engine.sched.config import CoreConfig
@@ -18,12 +18,22 @@ _TOKENS = 128
 _REPEATS = 3
 
 
-def calibrated(core: CoreConfig, model: Model) -> CoreConfig:
+class Measured(Protocol):
+    """What is timed: one pass, which returns when it is through, and the copies of an executor."""
+
+    def run(self, batch: FlatBatch) -> None: ...
+
+    def save(self, pages: Sequence[int], slots: Sequence[int]) -> None: ...
+
+    def load(self, slots: Sequence[int], pages: Sequence[int]) -> None: ...
+
+
+def calibrated(core: CoreConfig, model: Measured) -> CoreConfig:
     """The configuration with its costs filled in. It writes to pages and slots that have no owner yet."""
     tokens = min(_TOKENS, core.context_limit)
     pages = list(range(min(pages_for(tokens, core.page_tokens), core.host_slots)))
     batch = _cold_prompt(tokens, core.page_tokens)
-    recompute = _fastest(lambda: model.logits(batch)) / tokens
+    recompute = _fastest(lambda: model.run(batch)) / tokens
 
     def there_and_back() -> None:
         model.save(pages, pages)

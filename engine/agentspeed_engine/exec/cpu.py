@@ -7,24 +7,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, final
 
-import numpy as np
 from numpy.typing import NDArray
 
 from agentspeed_engine.errors import BrokenInvariant
 from agentspeed_engine.exec.automata import REFUSALS, Automata
 from agentspeed_engine.exec.executor import Pending, Refusal, Sampled, Token
 from agentspeed_engine.exec.model import Model
+from agentspeed_engine.exec.recent_tokens import RecentTokens
 from agentspeed_engine.exec.sampler import draw
 from agentspeed_engine.exec.step_input import Sample, StepInput
 from agentspeed_engine.exec.vocabulary import Vocabulary
 from agentspeed_engine.kv.views import TurnSpec
-from agentspeed_engine.models.inputs import FlatBatch, Int64s
-
-_REFUSED = 0
-"""Stands for the token of a sample that was refused: the row that is fed with it is dead."""
 
 
 @final
@@ -46,10 +42,8 @@ class CpuExecutor:
     def __init__(self, model: Model, vocabulary: Vocabulary, *, depth: int = 0) -> None:
         """`depth`: steps that are planned before an earlier one was collected (`CoreConfig.depth`)."""
         self._model = model
-        self._depth = depth
         self._automata = Automata(vocabulary)
-        self._tokens: dict[int, Int64s] = {}
-        """What the latest steps sampled: later steps may name it."""
+        self._tokens = RecentTokens(depth)
         self.page_tokens = model.page_tokens
         self.model_seconds = 0.0
         self.sampling_seconds = 0.0
@@ -59,10 +53,10 @@ class CpuExecutor:
         self._automata.forget(step.ended)
         for copy in step.copies:
             self._model.copy_rows(copy.src, copy.dst, copy.rows)
-        logits = self._model.logits(self._known(step))
+        logits = self._model.logits(self._tokens.known(step))
         computed = time.perf_counter()
         sampled = tuple(self._sample(one, row) for one, row in zip(step.samples, logits, strict=True))
-        self._keep(step.step, sampled)
+        self._tokens.keep(step.step, sampled)
         self.model_seconds += computed - started
         self.sampling_seconds += time.perf_counter() - computed
         return Computed(step.step, sampled)
@@ -88,26 +82,6 @@ class CpuExecutor:
 
     def load(self, slots: Sequence[int], pages: Sequence[int]) -> None:
         self._model.load(slots, pages)
-
-    # ---- tokens that were not known when the step was planned -----------------------------------------------------
-    def _known(self, step: StepInput) -> FlatBatch:
-        unknown = step.unknown
-        if not len(unknown.at):
-            return step.batch
-        ids = step.batch.ids.copy()
-        for at, earlier, place in zip(unknown.at, unknown.step.tolist(), unknown.place, strict=True):
-            if earlier not in self._tokens:
-                raise BrokenInvariant(f"step {step.step} names a token of step {earlier}, which is not kept any more")
-            ids[at] = self._tokens[earlier][place]
-        return replace(step.batch, ids=ids)
-
-    def _keep(self, step: int, sampled: Sampled) -> None:
-        """A step is named only by those that were planned while it was in flight: at most `depth` later ones."""
-        if self._depth:
-            ids = (one.id if isinstance(one, Token) else _REFUSED for one in sampled)
-            self._tokens[step] = np.fromiter(ids, np.int64, len(sampled))
-            for old in [old for old in self._tokens if old <= step - self._depth]:
-                del self._tokens[old]
 
     # ---- sampling -------------------------------------------------------------------------------------------------
     def _sample(self, sample: Sample, logits: NDArray[Any]) -> Token | Refusal:

@@ -19,10 +19,10 @@ from agentspeed_engine.models.rope import Rope
 from agentspeed_engine.models.source import Dtype, ModelInfo, ModelSource
 from agentspeed_engine.models.state import StepState
 from agentspeed_engine.models.weights import OnDevice, RandomWeights, WeightSource
-from agentspeed_engine.spmd.lower import lower, run
-from agentspeed_engine.spmd.placement import ONE
+from agentspeed_engine.spmd.lower import Comm, lower, run
+from agentspeed_engine.spmd.placement import ONE, Rank
 from agentspeed_engine.spmd.plan import Plan, plan
-from agentspeed_engine.spmd.spec import EVERYWHERE
+from agentspeed_engine.spmd.spec import TOKEN_SHARD
 from agentspeed_kernels.attention import NEVER, AttentionBackend
 from agentspeed_kernels.cpu.attention_plan import CpuAttention
 from agentspeed_kernels.platform import detect
@@ -62,7 +62,7 @@ def out_of_memory(what: str) -> Iterator[None]:
 
 @final
 class LoadedModel:
-    """Not thread-safe: one worker thread drives it."""
+    """One rank's piece, which is the whole where there is one rank. Not thread-safe: one worker thread drives it."""
 
     def __init__(
         self,
@@ -74,8 +74,13 @@ class LoadedModel:
         page_tokens: int,
         threads: int | None,
         device: Device = "cpu",
+        rank: Rank = ONE,
+        comm: Comm | None = None,
+        recordable: bool = True,
     ) -> None:
-        """Raises `EngineFault` for weights that have gone bad, and out_of_memory where a GPU has no room for them."""
+        """`info.kv` is that of the rank. `comm`: its collectives, where there are several; `recordable`: whether steps
+        that have them may be repeated. Raises `EngineFault` for weights that have gone bad, bad_config for a mesh that
+        does not divide the model, and out_of_memory where a GPU has no room."""
         if threads is not None:
             torch.set_num_threads(threads)
         self.info = info
@@ -84,7 +89,7 @@ class LoadedModel:
         self.dtype: Dtype = dtype
         weights = weight_source(source, dtype, self.device)
         self.pools = KvPools(info.kv, pages, page_tokens, self.device)
-        sizes = {"page_tokens": page_tokens, **source.family.sizes(source.config, ONE.mesh)}
+        sizes = {"page_tokens": page_tokens, **source.family.sizes(source.config, rank.mesh)}
         self._kernels = Kernels(
             standard(),
             detect(device),
@@ -94,15 +99,20 @@ class LoadedModel:
             preferences=Preferences.from_environment(),
             check=conformance.objection,
         )
-        chain = source.family.build(source.config, weights, self.pools, ONE, self._kernels)
-        self.plan: Plan = plan([module.boundary for module in chain], ONE.mesh, start=EVERYWHERE, finish=EVERYWHERE)
-        self._steps = lower(self.plan, chain, None)
+        chain = source.family.build(source.config, weights, self.pools, rank, self._kernels)
+        boundaries = [module.boundary for module in chain]
+        # Logits stay cut as the head gives them: what is drawn from them is decided by all ranks together.
+        self.plan: Plan = plan(boundaries, rank.mesh, start=TOKEN_SHARD, finish=boundaries[-1].output)
+        self.first_id = rank.tp * (info.vocab_size // rank.mesh.tp)
+        """Of the ids whose logits it gives."""
+        self._steps = lower(self.plan, chain, comm)
         self._programs = Programs(self._steps, self._kernels, source.family.ops)
+        self._programs.allowed = recordable
         self._rope = Rope(source.config.rope, source.config.context_limit, TORCH_DTYPES[dtype], self.device)
         self._workspace = Workspace(self.device)
         self._attention = _attention(self._kernels, source.family.ops, sizes, self.device)
         self._graphs: Graphs | None = None
-        if self.device.type == "cuda" and not isinstance(self._attention, CpuAttention):
+        if self.device.type == "cuda" and comm is None and not isinstance(self._attention, CpuAttention):
             # Imported late: only a GPU's kernels need it.
             from agentspeed_engine.models.graphs import Graphs
 
@@ -119,8 +129,8 @@ class LoadedModel:
 
     @torch.inference_mode()
     def forward(self, batch: FlatBatch, name: Callable[[Tensor], None] | None = None) -> Tensor:
-        """Logits [S, vocab] of the selected rows, on the model's device; the cache has the rows of all tokens
-        afterwards. On a GPU both are so once its work is done; `forward` does not wait for it.
+        """Logits [S, ids of this rank] of the selected rows, on the model's device; the cache has the rows of all
+        tokens afterwards. On a GPU both are so once its work is done; `forward` does not wait for it.
 
         `name` may put ids that are known there alone into the ids of the step [T] before they are read."""
         if self._graphs is not None and (found := self._graphs.run(batch, name)) is not None:

@@ -12,14 +12,22 @@ Code = Literal[
     "trunk_moved", "child_unrelated", "position_unknown", "bad_frame", "protocol_mismatch", "bad_credential",
     # the world
     "overloaded", "too_many_links", "too_many_sessions", "too_many_branches", "quota_exceeded", "out_of_memory",
-    "engine_stopping",
+    "engine_stopping", "rank_lost",
     # our bug
     "internal",
 ]
 # fmt: on
 
 RETRYABLE: frozenset[str] = frozenset(
-    {"overloaded", "too_many_links", "too_many_sessions", "too_many_branches", "quota_exceeded", "engine_stopping"}
+    {
+        "overloaded",
+        "too_many_links",
+        "too_many_sessions",
+        "too_many_branches",
+        "quota_exceeded",
+        "engine_stopping",
+        "rank_lost",
+    }
 )
 """The same command may succeed later."""
 

@@ -389,6 +389,17 @@ class Stats(Message, frozen=True, kw_only=True):
     seconds: dict[str, float]
 
 
+class RankView(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """One process of an engine whose model is cut over several."""
+
+    rank: int
+    pid: int
+    memory: int
+    """Bytes that it has of the machine's memory."""
+    waited: float | None = None
+    """Seconds since the start that it waited for other ranks; None where nobody counts them (gloo, NCCL)."""
+
+
 class Picture(Message, frozen=True, kw_only=True):
     """The answer to `Look`."""
 
@@ -404,6 +415,8 @@ class Picture(Message, frozen=True, kw_only=True):
     """Device pages of each tenant with a session in the picture, the shared and the cached ones included."""
     tenant_quota: int | None = None
     """Most pages that one may have."""
+    ranks: tuple[RankView, ...] = ()
+    """Of the model, rank 0 first; none where one process has all of it."""
 
 
 class ModelFiles(Message, frozen=True, kw_only=True):

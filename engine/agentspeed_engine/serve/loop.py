@@ -101,6 +101,7 @@ class EngineLoop:
         self._executor: Executor = (
             executor or built.executor or CpuExecutor(built.model, built.vocabulary, depth=built.core.depth)
         )
+        self._ranks = built.ranks
         self._copier = Copier(self._executor, self._report, self._clock)
         self._preparer = Preparer(self._executor, self._report)
         self._check = check
@@ -169,6 +170,8 @@ class EngineLoop:
         sys.setswitchinterval(_SWITCH_SECONDS)
         self._selector.register(self._wake_read, selectors.EVENT_READ, self._woken)
         self._thread.start()
+        if self._ranks is not None:
+            self._ranks.watch(self._report)
         try:
             while not self._stopping:
                 for key, _ in self._selector.select(self._patience()):
@@ -385,6 +388,7 @@ class EngineLoop:
             "rows_computed": self._rows,
             "tokens_drawn": self._tokens,
             "links": len(self._links),
+            "ranks": 1 if self._ranks is None else 1 + len(self._ranks.all),
         }
         seconds = {
             "model": self._executor.model_seconds,
@@ -406,7 +410,8 @@ class EngineLoop:
             )
             return
         picture = self._core.picture(command, self._clock.now())
-        link.put(replace(picture, counts=picture.counts | {"steps": self._steps, "tokens_drawn": self._tokens}))
+        counts = picture.counts | {"steps": self._steps, "tokens_drawn": self._tokens}
+        link.put(replace(picture, counts=counts, ranks=() if self._ranks is None else self._ranks.views()))
 
     def _read_file(self, link: Link, command: ReadModelFile) -> None:
         if link.owes(FilePart):  # as with pictures: parts that a client does not read must not pile up here
@@ -454,6 +459,8 @@ class EngineLoop:
         self._thread.join(timeout=_JOIN_SECONDS)
         self._copier.close(_JOIN_SECONDS)
         self._preparer.close()
+        if self._ranks is not None:
+            self._ranks.close()
         if self._tape is not None:
             self._tape.close()
         for link in self._links.values():

@@ -24,7 +24,11 @@ from agentspeed_engine.exec.vocabulary import Vocabulary
 from agentspeed_engine.models.catalog import RANDOM, Dtype, describe, load, read_source
 from agentspeed_engine.protocol.messages import as_text
 from agentspeed_engine.sched.config import CoreConfig
+from agentspeed_engine.serve.noop_name import NOOP, noop_sizes
 from agentspeed_engine.serve.place import placed
+from agentspeed_engine.serve.rank_options import loaded_shard, rank_options
+from agentspeed_engine.serve.rank_processes import RankProcesses
+from agentspeed_engine.serve.rank_shares import check_ranks, shares_of
 from agentspeed_engine.serve.recording import LEAST_BYTES, RecordingOrder
 from agentspeed_engine.serve.sizing import sizes
 
@@ -32,12 +36,9 @@ if TYPE_CHECKING:
     from agentspeed_kernels.platform import Platform
 
 T = TypeVar("T")
-_NOOP = "noop:"
 _NOOP_CONTEXT = 65_536
 _NOOP_PAGE_BYTES = 1024
 """Of a model without rows: about what the engine itself keeps of a page."""
-_MOST_NOOP_VOCABULARY = 1 << 24
-_MOST_NOOP_SECONDS = 3600.0
 
 
 class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -60,7 +61,15 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     page_tokens: int = 64
     """Rows of a page; what is shared between branches is shared in whole pages."""
     threads: int | None = None
-    """Of the CPU kernels. None: as many as torch takes by itself."""
+    """Of the CPU kernels, on each rank. None: as many as torch takes by itself, or the cores over the ranks."""
+    tp: int = 1
+    """Processes that the model is cut over: heads, widths, the vocabulary and experts (docs/how-to/ranks.md)."""
+    dp: int = 1
+    """Schedulers with a pool of their own, for attention that is not cut. More than one is not supported yet."""
+    ep: int | None = None
+    """Ranks that the experts are cut over. None: all, and nothing else is supported yet."""
+    rank_seconds: float = 30.0
+    """How long one rank waits for another, before the engine ends because of it."""
     depth: int | None = None
     """Steps planned ahead of the one that runs. None: 1 on a GPU, where the next step is on its way before the tokens
     of this one are on the host, else 0."""
@@ -118,6 +127,9 @@ _RANGES: dict[str, tuple[int, int]] = {
     "pages": (1, _MOST),
     "page_tokens": (1, _MOST),
     "threads": (1, 1024),
+    "tp": (1, 64),
+    "dp": (1, _MOST),
+    "ep": (1, _MOST),
     "depth": (0, _MOST),
     "host_slots": (0, _MOST),
     "prefill_chunk": (1, _MOST),
@@ -133,7 +145,7 @@ _RANGES: dict[str, tuple[int, int]] = {
     "record_bytes": (LEAST_BYTES, _MOST),
 }
 """The least and the most of every whole number among the options."""
-_SECONDS = ("max_lease_seconds", "ticket_deadline", "idle_seconds")
+_SECONDS = ("max_lease_seconds", "ticket_deadline", "idle_seconds", "rank_seconds")
 
 
 def parse_options(text: str) -> EngineOptions:
@@ -225,14 +237,16 @@ class Built:
     """The model's folder, all links followed; empty where there is no model."""
     executor: Executor | None = None
     """None: the one that waits (`exec.cpu`)."""
+    ranks: RankProcesses | None = None
+    """The others, where the model is cut over several processes: whoever has this ends them."""
 
 
 def build(options: EngineOptions, progress: Callable[[str], None] | None = None) -> Built:
     """Loads the model and sizes its pool. Raises `EngineFault` for whatever cannot be."""
     _ = _checked(options)
-    if options.model.startswith(_NOOP):
-        return _build_noop(options)
     say = progress if progress is not None else lambda what: None
+    if options.model.startswith(NOOP):
+        return _build_noop(options, say)
     folder = Path(options.model.removeprefix(RANDOM))
     place = _aside(lambda: placed(options))
     device = place.device
@@ -240,7 +254,8 @@ def build(options: EngineOptions, progress: Callable[[str], None] | None = None)
     depth = options.depth if options.depth is not None else 1 if device == "cuda" else 0
     options = msgspec.structs.replace(options, dtype=dtype, device=device, depth=depth)
     info = describe(options.model, dtype=dtype, page_tokens=options.page_tokens)
-    pages, limit = sizes(options, info.context_limit, info.bytes_per_page, info.parameters, place.memory)
+    shares = shares_of(options, info)
+    pages, limit = sizes(options, info.context_limit, shares.bytes_per_page, shares.parameters, place.memory)
     core = _core(options, pages, limit, info.vocab_size, as_text(folder.name))
     core.check()
     if info.notice:
@@ -251,10 +266,12 @@ def build(options: EngineOptions, progress: Callable[[str], None] | None = None)
         say(f"{dtype}: {why}")
     say(
         f"loading {folder.name}: {info.weight_bytes / 1e6:.0f} MB of weights, "
-        f"{pages * info.bytes_per_page / 1e6:.0f} MB for {pages} pages"
+        f"{pages * shares.bytes_per_page / 1e6:.0f} MB for {pages} pages{shares.said}"
     )
     texts = folder if folder.is_dir() else folder.parent
     vocabulary = Vocabulary(texts, info.vocab_size, info.eos_ids)
+    if options.tp > 1:
+        return _build_ranks(options, core, vocabulary, str(folder.resolve()), say)
     with ThreadPoolExecutor(1) as beside:  # it takes the interpreter's lock for long, so no step may run beside it
         unusable = beside.submit(vocabulary.load)
         loaded = _aside(
@@ -304,19 +321,44 @@ def _aside(call: Callable[[], T]) -> T:
         return pool.submit(call).result()
 
 
-def _build_noop(options: EngineOptions) -> Built:
-    try:
-        vocabulary, milliseconds = options.model.removeprefix(_NOOP).split(":")
-        size, step = int(vocabulary), float(milliseconds) / 1000
-    except ValueError as error:
-        raise EngineFault("bad_options", f"{options.model!r} is not noop:VOCABULARY:MILLISECONDS.") from error
-    if not 1 <= size <= _MOST_NOOP_VOCABULARY or not 0 <= step <= _MOST_NOOP_SECONDS:
-        raise EngineFault("bad_options", f"{options.model!r} has an impossible vocabulary or step time.")
+def _build_noop(options: EngineOptions, say: Callable[[str], None]) -> Built:
+    size, step = noop_sizes(options.model)
+    check_ranks(options, [("vocabulary", size)])
     options = msgspec.structs.replace(options, dtype="float32", device="cpu")  # it has no weights to compute with
     pages, limit = sizes(options, _NOOP_CONTEXT, _NOOP_PAGE_BYTES, 0)
     core = _core(options, pages, limit, size, options.model)
     core.check()
-    return Built(core, NoopModel(size, step, options.page_tokens), Vocabulary(Path(options.model), size, ()), "")
+    vocabulary = Vocabulary(Path(options.model), size, ())
+    if options.tp > 1:
+        return _build_ranks(options, core, vocabulary, "", say)
+    return Built(core, NoopModel(size, step, options.page_tokens), vocabulary, "")
+
+
+def _build_ranks(
+    options: EngineOptions, core: CoreConfig, vocabulary: Vocabulary, source: str, say: Callable[[str], None]
+) -> Built:
+    """Rank 0 loads its piece while the others load theirs."""
+    # Imported late, with the tensors that they need.
+    from agentspeed_engine.exec.ranks.leader import LeadingExecutor
+
+    given = rank_options(options, core.pages)
+    ranks = RankProcesses(given, say)
+    try:
+        with ThreadPoolExecutor(1) as beside:  # it takes the interpreter's lock for long
+            unusable = beside.submit(vocabulary.load) if source else None
+            group = ranks.group()
+            model = _aside(lambda: loaded_shard(given, group))
+        if unusable is not None and unusable.result():
+            say(f"turns with stop strings or a grammar will be refused: {unusable.result()}")
+        ranks.await_readiness()
+        executor = LeadingExecutor(model, vocabulary, group, ranks.followers(), ranks, depth=core.depth)
+        if options.host_slots:
+            say("measuring what copies and prefill cost")
+            core = _aside(partial(calibrated, core, executor))
+    except BaseException:
+        ranks.close()
+        raise
+    return Built(core, model, vocabulary, source, executor, ranks)
 
 
 def _core(options: EngineOptions, pages: int, limit: int, vocab_size: int, name: str) -> CoreConfig:

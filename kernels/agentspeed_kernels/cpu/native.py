@@ -88,7 +88,7 @@ NEON = Form(
 FORMS = (AMX, AVX512, AVX2, NEON)
 """From the fastest on; of two that run, the first is preferred."""
 _AMX_REFUSED = 16
-_ALWAYS = frozenset({"native_forms.c", "native_scratch.c", "native_run.c"})
+_ALWAYS = frozenset({"native_forms.c", "native_scratch.c", "native_run.c", "native_group.c"})
 """Compiled once, for any processor of the architecture."""
 
 P, L, N, F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float

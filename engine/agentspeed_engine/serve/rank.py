@@ -1,0 +1,92 @@
+"""`python -m agentspeed_engine.serve.rank`: one rank beside rank 0, which starts it, tells it what to do and ends it.
+
+It says on `--status` how far its start is, as an engine does: {"progress": ...}, then {"ready": true}; what it refuses
+or fails by, at any time, is one line {"code", "message", "remedy"}. It ends when rank 0's end of its stdin is closed,
+whatever it is doing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from typing import Final, TextIO
+
+import msgspec
+
+from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.serve.rank_options import RankOptions, loaded_shard, opened_group
+
+_LOG: Final = logging.getLogger("agentspeed.engine")
+REFUSED, LEFT, BROKEN = 2, 3, 70
+"""Statuses: a fault with a name; another rank is lost; a bug."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m agentspeed_engine.serve.rank", description=__doc__)
+    parser.add_argument("--options", required=True, help="all of them as one JSON object")
+    for name in ("steps", "copies", "status"):
+        parser.add_argument(f"--{name}", type=int, required=True, help="an open descriptor")
+    parser.add_argument("--memory", type=int, help="an open descriptor; nothing: torch.distributed")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who started the engine; we end when it does
+    threading.Thread(target=_end_with_the_leader, name="agentspeed-end", daemon=True).start()
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(message)s")
+    options = msgspec.json.decode(arguments.options, type=RankOptions)
+    with open(arguments.status, "w", encoding="utf-8") as status:
+        try:
+            return _run(options, arguments, status)
+        except EngineFault as fault:
+            _say(status, code=fault.code, message=fault.message, remedy=fault.remedy)
+            return REFUSED
+
+
+def _run(options: RankOptions, arguments: argparse.Namespace, status: TextIO) -> int:
+    steps, copies = socket.socket(fileno=arguments.steps), socket.socket(fileno=arguments.copies)
+    _say(status, progress="loading its piece")
+    group = opened_group(options, arguments.memory)
+    # Imported late, with the tensors that they need.
+    from agentspeed_engine.exec.ranks.follower import Follower
+    from agentspeed_engine.exec.ranks.group import GroupBroken
+    from agentspeed_engine.exec.ranks.orders import Channel
+
+    try:
+        follower = Follower(loaded_shard(options, group), group, Channel(steps), Channel(copies))
+        gc.collect()
+        gc.freeze()  # what is loaded stays: no later collection walks over it in the middle of a step
+        _say(status, ready=True)
+        follower.run()
+    except GroupBroken as reason:
+        _LOG.warning("ends: %s", reason)
+        return LEFT
+    except EngineFault:
+        raise
+    except Exception as error:  # noqa: BLE001 - told to rank 0, which stops the engine by its name
+        _LOG.critical("a bug of this rank", exc_info=error)
+        _say(status, code="internal", message=f"{type(error).__name__}: {error}", remedy="This is a bug of the engine.")
+        return BROKEN
+    finally:
+        group.abandon()
+    return 0
+
+
+def _end_with_the_leader() -> None:
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    os._exit(0)
+
+
+def _say(status: TextIO, **line: object) -> None:
+    with contextlib.suppress(BrokenPipeError):  # rank 0 has ended: so will this one
+        print(json.dumps(line), file=status, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,295 @@
+"""The other ranks of a model as processes: started beside rank 0, watched, told apart in the log, and ended with it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import queue
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Final, final
+
+import msgspec
+
+from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.protocol.messages import RankView
+from agentspeed_engine.serve.import_path import with_import_path
+from agentspeed_engine.serve.rank_options import RankOptions, opened_group
+
+if TYPE_CHECKING:
+    from agentspeed_engine.exec.ranks.group import Group
+    from agentspeed_engine.exec.ranks.leader import Followers
+
+_LOG: Final = logging.getLogger("agentspeed.engine")
+_STOP_SECONDS = 5.0
+"""What a rank gets to end by itself."""
+_NEWS_SECONDS = 2.0
+"""How long after a step went wrong one looks whether a rank has died."""
+_LEVELS: Final = ("DEBUG ", "INFO ", "WARNING ", "ERROR ", "CRITICAL ")
+_REMEDY: Final = "Sessions go on in a new engine; what the rank said last is in the log."
+
+
+@final
+class RankProcess:
+    """One of them. Two threads of it read what it says."""
+
+    def __init__(self, options: RankOptions, memory: int | None, heard: Callable[[RankProcess, Any], None]) -> None:
+        """`heard`: called with each line of its status, and with None when it has ended. Raises `OSError`."""
+        self.rank = options.rank
+        self.fault: EngineFault | None = None
+        """What it named before it ended."""
+        self._heard = heard
+        with contextlib.ExitStack() as theirs:
+            self.steps, steps = _pair(theirs)
+            self.copies, copies = _pair(theirs)
+            status, their_status = os.pipe()
+            theirs.callback(os.close, their_status)
+            fds = (steps, copies, their_status, *(() if memory is None else (memory,)))
+            words = ["--options", msgspec.json.encode(options).decode(), "--steps", str(steps), "--copies", str(copies)]
+            words += ["--status", str(their_status), *(() if memory is None else ("--memory", str(memory)))]
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "agentspeed_engine.serve.rank", *words],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=_environment(options),
+                pass_fds=fds,
+            )
+        assert self._process.stdout is not None
+        self._threads = (
+            threading.Thread(target=self._read, args=(status,), name=f"agentspeed-rank-{self.rank}", daemon=True),
+            threading.Thread(target=self._log, args=(self._process.stdout,), name="agentspeed-rank-log", daemon=True),
+        )
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def ended(self) -> str:
+        """How; empty while it runs."""
+        status = self._process.poll()
+        if status is None:
+            return ""
+        return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+
+    def tell_end(self) -> None:
+        """By the end of its stdin."""
+        if self._process.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+
+    def end(self, until: float) -> None:
+        """Waits until then, then kills it."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(max(0.0, until - time.monotonic()))
+        self._process.kill()
+        self._process.wait()
+        for thread in self._threads:
+            thread.join(_STOP_SECONDS)
+        self.steps.close()
+        self.copies.close()
+
+    def _read(self, status: int) -> None:
+        with open(status, encoding="utf-8") as lines:
+            for line in lines:
+                said = json.loads(line)
+                if "code" in said:
+                    self.fault = EngineFault(said["code"], f"Rank {self.rank}: {said['message']}", said["remedy"])
+                self._heard(self, said)
+        self._process.wait()
+        self._heard(self, None)
+
+    def _log(self, output: IO[bytes]) -> None:
+        """Keeps the level in front, where the log of whoever started the engine looks for it."""
+        with output:
+            for raw in output:
+                text = raw.decode("utf-8", "replace").rstrip()
+                level = next((level for level in _LEVELS if text.startswith(level)), "")
+                print(f"{level}rank {self.rank}: {text.removeprefix(level)}", file=sys.stderr, flush=True)
+
+
+@final
+class RankProcesses:
+    """All but rank 0, and rank 0's side of the group."""
+
+    def __init__(self, options: RankOptions, say: Callable[[str], None]) -> None:
+        """Starts them; they load from now on. `options` are those of rank 0. Raises `EngineFault`."""
+        self._options, self._say = options, say
+        self._news: queue.SimpleQueue[tuple[RankProcess, Any]] = queue.SimpleQueue()
+        self._lost = threading.Event()
+        self._lock = threading.Lock()
+        self._report: Callable[[EngineFault], None] | None = None
+        self._closing = False
+        self._memory = _shared_memory(options)
+        self._folder = None if self._memory is not None else Path(tempfile.mkdtemp(prefix="agentspeed-ranks-"))
+        self.all: list[RankProcess] = []
+        meet = "" if self._folder is None else str(self._folder)
+        self._options = msgspec.structs.replace(options, meet=meet)
+        self._followers: Followers | None = None
+        self._group: Group | None = None
+        try:
+            for rank in range(1, options.tp):
+                theirs = msgspec.structs.replace(self._options, rank=rank)
+                self.all.append(RankProcess(theirs, self._memory, self._heard))
+        except OSError as error:
+            self.close()
+            raise EngineFault(
+                "out_of_memory", f"Rank {len(self.all) + 1} could not be started: {error}.", "Raise `ulimit -u`."
+            ) from error
+
+    def group(self) -> Group:
+        """Rank 0's side. With torch.distributed it returns when all have met. Raises `EngineFault`."""
+        if self._group is None:
+            self._group = opened_group(self._options, self._memory)
+        return self._group
+
+    def followers(self) -> Followers:
+        """Rank 0's lines to the others."""
+        # Imported late, with the tensors that it needs.
+        from agentspeed_engine.exec.ranks.leader import Followers
+
+        if self._followers is None:
+            steps, copies = [one.steps for one in self.all], [one.copies for one in self.all]
+            self._followers = Followers(steps, copies, seconds=self._options.seconds)
+        return self._followers
+
+    def await_readiness(self) -> None:
+        """Blocks until all have loaded. Raises `EngineFault` where one cannot."""
+        waiting = {one.rank for one in self.all}
+        while waiting:
+            one, said = self._news.get()
+            if said is None:
+                raise self._fault_of(one)
+            if "progress" in said:
+                self._say(f"rank {one.rank}: {said['progress']}")
+            elif "ready" in said:
+                waiting.discard(one.rank)
+
+    def watch(self, report: Callable[[EngineFault], None]) -> None:
+        """`report` is told when one ends that was not told to, from a thread; at once where one has already."""
+        with self._lock:
+            self._report = report
+            dead = next((one for one in self.all if one.ended), None)
+        if dead is not None:
+            report(self._fault_of(dead))
+
+    def fault(self, error: Exception) -> EngineFault | None:
+        """Why a step or a copy went wrong, if a rank is the reason: it has ended, or it does not answer."""
+        from agentspeed_engine.exec.ranks.group import GroupBroken
+
+        late = error.late if isinstance(error, GroupBroken) else None
+        if late is None or isinstance(error, TimeoutError):
+            _ = self._lost.wait(_NEWS_SECONDS)
+        dead = next((one for one in self.all if one.ended), None)
+        if dead is not None:
+            return self._fault_of(dead)
+        seconds = f"{self._options.seconds:g} s (rank_seconds)"
+        if late:
+            process = next(one for one in self.all if one.rank == late)
+            said = f"Rank {late} (process {process.pid}) did not answer for {seconds}."
+            return EngineFault("rank_lost", said, _REMEDY)
+        if isinstance(error, TimeoutError):
+            return EngineFault("rank_lost", f"A rank took no order for {seconds}.", _REMEDY)
+        if isinstance(error, GroupBroken):
+            return EngineFault("rank_lost", f"The ranks did not come together: {error}.", _REMEDY)
+        return None
+
+    def views(self) -> tuple[RankView, ...]:
+        """Of every rank, rank 0 first."""
+        pids = (os.getpid(), *(one.pid for one in self.all))
+        waited = self._group.waited if self._group is not None else lambda rank: None
+        return tuple(
+            RankView(rank=rank, pid=pid, memory=_resident(pid), waited=waited(rank)) for rank, pid in enumerate(pids)
+        )
+
+    def close(self) -> None:
+        """Ends them; none is left when it returns."""
+        with self._lock:
+            self._closing = True
+        if self._group is not None:
+            self._group.abandon()
+        for one in self.all:
+            one.tell_end()
+        until = time.monotonic() + _STOP_SECONDS
+        for one in self.all:
+            one.end(until)
+        if self._memory is not None:
+            with contextlib.suppress(OSError):
+                os.close(self._memory)
+            self._memory = None
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _heard(self, one: RankProcess, said: Any) -> None:
+        """From the threads that read."""
+        self._news.put((one, said))
+        if said is not None:
+            return
+        with self._lock:
+            report = None if self._closing else self._report
+            if not self._closing and self._group is not None:
+                self._group.abandon()  # whoever waits for it shall not
+        self._lost.set()
+        if report is not None:
+            report(self._fault_of(one))
+
+    def _fault_of(self, one: RankProcess) -> EngineFault:
+        """The first cause: a rank that ends because another did says nothing of its own."""
+        named = next((rank.fault for rank in self.all if rank.fault is not None), None)
+        if named is not None:
+            return named
+        killed = next((rank for rank in self.all if rank.ended.startswith("was killed")), one)
+        return EngineFault("rank_lost", f"Rank {killed.rank} (process {killed.pid}) {killed.ended}.", _REMEDY)
+
+
+def _shared_memory(options: RankOptions) -> int | None:
+    """Descriptor of a file of zeros in memory; None where the ranks cannot share any."""
+    if options.device != "cpu":
+        return None
+    from agentspeed_kernels.cpu.process_group import shared_bytes
+
+    try:
+        size = shared_bytes(options.tp)
+    except OSError as reason:
+        _LOG.warning("ranks meet through gloo, not through shared memory: %s. Steps are slower", reason)
+        return None
+    descriptor = os.memfd_create("agentspeed-ranks")
+    os.truncate(descriptor, size)
+    return descriptor
+
+
+def _pair(theirs: contextlib.ExitStack) -> tuple[socket.socket, int]:
+    """(Our end, the descriptor of theirs), which is closed here with `theirs`."""
+    ours, other = socket.socketpair()
+    theirs.callback(other.close)
+    return ours, other.fileno()
+
+
+def _environment(options: RankOptions) -> dict[str, str]:
+    """Each rank on a GPU of its own sees that one alone."""
+    said = with_import_path(os.environ)
+    if options.device == "cuda":
+        visible = [one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]
+        said["CUDA_VISIBLE_DEVICES"] = visible[options.rank] if options.rank < len(visible) else str(options.rank)
+    return said
+
+
+def _resident(pid: int) -> int:
+    """Bytes of memory that a process has; 0 where the system does not say."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, IndexError, ValueError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
