@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, final
+from typing import TYPE_CHECKING, Final, Literal, final
 
 import msgspec
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from agentspeed_engine.exec.ranks.group import Group
     from agentspeed_engine.exec.ranks.model import ShardModel
     from agentspeed_engine.serve.options import EngineOptions
+
+
+_LOG: Final = logging.getLogger("agentspeed.engine")
 
 
 @final
@@ -36,7 +40,7 @@ class RankOptions(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
     """How long one rank waits for another."""
     meet: str = ""
-    """The folder where the ranks of torch.distributed meet; empty where they share memory."""
+    """The folder where the ranks meet that use torch.distributed."""
 
     @property
     def place(self) -> Rank:
@@ -64,14 +68,18 @@ def rank_options(options: EngineOptions, pages: int) -> RankOptions:
 
 
 def opened_group(options: RankOptions, memory: int | None) -> Group:
-    """`memory`: descriptor of the shared file. With torch.distributed it returns when all ranks have met."""
+    """`memory`: descriptor of the shared file. Where there is none, or no C library for it, the ranks use
+    torch.distributed, and this returns when all have met; each finds the same, being on the same machine."""
     # Imported late: what is wrong with options is answered before anything heavy is loaded.
     import torch
 
     from agentspeed_engine.exec.ranks.group import SharedMemory, TorchGroup
 
     if memory is not None:
-        return SharedMemory(memory, options.place, seconds=options.seconds)
+        try:
+            return SharedMemory(memory, options.place, seconds=options.seconds)
+        except OSError as reason:
+            _LOG.warning("ranks meet through gloo, not through shared memory: %s. Steps are slower", reason)
     try:
         return TorchGroup(
             Path(options.meet), options.place, seconds=options.seconds, device=torch.device(options.device)

@@ -24,6 +24,7 @@ from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.protocol.messages import RankView
 from agentspeed_engine.serve.import_path import with_import_path
 from agentspeed_engine.serve.rank_options import RankOptions, opened_group
+from agentspeed_kernels.cpu.group_layout import shared_bytes
 
 if TYPE_CHECKING:
     from agentspeed_engine.exec.ranks.group import Group
@@ -133,10 +134,9 @@ class RankProcesses:
         self._report: Callable[[EngineFault], None] | None = None
         self._closing = False
         self._memory = _shared_memory(options)
-        self._folder = None if self._memory is not None else Path(tempfile.mkdtemp(prefix="agentspeed-ranks-"))
+        self._folder = Path(tempfile.mkdtemp(prefix="agentspeed-ranks-"))
         self.all: list[RankProcess] = []
-        meet = "" if self._folder is None else str(self._folder)
-        self._options = msgspec.structs.replace(options, meet=meet)
+        self._options = msgspec.structs.replace(options, meet=str(self._folder))
         self._followers: Followers | None = None
         self._group: Group | None = None
         try:
@@ -229,8 +229,7 @@ class RankProcesses:
             with contextlib.suppress(OSError):
                 os.close(self._memory)
             self._memory = None
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _heard(self, one: RankProcess, said: Any) -> None:
         """From the threads that read."""
@@ -255,18 +254,11 @@ class RankProcesses:
 
 
 def _shared_memory(options: RankOptions) -> int | None:
-    """Descriptor of a file of zeros in memory; None where the ranks cannot share any."""
-    if options.device != "cpu":
-        return None
-    from agentspeed_kernels.cpu.process_group import shared_bytes
-
-    try:
-        size = shared_bytes(options.tp)
-    except OSError as reason:
-        _LOG.warning("ranks meet through gloo, not through shared memory: %s. Steps are slower", reason)
+    """Descriptor of a file of zeros in memory; None where ranks share none."""
+    if options.device != "cpu" or not hasattr(os, "memfd_create"):
         return None
     descriptor = os.memfd_create("agentspeed-ranks")
-    os.truncate(descriptor, size)
+    os.truncate(descriptor, shared_bytes(options.tp))
     return descriptor
 
 

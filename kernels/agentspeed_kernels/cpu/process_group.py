@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from agentspeed_kernels.cpu import native, recording
+from agentspeed_kernels.cpu.group_layout import SLOT_BYTES, shared_bytes
 from agentspeed_kernels.cpu.native import L, N, P
 
-SLOT_BYTES = 1 << 20
-"""What a rank hands over at once; larger values go in pieces."""
 _KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 """As in native_group.c."""
 _SUM = (P, N, N, L, P, L, N, L)
@@ -31,11 +30,6 @@ class GroupBroken(Exception):
         """The rank that did not come in time, if that was it."""
 
 
-def shared_bytes(ranks: int) -> int:
-    """Of memory for a group: whoever starts the ranks makes a file of so many zeros."""
-    return int(_opened().agentspeed_group_bytes(ranks, SLOT_BYTES))
-
-
 @final
 class SharedGroup:
     """One rank's side. All ranks make the same calls in the same order; one thread of each makes them."""
@@ -45,6 +39,7 @@ class SharedGroup:
         another. Raises `OSError` where the C library cannot be had."""
         self._library = _opened()
         self.rank, self.ranks = rank, ranks
+        assert self._library.agentspeed_group_bytes(ranks, SLOT_BYTES) == shared_bytes(ranks)
         self._milliseconds = max(1, int(seconds * 1000))
         self._memory = mmap.mmap(file, shared_bytes(ranks))
         self._at = np.frombuffer(self._memory, dtype=np.uint8).ctypes.data
