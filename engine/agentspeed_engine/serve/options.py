@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from agentspeed_engine.protocol.messages import as_text
 from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.serve.noop_name import NOOP, noop_sizes
 from agentspeed_engine.serve.place import placed
-from agentspeed_engine.serve.rank_options import loaded_shard, rank_options
+from agentspeed_engine.serve.rank_options import RankOptions, loaded_shard
 from agentspeed_engine.serve.rank_processes import RankProcesses
 from agentspeed_engine.serve.rank_shares import check_ranks, shares_of
 from agentspeed_engine.serve.recording import LEAST_BYTES, RecordingOrder
@@ -341,7 +342,22 @@ def _build_ranks(
     # Imported late, with the tensors that they need.
     from agentspeed_engine.exec.ranks.leader import LeadingExecutor
 
-    given = rank_options(options, core.pages)
+    assert options.dtype != "auto" and options.device != "auto"
+    threads = options.threads
+    if threads is None and options.device == "cpu":
+        threads = max(1, len(os.sched_getaffinity(0)) // options.tp)
+    given = RankOptions(
+        model=options.model,
+        dtype=options.dtype,
+        device=options.device,
+        pages=core.pages,
+        page_tokens=options.page_tokens,
+        threads=threads,
+        host_slots=options.host_slots,
+        tp=options.tp,
+        rank=0,
+        seconds=options.rank_seconds,
+    )
     ranks = RankProcesses(given, say)
     try:
         with ThreadPoolExecutor(1) as beside:  # it takes the interpreter's lock for long

@@ -80,7 +80,7 @@ def _run(options: RankOptions, arguments: argparse.Namespace, status: TextIO) ->
 def _end_with_the_leader() -> None:
     while os.read(sys.stdin.fileno(), 4096):
         pass
-    os._exit(0)
+    os.kill(os.getpid(), signal.SIGTERM)  # also in the middle of a step
 
 
 def _say(status: TextIO, **line: object) -> None:

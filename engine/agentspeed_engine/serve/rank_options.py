@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, final
 
@@ -18,7 +17,6 @@ from agentspeed_engine.spmd.placement import Mesh, Rank
 if TYPE_CHECKING:
     from agentspeed_engine.exec.ranks.group import Group
     from agentspeed_engine.exec.ranks.model import ShardModel
-    from agentspeed_engine.serve.options import EngineOptions
 
 
 _LOG: Final = logging.getLogger("agentspeed.engine")
@@ -45,26 +43,6 @@ class RankOptions(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def place(self) -> Rank:
         return Mesh(tp=self.tp).rank(self.rank)
-
-
-def rank_options(options: EngineOptions, pages: int) -> RankOptions:
-    """Of rank 0. `options` say device and dtype."""
-    assert options.dtype != "auto" and options.device != "auto"
-    threads = options.threads
-    if threads is None and options.device == "cpu":
-        threads = max(1, len(os.sched_getaffinity(0)) // options.tp)
-    return RankOptions(
-        model=options.model,
-        dtype=options.dtype,
-        device=options.device,
-        pages=pages,
-        page_tokens=options.page_tokens,
-        threads=threads,
-        host_slots=options.host_slots,
-        tp=options.tp,
-        rank=0,
-        seconds=options.rank_seconds,
-    )
 
 
 def opened_group(options: RankOptions, memory: int | None) -> Group:

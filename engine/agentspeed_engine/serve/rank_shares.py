@@ -4,17 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import Literal, Protocol, final
 
 from agentspeed_engine.errors import EngineFault
-from agentspeed_engine.models.catalog import ModelInfo, read_source
 from agentspeed_engine.models.kv_layout import DTYPE_BYTES
+from agentspeed_engine.models.source import ModelInfo, read_source
 from agentspeed_engine.spmd.placement import Mesh
 
-if TYPE_CHECKING:
-    from agentspeed_engine.serve.options import EngineOptions
-
 _MOST_RANKS = 64
+
+
+class RankWishes(Protocol):
+    """What of the engine's options says how a model is cut."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def dtype(self) -> Literal["auto", "float32", "float64", "bfloat16"]: ...
+    @property
+    def device(self) -> Literal["auto", "cpu", "cuda"]: ...
+    @property
+    def page_tokens(self) -> int: ...
+    @property
+    def tp(self) -> int: ...
+    @property
+    def dp(self) -> int: ...
+    @property
+    def ep(self) -> int | None: ...
 
 
 @final
@@ -28,7 +44,7 @@ class Shares:
     """For whoever starts the engine; empty for one rank."""
 
 
-def shares_of(options: EngineOptions, info: ModelInfo) -> Shares:
+def shares_of(options: RankWishes, info: ModelInfo) -> Shares:
     """`options` say device and dtype. Raises `EngineFault` (bad_options) for ranks that do not divide the model."""
     if options.tp == options.dp == 1 and options.ep in (None, 1):
         return Shares(bytes_per_page=info.bytes_per_page, parameters=info.parameters, said="")
@@ -49,7 +65,7 @@ def shares_of(options: EngineOptions, info: ModelInfo) -> Shares:
     )
 
 
-def check_ranks(options: EngineOptions, cuts: Sequence[tuple[str, int]]) -> None:
+def check_ranks(options: RankWishes, cuts: Sequence[tuple[str, int]]) -> None:
     """`cuts`: what is cut over tp, and its extent. Raises `EngineFault` (bad_options)."""
     if options.dp > 1:
         raise EngineFault(

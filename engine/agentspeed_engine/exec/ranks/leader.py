@@ -35,7 +35,7 @@ from agentspeed_engine.models.inputs import FlatBatch
 
 
 class Losses(Protocol):
-    """Who knows how the other ranks are (`serve.ranks.RankProcesses`)."""
+    """Who knows how the other ranks are (`serve.rank_processes.RankProcesses`)."""
 
     def fault(self, error: Exception) -> EngineFault | None:
         """Why a step or a copy went wrong, where another rank is the reason."""
