@@ -23,6 +23,7 @@ app = typer.Typer(
     "Examples:  agentspeed chat  ·  agentspeed chat ./model --tools tools.py  ·  agentspeed top",
 )
 Model = Annotated[str | None, typer.Argument(help="A model folder or repository id; nothing: the shipped model.")]
+Tp = Annotated[int, typer.Option("--tp", min=1, help="Processes that the model is cut over.")]
 
 
 def _show_version(asked: bool) -> None:
@@ -77,6 +78,7 @@ def chat(
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="Answer this alone, print the answer alone, and end.")
     ] = None,
+    tp: Tp = 1,
 ) -> None:
     """Talk to a model; each answer shows what was resumed and computed. Ctrl-C cancels the answer, Ctrl-D ends.
 
@@ -89,12 +91,16 @@ def chat(
     if prompt is not None:
         from agentspeed.cli.one_shot import one_shot
 
-        run(lambda: one_shot(model, prompt, tools=tools, system=system, temperature=temperature, max_tokens=max_tokens))
+        run(
+            lambda: one_shot(
+                model, prompt, tools=tools, system=system, temperature=temperature, max_tokens=max_tokens, tp=tp
+            )
+        )
         return
     from agentspeed.cli.chat import Chat
 
     with reported():
-        done = Chat(model, tools=tools, system=system, temperature=temperature, max_tokens=max_tokens).run()
+        done = Chat(model, tools=tools, system=system, temperature=temperature, max_tokens=max_tokens, tp=tp).run()
     if not done:
         raise typer.Exit(EXIT_REFUSED)
 
@@ -117,6 +123,7 @@ def serve(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float64.")] = None,
     context: Annotated[int | None, typer.Option(min=1, help="Context limit in tokens.")] = None,
     host_slots: Annotated[int | None, typer.Option(min=0, help="Pages of host memory for paused sessions.")] = None,
+    tp: Tp = 1,
 ) -> None:
     """Serve a model over HTTP to OpenAI's and Anthropic's clients; each conversation finds its session and its rows.
 
@@ -126,7 +133,7 @@ def serve(
     Ends at Ctrl-C or SIGTERM, once running requests have ended or their time is over."""
     from agentspeed.cli.serve import serve as served
 
-    engine = {"pages": pages, "dtype": dtype, "context_limit": context, "host_slots": host_slots}
+    engine = {"pages": pages, "dtype": dtype, "context_limit": context, "host_slots": host_slots, "tp": tp}
     with reported():
         served(
             model,

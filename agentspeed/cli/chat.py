@@ -14,6 +14,7 @@ import anyio
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from agentspeed import Engine, Mark, Session, errors, events, snapshot
+from agentspeed._core.engine_options import EngineOptions
 from agentspeed.cli.chat_screen import Screen, cost, described, shortened, whole
 from agentspeed.cli.line_input import Lines
 from agentspeed.cli.tools_file import ToolsFile, tools_of
@@ -42,13 +43,21 @@ class Chat:
     """One chat in a terminal."""
 
     def __init__(
-        self, model: str | Engine | None, *, tools: Path | None, system: str | None, temperature: float, max_tokens: int
+        self,
+        model: str | Engine | None,
+        *,
+        tools: Path | None,
+        system: str | None,
+        temperature: float,
+        max_tokens: int,
+        tp: int = 1,
     ) -> None:
         self._model = model
         self._file = tools_of(tools) if tools is not None else ToolsFile()
         self._system = system
         self._temperature = temperature
         self._max_tokens = max_tokens
+        self._cut = EngineOptions(tp=tp) if tp > 1 else EngineOptions()
 
     def run(self) -> bool:
         """Until `/quit` or end of input, in the main thread; sessions live on an event loop in another one, so that
@@ -68,10 +77,10 @@ class Chat:
             return lines.can_ask or not screen.failed
 
     async def _new(self) -> Session:
-        return await Session(self._model, system=self._system, tools=self._file.tools).open()
+        return await Session(self._model, system=self._system, tools=self._file.tools, **self._cut).open()
 
     async def _saved(self, data: bytes) -> Session:
-        return await Session.restore(data, self._model, tools=self._file.tools).open()
+        return await Session.restore(data, self._model, tools=self._file.tools, **self._cut).open()
 
 
 @asynccontextmanager

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from agentspeed import Engine, Session
+from agentspeed._core.engine_options import EngineOptions
 from agentspeed.cli.terminal_text import printable
 from agentspeed.cli.tools_file import ToolsFile, tools_of
 
@@ -18,12 +19,14 @@ async def one_shot(
     system: str | None,
     temperature: float,
     max_tokens: int,
+    tp: int,
 ) -> None:
     """The answer goes to standard output, whatever else there is to say to standard error. Raises what a run raises."""
     file = tools_of(tools) if tools is not None else ToolsFile()
     for line in file.left_out:
         print(f"left out of the tools: {line}", file=sys.stderr)
-    async with Session(model, system=system, tools=file.tools) as session:
+    cut = EngineOptions(tp=tp) if tp > 1 else EngineOptions()
+    async with Session(model, system=system, tools=file.tools, **cut) as session:
         result = await session.run(prompt, temperature=temperature, max_tokens=max_tokens)
     lines = result.text.split("\n")
     print("\n".join(map(printable, lines) if sys.stdout.isatty() else lines), flush=True)

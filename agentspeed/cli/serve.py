@@ -31,7 +31,9 @@ def serve(
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # Each start names every kernel chosen, a screen of lines; warnings, as of a slower kernel, are still shown.
     logging.getLogger("agentspeed.engine").setLevel(logging.WARNING)
-    typer.echo(f"Loading {model or 'nano, the shipped model'} ...", err=True)
+    ranks = engine.get("tp") or 1
+    cut = f" on {ranks} ranks" if ranks > 1 else ""
+    typer.echo(f"Loading {model or 'nano, the shipped model'}{cut} ...", err=True)
 
     def ready(url: str, service: Service) -> None:
         secured = (
@@ -40,7 +42,7 @@ def serve(
         typer.echo(
             "\n".join(
                 (
-                    f"agentspeed serves {service.model_name} at {url}",
+                    f"agentspeed serves {service.model_name}{cut} at {url}",
                     f"  OpenAI: {url}/v1   Anthropic: {url}   {secured}, listening on {options.host}",
                     f"  at most {options.max_requests} requests at once; {options.idle_sessions} conversations kept "
                     f"for {options.idle_seconds:g} s",

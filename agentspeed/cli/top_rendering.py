@@ -186,7 +186,8 @@ def drawn(frame: Frame, width: int) -> RenderableType:
     picture = frame.picture
     rest = [Text(left_out(picture), style="dim")] if left_out(picture) else []
     table = [_table(picture, width)] if picture.sessions else []
-    return Group(_title(frame), _work(frame), _pages(picture), *_tenants(picture), *_queue(picture), *table, *rest, "")
+    lines = (_title(frame), _work(frame), *_ranks(frame), _pages(picture), *_tenants(picture), *_queue(picture))
+    return Group(*lines, *table, *rest, "")
 
 
 def _title(frame: Frame) -> Text:
@@ -220,6 +221,22 @@ def _work(frame: Frame) -> Text:
         used = now.slots["total"] - now.slots["free"]
         _ = text.append(f"  host {used} of {now.slots['total']} pages, {counts['tickets']} copies running")
     return text
+
+
+def _ranks(frame: Frame) -> list[Text]:
+    """A line for each process of a model that is cut over several."""
+    now, before = frame.picture, frame.before
+    passed = 0.0 if before is None else now.clock - before.clock
+    earlier = {} if before is None else {rank.rank: rank for rank in before.ranks}
+    lines: list[Text] = []
+    for rank in now.ranks:
+        text = Text(f"rank {rank.rank}  process {rank.pid}  {rank.memory / 1e9:.1f} GB", no_wrap=True)
+        old = earlier.get(rank.rank)
+        if rank.waited is not None and old is not None and old.waited is not None and passed > 0:
+            share = min(1.0, max(0.0, (rank.waited - old.waited) / passed))
+            _ = text.append(f"  waits for others {share:.0%} of the time")
+        lines.append(text)
+    return lines
 
 
 def _pages(picture: wire.Picture) -> Text:
@@ -313,6 +330,7 @@ def as_data(frame: Frame) -> dict[str, Any]:
         "counts": picture.counts,
         "tenants": picture.tenants,
         "tenant_quota": picture.tenant_quota,
+        "ranks": [_named(rank) for rank in picture.ranks],
         "sessions": [_named(session) for session in picture.sessions],
     }
 

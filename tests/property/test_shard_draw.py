@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.exec.penalties import Adjustment
 from agentspeed_engine.exec.ranks.orders import sample_order, shard_sample
 from agentspeed_engine.exec.ranks.shard_draw import draw_shards
 from agentspeed_engine.exec.sampler import Draw, draw
@@ -21,11 +22,15 @@ VOCABULARY = 48
 
 
 def drawn_by(
-    ranks: int, logits: NDArray[Any], samplings: Sequence[Sampling], allowed: NDArray[np.bool_] | None
+    ranks: int,
+    logits: NDArray[Any],
+    samplings: Sequence[Sampling],
+    allowed: NDArray[np.bool_] | None,
+    adjustment: Adjustment | None = None,
 ) -> list[list[Draw | EngineFault]]:
     """What every rank comes to, from its own piece and what all told."""
     share = logits.shape[1] // ranks
-    orders = [sample_order(one, (7, index, 0), 40 + index, allowed) for index, one in enumerate(samplings)]
+    orders = [sample_order(one, (7, index, 0), 40 + index, allowed, adjustment) for index, one in enumerate(samplings)]
     running = [
         draw_shards(
             logits[:, rank * share : (rank + 1) * share],
@@ -47,9 +52,15 @@ def drawn_by(
             return came
 
 
-def alone(row: NDArray[Any], index: int, sampling: Sampling, allowed: NDArray[np.bool_] | None) -> Draw | EngineFault:
+def alone(
+    row: NDArray[Any],
+    index: int,
+    sampling: Sampling,
+    allowed: NDArray[np.bool_] | None,
+    adjustment: Adjustment | None,
+) -> Draw | EngineFault:
     try:
-        return draw(row, sampling, (7, index, 0), 40 + index, allowed)
+        return draw(row, sampling, (7, index, 0), 40 + index, allowed, adjustment)
     except EngineFault as fault:
         return fault
 
@@ -61,6 +72,7 @@ def assert_same(got: Draw | EngineFault, wanted: Draw | EngineFault) -> None:
     assert isinstance(got, Draw)
     assert got.id == wanted.id
     assert got.logprob == pytest.approx(wanted.logprob, abs=1e-12)
+    assert got.draw_logprob == pytest.approx(wanted.draw_logprob, abs=1e-12)
     assert [number for number, _ in got.top] == [number for number, _ in wanted.top]
     assert [one for _, one in got.top] == pytest.approx([one for _, one in wanted.top], abs=1e-12)
 
@@ -78,7 +90,7 @@ SAMPLINGS = st.builds(
 @settings(deadline=None, max_examples=120)
 @given(st.data())
 def test_ranks_draw_what_one_process_draws(data: st.DataObject) -> None:
-    """Also with ties across ranks, ids that are masked or impossible, and pieces in which nothing is left."""
+    """Also with penalties, ties across ranks, masked and impossible ids, and pieces in which nothing is left."""
     samplings = data.draw(st.lists(SAMPLINGS, max_size=4))
     ranks = data.draw(st.sampled_from([1, 2, 3, 4]))
     noise = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
@@ -90,8 +102,16 @@ def test_ranks_draw_what_one_process_draws(data: st.DataObject) -> None:
     allowed = noise.random(VOCABULARY) < 0.4 if data.draw(st.booleans()) else None
     if allowed is not None:
         allowed[noise.integers(VOCABULARY)] = True
-    wanted = [alone(row, index, one, allowed) for index, (row, one) in enumerate(zip(logits, samplings, strict=True))]
-    for came in drawn_by(ranks, logits, samplings, allowed):
+    adjustment: Adjustment | None = None
+    if data.draw(st.booleans()):
+        ids = np.flatnonzero(noise.random(VOCABULARY) < 0.3)
+        scale, shift = noise.uniform(0.5, 2.0, len(ids)), noise.normal(scale=3.0, size=len(ids))
+        adjustment = Adjustment(ids, scale.astype(np.float32), shift.astype(np.float32))
+    wanted = [
+        alone(row, index, one, allowed, adjustment)
+        for index, (row, one) in enumerate(zip(logits, samplings, strict=True))
+    ]
+    for came in drawn_by(ranks, logits, samplings, allowed, adjustment):
         for got, want in zip(came, wanted, strict=True):
             assert_same(got, want)
 

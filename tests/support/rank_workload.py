@@ -24,7 +24,7 @@ SAMPLINGS = (
     wire.Sampling(logprobs=3),
     wire.Sampling(temperature=1.3, top_k=200, top_p=0.98, min_p=0.001, logprobs=2),
     wire.Sampling(temperature=0.9, top_p=0.8),
-    wire.Sampling(temperature=1.1, logprobs=0),
+    wire.Sampling(temperature=1.1, logprobs=0, repetition_penalty=1.2, frequency_penalty=0.3, logit_bias=((65, 2.0),)),
 )
 GRAMMAR = wire.Grammar(source='{"grammars": [{"lark_grammar": "start: /[a-f]{6}[0-9]+/"}]}')
 

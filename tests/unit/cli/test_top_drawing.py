@@ -230,3 +230,16 @@ def test_programs_get_every_value_by_name() -> None:
     }
     assert shown["places"]["both"] == 100
     assert (data["pid"], data["source"], data["pages"]["cached"]) == (77, "/models/nano", 15)
+
+
+def test_every_rank_of_a_model_has_a_line_with_what_it_waited() -> None:
+    def at(clock: float, waited: float) -> wire.Picture:
+        second = wire.RankView(rank=1, pid=42, memory=2_000_000_000, waited=waited)
+        first = wire.RankView(rank=0, pid=41, memory=1_000_000_000, waited=None)
+        return msgspec.structs.replace(picture(clock=clock), ranks=(first, second))
+
+    frame = Frame("x.sock", WELCOME, at(52.0, 3.5), at(50.0, 3.0))
+    lines = text_of(frame).splitlines()
+    assert "rank 0  process 41  1.0 GB" in lines
+    assert "rank 1  process 42  2.0 GB  waits for others 25% of the time" in lines
+    assert as_data(frame)["ranks"][1] == {"rank": 1, "pid": 42, "memory": 2_000_000_000, "waited": 3.5}

@@ -15,6 +15,7 @@ from agentspeed_engine.errors import BrokenInvariant, EngineFault
 from agentspeed_engine.exec.automata import REFUSALS, Automata
 from agentspeed_engine.exec.cpu import Computed
 from agentspeed_engine.exec.executor import CopyFailed, Pending, Refusal, Sampled, Token
+from agentspeed_engine.exec.penalties import Adjustment
 from agentspeed_engine.exec.ranks.group import Group, GroupBroken
 from agentspeed_engine.exec.ranks.model import ShardModel, draw_together, shard_logits
 from agentspeed_engine.exec.ranks.orders import (
@@ -153,11 +154,12 @@ class LeadingExecutor:
         refused: dict[int, str] = {}
         for place, one in enumerate(step.samples):
             allowed: NDArray[np.bool_] | None = None
+            adjustment: Adjustment | None = None
             try:
-                allowed = self._automata.allowed(one)
+                allowed, adjustment = self._automata.allowed(one), self._automata.adjustment(one)
             except REFUSALS as reason:
                 refused[place] = str(reason)
-            orders.append(sample_order(one.spec.sampling, one.spec.draw_key, one.position, allowed))
+            orders.append(sample_order(one.spec.sampling, one.spec.draw_key, one.position, allowed, adjustment))
         self.sampling_seconds += time.perf_counter() - started
         return tuple(orders), refused
 
@@ -183,7 +185,8 @@ class LeadingExecutor:
         if isinstance(drawn, EngineFault):
             return Refusal(str(drawn))
         try:
-            return Token(drawn.id, drawn.logprob, drawn.top, self._automata.end(step.samples[place], drawn.id))
+            end = self._automata.end(step.samples[place], drawn.id)
+            return Token(drawn.id, drawn.logprob, drawn.top, end, drawn.draw_logprob)
         except REFUSALS as reason:
             return Refusal(str(reason))
 

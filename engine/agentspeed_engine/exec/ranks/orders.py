@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from agentspeed_engine.exec.penalties import Adjustment
 from agentspeed_engine.exec.ranks.shard_draw import ShardSample
 from agentspeed_engine.ids import PageId
 from agentspeed_engine.kv.views import PageCopy
@@ -28,6 +29,8 @@ class SampleOrder(msgspec.Struct, frozen=True, array_like=True):
     position: int
     allowed: bytearray | None = None
     """A bit for each id of the whole vocabulary, the lowest first; None: all may be drawn."""
+    adjustment: tuple[bytearray, bytearray, bytearray] | None = None
+    """int64 ids, and float32 scales and shifts, as `exec.penalties.Adjustment` has them."""
 
 
 @final
@@ -95,11 +98,20 @@ def batch_of(order: StepOrder) -> FlatBatch:
 
 
 def sample_order(
-    sampling: Sampling, key: tuple[int, int, int], position: int, allowed: NDArray[Any] | None
+    sampling: Sampling,
+    key: tuple[int, int, int],
+    position: int,
+    allowed: NDArray[Any] | None,
+    adjustment: Adjustment | None,
 ) -> SampleOrder:
     """`allowed` [vocab]."""
     bits = None if allowed is None else bytearray(np.packbits(allowed, bitorder="little").tobytes())
-    return SampleOrder(sampling, key, position, bits)
+    changed = None
+    if adjustment is not None:
+        arrays = (adjustment.ids, adjustment.scale, adjustment.shift)
+        ids, scale, shift = (bytearray(np.ascontiguousarray(array).data) for array in arrays)
+        changed = (ids, scale, shift)
+    return SampleOrder(sampling, key, position, bits, changed)
 
 
 def shard_sample(order: SampleOrder, first: int, count: int) -> ShardSample:
@@ -108,7 +120,13 @@ def shard_sample(order: SampleOrder, first: int, count: int) -> ShardSample:
     if order.allowed is not None:
         bits = np.unpackbits(np.frombuffer(order.allowed, np.uint8), count=first + count, bitorder="little")
         allowed = bits[first:].astype(np.bool_)
-    return ShardSample(order.sampling, order.key, order.position, allowed)
+    adjustment: Adjustment | None = None
+    if order.adjustment is not None:
+        ids = np.frombuffer(order.adjustment[0], np.int64) - first
+        scale, shift = (np.frombuffer(part, np.float32) for part in order.adjustment[1:])
+        mine = (ids >= 0) & (ids < count)
+        adjustment = Adjustment(ids[mine], scale[mine], shift[mine])
+    return ShardSample(order.sampling, order.key, order.position, allowed, adjustment)
 
 
 def _bytes(parts: list[NDArray[Any]], dtype: type[np.signedinteger[Any]]) -> bytearray:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.exec.penalties import Adjustment
 from agentspeed_engine.exec.sampler import Draw, gumbel, not_finite, ruled_out
 from agentspeed_engine.protocol.messages import Sampling
 from agentspeed_engine.protocol.sampling import LEAST_TEMPERATURE
@@ -42,6 +43,8 @@ class ShardSample:
     position: int
     allowed: NDArray[np.bool_] | None
     """[ids of this rank]; None: all."""
+    adjustment: Adjustment | None
+    """Of the logits of this rank, whose first id it calls 0; None: they stay as they are."""
 
 
 def together(rounds: Rounds[T], gather: Callable[[Doubles], Doubles]) -> T:
@@ -106,7 +109,8 @@ class _Row:
         self.sampling = sample.sampling
         self.asked = sample.sampling.logprobs or 0
         self._fault: EngineFault | None = None
-        self._masked = logits if sample.allowed is None else np.where(sample.allowed, logits, -np.inf)
+        adjusted = logits if sample.adjustment is None else sample.adjustment.of(logits)
+        self._masked = adjusted if sample.allowed is None else np.where(sample.allowed, adjusted, -np.inf)
         self.floor = -np.inf
         self._ids = np.zeros(0, np.int64)
         self.scaled: Doubles = np.zeros(0)
@@ -188,8 +192,8 @@ class _Row:
         if self._fault is not None:
             return self._fault
         if self.sampling.logprobs is None:
-            return Draw(self._chosen, None, ())
-        return Draw(self._chosen, self._logit - self._log_sum, self._top)
+            return Draw(self._chosen, None, (), None)
+        return Draw(self._chosen, self._logit - self._log_sum, self._top, self._draw_logprob)
 
 
 def _lowest(among: NDArray[np.bool_], ids: Doubles) -> int:
