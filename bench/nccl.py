@@ -41,7 +41,9 @@ def main() -> None:
                 seconds[tp] = time.perf_counter() - started
     one, several = turns[1], turns[arguments.tp]
     gaps = [
-        abs(mine - theirs) for left, right in zip(one, several, strict=True) for mine, theirs in zip(left[1], right[1])
+        abs(mine - theirs)
+        for left, right in zip(one, several, strict=True)
+        for mine, theirs in zip(left[1], right[1], strict=False)
     ]
     line = {
         "tokens_equal": int([ids for ids, _ in one] == [ids for ids, _ in several]),
