@@ -27,6 +27,7 @@ import anyio
 from agentspeed import Session
 from agentspeed_engine.protocol import messages as wire
 from agentspeed_engine.protocol.frames import encode_command, outbox_reader
+from tests.support.engine_client import engine
 from tests.support.random_checkpoint import make_checkpoint
 
 
@@ -103,40 +104,17 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = make_checkpoint(json.loads((ROOT / "bench/models/tiny.json").read_text()), Path(scratch) / "tiny")
-        socket_path = Path(scratch) / "engine.sock"
-        engine = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "agentspeed_engine.serve",
-                "--socket",
-                str(socket_path),
-                "--options",
-                json.dumps({"model": "noop:512:2", "pages": 4096, "context_limit": 4096}),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": f"{ROOT / 'engine'}:{ROOT / 'kernels'}"},
-        )
-        try:
-            assert engine.stdout is not None
-            while "ready" not in (line := engine.stdout.readline()):
-                assert line, "the engine did not start"
-            os.environ["AGENTSPEED_ENGINE"] = str(socket_path)
+        with engine(Path(scratch), model="noop:512:2", pages=4096, context_limit=4096) as process:
+            os.environ["AGENTSPEED_ENGINE"] = str(process.path)
             figures = anyio.run(
                 measure,
                 folder,
                 options.sessions,
                 options.turns,
-                socket_path,
+                process.path,
                 backend="trio" if options.backend == "trio" else "asyncio",
                 backend_options={"use_uvloop": True} if options.backend == "uvloop" else {},
             )
-        finally:
-            assert engine.stdin is not None
-            engine.stdin.close()
-            _ = engine.wait(10)
     for name, most in {"client_us_per_token": 50, "steps_waited_by_commands": 1}.items():
         print(f"{name:26} {figures[name]:>8}   target <= {most}   {'met' if figures[name] <= most else 'MISSED'}")
     print(json.dumps(figures))

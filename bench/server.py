@@ -33,6 +33,7 @@ import httpx
 from agentspeed import Session
 from agentspeed.history import Conversation, keys, root_key
 from agentspeed.messages import Assistant, Message, User
+from tests.support.engine_client import engine
 from tests.support.random_checkpoint import make_checkpoint
 
 _MUST = {
@@ -258,32 +259,9 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = make_checkpoint(json.loads((ROOT / "bench/models/tiny.json").read_text()), Path(scratch) / "tiny")
-        socket_path = Path(scratch) / "engine.sock"
-        engine = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "agentspeed_engine.serve",
-                "--socket",
-                str(socket_path),
-                "--options",
-                json.dumps({"model": "noop:512:2", "pages": 8192, "context_limit": 4096}),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": f"{ROOT / 'engine'}:{ROOT / 'kernels'}"},
-        )
-        try:
-            assert engine.stdout is not None
-            while "ready" not in (line := engine.stdout.readline()):
-                assert line, "the engine did not start"
-            os.environ["AGENTSPEED_ENGINE"] = str(socket_path)
+        with engine(Path(scratch), model="noop:512:2", pages=8192, context_limit=4096) as process:
+            os.environ["AGENTSPEED_ENGINE"] = str(process.path)
             figures = measured(folder, options.streams, options.tokens, options.idle)
-        finally:
-            assert engine.stdin is not None
-            engine.stdin.close()
-            _ = engine.wait(10)
     for name, (sign, bound) in _MUST.items():
         met = figures[name] <= bound if sign == "<=" else figures[name] >= bound
         print(f"{name:22} {figures[name]:>9}   must {sign} {bound}   {'met' if met else 'MISSED'}")

@@ -19,6 +19,27 @@ VOCABULARY, STOP = 7, 6
 IDS = st.lists(st.integers(0, 2), max_size=9)
 
 
+def small_core(page: int, limit: int, spare: int, chunk: int, depth: int, ahead: bool, slots: int, policy: str) -> Core:
+    """A pool in which every turn fits and little more, so that histories meet every shortage."""
+    return Core(
+        CoreConfig(
+            pages=pages_for(limit, page) + 1 + spare,
+            firm_pages=min(1, spare),
+            context_limit=limit,
+            vocab_size=VOCABULARY,
+            page_tokens=page,
+            prefill_chunk=chunk,
+            extend_tokens=2,
+            max_branches=6,
+            max_sessions=4,
+            depth=depth,
+            decode_ahead=ahead and depth > 0,
+            host_slots=slots,
+            policy=policy,
+        )
+    )
+
+
 class Ownership(RuleBasedStateMachine):
     """The engine's core between a user who does anything at any time and a device that checks every row."""
 
@@ -35,23 +56,7 @@ class Ownership(RuleBasedStateMachine):
     def start(
         self, page: int, limit: int, spare: int, chunk: int, depth: int, ahead: bool, slots: int, policy: str
     ) -> None:
-        self.core = Core(
-            CoreConfig(
-                pages=pages_for(limit, page) + 1 + spare,
-                firm_pages=min(1, spare),
-                context_limit=limit,
-                vocab_size=VOCABULARY,
-                page_tokens=page,
-                prefill_chunk=chunk,
-                extend_tokens=2,
-                max_branches=6,
-                max_sessions=4,
-                depth=depth,
-                decode_ahead=ahead and depth > 0,
-                host_slots=slots,
-                policy=policy,
-            )
-        )
+        self.core = small_core(page, limit, spare, chunk, depth, ahead, slots, policy)
         self.device = FakeDevice(page, VOCABULARY)
         self.logs: dict[int, list[int]] = {}
         self.running: set[int] = set()

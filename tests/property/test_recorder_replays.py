@@ -10,15 +10,13 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, rule
 
-from agentspeed_engine.ids import LinkId, pages_for
+from agentspeed_engine.ids import LinkId
 from agentspeed_engine.protocol import messages as wire
 from agentspeed_engine.protocol.token_ids import pack_ids
-from agentspeed_engine.sched.config import CoreConfig
-from agentspeed_engine.sched.core import Core
 from agentspeed_engine.sched.digest import digests
 from agentspeed_engine.serve.recording import SUFFIX, RecordingOrder, Tape
 from agentspeed_engine.serve.replay import Replay
-from tests.property.test_kv_ownership import IDS, VOCABULARY, Ownership
+from tests.property.test_kv_ownership import IDS, VOCABULARY, Ownership, small_core
 from tests.support.fake_device import FakeDevice
 
 
@@ -48,23 +46,7 @@ class Recorded(Ownership):
         policy: str,
         content: bool,
     ) -> None:
-        self.inner = Core(
-            CoreConfig(
-                pages=pages_for(limit, page) + 1 + spare,
-                firm_pages=min(1, spare),
-                context_limit=limit,
-                vocab_size=VOCABULARY,
-                page_tokens=page,
-                prefill_chunk=chunk,
-                extend_tokens=2,
-                max_branches=6,
-                max_sessions=4,
-                depth=depth,
-                decode_ahead=ahead and depth > 0,
-                host_slots=slots,
-                policy=policy,
-            )
-        )
+        self.inner = small_core(page, limit, spare, chunk, depth, ahead, slots, policy)
         self.folder = Path(tempfile.mkdtemp(prefix="agentspeed-recorder-"))
         order = RecordingOrder(folder=self.folder, most_bytes=1 << 20, content=content, every=1)
         self.tape = Tape(self.inner, order, began=0.0)

@@ -225,45 +225,39 @@ SHAPES: list[dict[str, Any]] = [
 ]
 
 
+def written_by_chance(source: str, seed: int) -> str:
+    """What the worst model writes: any byte that the grammar allows, the end only when nothing else is left."""
+    draw = random.Random(seed)
+    matcher = LLMatcher(TOKENIZER, source)
+    written = bytearray()
+    while not matcher.is_stopped():
+        mask = matcher.compute_bitmask()
+        allowed = [token for token in range(256) if mask[token // 8] >> (token % 8) & 1]
+        if not allowed:
+            break
+        token = draw.choice(allowed)
+        assert matcher.consume_token(token)
+        written.append(token)
+        assert len(written) < 2000
+    assert matcher.is_accepting()
+    return written.decode()
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: json.dumps(shape)[:50])
 def test_a_writer_that_never_chooses_to_end_comes_to_an_end_with_valid_json(shape: dict[str, Any]) -> None:
-    """The worst model: any allowed byte, the end only when nothing else is left."""
     source = turn_grammar(output=Schema.json(shape, bounds=SMALL))
     assert source is not None
     for seed in range(4):
-        draw = random.Random(seed)
-        matcher = LLMatcher(TOKENIZER, source)
-        written = bytearray()
-        while not matcher.is_stopped():
-            mask = matcher.compute_bitmask()
-            allowed = [token for token in range(256) if mask[token // 8] >> (token % 8) & 1]
-            if not allowed:
-                break
-            token = draw.choice(allowed)
-            assert matcher.consume_token(token)
-            written.append(token)
-            assert len(written) < 2000
-        assert matcher.is_accepting()
-        _ = json.loads(written.decode())
+        _ = json.loads(written_by_chance(source, seed))
 
 
 def test_what_the_grammar_lets_through_the_parser_reads_back() -> None:
     source = turn_grammar(tools=TOOLS, tool_choice="note", parallel_calls=2, bounds=SMALL)
     assert source is not None
     for seed in range(10):
-        draw = random.Random(seed)
-        matcher = LLMatcher(TOKENIZER, source)
-        written = bytearray()
-        while not matcher.is_stopped():
-            mask = matcher.compute_bitmask()
-            allowed = [token for token in range(256) if mask[token // 8] >> (token % 8) & 1]
-            if not allowed:
-                break
-            token = draw.choice(allowed)
-            assert matcher.consume_token(token)
-            written.append(token)
+        written = written_by_chance(source, seed)
         parser = TurnParser()
-        pieces = [*parser.feed(written.decode()), *parser.finish()]
+        pieces = [*parser.feed(written), *parser.finish()]
         calls = [piece for piece in pieces if isinstance(piece, CallReady)]
         assert len(calls) == 2
         for call in calls:
