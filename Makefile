@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PARALLEL ?= -n 2 --dist loadfile
 # What `make bench` runs, in this order; the options keep each below ten minutes. One alone: make bench BENCHES=fork
 BENCHES := sched fork resume cold_siblings sdk server turns agents busy nano kernels spmd step retention "pauses --seeds 6" \
-	deadlock_race recorder host_copies "cancel --events 2000 --kills 10"
+	models deadlock_race recorder host_copies "cancel --events 2000 --kills 10"
 .PHONY: demo test check conformance bench format model model-large simulate clean
 
 $(STAMP): pyproject.toml constraints.txt

@@ -117,7 +117,7 @@ class Candidate:
 
 @final
 @dataclass(frozen=True, slots=True)
-class Choice:
+class Reuse:
     """What to do with which log. `shared`: messages that both have."""
 
     verb: Literal["continue", "rewind", "branch"]
@@ -125,7 +125,7 @@ class Choice:
     shared: int
 
 
-def choose(shared: int, candidates: Iterable[Candidate], hint: str | None) -> Choice | None:
+def choose(shared: int, candidates: Iterable[Candidate], hint: str | None) -> Reuse | None:
     """The best of the logs that share `shared` messages with a conversation; None where there is nothing to gain."""
     if shared == 0:
         return None  # the engine shares the rows of equal system texts by itself
@@ -134,7 +134,7 @@ def choose(shared: int, candidates: Iterable[Candidate], hint: str | None) -> Ch
         return None
     best = ranked[0]
     verbs: tuple[Literal["continue", "rewind", "branch"], ...] = ("continue", "rewind", "branch")
-    return Choice(verbs[min(_rank(best, shared, hint), 2)], best.entry, shared)
+    return Reuse(verbs[min(_rank(best, shared, hint), 2)], best.entry, shared)
 
 
 def _rank(one: Candidate, shared: int, hint: str | None) -> int:
@@ -246,7 +246,7 @@ class History:
         finally:
             await self._give_back(entry)
 
-    def _choice(self, chain: Sequence[bytes], conversation: Conversation) -> Choice | None:
+    def _choice(self, chain: Sequence[bytes], conversation: Conversation) -> Reuse | None:
         for shared in range(len(chain) - 1, 0, -1):
             holders = self._by_key.get(chain[shared])
             if holders:
@@ -258,7 +258,7 @@ class History:
         return Candidate(entry.number, len(entry.keys) - 1, entry.idle, entry.hint, entry.used_at)
 
     async def _carry_out(
-        self, choice: Choice | None, conversation: Conversation, chain: list[bytes]
+        self, choice: Reuse | None, conversation: Conversation, chain: list[bytes]
     ) -> tuple[_Entry, Taken]:
         """From the choice to the entry's being in use nothing is awaited: no other call can take the same session."""
         if choice is None:

@@ -58,6 +58,7 @@ def probe(path: str) -> None:
         return reply.counts["steps"]
 
     _ = ask(wire.Hello(request=1))
+    print("ready", flush=True)
     waited: list[int] = []
     while not select.select([sys.stdin], [], [], 0.01)[0]:
         first = steps()
@@ -66,9 +67,12 @@ def probe(path: str) -> None:
 
 
 def started_probe(path: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+    probing = subprocess.Popen(
         [sys.executable, __file__, "--probe", str(path)], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
+    assert probing.stdout is not None
+    _ = probing.stdout.readline()  # it has greeted the engine
+    return probing
 
 
 async def measure(folder: Path, sessions: int, turns: int, path: Path) -> dict[str, float]:

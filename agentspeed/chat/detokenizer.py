@@ -22,7 +22,7 @@ _BYTE: Final = 6
 
 @final
 @dataclass(frozen=True, slots=True)
-class Decoding:
+class TokenReading:
     """How one vocabulary's tokens are read. `tokens` has the bytes of each id; None where the library must decode."""
 
     tokens: tuple[bytes, ...] | None
@@ -35,7 +35,7 @@ class Decoding:
 class IncrementalText:
     """Feeds ids, yields whole characters only: bytes of an unfinished one wait for the next id, or for the end."""
 
-    def __init__(self, decoding: Decoding) -> None:
+    def __init__(self, decoding: TokenReading) -> None:
         self._decoding = decoding
         self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._strip = decoding.strip
@@ -81,17 +81,17 @@ class IncrementalText:
         return str(self._decoding.library.decode(self._ids, skip_special_tokens=False))
 
 
-def decoding(library: Tokenizer, source: str, added: Mapping[int, str]) -> Decoding:
+def decoding(library: Tokenizer, source: str, added: Mapping[int, str]) -> TokenReading:
     """Of the tokenizer whose file is `source`; `added` are the tokens that stand for themselves."""
     raw: dict[str, Any] = json.loads(source)
     steps = _steps(raw.get("decoder"))
     if steps is None:
-        return Decoding(None, 0, library)
+        return TokenReading(None, 0, library)
     vocabulary = library.get_vocab(with_added_tokens=True)
     tokens = [b""] * (max(vocabulary.values(), default=-1) + 1)
     for piece, number in vocabulary.items():
         tokens[number] = added[number].encode() if number in added else steps.data(piece)
-    return Decoding(tuple(tokens), steps.strip, library)
+    return TokenReading(tuple(tokens), steps.strip, library)
 
 
 @final

@@ -131,7 +131,7 @@ def exchanges_of(session: Session) -> list[Exchange]:
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class LineOutcome:
     """Of one line: a result, or why there is none; with neither it was cancelled. `undone`: the session is as it was
     before the line. `too_long`: no session has room for it."""
 
@@ -143,7 +143,7 @@ class Outcome:
 
 
 @final
-class Question:
+class CallQuestion:
     """Whether a call may run: asked on the loop, answered in the main thread."""
 
     def __init__(self, call: ToolCall) -> None:
@@ -153,7 +153,7 @@ class Question:
 
 
 @final
-class Cancel:
+class CancelSwitch:
     """Cancels an answer on the loop, from any thread and without waiting; also one that has not begun yet."""
 
     def __init__(self) -> None:
@@ -177,7 +177,7 @@ class Cancel:
 
 Left: TypeAlias = 'Session | Literal["end", "back"]'
 """How a talk was left: for another session, which is open; for none; for the one that it is a fork of."""
-_Told: TypeAlias = "events.AnyEvent | Question | None"
+_Told: TypeAlias = "events.AnyEvent | CallQuestion | None"
 """What the loop tells the main thread about a line, in order; None: the line is done."""
 
 
@@ -331,13 +331,13 @@ class Talk:
 
     # ---- one line -------------------------------------------------------------------------------------------------
     def _ask(self, line: str) -> None:
-        cancel = Cancel()
+        cancel = CancelSwitch()
         ran: dict[str, str] = {}
         with self._lines.during(cancel):
             answering = self._portal.start_task_soon(self._answer, line, cancel)
             answering.add_done_callback(lambda _: self._told.put(None))
             while (told := self._told.get()) is not None:
-                if isinstance(told, Question):
+                if isinstance(told, CallQuestion):
                     self._put(told, cancel)
                     continue
                 self._screen.event(told)
@@ -346,7 +346,7 @@ class Talk:
             outcome = answering.result()
         self._report(Exchange(before=outcome.before, line=line, ran=tuple(dict.fromkeys(ran.values()))), outcome)
 
-    async def _answer(self, line: str, cancel: Cancel) -> Outcome:
+    async def _answer(self, line: str, cancel: CancelSwitch) -> LineOutcome:
         """On the loop. A line that is not answered, cancelled or failed, is taken back with its calls and results."""
         before = await self._session.mark()
         problems: list[errors.AgentspeedError] = []
@@ -359,7 +359,7 @@ class Talk:
                     approve=self._approve,
                     on_event=self._told.put,
                 )
-                return Outcome(before=before, result=result)
+                return LineOutcome(before=before, result=result)
         except errors.InternalError:
             raise
         except errors.AgentspeedError as error:
@@ -374,7 +374,7 @@ class Talk:
             raise
         except errors.AgentspeedError as error:
             problems.append(error)
-        return Outcome(
+        return LineOutcome(
             before=before, problems=tuple(problems), undone=self._session.tokens == before.tokens, too_long=too_long
         )
 
@@ -384,7 +384,7 @@ class Talk:
         asked = engine.count_tokens(User(line)) + len(engine.codec.generation_ids)
         return self._start + asked >= self._session.context_limit
 
-    def _report(self, exchange: Exchange, outcome: Outcome) -> None:
+    def _report(self, exchange: Exchange, outcome: LineOutcome) -> None:
         screen = self._screen
         if (result := outcome.result) is not None:
             self._exchanges.append(exchange)
@@ -410,12 +410,12 @@ class Talk:
     # ---- approval -------------------------------------------------------------------------------------------------
     async def _approve(self, call: ToolCall) -> bool:
         """On the loop."""
-        question = Question(call)
+        question = CallQuestion(call)
         self._told.put(question)
         await question.answered.wait()
         return question.granted
 
-    def _put(self, question: Question, cancel: Cancel) -> None:
+    def _put(self, question: CallQuestion, cancel: CancelSwitch) -> None:
         """In the main thread: one question at a time, with every argument that the tool will run with."""
         call = question.call
         if not self._lines.can_ask:

@@ -15,7 +15,7 @@ from agentspeed_engine.kv.node_states import Device, Saving
 from agentspeed_engine.kv.tree import upward
 from agentspeed_engine.sched import leases, outcome, quotas, reclaim, step, tickets
 from agentspeed_engine.sched.plan import TokenOf
-from agentspeed_engine.sched.reclaim import Room
+from agentspeed_engine.sched.reclaim import Grant
 from agentspeed_engine.sched.state import SchedulerState
 from tests.modelcheck.explorer import Bounds
 
@@ -47,20 +47,20 @@ def _only_held_is_evictable(world: Any, tip: Any, now: float) -> bool:
     return all(isinstance(world.states[number], Held) for number in (*tip.leaf_of, *tip.seed_of))
 
 
-def _room_for_forks_at_rest(world: Any, pages: int, age: int, now: float) -> Room:
+def _room_for_forks_at_rest(world: Any, pages: int, age: int, now: float) -> Grant:
     reserved = sum(1 for state in world.states.values() if isinstance(state, Held) and state.branch.trunk is not None)
-    return Room.GOT if reclaim.reclaim(world, pages + 2 * reserved, now) else Room.NONE
+    return Grant.GOT if reclaim.reclaim(world, pages + 2 * reserved, now) else Grant.NONE
 
 
-def _take_from_anyone(world: Any, pages: int, age: int, now: float) -> Room:
+def _take_from_anyone(world: Any, pages: int, age: int, now: float) -> Grant:
     while not reclaim.reclaim(world, pages, now):
         others = [entry for entry in world.active if entry[0] != age]
         if not others:
-            return Room.WAIT if reclaim._settling(world) else Room.NONE
+            return Grant.WAIT if reclaim._settling(world) else Grant.NONE
         state = world.states[others[0][1]]
         state.turn.preempted += 1
         world.leave(state, Then(Next.REQUEUE), now)
-    return Room.GOT
+    return Grant.GOT
 
 
 def _firm_without_bound(world: Any, branch: Any, pages: int, now: float) -> str:

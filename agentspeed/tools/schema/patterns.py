@@ -41,7 +41,7 @@ class Anchor:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class Lookaround:
     negative: bool
     inside: Node
 
@@ -63,7 +63,7 @@ class Repeat:
     most: int | None
 
 
-Node: TypeAlias = "Chars | Anchor | Look | Sequence | Either | Repeat"
+Node: TypeAlias = "Chars | Anchor | Lookaround | Sequence | Either | Repeat"
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +254,7 @@ class _Reader:
                 raise UnknownPattern("it has a {, which ECMAScript and Python read in different ways")
             else:
                 return node
-            if isinstance(node, Anchor | Look) or least > _MOST_REPEATS or (most or 0) > _MOST_REPEATS:
+            if isinstance(node, Anchor | Lookaround) or least > _MOST_REPEATS or (most or 0) > _MOST_REPEATS:
                 raise UnknownPattern("it repeats what cannot be repeated, or too often")
             if most is not None and most < least:
                 raise UnknownPattern("it repeats from more to fewer")
@@ -301,7 +301,7 @@ class _Reader:
         inside = self._either()
         if not self._take(")"):
             raise UnknownPattern("a ( of it is not closed")
-        return inside if look is None else Look(look, inside)
+        return inside if look is None else Lookaround(look, inside)
 
     def _class(self) -> Ranges:
         negative = self._take("^")
@@ -365,9 +365,9 @@ def _looks(tree: Node) -> tuple[list[Node], list[Node]]:
     parts = list(tree.parts)
     start = bool(parts) and isinstance(parts[0], Anchor) and parts[0].start
     rest = parts[1:] if start else parts
-    while start and rest and isinstance(rest[0], Look):
+    while start and rest and isinstance(rest[0], Lookaround):
         look = rest.pop(0)
-        assert isinstance(look, Look)
+        assert isinstance(look, Lookaround)
         (fails if look.negative else holds).append(Sequence((Anchor(True), look.inside)))
     return [*holds, Sequence(tuple([*parts[:1], *rest] if start else rest))], fails
 
@@ -420,7 +420,7 @@ def _ends(left: bool, right: bool) -> str:
 
 def _anchored(node: Node) -> bool:
     match node:
-        case Anchor() | Look():
+        case Anchor() | Lookaround():
             return True
         case Sequence(parts):
             return any(_anchored(part) for part in parts)

@@ -26,7 +26,7 @@ _SAVE_PAGES = 64
 """Most pages of one save that a turn waits for: room comes back in portions, not after a whole context."""
 
 
-class Room(Enum):
+class Grant(Enum):
     """What came of asking for pages."""
 
     GOT = "got"
@@ -63,18 +63,18 @@ def let_go(world: SchedulerState, victim: Node, missing: int, unsaved: int, now:
     return True
 
 
-def obtain(world: SchedulerState, pages: int, age: int, now: float) -> Room:
+def obtain(world: SchedulerState, pages: int, age: int, now: float) -> Grant:
     """`pages` free pages for the turn of `age`, preempting strictly younger turns if it must."""
     while not reclaim(world, pages, now):
         if world.tickets and tickets.saving(world):
-            return Room.WAIT
+            return Grant.WAIT
         youngest = world.active[-1] if world.active else None
         if youngest is None or youngest[0] <= age:
-            return Room.WAIT if _settling(world) or world.tickets else Room.NONE
+            return Grant.WAIT if _settling(world) or world.tickets else Grant.NONE
         state = world.states[youngest[1]]
         assert isinstance(state, Promoting | Prefilling | Decoding)
         preempt(world, state, "preempted: an older turn needed its pages", now)
-    return Room.GOT
+    return Grant.GOT
 
 
 def preempt(world: SchedulerState, state: Promoting | Prefilling | Decoding, why: str, now: float) -> None:

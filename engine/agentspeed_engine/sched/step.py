@@ -19,8 +19,7 @@ from agentspeed_engine.sched import prefetch, quotas, tickets
 from agentspeed_engine.sched.admission import held_by_firm, lacks, lacks_quota, target
 from agentspeed_engine.sched.plan import PageCopy, Row, StepPlan, TokenOf
 from agentspeed_engine.sched.ranking import Rankings
-from agentspeed_engine.sched.reclaim import Room as Asked
-from agentspeed_engine.sched.reclaim import obtain, reclaim, save_early
+from agentspeed_engine.sched.reclaim import Grant, obtain, reclaim, save_early
 from agentspeed_engine.sched.state import SchedulerState, usage
 
 _PASSED_OVER = 32
@@ -199,23 +198,23 @@ def _grow(world: SchedulerState, run: _Pass, state: Prefilling | Decoding, now: 
     if run.refused:
         return False
     asked = _obtain(world, run, state.branch, 1, 0, state.turn.age, now)
-    if asked is Asked.GOT:
+    if asked is Grant.GOT:
         world.kv.grow(state.room, 1)
         return True
-    if asked is Asked.QUOTA:
+    if asked is Grant.QUOTA:
         return False
     _refuse(world, run, state, _shortage(world, asked, 1, now))
-    if asked is Asked.NONE and not state.room.flight and world.active[0][1] != state.branch.id:
+    if asked is Grant.NONE and not state.room.flight and world.active[0][1] != state.branch.id:
         give_back(world, state, now)
     return False
 
 
-def _obtain(world: SchedulerState, run: _Pass, branch: Branch, pages: int, spare: int, age: int, now: float) -> Asked:
+def _obtain(world: SchedulerState, run: _Pass, branch: Branch, pages: int, spare: int, age: int, now: float) -> Grant:
     """`obtain`, within what the branch's tenant may have; `spare` pages more are to stay free."""
     tenant = tenant_of(branch.root)
     if tenant in run.full or not quotas.make_room(world, tenant, pages, age, now):
         _ = run.full.setdefault(tenant, branch.id)
-        return Asked.QUOTA
+        return Grant.QUOTA
     return obtain(world, pages + spare, age, now)
 
 
@@ -224,9 +223,9 @@ def _refuse(world: SchedulerState, run: _Pass, state: Queued | Prefilling | Deco
     world.refused = (state.branch.id, why)
 
 
-def _shortage(world: SchedulerState, asked: Asked, pages: int, now: float) -> str:
+def _shortage(world: SchedulerState, asked: Grant, pages: int, now: float) -> str:
     """Who has the pages that `obtain` did not get."""
-    if asked is Asked.NONE:
+    if asked is Grant.NONE:
         return "firm leases" if world.kv.pages.free + held_by_firm(world, now) >= pages else "room"
     if tickets.saving(world):
         return "saves in flight"
@@ -343,16 +342,16 @@ def _admit(world: SchedulerState, run: _Pass, state: Queued, now: float) -> None
         _give_up_seed(world, branch, "a few of its rows were given up: all of the node that has them would have stayed")
     kv.pin(branch)
     asked = _obtain(world, run, branch, loads + _entry_pages(world, branch), spare, turn.age, now)
-    if asked is not Asked.GOT and branch.seed is not None:
+    if asked is not Grant.GOT and branch.seed is not None:
         kv.unpin_seed(branch)
         # Less than a page to recompute, against waiting for ever.
         _give_up_seed(world, branch, "less than a page of its rows was given up: no page was free to copy it into")
         _ = run.full.pop(tenant_of(branch.root), None)
         asked = _obtain(world, run, branch, loads + 1, spare, turn.age, now)
-    if asked is not Asked.GOT:
+    if asked is not Grant.GOT:
         kv.unpin(branch)
         _moved(world, branch)
-        if asked is not Asked.QUOTA:
+        if asked is not Grant.QUOTA:
             _refuse(world, run, state, _shortage(world, asked, loads + spare + 1, now))
         return
     _enter(world, run, state, now)

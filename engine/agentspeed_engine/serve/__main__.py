@@ -167,7 +167,7 @@ def _listed(path: Path, model: str) -> Iterator[None]:
         try:
             stack.enter_context(
                 engine_registry.entered(
-                    engine_registry.folder(os.environ), engine_registry.Entry(os.getpid(), path, model)
+                    engine_registry.folder(os.environ), engine_registry.RunningEngine(os.getpid(), path, model)
                 )
             )
         except OSError as error:

@@ -32,7 +32,7 @@ _DRAFT_SECONDS = 60.0
 
 @final
 @dataclass(frozen=True, slots=True)
-class Entry:
+class RunningEngine:
     """One engine that said it runs."""
 
     pid: int
@@ -50,7 +50,7 @@ def folder(environment: Mapping[str, str]) -> Path:
 
 
 @contextlib.contextmanager
-def entered(place: Path, entry: Entry) -> Iterator[None]:
+def entered(place: Path, entry: RunningEngine) -> Iterator[None]:
     """Listed while the block runs. Raises `OSError` when the folder cannot be used or belongs to another user."""
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not ours(place):
@@ -67,13 +67,13 @@ def entered(place: Path, entry: Entry) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-def running(place: Path, *, known: Container[Path] = ()) -> list[Entry]:
+def running(place: Path, *, known: Container[Path] = ()) -> list[RunningEngine]:
     """Engines that answer at their sockets, lowest process number first; entries that nobody answers for are removed.
 
     Sockets in `known` are not asked. Files that are no entries are left alone."""
     if not place.is_dir() or not ours(place):
         return []
-    found: list[Entry] = []
+    found: list[RunningEngine] = []
     for path in place.glob("*.json"):
         entry = _read(path)
         if entry is None:
@@ -109,11 +109,11 @@ def _name(pid: int, address: str) -> str:
     return f"{pid}-{zlib.crc32(os.fsencode(address)):08x}.json"
 
 
-def _read(path: Path) -> Entry | None:
+def _read(path: Path) -> RunningEngine | None:
     """None for what is no entry, or is gone meanwhile."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        entry = Entry(int(data["pid"]), Path(data["socket"]), str(data["model"]))
+        entry = RunningEngine(int(data["pid"]), Path(data["socket"]), str(data["model"]))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return entry if path.name == _name(entry.pid, str(entry.socket)) else None

@@ -39,7 +39,7 @@ class Build:
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
+class CompiledFacts:
     """What one compilation gave; -1 where the target's tools do not tell."""
 
     name: str
@@ -256,7 +256,7 @@ def _extend(target: str) -> Iterator[Build]:
         )  # fmt: skip
 
 
-def compile_one(build: Build, target: str) -> Facts:
+def compile_one(build: Build, target: str) -> CompiledFacts:
     """Compiles for `cuda:90`, `cuda:100` or `hip:gfx950`."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -282,7 +282,7 @@ def compile_one(build: Build, target: str) -> Facts:
     registers, spilled = _resources(made.asm["cubin"]) if vendor == "cuda" else _amd_resources(text)
     kinds = {"wgmma": r"wgmma\.mma_async", "mma": r"\smma\.sync", "tcgen05": r"tcgen05\.mma", "mfma": r"v_mfma"}
     counts = {kind: len(re.findall(pattern, text)) for kind, pattern in kinds.items()}
-    return Facts(
+    return CompiledFacts(
         name=build.name,
         target=target,
         registers=registers,

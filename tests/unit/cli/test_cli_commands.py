@@ -18,7 +18,7 @@ from agentspeed import errors
 from agentspeed._base.validate import check_text
 from agentspeed.cli.app import EXIT_BUG, EXIT_REFUSED, app, reported, run
 from agentspeed.cli.bench import names
-from agentspeed.cli.chat import Cancel, Chat, Outcome, Talk, tools_of
+from agentspeed.cli.chat import CancelSwitch, Chat, LineOutcome, Talk, tools_of
 from agentspeed.cli.plan import memory_bytes
 from agentspeed.cli.terminal_text import decodable, encodable
 from agentspeed.testing import ScriptedEngine
@@ -92,7 +92,7 @@ def test_our_bug_has_a_status_of_its_own() -> None:
 
 
 def test_a_bug_during_a_chat_is_reported_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def broken(talk: Talk, line: str, cancel: Cancel) -> Outcome:
+    async def broken(talk: Talk, line: str, cancel: CancelSwitch) -> LineOutcome:
         raise errors.InternalError("a rule was broken")
 
     monkeypatch.setattr(Talk, "_answer", broken)
@@ -110,9 +110,9 @@ def test_a_bug_during_a_chat_is_reported_as_one(monkeypatch: pytest.MonkeyPatch)
 def test_a_first_line_whose_tools_filled_the_context_is_said_to_be_the_reason(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    async def full(talk: Talk, line: str, cancel: Cancel) -> Outcome:
+    async def full(talk: Talk, line: str, cancel: CancelSwitch) -> LineOutcome:
         overflow = errors.ContextOverflow("4100 tokens leave no room in a context of 4096.")
-        return Outcome(before=await talk._session.mark(), problems=(overflow,), undone=True)
+        return LineOutcome(before=await talk._session.mark(), problems=(overflow,), undone=True)
 
     lines = ["Read.", "/quit"]
     monkeypatch.setattr(Talk, "_answer", full)

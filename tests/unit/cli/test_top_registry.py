@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from agentspeed_engine.serve.engine_registry import Entry, answers, entered, folder, running
+from agentspeed_engine.serve.engine_registry import RunningEngine, answers, entered, folder, running
 
 
 def listening(path: Path) -> socket.socket:
@@ -19,7 +19,7 @@ def listening(path: Path) -> socket.socket:
 
 
 def test_an_engine_is_listed_while_it_runs(tmp_path: Path) -> None:
-    place, entry = tmp_path / "run", Entry(os.getpid(), tmp_path / "e.sock", "model")
+    place, entry = tmp_path / "run", RunningEngine(os.getpid(), tmp_path / "e.sock", "model")
     with listening(entry.socket):
         with entered(place, entry):
             assert running(place) == [entry]
@@ -28,7 +28,7 @@ def test_an_engine_is_listed_while_it_runs(tmp_path: Path) -> None:
 
 
 def test_entries_that_nobody_answers_for_are_removed(tmp_path: Path) -> None:
-    with entered(tmp_path, Entry(12, tmp_path / "e.sock", "m")):
+    with entered(tmp_path, RunningEngine(12, tmp_path / "e.sock", "m")):
         assert len(list(tmp_path.iterdir())) == 1
         assert running(tmp_path) == []
         assert list(tmp_path.iterdir()) == []
@@ -64,7 +64,7 @@ def test_files_that_are_no_entries_are_left_alone(tmp_path: Path, name: str) -> 
 
 
 def test_known_sockets_are_not_asked_again(tmp_path: Path) -> None:
-    entry = Entry(5, tmp_path / "gone.sock", "m")
+    entry = RunningEngine(5, tmp_path / "gone.sock", "m")
     with entered(tmp_path, entry):
         assert running(tmp_path, known={entry.socket}) == [entry]
 
@@ -88,7 +88,10 @@ def test_an_engine_too_busy_to_accept_counts_as_running(tmp_path: Path) -> None:
 
 def test_a_folder_that_others_can_write_to_is_neither_used_nor_believed(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
-    with pytest.raises(PermissionError, match="others may write"), entered(tmp_path, Entry(1, tmp_path / "e", "m")):
+    with (
+        pytest.raises(PermissionError, match="others may write"),
+        entered(tmp_path, RunningEngine(1, tmp_path / "e", "m")),
+    ):
         pass
     with listening(tmp_path / "e.sock"):
         _ = (tmp_path / "1-0.json").write_text(f'{{"pid": 1, "socket": "{tmp_path}/e.sock", "model": "m"}}')

@@ -11,7 +11,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 PACKAGES = ("agentspeed", "engine/agentspeed_engine", "kernels/agentspeed_kernels")
 ALLOWED: dict[tuple[str, str], str] = {
-    ("agentspeed/adapters/langgraph.py", "_replace"): "the public way to change a field of a named tuple",
     ("engine/agentspeed_engine/kv/branch_states.py", "_take"): (
         "`Linear` hands its value to the class of the next state alone: a public verb would let anybody take it"
     ),
@@ -21,10 +20,35 @@ ALLOWED: dict[tuple[str, str], str] = {
     ),
 }
 """Private names that are used all the same, and why there is no other way."""
+TESTS = {
+    "tests/adapters/test_langgraph_sessions.py": "hears the commands that the scripted engine got",
+    "tests/modelcheck/mutants.py": "a mutant replaces one function of the production code",
+    "tests/simulation/mutants.py": "as above",
+    "tests/property/test_protocol_frames.py": "compares with the plain decoder of the fast one",
+    "tests/simulation/test_decode_ahead.py": "switches one rule off, to show that the test would notice",
+    "tests/unit/cli/test_cli_commands.py": "stands in for a session that is full",
+    "tests/unit/engine/kv/test_kv_log.py": "how deep shared parts lie has no outcome but time and memory",
+    "tests/unit/engine/models/test_step_programs.py": "whether a step was repeated has no outcome but time",
+    "tests/unit/engine/sched/test_recorder.py": "breaks the file under the recorder",
+    "tests/unit/engine/sched/test_sched_ranking.py": "compares the ranking with a plain sort of all candidates",
+    "tests/unit/engine/sched/test_sched_waiting.py": "counts how often a plan asks for a turn",
+    "tests/unit/engine/serve/test_run_links.py": "what waits on a link has no outcome but memory",
+    "tests/unit/engine/serve/test_run_thread.py": "brings the loop's thread into states that only a crash does",
+    "tests/unit/kernels/test_bf16_logits.py": "counts the steps of the compiled chain",
+    "tests/unit/kernels/test_kernels_select.py": "takes the compiler away",
+    "tests/unit/sdk/search/test_search_failures.py": "breaks the scripted engine",
+    "tests/unit/sdk/search/test_search_input.py": "hears the commands that the scripted engine got",
+    "tests/unit/sdk/test_delegation.py": "hears the commands that the scripted engine got",
+    "tests/unit/sdk/test_history_reasoning.py": "looks at the log's hidden texts, which nothing shows",
+    "tests/unit/sdk/testing/test_testing_scripted.py": "waits for the scripted engine's thread",
+}
+"""Tests that look inside, and what for. All others see what users see."""
+PUBLIC = {"_replace", "_asdict", "_fields", "_make"}
+"""Of named tuples, whose fields' names they may not take."""
 
 
 def is_private(name: str) -> bool:
-    return name.startswith("_") and not name.endswith("__") and name != "_"
+    return name.startswith("_") and not name.endswith("__") and name != "_" and name not in PUBLIC
 
 
 def own_names(tree: ast.Module) -> set[str]:
@@ -83,6 +107,12 @@ def test_no_module_reads_another_ones_private_names() -> None:
     uses = found(*PACKAGES)
     assert [use for use in uses if (use[0], use[2]) not in ALLOWED] == []
     assert ALLOWED.keys() == {(name, used) for name, _, used in uses}  # none is allowed that is not needed any more
+
+
+def test_tests_look_inside_only_where_it_is_said_what_for() -> None:
+    inside = {name for name, _, _ in found("tests")}
+    assert inside - TESTS.keys() == set()
+    assert TESTS.keys() == inside  # none is excused that is not needed any more
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,15 @@ def test_errors_are_those_of_an_async_session() -> None:
             s.adopt(other)
 
 
-def test_an_interrupt_cancels_the_turn_and_the_session_goes_on() -> None:
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C raises `KeyboardInterrupt`, also where the tests run as a shell's job in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    _ = signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_cancels_the_turn_and_the_session_goes_on(ctrl_c: None) -> None:
     script: list[str | ScriptedText] = [say("A long answer indeed. " * 20, seconds=0.2), "Fine."]
     with entered(ScriptedEngine(script)) as engine, Session(engine.engine) as s:
         main = threading.main_thread().ident or 0
