@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from agentspeed import Engine, errors
+from agentspeed.transport.engine_process import EngineSlot
 from agentspeed_engine.protocol import messages as wire
 from agentspeed_engine.serve.in_thread import EngineThread
 from agentspeed_engine.serve.options import options_from
@@ -19,6 +20,7 @@ from tests.support.paged import CONFIG
 from tests.support.random_checkpoint import make_checkpoint
 from tests.support.rank_workload import OPTIONS, drawn
 
+pytestmark = pytest.mark.anyio
 NOOP = {"model": "noop:4096:1", "tp": 2, "pages": 64, "context_limit": 1024}
 
 
@@ -32,6 +34,12 @@ def last_words(front: Front) -> wire.Failed:
             front.step()
     assert isinstance(closed.value.last, wire.Failed)
     return closed.value.last
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """One is enough: it is the engine that is tried here."""
+    return "asyncio"
 
 
 @pytest.fixture(scope="module")
@@ -68,20 +76,27 @@ def test_two_ranks_draw_what_one_process_draws(checkpoint: Path, tmp_path: Path)
     assert not alive(other)
 
 
-def test_a_killed_rank_ends_the_engine_by_its_name_at_once(pair: EngineProcess) -> None:
-    front = pair.connect()
-    first, second = ranks_of(front)
-    assert (first.rank, second.rank) == (0, 1) and first.pid == pair.pid and alive(second.pid)
-    assert second.memory > 10_000_000 and second.waited is not None and front.counts()["ranks"] == 2
-    turn = front.start(front.open([1, 2, 3]), max_tokens=1000)
-    while len(turn.ids) < 3:
-        front.step()
-    os.kill(second.pid, signal.SIGKILL)
-    began = time.monotonic()
-    last = last_words(front)
-    assert last.code == "rank_lost" and f"Rank 1 (process {second.pid}) was killed by signal 9." in last.message
-    assert time.monotonic() - began < 5
-    assert pair.wait() != 0 and "Rank 1" in pair.errors
+async def test_a_killed_rank_ends_a_turn_by_its_name_and_the_session_goes_on(checkpoint: Path) -> None:
+    slot = EngineSlot({**NOOP, "model": "noop:512:1"})
+    async with Engine.over(slot, checkpoint) as engine, engine.session() as s:
+        picture = await (await engine.link()).call(lambda number: wire.Look(request=number))
+        assert isinstance(picture, wire.Picture)
+        first, second = picture.ranks
+        assert (first.rank, first.pid, second.rank) == (0, engine.pid, 1) and alive(second.pid)
+        assert second.memory > 10_000_000 and second.waited is not None
+        assert (await engine.stats()).counts["ranks"] == 2
+        _ = await s.generate("Hello.", max_tokens=3)
+        before = s.ids
+        with pytest.raises(errors.EngineDied, match=rf"Rank 1 \(process {second.pid}\) was killed by signal 9"):
+            async with s.stream("Count.", max_tokens=900) as turn:
+                async for _ in turn:
+                    if alive(second.pid):
+                        os.kill(second.pid, signal.SIGKILL)
+        assert s.ids == before
+        assert len((await s.generate("Again.", max_tokens=4)).ids) == 4
+        last = engine.pid
+        assert last != first.pid and not alive(first.pid)
+    assert last is not None and not alive(last)
 
 
 def test_a_rank_that_hangs_ends_the_engine_by_a_deadline_and_is_ended_too(pair: EngineProcess) -> None:

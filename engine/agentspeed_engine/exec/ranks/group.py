@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, final
@@ -104,6 +106,8 @@ class TorchGroup:
         """Returns when all ranks have met in `folder`."""
         self._ranks = rank.mesh.size
         limit = datetime.timedelta(seconds=seconds)
+        if sys.platform == "linux":  # nobody beyond this machine is to reach a rank
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             init_method=f"file://{folder}/meet",
