@@ -6,8 +6,8 @@ STAMP := $(VENV)/.installed
 # Two workers, a file's tests on one of them, so that they share its engines. One process: make test PARALLEL=
 PARALLEL ?= -n 2 --dist loadfile
 # What `make bench` runs, in this order; the options keep each below ten minutes. One alone: make bench BENCHES=fork
-BENCHES := sched fork resume cold_siblings sdk server turns agents busy nano kernels spmd step retention "pauses --seeds 6" \
-	models deadlock_race recorder host_copies "cancel --events 2000 --kills 10"
+BENCHES := sched fork resume cold_siblings sdk server turns agents adapters busy nano kernels spmd step retention \
+	"pauses --seeds 6" models deadlock_race recorder host_copies "cancel --events 2000 --kills 10"
 .PHONY: demo test check conformance bench format model model-large simulate clean
 
 $(STAMP): pyproject.toml constraints.txt
@@ -31,13 +31,16 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 	AGENTSPEED_CHECK=1 $(BIN)/python -m pytest -q $(PARALLEL)
 
-# Other projects' own suites, each in an environment with its group of pyproject.toml. -W ignore: their warnings are theirs.
-.venv-langchain/.installed: pyproject.toml constraints.txt
-	@echo "Setting up .venv-langchain (once; a few minutes) ..."
+# Other projects' own suites, in an environment that has the packages of .venv and a group of pyproject.toml beside them:
+# torch is not installed twice, and the plugins of pytest that the suites bring change no other run. -W ignore: their
+# warnings are theirs.
+.venv-langchain/.installed: $(STAMP)
+	@echo "Setting up .venv-langchain (once) ..."
 	@test -x .venv-langchain/bin/python || $(PYTHON) -m venv .venv-langchain
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> $$(.venv-langchain/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages_of_venv.pth
 	@.venv-langchain/bin/python -m pip install -q --disable-pip-version-check -U 'pip>=25.1'
-	@.venv-langchain/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]' \
-		--group conformance-langchain
+	@.venv-langchain/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt --group conformance-langchain
 	@touch $@
 
 conformance: .venv-langchain/.installed
