@@ -168,6 +168,8 @@ def cases(kind: torch.dtype) -> list[Case]:
         attend(kind, 1, HEADS, 4096), attend(kind, 1, 16, 4096), attend(kind, 1, HEADS, 16384),
         attend(kind, 8, HEADS, 8192), attend(kind, 32, HEADS, 8192),
         extend(kind, 200, 2048), extend(kind, 512, 4096),
+        *(grouped(kind, rows, tokens) for rows, tokens in ((1, 4096), (1, 16384), (8, 8192), (16, 1024))),
+        grouped(kind, 512, 4096),
     ]  # fmt: skip
 
 
@@ -243,6 +245,26 @@ def extend(kind: torch.dtype, rows: int, tokens: int) -> Case:
         return lambda copy: spec.call(q, pools[copy], key_up, value_up, tiles, 0.07, workspace, out)
 
     return Case(f"mla_extend over {tokens}", "mla_extend", sizes, 2, contestant)
+
+
+def grouped(kind: torch.dtype, rows: int, tokens: int) -> Case:
+    """16 heads of queries on 8 of keys and values; many rows are an extend's."""
+    queries, keys, width = 16, 8, 128
+    op = "gqa_rows" if rows <= 32 else "gqa_extend"
+    copies = copies_of(2 * tokens * keys * width * kind.itemsize)
+    sizes = {"T": rows, "H": queries, "G": keys, "W": width, "C": tokens}
+    tiles = context(tokens, rows, 512, 32 if rows <= 32 else 512)
+
+    def contestant(spec: KernelSpec) -> Step:
+        pools = [
+            [torch.randn(tokens // PAGE, PAGE, keys * width).to(kind) for _ in range(copies)]
+            for _ in ("keys", "values")
+        ]
+        q, out = (torch.randn(rows, queries, width).to(kind) for _ in range(2))
+        workspace = Workspace()
+        return lambda copy: spec.call(q, pools[0][copy], pools[1][copy], tiles, width**-0.5, workspace, out)
+
+    return Case(f"{op} 16 heads of 8 at {tokens}", op, sizes, copies, contestant)
 
 
 if __name__ == "__main__":

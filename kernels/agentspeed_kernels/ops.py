@@ -67,9 +67,9 @@ def _mla_extend(d: Dims, item: int) -> Cost:
     return Cost(bytes=item * moved, flops=expand + attend)
 
 
-def _kv_append(d: Dims, item: int) -> Cost:
-    width = d["G"] * d["W"]
-    return Cost(bytes=item * 4 * d["T"] * width, flops=3 * d["T"] * width)
+def _qkv_append(d: Dims, item: int) -> Cost:
+    width = (d["H"] + 2 * d["G"]) * d["W"]
+    return Cost(bytes=item * 2 * d["T"] * width, flops=6 * d["T"] * width)
 
 
 def _gqa(d: Dims, item: int) -> Cost:
@@ -106,6 +106,8 @@ def _experts(d: Dims, item: int) -> Cost:
 
 WEIGHT_OPS = frozenset({"linear", "heads_linear", "experts", "mla_extend", "add_norm_linear"})
 """Ops whose weights may be packed. A model's weights have one layout, so these kernels are chosen together."""
+BYTE_OPS = frozenset({"linear", "experts"})
+"""Those whose weights may be kept in 8 bits. The weights of the others are a small part, and read by two ops each."""
 
 
 def _add_norm_linear(d: Dims, item: int) -> Cost:
@@ -181,14 +183,17 @@ class MlaExtend(Protocol):
     ) -> None: ...
 
 
-class KvAppend(Protocol):
+class QkvAppend(Protocol):
     def __call__(
         self,
-        keys: Tensor,
-        values: Tensor,
+        qkv: Tensor,
+        q_gain: Tensor | None,
+        k_gain: Tensor | None,
+        eps: float,
         cos: Tensor,
         sin: Tensor,
         slots: Tensor,
+        q: Tensor,
         key_pool: Tensor,
         value_pool: Tensor,
     ) -> None: ...
@@ -290,10 +295,10 @@ OPS: dict[str, Op] = {
             cost=_mla_extend,
         ),
         Op(
-            name="kv_append",
-            call="keys[T,G,W], values[T,G,W] (both may be strided), cos[T,W/2], sin[T,W/2], slots[T], "
-            "key_pool[pages,page_tokens,G*W], value_pool (written)",
-            cost=_kv_append,
+            name="qkv_append",
+            call="qkv[T,H+2G,W] (may be strided), q_gain[W]|None, k_gain[W]|None (norms of heads), eps, cos[T,W/2], "
+            "sin[T,W/2], slots[T], q[T,H,W] (written), key_pool[pages,page_tokens,G*W], value_pool (written)",
+            cost=_qkv_append,
         ),
         Op(
             name="gqa_rows",

@@ -8,6 +8,8 @@ from typing import final
 import torch
 from torch import Tensor
 
+from agentspeed_kernels.quantised import Quantised
+
 TILE_OUTPUTS, TILE_INPUTS = 16, 32
 """A tile holds 32 inputs of 16 outputs: 1 KB of bfloat16."""
 
@@ -32,10 +34,10 @@ class Packed:
     def rows(self, ids: Tensor) -> Tensor:
         """Rows `ids` [T] of a weight [N, K], as [T, K]: a tied embedding is looked up in the head's own weight."""
         found = self.data[ids // TILE_OUTPUTS, :, :, ids % TILE_OUTPUTS]
-        return found.reshape(ids.shape[0], -1)[:, : self.shape[-1]]
+        return found.reshape(ids.shape[0], -1)[:, : self.shape[-1]].contiguous()
 
 
-Weight = Tensor | Packed
+Weight = Tensor | Packed | Quantised
 """What an op with weights is given: the layout its kernel asks for."""
 
 

@@ -51,7 +51,10 @@ class Registry:
 
 
 def _same_rank(left: KernelSpec, right: KernelSpec) -> bool:
-    return left.priority == right.priority and left.device == right.device and bool(left.dtypes & right.dtypes)
+    if left.priority != right.priority or left.device != right.device:
+        return False
+    weights = (left.weights or left.dtypes) & (right.weights or right.dtypes)
+    return bool(left.dtypes & right.dtypes and weights)
 
 
 def standard() -> Registry:
@@ -59,7 +62,7 @@ def standard() -> Registry:
 
     A package that fails to load, or whose kernel cannot be registered, is left out with a warning that names it: it
     must not take the engine with it. `select.Kernels` checks what its kernels compute when one is first chosen."""
-    from agentspeed_kernels.cpu import amx_kernels, native_kernels, torch_fused, torch_kernels
+    from agentspeed_kernels.cpu import amx_kernels, int8_kernels, native_kernels, torch_fused, torch_kernels
     from agentspeed_kernels.triton import portable, specs
 
     registry = Registry(
@@ -68,6 +71,7 @@ def standard() -> Registry:
             *torch_fused.SPECS,
             *native_kernels.SPECS,
             *amx_kernels.SPECS,
+            *int8_kernels.SPECS,
             *portable.SPECS,
             *specs.SPECS,
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from agentspeed_kernels.cpu.native_kernels import moves
 from agentspeed_kernels.ops import (
+    BYTE_OPS,
     OPS,
     WEIGHT_OPS,
     AddNormLinear,
@@ -22,19 +23,20 @@ from agentspeed_kernels.ops import (
     HeadsLinear,
     IndexAppend,
     IndexSelect,
-    KvAppend,
     LatentAppend,
     Linear,
     MlaExtend,
     MlaRows,
     MlaSelected,
     MovePages,
+    QkvAppend,
     RmsNorm,
     Route,
     TurnRope,
 )
 from agentspeed_kernels.packing import Weight, pack
 from agentspeed_kernels.platform import Platform
+from agentspeed_kernels.quantised import GROUPS, WeightFormat, quantise
 from agentspeed_kernels.registry import Registry
 from agentspeed_kernels.signature import OWN, Dtype, KernelSpec, Layout, Need
 
@@ -190,7 +192,7 @@ class Kernels:
     A kernel from outside is checked when it would be chosen for the first time; one that fails, or raises, is left out
     with a warning that names it, and the next best is taken."""
 
-    __slots__ = ("_ladders", "_moves", "dtype", "layout")
+    __slots__ = ("_ladders", "_moves", "dtype", "layout", "weights")
 
     def __init__(
         self,
@@ -202,12 +204,15 @@ class Kernels:
         sizes: Mapping[str, int] | None = None,
         preferences: Preferences | None = None,
         check: Check | None = None,
+        weights: WeightFormat | None = None,
     ) -> None:
-        """`sizes`: what is known of the model's axes and its page size, for kernels that do not take any."""
+        """`sizes`: what is known of the model's axes and its page size, for kernels that do not take any. `weights`:
+        of the ops in `BYTE_OPS`; None: `dtype`. Raises `NoKernel` where an op has no kernel for that."""
         self.dtype: Dtype = dtype
-        chooser = _Chooser(registry, platform, dtype, dict(sizes or {}), preferences or Preferences(), check)
+        self.weights: WeightFormat | None = weights
+        chooser = _Chooser(registry, platform, dtype, dict(sizes or {}), preferences or Preferences(), check, weights)
         self.layout: Layout = chooser.layout
-        """Of all weights: that of the best kernel for single rows, where weights are what a step waits for."""
+        """Of weights in `dtype`: that of the best kernel for single rows, where weights are what a step waits for."""
         self._ladders: dict[str, Ladder[Any]] = {op: chooser.ladder(op) for op in ops}
         self._moves = moves(platform.features, dtype)
         for feature, why in platform.absent.items():
@@ -232,7 +237,7 @@ class Kernels:
     @overload
     def __getitem__(self, op: Literal["mla_extend"]) -> Ladder[MlaExtend]: ...
     @overload
-    def __getitem__(self, op: Literal["kv_append"]) -> Ladder[KvAppend]: ...
+    def __getitem__(self, op: Literal["qkv_append"]) -> Ladder[QkvAppend]: ...
     @overload
     def __getitem__(self, op: Literal["gqa_rows", "gqa_extend"]) -> Ladder[GqaRows]: ...
     @overload
@@ -254,9 +259,11 @@ class Kernels:
     def __getitem__(self, op: str) -> Ladder[Any]:
         return self._ladders[op]
 
-    def weight(self, held: Tensor, parts: int = 1) -> Weight:
-        """`held` [..., N, K] as the kernels want it (`parts` as in `pack`). Keep the result and drop `held`: then there
-        is no second copy."""
+    def weight(self, held: Tensor, parts: int = 1, op: str = "linear") -> Weight:
+        """`held` [..., N, K] as the kernels of `op` want it (`parts` as in `pack`). Keep the result and drop `held`:
+        then there is no second copy."""
+        if self.weights is not None and op in BYTE_OPS:
+            return quantise(held, GROUPS[self.weights], parts)
         return held if self.layout == "rows" else pack(held, parts)
 
     def copy(self, x: Tensor, out: Tensor) -> None:
@@ -290,20 +297,23 @@ class _Chooser:
         sizes: dict[str, int],
         preferences: Preferences,
         check: Check | None,
+        weights: WeightFormat | None = None,
     ) -> None:
         self._registry, self._platform = registry, platform
         self._dtype: Dtype = dtype
+        self._weights = weights
         self._sizes, self._preferences, self._check = sizes, preferences, check
         self._sound: set[str] = set()
         self.layout: Layout = self._select("linear", 1, self._candidates("linear"), None).kernel.layout
 
     def ladder(self, op: str) -> Ladder[Any]:
         candidates = self._candidates(op)
-        layout = self.layout if op in WEIGHT_OPS else None
+        weights = self._weights if op in BYTE_OPS else None
+        layout = self.layout if op in WEIGHT_OPS and weights is None else None
         while True:
             edges = sorted({spec.most_rows for spec in candidates if spec.most_rows is not None})
-            bands = tuple((edge, self._select(op, edge, candidates, layout)) for edge in edges)
-            last = self._select(op, UNBOUNDED, candidates, layout)
+            bands = tuple((edge, self._select(op, edge, candidates, layout, weights)) for edge in edges)
+            last = self._select(op, UNBOUNDED, candidates, layout, weights)
             unsound = self._unsound({choice.kernel.name: choice.kernel for _, choice in (*bands, (0, last))})
             if unsound is None:
                 break
@@ -318,8 +328,15 @@ class _Chooser:
         everywhere = self._registry.candidates(op)
         return tuple(spec for spec in everywhere if spec.device == self._platform.device) or everywhere
 
-    def _select(self, op: str, rows: int, candidates: tuple[KernelSpec, ...], layout: Layout | None) -> Choice:
-        need = Need(op=op, dtype=self._dtype, rows=rows, layout=layout, sizes=self._sizes)
+    def _select(
+        self,
+        op: str,
+        rows: int,
+        candidates: tuple[KernelSpec, ...],
+        layout: Layout | None,
+        weights: WeightFormat | None = None,
+    ) -> Choice:
+        need = Need(op=op, dtype=self._dtype, rows=rows, layout=layout, weights=weights, sizes=self._sizes)
         return select(need, candidates, self._platform, self._preferences)
 
     def _unsound(self, chosen: dict[str, KernelSpec]) -> KernelSpec | None:

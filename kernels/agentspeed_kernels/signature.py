@@ -8,8 +8,8 @@ from typing import Any, Literal, final
 
 Dtype = Literal["float32", "float64", "bfloat16"]
 Device = Literal["cpu", "cuda"]
-Layout = Literal["rows", "tiles"]
-"""Of weights: as the checkpoint has them, or in the order of matrix tiles (`packing`)."""
+Layout = Literal["rows", "tiles", "bytes"]
+"""Of weights: as the checkpoint has them, in the order of matrix tiles (`packing`), or in 8 bits (`quantised`)."""
 DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "float64": 8, "bfloat16": 2}
 
 

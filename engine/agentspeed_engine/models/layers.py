@@ -10,7 +10,7 @@ from torch import Tensor
 from agentspeed_engine.models.state import StepState
 from agentspeed_engine.spmd.placement import FEATURES, TOKENS, Layout, Rank, Shard
 from agentspeed_engine.spmd.spec import TOKEN_SHARD, TOKEN_SHARD_PARTIAL, Boundary
-from agentspeed_kernels.packing import Packed, Weight
+from agentspeed_kernels.packing import Weight
 from agentspeed_kernels.selection import Kernels
 
 
@@ -44,7 +44,7 @@ class Embed:
         return self._rows(local.clamp(0, self._table.shape[0] - 1)) * mine[:, None], residual
 
     def _rows(self, ids: Tensor) -> Tensor:
-        return self._table.rows(ids) if isinstance(self._table, Packed) else self._table[ids]
+        return self._table[ids] if isinstance(self._table, Tensor) else self._table.rows(ids)
 
 
 @final

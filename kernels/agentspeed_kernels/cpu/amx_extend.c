@@ -1,8 +1,8 @@
-/* Attention of many new rows in bf16: keys and values are decompressed head by head, a tile of the plan at a time.
+/* Attention of many new rows in bf16, head by head, a tile of the plan at a time.
 
-   A head's keys are rows, left operands of transposed scores as in amx_mla.c; its values are written as pairs of tokens,
-   which two neighbouring rows of a product's result already are. */
-#include "amx_mla.h"
+   A head's keys are rows, left operands of transposed scores as in amx_attention.c; its values are written as pairs of
+   tokens. Latents are decompressed to both first: two neighbouring rows of a product's result are such a pair already. */
+#include "amx_pages.h"
 
 typedef struct {
     const bf16 *q;
@@ -11,6 +11,8 @@ typedef struct {
     long heads, rank, nope, rope, value, all_rows;
     tile_plan plan;
     cache rows;       /* padded rows are [whole steps of rank][whole steps of rope] */
+    cache held;       /* values that are cached as they are, each head of them for `each` of the queries; else no pool */
+    long each;
     long most_tokens; /* of a tile, whole groups of 32 */
     float scale;
     bf16 *out;
@@ -22,7 +24,7 @@ typedef struct {
 typedef struct {
     bf16 *key_tiles, *keys, *values, *queries, *shares, *copies;
     float *scores, *sums, *most, *weight, *block;
-    const bf16 **groups;
+    sixteen *groups;
 } desk;
 
 /* key_up of a head, [rank][nope] in tile order, as right operands of latents x key_up: [nope / 16][rank / 32]. Turning
@@ -52,22 +54,39 @@ static void turn_key_up(const extend *e, long head, bf16 *to) {
         }
 }
 
-/* Pointers to the groups of 16 tokens of a tile, the last one padded with zeros. */
-static void find_groups(const extend *e, const desk *d, long tile) {
+/* The groups of 16 tokens of a tile, the last one padded with zeros. */
+static void find_groups(const extend *e, const desk *d, const cache *rows, long tile) {
     const int *pages = e->plan.pages + e->plan.page_at[tile];
     long offset = e->plan.offset[tile], tokens = e->plan.tokens[tile];
     for (long g = 0; g < whole_tiles(tokens); g++) {
-        d->groups[g] = together(&e->rows, pages, offset, tokens, g * 16);
-        if (d->groups[g]) continue;
-        bf16 *copy = d->copies + g * 16 * e->rows.stride;
-        d->groups[g] = copy;
-        memset(copy, 0, 16 * e->rows.stride * sizeof(bf16));
+        d->groups[g] = together(rows, pages, offset, tokens, g * 16);
+        if (d->groups[g].at) continue;
+        bf16 *copy = d->copies + g * 16 * rows->stride;
+        d->groups[g].at = copy, d->groups[g].bytes = 2 * rows->stride;
+        memset(copy, 0, 16 * rows->stride * sizeof(bf16));
         for (long t = 0; t < 16 && g * 16 + t < tokens; t++) {
-            long place = offset + g * 16 + t;
-            long row = (long)pages[place / e->rows.page_tokens] * e->rows.page_tokens + place % e->rows.page_tokens;
-            const bf16 *from = e->rows.pool + row * e->rows.width;
-            copy_row(copy + t * e->rows.stride, from, e->rank);
-            copy_row(copy + t * e->rows.stride + e->rank_steps * STEP, from + e->rank, e->rope);
+            const bf16 *from = cached_row(rows, pages, offset + g * 16 + t);
+            copy_row(copy + t * rows->stride, from, e->rank);
+            copy_row(copy + t * rows->stride + e->rank_steps * STEP, from + e->rank, e->rope);
+        }
+    }
+}
+
+/* Cached values of a head as [value / 16][token / 32][16 pairs of tokens][16], zeros past the last token. */
+static void pair_values(const extend *e, const desk *d, const cache *held, long tile) {
+    const __m512i halves = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                            20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const int *pages = e->plan.pages + e->plan.page_at[tile];
+    long offset = e->plan.offset[tile], tokens = e->plan.tokens[tile], pairs = e->most_tokens / 32;
+    for (long t = 0; t < (tokens + 31) / 32 * 32; t += 2) {
+        const bf16 *even = t < tokens ? cached_row(held, pages, offset + t) : 0;
+        const bf16 *odd = t + 1 < tokens ? cached_row(held, pages, offset + t + 1) : 0;
+        for (long v = 0; v < e->value_tiles; v++) {
+            __mmask16 lanes = first_lanes(e->value - v * 16);
+            __m256i x = even ? _mm256_maskz_loadu_epi16(lanes, even + v * 16) : _mm256_setzero_si256();
+            __m256i y = odd ? _mm256_maskz_loadu_epi16(lanes, odd + v * 16) : _mm256_setzero_si256();
+            __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(x), y, 1);
+            _mm512_store_si512(d->values + ((v * pairs + t / 32) * 16 + t % 32 / 2) * STEP, _mm512_permutexvar_epi16(halves, both));
         }
     }
 }
@@ -75,17 +94,17 @@ static void find_groups(const extend *e, const desk *d, long tile) {
 /* Keys [token][nope] and values [value / 16][token / 32][16 pairs of tokens][16] of a head. */
 static void decompress(const extend *e, const desk *d, long head, long groups) {
     float made[SUMS] __attribute__((aligned(64)));
-    long bytes = e->rows.stride * 2, width = e->nope_steps * STEP, pairs = e->most_tokens / 32;
+    long width = e->nope_steps * STEP, pairs = e->most_tokens / 32;
     const bf16 *value_up = e->value_up + head * e->value_tiles * e->rank_steps * TILE;
     for (long m = 0; m < groups; m += 2) {
         for (long t = 0; t < 2 * e->nope_steps; t++)
             for (long g = m; g < groups && g < m + 2; g++) {
-                chain(d->groups[g], bytes, d->key_tiles + t * e->rank_steps * TILE, e->rank_steps, made, 1, 0, 0);
+                chain(d->groups[g].at, d->groups[g].bytes, d->key_tiles + t * e->rank_steps * TILE, e->rank_steps, made, 1, 0, 0);
                 for (int r = 0; r < 16; r++) write16(d->keys + (g * 16 + r) * width + t * 16, _mm512_load_ps(made + r * 16));
             }
         for (long t = 0; t < e->value_tiles; t++)
             for (long g = m; g < groups && g < m + 2; g++) {
-                chain(d->groups[g], bytes, value_up + t * e->rank_steps * TILE, e->rank_steps, made, 1, 0, 0);
+                chain(d->groups[g].at, d->groups[g].bytes, value_up + t * e->rank_steps * TILE, e->rank_steps, made, 1, 0, 0);
                 bf16 *to = d->values + ((t * pairs + g / 2) * 16 + g % 2 * 8) * STEP;
                 for (int r = 0; r < 8; r++)
                     _mm512_store_si512(to + r * STEP, paired(_mm512_load_ps(made + r * 32), _mm512_load_ps(made + r * 32 + 16)));
@@ -112,7 +131,7 @@ static void load_queries(const extend *e, const desk *d, const int *rows, long c
 
 /* Scores of 16 rows and the tokens of `groups` groups, transposed. */
 static void score(const extend *e, const desk *d, long groups) {
-    long width = e->nope_steps * STEP, key_bytes = 2 * width, row_bytes = 2 * e->rows.stride;
+    long width = e->nope_steps * STEP, key_bytes = 2 * width;
     const bf16 *q = d->queries;
     if (e->nope_steps == 4 && e->rope_steps == 2) { /* the usual widths, 128 and 64: queries stay in registers */
         TILE_LOAD(2, q, 64);
@@ -122,7 +141,8 @@ static void score(const extend *e, const desk *d, long groups) {
         TILE_LOAD(6, q + 4 * TILE, 64);
         TILE_LOAD(7, q + 5 * TILE, 64);
         for (long g = 0; g < groups; g++) {
-            const bf16 *key = d->keys + g * 16 * width, *turned = d->groups[g] + e->rank_steps * STEP;
+            const bf16 *key = d->keys + g * 16 * width, *turned = d->groups[g].at + e->rank_steps * STEP;
+            long row_bytes = d->groups[g].bytes;
             TILE_ZERO(0);
             TILE_LOAD(1, key, key_bytes); TILE_DOT(0, 1, 2);
             TILE_LOAD(1, key + STEP, key_bytes); TILE_DOT(0, 1, 3);
@@ -135,9 +155,9 @@ static void score(const extend *e, const desk *d, long groups) {
         return;
     }
     for (long g = 0; g < groups; g++) {
-        chain(d->keys + g * 16 * width, key_bytes, q, e->nope_steps, d->scores + g * SUMS, 1, 0, 0);
-        chain(d->groups[g] + e->rank_steps * STEP, row_bytes, q + e->nope_steps * TILE, e->rope_steps,
-              d->scores + g * SUMS, 1, 1, 0);
+        if (e->nope_steps) chain(d->keys + g * 16 * width, key_bytes, q, e->nope_steps, d->scores + g * SUMS, 1, 0, 0);
+        chain(d->groups[g].at + e->rank_steps * STEP, d->groups[g].bytes, q + e->nope_steps * TILE, e->rope_steps,
+              d->scores + g * SUMS, 1, e->nope_steps > 0, 0);
     }
 }
 
@@ -213,8 +233,11 @@ static void add_values(const extend *e, const desk *d, const int *rows, long cou
 
 static void attend_tile(const extend *e, const desk *d, long tile, long head) {
     long first = e->plan.row_at[tile], count = e->plan.row_at[tile + 1] - first;
-    find_groups(e, d, tile);
-    decompress(e, d, head, whole_tiles(e->plan.tokens[tile]));
+    cache keys = e->rows, held = e->held;
+    if (held.pool) keys.pool += head / e->each * e->rope, held.pool += head / e->each * e->value;
+    find_groups(e, d, &keys, tile);
+    if (held.pool) pair_values(e, d, &held, tile);
+    else decompress(e, d, head, whole_tiles(e->plan.tokens[tile]));
     for (long b = 0; b < count; b += 16) {
         const int *rows = e->plan.rows + first + b;
         long many = at_most(count - b, 16), groups = 0;
@@ -251,22 +274,15 @@ static size_t lay_out(const extend *e, char *memory, desk *d) {
     d->most = (float *)cut_off(&at, e->all_rows * 4);
     d->weight = (float *)cut_off(&at, e->all_rows * 4);
     d->block = (float *)cut_off(&at, 16 * values * 4);
-    d->groups = (const bf16 **)cut_off(&at, tokens / 16 * sizeof(bf16 *));
+    d->groups = (sixteen *)cut_off(&at, tokens / 16 * sizeof(sixteen));
     return at - memory;
 }
 
-EXPORT void NAME(mla_extend)(const bf16 *q, long q_t, long q_h, const bf16 *pool, long page_tokens, long width,
-                                           const bf16 *key_up, const bf16 *value_up, long heads, long rank, long nope,
-                                           long rope, long value, long all_rows, long tiles, const int *page_at,
-                                           const int *pages, const int *offset, const int *tokens, const int *row_at,
-                                           const int *rows, const int *visible, long merges, const int *merge_rows,
-                                           float scale, bf16 *out, int threads) {
-    extend e = {q, q_t, q_h, key_up, value_up, heads, rank, nope, rope, value, all_rows,
-                {page_at, pages, offset, tokens, row_at, rows, visible},
-                {pool, page_tokens, width, 0, rank % STEP == 0 && rope % STEP == 0}, 0, scale, out,
-                whole_steps(rank), whole_steps(nope), whole_steps(rope), whole_tiles(value)};
-    e.rows.stride = (e.rank_steps + e.rope_steps) * STEP;
-    for (long tile = 0; tile < tiles; tile++) e.most_tokens = tokens[tile] > e.most_tokens ? tokens[tile] : e.most_tokens;
+static void attend(extend e, long tiles, long merges, const int *merge_rows, int threads) {
+    e.rank_steps = whole_steps(e.rank), e.nope_steps = whole_steps(e.nope), e.rope_steps = whole_steps(e.rope);
+    e.value_tiles = whole_tiles(e.value), e.rows.stride = (e.rank_steps + e.rope_steps) * STEP;
+    for (long tile = 0; tile < tiles; tile++)
+        if (e.plan.tokens[tile] > e.most_tokens) e.most_tokens = e.plan.tokens[tile];
     e.most_tokens = (e.most_tokens + 31) / 32 * 32;
     desk plan;
     size_t bytes = lay_out(&e, 0, &plan);
@@ -277,20 +293,45 @@ EXPORT void NAME(mla_extend)(const bf16 *q, long q_t, long q_h, const bf16 *pool
         long values = e.value_tiles * 16;
         tiles_begin(0);
 #pragma omp for schedule(dynamic)
-        for (long head = 0; head < heads; head++) {
-            memset(d.sums, 0, all_rows * values * sizeof(float));
+        for (long head = 0; head < e.heads; head++) {
+            memset(d.sums, 0, e.all_rows * values * sizeof(float));
             memset(d.block, 0, 16 * values * sizeof(float));
-            for (long r = 0; r < all_rows; r++) d.most[r] = NEVER, d.weight[r] = 0;
-            turn_key_up(&e, head, d.key_tiles);
+            for (long r = 0; r < e.all_rows; r++) d.most[r] = NEVER, d.weight[r] = 0;
+            if (e.key_up) turn_key_up(&e, head, d.key_tiles);
             for (long tile = 0; tile < tiles; tile++) attend_tile(&e, &d, tile, head);
             for (long i = 0; i < merges; i++) {
                 long r = merge_rows[i];
                 __m512 by = _mm512_set1_ps(1.0f / d.weight[r]);
-                bf16 *to = out + (r * heads + head) * value;
-                for (long j = 0; j < value; j += 16)
-                    write_some(to + j, first_lanes(value - j), _mm512_mul_ps(_mm512_loadu_ps(d.sums + r * values + j), by));
+                bf16 *to = e.out + (r * e.heads + head) * e.value;
+                for (long j = 0; j < e.value; j += 16)
+                    write_some(to + j, first_lanes(e.value - j), _mm512_mul_ps(_mm512_loadu_ps(d.sums + r * values + j), by));
             }
         }
         tiles_end();
     }
+}
+
+EXPORT void NAME(mla_extend)(const bf16 *q, long q_t, long q_h, const bf16 *pool, long page_tokens, long width,
+                             const bf16 *key_up, const bf16 *value_up, long heads, long rank, long nope, long rope,
+                             long value, long all_rows, long tiles, const int *page_at, const int *pages,
+                             const int *offset, const int *tokens, const int *row_at, const int *rows,
+                             const int *visible, long merges, const int *merge_rows, float scale, bf16 *out, int threads) {
+    extend e = {.q = q, .q_t = q_t, .q_h = q_h, .key_up = key_up, .value_up = value_up, .heads = heads, .rank = rank,
+                .nope = nope, .rope = rope, .value = value, .all_rows = all_rows, .scale = scale, .out = out,
+                .plan = {page_at, pages, offset, tokens, row_at, rows, visible},
+                .rows = {pool, page_tokens, width, width, 0, rank % STEP == 0 && rope % STEP == 0}};
+    attend(e, tiles, merges, merge_rows, threads);
+}
+
+/* Head h of the queries reads head h / (heads / groups) of the pools, whose rows are [groups][width]. */
+EXPORT void NAME(gqa_extend)(const bf16 *q, long q_t, long q_h, const bf16 *keys, const bf16 *values, long page_tokens,
+                             long width, long heads, long groups, long all_rows, long tiles, const int *page_at,
+                             const int *pages, const int *offset, const int *tokens, const int *row_at, const int *rows,
+                             const int *visible, long merges, const int *merge_rows, float scale, bf16 *out, int threads) {
+    /* Keys are what latents have behind their rank: the part that is read as it is cached. */
+    extend e = {.q = q, .q_t = q_t, .q_h = q_h, .heads = heads, .rope = width, .value = width, .all_rows = all_rows,
+                .scale = scale, .out = out, .plan = {page_at, pages, offset, tokens, row_at, rows, visible},
+                .rows = {keys, page_tokens, groups * width, width, 0, width % STEP == 0},
+                .held = {values, page_tokens, groups * width, width, 0, 0}, .each = heads / groups};
+    attend(e, tiles, merges, merge_rows, threads);
 }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from agentspeed_kernels.cpu import native
-from agentspeed_kernels.cpu.native_kernels import call_mla_rows, opened, rows_packed
+from agentspeed_kernels.cpu.native_kernels import call_gqa_rows, call_mla_rows, opened, rows_packed
 from agentspeed_kernels.cpu.recording import call
 from agentspeed_kernels.packing import TILE_INPUTS, Packed
 from agentspeed_kernels.signature import KernelSpec
@@ -107,6 +107,55 @@ class AmxKernels:
     ) -> None:
         call_mla_rows(self.functions, q, pool, tiles, scale, workspace, out, _steps(out.shape[2]))
 
+    def gqa_rows(
+        self,
+        q: Tensor,
+        key_pool: Tensor,
+        value_pool: Tensor,
+        tiles: TilePlan,
+        scale: float,
+        workspace: Workspace,
+        out: Tensor,
+    ) -> None:
+        call_gqa_rows(self.functions, q, key_pool, value_pool, tiles, scale, workspace, out, _steps(out.shape[2]))
+
+    def gqa_extend(
+        self,
+        q: Tensor,
+        key_pool: Tensor,
+        value_pool: Tensor,
+        tiles: TilePlan,
+        scale: float,
+        workspace: Workspace,
+        out: Tensor,
+    ) -> None:
+        """Rows without a tile keep what `out` had."""
+        del workspace  # scratch memory is that of the threads
+        assert rows_packed(q) and key_pool.is_contiguous() and value_pool.is_contiguous() and out.is_contiguous()
+        heads, width = out.shape[1], out.shape[2]
+        call(
+            self.functions,
+            "gqa_extend",
+            (q, key_pool, value_pool, out),
+            q.data_ptr(),
+            q.stride(0),
+            q.stride(1),
+            key_pool.data_ptr(),
+            value_pool.data_ptr(),
+            key_pool.shape[1],
+            width,
+            heads,
+            key_pool.shape[2] // width,
+            q.shape[0],
+            tiles.count,
+            *tiles.addresses[:7],
+            tiles.merge_rows.size,
+            tiles.addresses[7],
+            scale,
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+
     def mla_extend(
         self,
         q: Tensor,
@@ -161,6 +210,8 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "experts": _KERNELS.experts,
     "mla_rows": _KERNELS.mla_rows,
     "mla_extend": _KERNELS.mla_extend,
+    "gqa_rows": _KERNELS.gqa_rows,
+    "gqa_extend": _KERNELS.gqa_extend,
 }
 SPECS: tuple[KernelSpec, ...] = tuple(
     KernelSpec(
@@ -172,7 +223,7 @@ SPECS: tuple[KernelSpec, ...] = tuple(
         priority=PRIORITY,
         features=frozenset({native.AMX.feature}),
         layout="tiles",
-        recordable=op != "mla_extend",
+        recordable=not op.endswith("_extend"),
     )
     for op, run in _CALLS.items()
     if native.AMX in native.forms_here()

@@ -65,10 +65,10 @@ AMX = Form(
     name="amx",
     bit=4,
     machines=_X86,
-    flags=(*_AVX512, "-mavx512bf16"),
+    flags=(*_AVX512, "-mavx512bf16", "-mavx512vnni"),
     sources="amx_*.c",
     kinds=("bf16",),
-    wants="AMX-BF16 and AVX512-BF16",
+    wants="AMX-BF16, AMX-INT8, AVX512-BF16 and AVX512-VNNI",
 )
 AVX512 = Form(
     name="avx512",
@@ -93,6 +93,11 @@ _ALWAYS = frozenset({"native_forms.c", "native_scratch.c", "native_run.c", "nati
 
 P, L, N, F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 Arguments = dict[str, tuple[Any, ...]]
+_BYTES: Arguments = {
+    "linear_bytes": (P, L, P, P, L, P, P, L, P, L, L, L, N),
+    "experts_bytes": (P, P, P, P, P, L, P, P, P, P, P, P, P, L, L, L, L, L, N),
+}
+"""Of weights in 8 bits."""
 _ROWS: Arguments = {
     "copy": (P, L, L, P, L, L, L, L, L),
     "add": (P, P, L),
@@ -101,24 +106,31 @@ _ROWS: Arguments = {
     "add_rms_norm": (P, P, P, F, P, L, L, N),
     "rope": (P, L, L, P, P, N, L, L, L, N),
     "latent_append": (P, L, P, F, P, P, N, P, P, L, L, L, N),
+    "qkv_append": (P, L, L, P, P, F, P, P, N, P, P, P, P, L, L, L, L, N),
     "route": (P, P, P, P, P, L, L, L, L, L, L, N, N, N, F, N),
 }
-_MLA_ROWS: Arguments = {
-    "mla_rows": (P, L, L, P, L, L, L, L, L, P, P, P, P, P, P, P, L, P, P, P, F, P, L, P, N),
+_PLANNED = (L, P, P, P, P, P, P, P, L, P, P, P, F, P, L, P, N)
+_ATTENTION: Arguments = {
+    "mla_rows": (P, L, L, P, L, L, L, L, *_PLANNED),
+    "gqa_rows": (P, L, L, P, P, L, L, L, L, *_PLANNED),
 }
 _PRODUCTS: Arguments = {"linear": (P, L, P, P, P, L, L, L, L, N), "heads_linear": (P, L, L, P, P, L, L, L, L, L, L, N)}
-_PLAIN: Arguments = _ROWS | _MLA_ROWS | _PRODUCTS | {"experts": (P, P, P, P, P, P, P, P, P, P, L, L, L, L, L, N)}
+_PLAIN: Arguments = (
+    _BYTES | _ROWS | _ATTENTION | _PRODUCTS | {"experts": (P, P, P, P, P, P, P, P, P, P, L, L, L, L, L, N)}
+)
 _EXTEND: Arguments = {
     "soften": (P, P, F, P, P, L, L, L, N),
     "merge": (P, P, P, P, P, P, P, L, L, L, N),
     "normalise": (P, P, P, P, L, L, L, N),
 }
 _AMX: Arguments = (
-    _MLA_ROWS
+    _BYTES
+    | _ATTENTION
     | _PRODUCTS
     | {
         "experts": (P, P, P, P, P, P, P, P, P, P, P, L, L, L, L, L, N),
         "mla_extend": (P, L, L, P, L, L, P, P, L, L, L, L, L, L, L, P, P, P, P, P, P, P, L, P, F, P, N),
+        "gqa_extend": (P, L, L, P, P, L, L, L, L, L, L, P, P, P, P, P, P, P, L, P, F, P, N),
     }
 )
 

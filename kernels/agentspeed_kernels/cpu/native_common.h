@@ -205,6 +205,12 @@ INLINE narrow read_narrow(const num *at) {
 #endif
 }
 
+INLINE float narrow_total(narrow v) {
+    float sum = 0;
+    for (int i = 0; i < NARROW; i++) sum += v[i];
+    return sum;
+}
+
 /* out[r] = x . w[r] for 4 weight rows and one token: the sums of more tokens would not stay in registers. */
 INLINE void narrow_dots4(const num *w, long w_stride, const float *x, long n, float *out) {
     narrow acc[4][2] = {{{0}, {0}}, {{0}, {0}}, {{0}, {0}}, {{0}, {0}}};
@@ -217,9 +223,7 @@ INLINE void narrow_dots4(const num *w, long w_stride, const float *x, long n, fl
         }
     }
     for (int r = 0; r < 4; r++) {
-        narrow both = acc[r][0] + acc[r][1];
-        float sum = 0;
-        for (int i = 0; i < NARROW; i++) sum += both[i];
+        float sum = narrow_total(acc[r][0] + acc[r][1]);
         for (long j = k; j < n; j++) sum += read_one(w[r * w_stride + j]) * x[j];
         out[r] = sum;
     }

@@ -11,8 +11,8 @@ enum { AVX2 = 1, AVX512 = 2, AMX = 4, NEON = 8, AMX_REFUSED = 16 };
 static int has_amx(void) {
     unsigned a, b, c, d;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
-    int tiles = (d >> 24) & 1, tile_bf16 = (d >> 22) & 1;
-    if (!tiles || !tile_bf16 || !__get_cpuid_count(7, 1, &a, &b, &c, &d)) return 0;
+    int tiles = (d >> 24) & 1, tile_bf16 = (d >> 22) & 1, tile_int8 = (d >> 25) & 1, vnni = (c >> 11) & 1;
+    if (!tiles || !tile_bf16 || !tile_int8 || !vnni || !__get_cpuid_count(7, 1, &a, &b, &c, &d)) return 0;
     return (a >> 5) & 1; /* AVX512-BF16 */
 }
 

@@ -250,6 +250,57 @@ class NativeKernels:
     ) -> None:
         call_mla_rows(self.functions, q, pool, tiles, scale, workspace, out, out.shape[2])
 
+    def gqa_rows(
+        self,
+        q: Tensor,
+        key_pool: Tensor,
+        value_pool: Tensor,
+        tiles: TilePlan,
+        scale: float,
+        workspace: Workspace,
+        out: Tensor,
+    ) -> None:
+        call_gqa_rows(self.functions, q, key_pool, value_pool, tiles, scale, workspace, out, out.shape[2])
+
+    def qkv_append(
+        self,
+        qkv: Tensor,
+        q_gain: Tensor | None,
+        k_gain: Tensor | None,
+        eps: float,
+        cos: Tensor,
+        sin: Tensor,
+        slots: Tensor,
+        q: Tensor,
+        key_pool: Tensor,
+        value_pool: Tensor,
+    ) -> None:
+        assert rows_packed(qkv) and cos.is_contiguous() and sin.is_contiguous() and slots.is_contiguous()
+        assert q.is_contiguous() and key_pool.is_contiguous() and value_pool.is_contiguous()
+        call(
+            self.functions,
+            "qkv_append",
+            (qkv, q_gain, k_gain, cos, sin, slots, q, key_pool, value_pool),
+            qkv.data_ptr(),
+            qkv.stride(0),
+            qkv.stride(1),
+            None if q_gain is None else q_gain.data_ptr(),
+            None if k_gain is None else k_gain.data_ptr(),
+            eps,
+            cos.data_ptr(),
+            sin.data_ptr(),
+            cos.dtype == torch.float32,
+            slots.data_ptr(),
+            q.data_ptr(),
+            key_pool.data_ptr(),
+            value_pool.data_ptr(),
+            qkv.shape[0],
+            q.shape[1],
+            (qkv.shape[1] - q.shape[1]) // 2,
+            cos.shape[1],
+            torch.get_num_threads(),
+        )
+
     def mla_extend(self, *arguments: Any) -> None:
         steps = {op: function.call for op, function in self.functions.items()}
         native_extend.mla_extend(steps, *arguments)
@@ -294,6 +345,47 @@ def call_mla_rows(
     note_partials(heads * (partial_width + 2))
 
 
+def call_gqa_rows(
+    functions: dict[str, native.Function],
+    q: Tensor,
+    key_pool: Tensor,
+    value_pool: Tensor,
+    tiles: TilePlan,
+    scale: float,
+    workspace: Workspace,
+    out: Tensor,
+    partial_width: int,
+) -> None:
+    """`partial_width` as above."""
+    assert rows_packed(q) and key_pool.is_contiguous() and value_pool.is_contiguous() and out.is_contiguous()
+    heads, width = out.shape[1], out.shape[2]
+    partials = workspace.take(PARTIALS, (tiles.entries * heads, partial_width + 2), torch.float32)
+    call(
+        functions,
+        "gqa_rows",
+        (q, key_pool, value_pool, partials, out),
+        q.data_ptr(),
+        q.stride(0),
+        q.stride(1),
+        key_pool.data_ptr(),
+        value_pool.data_ptr(),
+        key_pool.shape[1],
+        width,
+        heads,
+        key_pool.shape[2] // width,
+        tiles.count,
+        *tiles.addresses[:7],
+        tiles.merge_rows.size,
+        *tiles.addresses[7:],
+        scale,
+        partials.data_ptr(),
+        tiles.entries,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    note_partials(heads * (partial_width + 2))
+
+
 def _specs(form: native.Form, kind: native.Kind, priority: int) -> tuple[KernelSpec, ...]:
     kernels = NativeKernels(form, kind)
     calls: tuple[tuple[str, Callable[..., Any], int | None], ...] = (
@@ -301,6 +393,8 @@ def _specs(form: native.Form, kind: native.Kind, priority: int) -> tuple[KernelS
         ("heads_linear", kernels.heads_linear, MOST_PRODUCT_ROWS),
         ("experts", kernels.experts, MOST_PRODUCT_ROWS),
         ("mla_rows", kernels.mla_rows, MOST_ATTENTION_ROWS),
+        ("gqa_rows", kernels.gqa_rows, MOST_ATTENTION_ROWS),
+        ("qkv_append", kernels.qkv_append, None),
         ("rms_norm", kernels.rms_norm, None),
         ("add_rms_norm", kernels.add_rms_norm, None),
         ("rope", kernels.rope, None),
@@ -327,15 +421,15 @@ def _specs(form: native.Form, kind: native.Kind, priority: int) -> tuple[KernelS
 
 def moves(features: frozenset[str], dtype: Dtype) -> NativeKernels | None:
     """What copies and adds between ops: of the best form that runs here."""
-    forms = (form for form in _PRIORITY if form.feature in features)
+    forms = (form for form in FORM_PRIORITY if form.feature in features)
     kind = next((kind for kind, named in DTYPES.items() if named == dtype), None)
     return next((NativeKernels(form, kind) for form in forms if kind in form.kinds), None) if kind else None
 
 
-_PRIORITY = {native.AVX512: 12, native.AVX2: 11, native.NEON: 10}
+FORM_PRIORITY = {native.AVX512: 12, native.AVX2: 11, native.NEON: 10}
 SPECS: tuple[KernelSpec, ...] = tuple(
     spec
-    for form, priority in _PRIORITY.items()
+    for form, priority in FORM_PRIORITY.items()
     if form in native.forms_here()
     for kind in form.kinds
     for spec in _specs(form, kind, priority)

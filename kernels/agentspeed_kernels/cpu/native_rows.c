@@ -25,8 +25,20 @@ INLINE float angle(const void *table, long i, int wide) {
     return wide ? ((const float *)table)[i] : read_one(((const num *)table)[i]);
 }
 
+INLINE vec angles(const void *table, long i, int wide) {
+    return wide ? load((const float *)table + i) : read_vec((const num *)table + i);
+}
+
+/* x may be out. */
 static void turn(const num *x, const void *cosines, const void *sines, long at, long half, int wide, num *out) {
-    for (long i = 0; i < half; i++) {
+    long i = 0;
+    for (; i + LANES <= half; i += LANES) {
+        vec low = read_vec(x + i), high = read_vec(x + half + i);
+        vec c = angles(cosines, at + i, wide), s = angles(sines, at + i, wide);
+        write_vec(out + i, low * c - high * s);
+        write_vec(out + half + i, high * c + low * s);
+    }
+    for (; i < half; i++) {
         float low = read_one(x[i]), high = read_one(x[half + i]);
         float c = angle(cosines, at + i, wide), s = angle(sines, at + i, wide);
         out[i] = round_one(low * c - high * s);
@@ -103,6 +115,32 @@ EXPORT void NAME(latent_append)(const num *raw, long raw_stride, const num *weig
         num *row = pool + slots[t] * width;
         norm_row(raw + t * raw_stride, weight, eps, row, rank);
         turn(raw + t * raw_stride + rank, cosines, sines, t * half, half, wide, row + rank);
+    }
+}
+
+/* A head of queries or keys, normed by its gain unless that is 0, and turned. */
+INLINE void turn_head(const num *x, const num *gain, float eps, const void *cosines, const void *sines, int wide, long t,
+                      long half, num *out) {
+    if (gain) norm_row(x, gain, eps, out, 2 * half);
+    turn(gain ? out : x, cosines, sines, t * half, half, wide, out);
+}
+
+/* x[t * x_t + h * x_h]: `heads` heads of queries, `groups` of keys and as many of values, each of 2 * half numbers. q is
+   [tokens][heads]; rows of the pools are [groups]. */
+EXPORT void NAME(qkv_append)(const num *x, long x_t, long x_h, const num *q_gain, const num *k_gain, float eps,
+                             const void *cosines, const void *sines, int wide, const int64_t *slots, num *q, num *keys,
+                             num *values, long tokens, long heads, long groups, long half, int threads) {
+    long width = 2 * half;
+#pragma omp parallel for num_threads(threads) if (tokens >= PARALLEL_ROWS && threads > 1)
+    for (long t = 0; t < tokens; t++) {
+        const num *row = x + t * x_t;
+        for (long h = 0; h < heads; h++)
+            turn_head(row + h * x_h, q_gain, eps, cosines, sines, wide, t, half, q + (t * heads + h) * width);
+        for (long g = 0; g < groups; g++) {
+            long to = (slots[t] * groups + g) * width;
+            turn_head(row + (heads + g) * x_h, k_gain, eps, cosines, sines, wide, t, half, keys + to);
+            memcpy(values + to, row + (heads + groups + g) * x_h, width * sizeof(num));
+        }
     }
 }
 

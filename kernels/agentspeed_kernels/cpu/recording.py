@@ -20,13 +20,15 @@ from agentspeed_kernels.cpu import native
 from agentspeed_kernels.tiles import TilePlan
 from agentspeed_kernels.workspace import Workspace
 
-PARTIALS = "mla_partials"
-"""The scratch of `mla_rows`, whose size follows the plan of the step."""
+PARTIALS = "attention_partials"
+"""The scratch of attention of a few rows, whose size follows the plan of the step."""
 MOST_ARGUMENTS = 31
 """As in native_run.h."""
 _STORED: dict[Any, Any] = {native.P: np.uint64, native.L: np.int64, native.N: np.int32, native.F: np.float32}
-_PLAN_AT, _PARTIALS_AT, _ENTRIES_AT = 8, 21, 22
-"""Where `mla_rows` takes the plan, its scratch and the number of its entries."""
+_PLAN_AT = {"mla_rows": 8, "gqa_rows": 9}
+"""The ops that take a plan, and where among their arguments."""
+_PARTIALS_BEHIND, _ENTRIES_BEHIND = 13, 14
+"""Where, counted from there, they take their scratch and the number of its entries."""
 
 
 @final
@@ -38,17 +40,18 @@ class Tape:
     def __init__(self) -> None:
         self._rows: list[tuple[native.Function, tuple[Any, ...]]] = []
         self._held: list[object] = []
-        self._attends: list[int] = []
+        self._attends: list[tuple[int, int]] = []
+        """Calls that take a plan, and where among their arguments."""
         self._calls = np.zeros((0, MOST_ARGUMENTS + 1), dtype=np.uint64)
         self._run: Any = None
         self.partial_floats = 0
-        """Of the scratch of `mla_rows`, for one entry of the plan."""
+        """Of that scratch, for one entry of the plan."""
 
     def add(self, op: str, function: native.Function, held: tuple[object, ...], given: tuple[Any, ...]) -> None:
         """`held` owns the memory that `given` names: a tape must not write to memory that went back."""
         self._held += held
-        if op == "mla_rows":
-            self._attends.append(len(self._rows))
+        if op in _PLAN_AT:
+            self._attends.append((len(self._rows), 1 + _PLAN_AT[op]))
         self._rows.append((function, given))
 
     def close(self) -> None:
@@ -66,9 +69,10 @@ class Tape:
         """Puts a step's plan into the calls that attend."""
         partials = workspace.take(PARTIALS, (tiles.entries, self.partial_floats), torch.float32)
         plan = (tiles.count, *tiles.addresses[:7], tiles.merge_rows.size, *tiles.addresses[7:])
-        self._calls[self._attends, 1 + _PLAN_AT : 1 + _PLAN_AT + len(plan)] = plan
-        self._calls[self._attends, 1 + _PARTIALS_AT] = partials.data_ptr()
-        self._calls[self._attends, 1 + _ENTRIES_AT] = tiles.entries
+        for call_at, plan_at in self._attends:
+            row = self._calls[call_at, plan_at:]
+            row[: len(plan)] = plan
+            row[_PARTIALS_BEHIND], row[_ENTRIES_BEHIND] = partials.data_ptr(), tiles.entries
 
     def run(self) -> None:
         started = time.thread_time_ns() if _state.clock else 0

@@ -10,16 +10,38 @@ from agentspeed_kernels.tiles import Tile, TilePlan
 from agentspeed_kernels.workspace import Workspace
 
 
-def kv_append(
-    keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, key_pool: Tensor, value_pool: Tensor
+def qkv_append(
+    qkv: Tensor,
+    q_gain: Tensor | None,
+    k_gain: Tensor | None,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    q: Tensor,
+    key_pool: Tensor,
+    value_pool: Tensor,
 ) -> None:
-    """Keys are turned on their way into the pool."""
-    half = keys.shape[-1] // 2
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    low, high = keys[..., :half], keys[..., half:]
-    turned = torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
+    """Heads of queries and keys are normed and turned, the keys on their way into the pool."""
+    heads = q.shape[1]
+    queries, keys, values = torch.split(qkv, [heads, *[(qkv.shape[1] - heads) // 2] * 2], dim=1)
+    q.copy_(_turned(_normed(queries, q_gain, eps), cos, sin))
+    turned = _turned(_normed(keys, k_gain, eps), cos, sin)
     for pool, rows in ((key_pool, turned), (value_pool, values)):
         pool.view(-1, pool.shape[-1]).index_copy_(0, slots, rows.reshape(rows.shape[0], -1))
+
+
+def _normed(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
+    if gain is None:
+        return x
+    wide = x if x.dtype == torch.float64 else x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * gain
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
 
 
 def gqa_rows(

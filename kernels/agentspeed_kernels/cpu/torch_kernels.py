@@ -122,7 +122,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "experts": experts,
     "mla_rows": torch_attention.mla_rows,
     "mla_extend": torch_attention.mla_extend,
-    "kv_append": torch_grouped.kv_append,
+    "qkv_append": torch_grouped.qkv_append,
     "gqa_rows": torch_grouped.gqa_rows,
     "gqa_extend": torch_grouped.gqa_extend,
     "index_append": torch_sparse.index_append,

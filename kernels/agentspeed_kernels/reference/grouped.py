@@ -5,18 +5,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from agentspeed_kernels.reference.definitions import latents_by_row, rope
+from agentspeed_kernels.reference.definitions import latents_by_row, rms_norm, rope
 from agentspeed_kernels.tiles import TilePlan
 
 
-def kv_append(
-    keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, key_pool: Tensor, value_pool: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The pools after turned keys and values are written; they are not changed themselves."""
+def qkv_append(
+    qkv: Tensor,
+    q_gain: Tensor | None,
+    k_gain: Tensor | None,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    heads: int,
+    key_pool: Tensor,
+    value_pool: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(Queries, and the pools after keys and values are written; these are not changed themselves.)
+
+    Each head of queries and keys is normed by its gain, if there is one, and turned."""
+    groups = (qkv.shape[1] - heads) // 2
+    q, keys, values = torch.split(qkv.double(), [heads, groups, groups], dim=1)
+    q = rope(q if q_gain is None else rms_norm(q, q_gain, eps), cos, sin)
+    keys = rope(keys if k_gain is None else rms_norm(keys, k_gain, eps), cos, sin)
     after = [pool.double().clone() for pool in (key_pool, value_pool)]
-    for pool, rows in zip(after, (rope(keys, cos, sin), values.double()), strict=True):
+    for pool, rows in zip(after, (keys, values), strict=True):
         pool.view(-1, pool.shape[-1])[slots] = rows.flatten(1)
-    return after[0], after[1]
+    return q, after[0], after[1]
 
 
 def gqa(q: Tensor, key_pool: Tensor, value_pool: Tensor, tiles: TilePlan, scale: float, out: Tensor) -> Tensor:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from agentspeed_kernels.packing import Weight, pack
+from agentspeed_kernels.quantised import GROUPS, Quantised, WeightFormat, quantise
 from agentspeed_kernels.reference import definitions
-from agentspeed_kernels.reference import grouped as define_grouped
 from agentspeed_kernels.routing import RouteRule
 from agentspeed_kernels.signature import Dtype, KernelSpec, Layout
-from agentspeed_kernels.testing import sparse_cases
+from agentspeed_kernels.testing import grouped_cases, sparse_cases
 from agentspeed_kernels.testing.tolerance import KIND_OF, UNDEFINED, tolerance
 from agentspeed_kernels.tiles import Int32s, Int64s, Piece, TilePlan, plan_tiles
 from agentspeed_kernels.workspace import Workspace
@@ -44,10 +44,13 @@ class Case:
     manner: Manner
     size: Literal["small", "odd", "wide"]
     rows: int
+    weights: WeightFormat | None = None
+    """None: the case's dtype."""
 
     @property
     def name(self) -> str:
-        return f"{self.op}-{self.dtype}-{self.manner}-{self.size}-{self.rows}"
+        weights = f"-{self.weights}" if self.weights else ""
+        return f"{self.op}-{self.dtype}{weights}-{self.manner}-{self.size}-{self.rows}"
 
 
 def cases(spec: KernelSpec, most: int = 70) -> Iterator[Case]:
@@ -55,7 +58,8 @@ def cases(spec: KernelSpec, most: int = 70) -> Iterator[Case]:
 
     `most` bounds the rows, for kernels that an interpreter runs."""
     most = min(most, spec.most_rows) if spec.most_rows is not None else most
-    for dtype in sorted(spec.dtypes):
+    formats: list[WeightFormat | None] = [kind for kind in GROUPS if kind in (spec.weights or ())]
+    for dtype, weights in itertools.product(sorted(spec.dtypes), formats or [None]):
         for manner in MANNERS:
             if (KIND_OF[spec.op], dtype, manner) in UNDEFINED:
                 continue
@@ -63,7 +67,7 @@ def cases(spec: KernelSpec, most: int = 70) -> Iterator[Case]:
                 if not fits(spec, size):
                     continue
                 for rows in sorted({1, min(3, most), min(most, 70 if size != "wide" else 8)}):
-                    yield Case(op=spec.op, dtype=dtype, manner=manner, size=size, rows=rows)
+                    yield Case(op=spec.op, dtype=dtype, manner=manner, size=size, rows=rows, weights=weights)
 
 
 def fits(spec: KernelSpec, size: Literal["small", "odd", "wide"]) -> bool:
@@ -157,6 +161,8 @@ class _Draw:
 
     def laid(self, weight: Tensor, parts: int = 1) -> Weight:
         """In the layout of the kernel that is checked."""
+        if self.case.weights is not None:
+            return quantise(weight, GROUPS[self.case.weights], parts)
         return weight if self.layout == "rows" else pack(weight, parts)
 
     def gain(self, width: int) -> Tensor:
@@ -175,13 +181,19 @@ Call = Callable[..., Any]
 Pairs = list[tuple[Tensor, Tensor]]
 
 
+def _meant(weight: Tensor, laid: Weight) -> Tensor:
+    """What a kernel is measured against: of a weight in 8 bits what the bytes stand for."""
+    return laid.whole(torch.float64).reshape(weight.shape) if isinstance(laid, Quantised) else weight
+
+
 def _linear(call: Call, draw: _Draw) -> Pairs:
     x, weight = draw.tensor(draw.rows, draw.hidden + 3)[:, : draw.hidden], draw.weight(draw.rank + 5, draw.hidden)
+    laid = draw.laid(weight)
     pairs: Pairs = []
     for bias in (None, draw.gain(draw.rank + 5)):
         out = draw.empty(draw.rows, draw.rank + 5)
-        call(x, draw.laid(weight), bias, out)
-        pairs.append((out, define.linear(x, weight, bias)))
+        call(x, laid, bias, out)
+        pairs.append((out, define.linear(x, _meant(weight, laid), bias)))
     return pairs
 
 
@@ -322,32 +334,8 @@ def _mla_extend(call: Call, draw: _Draw) -> Pairs:
     return pairs
 
 
-def _kv_append(call: Call, draw: _Draw) -> Pairs:
-    width = draw.rope
-    joined = draw.tensor(draw.rows, 3 * draw.heads, width)
-    keys, values = joined[:, : draw.heads], joined[:, draw.heads : 2 * draw.heads]
-    pools = [draw.empty(3, 40, draw.heads * width).nan_to_num_(0.5) for _ in range(2)]
-    cos, sin = draw.angles()
-    slots = torch.randperm(3 * 40, generator=torch.Generator().manual_seed(3))[: draw.rows]
-    wanted = define_grouped.kv_append(keys, values, cos, sin, slots, *pools)
-    call(keys, values, cos, sin, slots, *pools)
-    return list(zip(pools, wanted, strict=True))
-
-
 def _gqa(call: Call, draw: _Draw) -> Pairs:
-    """Each head of the pools by one head of queries, by several, and by all."""
-    case = _small_pages(draw)
-    latents, tiles = case.pool, case.tiles
-    pairs: Pairs = []
-    for heads, groups in ((draw.heads, draw.heads), (2 * draw.heads, draw.heads), (draw.heads, 1)):
-        width = 2 * draw.rope
-        key_pool, value_pool = (draw.tensor(*latents.shape[:2], groups * width) for _ in range(2))
-        q = draw.tensor(draw.rows, heads + 1, width)[:, :heads]
-        out = draw.tensor(draw.rows, heads, width)
-        wanted = define_grouped.gqa(q, key_pool, value_pool, tiles, width**-0.5, out)
-        call(q, key_pool, value_pool, tiles, width**-0.5, Workspace(), out)
-        pairs.append((out, wanted))
-    return pairs
+    return grouped_cases.gqa(call, draw, [(case.pool, case.tiles) for case in _attentions(draw)])
 
 
 def _index_select(call: Call, draw: _Draw) -> Pairs:
@@ -443,8 +431,10 @@ def _experts(call: Call, draw: _Draw) -> Pairs:
             weights[::2, 1] = 0
         ids, weights = ids.to(draw.device), weights.to(draw.device)
         out = draw.empty(draw.rows, hidden)
-        call(x, draw.laid(gate_up, 2), draw.laid(down), ids, weights, Workspace(draw.device), out)
-        pairs.append((out, define.experts(x, gate_up, down, ids, weights)))
+        laid = (draw.laid(gate_up, 2), draw.laid(down))
+        call(x, *laid, ids, weights, Workspace(draw.device), out)
+        meant = (_meant(gate_up, laid[0]), _meant(down, laid[1]))
+        pairs.append((out, define.experts(x, *meant, ids, weights)))
     return pairs
 
 
@@ -472,7 +462,7 @@ _CALLS: dict[str, Callable[[Call, _Draw], Pairs]] = {
     "latent_append": _latent_append,
     "mla_rows": _mla_rows,
     "mla_extend": _mla_extend,
-    "kv_append": _kv_append,
+    "qkv_append": grouped_cases.qkv_append,
     "gqa_rows": _gqa,
     "gqa_extend": _gqa,
     "add_norm_linear": _add_norm_linear,

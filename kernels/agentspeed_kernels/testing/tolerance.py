@@ -23,7 +23,7 @@ KIND_OF: dict[str, Kind] = {
     "mla_rows": "attention",
     "mla_extend": "attention",
     "experts": "experts",
-    "kv_append": "elementwise",
+    "qkv_append": "elementwise",
     "gqa_rows": "attention",
     "gqa_extend": "attention",
     "index_append": "elementwise",

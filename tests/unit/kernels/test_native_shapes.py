@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from agentspeed_kernels.packing import pack
+from agentspeed_kernels.packing import Weight, pack
 from agentspeed_kernels.platform import detect
+from agentspeed_kernels.quantised import Quantised, quantise
 from agentspeed_kernels.reference import definitions as define
 from agentspeed_kernels.registry import standard
 from agentspeed_kernels.signature import KernelSpec
@@ -27,6 +28,18 @@ def one_thread() -> Iterator[None]:
 
 def kernels(op: str) -> list[KernelSpec]:
     return [spec for spec in standard().candidates(op) if spec.features]
+
+
+def laid(spec: KernelSpec, weight: torch.Tensor, group: int, parts: int = 1) -> tuple[Weight, torch.Tensor]:
+    """(what the kernel takes, what it stands for)"""
+    if spec.layout == "bytes":
+        made: Quantised = quantise(weight, group, parts)
+        return made, made.whole(torch.float64).reshape(weight.shape)
+    return (pack(weight, parts) if spec.layout == "tiles" else weight), weight
+
+
+def groups(spec: KernelSpec) -> tuple[int, ...]:
+    return (0, 32) if spec.layout == "bytes" else (0,)
 
 
 def fitting(spec: KernelSpec, rows: int) -> torch.dtype:
@@ -52,12 +65,13 @@ def test_long_chains_and_blocks_of_rows(spec: KernelSpec, shape: tuple[int, int,
     x, out = held[:, 3 : 3 + inputs], around[:, 20 : 20 + outputs]
     weight = (torch.randn(outputs, inputs, generator=noise) * inputs**-0.5).to(kind)
     bias = torch.randn(outputs, generator=noise).to(kind)
-    spec.call(x, pack(weight) if spec.layout == "tiles" else weight, bias, out)
-    wanted = define.linear(x, weight, bias)
-    assert float((out.double() - wanted).abs().max() / wanted.abs().max()) <= tolerance(
-        "linear", next(iter(spec.dtypes))
-    )
-    assert bool((around[:, :20] == 7).all() and (around[:, 20 + outputs :] == 7).all())
+    for group in groups(spec):
+        given, meant = laid(spec, weight, group)
+        spec.call(x, given, bias, out)
+        wanted = define.linear(x, meant, bias)
+        error = float((out.double() - wanted).abs().max() / wanted.abs().max())
+        assert error <= tolerance("linear", next(iter(spec.dtypes)))
+        assert bool((around[:, :20] == 7).all() and (around[:, 20 + outputs :] == 7).all())
 
 
 @pytest.mark.parametrize("spec", kernels("experts"), ids=str)
@@ -71,9 +85,9 @@ def test_an_expert_that_most_tokens_choose_and_one_that_none_does(spec: KernelSp
     down = (torch.randn(count, hidden, inner, generator=noise) * inner**-0.5).to(kind)
     ids = torch.stack([torch.zeros(rows, dtype=torch.int64), torch.randint(1, 5, (rows,), generator=noise)], 1)
     weights, out = torch.rand(rows, 2, generator=noise), torch.full((rows, hidden), float("nan"), dtype=kind)
-    tiles = spec.layout == "tiles"
-    spec.call(x, pack(gate_up, 2) if tiles else gate_up, pack(down) if tiles else down, ids, weights, Workspace(), out)
-    wanted = define.experts(x, gate_up, down, ids, weights)
-    assert float((out.double() - wanted).abs().max() / wanted.abs().max()) <= tolerance(
-        "experts", next(iter(spec.dtypes))
-    )
+    for group in groups(spec):
+        (both, meant), (back, meant_back) = laid(spec, gate_up, group, 2), laid(spec, down, group)
+        spec.call(x, both, back, ids, weights, Workspace(), out)
+        wanted = define.experts(x, meant, meant_back, ids, weights)
+        error = float((out.double() - wanted).abs().max() / wanted.abs().max())
+        assert error <= tolerance("experts", next(iter(spec.dtypes)))

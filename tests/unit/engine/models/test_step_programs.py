@@ -20,6 +20,12 @@ from tests.support.paged import CONFIG, Trail, batch
 from tests.support.random_checkpoint import make_checkpoint
 
 PAGE = 16
+GROUPED = {
+    "model_type": "qwen3", "vocab_size": 300, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 24, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+    "max_position_embeddings": 4096, "rope_theta": 5000.0, "attention_bias": False, "tie_word_embeddings": True,
+    "bos_token_id": 256, "eos_token_id": 257,
+}  # fmt: skip
 IDS = np.random.default_rng(12).integers(0, 300, 900).tolist()
 
 
@@ -46,9 +52,10 @@ def models(folder: Path, dtype: str) -> tuple[LoadedModel, LoadedModel]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_repeated_steps_give_the_bits_of_the_modules(dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", [CONFIG, GROUPED], ids=["latent", "grouped"])
+def test_repeated_steps_give_the_bits_of_the_modules(config: dict[str, Any], dtype: str, tmp_path: Path) -> None:
     """While contexts grow into new pages and tiles, other steps come between, and rows fork and end."""
-    folder = make_checkpoint(CONFIG, tmp_path, seed=4, dtype=dtype)
+    folder = make_checkpoint(config, tmp_path, seed=4, dtype=dtype)
     recording, plain = models(folder, dtype)
     tokens = iter(IDS * 3)
 

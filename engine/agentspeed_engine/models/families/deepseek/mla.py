@@ -88,9 +88,10 @@ class Mla:
         # Partial outputs are summed over tp, so one rank alone adds the bias.
         self._o_bias = weights.o_bias if rank.tp == 0 else None
         up = piece(weights.kv_b, 0, *cut).view(self._heads, config.nope + config.value, config.kv_rank)
-        self._absorb = kernels.weight(up[:, : config.nope].transpose(1, 2).contiguous())
+        self._absorb = kernels.weight(up[:, : config.nope].transpose(1, 2).contiguous(), op="heads_linear")
         # Copied also where it is contiguous already, by a rank of one head: else the whole would stay behind it.
-        self._value_up = kernels.weight(up[:, config.nope :].clone(memory_format=torch.contiguous_format))
+        values = up[:, config.nope :].clone(memory_format=torch.contiguous_format)
+        self._value_up = kernels.weight(values, op="heads_linear")
         self.boundary = Boundary(
             name=name,
             input=TOKEN_SHARD,

@@ -45,7 +45,6 @@ class GroupedAttention:
         "_k_norm",
         "_kernels",
         "_keys",
-        "_kv_heads",
         "_o",
         "_o_bias",
         "_q_norm",
@@ -67,7 +66,7 @@ class GroupedAttention:
         """`keys` and `values` are [pages, page_tokens, this rank's kv heads * head] and belong to this layer."""
         self._config, self._kernels, self._keys, self._values = config, kernels, keys, values
         cut = (rank.tp, rank.mesh.tp)
-        self._heads, self._kv_heads = config.heads // rank.mesh.tp, config.kv_heads // rank.mesh.tp
+        self._heads = config.heads // rank.mesh.tp
         self._scale = float(config.head**-0.5)
         # One product reads the hidden rows once for queries, keys and values.
         joined = torch.cat([piece(part, 0, *cut) for part in (weights.q, weights.k, weights.v)])
@@ -99,22 +98,21 @@ class GroupedAttention:
         return out, residual
 
     def _project(self, x: Tensor, state: StepState) -> Tensor:
-        """Turned queries [T, H, head]; keys and values are written to the pools on the way."""
+        """Normed and turned queries [T, H, head]; keys and values are written to the pools on the way."""
         rows, take, run, head = x.shape[0], state.workspace.take, self._kernels, self._config.head
         joined = take("qkv", (rows, self._joined.shape[0]), x.dtype)
         run["linear"].at(rows)(x, self._joined, self._bias, joined)
-        q, k, v = torch.split(joined.view(rows, -1, head), [self._heads, self._kv_heads, self._kv_heads], dim=1)
-        q, k = self._normed(q, self._q_norm, "q_normed", state), self._normed(k, self._k_norm, "k_normed", state)
-        run["rope"].at(rows)(q, state.cos, state.sin)
-        run["kv_append"].at(rows)(k, v, state.cos, state.sin, state.slots, self._keys, self._values)
+        q = take("q", (rows, self._heads, head), x.dtype)
+        run["qkv_append"].at(rows)(
+            joined.view(rows, -1, head),
+            self._q_norm,
+            self._k_norm,
+            self._config.eps,
+            state.cos,
+            state.sin,
+            state.slots,
+            q,
+            self._keys,
+            self._values,
+        )
         return q
-
-    def _normed(self, x: Tensor, gain: Tensor | None, name: str, state: StepState) -> Tensor:
-        """Each head by itself: one row of the norm is one head of one token."""
-        if gain is None:
-            return x
-        rows = x.shape[0] * x.shape[1]
-        flat = x.reshape(rows, x.shape[2])
-        out = state.workspace.take(name, (rows, x.shape[2]), x.dtype)
-        self._kernels["rms_norm"].at(rows)(flat, gain, self._config.eps, out)
-        return out.view(x.shape)

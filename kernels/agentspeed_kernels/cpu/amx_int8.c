@@ -1,0 +1,154 @@
+/* Products and feed-forwards with weights of 8 bits, on processors with AMX: see amx_int8.h. */
+#include "amx_int8.h"
+
+#define MANY 8    /* rows above which groups of a weight are taken back to bf16 */
+#define BLOCKS 16 /* blocks of 16 rows that share one pass over the weights */
+
+/* left: block_bytes for each 16 rows. */
+EXPORT void NAME(linear_bytes)(const bf16 *x, long x_stride, const uint8_t *data, const float *scales, long group,
+                               const bf16 *bias, bf16 *out, long out_stride, char *left, long rows, long n, long k,
+                               int threads) {
+    byte_weight w = byte_weight_of(data, scales, n, k, group);
+    long blocks = whole_tiles(rows), size = block_bytes(w.steps, groups_of(&w));
+    int numbers = group && rows > MANY;
+    if (rows * n * k < WORTH_A_TEAM) threads = 1;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        float sums[SUMS] __attribute__((aligned(64)));
+        long low, high;
+#pragma omp for schedule(static)
+        for (long b = 0; b < blocks; b++) {
+            const bf16 *held[16];
+            for (long r = 0; r < 16 && b * 16 + r < rows; r++) held[r] = x + (b * 16 + r) * x_stride;
+            prepare(held, at_most(rows - b * 16, 16), &w, numbers, left + b * size);
+        }
+        bf16 *column = numbers ? agentspeed_scratch(FOR_ROWS, 2 * w.steps * TILE * sizeof(bf16)) : 0;
+        my_part(w.columns, &low, &high);
+        tiles_begin(0);
+        for (long first = 0; first < blocks; first += BLOCKS)
+            for (long t = low; t < high; t++) {
+                const uint8_t *tiles = w.data + t * w.steps * BYTES;
+                __mmask16 lanes = first_lanes(n - t * 16);
+                __m512 add = bias ? read_some(bias + t * 16, lanes) : _mm512_setzero_ps();
+                if (column) to_numbers(tiles, &w, t, column);
+                for (long b = first; b < blocks && b < first + BLOCKS; b++) {
+                    long count = at_most(rows - b * 16, 16);
+                    times(left + b * size, &w, tiles, column, t, count, sums);
+                    for (long r = 0; r < count; r++)
+                        write_some(out + (b * 16 + r) * out_stride + t * 16, lanes, _mm512_add_ps(_mm512_load_ps(sums + r * 16), add));
+                }
+            }
+        tiles_end();
+    }
+}
+
+/* Pairs (token, choice) in order of expert, in blocks of up to 16 that never span two. */
+typedef struct {
+    int *order, *start, *block_at, *expert; /* [pairs], [experts + 1], [experts + 1], [blocks] */
+} sorted;
+
+static int sort_pairs(const int64_t *ids, long pairs, long experts, const sorted *s) {
+    long most = 0;
+    for (long e = 0; e <= experts; e++) s->start[e] = 0;
+    for (long p = 0; p < pairs; p++) s->start[ids[p] + 1]++;
+    s->block_at[0] = 0;
+    for (long e = 0; e < experts; e++) {
+        long count = s->start[e + 1];
+        most = count > most ? count : most;
+        s->block_at[e + 1] = s->block_at[e] + (int)whole_tiles(count);
+        for (long b = s->block_at[e]; b < s->block_at[e + 1]; b++) s->expert[b] = (int)e;
+        s->start[e + 1] += s->start[e];
+    }
+    for (long p = 0; p < pairs; p++) s->order[s->start[ids[p]]++] = (int)p;
+    for (long e = experts; e > 0; e--) s->start[e] = s->start[e - 1];
+    s->start[0] = 0;
+    return most > MANY;
+}
+
+INLINE long first_of(const sorted *s, long block) {
+    return s->start[s->expert[block]] + 16 * (block - s->block_at[s->expert[block]]);
+}
+INLINE long count_of(const sorted *s, long block) {
+    return at_most(s->start[s->expert[block] + 1] - first_of(s, block), 16);
+}
+
+INLINE __m512 silu(__m512 g) {
+    __m512 e = exp2_16(_mm512_min_ps(_mm512_mul_ps(g, _mm512_set1_ps(-LOG2E)), _mm512_set1_ps(120.0f)));
+    return _mm512_div_ps(g, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
+}
+
+/* gate_up is [experts][2][inner][hidden], down [experts][hidden][inner]. Scratch: left, block_bytes of the wider for each
+   block; act[pairs][inner in whole tiles]; sums[tokens][hidden in whole tiles]; order[2 * pairs + 2 * experts + 2]. */
+EXPORT void NAME(experts_bytes)(const bf16 *x, const uint8_t *gate_up, const float *gate_up_scales, const uint8_t *down,
+                                const float *down_scales, long group, const int64_t *ids, const float *weights, char *left,
+                                bf16 *act, float *sums, int *order, bf16 *out, long tokens, long top, long experts,
+                                long inner, long hidden, int threads) {
+    long pairs = tokens * top;
+    sorted s = {order, order + pairs, order + pairs + experts + 1, order + pairs + 2 * experts + 2};
+    int numbers = sort_pairs(ids, pairs, experts, &s) && group;
+    long blocks = s.block_at[experts];
+    byte_weight wide = byte_weight_of(gate_up, gate_up_scales, inner, hidden, group);
+    byte_weight back = byte_weight_of(down, down_scales, hidden, inner, group);
+    long size = block_bytes(wide.steps, groups_of(&wide)), second = block_bytes(back.steps, groups_of(&back));
+    long width = wide.columns * 16, row = back.columns * 16, deepest = wide.steps > back.steps ? wide.steps : back.steps;
+    if (3 * pairs * inner * hidden < WORTH_A_TEAM) threads = 1;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        float gate[SUMS] __attribute__((aligned(64))), up[SUMS] __attribute__((aligned(64)));
+        const bf16 *held[16];
+        long low, high;
+        bf16 *column = numbers ? agentspeed_scratch(FOR_ROWS, 4 * deepest * TILE * sizeof(bf16)) : 0, *other = column ? column + 2 * deepest * TILE : 0;
+#pragma omp for schedule(static)
+        for (long b = 0; b < blocks; b++) {
+            for (long r = 0; r < count_of(&s, b); r++) held[r] = x + order[first_of(&s, b) + r] / top * hidden;
+            prepare(held, count_of(&s, b), &wide, numbers, left + b * size);
+        }
+        my_part(wide.columns, &low, &high);
+        tiles_begin(0);
+        for (long e = 0; e < experts; e++) {
+            if (s.start[e] == s.start[e + 1]) continue;
+            byte_weight g = wide, u = wide;
+            g.data += 2 * e * weight_bytes(&wide), g.scales += 2 * e * weight_scales(&wide);
+            u.data = g.data + weight_bytes(&wide), u.scales = g.scales + weight_scales(&wide);
+            for (long t = low; t < high; t++) {
+                const uint8_t *gate_tiles = g.data + t * g.steps * BYTES, *up_tiles = u.data + t * u.steps * BYTES;
+                if (column) to_numbers(gate_tiles, &g, t, column), to_numbers(up_tiles, &u, t, other);
+                for (long b = s.block_at[e]; b < s.block_at[e + 1]; b++) {
+                    times(left + b * size, &g, gate_tiles, column, t, count_of(&s, b), gate);
+                    times(left + b * size, &u, up_tiles, other, t, count_of(&s, b), up);
+                    for (long r = 0; r < count_of(&s, b); r++)
+                        write16(act + (first_of(&s, b) + r) * width + t * 16,
+                                _mm512_mul_ps(silu(_mm512_load_ps(gate + r * 16)), _mm512_load_ps(up + r * 16)));
+                }
+            }
+        }
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (long b = 0; b < blocks; b++) {
+            for (long r = 0; r < count_of(&s, b); r++) held[r] = act + (first_of(&s, b) + r) * width;
+            prepare(held, count_of(&s, b), &back, numbers, left + b * second);
+        }
+        my_part(back.columns, &low, &high);
+        for (long t = 0; t < tokens; t++) memset(sums + t * row + low * 16, 0, (high - low) * 64);
+        for (long e = 0; e < experts; e++) {
+            byte_weight d = back;
+            d.data += e * weight_bytes(&back), d.scales += e * weight_scales(&back);
+            for (long t = low; t < high && s.start[e] < s.start[e + 1]; t++) {
+                const uint8_t *tiles = d.data + t * d.steps * BYTES;
+                if (column) to_numbers(tiles, &d, t, column);
+                for (long b = s.block_at[e]; b < s.block_at[e + 1]; b++) {
+                    times(left + b * second, &d, tiles, column, t, count_of(&s, b), gate);
+                    for (long r = 0; r < count_of(&s, b); r++) {
+                        int pair = order[first_of(&s, b) + r];
+                        float *sum = sums + pair / top * row + t * 16;
+                        _mm512_storeu_ps(sum, _mm512_fmadd_ps(_mm512_load_ps(gate + r * 16), _mm512_set1_ps(weights[pair]), _mm512_loadu_ps(sum)));
+                    }
+                }
+            }
+        }
+        for (long t = 0; t < tokens; t++)
+            for (long c = low; c < high; c++)
+                write_some(out + t * hidden + c * 16, first_lanes(hidden - c * 16), _mm512_loadu_ps(sums + t * row + c * 16));
+        tiles_end();
+    }
+}

@@ -1,0 +1,168 @@
+"""Products with weights in 8 bits as entries of the registry: a form for each class of processors, and torch's.
+
+Activations stay in their own format, and so does what comes out. Every kernel takes a scale for each output as well as
+one for each group of 32 inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from agentspeed_kernels.cpu import native, torch_kernels
+from agentspeed_kernels.cpu.amx_kernels import PRIORITY as AMX_PRIORITY
+from agentspeed_kernels.cpu.native_kernels import DTYPES, FORM_PRIORITY, MOST_PRODUCT_ROWS, opened, rows_packed
+from agentspeed_kernels.cpu.recording import call
+from agentspeed_kernels.quantised import GROUPS, INPUTS, OUTPUTS, Quantised
+from agentspeed_kernels.signature import Dtype, KernelSpec
+from agentspeed_kernels.workspace import Workspace
+
+_BLOCK = 16
+"""Rows that are prepared together (amx_int8.h)."""
+
+
+@final
+class Int8Kernels:
+    """The products of one form and kind; the library is opened at the first call."""
+
+    __slots__ = ("_form", "_functions", "_kind")
+
+    def __init__(self, form: native.Form, kind: native.Kind) -> None:
+        self._form = form
+        self._kind: native.Kind = kind
+        self._functions: dict[str, native.Function] | None = None
+
+    @property
+    def functions(self) -> dict[str, native.Function]:
+        if self._functions is None:
+            self._functions = opened(self._form, self._kind)
+        return self._functions
+
+    def linear(self, x: Tensor, weight: Quantised, bias: Tensor | None, out: Tensor) -> None:
+        assert rows_packed(x, out)
+        outputs, inputs = weight.shape
+        left = torch.empty(self._block_bytes(inputs) * -(-x.shape[0] // _BLOCK), dtype=torch.uint8)
+        call(
+            self.functions,
+            "linear_bytes",
+            (x, weight, bias, out, left),
+            x.data_ptr(),
+            x.stride(0),
+            weight.data.data_ptr(),
+            weight.scales.data_ptr(),
+            weight.group,
+            None if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            out.stride(0),
+            left.data_ptr(),
+            x.shape[0],
+            outputs,
+            inputs,
+            torch.get_num_threads(),
+        )
+
+    def experts(
+        self,
+        x: Tensor,
+        gate_up: Quantised,
+        down: Quantised,
+        ids: Tensor,
+        weights: Tensor,
+        workspace: Workspace,
+        out: Tensor,
+    ) -> None:
+        assert x.is_contiguous() and out.is_contiguous() and ids.is_contiguous() and weights.is_contiguous()
+        assert gate_up.group == down.group
+        count, hidden, inner = down.shape
+        pairs, tokens = ids.numel(), x.shape[0]
+        # Each expert that is chosen begins a block of its own.
+        blocks = min(pairs, pairs // _BLOCK + count)
+        size = max(blocks * max(map(self._block_bytes, (hidden, inner))), pairs * 4 * (inner + INPUTS))
+        left = workspace.take("int8_left", (size,), torch.uint8)
+        act = workspace.take("int8_inner", (pairs, inner + OUTPUTS), x.dtype)
+        sums = workspace.take("int8_sums", (tokens, hidden + OUTPUTS), torch.float32)
+        order = workspace.take("int8_order", (2 * pairs + 2 * count + 2,), torch.int32)
+        call(
+            self.functions,
+            "experts_bytes",
+            (x, gate_up, down, ids, weights, left, act, sums, order, out),
+            x.data_ptr(),
+            gate_up.data.data_ptr(),
+            gate_up.scales.data_ptr(),
+            down.data.data_ptr(),
+            down.scales.data_ptr(),
+            down.group,
+            ids.data_ptr(),
+            weights.data_ptr(),
+            left.data_ptr(),
+            act.data_ptr(),
+            sums.data_ptr(),
+            order.data_ptr(),
+            out.data_ptr(),
+            tokens,
+            ids.shape[1],
+            count,
+            inner,
+            hidden,
+            torch.get_num_threads(),
+        )
+
+    def _block_bytes(self, inputs: int) -> int:
+        """Of `_BLOCK` prepared rows: what amx_int8.h says; the other forms prepare none."""
+        steps = -(-inputs // INPUTS)
+        return 2 * (1024 * steps + 64 + 64 * 2 * steps)
+
+
+def torch_linear(x: Tensor, weight: Quantised, bias: Tensor | None, out: Tensor) -> None:
+    """Takes the weight back to the format of x in each call: right for any number of rows, slow for a few."""
+    torch_kernels.linear(x, weight.whole(x.dtype), bias, out)
+
+
+def torch_experts(
+    x: Tensor, gate_up: Quantised, down: Quantised, ids: Tensor, weights: Tensor, workspace: Workspace, out: Tensor
+) -> None:
+    joined = gate_up.whole(x.dtype).flatten(-3, -2)
+    torch_kernels.experts(x, joined, down.whole(x.dtype), ids, weights, workspace, out)
+
+
+def _spec(
+    op: str, name: str, dtypes: frozenset[Dtype], run: Callable[..., Any], priority: int, **more: Any
+) -> KernelSpec:
+    return KernelSpec(
+        op=op,
+        name=name,
+        dtypes=dtypes,
+        device="cpu",
+        call=run,
+        priority=priority,
+        weights=frozenset(GROUPS),
+        layout="bytes",
+        **more,
+    )
+
+
+def _specs(form: native.Form, kind: native.Kind) -> tuple[KernelSpec, ...]:
+    kernels, amx = Int8Kernels(form, kind), form is native.AMX
+    return tuple(
+        _spec(
+            op,
+            f"{form.name}-{kind}-int8",
+            frozenset({DTYPES[kind]}),
+            run,
+            AMX_PRIORITY if amx else FORM_PRIORITY[form],
+            features=frozenset({form.feature}),
+            most_rows=None if amx else MOST_PRODUCT_ROWS,
+            recordable=True,
+        )
+        for op, run in (("linear", kernels.linear), ("experts", kernels.experts))
+    )
+
+
+_FORMATS: frozenset[Dtype] = frozenset({"float32", "float64", "bfloat16"})
+SPECS: tuple[KernelSpec, ...] = (
+    *(_spec(op, "torch-int8", _FORMATS, run, 0) for op, run in (("linear", torch_linear), ("experts", torch_experts))),
+    *(spec for form in native.forms_here() for kind in form.kinds for spec in _specs(form, kind)),
+)

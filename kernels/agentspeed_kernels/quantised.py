@@ -1,0 +1,80 @@
+"""Weights in 8 bits: symmetric, with a scale for each output, or for each group of 32 inputs of an output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+
+WeightFormat = Literal["int8", "int8-32"]
+GROUPS: dict[WeightFormat, int] = {"int8": 0, "int8-32": 32}
+"""Inputs that share a scale; 0: all of an output."""
+OUTPUTS, INPUTS, DEEP = 16, 64, 4
+"""Of a tile: 1 KB. DEEP inputs of an output are neighbours, as instructions that multiply bytes want them."""
+MIDDLE = 128
+"""Of a stored byte: it stands for weight 0."""
+_MOST = 127
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Quantised:
+    """A weight [..., N, K] as bytes [..., N / 16, K / 64, 16, 16, 4], each `MIDDLE` above what it stands for: row i of
+    a tile has inputs 4i to 4i + 3 of 16 outputs. N and K are padded with zeros to whole tiles."""
+
+    data: Tensor
+    scales: Tensor
+    """float32 [..., G, N in whole tiles]: of each group of inputs; G is 1 where all share one."""
+    group: int
+    """Inputs that share a scale; 0: all."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    """Of the weight before, in which `rows` gives it back."""
+
+    def data_ptr(self) -> int:
+        return self.data.data_ptr()
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + self.scales.nbytes
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows `ids` [T] of a weight [N, K], as [T, K]: a tied embedding is looked up in the head's own weight."""
+        held = self.data[ids // OUTPUTS, :, :, ids % OUTPUTS].reshape(ids.shape[0], -1)
+        scales = self.scales[:, ids].T
+        return self._scaled(held, scales).to(self.dtype)
+
+    def whole(self, dtype: torch.dtype | None = None) -> Tensor:
+        """[..., N, K]: what the bytes stand for."""
+        *front, tiles, steps, _, _, _ = self.data.shape
+        held = self.data.movedim(-2, -4).reshape(*front, tiles * OUTPUTS, steps * INPUTS)
+        rows = self._scaled(held, self.scales.transpose(-1, -2))
+        return rows[..., : self.shape[-2], :].to(dtype or self.dtype).contiguous()
+
+    def _scaled(self, held: Tensor, scales: Tensor) -> Tensor:
+        """`held` [..., K in whole tiles] by `scales` [..., G]."""
+        if self.group:
+            scales = scales.repeat_interleave(self.group, -1)
+        return (held[..., : self.shape[-1]].float() - MIDDLE) * scales[..., : self.shape[-1]]
+
+
+def quantise(weight: Tensor, group: int = 0, parts: int = 1) -> Quantised:
+    """[..., N, K] in any format. `parts`: matrices of equal height that N joins (gate and up), each of which begins a
+    tile of its own, as a dimension before N. A weight that is not finite gives what is not finite either."""
+    if parts > 1:
+        weight = weight.reshape(*weight.shape[:-2], parts, -1, weight.shape[-1])
+    if weight.dim() > 2:  # one matrix after the other: floats of all experts at once would be twice the model
+        made = [quantise(one, group) for one in weight]
+        data, scales = torch.stack([one.data for one in made]), torch.stack([one.scales for one in made])
+        return Quantised(data, scales, group, tuple(weight.shape), weight.dtype)
+    outputs, inputs = weight.shape[-2:]
+    tiles, steps = -(-outputs // OUTPUTS), -(-inputs // INPUTS)
+    padding = (0, steps * INPUTS - inputs, 0, tiles * OUTPUTS - outputs)
+    padded = torch.nn.functional.pad(weight.float(), padding)
+    groups = padded.view(tiles * OUTPUTS, -1, group or steps * INPUTS)
+    scales = groups.abs().amax(-1, keepdim=True) / _MOST
+    whole = (groups / scales.where(scales > 0, 1)).round_().add_(MIDDLE).nan_to_num_(MIDDLE).to(torch.uint8)
+    data = whole.view(tiles, OUTPUTS, steps, INPUTS // DEEP, DEEP).permute(0, 2, 3, 1, 4).contiguous()
+    return Quantised(data, scales.squeeze(-1).T.contiguous(), group, tuple(weight.shape), weight.dtype)

@@ -1,0 +1,63 @@
+"""Cases of the ops of grouped-query attention, for the conformance suite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from agentspeed_kernels.reference import grouped
+from agentspeed_kernels.tiles import TilePlan
+from agentspeed_kernels.workspace import Workspace
+
+Pairs = list[tuple[Tensor, Tensor]]
+
+
+class Draws(Protocol):
+    """Seeded tensors in a case's format and manner."""
+
+    rows: int
+    rope: int
+    heads: int
+
+    def tensor(self, *shape: int) -> Tensor: ...
+    def gain(self, width: int) -> Tensor: ...
+    def angles(self) -> tuple[Tensor, Tensor]: ...
+    def empty(self, *shape: int) -> Tensor: ...
+
+
+def qkv_append(call: Callable[..., Any], draw: Draws) -> Pairs:
+    """Queries and keys with norms of their heads, with one of them, and without."""
+    width, groups, heads = draw.rope, draw.heads, 2 * draw.heads
+    qkv = draw.tensor(draw.rows, heads + 2 * groups + 1, width)[:, 1:]
+    (cos, sin), slots = draw.angles(), torch.randperm(120, generator=torch.Generator().manual_seed(3))[: draw.rows]
+    pairs: Pairs = []
+    for q_gain, k_gain in ((None, None), (draw.gain(width), draw.gain(width)), (None, draw.gain(width))):
+        pools = [draw.empty(3, 40, groups * width).nan_to_num_(0.5) for _ in range(2)]
+        q, given = draw.empty(draw.rows, heads, width), (qkv, q_gain, k_gain, 1e-6, cos, sin, slots)
+        wanted = grouped.qkv_append(*given, heads, *pools)
+        call(*given, q, *pools)
+        pairs += zip((q, *pools), wanted, strict=True)
+    return pairs
+
+
+def gqa(call: Callable[..., Any], draw: Draws, attentions: Sequence[tuple[Tensor, TilePlan]]) -> Pairs:
+    """Each head of the pools by one head of queries, by several, and by all; in small pages and in long ones."""
+    pairs: Pairs = []
+    shapes = ((draw.heads, draw.heads), (2 * draw.heads, draw.heads), (draw.heads, 1))
+    for (latents, tiles), (heads, groups) in product(attentions, shapes):
+        width = 2 * draw.rope
+        # What no token was written to is no number in the pools either.
+        unwritten = latents[..., :1].isnan()
+        key_pool, value_pool = (
+            draw.tensor(*latents.shape[:2], groups * width).masked_fill_(unwritten, float("nan")) for _ in range(2)
+        )
+        q = draw.tensor(draw.rows, heads + 1, width)[:, :heads]
+        out = draw.tensor(draw.rows, heads, width)
+        wanted = grouped.gqa(q, key_pool, value_pool, tiles, width**-0.5, out)
+        call(q, key_pool, value_pool, tiles, width**-0.5, Workspace(), out)
+        pairs.append((out, wanted))
+    return pairs
