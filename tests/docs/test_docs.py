@@ -83,3 +83,11 @@ def test_the_shortened_engine_has_the_names_of_the_real_one() -> None:
             assert [name for name in methods if not hasattr(real, name)] == [], node.name
             slots = {*getattr(real, "__slots__", ()), *vars(real)}
             assert [name for name in fields if name not in slots] == [], node.name
+
+
+def test_every_decision_has_a_number_of_its_own_and_begins_with_it() -> None:
+    pages = sorted((ROOT / "docs" / "decisions").glob("*.md"))
+    numbers = [page.name[:4] for page in pages]
+    assert len(set(numbers)) == len(numbers) > 20
+    for page, number in zip(pages, numbers, strict=True):
+        assert page.read_text(encoding="utf-8").startswith(f"# {number} "), page.name
