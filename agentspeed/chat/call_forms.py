@@ -32,7 +32,8 @@ def call_format(frames: Frames, opened: Callable[[str], str]) -> CallFormat | No
     if name_at is None:
         return None
     shown = frames.skeletons.script([USER, ANSWER]).tail
-    two = _several(frames, word)
+    most = _most(frames, word, one.tail)
+    two = _several(frames, word, 2) if most > 1 else None
     beside = _beside(frames, word)
     rest = list(region[name_at + 1 :])
     lead = beside[: -len(start)] if beside is not None and start and beside.endswith(start) else ""
@@ -51,7 +52,8 @@ def call_format(frames: Frames, opened: Callable[[str], str]) -> CallFormat | No
             "lead": lead + space,
             "numbered": numbered or form.numbered,
             "text_beside": beside is not None,
-            "most": MAX_CALLS if two is not None else 1,
+            "restarts": form.numbered and not numbered,
+            "most": most,
         }
     )
 
@@ -66,11 +68,20 @@ class _Parts:
     """What follows the last content of a message without calls."""
 
 
-def _several(frames: Frames, word: str) -> Script | None:
+def _several(frames: Frames, word: str, count: int) -> Script | None:
     try:
-        return frames.skeletons.script([USER, Shape("assistant", text=False, calls=(word, word))])
+        return frames.skeletons.script([USER, Shape("assistant", text=False, calls=(word,) * count)])
     except ValueError:
         return None
+
+
+def _most(frames: Frames, word: str, tail: str) -> int:
+    """How many calls a message may have: templates end one of several otherwise, by mistake, than they end one."""
+    for count in (2, 3):
+        script = _several(frames, word, count)
+        if script is None or script.tail != tail:
+            return count - 1
+    return MAX_CALLS
 
 
 def _beside(frames: Frames, word: str) -> str | None:

@@ -57,6 +57,8 @@ class CallFormat:
     """JSON has a space after each comma and colon."""
     numbered: bool = False
     """A name is written `functions.NAME:NUMBER`, which is the call's id."""
+    restarts: bool = False
+    """The template counts the calls of each message anew, whatever their ids are."""
     text_beside: bool = True
     """A message may have both text and calls."""
     most: int = MAX_CALLS

@@ -262,6 +262,11 @@ class ChatCodec:
         return self._opening.wrapped(tools)
 
     @property
+    def has_calls(self) -> bool:
+        """Whether the template writes calls; else they stand in the log in a form of our own."""
+        return self._calls
+
+    @property
     def as_text(self) -> bool:
         """Whether the template takes the arguments of calls as text, or as an object."""
         return self._frames.skeletons.as_text
@@ -294,7 +299,10 @@ class ChatCodec:
                 case Assistant(text=text, reasoning=reasoning, tool_calls=calls):
                     fields = {"text": text, "reasoning": reasoning}
                     for number, call in enumerate(calls):
-                        ids[call.id] = numbered_id(call, count) if self._format.numbered else call.id
+                        if self._format.restarts and not message.raw:
+                            ids[call.id] = f"functions.{call.name}:{number}"
+                        else:
+                            ids[call.id] = numbered_id(call, count) if self._format.numbered else call.id
                         fields |= {f"name{number}": call.name, f"id{number}": ids[call.id]}
                         fields |= {f"arguments{number}": self._format.styled(call)}
                         if self._calls and not self._frames.skeletons.as_text:
@@ -489,7 +497,10 @@ class ChatCodec:
         opened, closed = think
         form = self._format
         tail = self._frames.closing([USER, ANSWER])
-        text_end = tail if tools and self._calls and tail and form.opening.startswith(tail) else ""
+        follows = tools and self._calls and tail and form.opening.startswith(tail)
+        # Only where something else can end the turn.
+        ends = self._model.end_ids - set(self._frames.text_ids(tail)[:1])
+        text_end = tail if follows and ends else ""
         texts = [form.opening, form.name_end, form.call_close, form.joint, form.section_close, opened, closed, text_end]
         if form.keys is not None:
             texts += [form.keys.key_open, form.keys.text_open, form.keys.json_open, form.keys.value_close]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -54,9 +55,9 @@ class ChatTemplate:
         clock = now or self.loaded
         try:
             return str(
-                template.render(
-                    messages=messages,
-                    tools=tools,
+                template.render(  # of copies: a template may keep lists of its own, and write into what it is given
+                    messages=deepcopy(messages),
+                    tools=deepcopy(tools),
                     add_generation_prompt=generate,
                     strftime_now=clock.strftime,
                     **self.constants,
@@ -156,7 +157,7 @@ def _environment() -> Any:
     from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.sandbox import SandboxedEnvironment
 
     class Generation(Extension):
         """`{% generation %}` tells trainers what the model says; for rendering it is what stands inside."""
@@ -170,9 +171,7 @@ def _environment() -> Any:
     def refuse(reason: str) -> None:
         raise TemplateError(reason)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
-    )
+    environment = SandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation])
     environment.filters["tojson"] = _tojson
     environment.filters["from_json"] = json.loads
     environment.globals["raise_exception"] = refuse

@@ -102,8 +102,12 @@ def trims(frames: Frames, form: CallFormat | None) -> dict[Place, Trim]:
 def problem(frames: Frames, form: CallFormat | None, *, reasoning: bool) -> str | None:
     """What is not as the template writes it, on conversations made up at random (the same at every load)."""
     chance = random.Random(20)
-    for _ in range(_CONVERSATIONS):
-        shapes, contents = conversation(chance, frames, form, reasoning=reasoning, most=_LONGEST)
+    made = [conversation(chance, frames, form, reasoning=reasoning, most=_LONGEST) for _ in range(_CONVERSATIONS)]
+    if form is not None:
+        call = _call(frames.skeletons, frames.skeletons.as_text)
+        steps = [USER, call, RESULT, call, RESULT, ANSWER, USER]
+        made.append((steps, [_neutral(shape) for shape in steps]))
+    for shapes, contents in made:
         try:
             script = frames.skeletons.script(shapes)
             _ = frames.parts(shapes, 0)
@@ -111,6 +115,8 @@ def problem(frames: Frames, form: CallFormat | None, *, reasoning: bool) -> str 
                 _ = frames.parts(shapes, length)
             if not open_calls(shapes):
                 _ = frames.prompt(shapes)
+            if form is not None:
+                _check_calls(form, script, shapes)
             slots = _filled(frames, script, shapes, contents)
             whole = frames.skeletons.rendered(shapes, contents)
         except ValueError as error:
@@ -119,6 +125,23 @@ def problem(frames: Frames, form: CallFormat | None, *, reasoning: bool) -> str 
             at = next((n for n, (a, b) in enumerate(zip(slots, whole, strict=False)) if a != b), len(slots))
             return f"it rewrites what is said: {whole[max(0, at - 20) : at + 20]!r}"
     return None
+
+
+def _check_calls(form: CallFormat, script: Script, shapes: Sequence[Shape]) -> None:
+    """Raises ValueError where a call does not begin as the first one of a conversation does."""
+    for place, shape in enumerate(shapes):
+        region = script.regions[place]
+        for number in range(len(shape.calls)):
+            named = ((place, f"name{number}"), (place, f"id{number}"))
+            at = next(n for n, part in enumerate(region) if part.slot in named)
+            before = region[at - 1].text if at and region[at - 1].slot is None else ""
+            wanted = form.joint + form.call_open if number else form.opening
+            if not before.removesuffix("functions." if form.numbered else "").endswith(wanted):
+                raise ValueError(f"a call after {_told_roles(shapes[:place])} begins with {before!r}, not {wanted!r}")
+
+
+def _told_roles(shapes: Sequence[Shape]) -> str:
+    return ", ".join("a call" if shape.calls else "a result" if shape == RESULT else shape.role for shape in shapes)
 
 
 def conversation(

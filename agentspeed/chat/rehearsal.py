@@ -188,8 +188,8 @@ def as_dicts(codec: ChatCodec, messages: Sequence[Message]) -> list[dict[str, An
                 said: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else codec.empty}
                 if reasoning:
                     said["reasoning_content"] = reasoning
-                for call in calls:
-                    number = len(ids)
+                for place, call in enumerate(calls):
+                    number = place if codec.tags.calls.restarts else len(ids)
                     ids[call.id] = f"functions.{call.name}:{number}" if codec.tags.calls.numbered else call.id
                     arguments = call.arguments if codec.as_text else json.loads(call.arguments)
                     function = {"name": call.name, "arguments": arguments}
@@ -217,7 +217,7 @@ def converse(log: Log, chance: random.Random, *, most: int = 12, compared: bool 
         if not log.mirror.spans or chance.random() < 0.3:
             log.add(User(chance.choice(WORDS)))
             continue
-        made = chance.randint(0, min(3, form.most)) if log.tools else 0
+        made = chance.randint(0, min(3, form.most)) if log.tools and log.codec.has_calls else 0
         beside = not made or (form.text_beside and chance.random() < 0.5)
         count = len([span for span in log.mirror.spans if isinstance(span.message, Assistant)])
         style = (", ", ": ") if form.spaced else (",", ":")

@@ -1,0 +1,84 @@
+"""Rarer traits of published templates: numbers that begin anew, lists of a template's own, calls that begin twice."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from agentspeed import Assistant, ToolCall, ToolMessage, User, errors
+from agentspeed.chat.rehearsal import converse, rehearse
+from tests.support.chat_templates import FAMILIES
+from tests.support.conversations import folder_of, log_of
+
+KIMI = FAMILIES["kimi k2"]
+COUNTED = KIMI.template.replace("c.id", "'functions.' + c.function.name + ':' + loop.index0 | string")
+QUEUED = (
+    KIMI.template.replace("namespace(last=-1)", "namespace(last=-1, ids=[], count=0)")
+    .replace("c.id", "s.ids[-1]")
+    .replace(
+        "{{- '<|tool_calls_section_begin|>' if loop.first -}}",
+        "{{- '<|tool_calls_section_begin|>' if loop.first -}}"
+        "{%- set _ = s.ids.append('functions.' + c.function.name + ':' + s.count | string) -%}"
+        "{%- set s.count = s.count + 1 -%}",
+    )
+    .replace("m.tool_call_id", "s.ids.pop(0)")
+)
+DEEPSEEK = FAMILIES["deepseek v3"]
+ONCE = DEEPSEEK.template.replace("namespace(results=false)", "namespace(results=false, begun=false)").replace(
+    "{{- '<｜tool▁calls▁begin｜>' if loop.first else '\n' -}}",
+    "{{- '\n' if s.begun else '<｜tool▁calls▁begin｜>' -}}{%- set s.begun = true -%}",
+)
+"""A section of calls begins with the first call of a conversation, and with no later one."""
+TWICE = DEEPSEEK.template.replace(
+    "{{- '<｜tool▁calls▁end｜>' if loop.last -}}", "{{- '<｜tool▁calls▁end｜>' if not loop.first -}}"
+)
+"""A single call has no end of its section, the third of three has two."""
+
+
+@pytest.mark.parametrize("template", [COUNTED, QUEUED], ids=["anew in each message", "in a list of its own"])
+def test_a_result_names_its_call_as_the_template_counted_it(tmp_path: Path, template: str) -> None:
+    folder = folder_of(tmp_path / "m", template, KIMI.controls)
+    for seed in range(12):
+        converse(log_of(folder, reasoning=False, system=None, tools=True), random.Random(seed))
+    log = log_of(folder, reasoning=False, system=None, tools=True)
+    for number in range(2):
+        call = ToolCall(id=f"c{number}", name="look_up", arguments="{}")
+        log.add(User("Go."), Assistant("", (call,)), ToolMessage(call_id=call.id, name="look_up", text="1"))
+    shown = log.codec.tokenizer.text(list(log.mirror.ids))
+    assert shown.count("Return of functions.look_up:0") == (2 if template == COUNTED else 1)
+
+
+def test_a_template_that_begins_later_calls_otherwise_holds_no_tools(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "m", ONCE, DEEPSEEK.controls)
+    _ = log_of(folder, reasoning=False, system=None, tools=False)
+    with pytest.raises(errors.InvalidRequest, match="a call after user, a call, a result begins with"):
+        _ = log_of(folder, reasoning=False, system=None, tools=True)
+
+
+def test_calls_are_as_many_as_a_template_ends_alike(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "m", TWICE, DEEPSEEK.controls)
+    log = log_of(folder, reasoning=False, system=None, tools=True)
+    assert log.codec.tags.calls.most == 1
+    for seed in range(6):
+        converse(log_of(folder, reasoning=False, system=None, tools=True), random.Random(seed))
+
+
+def test_what_ends_a_turn_stays_so_where_nothing_else_could_end_it(tmp_path: Path) -> None:
+    """GigaChat's calls follow the mark that ends a message; a model whose only end it is writes no call after text."""
+    family = FAMILIES["gigachat 3"]
+    folder = folder_of(tmp_path / "m", family.template, family.controls, end="<|message_sep|>")
+    log = log_of(folder, reasoning=False, system=None, tools=True)
+    assert log.codec.stop_ids == (log.codec.tokenizer.token_id("<|message_sep|>"),)
+    converse(log, random.Random(1))
+
+
+def test_a_rehearsal_tells_of_each_kind_of_session_what_it_holds_and_why_not(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "m", ONCE, DEEPSEEK.controls)
+    told = list(rehearse(folder, 2))
+    assert [one.kind for one in told] == [
+        "no tools, no system text", "no tools, a system text", "tools, no system text", "tools, a system text",
+    ]  # fmt: skip
+    assert [one.holds for one in told] == [True, True, False, False]
+    assert "begins with" in told[2].refused and told[0].equal == told[0].conversations == 2
