@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -172,6 +173,39 @@ def env(model: Model = None) -> None:
         typer.echo(describe(model))
 
     run(show)
+
+
+@app.command()
+def models(
+    model: Annotated[
+        str | None, typer.Argument(help="A model folder or repository id; nothing: the families that run.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Of a repository: a branch, a tag or a commit.")] = None,
+    check_template: Annotated[
+        bool, typer.Option("--check-template", help="Play random conversations of every kind against the template.")
+    ] = False,
+    conversations: Annotated[int, typer.Option(min=1, help="Of each kind, with --check-template.")] = 40,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
+) -> None:
+    """What a model is, what it needs here and how its template is spoken: reasoning, tools, calls, and what is refused
+    and why. Of a repository configurations and the tokenizer are fetched, never weights.
+
+    Example:  agentspeed models
+    Example:  agentspeed models ./model
+    Example:  agentspeed models ./model --check-template
+
+    The status is 2 for a model that does not run or cannot be talked to, and, with --check-template, when a
+    conversation is not in the log as the template writes it, id by id."""
+    from agentspeed.cli.models import Shown, listed
+
+    with reported():
+        if model is None and not check_template:
+            typer.echo(listed(as_json=as_json))
+            return
+        shown = Shown(model, revision=revision, conversations=conversations if check_template else 0)
+        typer.echo(json.dumps(shown.fields(), ensure_ascii=False) if as_json else shown.text())
+    if not shown.sound:
+        raise typer.Exit(EXIT_REFUSED)
 
 
 @app.command()

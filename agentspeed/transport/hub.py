@@ -20,16 +20,18 @@ from agentspeed.transport.error_map import public_error
 _CONFIGS = ("config.json", "generation_config.json", "hf_quant_config.json", "quantize_config.json",
             "quant_config.json")  # fmt: skip
 """What tells whether a model runs."""
-_TEXT = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_TEXT = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json",
+         "additional_chat_templates/*.jinja")  # fmt: skip
 _TIKTOKEN = "tiktoken.model"
 """The tokenizer of models that have no tokenizer.json."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Path:
+def resolve(model: str | os.PathLike[str], revision: str | None = None, *, weights: bool = True) -> Path:
     """The folder of a model, absolute and with all links followed, so that it stays the same after `chdir`.
 
-    `revision` is a branch, a tag or a commit of a repository; None is its main branch. Blocks, for as long as a
+    `revision` is a branch, a tag or a commit of a repository; None is its main branch. Without `weights` only what
+    tells of a repository's model and its text is fetched. Blocks, for as long as a
     download takes. Raises `ModelBroken`, `ModelUnsupported`, `InvalidRequest` or `ExtraMissing`, with what to do.
     """
     text = os.fspath(model)
@@ -53,7 +55,7 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Path:
         )
     if folder.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1:
         raise errors.ModelBroken(f"{text} is not a folder.", remedy="Give a Hugging Face model folder or owner/name.")
-    return _fetched(_Repository(text, revision))
+    return _fetched(_Repository(text, revision), weights=weights)
 
 
 @final
@@ -86,7 +88,7 @@ class _Repository:
         return folder
 
 
-def _fetched(repository: _Repository) -> Path:
+def _fetched(repository: _Repository, *, weights: bool) -> Path:
     folder = repository.get(_CONFIGS)
     if not (folder / "config.json").is_file():
         raise errors.ModelBroken(
@@ -102,9 +104,11 @@ def _fetched(repository: _Repository) -> Path:
                 f"{repository.name} has neither a tokenizer.json nor a {_TIKTOKEN}.",
                 remedy="Give a repository that has its tokenizer.",
             )
-    weights = _weight_names(folder)
-    folder = repository.get(weights)
-    missing = [name for name in weights if not (folder / name).is_file()]
+    if not weights:
+        return folder.resolve()
+    names = _weight_names(folder)
+    folder = repository.get(names)
+    missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise errors.ModelBroken(
             f"{repository.name} lacks {len(missing)} files of weights, first {missing[0]}.",

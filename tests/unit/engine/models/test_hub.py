@@ -181,6 +181,12 @@ def test_only_the_shards_that_the_index_names_are_fetched(hub: Hub, model: dict[
     assert set(hub.fetched[-2:]) == set(shards)
 
 
+def test_who_asks_what_a_model_is_fetches_no_weights(hub: Hub, model: dict[str, bytes]) -> None:
+    _ = hub.publish("main", model)
+    folder = resolve(REPO, weights=False)
+    assert (folder / "tokenizer.json").is_file() and not [name for name in hub.fetched if "safetensors" in name]
+
+
 def test_an_index_that_leaves_the_folder_fetches_nothing_more(hub: Hub, model: dict[str, bytes]) -> None:
     files = {name: held for name, held in model.items() if name != "model.safetensors"}
     index = {"weight_map": {"a": "../../secrets.safetensors"}}

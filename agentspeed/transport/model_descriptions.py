@@ -1,0 +1,122 @@
+"""The border to the engine's catalog: what a model folder holds and what of it fits here, from its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, final
+
+from agentspeed.transport.error_map import converted
+
+Dtype = Literal["bfloat16", "float32", "float64"]
+DTYPES: tuple[Dtype, ...] = ("bfloat16", "float32", "float64")
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class InDtype:
+    """A model in one format on this machine's CPU memory, with the engine's other options as they are by default."""
+
+    weight_bytes: int
+    cache_bytes_per_token: int
+    context: int
+    """Tokens of the largest context that an engine gives; 0 where it does not start."""
+    pool_tokens: int
+    """Of all contexts together."""
+    refused: str
+    """Why it does not start; empty where it does."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class ModelDescription:
+    """What a configuration says; no weight was read."""
+
+    model_type: str
+    family: str
+    attention: str
+    notice: str
+    parameters: int
+    layers: int
+    vocab_size: int
+    context_limit: int
+    stored: str
+    """How the checkpoint says its weights are stored."""
+    memory_bytes: int
+    memory_owner: str
+    in_dtype: Mapping[str, InDtype]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class FamilyLine:
+    """One family that runs."""
+
+    name: str
+    model_types: tuple[str, ...]
+    attention: str
+
+
+def families() -> tuple[FamilyLine, ...]:
+    """In the registry's order."""
+    from agentspeed_engine.models.registry import FAMILIES
+
+    return tuple(FamilyLine(family.name, family.model_types, family.attention) for family in FAMILIES)
+
+
+def description(folder: Path) -> ModelDescription:
+    """Raises `ModelUnsupported` and `ModelBroken` as an engine would, before any weight is read."""
+    from agentspeed_engine.models.catalog import describe, read_source
+    from agentspeed_engine.serve.memory_limit import memory_limit
+
+    with converted():
+        source, info, memory = read_source(folder), describe(folder), memory_limit()
+        return ModelDescription(
+            model_type=info.model_type,
+            family=info.family,
+            attention=source.family.attention,
+            notice=info.notice,
+            parameters=info.parameters,
+            layers=info.layers,
+            vocab_size=info.vocab_size,
+            context_limit=info.context_limit,
+            stored=_stored(info.config),
+            memory_bytes=memory.bytes,
+            memory_owner=memory.owner,
+            in_dtype={dtype: _in_dtype(folder, dtype) for dtype in DTYPES},
+        )
+
+
+def _in_dtype(folder: Path, dtype: Dtype) -> InDtype:
+    from agentspeed_engine.errors import EngineFault
+    from agentspeed_engine.models.catalog import describe
+    from agentspeed_engine.serve.options import EngineOptions
+    from agentspeed_engine.serve.sizing import sizes
+
+    options = EngineOptions(model=str(folder), dtype=dtype)
+    info = describe(folder, dtype=dtype, page_tokens=options.page_tokens)
+    try:
+        pages, context = sizes(options, info.context_limit, info.bytes_per_page, info.parameters)
+        refused = ""
+    except EngineFault as fault:
+        pages, context, refused = 0, 0, f"{fault.message} {fault.remedy}"
+    return InDtype(
+        weight_bytes=info.weight_bytes,
+        cache_bytes_per_token=info.kv.bytes_per_token,
+        context=context,
+        pool_tokens=pages * options.page_tokens,
+        refused=refused,
+    )
+
+
+def _stored(config: Mapping[str, object]) -> str:
+    inner = config.get("text_config")
+    for held in (config, inner if isinstance(inner, dict) else {}):
+        scheme = held.get("quantization_config")
+        if isinstance(scheme, dict):
+            return str(scheme.get("quant_method", "quantised"))
+        named = held.get("dtype") or held.get("torch_dtype")
+        if named:
+            return str(named)
+    return "a format that config.json does not name"
