@@ -15,14 +15,10 @@ from typing import Any
 
 import pytest
 
+from tests.support.loops import LOOPS
 from tests.support.random_checkpoint import make_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
-LOOPS = {
-    "asyncio": ("asyncio", {"use_uvloop": False}),
-    "uvloop": ("asyncio", {"use_uvloop": True}),
-    "trio": ("trio", {}),
-}
 
 
 @pytest.fixture(params=LOOPS.values(), ids=LOOPS.keys())

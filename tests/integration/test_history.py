@@ -13,6 +13,7 @@ from agentspeed import Engine, Session, errors
 from agentspeed.history import Conversation, History, Limits
 from agentspeed.messages import Assistant, Message, ToolCall, ToolMessage, User
 from agentspeed.tools import tool
+from tests.support.loops import without_uvloop as without_uvloop
 
 pytestmark = pytest.mark.anyio
 

@@ -12,6 +12,7 @@ import pytest
 from agentspeed import Engine, Session
 from agentspeed.transport import engine_process
 from tests.support.engine_client import alive, until
+from tests.support.loops import on_asyncio as on_asyncio
 
 pytestmark = pytest.mark.anyio
 

@@ -10,6 +10,7 @@ from agentspeed import Session, errors
 from agentspeed.message_formats.misfit import MessageMisfit
 from agentspeed.testing import ScriptedEngine
 from agentspeed.tools import tool
+from tests.support.loops import without_uvloop as without_uvloop
 
 pytestmark = pytest.mark.anyio
 

@@ -11,6 +11,7 @@ import pytest
 from agentspeed import tool
 from agentspeed._core.branch import Branch
 from agentspeed.testing import ScriptedEngine, tool_call
+from tests.support.loops import without_uvloop as without_uvloop
 
 pytestmark = pytest.mark.anyio
 

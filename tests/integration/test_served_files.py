@@ -16,6 +16,7 @@ from agentspeed.transport.base import Transport, wire
 from agentspeed.transport.in_thread import ThreadTransport
 from agentspeed.transport.model_files import fetch_model_files
 from agentspeed_engine.serve import model_files
+from tests.support.loops import without_uvloop as without_uvloop
 
 pytestmark = pytest.mark.anyio
 

@@ -10,6 +10,7 @@ import anyio
 import pytest
 
 from agentspeed import Assistant, Engine, Session, User, errors, events
+from tests.support.loops import without_uvloop as without_uvloop
 
 pytestmark = pytest.mark.anyio
 

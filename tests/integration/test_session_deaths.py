@@ -13,6 +13,7 @@ import pytest
 from agentspeed import Engine, Session, errors
 from agentspeed.transport.engine_process import ATTACH, EngineProcess, EngineSlot
 from agentspeed_engine.protocol import messages as wire
+from tests.support.loops import without_uvloop as without_uvloop
 
 pytestmark = pytest.mark.anyio
 

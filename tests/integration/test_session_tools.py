@@ -11,6 +11,7 @@ from pydantic import BaseModel, field_validator
 from agentspeed import Assistant, Session, ToolCall, ToolContext, ToolMessage, User, errors, events, tool
 from agentspeed.chat.transcript import NO_RESULT
 from agentspeed.testing import ScriptedEngine, say, tool_call
+from tests.support.loops import without_uvloop as without_uvloop
 
 pytestmark = pytest.mark.anyio
 

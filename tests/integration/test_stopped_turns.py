@@ -11,6 +11,7 @@ import anyio
 import pytest
 
 from agentspeed import Engine, Session, errors, events, tool
+from tests.support.loops import without_uvloop as without_uvloop
 
 pytestmark = pytest.mark.anyio
 

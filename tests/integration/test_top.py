@@ -261,12 +261,12 @@ def test_an_engine_that_hangs_keeps_its_last_picture_and_neither_ends_nor_delays
             _ = frame()
             clocks: dict[int, list[float]] = {hung.pid: [], well.pid: []}
             silent = 0.0
-            for _ in range(8):
+            for _ in range(4):
                 for one in frame()["engines"]:
                     clocks[one["pid"]].append(one["clock"])
                     silent = max(silent, one["silent_seconds"])
-        assert len(set(clocks[hung.pid][2:])) == 1 and silent > 6.0
-        assert len(clocks[well.pid]) == 8
+        assert len(set(clocks[hung.pid][2:])) == 1 and silent > 2.0
+        assert len(clocks[well.pid]) == 4
         assert max(later - earlier for earlier, later in pairwise(clocks[well.pid])) < 2.5
         after = [one for _ in range(4) for one in frame()["engines"] if one["pid"] == hung.pid]
         assert after[-1]["silent_seconds"] == 0.0 and after[-1]["clock"] > clocks[hung.pid][-1]

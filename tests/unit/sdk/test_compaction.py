@@ -8,6 +8,7 @@ import pytest
 
 from agentspeed import Session, User, errors, tool
 from agentspeed.testing import ScriptedEngine, tool_call
+from tests.support.loops import without_uvloop as without_uvloop
 
 pytestmark = pytest.mark.anyio
 

@@ -9,6 +9,7 @@ import pytest
 
 from agentspeed import Limits, errors, events, tool
 from agentspeed.testing import ScriptedEngine, ScriptedText, say, tool_call
+from tests.support.loops import without_uvloop as without_uvloop
 
 pytestmark = pytest.mark.anyio
 ran: list[int] = []

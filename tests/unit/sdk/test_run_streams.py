@@ -12,6 +12,7 @@ from agentspeed import Session, errors, events, tool
 from agentspeed._base.background import Background
 from agentspeed.testing import ScriptedEngine, ScriptedText, say, tool_call
 from agentspeed.testing.scripted import Turn
+from tests.support.loops import without_uvloop as without_uvloop
 
 pytestmark = pytest.mark.anyio
 CALL = tool_call("slow", x=1)
