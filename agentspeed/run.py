@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, Final, Literal, cast, final
 
 import anyio
@@ -12,9 +13,10 @@ import anyio
 from agentspeed import agent_loop, errors, events
 from agentspeed._base.validate import check_count, check_seconds, is_whole, shown
 from agentspeed._core.options import RunOptions, TurnOptions, build_request, turn_options
-from agentspeed._core.session_core import SessionCore
+from agentspeed._core.session_core import SessionCore, written
 from agentspeed.limits import LimitName, Limits
 from agentspeed.messages import Message, ToolCall, ToolMessage
+from agentspeed.observing import Ending
 from agentspeed.replies import Reply
 from agentspeed.replies import Result as Result
 from agentspeed.tools import Tool, ToolBatch, ToolResult, ToolSession, tools_from
@@ -86,6 +88,16 @@ class Run:
         """Raises `OutputError` when the answer was still not an `output` after the retries, or a turn was cut inside a
         call; `TurnTimeout` when `limits.seconds` went before the first turn had ended; and what a tool with
         `on_error="raise"` raised, once every call has its result in the log."""
+        watch = self._core.watch("run", content=lambda: written(prompt))
+        try:
+            result = await self._driven(prompt)
+        except BaseException as error:
+            watch.ended(partial(Ending, usage=self._core.usage - self._before, error=error))
+            raise
+        watch.ended(lambda: Ending(usage=result.usage, reason=result.reason, content=lambda: result.text))
+        return result
+
+    async def _driven(self, prompt: tuple[Message, ...]) -> Result[Any]:
         self._before = self._core.usage
         outcome: agent_loop.Outcome | None = None
         with anyio.CancelScope(deadline=self._deadline()) as scope:
@@ -192,6 +204,8 @@ class Run:
         )
         async with Turn[Any](core, request) as turn:
             try:
+                if self._on_event is None and self._caught_up is None:
+                    await turn.follow()
                 async for event in turn:
                     self._tell(event)
                     if self._caught_up is not None and not isinstance(event, events.TurnFinished):
@@ -249,6 +263,9 @@ class Run:
             approve_at_once=self._approve_at_once,
             started=started,
             arrived=arrived,
+            watch=lambda call: core.watch(
+                "tool", tool=call.name, call_id=call.id, content=lambda: call.arguments or "{}"
+            ),
         )
         messages: tuple[ToolMessage, ...] = ()
         with core.doing("a tool"):  # what it says meanwhile would come between a call and its result

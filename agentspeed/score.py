@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -24,6 +25,8 @@ class Score:
     """Of the text, as the tokenizer writes it; the end of the message is not among them."""
     logprobs: tuple[float, ...]
     """Natural logarithms of the model's own distribution, one for each id."""
+    top: tuple[tuple[tuple[int, float], ...], ...] = ()
+    """For each id, the most likely ones at its place, if they were asked for."""
 
     @property
     def total(self) -> float:
@@ -31,11 +34,12 @@ class Score:
         return sum(self.logprobs)
 
 
-async def score(core: SessionCore, text: str, after: tuple[Message, ...]) -> Score:
+async def score(core: SessionCore, text: str | Sequence[int], after: tuple[Message, ...], top: int) -> Score:
     """See `Session.score`."""
-    check_text("text", text)
+    if isinstance(text, str):
+        check_text("text", text)
     core.must_be_idle()
-    ids = tuple(core.codec.tokenizer.content_ids(text))
+    ids = tuple(core.codec.tokenizer.content_ids(text) if isinstance(text, str) else text)
     if not ids:
         raise errors.InvalidRequest("text is empty; there is nothing to score.")
     opened = core.log.open_at
@@ -45,7 +49,7 @@ async def score(core: SessionCore, text: str, after: tuple[Message, ...]) -> Sco
         request = build_request(
             after or None,
             str,
-            {"logprobs": 0, "max_tokens": len(ids), "tool_choice": "none"},
+            {"logprobs": top, "max_tokens": len(ids), "tool_choice": "none"},
             child.defaults,
             child.tags_for(after),
         )
@@ -60,4 +64,4 @@ async def score(core: SessionCore, text: str, after: tuple[Message, ...]) -> Sco
             f"The text has {len(ids)} tokens, and {reply.bound or 'the engine'} left room for {len(reply.ids)}.",
             remedy="Score a shorter text, or compact the session.",
         )
-    return Score(ids=ids, logprobs=reply.logprobs)
+    return Score(ids=ids, logprobs=reply.logprobs, top=reply.top_logprobs)

@@ -26,6 +26,7 @@ from agentspeed._core.options import (
     check_option_names,
     check_session,
     messages_of,
+    plain_text,
     turn_options,
 )
 from agentspeed._core.session_core import SessionCore, State
@@ -36,6 +37,7 @@ from agentspeed.fork import Forks, adopt, copy
 from agentspeed.marks import Mark
 from agentspeed.message_formats import lists
 from agentspeed.messages import Message, ToolCall
+from agentspeed.observing import Observer
 from agentspeed.replies import Reply, Result
 from agentspeed.run import Run
 from agentspeed.run_stream import RunStream
@@ -62,7 +64,8 @@ class Session:
     package. Sessions of one model and the same `engine_options` share one engine process. A session belongs to one
     task at a time; one turn at a time. `private` rows are never shared and are dropped at the end; `tenant` separates
     what may be shared. `record_logprobs` keeps the drawn ids' log-probabilities for `trajectory()`. `idle_timeout`:
-    after so many seconds in which nobody used it or a child of it, it closes itself."""
+    after so many seconds in which nobody used it or a child of it, it closes itself. `observer` is told of
+    every run, turn and tool of this session and its forks."""
 
     def __init__(
         self,
@@ -82,6 +85,7 @@ class Session:
         template_variables: Mapping[str, Any] | None = None,
         close_timeout: float = 5.0,
         idle_timeout: float | None = None,
+        observer: Observer | None = None,
         **engine_options: Unpack[EngineOptions],
     ) -> None:
         check_session(
@@ -110,6 +114,7 @@ class Session:
                 reasoning=reasoning,
                 history_reasoning=history_reasoning,
                 template_variables=template_variables or {},
+                observer=observer,
             ),
             opening=Opening(
                 label=name or secrets.token_hex(4),
@@ -141,6 +146,22 @@ class Session:
             )
         session = cls(model, **options)
         session._opening = found
+        return session
+
+    @classmethod
+    def over_text(
+        cls,
+        text: str | Sequence[int],
+        model: str | os.PathLike[str] | EngineHandle | None = None,
+        **options: Unpack[RestoreOptions],
+    ) -> Session:
+        """A session over a plain text instead of a conversation: `generate()` goes on with it as it stands. No template
+        writes in it, nothing in it is a tool call or reasoning, and it has no messages. `text` may be token ids, which
+        are taken as they are; to a string the tokenizer adds what its texts begin with. Fork, rewind, score and
+        snapshot work as always."""
+        given = plain_text(text, options)
+        session = cls(model, **options)
+        session._core.begin_with(given)
         return session
 
     def to_messages(self, format: lists.Format = "openai") -> list[dict[str, Any]]:
@@ -379,14 +400,15 @@ class Session:
         Raises `InvalidRequest` when there are not so many."""
         return self._core.position(messages)
 
-    async def score(self, text: str, *, after: Prompt = None) -> Score:
+    async def score(self, text: str | Sequence[int], *, after: Prompt = None, top: int = 0) -> Score:
         """How likely the model would write `text` next: the natural logarithms of its own distribution, before
         temperature, the other sampling values and any grammar. `after`: messages that stand before its answer; without
-        them the text goes on with the open message, or answers the last one.
+        them the text goes on with the open message, or answers the last one. `text` may be token ids. `top`: the most
+        likely ids at each place too, so many.
 
         The session stays as it is: a fork is scored, one engine step for each token. Raises `ContextOverflow` for a
         text that does not fit, `SessionBusy`, and `InvalidRequest`."""
-        return await score(self._core, text, messages_of(after))
+        return await score(self._core, text, messages_of(after), top)
 
     def trajectory(self) -> Trajectory:
         """Ids, log-probabilities and the mask of model-made ids, exactly as the engine computed on them."""

@@ -82,6 +82,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     marks: list[_Mark]
     hidden: list[tuple[int, int]]
     """Stop texts, as the log counts them."""
+    plain: bool = False
     results: list[ToolMessage]
     """Of open calls: those that had arrived and waited for others."""
 
@@ -119,6 +120,7 @@ def dump(core: SessionCore, tokenizer: str) -> bytes:
                 for name, point in log.marks.items()
             ],
             hidden=log.hidden,
+            plain=defaults.plain,
             results=list(core.pending.waiting()),
         )
     )
@@ -190,7 +192,9 @@ def fill(core: SessionCore, found: Snapshot) -> None:
             f"The snapshot's first message describes other parameters of the tools {', '.join(other)}.",
             remedy="Keep the parameters to go on with it; to read it, leave tools= out.",
         )
-    core.defaults = replace(core.defaults, missing=tuple(name for name in described if name not in given))
+    core.defaults = replace(
+        core.defaults, plain=found.plain, missing=tuple(name for name in described if name not in given)
+    )
     core.described, core.tokenizer = found.tools, found.tokenizer
     log = core.log
     log.ids, log.made = _array("I", found.ids), bytearray(found.made)

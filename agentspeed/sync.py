@@ -173,6 +173,16 @@ class Session:
         return cls._of(asynchronous.Session.from_messages(messages, model, format=format, **options))
 
     @classmethod
+    def over_text(
+        cls,
+        text: str | Sequence[int],
+        model: str | os.PathLike[str] | EngineHandle | None = None,
+        **options: Unpack[RestoreOptions],
+    ) -> Session:
+        """A session over a plain text instead of a conversation: `generate()` goes on with it as it stands."""
+        return cls._of(asynchronous.Session.over_text(text, model, **options))
+
+    @classmethod
     def restore(
         cls,
         data: bytes,
@@ -317,9 +327,9 @@ class Session:
         """Everything but KV; `Session.restore` opens it again."""
         return self._call(self.session.snapshot)
 
-    def score(self, text: str, *, after: Prompt = None) -> Score:
+    def score(self, text: str | Sequence[int], *, after: Prompt = None, top: int = 0) -> Score:
         """How likely the model would write `text` next. The session stays as it is."""
-        return self._call(lambda: self.session.score(text, after=after))
+        return self._call(lambda: self.session.score(text, after=after, top=top))
 
     def position(self, messages: int) -> int:
         """How many tokens the first `messages` messages are, with what closes them."""

@@ -16,6 +16,7 @@ from agentspeed._base.validate import check_seconds, shown
 from agentspeed._core.session_core import SERVING, SessionCore
 from agentspeed._core.turn_record import TurnRecord
 from agentspeed.messages import ToolCall
+from agentspeed.observing import Ending
 from agentspeed.tools import CANCELLED, OnError, ToolResult, content_of
 from agentspeed.tools.execution import message_of, told_of
 
@@ -57,6 +58,7 @@ async def tool_call(
                 await core.pause(core.open_calls(), expect, lambda event: None)
             started = anyio.current_time()
             outcome = CANCELLED
+            watch = core.watch("tool", tool=call.name, call_id=call.id, content=lambda: call.arguments or "{}")
             try:
                 with anyio.move_on_after(timeout) as scope:
                     yield pending
@@ -73,6 +75,14 @@ async def tool_call(
                 seconds = anyio.current_time() - started
                 core.pending.took(call.name, seconds)
                 core.pending.arrived(message_of(call, replace(outcome, seconds=seconds)))
+                told_result = outcome
+                watch.ended(
+                    lambda: Ending(
+                        reason="ok" if told_result.ok else "error",
+                        error=told_result.error,
+                        content=lambda: told_result.content,
+                    )
+                )
     finally:
         await _deliver(core)
 

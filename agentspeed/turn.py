@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from types import TracebackType
 from typing import Final, Generic, Self, TypeVar, final
 
@@ -11,14 +11,17 @@ import anyio
 
 from agentspeed import errors, events
 from agentspeed._core.options import TurnRequest
-from agentspeed._core.session_core import SessionCore
+from agentspeed._core.session_core import SessionCore, written
 from agentspeed._core.turn_record import TurnRecord
+from agentspeed.observing import Ending, Watched
 from agentspeed.replies import Reply as Reply
 from agentspeed.transport.base import wire
 from agentspeed.usage import Usage
 
 T = TypeVar("T")
 _TO_BE_TAKEN: Final = "the engine to take it"
+_UNREAD: Final = 256
+"""Events of the engine that a turn nobody watches lets wait; then they are taken, so that what waits is bounded."""
 
 
 @final
@@ -34,12 +37,23 @@ class Turn(Generic[T]):
         self._deadline = float("inf")
         self._state = "new"
         self._finished = False
+        self._watch: Watched | None = None
+        self._watched = True
+        """Somebody wants every event; without, only the end is woken up for."""
 
     # ---- entering and leaving -------------------------------------------------------------------------------------
     async def __aenter__(self) -> Self:
         if self._state != "new":
             raise errors.SessionError("A turn is entered once.", remedy="Call stream() again.")
         self._state = "entered"
+        self._watch = self._core.watch("turn", request=self._record.request.said, content=self._record.request.written)
+        try:
+            return await self._begun()
+        except BaseException as error:
+            self._told_end(error)
+            raise
+
+    async def _begun(self) -> Self:
         if self._timeout is None:
             await self._core.begin_turn(self._record, self._heard)
             return self
@@ -58,30 +72,45 @@ class Turn(Generic[T]):
         if not self._finished:
             await self._core.abort_turn(self._record)
             self._finished = True
+        self._told_end(error)
 
     # ---- reading --------------------------------------------------------------------------------------------------
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> events.AnyEvent:
-        if self._state != "entered":
-            raise errors.SessionError(
-                "A turn is read inside its own block.",
-                remedy="async with session.stream(...) as turn: async for event in turn: ...",
-            )
+        self._must_be_inside()
         while not self._ready:
             if self._finished:
                 raise StopAsyncIteration
-            if self._record.inbox:
-                self._take(self._record.inbox.popleft())
-                continue
-            await self._more()
+            if not self._take():
+                await self._more()
         return self._ready.popleft()
+
+    async def follow(self, told: Callable[[list[events.AnyEvent]], Awaitable[None]] | None = None) -> None:
+        """Reads to the end. `told` hears all that there is at once: tokens that came together are one delta. The
+        turn's timeout counts for what `told` takes too. Without `told` nothing is woken up for but the end."""
+        self._must_be_inside()
+        with anyio.CancelScope(deadline=self._deadline) as scope:
+            self._watched = told is not None
+            while not self._finished or self._ready:
+                if not self._ready and not self._take():
+                    await self._woken()
+                elif self._ready:
+                    batch = list(self._ready)
+                    self._ready.clear()
+                    if told is not None:
+                        await told(batch)
+        if scope.cancelled_caught:
+            while self._take():
+                pass
+            if told is None and self._finished:
+                return
+            raise self._too_late("" if self._record.started else await self._core.branch.waits_for())
 
     async def reply(self) -> Reply[T]:
         """Reads to the end. Raises `OutputError` when `output=` was asked for and the text is not that."""
-        async for _ in self:
-            pass
+        await self.follow()
         return self._record.reply()
 
     def result(self) -> Reply[T]:
@@ -114,34 +143,73 @@ class Turn(Generic[T]):
     # ---- events from the engine -----------------------------------------------------------------------------------
     def _heard(self, event: wire.Event | None) -> None:
         """On the event loop. The session's log has the ids already."""
-        self._record.inbox.append(event)
-        self._wake.set()
+        inbox = self._record.inbox
+        inbox.append(event)
+        if self._watched or not isinstance(event, wire.Tokens) or len(inbox) >= _UNREAD:
+            self._wake.set()
 
-    def _take(self, event: wire.Event | None) -> None:
+    def _take(self) -> bool:
+        """The next of what has come: tokens that came one after the other as one. False when nothing has."""
+        inbox = self._record.inbox
+        if not inbox:
+            return False
+        event = inbox.popleft()
         if event is None:
             self._finished = True
             raise self._core.turn_died(self._record)
+        if isinstance(event, wire.Tokens):
+            run = [event]
+            while inbox and isinstance(following := inbox[0], wire.Tokens):
+                run.append(following)
+                _ = inbox.popleft()
+            self._tell(self._record.take_tokens(run))
+            return True
         self._tell(self._record.take(event))
         if isinstance(event, wire.TurnStarted):
             self._tell(self._core.resumed(self._record))
         elif isinstance(event, wire.TurnEnded):
             self._finished = True
             self._core.finish_turn(self._record)
+            self._told_end(None)
             self._tell([events.TurnFinished(reason=event.reason, usage=self.usage, bound=event.message)])
+        return True
+
+    def _told_end(self, error: BaseException | None) -> None:
+        """Once: at the last event, or when the block is left before it."""
+        if self._watch is not None:
+            record, ended = self._record, self._record.ended
+            self._watch.ended(
+                lambda: Ending(
+                    usage=record.usage,
+                    reason="cancelled" if ended is None else ended.reason,
+                    error=error,
+                    content=lambda: written([record.message]),
+                )
+            )
+
+    def _must_be_inside(self) -> None:
+        if self._state != "entered":
+            raise errors.SessionError(
+                "A turn is read inside its own block.",
+                remedy="async with session.stream(...) as turn: async for event in turn: ...",
+            )
 
     def _tell(self, told: Iterable[events.AnyEvent]) -> None:
         self._ready.extend(map(self._core.stamp, told))
 
     async def _more(self) -> None:
         """Waits for the engine; with a scope of its own only where there is a deadline, since scopes are not free."""
-        self._wake = anyio.Event()
         if self._timeout is None:
-            await self._wake.wait()
+            await self._woken()
             return
-        with anyio.move_on_after(self._deadline - anyio.current_time()) as scope:
-            await self._wake.wait()
+        with anyio.CancelScope(deadline=self._deadline) as scope:
+            await self._woken()
         if scope.cancelled_caught and not self._record.inbox:
             raise self._too_late("" if self._record.started else await self._core.branch.waits_for())
+
+    async def _woken(self) -> None:
+        self._wake = anyio.Event()
+        await self._wake.wait()
 
     def _too_late(self, waits_for: str) -> errors.TurnTimeout:
         after = f"{self._timeout} s"

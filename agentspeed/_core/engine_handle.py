@@ -19,6 +19,7 @@ from agentspeed._core.model_files import NANO, codec_of
 from agentspeed._core.wire_values import stats_of
 from agentspeed.chat.codec import ChatCodec
 from agentspeed.messages import Message
+from agentspeed.observing import Observer
 from agentspeed.tools.threads import in_thread
 from agentspeed.transport.base import Connection, Transport, wire
 from agentspeed.transport.hub import resolve
@@ -43,6 +44,7 @@ class EngineHandle:
         revision: str | None = None,
         api_key: str | None = None,
         http_client: httpx.Client | None = None,
+        observer: Observer | None = None,
         **options: Unpack[EngineOptions],
     ) -> None:
         if model is not None and not isinstance(model, str | os.PathLike):
@@ -51,6 +53,8 @@ class EngineHandle:
         if not isinstance(revision, str | None):
             raise errors.InvalidRequest(f"revision is {revision!r}; it must be a branch, a tag or a commit.")
         self.revision = revision
+        self.observer = observer
+        """Told of the runs, turns and tools of every session that has no observer of its own."""
         self._api_key = api_key
         self._http_client = http_client
         self._options = checked_engine_options(options)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypedDict, cast, final
 
+import msgspec
+
 from agentspeed import errors
 from agentspeed._base.validate import (
     check_count,
@@ -15,6 +17,7 @@ from agentspeed._base.validate import (
     check_seconds,
     check_seed,
     check_text,
+    is_whole,
     shown,
 )
 from agentspeed._core.engine_options import EngineOptions
@@ -25,6 +28,7 @@ from agentspeed.chat.tags import Tags
 from agentspeed.chat.transcript import OpenMessage
 from agentspeed.limits import Limits
 from agentspeed.messages import Message, User
+from agentspeed.observing import Observer
 from agentspeed.sampling import Sampling
 from agentspeed.tools import Approve, Tool, tools_from
 from agentspeed.transport.base import wire
@@ -95,6 +99,7 @@ class SessionOptions(TypedDict, total=False):
     template_variables: Mapping[str, Any] | None
     close_timeout: float
     idle_timeout: float | None
+    observer: Observer | None
 
 
 class RestoreOptions(SessionOptions, EngineOptions, total=False):
@@ -117,6 +122,22 @@ class TurnRequest:
     keep_on_cancel: bool
     timeout: float | None
     parser: TurnParser
+
+    @property
+    def said(self) -> dict[str, float]:
+        """The options that draws go by, for who watches."""
+        given = {
+            "temperature": self.sampling.temperature,
+            "top_p": self.sampling.top_p,
+            "top_k": self.sampling.top_k,
+            "max_tokens": self.max_tokens,
+            "seed": self.seed,
+        }
+        return {name: value for name, value in given.items() if value is not None}
+
+    def written(self) -> str:
+        """The messages as JSON, for who watches."""
+        return msgspec.json.encode(self.messages).decode()
 
     def command(self, stop_ids: tuple[int, ...], goes_on_with: OpenMessage | None) -> wire.Generate:
         """All but the ids; the grammar and the stop texts go through what there is of the open message first."""
@@ -150,6 +171,9 @@ class Defaults:
     reasoning: bool
     history_reasoning: History = "template"
     template_variables: Mapping[str, Any] = field(default_factory=dict)
+    observer: Observer | None = None
+    plain: bool = False
+    """The log is a text and no conversation: no template writes in it, and nothing in it is a mark."""
     missing: tuple[str, ...] = ()
     """Tools that the session's first message describes and that were not given: it can be read, and takes no turns."""
 
@@ -225,6 +249,9 @@ def build_request(prompt: Prompt, output: Any, options: TurnOptions, defaults: D
             f"The session's first message describes the tools {', '.join(defaults.missing)}, which were not given.",
             remedy="Give them to Session.restore(..., tools=[...]); without them a session can only be read.",
         )
+    messages = messages_of(prompt)
+    if defaults.plain and messages:
+        raise no_messages()
     given = options.get("tools")
     tools = defaults.tools if given is None else _among(tools_from(given), defaults.tools)
     spec = output_spec(output)
@@ -242,7 +269,7 @@ def build_request(prompt: Prompt, output: Any, options: TurnOptions, defaults: D
     include = options.get("include_stop", False)
     check_flag("include_stop", include)
     return TurnRequest(
-        messages=messages_of(prompt),
+        messages=messages,
         output=spec,
         grammar=_grammar(spec, tools, options, defaults, tags),
         sampling=_sampling(options, defaults),
@@ -252,7 +279,32 @@ def build_request(prompt: Prompt, output: Any, options: TurnOptions, defaults: D
         seed=_seed(options),
         keep_on_cancel=keep,
         timeout=timeout,
-        parser=TurnParser(tags, reasoning=defaults.reasoning, tools={tool.name: tool.schema for tool in tools}),
+        parser=TurnParser(
+            tags,
+            reasoning=defaults.reasoning,
+            tools={tool.name: tool.schema for tool in tools},
+            marked=not defaults.plain,
+        ),
+    )
+
+
+def plain_text(text: str | Sequence[int], options: SessionOptions) -> str | tuple[int, ...]:
+    """What a session over a text begins with. Raises `InvalidRequest`."""
+    if options.get("system") or options.get("tools") or options.get("reasoning"):
+        raise no_messages()
+    if isinstance(text, str):
+        check_text("text", text)
+        return text
+    if not text or not all(is_whole(number) and number >= 0 for number in text):
+        raise errors.InvalidRequest(f"text is {shown(text)}; it must be a text, or token ids.")
+    return tuple(text)
+
+
+def no_messages() -> errors.InvalidRequest:
+    """Of a session over a plain text."""
+    return errors.InvalidRequest(
+        "This session is over a plain text, which has no messages.",
+        remedy="Call generate() without a prompt; for a conversation, use Session(...).",
     )
 
 

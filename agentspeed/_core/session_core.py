@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Final, Literal, TypeVar, final
+from typing import Any, Final, Literal, TypeVar, final
 
 import anyio.to_thread
 import msgspec
@@ -23,7 +24,7 @@ from agentspeed._base.validate import check_number, check_text, is_whole, shown
 from agentspeed._core.branch import Branch, Opening
 from agentspeed._core.engine_handle import EngineHandle
 from agentspeed._core.idle_watch import IdleWatch
-from agentspeed._core.options import Defaults
+from agentspeed._core.options import Defaults, no_messages
 from agentspeed._core.pending_calls import PendingCalls
 from agentspeed._core.turn_record import TurnRecord
 from agentspeed._core.wire_values import usage_of
@@ -33,6 +34,7 @@ from agentspeed.chat.tags import Tags
 from agentspeed.chat.token_log import Checkpoint, TokenLog
 from agentspeed.marks import Mark
 from agentspeed.messages import Message, ToolCall, ToolMessage
+from agentspeed.observing import Began, Watched
 from agentspeed.transport.base import Sink, wire
 from agentspeed.usage import Lease, Usage
 
@@ -76,6 +78,8 @@ class SessionCore:
         """The tools as the log's first message describes them."""
         self.tokenizer: str | None = None
         """The fingerprint of the tokenizer whose ids the log has; None: the engine's."""
+        self.text: str | tuple[int, ...] | None = None
+        """What the log begins with, of a session over a plain text."""
         self.face: object = None
         """The `Session` that users hold: what tools are given, and what a child calls its parent."""
         self.parent: SessionCore | None = None
@@ -123,13 +127,19 @@ class SessionCore:
 
     def tags_for(self, messages: Sequence[Message]) -> Tags:
         """The marks of the model's next message, if it answers these."""
-        if self.busy is not None:
+        if self.busy is not None or self.defaults.plain:
             return self.codec.tags
         return transcript.tags_for(self.log, self.codec, [*self.pending.due(self.log), *messages])
 
     @property
     def tokens(self) -> int:
         return len(self.log)
+
+    def watch(self, kind: Literal["run", "turn", "tool"], **facts: Any) -> Watched:
+        """Tells the session's observer, or the engine's, that something begins."""
+        observer = self.defaults.observer or self.engine.observer
+        name = os.path.basename(os.fspath(self.engine.model).rstrip("/"))
+        return Watched(observer, lambda: Began(kind=kind, session_id=self.id, model=name, **facts))
 
     def stamp(self, event: events.AnyEvent) -> events.AnyEvent:
         """The event with the session's id and its next number."""
@@ -146,7 +156,7 @@ class SessionCore:
             await self._check_tokenizer()
             self.state = "open"
             if not self.tokens:
-                self.log.append(self.codec.opening(self.system, self.described))
+                self.log.append(self._begin())
             _ = await self.branch.attach()
         except BaseException:
             await self.close()
@@ -167,6 +177,24 @@ class SessionCore:
         self._watch = None
         self._why_closed = f"The session was closed, for nobody had used it for {self.idle_timeout} s."
         await self.close()
+
+    def begin_with(self, text: str | tuple[int, ...]) -> None:
+        """Before it is opened: its log is this text, and no conversation."""
+        self.text = text
+        self.defaults = dataclasses.replace(self.defaults, plain=True)
+
+    def _begin(self) -> Sequence[int]:
+        """The log's first ids."""
+        if not self.defaults.plain:
+            return self.codec.opening(self.system, self.described)
+        tokenizer, text = self.codec.tokenizer, self.text or ""
+        ids = [*tokenizer.start_ids, *tokenizer.content_ids(text)] if isinstance(text, str) else list(text)
+        if not ids:
+            raise errors.InvalidRequest(
+                "The text is empty, and this model's tokenizer has no token that begins one.", remedy="Give a text."
+            )
+        self.log.open_at = len(ids)
+        return ids
 
     async def _check_tokenizer(self) -> None:
         if self.tokenizer is not None and self.tokenizer != await self.fingerprint():
@@ -250,7 +278,7 @@ class SessionCore:
             return request.command(codec.stop_ids, goes_on_with)
 
         def heard(event: wire.Event | None) -> None:
-            if isinstance(event, wire.TurnEnded):
+            if isinstance(event, wire.TurnEnded) and not self.defaults.plain:
                 transcript.settle(self.log, codec, event.reason)
             sink(event)
 
@@ -267,7 +295,8 @@ class SessionCore:
 
     def finish_turn(self, turn: TurnRecord) -> None:
         """The turn's last event was read: its message is the log's."""
-        transcript.record(self.log, turn.message, self._reply_at)
+        if not self.defaults.plain:
+            transcript.record(self.log, turn.message, self._reply_at)
         if turn.ended is not None and turn.ended.reason == "stop_string":
             self.log.hidden.append((self.tokens, turn.hidden))
         self.branch.ended()
@@ -283,7 +312,7 @@ class SessionCore:
         try:
             kept = await self.branch.stop(keep=turn.request.keep_on_cancel)
             turn.leave(kept=kept)
-            if kept:
+            if kept and not self.defaults.plain:
                 if self.log.open_at is not None:
                     transcript.settle(self.log, self.codec, "grammar_end")
                 transcript.record(self.log, turn.message, self._reply_at)
@@ -322,6 +351,8 @@ class SessionCore:
     # ---- messages -------------------------------------------------------------------------------------------------
     async def add(self, messages: Sequence[Message], *, prefill: bool) -> None:
         """Messages without a turn; results that wait go before what closes their calls."""
+        if self.defaults.plain:
+            raise no_messages()
         given = [*messages]
         with self.doing("add"):
             if any(not isinstance(message, ToolMessage) for message in given):  # whose words close open calls
@@ -454,6 +485,11 @@ class SessionCore:
         await self.branch.rewind(point)
         self.moves += 1
         self.pending.leave(self.log)
+
+
+def written(messages: Sequence[Message]) -> str:
+    """Messages as JSON, for who watches."""
+    return msgspec.json.encode(messages).decode()
 
 
 async def _beside(messages: Sequence[Message], write: Callable[[], T]) -> T:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, final
 
 from agentspeed import errors, events
@@ -99,6 +100,12 @@ class TurnRecord:
         told, self._told = self._told, []
         return told
 
+    def take_tokens(self, run: Sequence[wire.Tokens]) -> list[events.AnyEvent]:
+        """As `take`, for tokens that came one after the other: they are decoded and told of as one."""
+        self._drew(*run)
+        told, self._told = self._told, []
+        return told
+
     def leave(self, *, kept: bool) -> None:
         """The turn was left before its end: it cost what the engine said at its end. `kept`: what it drew stays in the
         log, so what came and was not read yet belongs to its message."""
@@ -111,13 +118,18 @@ class TurnRecord:
         if kept and self.ended is None:
             self._close_text()
 
-    def _drew(self, event: wire.Tokens) -> None:
-        ids = list(unpack_ids(event.ids))
+    def _drew(self, *run: wire.Tokens) -> None:
+        ids = unpack_ids(run[0].ids if len(run) == 1 else b"".join([event.ids for event in run]))
         self._ids += ids
-        self._logprobs += event.logprobs
-        self._draw_logprobs += event.draw_logprobs
-        self._top += [tuple((other.id, other.logprob) for other in top) for top in event.top]
-        fresh = self._decoder.feed([number for number in ids if number not in self._codec.stop_ids])
+        for event in run:
+            if event.logprobs:
+                self._logprobs += event.logprobs
+            if event.draw_logprobs:
+                self._draw_logprobs += event.draw_logprobs
+            if event.top:
+                self._top += [tuple((other.id, other.logprob) for other in top) for top in event.top]
+        stop_ids = self._codec.stop_ids
+        fresh = self._decoder.feed([number for number in ids if number not in stop_ids])
         if fresh:
             self._decoded += len(fresh)
             self._absorb(self._stops.feed(fresh))

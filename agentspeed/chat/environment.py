@@ -89,7 +89,7 @@ def load_template(folder: Path) -> ChatTemplate:
                 remedy="Correct it; it is a Jinja template.",
             ) from error
     plain = compiled[_DEFAULT]
-    constants = {name: _token_text(settings.get(name)) for name in _CONSTANTS}
+    constants = {name: token_text(settings.get(name)) for name in _CONSTANTS}
     return ChatTemplate(
         plain, compiled.get(_WITH_TOOLS, plain), constants, datetime.now().astimezone(), "\n".join(sources.values())
     )
@@ -189,7 +189,7 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _token_text(value: object) -> str:
+def token_text(value: object) -> str:
     """A token in tokenizer_config.json is a string, or an object with its content."""
     if isinstance(value, dict):
         return str(value.get("content", ""))

@@ -38,11 +38,14 @@ class TurnParser:
         reasoning: bool = False,
         starts_thinking: bool = False,
         tools: Mapping[str, Schema] | None = None,
+        marked: bool = True,
     ) -> None:
+        """`marked` False: nothing in the text is a mark."""
         self._tags = tags
         self._form = tags.calls
         self._tools = tools or {}
-        starts_thinking = starts_thinking or tags.thinking
+        self._marked = marked
+        starts_thinking = marked and (starts_thinking or tags.thinking)
         self._may_think = reasoning or starts_thinking or tags.thinks
         self._mode: _Mode = "reasoning" if starts_thinking else "text"
         self._held = ""
@@ -51,7 +54,7 @@ class TurnParser:
         self._at_start = True
         self._between = False
         """After a call: space is none of the text, and the next call needs no opening of its own."""
-        self._lead = "" if starts_thinking else tags.lead
+        self._lead = "" if starts_thinking or not marked else tags.lead
         self._fresh = starts_thinking and tags.roomy
         """Ends of lines that come now are the template's."""
         self._done = False
@@ -150,6 +153,8 @@ class TurnParser:
         return True
 
     def _marks(self) -> tuple[str, ...]:
+        if not self._marked:
+            return ()
         tags, form = self._tags, self._form
         if self._mode == "reasoning":
             closed = tags.think_close
@@ -182,7 +187,7 @@ class TurnParser:
 
     def _without_end(self, text: str) -> str:
         """The end of a turn's text without what only may follow a text."""
-        return text.removesuffix(self._tags.text_end) if self._tags.text_end else text
+        return text.removesuffix(self._tags.text_end) if self._tags.text_end and self._marked else text
 
     def _emit(self, text: str, pieces: list[Piece]) -> None:
         if not text:

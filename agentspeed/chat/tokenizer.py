@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from functools import cached_property
 from hashlib import sha256
+from itertools import takewhile
 from pathlib import Path
 from typing import Final, final
 
 from agentspeed.chat.detokenizer import IncrementalText as IncrementalText
 from agentspeed.chat.detokenizer import decoding
-from agentspeed.chat.environment import read_text
+from agentspeed.chat.environment import read_json, read_text, token_text
 from agentspeed.chat.tiktoken_vocabulary import FILE as TIKTOKEN_FILE
 from agentspeed.chat.tiktoken_vocabulary import tokenizer_json
 from agentspeed.errors import ExtraMissing, InvalidRequest, ModelBroken
@@ -55,6 +56,18 @@ class TextTokenizer:
         )
         self._content.encode_special_tokens = True
         self._decoding = decoding(self._template, source, {number: token.content for number, token in added.items()})
+        self.start_ids = self._starts(folder)
+        """What a text without a template begins with: the tokenizer's own first ids, or none."""
+
+    def _starts(self, folder: Path) -> tuple[int, ...]:
+        read = self._template.encode("a", add_special_tokens=True)
+        leading = tuple(takewhile(lambda pair: pair[1], zip(read.ids, read.special_tokens_mask, strict=True)))
+        if leading:
+            return tuple(number for number, _ in leading)
+        config = folder / "tokenizer_config.json"
+        settings = read_json(config) if config.is_file() else {}
+        first = self.token_id(token_text(settings.get("bos_token"))) if settings.get("add_bos_token") is True else None
+        return () if first is None else (first,)
 
     def template_ids(self, text: str) -> list[int]:
         """Ids of text that a chat template wrote: control tokens are recognised."""

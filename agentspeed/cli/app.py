@@ -125,6 +125,7 @@ def serve(
     context: Annotated[int | None, typer.Option(min=1, help="Context limit in tokens.")] = None,
     host_slots: Annotated[int | None, typer.Option(min=0, help="Pages of host memory for paused sessions.")] = None,
     tp: Tp = 1,
+    otel: Annotated[bool, typer.Option("--otel", help="Trace turns with OpenTelemetry's global providers.")] = False,
 ) -> None:
     """Serve a model over HTTP to OpenAI's and Anthropic's clients; each conversation finds its session and its rows.
 
@@ -142,12 +143,38 @@ def serve(
             port=port,
             keys=api_key or [],
             engine=engine,
+            otel=otel,
             max_tokens=max_tokens,
             max_requests=max_requests,
             idle_sessions=idle_sessions,
             idle_seconds=idle_seconds,
             drain_seconds=drain_seconds,
         )
+
+
+@app.command()
+def engine(
+    model: Model = None,
+    socket: Annotated[Path | None, typer.Option(help="Where to be found; nothing: a private place.")] = None,
+    pages: Annotated[int | None, typer.Option(min=1, help="Pages of the KV pool.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float64.")] = None,
+    context: Annotated[int | None, typer.Option(min=1, help="Context limit in tokens.")] = None,
+    host_slots: Annotated[int | None, typer.Option(min=0, help="Pages of host memory for paused sessions.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="NAME=VALUE, any engine option; may be given several times.")
+    ] = None,
+) -> None:
+    """Start an engine that several programs attach to: it prints the line that sets AGENTSPEED_ENGINE for them.
+
+    Example:  agentspeed engine
+    Example:  agentspeed engine ./model --socket /tmp/my-agents/engine.sock --set max_sessions=64
+
+    Ends at Ctrl-C or SIGTERM with status 0; with 2 when the engine cannot start, or ended by itself."""
+    from agentspeed.cli.engine import engine as started
+
+    named = {"pages": pages, "dtype": dtype, "context_limit": context, "host_slots": host_slots}
+    with reported():
+        started(model, socket=socket, named=named, settings=settings or [])
 
 
 @app.command()

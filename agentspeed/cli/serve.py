@@ -11,11 +11,19 @@ import typer
 from agentspeed import errors
 
 if TYPE_CHECKING:
+    from agentspeed.observing import Observer
     from agentspeed.server.turns import Service
 
 
 def serve(
-    model: str | None, *, host: str, port: int, keys: Sequence[str], engine: Mapping[str, Any], **limits: Any
+    model: str | None,
+    *,
+    host: str,
+    port: int,
+    keys: Sequence[str],
+    engine: Mapping[str, Any],
+    otel: bool,
+    **limits: Any,
 ) -> None:
     """Blocks until the server ends. Raises `ExtraMissing` without the server's packages."""
     try:
@@ -51,4 +59,16 @@ def serve(
             err=True,
         )
 
-    run(model, options, ready, **{name: value for name, value in engine.items() if value is not None})
+    given = {name: value for name, value in engine.items() if value is not None}
+    run(model, options, ready, **({**given, "observer": _tracing()} if otel else given))
+
+
+def _tracing() -> Observer:
+    """Raises `ExtraMissing`."""
+    try:
+        from agentspeed.adapters.opentelemetry import Tracing
+    except ImportError as error:
+        raise errors.ExtraMissing(
+            f"--otel needs the package {error.name}, which is not installed.", remedy="Install agentspeed[otel]."
+        ) from error
+    return Tracing()

@@ -10,21 +10,21 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeAlias, final
 
 import anyio
-import msgspec
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from agentspeed import __version__, errors
-from agentspeed.server import ui
+from agentspeed.server import openapi, texts, ui
 from agentspeed.server.anthropic import messages as anthropic_messages
 from agentspeed.server.links import Links, link_routes
 from agentspeed.server.metrics import CONTENT_TYPE
 from agentspeed.server.native.routes import session_routes
 from agentspeed.server.native.served import Sessions
-from agentspeed.server.openai import chat
+from agentspeed.server.openai import chat, completions
 from agentspeed.server.openai.response_routes import responses_routes
 from agentspeed.server.options import ServerOptions, tenant_of
 from agentspeed.server.problems import Problem, RequestProblem, problem_of, refused
@@ -39,7 +39,7 @@ _OPEN_PATHS = frozenset({"/health"})
 Endpoint: TypeAlias = Callable[[Request, Service, str], Awaitable[ASGIApp]]
 
 
-def application(service: Service) -> ASGIApp:
+def application(service: Service) -> Gate:
     """Everything that `agentspeed serve` answers."""
 
     held: list[Sessions] = []
@@ -76,12 +76,14 @@ def application(service: Service) -> ASGIApp:
         route("/health_generate", _health_generate, "GET"),
         route("/version", _version, "GET"),
         route("/metrics", _metrics, "GET"),
+        route("/openapi.json", _openapi, "GET"),
         route("/ui", _ui, "GET"),
         route("/ui/state", _ui_state, "GET"),
         route("/ui/events/{label}", ui_events, "GET"),
         route("/v1/models", _models, "GET"),
         route("/v1/models/{model:path}", _model, "GET"),
         route("/v1/chat/completions", _chat, "POST"),
+        route("/v1/completions", _completions, "POST"),
         *responses_routes(service, route),
         *session_routes(lambda: held[0], route),
         *link_routes(lambda: linked[0], route),
@@ -90,7 +92,23 @@ def application(service: Service) -> ASGIApp:
         route("/tokenize", _tokenize, "POST"),
         route("/detokenize", _detokenize, "POST"),
     ]
-    return _Gate(Starlette(routes=routes, lifespan=lifespan), service.options)
+    handlers: dict[Any, Any] = {HTTPException: _no_route, Exception: _broken}
+    return Gate(Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers), service.options)
+
+
+async def _no_route(request: Request, error: HTTPException) -> Response:
+    """What no route takes, in the shape that clients read."""
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+    what = f"{request.method} {request.url.path}: {error.detail}."
+    found = _problem(Problem(status=error.status_code, kind="invalid_request_error", message=what, code=code), request)
+    found.headers.update(error.headers or {})
+    return found
+
+
+async def _broken(request: Request, error: Exception) -> Response:
+    """A bug of ours; it is raised on, and logged, after this was said."""
+    told = f"This is a bug of the server; its log has it under {_number(request)}."
+    return _problem(Problem(status=500, kind="server_error", message=told, code="internal_error"), request)
 
 
 async def _swept(service: Service, sessions: Sessions, links: Links) -> None:
@@ -138,11 +156,12 @@ def _number(request: Request) -> str:
 
 
 @final
-class _Gate:
+class Gate:
     """Before any endpoint: a number for the request, who it is from, how long its body may be. After it: the access
     log, which never holds content."""
 
-    def __init__(self, app: ASGIApp, options: ServerOptions) -> None:
+    def __init__(self, app: Starlette, options: ServerOptions) -> None:
+        self.routes = app.routes
         self._app = app
         self._options = options
 
@@ -153,7 +172,7 @@ class _Gate:
         number = f"req_{secrets.token_hex(12)}"
         scope["agentspeed.request_id"] = number
         begun, status = time.monotonic(), 0
-        read = 0
+        read, whole = 0, False
 
         async def sending(message: Message) -> None:
             nonlocal status
@@ -170,9 +189,15 @@ class _Gate:
             await send(message)
 
         async def receiving() -> Message:
-            nonlocal read
-            message = await receive()
+            nonlocal read, whole
+            if whole:
+                return await receive()
+            with anyio.move_on_after(self._options.body_seconds) as scope:
+                message = await receive()
+            if scope.cancelled_caught:
+                raise RequestProblem(_too_slow(self._options.body_seconds))
             if message["type"] == "http.request":
+                whole = not message.get("more_body", False)
                 read += len(message.get("body", b""))
                 if read > self._options.max_body:
                     raise RequestProblem(_too_large(self._options.max_body))
@@ -214,6 +239,15 @@ class _Gate:
         return None
 
 
+def _too_slow(seconds: float) -> Problem:
+    return Problem(
+        status=408,
+        kind="invalid_request_error",
+        code="request_timeout",
+        message=f"Nothing of the body came for {seconds:g} s.",
+    )
+
+
 def _too_large(most: int) -> Problem:
     return Problem(
         status=413,
@@ -231,6 +265,14 @@ async def _chat(request: Request, service: Service, tenant: str) -> ASGIApp:
         stream = chat.ChatStream(body, service, tenant)
         return EventStream(stream.produce, Problem.openai, headers=headers)
     return WholeBody(lambda: chat.complete(body, service, tenant), Problem.openai, headers=headers)
+
+
+async def _completions(request: Request, service: Service, tenant: str) -> ASGIApp:
+    body: completions.CompletionRequest = parsed(await request.body(), completions.CompletionRequest)
+    one = completions.Completion(body, service, tenant)
+    if body.stream:
+        return EventStream(one.produce, Problem.openai, headers={})
+    return WholeBody(one.complete, Problem.openai, headers={})
 
 
 async def _messages(request: Request, service: Service, tenant: str) -> ASGIApp:
@@ -328,24 +370,15 @@ async def _version(request: Request, service: Service, tenant: str) -> ASGIApp:
 
 
 async def _tokenize(request: Request, service: Service, tenant: str) -> ASGIApp:
-    body = parsed(await request.body(), _Text)
-    text: str = body.prompt if body.prompt is not None else body.text or ""
-    ids = await anyio.to_thread.run_sync(service.engine.codec.tokenizer.content_ids, text)
-    return _json({"tokens": ids, "count": len(ids)})
+    return _json(await texts.tokenized(service.engine, parsed(await request.body(), texts.TextBody)))
 
 
 async def _detokenize(request: Request, service: Service, tenant: str) -> ASGIApp:
-    body = parsed(await request.body(), _Ids)
-    return _json({"prompt": service.engine.codec.tokenizer.text(body.tokens)})
+    return _json(texts.detokenized(service.engine, parsed(await request.body(), texts.IdsBody)))
 
 
-class _Text(msgspec.Struct):
-    prompt: str | None = None
-    text: str | None = None
-
-
-class _Ids(msgspec.Struct):
-    tokens: list[int]
+async def _openapi(request: Request, service: Service, tenant: str) -> ASGIApp:
+    return _json(openapi.document(keys=bool(service.options.keys)))
 
 
 def _json(value: object) -> Response:

@@ -32,6 +32,9 @@ class ServerOptions:
     """Without a key only this machine can be listened to."""
     max_body: int = 16 * 1024 * 1024
     header_seconds: float = 10.0
+    """For a request's line and headers to come whole."""
+    body_seconds: float = 30.0
+    """Between two pieces of a body."""
     max_tokens: int | None = None
     """The most that one request may ask for; None: what the context has room for."""
     default_max_tokens: int | None = None

@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable
-from typing import Any, final
+from typing import Any, Final, final
 
 import anyio
 import uvicorn
@@ -14,10 +14,13 @@ import uvicorn
 from agentspeed import errors
 from agentspeed.engine import Engine
 from agentspeed.server.app import application
+from agentspeed.server.connections import connection_class
 from agentspeed.server.options import ServerOptions
 from agentspeed.server.turns import Service
 
 _LOG = logging.getLogger("agentspeed.server")
+_KEPT_ALIVE: Final = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
+"""A peer that went without a word is known to be gone after a minute."""
 
 
 @final
@@ -41,9 +44,9 @@ class Server:
                     log_config=None,
                     access_log=False,
                     lifespan="on",
-                    http="httptools",
+                    http=connection_class(self._options.header_seconds),
+                    ws="none",
                     timeout_keep_alive=30,
-                    h11_max_incomplete_event_size=64 * 1024,
                     timeout_graceful_shutdown=int(self._options.drain_seconds) or 1,
                     server_header=False,
                 )
@@ -76,6 +79,10 @@ def _listen(options: ServerOptions) -> socket.socket:
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # connections have what their listener has
+    for name, value in _KEPT_ALIVE.items():
+        if hasattr(socket, name):
+            listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
     try:
         listener.bind((options.host, options.port))
         listener.listen(2048)

@@ -15,6 +15,7 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from agentspeed import errors
+from agentspeed.server.connections import ABORT
 from agentspeed.server.problems import Problem, RequestProblem, problem_of
 
 _LOG = logging.getLogger("agentspeed.server")
@@ -36,8 +37,14 @@ class Emitter:
     def __init__(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         self._send = send
         self._headers = headers
-        self._lock = anyio.Lock()
+        self._starting = anyio.Lock()
         self.begun = False
+        self.sent = 0
+        """Pieces that the connection took."""
+        self.waiting = 0
+        """Pieces that it has not taken yet."""
+        self.stuck = False
+        """It took nothing for so long that it was given up."""
         self.comments = any(value.startswith(b"text/event-stream") for _, value in headers)
         """Whether a silent stream may say that it lives."""
 
@@ -47,17 +54,25 @@ class Emitter:
         await self.raw(name + b"data: " + encoded(value) + b"\n\n")
 
     async def raw(self, data: bytes) -> None:
-        """Bytes as they are; the headers go before the first of them."""
-        async with self._lock:
-            if not self.begun:
-                self.begun = True
-                await self._send({"type": "http.response.start", "status": 200, "headers": self._headers})
-            await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        """Bytes as they are, one chunk, whoever else emits; the headers go before the first of them."""
+        if not self.begun:
+            async with self._starting:
+                if not self.begun:
+                    await self._send({"type": "http.response.start", "status": 200, "headers": self._headers})
+                    self.begun = True
+        await self._body(data, more=True)
 
     async def end(self) -> None:
         """No more events."""
-        async with self._lock:
-            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        await self._body(b"", more=False)
+
+    async def _body(self, data: bytes, *, more: bool) -> None:
+        self.waiting += 1
+        try:
+            await self._send({"type": "http.response.body", "body": data, "more_body": more})
+            self.sent += 1
+        finally:
+            self.waiting -= 1
 
 
 @final
@@ -95,6 +110,8 @@ class EventStream:
                 await _send_body(send, problem.status, self._shape(problem), _with_retry(self._headers, problem))
 
         await _while_connected(receive, produce, emitter)
+        if emitter.stuck and (abort := scope.get(ABORT)) is not None:
+            abort()  # closing it would wait for what nobody takes
 
 
 @final
@@ -133,13 +150,21 @@ async def _while_connected(receive: Receive, work: Callable[[], Awaitable[None]]
             group.cancel_scope.cancel()
 
         async def ping(to: Emitter) -> None:
+            """A connection that takes nothing between two looks has nobody at its end any more: it is left."""
+            before = -1
             while True:
                 await anyio.sleep(PING_SECONDS)
-                if to.begun:
+                if to.waiting:
+                    if to.sent == before:
+                        _LOG.info("a stream is left that took nothing for %g s", PING_SECONDS)
+                        to.stuck = True
+                        group.cancel_scope.cancel()
+                    before = to.sent
+                elif to.begun and to.comments:
                     await to.raw(b": ping\n\n")
 
         group.start_soon(watch)
-        if emitter is not None and emitter.comments:
+        if emitter is not None:
             group.start_soon(ping, emitter)
         await work()
         group.cancel_scope.cancel()
@@ -156,7 +181,19 @@ async def _problem_in(work: Awaitable[None]) -> Problem | None:
         return problem_of(error)
     except errors.AgentspeedError as error:
         return problem_of(error)
+    except ExceptionGroup as group:  # choices that run at once are refused together
+        refusals, others = group.split((RequestProblem, errors.AgentspeedError))
+        if others is not None or refusals is None:
+            raise
+        first = refusals.exceptions[0]
+        while isinstance(first, ExceptionGroup):
+            first = first.exceptions[0]
+        return await _problem_in(_raised(first))
     return None
+
+
+async def _raised(error: Exception) -> None:
+    raise error
 
 
 def _with_retry(headers: dict[str, str], problem: Problem) -> dict[str, str]:

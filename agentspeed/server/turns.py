@@ -23,8 +23,8 @@ from agentspeed.server.problems import Problem, RequestProblem, refused
 from agentspeed.session import Session, TurnOptions
 from agentspeed.turn import Reply, Turn
 
-Told = Callable[[int, events.AnyEvent], Awaitable[None]]
-"""What is called with each event, and which of the choices it belongs to."""
+Told = Callable[[int, list[events.AnyEvent]], Awaitable[None]]
+"""What is called with the events that came together, and which of the choices they belong to."""
 
 
 @final
@@ -166,9 +166,7 @@ class Service:
 
 async def _read(index: int, turn: Turn[Any], told: Told | None) -> Reply[Any]:
     async with turn:
-        async for event in turn:
-            if told is not None:
-                await told(index, event)
+        await turn.follow(None if told is None else lambda batch: told(index, batch))
         return turn.result()
 
 

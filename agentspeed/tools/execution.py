@@ -24,6 +24,7 @@ from pydantic_core import PydanticSerializationError, to_json
 from agentspeed._base.validate import shown
 from agentspeed.errors import BadArguments, ToolDenied, ToolError, ToolFailed, ToolTimeout, UnknownTool
 from agentspeed.messages import ToolCall, ToolMessage
+from agentspeed.observing import Ending, Watched
 from agentspeed.tools.approval import Approval, Approve
 from agentspeed.tools.context import ToolContext, ToolSession
 from agentspeed.tools.signature import parameter_of
@@ -182,6 +183,7 @@ class ToolBatch:
         approve_at_once: bool = False,
         started: Callable[[ToolCall], None] | None = None,
         arrived: Callable[[int, ToolResult], None] | None = None,
+        watch: Callable[[ToolCall], Watched] | None = None,
     ) -> None:
         """`approve` is asked about one call after the other, in call order, unless `approve_at_once`. `started` is told
         each call that runs, with the arguments it runs with where the approver changed them; `arrived` each result."""
@@ -193,6 +195,7 @@ class ToolBatch:
         self._questions = None if approve_at_once else Questions(len(self._calls))
         self._started = started
         self._arrived = arrived
+        self._watch = watch
         self._results: list[ToolResult | None] = [None] * len(self._calls)
 
     async def run(self) -> None:
@@ -214,6 +217,21 @@ class ToolBatch:
         return None
 
     async def _one(self, index: int) -> None:
+        if self._watch is None:
+            await self._carried_out(index)
+            return
+        watched = self._watch(self._calls[index])
+        try:
+            await self._carried_out(index)
+        finally:
+            result = self._results[index] or CANCELLED
+            watched.ended(
+                lambda: Ending(
+                    reason="ok" if result.ok else "error", error=result.error, content=lambda: result.content
+                )
+            )
+
+    async def _carried_out(self, index: int) -> None:
         call = self._calls[index]
         tool = self._tools.get(call.name)
         if tool is None:

@@ -133,7 +133,11 @@ class MessagesStream:
     async def produce(self, emit: Emitter) -> None:
         """To be given to `EventStream`."""
 
-        async def told(_: int, event: events.AnyEvent) -> None:
+        async def told(_: int, batch: list[events.AnyEvent]) -> None:
+            for event in batch:
+                await one(event)
+
+        async def one(event: events.AnyEvent) -> None:
             match event:
                 case events.TurnStarted(usage=usage):
                     before = usage.new + usage.resumed + usage.recomputed

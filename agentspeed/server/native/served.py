@@ -66,8 +66,8 @@ class Served:
                 f"Events before {self._events[0]['seq']} are gone.", status=410, param="after", code="events_gone"
             )
         while True:
-            fresh = [event for event in self._events if event["seq"] > after]
-            for event in fresh:
+            fresh = max(0, min(self._last - after, len(self._events)))
+            for event in [self._events[place] for place in range(-fresh, 0)]:  # their numbers have no gaps
                 after = event["seq"]
                 yield event
             if not fresh:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from typing import Any, final
+from typing import Any, Final, final
 
 import msgspec
 
@@ -15,12 +15,14 @@ from agentspeed.message_formats.tools import declared
 from agentspeed.server.openai.logprobs import token_logprobs
 from agentspeed.server.openai.parameters import FINISH, bounded_tokens, choice_of, output_of, sampling_of, stops_of
 from agentspeed.server.problems import refused
-from agentspeed.server.streaming import Emitter
+from agentspeed.server.streaming import Emitter, encoded
 from agentspeed.server.turns import Answer, Request, Service
 from agentspeed.session import TurnOptions
 from agentspeed.turn import Reply
 
 MOST_CHOICES = 128
+_TEXT: Final = "\0text\0"
+"""Stands for a chunk's text where its frame is encoded; no model and no client names it."""
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -176,58 +178,67 @@ class ChatStream:
         self._request = request_of(body, service, tenant)
         self._head = _head(service, "chat.completion.chunk", f"chatcmpl-{secrets.token_hex(12)}")
         self._with_usage = body.stream_options is not None and body.stream_options.include_usage
+        self._greeted: set[int] = set()
+        self._frames: dict[int, tuple[bytes, bytes]] = {}
 
     async def produce(self, emit: Emitter) -> None:
-        """To be given to `EventStream`."""
-        greeted: set[int] = set()
+        """To be given to `EventStream`. Chunks of events that came together go out together."""
 
-        async def delta(index: int, value: dict[str, Any], finish: str | None = None, logprobs: Any = None) -> None:
-            if index not in greeted:
-                greeted.add(index)
-                await chunk(index, {"role": "assistant", "content": "", "refusal": None}, None, None)
-            await chunk(index, value, finish, logprobs)
-
-        async def chunk(index: int, value: dict[str, Any], finish: str | None, logprobs: Any) -> None:
-            usage = {"usage": None} if self._with_usage else {}
-            await emit(
-                {
-                    **self._head,
-                    **usage,
-                    "choices": [{"index": index, "delta": value, "logprobs": logprobs, "finish_reason": finish}],
-                }
-            )
-
-        async def told(index: int, event: events.AnyEvent) -> None:
-            match event:
-                case events.TextDelta(text=text):
-                    await delta(index, {"content": text})
-                case events.ReasoningDelta(text=text):
-                    await delta(index, {"reasoning_content": text})
-                case events.ToolCallStarted(index=place, name=name):
-                    await delta(
-                        index,
-                        {
-                            "tool_calls": [
-                                {
-                                    "index": place,
-                                    "id": f"call_{secrets.token_hex(8)}",
-                                    "type": "function",
-                                    "function": {"name": name, "arguments": ""},
-                                }
-                            ]
-                        },
-                    )
-                case events.ToolCallDelta(index=place, arguments=text):
-                    await delta(index, {"tool_calls": [{"index": place, "function": {"arguments": text}}]})
-                case _:
-                    pass
+        async def told(index: int, batch: list[events.AnyEvent]) -> None:
+            if chunks := b"".join([self._chunks(index, event) for event in batch]):
+                await emit.raw(chunks)
 
         answer = await self._service.turn(self._request, told)
+        last: list[bytes] = []
         for index, reply in enumerate(answer.replies):
             logprobs = None
             if self._body.logprobs:
                 logprobs = {"content": token_logprobs(reply, self._service.engine.codec), "refusal": None}
-            await delta(index, {}, FINISH[reply.finish_reason], logprobs)
+            last.append(self._delta(index, {}, FINISH[reply.finish_reason], logprobs))
         if self._with_usage:
-            await emit({**self._head, "choices": [], "usage": usage_of(answer)})
-        await emit.raw(b"data: [DONE]\n\n")
+            last.append(_event({**self._head, "choices": [], "usage": usage_of(answer)}))
+        await emit.raw(b"".join([*last, b"data: [DONE]\n\n"]))
+
+    def _chunks(self, index: int, event: events.AnyEvent) -> bytes:
+        match event:
+            case events.TextDelta(text=text):
+                before, after = self._frames.get(index) or self._frame(index)
+                return self._greeting(index) + before + encoded(text) + after
+            case events.ReasoningDelta(text=text):
+                return self._delta(index, {"reasoning_content": text})
+            case events.ToolCallStarted(index=place, name=name):
+                opened = {
+                    "index": place,
+                    "id": f"call_{secrets.token_hex(8)}",
+                    "type": "function",
+                    "function": {"name": name, "arguments": ""},
+                }
+                return self._delta(index, {"tool_calls": [opened]})
+            case events.ToolCallDelta(index=place, arguments=text):
+                return self._delta(index, {"tool_calls": [{"index": place, "function": {"arguments": text}}]})
+            case _:
+                return b""
+
+    def _frame(self, index: int) -> tuple[bytes, bytes]:
+        """What stands around the text of nearly every chunk, encoded once."""
+        before, _, after = self._chunk(index, {"content": _TEXT}).partition(encoded(_TEXT))
+        self._frames[index] = before, after
+        return before, after
+
+    def _delta(self, index: int, value: dict[str, Any], finish: str | None = None, logprobs: Any = None) -> bytes:
+        return self._greeting(index) + self._chunk(index, value, finish, logprobs)
+
+    def _greeting(self, index: int) -> bytes:
+        if index in self._greeted:
+            return b""
+        self._greeted.add(index)
+        return self._chunk(index, {"role": "assistant", "content": "", "refusal": None})
+
+    def _chunk(self, index: int, value: dict[str, Any], finish: str | None = None, logprobs: Any = None) -> bytes:
+        usage = {"usage": None} if self._with_usage else {}
+        choice = {"index": index, "delta": value, "logprobs": logprobs, "finish_reason": finish}
+        return _event({**self._head, **usage, "choices": [choice]})
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    return b"data: " + encoded(value) + b"\n\n"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterable
 from typing import Any, Literal, final
 
 from agentspeed import events
@@ -33,8 +33,12 @@ class ResponseEvents:
         for kind in ("response.created", "response.in_progress"):
             await self._send(emit, kind, {"response": self._head})
 
-    async def told(self, event: events.AnyEvent, emit: Emitter | None) -> None:
-        """One event of the turn."""
+    async def told(self, batch: Iterable[events.AnyEvent], emit: Emitter | None) -> None:
+        """Events of the turn."""
+        for event in batch:
+            await self._told(event, emit)
+
+    async def _told(self, event: events.AnyEvent, emit: Emitter | None) -> None:
         match event:
             case events.TextDelta(text=text):
                 if self._open != "message":

@@ -21,7 +21,9 @@ from agentspeed.server.streaming import Emitter, EventStream, WholeBody, encoded
 from agentspeed.server.turns import Service, parsed
 
 
-class _NewConversation(msgspec.Struct, kw_only=True):
+class NewConversation(msgspec.Struct, kw_only=True):
+    """The body of a new conversation."""
+
     items: list[Any] | None = None
     metadata: dict[str, Any] | None = None
 
@@ -63,7 +65,7 @@ def responses_routes(service: Service, route: Callable[..., Route]) -> list[Rout
         return _json(found.body)
 
     async def new_conversation(request: Request, service: Service, tenant: str) -> ASGIApp:
-        body: _NewConversation = parsed(await request.body() or b"{}", _NewConversation)
+        body: NewConversation = parsed(await request.body() or b"{}", NewConversation)
         system, messages = items.read_items(body.items or [], where="items")
         if system:
             raise refused("A conversation has no system items; give instructions to each response.", param="items")

@@ -188,7 +188,7 @@ class OneResponse:
             return await self._prewarm(emit)
         events = self._events
         await events.begin(emit)
-        answer = await self._service.turn(self._request, lambda _, event: events.told(event, emit))
+        answer = await self._service.turn(self._request, lambda _, batch: events.told(batch, emit))
         (reply,) = answer.replies
         output = await events.finish(reply, emit)
         cut = reply.finish_reason == "max_tokens"
