@@ -30,7 +30,7 @@ class Compaction:
     """Messages that are not in the log any more; 0: there was nothing to drop, and nothing has changed."""
     tokens_before: int
     tokens: int
-    """Of the log now."""
+    """Tokens of the log now."""
     marks: Mapping[str, int | None] = field(default_factory=lambda: MappingProxyType({}))
     """Where each named mark is now, in tokens; None for one that stood among what was dropped."""
 

@@ -18,8 +18,8 @@ class Reply(Generic[T]):
     """What a turn came to."""
 
     text: str
-    """Of the whole message, as `output`, `tool_calls`, `reasoning` and `partial_call` are: also of what earlier turns
-    wrote of it, when this one went on with an open message. No text of `stop` is in it."""
+    """The text of the whole message: also what earlier turns wrote of it, when this one went on with an open message.
+    `output`, `tool_calls`, `reasoning` and `partial_call` are of the whole message too. No text of `stop` is in it."""
     new_text: str
     """What this turn wrote of `text`: its `TextDelta` events together. `ids`, the log-probabilities and `usage` are
     of this turn alone too."""

@@ -312,7 +312,7 @@ class Run:
         return tuple(known[name] for name in tool.hands_over)
 
     def _within_limit(self, calls: tuple[ToolCall, ...]) -> tuple[ToolCall, ...]:
-        """Those of `calls` that may still be run; the others have a result that says why they were not."""
+        """The calls among `calls` that may still be run; the others have a result that says why they were not."""
         if self._calls_left is None:
             return calls
         run, beyond = calls[: self._calls_left], calls[self._calls_left :]

@@ -111,7 +111,7 @@ class RunStream(Generic[T]):
         return self._events.popleft()
 
     def result(self) -> Result[T]:
-        """Of a run that was read to its end. Raises `SessionError` before."""
+        """What the run came to, once it was read to its end. Raises `SessionError` before."""
         if self._result is None or self._events:
             raise errors.SessionError("The run has not ended.", remedy="Read its events to the end first.")
         return self._result

@@ -19,10 +19,10 @@ from agentspeed.turn import Turn
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """Of one text, as the beginning of the model's message or the next of its open one."""
+    """How likely one text is as the beginning of the model's message, or as the continuation of its open one."""
 
     ids: tuple[int, ...]
-    """Of the text, as the tokenizer writes it; the end of the message is not among them."""
+    """The ids of the text, as the tokenizer writes it; the end of the message is not among them."""
     logprobs: tuple[float, ...]
     """Natural logarithms of the model's own distribution, one for each id."""
     top: tuple[tuple[tuple[int, float], ...], ...] = ()

@@ -432,7 +432,7 @@ class Session:
 
     @property
     def tenant(self) -> str | None:
-        """Whose rows it shares."""
+        """The name under which it shares rows; None: it shares with all sessions that have none."""
         return self._core.branch.opening.tenant or None
 
     @property

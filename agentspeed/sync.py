@@ -360,7 +360,7 @@ class Session:
 
     @property
     def tenant(self) -> str | None:
-        """Whose rows it shares."""
+        """The name under which it shares rows."""
         return self.session.tenant
 
     @property

@@ -161,9 +161,9 @@ class Branch:
         then: Then | None = None,
         patience: float | None = None,
     ) -> Coroutine[Any, Any, wire.Reply]:
-        """To be awaited inside of `run_to_completion`. What waits for the end of a long step is waited for; an engine
-        that answers no call for `close_timeout` is given up, link and all. `patience`: this call alone is given up,
-        after less."""
+        """Sends a command; the caller awaits the result inside of `run_to_completion`. An engine that answers other
+        calls is waited for, however long its step takes; one that answers none for `close_timeout` seconds is given
+        up, with its link. `patience`: give up this call alone, after fewer seconds."""
         most = self.opening.close_timeout
         if patience is None or patience >= most:
             return link.call(make, then, patience=most)

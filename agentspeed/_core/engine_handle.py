@@ -116,7 +116,7 @@ class EngineHandle:
 
     @property
     def url(self) -> str | None:
-        """Of the server, when the model is one's address."""
+        """The server's address, when the model is one; else None."""
         text = os.fspath(self.model)
         return text.rstrip("/") if text.startswith(("http://", "https://")) else None
 
@@ -232,7 +232,7 @@ class EngineHandle:
 
     @property
     def pid(self) -> int | None:
-        """Of the engine process, when this object started one."""
+        """The number of the engine process, when this object started one; else None."""
         return None if self._local is None else self._local.transport.pid
 
     def __repr__(self) -> str:

@@ -41,7 +41,7 @@ class TurnOptions(TypedDict, total=False):
     """Options of `stream`, `generate` and `run`, all by name."""
 
     tools: Sequence[Tool | Callable[..., object]] | None
-    """Of this turn; by default, the session's. They must be among the session's, which its first message describes."""
+    """The tools of this turn; by default, the session's. They must be among those that its first message describes."""
     tool_choice: str
     """"auto", "required", "none" or a tool's name."""
     parallel_calls: int
@@ -183,7 +183,7 @@ def _bytes(text: str) -> int:
 
 
 def turn_options(options: RunOptions) -> TurnOptions:
-    """Those of a run's options that are its turns'."""
+    """The options of a run that belong to each of its turns."""
     return cast("TurnOptions", {name: value for name, value in options.items() if name in TurnOptions.__annotations__})
 
 

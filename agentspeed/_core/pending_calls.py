@@ -44,7 +44,7 @@ class PendingCalls:
 
     # ---- results --------------------------------------------------------------------------------------------------
     def waits(self, calls: Iterable[ToolCall]) -> tuple[ToolCall, ...]:
-        """Those of `calls` that no result is known of."""
+        """The calls among `calls` that have no result yet."""
         return tuple(call for call in calls if call.id not in self._results)
 
     def arrived(self, result: ToolMessage) -> None:

@@ -64,11 +64,11 @@ class Connection(Protocol):
         ...
 
     def listen(self, branch: int, sink: Sink) -> None:
-        """Events of `branch` go to `sink` from now on."""
+        """Gives events of `branch` to `sink` from now on. The branch belongs to this connection."""
         ...
 
     def unlisten(self, branch: int) -> None:
-        """They no longer do."""
+        """Gives events of `branch` to no sink any more; those that still come are dropped."""
         ...
 
     def close(self) -> None:
@@ -81,7 +81,7 @@ class Transport(Protocol):
 
     @property
     def pid(self) -> int | None:
-        """Of the engine process that this transport started and that lives; None for every other engine."""
+        """The number of the engine process that this transport started and that lives; None for every other engine."""
         ...
 
     async def connect(self, *, after_death: bool) -> Connection:

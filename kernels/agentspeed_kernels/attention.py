@@ -35,7 +35,11 @@ class AttentionBackend(Protocol):
     What it returns is handed to the kernels of the same device and to no one else. Called once a step, by the thread
     that launches."""
 
-    def prepare(self, pieces: Sequence[Piece], positions: Int64s) -> AttentionStep: ...
+    def prepare(self, pieces: Sequence[Piece], positions: Int64s) -> AttentionStep:
+        """What the kernels of all layers take for one step, and for that step alone. `pieces`: what rows of what pages
+        are read by which rows of the step; a row reads its own causal piece and what its branch shares. `positions`
+        [T]: of the step's rows."""
+        ...
 
 
 @final

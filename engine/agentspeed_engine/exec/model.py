@@ -13,7 +13,8 @@ from agentspeed_engine.models.inputs import FlatBatch
 class Model(Protocol):
     """`exec.torch_model.TorchModel` and `exec.noop.NoopModel` are ones.
 
-    `save` and `load` are called from another thread than the rest: they touch only pages that no step writes."""
+    The executor's thread calls `logits` and `copy_rows`, one call after the other. The copier's thread calls `save` and
+    `load` at the same time: they touch only pages that no step writes. `reserve_host` is called once, before both."""
 
     page_tokens: int
 
@@ -23,7 +24,7 @@ class Model(Protocol):
         ...
 
     def copy_rows(self, src_page: int, dst_page: int, rows: int) -> None:
-        """The first `rows` rows of a page, in every layer."""
+        """Copies the first `rows` rows of a page onto another, in every layer, before the next `logits`."""
         ...
 
     def reserve_host(self, slots: int) -> None:
@@ -31,9 +32,9 @@ class Model(Protocol):
         ...
 
     def save(self, pages: Sequence[int], slots: Sequence[int]) -> None:
-        """Device pages to host slots. Raises `CopyFailed`."""
+        """Copies device pages to host slots, one each, and returns when the rows have arrived. Raises `CopyFailed`."""
         ...
 
     def load(self, slots: Sequence[int], pages: Sequence[int]) -> None:
-        """Host slots to device pages. Raises `CopyFailed`."""
+        """Copies host slots to device pages, one each, and returns when the rows have arrived. Raises `CopyFailed`."""
         ...

@@ -61,7 +61,7 @@ class Room:
     """What an active branch holds: pins on its path, and a tail of pages it alone writes."""
 
     tenant: str
-    """Whose pages the tail's are."""
+    """The tenant whose quota the tail's pages count for."""
     path: tuple[NodeRun, ...]
     tail_start: int
     tail: list[PageId]

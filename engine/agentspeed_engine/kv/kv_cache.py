@@ -180,6 +180,7 @@ class KvCache:
         self.tree.reshaped.discard(branch.id)
 
     def unpin_seed(self, branch: Branch) -> None:
+        """Releases the seed's nodes alone: its rows are copied, or the branch needs them no more."""
         node = branch.seed
         while node is not None and node is not branch.leaf and node.start >= branch.leaf.end:
             node.pinned_by.discard(branch.id)
@@ -231,6 +232,7 @@ class KvCache:
         self.settle_on(branch, branch.leaf, None, 0)
 
     def grow(self, room: Room, pages: int) -> None:
+        """Adds `pages` fresh pages to the tail; the caller has made them free. Raises `BrokenInvariant`."""
         room.tail.extend(self.pages.take(pages))
         self.tree.count(room.tenant, pages)
 
@@ -337,7 +339,7 @@ class KvCache:
         self._rows_lost(self.holders(node), why)
 
     def give_up_seed(self, branch: Branch, why: str) -> None:
-        """Less than a page to compute again, where the entry needs it no more."""
+        """The branch gives up the rows of its seed, less than a page, and computes them again. `why` is told."""
         self.settle_on(branch, branch.leaf, None, 0)
         self._rows_lost([branch], why)
 

@@ -152,6 +152,7 @@ class Tree:
 
     # ---- lookup ---------------------------------------------------------------------------------------------------
     def root(self, key: RootKey) -> Node:
+        """The root of a key; made when it is first asked for. `forget_root` takes it away again."""
         node = self.roots.get(key)
         if node is None:
             node = self.roots[key] = Node(self._fresh_id(), key, None, 0, b"", None)
@@ -405,7 +406,7 @@ def subtree(top: Node) -> Iterator[Node]:
 
 
 def tenant_of(key: RootKey) -> str:
-    """Whose rows hang below a root."""
+    """The tenant whose rows hang below a root."""
     return key[2].partition("\0")[0]
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import final
 
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "float64": 8, "bfloat16": 2}
-"""Of the formats a model computes in."""
+"""The formats that a model computes in, with the bytes of an element."""
 
 
 @final

@@ -300,7 +300,7 @@ class TurnUsage(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     recomputed: int = 0
     """Rows this branch had once and had to compute again (evicted, or less than a page after a lost seed)."""
     shared: int = 0
-    """Of the new ids, how many were found computed by someone else."""
+    """How many of the new ids another session, or a turn that was taken back, had computed."""
     drawn: int = 0
     preempted: int = 0
     queue_seconds: float = 0.0

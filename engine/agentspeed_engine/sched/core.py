@@ -183,12 +183,13 @@ class Core:
         return inspection.describe(self.world, now)
 
     def picture(self, command: Look, now: float) -> Picture:
-        """As much of it as was asked for, and who owns the pages: bounded, whatever is open."""
+        """A picture of the sessions, as many as `command` asks for, and of the owners of the pages. Its size is
+        bounded, however many sessions are open."""
         return inspection.picture(self.world, command, now)
 
     def counts(self, now: float = 0.0) -> dict[str, int]:
-        """Owners and states to their numbers. Takes time in proportion to the branches that run: neither the tree nor
-        the branches at rest are walked, for nobody may hold up the engine by asking."""
+        """How many pages each owner has, and how many branches are in each state. It walks the branches that run alone,
+        neither the tree nor the branches at rest, so that asking cannot hold up the engine."""
         world, kv = self.world, self.world.kv
         in_tails = sum(len(room.tail) for room in kv.rooms.values())
         in_nodes = kv.pages.total - kv.pages.free - in_tails  # rule (1) of the ledger: there is no other owner

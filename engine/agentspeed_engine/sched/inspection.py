@@ -205,7 +205,7 @@ def _still(world: SchedulerState, why: str) -> bool:
 
 # ---- the whole ----------------------------------------------------------------------------------------------------
 def _wanted(nodes: list[Node]) -> set[NodeId]:
-    """Those on the path of some branch."""
+    """The nodes on the path of some branch."""
     wanted: set[NodeId] = set()
     for end in nodes:
         if end.leaf_of or end.seed_of:

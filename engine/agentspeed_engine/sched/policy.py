@@ -45,7 +45,7 @@ def next_use(facts: Facts) -> float | None:
 
 
 def lru(facts: Facts) -> float | None:
-    """Who computed longest ago goes first, whether it pauses or waits for its turn."""
+    """The branch that computed longest ago goes first, whether it pauses or waits for its turn."""
     return facts.rested
 
 

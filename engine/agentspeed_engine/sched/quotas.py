@@ -67,7 +67,7 @@ def left(world: SchedulerState, tenant: str) -> float:
 
 
 def allowed(world: SchedulerState, tenant: str, pages: int, now: float) -> int:
-    """So many of `pages` more as a tenant may take when only its rows at rest make room."""
+    """How many of `pages` more a tenant may take when only its rows at rest make room."""
     _ = _shed(world, tenant, pages, now)
     return int(min(pages, max(0, left(world, tenant))))
 

@@ -1,4 +1,4 @@
-"""Nodes by who goes first, ranked once for a whole plan: what the plan moves is ranked anew, the rest is not looked at.
+"""Nodes in the order in which they lose rows, ranked once for a whole plan; only what the plan moves is ranked anew.
 
 Within a plan time stands still, so a key changes only with the holders and pins of a node. A caller that makes a key
 larger, or adds a candidate, calls `again`; keys that became smaller are found when their turn comes.
@@ -31,13 +31,13 @@ class Ranking:
         heapify(self._heap)
 
     def again(self, node: Node) -> None:
-        """Its key may have grown, or it has only now become a candidate."""
+        """Ranks a node anew: its key may have grown, or it has become a candidate."""
         key = self._key(node)
         if key is not None:
             heappush(self._heap, _entry(node, key))
 
     def first(self) -> tuple[Key, Node] | None:
-        """Who goes first, and its key; None when nothing can go."""
+        """The node that goes first, and its key; None when none can go."""
         return self._top(self._heap)
 
     def candidates(self) -> Iterator[tuple[Key, Node]]:
@@ -68,7 +68,7 @@ def _entry(node: Node, key: Key) -> _Entry:
 
 @final
 class Rankings:
-    """Of one plan; each is made when it is first asked for."""
+    """The rankings of one plan; each is made when it is first asked for."""
 
     __slots__ = ("hosts", "left", "losing", "victims")
 

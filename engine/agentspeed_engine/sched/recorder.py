@@ -305,7 +305,7 @@ class RecordedCore:
         return self._veil.name(text) if usable_name(text) else UNUSABLE_NAME
 
     def _bias(self, bias: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
-        """As many, and one that the core refuses stays one that it refuses."""
+        """The same number of biases; one that the core refuses is replaced by one that it refuses."""
         if self._veil.clear:
             return bias
         return tuple((0 if 0 <= number < self.config.vocab_size else -1, value) for number, value in bias)

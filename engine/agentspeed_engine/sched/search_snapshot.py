@@ -106,7 +106,7 @@ def _copy_dict(value: dict[Any, Any], memo: _Memo) -> Any:
 
 
 def _copy_ids(value: set[Any] | array[Any] | bytearray, memo: _Memo) -> Any:
-    """Of ids only."""
+    """A copy of a container of plain ids."""
     made = memo.get(id(value))
     if made is None:
         made = memo[id(value)] = value.copy() if isinstance(value, set) else value[:]

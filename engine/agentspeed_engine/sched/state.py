@@ -170,6 +170,7 @@ class SchedulerState:
 
     # ---- small facts ----------------------------------------------------------------------------------------------
     def tell(self, branch: Branch, message: Outgoing) -> None:
+        """Puts a message into `out` for the client of the branch; it leaves at the end of the call of `Core`."""
         self.out.append((branch.link, message))
 
     def residence(self, branch: Branch) -> Residence:
@@ -199,10 +200,12 @@ class SchedulerState:
 
     # ---- moving branches ------------------------------------------------------------------------------------------
     def rest(self, state: Held) -> None:
+        """Files a branch at rest. Its turn, if it had one, is off the lists."""
         self.states[state.branch.id] = state
         self.kv.moved.add(state.branch.id)
 
     def enqueue(self, state: Queued) -> None:
+        """Files a turn that waits, at its age; one that waits for its preparation is in no queue."""
         number = state.branch.id
         self.states[number] = state
         if state.turn.waits:
@@ -212,6 +215,7 @@ class SchedulerState:
         insort(self.queues.setdefault(tenant_of(state.branch.root), []), (state.turn.age, number))
 
     def activate(self, state: Promoting | Prefilling | Decoding) -> None:
+        """Files a turn that was admitted, at its age. It has left the queue."""
         self.states[state.branch.id] = state
         insort(self.active, (state.turn.age, state.branch.id))
         insort(self.actives.setdefault(tenant_of(state.branch.root), []), (state.turn.age, state.branch.id))
@@ -301,12 +305,14 @@ class SchedulerState:
             del self.sessions[branch.session]
 
     def end_lease(self, number: BranchId) -> None:
+        """Takes a branch's lease away, and its prefetch with it; nothing is told. Without a lease it does nothing."""
         _ = self.leases.pop(number, None)
         _ = self.firm.pop(number, None)
         _ = self.due.pop(number, None)
         _ = self.lease_news.pop(number, None)  # of the lease that has ended
 
     def hold_firm(self, number: BranchId, until: float, pages: int) -> None:
+        """Counts `pages` for a firm lease until then. The caller has checked the budget (`sched.leases`)."""
         self.firm[number] = (until, pages)
         self.firm_ends = min(self.firm_ends, until)
 

@@ -224,7 +224,7 @@ def _refuse(world: SchedulerState, run: _Pass, state: Queued | Prefilling | Deco
 
 
 def _shortage(world: SchedulerState, asked: Grant, pages: int, now: float) -> str:
-    """Who has the pages that `obtain` did not get."""
+    """What holds the pages that `obtain` did not get."""
     if asked is Grant.NONE:
         return "firm leases" if world.kv.pages.free + held_by_firm(world, now) >= pages else "room"
     if tickets.saving(world):
