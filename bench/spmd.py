@@ -1,9 +1,17 @@
-"""What the compiler of ranks costs: a compiled chain of one rank over calling its modules by hand, and a plan of the
-671 B configuration of DeepSeek-V3 in a process of its own.
+"""What ranks cost and keep: the compiler's chain and plans, a step on two processes, equal tokens, and kills.
 
-Run: `python bench/spmd.py [--rounds N]`. The last line is JSON: `chain_overhead` is a ratio of median seconds of a step
-of one token (programs of recorded steps are not used on either side); `plan_seconds_v3` is from the start of the
-interpreter to the printed plan, `plan_peak_mb_v3` the most memory that process had (MiB).
+Run: `python bench/spmd.py [--rounds N] [--kills N]`. The last line is JSON:
+
+- `chain_overhead`: ratio of median seconds of a step of one token, a compiled chain of one rank over calling its
+  modules by hand (programs of recorded steps are not used on either side).
+- `plan_seconds_v3`, `plan_peak_mb_v3`: a plan of the 671 B configuration of DeepSeek-V3 in a process of its own, from
+  the start of the interpreter to the printed plan, and the most memory that it had (MiB).
+- `rank_step_overhead_us`: what a greedy step of one row takes longer on two ranks than on one with layers that do
+  nothing; `..._sampled_us`: one with temperature and top_p. `sum_us_shared`, `sum_us_gloo`: one sum of 2048 floats.
+- `tokens_equal_tp2`, `tokens_equal_tp4`: 1 where a workload with forks, rewinds, preemptions, a grammar, penalties and
+  the host tier draws in float64 what one process draws.
+- `kill_...`: a random rank of two is killed while four sessions draw: sessions lost, processes left, and seconds until
+  every session has drawn again.
 """
 
 from __future__ import annotations
@@ -14,6 +22,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -38,6 +47,7 @@ from agentspeed_kernels.platform import detect
 from agentspeed_kernels.registry import standard
 from agentspeed_kernels.selection import Kernels
 from agentspeed_kernels.workspace import Workspace
+from bench.rank_runs import kills, step_overhead_us, sum_us, tokens_equal
 
 MODEL = ROOT / "bench/models/tiny.json"
 V3 = ROOT / "bench/models/deepseek-v3.json"
@@ -107,13 +117,19 @@ def planned() -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=101)
+    parser.add_argument("--kills", type=int, default=10)
     arguments = parser.parse_args()
     seconds, peak = planned()
-    line = {
+    line: dict[str, float] = {
         "chain_overhead": round(chain_overhead(arguments.rounds), 4),
         "plan_seconds_v3": round(seconds, 2),
         "plan_peak_mb_v3": round(peak),
     }
+    with tempfile.TemporaryDirectory() as scratch:
+        line |= step_overhead_us(arguments.rounds) | sum_us(Path(scratch))
+        line |= tokens_equal(Path(scratch))
+        if arguments.kills:
+            line |= kills(Path(scratch), arguments.kills)
     print(json.dumps(line))
 
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.exec.penalties import Adjustment
+from agentspeed_engine.exec.ranks import shard_draw
 from agentspeed_engine.exec.ranks.orders import sample_order, shard_sample
 from agentspeed_engine.exec.ranks.shard_draw import draw_shards
 from agentspeed_engine.exec.sampler import Draw, draw
@@ -87,8 +88,14 @@ SAMPLINGS = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=120)
+@pytest.fixture(params=[2, 256], ids=["edges by digits", "edges among the highest"])
+def highest(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_draw, "HIGHEST", request.param)
+
+
+@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
+@pytest.mark.usefixtures("highest")
 def test_ranks_draw_what_one_process_draws(data: st.DataObject) -> None:
     """Also with penalties, ties across ranks, masked and impossible ids, and pieces in which nothing is left."""
     samplings = data.draw(st.lists(SAMPLINGS, max_size=4))

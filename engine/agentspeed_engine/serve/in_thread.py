@@ -20,14 +20,19 @@ class EngineThread:
         """Raises `EngineFault` when the options or the model are refused."""
         # Its process may end at any time without telling it: that is no crash of the engine.
         recording = recording_of(options, crashes=None)
-        self._loop = EngineLoop(
-            build(options),
-            outbox_bytes=options.outbox_bytes,
-            check=options.check_every_step,
-            idle_seconds=options.idle_seconds,
-            recording=recording,
-            credential=credential(os.environ),
-        )
+        built = build(options)
+        try:
+            self._loop = EngineLoop(
+                built,
+                outbox_bytes=options.outbox_bytes,
+                check=options.check_every_step,
+                idle_seconds=options.idle_seconds,
+                recording=recording,
+                credential=credential(os.environ),
+            )
+        except BaseException:
+            built.close()
+            raise
         self._listener, self._address = _listener()
         self._loop.listen(self._listener)
         self._thread = threading.Thread(target=self._loop.run, name="agentspeed-engine", daemon=True)

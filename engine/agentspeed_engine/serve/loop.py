@@ -101,7 +101,7 @@ class EngineLoop:
         self._executor: Executor = (
             executor or built.executor or CpuExecutor(built.model, built.vocabulary, depth=built.core.depth)
         )
-        self._ranks = built.ranks
+        self._built, self._ranks = built, built.ranks
         self._copier = Copier(self._executor, self._report, self._clock)
         self._preparer = Preparer(self._executor, self._report)
         self._check = check
@@ -459,8 +459,7 @@ class EngineLoop:
         self._thread.join(timeout=_JOIN_SECONDS)
         self._copier.close(_JOIN_SECONDS)
         self._preparer.close()
-        if self._ranks is not None:
-            self._ranks.close()
+        self._built.close()
         if self._tape is not None:
             self._tape.close()
         for link in self._links.values():

@@ -241,6 +241,11 @@ class Built:
     ranks: RankProcesses | None = None
     """The others, where the model is cut over several processes: whoever has this ends them."""
 
+    def close(self) -> None:
+        """Ends what belongs to it beside this process. A loop that has it does so when it ends."""
+        if self.ranks is not None:
+            self.ranks.close()
+
 
 def build(options: EngineOptions, progress: Callable[[str], None] | None = None) -> Built:
     """Loads the model and sizes its pool. Raises `EngineFault` for whatever cannot be."""
@@ -339,9 +344,6 @@ def _build_ranks(
     options: EngineOptions, core: CoreConfig, vocabulary: Vocabulary, source: str, say: Callable[[str], None]
 ) -> Built:
     """Rank 0 loads its piece while the others load theirs."""
-    # Imported late, with the tensors that they need.
-    from agentspeed_engine.exec.ranks.leader import LeadingExecutor
-
     assert options.dtype != "auto" and options.device != "auto"
     threads = options.threads
     if threads is None and options.device == "cpu":
@@ -358,8 +360,12 @@ def _build_ranks(
         rank=0,
         seconds=options.rank_seconds,
     )
+    _gpu_for_each(given)
     ranks = RankProcesses(given, say)
     try:
+        # Imported late: the other ranks have begun to load by now.
+        from agentspeed_engine.exec.ranks.leader import LeadingExecutor
+
         with ThreadPoolExecutor(1) as beside:  # it takes the interpreter's lock for long
             unusable = beside.submit(vocabulary.load) if source else None
             group = ranks.group()
@@ -375,6 +381,21 @@ def _build_ranks(
         ranks.close()
         raise
     return Built(core, model, vocabulary, source, executor, ranks)
+
+
+def _gpu_for_each(given: RankOptions) -> None:
+    """Raises `EngineFault` (bad_options) where there are too few GPUs."""
+    if given.device != "cuda":
+        return
+    import torch
+
+    count = torch.cuda.device_count()
+    if count < given.tp:
+        raise EngineFault(
+            "bad_options",
+            f"tp is {given.tp}, each rank takes a GPU, and this process sees {count}.",
+            "Give a smaller tp, or device='cpu'.",
+        )
 
 
 def _core(options: EngineOptions, pages: int, limit: int, vocab_size: int, name: str) -> CoreConfig:

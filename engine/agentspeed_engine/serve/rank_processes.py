@@ -152,7 +152,11 @@ class RankProcesses:
     def group(self) -> Group:
         """Rank 0's side. With torch.distributed it returns when all have met. Raises `EngineFault`."""
         if self._group is None:
-            self._group = opened_group(self._options, self._memory)
+            try:
+                self._group = opened_group(self._options, self._memory)
+            except EngineFault as fault:
+                dead = next((one for one in self.all if one.ended), None)
+                raise (fault if dead is None else self._fault_of(dead)) from fault
         return self._group
 
     def followers(self) -> Followers:

@@ -2,8 +2,9 @@
 piece, hears those of all, and all come to the same id.
 
 Noise is a function of the vocabulary id (`exec.sampler`), so the best of every rank's best is what one process draws.
-Edges of top-k and top-p are found by digits: a round tells how many candidates, or how much probability, each value of
-a digit has, so what is sent does not grow with the vocabulary.
+Edges of top-k and top-p lie mostly among the few highest candidates of every rank, which are told in one round. Where
+they do not, they are found by digits: a round tells how many candidates, or how much probability, each value of a digit
+has, so what is sent does not grow with the vocabulary.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ Rounds: TypeAlias = Generator[Doubles, Doubles, T]
 _DIGITS = ((53, 11), (42, 11), (31, 11), (20, 11), (9, 11), (0, 9))
 """(Shift, bits) of the digits of a 64-bit key, from the highest on."""
 _SIGN = np.uint64(1 << 63)
+HIGHEST = 256
+"""Candidates of each rank that are told before anything is searched by digits."""
 _NOBODY = -1.0
 """In place of an id."""
 
@@ -61,7 +64,8 @@ def together(rounds: Rounds[T], gather: Callable[[Doubles], Doubles]) -> T:
 def draw_shards(logits: NDArray[Any], first: int, samples: Sequence[ShardSample]) -> Rounds[list[Draw | EngineFault]]:
     """`logits` [S, ids of this rank] of any float dtype, the first of them being id `first`; one row a sample.
 
-    One round where all are greedy, one more where some are not, and six for each of top-k and top-p."""
+    One round where all are greedy, one more where some are not, and one for each of top-k and top-p, or seven where an
+    edge lies below the highest candidates."""
     rows = [_Row(row, first, sample) for row, sample in zip(logits, samples, strict=True)]
     most = max((row.asked for row in rows), default=0)
     told = np.full((len(rows), 5 + 2 * most), _NOBODY)
@@ -207,11 +211,37 @@ class _Search:
 
     def __init__(self, values: Doubles, weights: Doubles | None, target: float, share: float) -> None:
         """`share`: of the sum of all ranks' weights, instead of a target."""
-        bits = values.view(np.uint64)
-        self._keys = np.where(bits & _SIGN, ~bits, bits | _SIGN)  # in the order of the values
         self._weights = weights
-        self._target, self._share = target, share
+        self._values, self._target, self._share = values, target, share
+        self._keys = np.zeros(0, np.uint64)
         self._found = np.uint64(0)
+        self.edge: float | None = None
+
+    def tell_highest(self, line: Doubles) -> None:
+        """(How many there are, the sum of their weights), then the highest."""
+        count = len(self._values)
+        highest = self._values if count <= HIGHEST else np.partition(self._values, count - HIGHEST)[-HIGHEST:]
+        line[0], line[1] = count, count if self._weights is None else self._weights.sum()
+        line[2 : 2 + len(highest)] = highest
+
+    def hear_highest(self, told: Doubles) -> None:
+        """What every rank told. Of what is above the lowest that was told by a rank with more, nothing is missing."""
+        if self._share:
+            self._target, self._share = self._share * float(told[:, 1].sum()), 0.0
+        cut = max((float(rank[2:].min()) for rank in told if rank[0] > HIGHEST), default=-np.inf)
+        values = told[:, 2:].ravel()
+        values = np.sort(values[(values > cut) & np.isfinite(values)])[::-1]
+        weights = np.ones(len(values)) if self._weights is None else np.exp(values)
+        reached = np.flatnonzero(np.cumsum(weights) >= self._target)
+        if len(reached):
+            self.edge = float(values[reached[0]])
+        elif cut == -np.inf:  # all there are
+            self.edge = float(values[-1])
+
+    def begin(self) -> None:
+        """By digits of keys that are in the order of the values."""
+        bits = self._values.view(np.uint64)
+        self._keys = np.where(bits & _SIGN, ~bits, bits | _SIGN)
 
     def tell(self, line: Doubles, shift: int, bits: int) -> None:
         digits = (self._keys >> np.uint64(shift)) & np.uint64((1 << bits) - 1)
@@ -219,8 +249,6 @@ class _Search:
 
     def hear(self, line: Doubles, shift: int, bits: int) -> None:
         held = line[: 1 << bits]
-        if self._share:
-            self._target, self._share = self._share * float(held.sum()), 0.0
         above = np.append(np.cumsum(held[:0:-1])[::-1], 0.0)
         there = np.flatnonzero((held > 0) & (above < self._target))
         digit = int(there[0]) if len(there) else int(np.flatnonzero(held)[-1])
@@ -231,18 +259,29 @@ class _Search:
         if self._weights is not None:
             self._weights = self._weights[mine]
 
-    @property
-    def edge(self) -> float:
+    def settle(self) -> None:
+        """After the last digit."""
         bits = self._found ^ _SIGN if self._found & _SIGN else ~self._found
-        return float(np.array(bits, np.uint64).view(np.float64))
+        self.edge = float(np.array(bits, np.uint64).view(np.float64))
 
 
 def _edges(searches: list[_Search]) -> Rounds[list[float]]:
-    for shift, bits in _DIGITS:
-        told = np.zeros((len(searches), 1 << bits))
-        for line, search in zip(told, searches, strict=True):
+    told = np.full((len(searches), 2 + HIGHEST), -np.inf)
+    for line, search in zip(told, searches, strict=True):
+        search.tell_highest(line)
+    every = yield told
+    for index, search in enumerate(searches):
+        search.hear_highest(every[:, index])
+    deep = [search for search in searches if search.edge is None]
+    for search in deep:
+        search.begin()
+    for shift, bits in _DIGITS if deep else ():
+        told = np.zeros((len(deep), 1 << bits))
+        for line, search in zip(told, deep, strict=True):
             search.tell(line, shift, bits)
         heard = (yield told).sum(0)
-        for line, search in zip(heard, searches, strict=True):
+        for line, search in zip(heard, deep, strict=True):
             search.hear(line, shift, bits)
-    return [search.edge for search in searches]
+    for search in deep:
+        search.settle()
+    return [-np.inf if search.edge is None else search.edge for search in searches]
