@@ -34,6 +34,7 @@ from agentspeed_kernels.cpu import native
 from agentspeed_kernels.ops import OPS
 from agentspeed_kernels.packing import Weight, pack
 from agentspeed_kernels.platform import detect
+from agentspeed_kernels.quantised import GROUPS, WeightFormat, quantise
 from agentspeed_kernels.registry import standard
 from agentspeed_kernels.signature import DTYPE_BYTES, Dtype, KernelSpec
 from agentspeed_kernels.tiles import plan_tiles
@@ -51,8 +52,26 @@ MUST = {
 }  # fmt: skip
 """In bfloat16, of the pure read."""
 
+MUST_INT8: dict[WeightFormat, float] = {"int8": 1.3, "int8-32": 1.15}
+"""One row of a linear on the best form, of the same form with weights in bfloat16."""
+
 Step = Callable[[int], None]
 """Runs one contestant on a copy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """A kernel and the format of its weights; None: that of the case."""
+
+    spec: KernelSpec
+    weights: WeightFormat | None
+
+    @property
+    def name(self) -> str:
+        return self.spec.name if self.weights is None else f"{self.spec.name.removesuffix('-int8')}-{self.weights}"
+
+    def call(self, *given: Any) -> None:
+        self.spec.call(*given)
 
 
 @dataclass(slots=True)
@@ -61,7 +80,7 @@ class Case:
     op: str
     sizes: dict[str, int]
     copies: int
-    contestant: Callable[[KernelSpec], Step]
+    contestant: Callable[[Runs], Step]
     """Lays out what the kernel reads, and gives what runs it."""
 
 
@@ -86,7 +105,7 @@ def main() -> None:
 def measured(case: Case, dtype: Dtype, rounds: int, threads: int) -> dict[str, dict[str, float]]:
     rows = case.sizes["T"]
     cost = OPS[case.op].cost(case.sizes, DTYPE_BYTES[dtype])
-    contestants = {spec.name: case.contestant(spec) for spec in runnable(case.op, dtype, rows)}
+    contestants = {runs.name: case.contestant(runs) for runs in runnable(case.op, dtype, rows)}
     contestants["read"] = reader(cost.bytes, case.copies, threads)
     seconds = interleaved(contestants, case.copies, rounds)
     figures: dict[str, dict[str, float]] = {}
@@ -96,8 +115,16 @@ def measured(case: Case, dtype: Dtype, rounds: int, threads: int) -> dict[str, d
         of_read, faster = seconds["read"] / seconds[name], seconds["torch"] / seconds[name]
         taken = float(np.median(seconds[name]))
         low, middle, high = np.percentile(of_read, (25, 50, 75))
-        must = MUST.get((case.name, rows)) if dtype == "bfloat16" and name.startswith("amx") else None
+        must = MUST.get((case.name, rows)) if dtype == "bfloat16" and name == "amx-bf16" else None
         verdict = "" if must is None else f"  must {must}: {'reached' if middle >= must else 'MISSED'}"
+        own = next((name.removesuffix(f"-{kind}") for kind in MUST_INT8 if name.endswith(f"-{kind}")), None)
+        by = 0.0
+        if own in seconds:
+            by = float(np.median(seconds[own] / seconds[name]))
+            verdict = f"  x {own} {by:.2f}"
+            if name.startswith("amx") and case.op == "linear" and rows == 1:
+                bound = MUST_INT8["int8-32" if name.endswith("-32") else "int8"]
+                verdict += f"  must {bound}: {'reached' if by >= bound else 'MISSED'}"
         print(
             f"{case.name:28} {dtype:8} rows {rows:4} {name:12} {taken * 1e6:9.1f} us  of read {middle:5.2f} "
             f"({low:.2f} to {high:.2f})  x torch {np.median(faster):5.2f}  "
@@ -108,32 +135,40 @@ def measured(case: Case, dtype: Dtype, rounds: int, threads: int) -> dict[str, d
             "us": round(taken * 1e6, 1),
             "of_read": round(float(middle), 3),
             "x_torch": round(float(np.median(faster)), 2),
-        }
+        } | ({"x_own": round(by, 2)} if by else {})
     return figures
 
 
-def runnable(op: str, dtype: Dtype, rows: int) -> list[KernelSpec]:
+def runnable(op: str, dtype: Dtype, rows: int) -> list[Runs]:
     present = detect().features
-    return [
+    fitting = [
         spec
         for spec in standard().candidates(op)
-        if not spec.features - present and dtype in spec.dtypes and (spec.most_rows is None or rows <= spec.most_rows)
+        if not spec.features - present
+        and dtype in spec.dtypes
+        and (spec.most_rows is None or rows <= spec.most_rows)
+        # torch takes weights in 8 bits back to the format of the case in every call: nothing to measure.
+        and not (spec.weights and spec.name.startswith("torch"))
     ]
+    formats: tuple[WeightFormat, ...] = ("int8", "int8-32")
+    return [Runs(spec, kind) for spec in fitting for kind in (formats if spec.weights else (None,))]
 
 
 def interleaved(contestants: dict[str, Step], copies: int, rounds: int) -> dict[str, np.ndarray[Any, Any]]:
-    """Seconds of one call, by round: the mean over all copies."""
+    """Seconds of one call, by round: the mean over all copies. One thread is timed by its processor time, in which
+    other processes count less."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     order, draw = list(contestants), np.random.default_rng(1)
     seconds: dict[str, list[float]] = {name: [] for name in order}
     for turn in range(rounds + 1):
         draw.shuffle(order)
         for name in order:
             step = contestants[name]
-            started = time.perf_counter()
+            started = clock()
             for copy in range(copies):
                 step(copy)
             if turn:  # the first round warms up
-                seconds[name].append((time.perf_counter() - started) / copies)
+                seconds[name].append((clock() - started) / copies)
     return {name: np.array(taken) for name, taken in seconds.items()}
 
 
@@ -147,8 +182,10 @@ def reader(size: int, copies: int, threads: int) -> Step:
     return lambda copy: read(blocks[copy].data_ptr(), blocks[copy].nbytes, seen.data_ptr(), threads)
 
 
-def laid(spec: KernelSpec, weights: list[torch.Tensor], parts: int = 1) -> list[Weight]:
-    return [pack(weight, parts) if spec.layout == "tiles" else weight for weight in weights]
+def laid(runs: Runs, weights: list[torch.Tensor], parts: int = 1) -> list[Weight]:
+    if runs.weights is not None:
+        return [quantise(weight, GROUPS[runs.weights], parts) for weight in weights]
+    return [pack(weight, parts) if runs.spec.layout == "tiles" else weight for weight in weights]
 
 
 def drawn(kind: torch.dtype, copies: int, *shape: int) -> list[torch.Tensor]:
@@ -176,10 +213,10 @@ def cases(kind: torch.dtype) -> list[Case]:
 def linear(kind: torch.dtype, rows: int, outputs: int, inputs: int) -> Case:
     copies = copies_of(outputs * inputs * kind.itemsize)
 
-    def contestant(spec: KernelSpec) -> Step:
-        weights = laid(spec, drawn(kind, copies, outputs, inputs))
+    def contestant(runs: Runs) -> Step:
+        weights = laid(runs, drawn(kind, copies, outputs, inputs))
         x, out = torch.randn(rows, inputs).to(kind), torch.empty(rows, outputs, dtype=kind)
-        return lambda copy: spec.call(x, weights[copy], None, out)
+        return lambda copy: runs.call(x, weights[copy], None, out)
 
     return Case(f"linear {outputs}x{inputs}", "linear", {"T": rows, "N": outputs, "K": inputs}, copies, contestant)
 
@@ -187,10 +224,10 @@ def linear(kind: torch.dtype, rows: int, outputs: int, inputs: int) -> Case:
 def heads(kind: torch.dtype, rows: int) -> Case:
     copies = copies_of(HEADS * RANK * NOPE * kind.itemsize)
 
-    def contestant(spec: KernelSpec) -> Step:
-        weights = laid(spec, drawn(kind, copies, HEADS, RANK, NOPE))
+    def contestant(runs: Runs) -> Step:
+        weights = laid(runs, drawn(kind, copies, HEADS, RANK, NOPE))
         x, out = torch.randn(rows, HEADS, NOPE).to(kind), torch.empty(rows, HEADS, RANK, dtype=kind)
-        return lambda copy: spec.call(x, weights[copy], out)
+        return lambda copy: runs.call(x, weights[copy], out)
 
     return Case("heads_linear", "heads_linear", {"T": rows, "H": HEADS, "N": RANK, "K": NOPE}, copies, contestant)
 
@@ -200,12 +237,12 @@ def experts(kind: torch.dtype, rows: int) -> Case:
     ids = torch.stack([torch.randperm(EXPERTS)[:TOP] for _ in range(rows)])
     sizes = {"T": rows, "D": HIDDEN, "I": INNER, "top": TOP, "hit": len(set(ids.flatten().tolist()))}
 
-    def contestant(spec: KernelSpec) -> Step:
-        gate_up = laid(spec, drawn(kind, copies, EXPERTS, 2 * INNER, HIDDEN), parts=2)
-        down = laid(spec, drawn(kind, copies, EXPERTS, HIDDEN, INNER))
+    def contestant(runs: Runs) -> Step:
+        gate_up = laid(runs, drawn(kind, copies, EXPERTS, 2 * INNER, HIDDEN), parts=2)
+        down = laid(runs, drawn(kind, copies, EXPERTS, HIDDEN, INNER))
         x, out = torch.randn(rows, HIDDEN).to(kind), torch.empty(rows, HIDDEN, dtype=kind)
         weights, workspace = torch.rand(rows, TOP), Workspace()
-        return lambda copy: spec.call(x, gate_up[copy], down[copy], ids, weights, workspace, out)
+        return lambda copy: runs.call(x, gate_up[copy], down[copy], ids, weights, workspace, out)
 
     return Case("experts", "experts", sizes, copies, contestant)
 
@@ -222,11 +259,11 @@ def attend(kind: torch.dtype, rows: int, heads_count: int, tokens: int) -> Case:
     sizes = {"T": rows, "H": heads_count, "R": RANK, "rope": ROPE, "C": tokens}
     tiles = context(tokens, rows, 512, 32)
 
-    def contestant(spec: KernelSpec) -> Step:
+    def contestant(runs: Runs) -> Step:
         pools = [torch.randn(tokens // PAGE, PAGE, RANK + ROPE).to(kind) for _ in range(copies)]
         q, out = torch.randn(rows, heads_count, RANK + ROPE).to(kind), torch.empty(rows, heads_count, RANK, dtype=kind)
         workspace = Workspace()
-        return lambda copy: spec.call(q, pools[copy], tiles, 0.07, workspace, out)
+        return lambda copy: runs.call(q, pools[copy], tiles, 0.07, workspace, out)
 
     return Case(f"mla_rows {heads_count} heads at {tokens}", "mla_rows", sizes, copies, contestant)
 
@@ -235,14 +272,14 @@ def extend(kind: torch.dtype, rows: int, tokens: int) -> Case:
     sizes = {"T": rows, "H": HEADS, "R": RANK, "rope": ROPE, "nope": NOPE, "value": VALUE, "C": tokens}
     tiles = context(tokens, rows, 512, 512)
 
-    def contestant(spec: KernelSpec) -> Step:
+    def contestant(runs: Runs) -> Step:
         pools = [torch.randn(tokens // PAGE, PAGE, RANK + ROPE).to(kind) for _ in range(2)]
         key_up, value_up = (
-            laid(spec, drawn(kind, 1, *shape))[0] for shape in ((HEADS, RANK, NOPE), (HEADS, VALUE, RANK))
+            laid(runs, drawn(kind, 1, *shape))[0] for shape in ((HEADS, RANK, NOPE), (HEADS, VALUE, RANK))
         )
         q, out = torch.randn(rows, HEADS, NOPE + ROPE).to(kind), torch.empty(rows, HEADS, VALUE, dtype=kind)
         workspace = Workspace()
-        return lambda copy: spec.call(q, pools[copy], key_up, value_up, tiles, 0.07, workspace, out)
+        return lambda copy: runs.call(q, pools[copy], key_up, value_up, tiles, 0.07, workspace, out)
 
     return Case(f"mla_extend over {tokens}", "mla_extend", sizes, 2, contestant)
 
@@ -255,14 +292,14 @@ def grouped(kind: torch.dtype, rows: int, tokens: int) -> Case:
     sizes = {"T": rows, "H": queries, "G": keys, "W": width, "C": tokens}
     tiles = context(tokens, rows, 512, 32 if rows <= 32 else 512)
 
-    def contestant(spec: KernelSpec) -> Step:
+    def contestant(runs: Runs) -> Step:
         pools = [
             [torch.randn(tokens // PAGE, PAGE, keys * width).to(kind) for _ in range(copies)]
             for _ in ("keys", "values")
         ]
         q, out = (torch.randn(rows, queries, width).to(kind) for _ in range(2))
         workspace = Workspace()
-        return lambda copy: spec.call(q, pools[0][copy], pools[1][copy], tiles, width**-0.5, workspace, out)
+        return lambda copy: runs.call(q, pools[0][copy], pools[1][copy], tiles, width**-0.5, workspace, out)
 
     return Case(f"{op} 16 heads of 8 at {tokens}", op, sizes, copies, contestant)
 

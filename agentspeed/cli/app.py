@@ -122,6 +122,7 @@ def serve(
     drain_seconds: Annotated[float, typer.Option(min=0, help="What running requests get after SIGTERM.")] = 30.0,
     pages: Annotated[int | None, typer.Option(min=1, help="Pages of the KV pool.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float64.")] = None,
+    weights: Annotated[str | None, typer.Option(help="int8 or int8-32: matrices in 8 bits, on a CPU.")] = None,
     context: Annotated[int | None, typer.Option(min=1, help="Context limit in tokens.")] = None,
     host_slots: Annotated[int | None, typer.Option(min=0, help="Pages of host memory for paused sessions.")] = None,
     tp: Tp = 1,
@@ -135,7 +136,14 @@ def serve(
     Ends at Ctrl-C or SIGTERM, once running requests have ended or their time is over."""
     from agentspeed.cli.serve import serve as served
 
-    engine = {"pages": pages, "dtype": dtype, "context_limit": context, "host_slots": host_slots, "tp": tp}
+    engine = {
+        "pages": pages,
+        "dtype": dtype,
+        "weights": weights,
+        "context_limit": context,
+        "host_slots": host_slots,
+        "tp": tp,
+    }
     with reported():
         served(
             model,

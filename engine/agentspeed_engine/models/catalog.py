@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.models.source import RANDOM, Dtype, describe, info_of, read_source
+from agentspeed_engine.models.weight_formats import WeightFormat
 from agentspeed_engine.spmd.placement import ONE, Rank
 
 if TYPE_CHECKING:
@@ -25,20 +26,21 @@ def load(
     page_tokens: int = 64,
     threads: int | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
+    weights: WeightFormat | None = None,
     rank: Rank = ONE,
     comm: Comm | None = None,
     recordable: bool = True,
 ) -> LoadedModel:
     """Weights and an empty pool of `pages` pages, in the memory of `device`; of one rank with the collectives `comm`,
-    where there are several. Raises `EngineFault` for whatever the folder has wrong, and out_of_memory where a GPU has
-    no room for them."""
+    where there are several. `weights`: None keeps them in `dtype`. Raises `EngineFault` for whatever the folder has
+    wrong, and out_of_memory where a GPU has no room for them."""
     if pages < 1 or page_tokens < 1:
         raise EngineFault(
             "bad_options", f"a pool of {pages} pages of {page_tokens} tokens is empty.", "Make it larger."
         )
     source = read_source(path)
     kv = source.family.kv_layout(source.config, dtype, rank.mesh)
-    info = replace(info_of(source, dtype, page_tokens), kv=kv, bytes_per_page=kv.bytes_per_page(page_tokens))
+    info = replace(info_of(source, dtype, page_tokens, weights), kv=kv, bytes_per_page=kv.bytes_per_page(page_tokens))
     from agentspeed_engine.models.loaded import LoadedModel, out_of_memory
 
     with out_of_memory(f"{source.path.name} and a pool of {pages} pages"):
@@ -50,6 +52,7 @@ def load(
             page_tokens=page_tokens,
             threads=threads,
             device=device,
+            weights=weights,
             rank=rank,
             comm=comm,
             recordable=recordable,

@@ -18,6 +18,7 @@ from agentspeed_engine.models.programs import Programs
 from agentspeed_engine.models.rope import Rope
 from agentspeed_engine.models.source import Dtype, ModelInfo, ModelSource
 from agentspeed_engine.models.state import StepState
+from agentspeed_engine.models.weight_formats import WeightFormat
 from agentspeed_engine.models.weights import OnDevice, RandomWeights, WeightSource
 from agentspeed_engine.spmd.lower import Comm, lower, run
 from agentspeed_engine.spmd.placement import ONE, Rank
@@ -74,6 +75,7 @@ class LoadedModel:
         page_tokens: int,
         threads: int | None,
         device: Device = "cpu",
+        weights: WeightFormat | None = None,
         rank: Rank = ONE,
         comm: Comm | None = None,
         recordable: bool = True,
@@ -87,7 +89,7 @@ class LoadedModel:
         self.page_tokens = page_tokens
         self.device = torch.device(device)
         self.dtype: Dtype = dtype
-        weights = weight_source(source, dtype, self.device)
+        held = weight_source(source, dtype, self.device)
         self.pools = KvPools(info.kv, pages, page_tokens, self.device)
         sizes = {"page_tokens": page_tokens, **source.family.sizes(source.config, rank.mesh)}
         self._kernels = Kernels(
@@ -98,8 +100,9 @@ class LoadedModel:
             sizes=sizes,
             preferences=Preferences.from_environment(),
             check=conformance.objection,
+            weights=weights,
         )
-        chain = source.family.build(source.config, weights, self.pools, rank, self._kernels)
+        chain = source.family.build(source.config, held, self.pools, rank, self._kernels)
         boundaries = [module.boundary for module in chain]
         # Logits stay cut as the head gives them: what is drawn from them is decided by all ranks together.
         self.plan: Plan = plan(boundaries, rank.mesh, start=TOKEN_SHARD, finish=boundaries[-1].output)

@@ -15,6 +15,7 @@ from agentspeed_engine.models.fields import read_json
 from agentspeed_engine.models.kv_layout import DTYPE_BYTES, KvLayout
 from agentspeed_engine.models.quantization import declared_scheme
 from agentspeed_engine.models.registry import family_of
+from agentspeed_engine.models.weight_formats import WeightFormat, weight_bytes
 from agentspeed_engine.spmd.placement import Mesh
 
 Dtype = Literal["float32", "float64", "bfloat16"]
@@ -60,9 +61,12 @@ class ModelInfo:
     """config.json as it is."""
 
 
-def describe(path: str | Path, *, dtype: Dtype = "float32", page_tokens: int = 64) -> ModelInfo:
-    """Reads and checks the configuration only. Raises `EngineFault` for whatever it has wrong."""
-    return info_of(read_source(path), dtype, page_tokens)
+def describe(
+    path: str | Path, *, dtype: Dtype = "float32", page_tokens: int = 64, weights: WeightFormat | None = None
+) -> ModelInfo:
+    """Reads and checks the configuration only. `weights`: None keeps them in `dtype`. Raises `EngineFault` for whatever
+    the configuration has wrong."""
+    return info_of(read_source(path), dtype, page_tokens, weights)
 
 
 def read_source(path: str | Path) -> ModelSource:
@@ -85,7 +89,7 @@ def read_source(path: str | Path) -> ModelSource:
     return ModelSource(path=place, random=random, family=family, config=config, eos_ids=ends, raw=raw)
 
 
-def info_of(source: ModelSource, dtype: Dtype, page_tokens: int) -> ModelInfo:
+def info_of(source: ModelSource, dtype: Dtype, page_tokens: int, weights: WeightFormat | None = None) -> ModelInfo:
     if dtype not in DTYPE_BYTES:
         raise EngineFault("bad_options", f"dtype {dtype!r} is unknown.", f"Known: {', '.join(DTYPE_BYTES)}.")
     family, config = source.family, source.config
@@ -102,6 +106,6 @@ def info_of(source: ModelSource, dtype: Dtype, page_tokens: int) -> ModelInfo:
         kv=kv,
         bytes_per_page=kv.bytes_per_page(page_tokens),
         parameters=parameters,
-        weight_bytes=parameters * DTYPE_BYTES[dtype],
+        weight_bytes=weight_bytes(family.shapes(config), DTYPE_BYTES[dtype], weights),
         config=source.raw,
     )

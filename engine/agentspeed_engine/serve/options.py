@@ -51,6 +51,9 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     dtype: Literal["auto", "float32", "float64", "bfloat16"] = "auto"
     """Of weights, activations and cache. auto: bfloat16 where the checkpoint is in 16 bits or fewer and the processor
     has matrix units for it, else float32; the engine says at its start which and why."""
+    weights: Literal["dtype", "int8", "int8-32"] = "dtype"
+    """Format of the matrices alone. int8: 8 bits and a scale for each output, half of what bfloat16 reads; int8-32: a
+    scale for each 32 inputs, nearer to the checkpoint (docs/how-to/kernels.md). On a CPU, in one process."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where weights, cache and steps are. auto: the first GPU where one can be used, has kernels for the model's
     attention and room for its weights, else the CPU; the engine says at its start which GPU, or why none."""
@@ -259,9 +262,15 @@ def build(options: EngineOptions, progress: Callable[[str], None] | None = None)
     dtype, why = _dtype(options, place.platform)
     depth = options.depth if options.depth is not None else 1 if device == "cuda" else 0
     options = msgspec.structs.replace(options, dtype=dtype, device=device, depth=depth)
-    info = describe(options.model, dtype=dtype, page_tokens=options.page_tokens)
+    weights = None if options.weights == "dtype" else options.weights
+    if weights is not None and options.tp > 1:
+        raise _wrong(
+            f"weights is {weights!r} and tp {options.tp}", "Ranks keep weights in dtype: leave one of them out."
+        )
+    info = describe(options.model, dtype=dtype, page_tokens=options.page_tokens, weights=weights)
     shares = shares_of(options, info)
-    pages, limit = sizes(options, info.context_limit, shares.bytes_per_page, shares.parameters, place.memory)
+    held = info.weight_bytes if weights is not None else None
+    pages, limit = sizes(options, info.context_limit, shares.bytes_per_page, shares.parameters, place.memory, held)
     core = _core(options, pages, limit, info.vocab_size, as_text(folder.name))
     core.check()
     if info.notice:
@@ -288,6 +297,7 @@ def build(options: EngineOptions, progress: Callable[[str], None] | None = None)
                 page_tokens=options.page_tokens,
                 threads=options.threads,
                 device=device,
+                weights=weights,
             )
         )
     if unusable.result():

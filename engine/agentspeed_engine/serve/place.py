@@ -22,6 +22,8 @@ class PlaceOptions(Protocol):
     @property
     def dtype(self) -> Literal["auto", "float32", "float64", "bfloat16"]: ...
     @property
+    def weights(self) -> str: ...
+    @property
     def device(self) -> Literal["auto", "cpu", "cuda"]: ...
 
 
@@ -52,6 +54,12 @@ def placed(options: PlaceOptions) -> Place:
         if options.device == "cuda":
             raise EngineFault("bad_options", f"device is 'cuda'. {reason}", "Give device='cpu'.") from reason
         return Place("cpu", detect(), None, "")
+    if options.device == "cuda" and options.weights != "dtype":
+        raise EngineFault(
+            "bad_options",
+            f"weights is {options.weights!r}, for which only a CPU has kernels, and device is 'cuda'.",
+            "Give device='cpu', or leave `weights` out.",
+        )
     memory = _free(platform)
     if options.device == "auto" and (why := objection(options, platform, memory)) is not None:
         return Place("cpu", detect(), None, f"cpu: {platform.model} is present, but {why}")
@@ -67,6 +75,8 @@ def objection(options: PlaceOptions, platform: Platform, memory: MemoryLimit) ->
         return f"it has no kernels of its own for {source.family.attention}; device='cuda' runs it on torch, slowly"
     if options.dtype == "float64":
         return "it has no kernels of its own for float64; device='cuda' runs it on torch, slowly"
+    if options.weights != "dtype":
+        return f"only a CPU has kernels for weights={options.weights!r}"
     item = DTYPE_BYTES["bfloat16" if options.dtype == "auto" else options.dtype]
     weights = item * sum(_count(shape) for _, shape in source.family.shapes(source.config))
     if weights > memory.bytes:

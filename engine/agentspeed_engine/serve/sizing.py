@@ -12,6 +12,8 @@ from agentspeed_engine.spmd.report import SPARE_PART
 
 _MOST_DEFAULT_PAGES = 16_384
 """A default pool never asks for more pages than this: a million tokens is plenty until someone says otherwise."""
+_BYTES_EACH = 1.1
+"""Of a parameter in 8 bits, with its share of scales and of what is not kept so: a guess for advice."""
 _IDLE_SHARE = 0.85
 """Of what weights leave of memory that lies idle; the rest is for activations and compiled steps."""
 
@@ -34,12 +36,17 @@ class PoolOptions(Protocol):
 
 
 def sizes(
-    options: PoolOptions, model_limit: int, bytes_per_page: int, parameters: int, limit: MemoryLimit | None = None
+    options: PoolOptions,
+    model_limit: int,
+    bytes_per_page: int,
+    parameters: int,
+    limit: MemoryLimit | None = None,
+    weight_bytes: int | None = None,
 ) -> tuple[int, int]:
     """(Pages, context limit): what was asked for, else what the memory and the model give (rule L1).
 
-    `bytes_per_page` is of the options' dtype. Raises `EngineFault`: bad_options, or out_of_memory where the weights
-    alone are too large.
+    `bytes_per_page` is of the options' dtype, and so are weights unless `weight_bytes` says what they take. Raises
+    `EngineFault`: bad_options, or out_of_memory where the weights alone are too large.
     """
     memory = memory_limit() if limit is None else limit
     # A format that is not chosen yet counts as the wider of the two that it may become.
@@ -50,8 +57,11 @@ def sizes(
             f"context_limit is {options.context_limit}; the model has {model_limit}.",
             "Give a number between 1 and the model's own limit.",
         )
-    weights = parameters * DTYPE_BYTES[dtype]
-    _weights_fit(dtype, parameters, memory)
+    weights = parameters * DTYPE_BYTES[dtype] if weight_bytes is None else weight_bytes
+    if weight_bytes is None:
+        _weights_fit(dtype, parameters, memory)
+    elif _room(memory, weights) <= 0:
+        raise _too_large(f"{_size(weights)} in 8 bits", memory, "Take a smaller model or more memory.")
     host, beside_slots = (memory_limit(), 0) if memory.idle else (memory, weights)
     for what, count, held, taken in (
         ("pages", options.pages or 0, memory, weights),
@@ -108,12 +118,14 @@ def _weights_fit(dtype: str, parameters: int, memory: MemoryLimit) -> None:
     if others:
         best = max(others, key=lambda name: DTYPE_BYTES[name])
         remedy = f"Give dtype={best!r}, with which they take {_size(parameters * DTYPE_BYTES[best])}."
-    raise EngineFault(
-        "out_of_memory",
-        f"The weights take {_size(parameters * DTYPE_BYTES[dtype])} in {dtype}, {memory.owner} has "
-        f"{_size(memory.bytes)}.",
-        remedy,
-    )
+    elif not memory.idle and _room(memory, int(parameters * _BYTES_EACH)) > 0:
+        remedy = f"Give weights='int8', with which they take about {_size(int(parameters * _BYTES_EACH))}."
+    raise _too_large(f"{_size(parameters * DTYPE_BYTES[dtype])} in {dtype}", memory, remedy)
+
+
+def _too_large(what: str, memory: MemoryLimit, remedy: str) -> EngineFault:
+    said = f"The weights take {what}, {memory.owner} has {_size(memory.bytes)}."
+    return EngineFault("out_of_memory", said, remedy)
 
 
 def _room(memory: MemoryLimit, weights: int) -> int:

@@ -78,8 +78,9 @@ def test_a_default_pool_is_less_where_weights_leave_less() -> None:
     ("float32", 5 * GB, "dtype='bfloat16', with which they take 10.0 GB"),
     ("float64", 5 * GB, "dtype='bfloat16', with which they take 10.0 GB"),
     ("float64", 3 * GB, "dtype='float32', with which they take 12.0 GB"),
-    ("bfloat16", 9 * GB, "a smaller model"),
-    ("float32", 9 * GB, "a smaller model"),
+    ("bfloat16", 9 * GB, "weights='int8', with which they take about 9.9 GB"),
+    ("float32", 9 * GB, "weights='int8', with which they take about 9.9 GB"),
+    ("bfloat16", 20 * GB, "a smaller model"),
 ])  # fmt: skip
 def test_weights_that_do_not_fit_are_refused_with_the_dtype_that_would(
     dtype: str, parameters: int, advice: str
@@ -89,6 +90,16 @@ def test_weights_that_do_not_fit_are_refused_with_the_dtype_that_would(
     assert caught.value.code == "out_of_memory"
     assert "this container has 16.0 GB" in caught.value.message
     assert advice in caught.value.remedy
+
+
+def test_weights_in_8_bits_are_counted_as_what_they_take() -> None:
+    memory = MemoryLimit(16 * GB, "this container")
+    with pytest.raises(EngineFault):
+        sizes(options(dtype="bfloat16"), 10**6, 10**6, 9 * GB, memory)
+    pages, _ = sizes(options(dtype="bfloat16", weights="int8"), 10**6, 10**6, 9 * GB, memory, 9 * GB + 10**8)
+    assert pages * 10**6 == 4 * GB
+    with pytest.raises(EngineFault, match=r"The weights take 15.5 GB in 8 bits, this container has 16.0 GB"):
+        sizes(options(dtype="bfloat16", weights="int8"), 10**6, 10**6, 15 * GB, memory, 15 * GB + GB // 2)
 
 
 def test_a_pool_that_fits_alone_but_not_beside_the_weights_is_refused() -> None:
