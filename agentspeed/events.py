@@ -68,6 +68,15 @@ class ToolStarted(Event, frozen=True, kw_only=True, tag=True):
     call: ToolCall
 
 
+class ToolProgress(Event, frozen=True, kw_only=True, tag=True):
+    """A tool says how far it is (`ToolContext.report`); `total`: what `done` will have come to, if it knows."""
+
+    call: ToolCall
+    done: float
+    total: float | None
+    message: str
+
+
 class ToolFinished(Event, frozen=True, kw_only=True, tag=True):
     """A tool ended, well or not; `content` is what the model is told."""
 
@@ -110,6 +119,7 @@ AnyEvent: TypeAlias = (
     | ToolCallReady
     | Paused
     | ToolStarted
+    | ToolProgress
     | ToolFinished
     | LeaseChanged
     | Resumed

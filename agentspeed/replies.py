@@ -55,15 +55,16 @@ class Result(Generic[T]):
     text: str
     output: T
     """The text, or what `output=` asked for."""
-    reason: Literal["answered", "forced", "cut", "max_turns", "limit"]
+    reason: Literal["answered", "forced", "cut", "max_turns", "limit", "approval"]
     """"answered": by itself. "forced": in the last of `max_turns` turns, in which it could call no tool any more.
     "cut": `max_tokens` ended its answer. "max_turns": that last turn was a call, in a session without tools.
-    "limit": one of `limits` ended it, the one that `limit` names."""
+    "limit": one of `limits` ended it, the one that `limit` names. "approval": the approver answered "later", and calls
+    are open, which the session's next run asks about before anything else."""
     turns: int
     tools: tuple[ToolMessage, ...]
     """Every tool result, in the order in which the model read them."""
     usage: Usage
     reply: Reply[T]
-    """The last turn that ended."""
+    """The last turn that ended. Of a run that asked about open calls and was told "later" at once, the calls alone."""
     limit: LimitName | None = None
     """With the reason "limit": "tokens", "seconds" or "tool_calls"."""

@@ -19,9 +19,10 @@ from agentspeed.messages import Message, ToolCall, ToolMessage
 from agentspeed.observing import Ending
 from agentspeed.replies import Reply
 from agentspeed.replies import Result as Result
-from agentspeed.tools import Tool, ToolBatch, ToolResult, ToolSession, tools_from
+from agentspeed.tools import Report, Tool, ToolBatch, ToolResult, ToolSession, tools_from
 from agentspeed.tools.execution import message_of
 from agentspeed.turn import Turn
+from agentspeed.usage import Usage
 
 BETWEEN: Final = "a run"
 """What a session is busy with between two steps of a run that waits for its reader."""
@@ -80,6 +81,8 @@ class Run:
         self._turns = 0
         self._limit: LimitName | None = None
         """Which limit ended the run."""
+        self._waits = False
+        """Calls are open that nobody has decided about."""
         self._partial = ""
         """What the last turn had said."""
         self._before = core.usage
@@ -132,11 +135,14 @@ class Run:
         steps = agent_loop.agent_loop(*prompt, max_turns=self._max_turns, output_retries=self._output_retries)
         step = next(steps)
         await self._serve_open_calls(prompt)
+        if self._waits:
+            self._reply = _only_calls(self._core.open_calls())
+            return None
         while True:
             answer = await self._carry_out(step)
             if self._limit is None and self._tokens_left() < 1 and not self._answered(answer):
                 self._limit = "tokens"
-            if self._limit is not None:
+            if self._limit is not None or self._waits:
                 return None
             try:
                 step = steps.send(answer)
@@ -161,7 +167,9 @@ class Run:
 
     def _reason(
         self, outcome: agent_loop.Outcome | None, reply: Reply[Any]
-    ) -> Literal["answered", "forced", "cut", "max_turns", "limit"]:
+    ) -> Literal["answered", "forced", "cut", "max_turns", "limit", "approval"]:
+        if self._waits and self._limit is None:
+            return "approval"
         if outcome is None or outcome.reason == "rejected":  # a rejected answer has been raised
             return "limit"
         if outcome.reason == "max_turns":
@@ -250,7 +258,14 @@ class Run:
             if failures:  # who was told does not want it: no tool begins any more
                 scope.cancel()
 
+        def reported(call: ToolCall, report: Report) -> None:
+            tell(events.ToolProgress(call=call, done=report.done, total=report.total, message=report.message))
+            if failures:
+                scope.cancel()
+
         def arrived(index: int, result: ToolResult) -> None:
+            if result.later:
+                return
             core.pending.took(left[index].name, result.seconds)
             tell(events.ToolFinished(call=left[index], content=result.content, ok=result.ok, seconds=result.seconds))
 
@@ -266,6 +281,7 @@ class Run:
             watch=lambda call: core.watch(
                 "tool", tool=call.name, call_id=call.id, content=lambda: call.arguments or "{}"
             ),
+            reported=reported,
         )
         messages: tuple[ToolMessage, ...] = ()
         with core.doing("a tool"):  # what it says meanwhile would come between a call and its result
@@ -280,8 +296,11 @@ class Run:
                 core.branch.on_lease = None
                 core.pending.served.clear()
                 for call, result in zip(left, batch.results(), strict=True):
-                    core.pending.arrived(message_of(call, result))
-                messages = await core.resume(calls)
+                    if result.later:
+                        self._waits = True
+                    else:
+                        core.pending.arrived(message_of(call, result))
+                messages = core.stay_open() if self._waits else await core.resume(calls)
                 self._results.extend(messages)
         if failures:
             raise failures[0]
@@ -330,6 +349,19 @@ class Run:
         if inspect.iscoroutine(told):
             told.close()
             raise _on_event_is_async()
+
+
+def _only_calls(calls: tuple[ToolCall, ...]) -> Reply[Any]:
+    return Reply(
+        text="",
+        new_text="",
+        output=None,
+        tool_calls=calls,
+        reasoning="",
+        finish_reason="tool_calls",
+        usage=Usage(),
+        ids=(),
+    )
 
 
 def _on_event_is_async() -> errors.InvalidRequest:

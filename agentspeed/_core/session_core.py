@@ -406,6 +406,12 @@ class SessionCore:
             self.usage = self.usage + Usage(pauses=1, pause_seconds=seconds)
         return await run_to_completion(lambda: self._write(results)) if self.state == "open" else results
 
+    def stay_open(self) -> tuple[ToolMessage, ...]:
+        """Some calls get no result yet: those that have arrived wait for them. Gives none, as none enters the log."""
+        if (seconds := self.pending.end()) is not None:
+            self.usage = self.usage + Usage(pauses=1, pause_seconds=seconds)
+        return ()
+
     async def _write(self, results: tuple[ToolMessage, ...]) -> tuple[ToolMessage, ...]:
         """Results that leave no room in the context give way to an error, the longest first, until the rest fits.
 

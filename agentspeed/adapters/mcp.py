@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Final, TypeAlias, final
+from typing import Any, Final, TypeAlias, final
 
 import anyio
 from mcp import Client, MCPError
@@ -23,12 +23,14 @@ from mcp_types import (
 from mcp_types import Tool as ServerTool
 
 from agentspeed.errors import InvalidRequest, ToolFailed
-from agentspeed.tools import NeedsApproval, OnError, Tool, content_of, declared_tool
+from agentspeed.tools import NeedsApproval, OnError, Tool, ToolContext, content_of, declared_tool
 
 _PAGES: Final = 1000
 """More than that a listing does not have: it goes in a circle."""
 _ODD: Final = re.compile(r"[^A-Za-z0-9_-]")
 _NAME_LENGTH: Final = 64
+_CONTEXT: Final = "the context"
+"""The keyword of a call's `ToolContext`: a server that has a parameter of this name would lose it."""
 
 
 @final
@@ -102,17 +104,19 @@ def _tool(client: Client, listed: ServerTool, prefix: str, on_progress: OnProgre
     if name[:1] in "-0123456789":
         name = f"_{name}"[:_NAME_LENGTH]
 
-    async def told(progress: float, total: float | None, message: str | None) -> None:
-        if on_progress is not None:
-            answer = on_progress(Progress(tool=name, done=progress, total=total, message=message))
-            if inspect.isawaitable(answer):
-                await answer
+    async def call(**arguments: Any) -> str:
+        context: ToolContext[Any] | None = arguments.pop(_CONTEXT)
 
-    async def call(**arguments: object) -> str:
+        async def told(progress: float, total: float | None, message: str | None) -> None:
+            if context is not None:
+                context.report(progress, total, message or "")
+            if on_progress is not None:
+                answer = on_progress(Progress(tool=name, done=progress, total=total, message=message))
+                if inspect.isawaitable(answer):
+                    await answer
+
         try:
-            result = await client.call_tool(
-                listed.name, arguments, progress_callback=None if on_progress is None else told
-            )
+            result = await client.call_tool(listed.name, arguments, progress_callback=told)
         except MCPError as error:
             raise ToolFailed(f"the server refused the call: {error.message}", tool=name) from error
         except (anyio.BrokenResourceError, anyio.ClosedResourceError, anyio.EndOfStream) as error:
@@ -124,7 +128,7 @@ def _tool(client: Client, listed: ServerTool, prefix: str, on_progress: OnProgre
 
     definition = {"name": name, "description": listed.description or "", "parameters": listed.input_schema}
     try:
-        return declared_tool(definition, call)
+        return replace(declared_tool(definition, call), context_parameter=_CONTEXT)
     except TypeError as error:
         raise InvalidRequest(str(error), remedy="Name the tools that you want with names=.") from error
 

@@ -1,7 +1,7 @@
 """Typed functions as tools: what a model is told about them, and how its calls are checked and run."""
 
 from agentspeed.tools.approval import Approval, Approve
-from agentspeed.tools.context import ToolContext, ToolSession
+from agentspeed.tools.context import Report, ToolContext, ToolSession
 from agentspeed.tools.execution import (
     CANCELLED,
     ToolBatch,
@@ -21,6 +21,7 @@ __all__ = [
     "Bounds",
     "NeedsApproval",
     "OnError",
+    "Report",
     "Tool",
     "ToolBatch",
     "ToolContext",

@@ -20,6 +20,9 @@ class Approval:
     arguments: Mapping[str, Any] | None = None
     """What the tool is run with instead of what the model wrote, checked as the model's own are; the model is told them
     with the result. None: as the model wrote them."""
+    later: bool = False
+    """With `allow=False`: nobody has decided. The call stays open; once the others have their results, the run ends
+    with the reason "approval". The next run of the session, or of its snapshot anywhere, asks again."""
 
 
 Answer: TypeAlias = bool | Approval

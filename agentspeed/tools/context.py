@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar, final
 
+from agentspeed._base.validate import check_number, check_text
 from agentspeed.messages import Message
 from agentspeed.replies import Reply, Result
 from agentspeed.usage import Usage
@@ -44,6 +45,16 @@ class ToolSession(Protocol):
         ...
 
 
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What a tool says while it runs."""
+
+    done: float
+    total: float | None
+    message: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolContext(Generic[D]):
     """The call, the session that made it and the user's own data (`session.run(..., tool_data=...)`).
@@ -56,3 +67,15 @@ class ToolContext(Generic[D]):
     tool: str
     session: ToolSession
     data: D
+    reports: Callable[[Report], None] | None = field(default=None, repr=False, compare=False)
+    """Who is told what the tool reports."""
+
+    def report(self, done: float, total: float | None = None, message: str = "") -> None:
+        """Says how far the tool is: an event `ToolProgress` for who listens to the run; the model is not told. `total`:
+        what `done` will have come to, if that is known. Raises `InvalidRequest` for what is no number."""
+        check_number("done", done)
+        if total is not None:
+            check_number("total", total)
+        check_text("message", message)
+        if self.reports is not None:
+            self.reports(Report(done=done, total=total, message=message))

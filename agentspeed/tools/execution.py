@@ -10,12 +10,14 @@ import asyncio
 import inspect
 import logging
 import math
+import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeVar, cast, final
 
 import anyio
+import anyio.from_thread
 import anyio.lowlevel
 from msgspec.structs import replace
 from pydantic import BaseModel, ValidationError
@@ -26,7 +28,7 @@ from agentspeed.errors import BadArguments, ToolDenied, ToolError, ToolFailed, T
 from agentspeed.messages import ToolCall, ToolMessage
 from agentspeed.observing import Ending, Watched
 from agentspeed.tools.approval import Approval, Approve
-from agentspeed.tools.context import ToolContext, ToolSession
+from agentspeed.tools.context import Report, ToolContext, ToolSession
 from agentspeed.tools.signature import parameter_of
 from agentspeed.tools.threads import asyncio_runs, in_thread
 from agentspeed.tools.tool import Tool
@@ -47,6 +49,8 @@ class ToolResult:
     ok: bool
     error: ToolError | None = None
     seconds: float = 0.0
+    later: bool = False
+    """Nobody has decided whether it may run: the call stays open, and the model is told nothing."""
 
     def __post_init__(self) -> None:
         if not self.content.isascii():
@@ -86,6 +90,8 @@ async def execute(
             started(arguments if approval.arguments is None else approval.arguments)
             await anyio.lowlevel.checkpoint_if_cancelled()  # who was told may have cancelled it
         content = await _timed(tool, checked, context)
+    except _Later:
+        return ToolResult(content=f"error: {tool.name}: nobody has decided about it", ok=False, later=True)
     except ToolError as error:
         return ToolResult(content=f"error: {error}", ok=False, error=error, seconds=anyio.current_time() - began)
     if approval.arguments is not None:
@@ -184,9 +190,11 @@ class ToolBatch:
         started: Callable[[ToolCall], None] | None = None,
         arrived: Callable[[int, ToolResult], None] | None = None,
         watch: Callable[[ToolCall], Watched] | None = None,
+        reported: Callable[[ToolCall, Report], None] | None = None,
     ) -> None:
         """`approve` is asked about one call after the other, in call order, unless `approve_at_once`. `started` is told
-        each call that runs, with the arguments it runs with where the approver changed them; `arrived` each result."""
+        each call that runs, with the arguments it runs with where the approver changed them; `reported` what it says
+        meanwhile; `arrived` each result."""
         self._tools = {tool.name: tool for tool in tools}
         self._calls = tuple(calls)
         self._session = session
@@ -196,6 +204,8 @@ class ToolBatch:
         self._started = started
         self._arrived = arrived
         self._watch = watch
+        self._reported = reported
+        self._thread = threading.get_ident()
         self._results: list[ToolResult | None] = [None] * len(self._calls)
 
     async def run(self) -> None:
@@ -227,7 +237,9 @@ class ToolBatch:
             result = self._results[index] or CANCELLED
             watched.ended(
                 lambda: Ending(
-                    reason="ok" if result.ok else "error", error=result.error, content=lambda: result.content
+                    reason="ok" if result.ok else "later" if result.later else "error",
+                    error=result.error,
+                    content=lambda: result.content,
                 )
             )
 
@@ -242,7 +254,11 @@ class ToolBatch:
         else:
             # A batch without a session has none to give: who runs tools by hand writes tools that need none.
             context = ToolContext(
-                call_id=call.id, tool=call.name, session=cast("ToolSession", self._session), data=self._data
+                call_id=call.id,
+                tool=call.name,
+                session=cast("ToolSession", self._session),
+                data=self._data,
+                reports=partial(self._tell_report, index),
             )
             result = await execute(
                 tool,
@@ -257,6 +273,13 @@ class ToolBatch:
         self._results[index] = result
         if self._arrived is not None:
             self._arrived(index, result)
+
+    def _tell_report(self, index: int, report: Report) -> None:
+        """From a tool's own thread, on the event loop; of a tool that was given up, nobody hears."""
+        if threading.get_ident() != self._thread:
+            anyio.from_thread.run_sync(self._tell_report, index, report)
+        elif self._reported is not None and self._results[index] is None:
+            self._reported(self._calls[index], report)
 
     def _tell_started(self, index: int, arguments: str | Mapping[str, Any]) -> None:
         if self._started is not None:
@@ -299,10 +322,16 @@ async def _approval(
             questions.done()
     if answer is True:
         return _GRANTED
+    if isinstance(answer, Approval) and answer.allow is False and answer.later is True:
+        raise _Later
     if not isinstance(answer, Approval) or answer.allow is not True:
         reason = answer.reason if isinstance(answer, Approval) else ""
         raise ToolDenied(f"{tool.name}: not approved by the user{f': {reason}' if reason else ''}", tool=tool.name)
     return answer
+
+
+class _Later(Exception):
+    """The approver does not decide now."""
 
 
 def _changed(tool: Tool, arguments: Mapping[str, Any]) -> BaseModel:

@@ -143,6 +143,7 @@ def declared_tool(definition: Mapping[str, Any], fn: Callable[..., object]) -> T
         raise TypeError(f"tool definition {dict(definition)!r}: it needs a 'name' and an object 'parameters'.")
     if not callable(fn):
         raise TypeError(f"tool {name}: fn is {fn!r}; it must be a function that takes the arguments by name.")
+    _check_function(fn, f"tool {name}")
     try:
         compiled = check_expressible(schema)
     except SchemaUnsupported as error:
@@ -179,3 +180,9 @@ def tools_from(given: Iterable[Tool | Callable[..., object]]) -> tuple[Tool, ...
 def _check_function(given: object, argument: str) -> None:
     if inspect.isclass(given) or not callable(given):
         raise TypeError(f"{argument}: {given!r} is not a function; pass functions with type hints, or Tool objects.")
+    whole = inspect.unwrap(given)
+    if inspect.isgeneratorfunction(whole) or inspect.isasyncgenfunction(whole):
+        raise TypeError(
+            f"{argument}: {given!r} is a generator, and a call has one result; return it, and say how far it is with "
+            "ToolContext.report."
+        )

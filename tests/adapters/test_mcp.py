@@ -18,6 +18,7 @@ from mcp.server.mcpserver.exceptions import ToolError as ServerToolError  # noqa
 
 from agentspeed.adapters.mcp import Progress, tools_from_mcp  # noqa: E402
 from agentspeed.errors import InvalidRequest, ToolFailed  # noqa: E402
+from agentspeed.events import ToolProgress  # noqa: E402
 from agentspeed.messages import ToolCall, ToolMessage  # noqa: E402
 from agentspeed.testing import ScriptedEngine, tool_call  # noqa: E402
 from agentspeed.tools import ToolBatch, ToolResult  # noqa: E402
@@ -132,6 +133,23 @@ async def test_progress_is_told_while_the_tool_runs(anyio_backend: object) -> No
             await arrived.wait()
         group.cancel_scope.cancel()
     assert told == [Progress(tool="slow", done=1, total=3, message="one of three")]
+
+
+async def test_progress_is_an_event_of_the_run(anyio_backend: object) -> None:
+    server, seen = MCPServer("tests"), []
+
+    @server.tool()
+    async def walk(context: Context) -> str:
+        """Walks."""
+        await context.report_progress(1, 3, "one of three")
+        return "there"
+
+    async with Client(server) as client:
+        tools = await tools_from_mcp(client)
+        async with ScriptedEngine([tool_call("walk"), "Done."]) as engine, engine.session(tools=tools) as session:
+            _ = await session.run("Go.", on_event=seen.append)
+    told = [(one.call.name, one.done, one.total, one.message) for one in seen if isinstance(one, ToolProgress)]
+    assert told == [("walk", 1, 3, "one of three")]
 
 
 async def test_cancelling_a_call_cancels_it_on_the_server(anyio_backend: object) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import anyio
 import pytest
 
-from agentspeed import events, tool
+from agentspeed import Session, events, tool
 from agentspeed.messages import ToolCall
 from agentspeed.testing import ScriptedEngine, tool_call
 from agentspeed.tools import Approval, declared_tool
@@ -153,3 +154,34 @@ async def test_an_exception_that_cannot_be_written_is_told_by_its_name(raised: E
     async with ScriptedEngine([tool_call("f"), "Ok."]) as engine, engine.session(tools=[f]) as s:
         result = await s.run("Go.")
     assert result.tools[0].text.startswith("error: f: Odd (its text cannot be had)")
+
+
+async def test_a_run_may_end_with_calls_that_nobody_decided_about_and_go_on_in_another_process() -> None:
+    asked: list[int] = []
+
+    def later(call: ToolCall) -> bool | Approval:
+        asked.append(json.loads(call.arguments)["amount"])
+        return True if asked[-1] < 5 else Approval(allow=False, later=True)
+
+    script = [tool_call("pay", amount=1) + tool_call("pay", amount=5) + tool_call("pay", amount=2), "All is paid."]
+    async with ScriptedEngine(script) as engine, engine.session(tools=[pay]) as s:
+        result = await s.run("Pay.", approve=later)
+        assert (result.reason, result.turns, result.tools, result.limit) == ("approval", 1, (), None)
+        assert len(s.open_calls) == 3
+        again = await s.run(approve=later)
+        assert (again.reason, again.turns, again.reply.tool_calls) == ("approval", 0, s.open_calls)
+        stored = await s.snapshot()
+    assert asked == [1, 5, 2, 5]
+    async with ScriptedEngine(script[1:]) as engine, Session.restore(stored, engine.engine, tools=[pay]) as s:
+        result = await s.run(approve=lambda call: True)
+        assert (result.text, result.reason) == ("All is paid.", "answered")
+        assert [one.text for one in result.tools] == [f"paid {amount} to mallory" for amount in (1, 5, 2)]
+
+
+async def test_a_call_that_waits_for_a_decision_is_told_to_nobody_as_finished() -> None:
+    seen: list[events.AnyEvent] = []
+    async with ScriptedEngine([tool_call("pay", amount=5), "Not now."]) as engine, engine.session(tools=[pay]) as s:
+        _ = await s.run("Pay.", approve=lambda call: Approval(allow=False, later=True), on_event=seen.append)
+        assert not any(isinstance(event, events.ToolStarted | events.ToolFinished) for event in seen)
+        reply = await s.generate("Never mind.")
+        assert reply.text == "Not now." and s.open_calls == ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Annotated, Any, Optional
 
 import pytest
@@ -247,3 +248,25 @@ async def test_a_declared_tool_may_have_any_parameter_name() -> None:
 def test_an_option_of_the_wrong_type_is_refused_by_name(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         _ = tool(**options)(find)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    yield text
+
+
+async def _async_pieces(text: str) -> AsyncIterator[str]:
+    yield text
+
+
+MAKERS: list[Callable[[Any], Any]] = [
+    tool,
+    lambda function: tools_from([function]),
+    lambda function: declared_tool({"name": "a"}, function),
+]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("function", [_pieces, _async_pieces])
+def test_a_generator_is_refused_when_the_tool_is_made(function: Any, make: Callable[[Any], Any]) -> None:
+    with pytest.raises(TypeError, match="is a generator, and a call has one result"):
+        _ = make(function)
