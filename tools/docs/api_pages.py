@@ -13,8 +13,11 @@ from typing import TypeAlias
 
 _WIDTH = 100
 _Function: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef
-_INHERITED = {"Engine": ("agentspeed._core.engine_handle", "EngineHandle")}
-"""Public classes whose members stand in a base that nobody names."""
+_INHERITED = {
+    "EngineHandle": "agentspeed._core.engine_handle",
+    "SessionValues": "agentspeed.session_values",
+}
+"""Bases of public classes that nobody names, and their modules: what is public of them is the class's."""
 _INTERNAL = ("over", "shared", "codec", "link")
 """Members of these bases that are no one's but the SDK's."""
 _MADE_ELSEWHERE = ("Turn", "RunStream", "Stream", "Forks", "Pending")
@@ -113,8 +116,8 @@ def _entry(name: str, node: _Definition, doc: str) -> Iterator[str]:
 def _class(node: ast.ClassDef, doc: str) -> Iterator[str]:
     bases = [ast.unparse(base) for base in node.bases if "Struct" not in ast.unparse(base)]
     body = [*node.body]
-    if (inherited := _INHERITED.get(node.name)) is not None:  # a base that is not public: its members are the class's
-        base, _ = defined(*inherited)
+    for name in [name for name in bases if name in _INHERITED]:
+        base, _ = defined(_INHERITED[name], name)
         assert isinstance(base, ast.ClassDef)
         body += [item for item in base.body if not isinstance(item, _Function) or item.name not in _INTERNAL]
         bases = []

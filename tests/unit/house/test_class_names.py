@@ -18,6 +18,7 @@ SHARED = {
     "Choice": _TWO_FIELDS,
     "Copied": "the end of a host copy: as the copier reports it, and as a recording keeps it",
     "Cost": _TWO_FIELDS,
+    "Draws": "the random inputs of a family of ops, each beside the cases of its family",
     "EngineOptions": _TWO_SIDES,
     "Form": _TWO_FIELDS,
     "Generate": "a step of the agent loop, and the command that carries it out",

@@ -144,7 +144,8 @@ _PLAIN |= {"RunStream[Any]": "Stream[RunStream[Any]]"}
 
 
 def members(kind: type) -> dict[str, Any]:
-    return {name: value for name, value in vars(kind).items() if not name.startswith("_")}
+    found = {name: value for one in reversed(kind.__mro__[:-1]) for name, value in vars(one).items()}
+    return {name: value for name, value in found.items() if not name.startswith("_")}
 
 
 def signature(value: Any) -> str:
