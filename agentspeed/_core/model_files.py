@@ -12,7 +12,9 @@ NANO = Path(__file__).parent.parent / "models" / "nano"
 _CODEC_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
+    "tiktoken.model",
     "chat_template.jinja",
+    "chat_template.json",
     "config.json",
     "generation_config.json",
 )

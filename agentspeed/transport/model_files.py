@@ -15,7 +15,7 @@ import anyio.to_thread
 from agentspeed import errors
 from agentspeed.transport.base import Connection, wire
 
-_NAME: Final = re.compile(r"[A-Za-z0-9_]+\.(json|jinja)")
+_NAME: Final = re.compile(r"[A-Za-z0-9_]+\.(json|jinja|model)")
 """A plain file's name: an engine elsewhere does not say where in this machine it is written."""
 _MOST_BYTES: Final = 256 << 20
 """Of all files together; the largest tokenizers have some 30 MB."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -12,8 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from agentspeed import Engine, Session, errors
+from tests.support.paged import CONFIG
+from tests.support.random_checkpoint import make_checkpoint
+from tests.support.tokenizer_folders import tiktoken_folder
 
 pytestmark = pytest.mark.anyio
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+"""Whose only control token is one that the small tiktoken vocabulary has."""
 
 
 @pytest.fixture(params=[("asyncio", {"use_uvloop": False})], ids=["asyncio"])
@@ -73,3 +82,26 @@ async def test_a_relative_path_names_the_folder_it_named_when_the_engine_started
         else:
             pytest.fail("the session did not go on")
         assert engine.pid != pid
+
+
+async def test_a_tiktoken_vocabulary_serves_text_stop_strings_and_shapes(tmp_path: Path) -> None:
+    """The front converts it, the engine reads the bytes of its tokens: both must see the same ids."""
+    folder = make_checkpoint(
+        CONFIG | {"vocab_size": 1024, "bos_token_id": 600, "eos_token_id": 603}, tmp_path / "model"
+    )
+    (folder / "tokenizer.json").unlink()
+    settings = json.loads((tiktoken_folder(folder) / "tokenizer_config.json").read_text())
+    settings |= {"bos_token": "[BOS]", "eos_token": "<|im_end|>", "chat_template": TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    shape = {
+        "type": "object",
+        "properties": {"n": {"enum": ["the lazy dog", 7]}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
+    async with Session(folder, pages=70, dtype="float32") as s:
+        assert len((await s.generate("Some words, 日本語.", max_tokens=4)).ids) == 4
+        shaped = await s.generate("A shape.", output=shape, max_tokens=64)
+        assert json.loads(shaped.text)["n"] in ("the lazy dog", 7)
+        stopped = await s.generate("Stop.", stop=list("etaonisr "), max_tokens=200, temperature=1.5, seed=1)
+        assert stopped.finish_reason == "stop_string" and not set(stopped.text) & set("etaonisr ")

@@ -1,4 +1,4 @@
-"""The bytes of every token, from a model folder's tokenizer.json: for stop strings and grammar masks, never text."""
+"""The bytes of every token, from a model folder's tokenizer: for stop strings and grammar masks, never text."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from llguidance import LLTokenizer
 from tokenizers import Tokenizer
 
 from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.exec import tiktoken_ranks
+
+_WHOLE = r"(?s:.)+"
+"""Where a text is cut into pieces: that matters for tokens that a grammar forces, and the engine draws each of them."""
 
 
 @final
@@ -19,6 +23,7 @@ class Vocabulary:
 
     def __init__(self, folder: Path, vocab_size: int, eos_ids: tuple[int, ...]) -> None:
         self._path = folder / "tokenizer.json"
+        self._folder = folder
         self.vocab_size = vocab_size
         self.eos_ids = eos_ids
 
@@ -30,6 +35,13 @@ class Vocabulary:
         except EngineFault as fault:
             return fault.message
         return ""
+
+    @cached_property
+    def _tiktoken(self) -> tiktoken_ranks.TiktokenRanks | None:
+        """Where that is the folder's tokenizer."""
+        if self._path.is_file() or not (self._folder / tiktoken_ranks.FILE).is_file():
+            return None
+        return tiktoken_ranks.read(self._folder)
 
     @cached_property
     def _text(self) -> str:
@@ -45,6 +57,8 @@ class Vocabulary:
     @cached_property
     def token_bytes(self) -> list[bytes]:
         """By id; ids the tokenizer does not define are empty."""
+        if self._tiktoken is not None:
+            return self._by_id(self._tiktoken)
         try:
             tokenizer = Tokenizer.from_str(self._text)
             raw: dict[str, Any] = json.loads(self._text)
@@ -67,6 +81,14 @@ class Vocabulary:
                 found[number] = piece.replace("\u2581", " ").encode()
         return found
 
+    def _by_id(self, given: tiktoken_ranks.TiktokenRanks) -> list[bytes]:
+        found = [b""] * max(self.vocab_size, given.ids)
+        for piece, number in given.ranks.items():
+            found[number] = piece
+        for name, number in given.controls.items():
+            found[number] = name.encode()
+        return found[: self.vocab_size]
+
     def _broken(self, error: Exception) -> EngineFault:
         return EngineFault(
             "bad_tokenizer",
@@ -87,6 +109,14 @@ class Vocabulary:
     def llguidance(self) -> LLTokenizer:
         """The same vocabulary as llguidance's masks see it."""
         eos = list(self.eos_ids) or None
+        if (given := self._tiktoken) is not None:
+            return LLTokenizer.from_tiktoken(
+                encoder=given.ranks,
+                special_tokens=given.controls,
+                pattern=_WHOLE,
+                eos_token=eos if eos is not None else given.ids - 1,
+                n_vocab=max(self.vocab_size, given.ids),
+            )
         try:
             # A tokenizer may have more ids than the model draws from (those of images, say), and one more than the
             # vocabulary is not what a mask can be made for: masks are cut to what is drawn from.

@@ -12,7 +12,9 @@ from agentspeed_engine.protocol.messages import FilePart, GetModelFiles, ModelFi
 NAMES: Final = (
     "tokenizer.json",
     "tokenizer_config.json",
+    "tiktoken.model",
     "chat_template.jinja",
+    "chat_template.json",
     "config.json",
     "generation_config.json",
 )
