@@ -22,6 +22,7 @@ ARCHITECTURE = {
     "deepseek_v32": "DeepseekV32ForCausalLM",
     "glm_moe_dsa": "GlmMoeDsaForCausalLM",
     "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
@@ -45,7 +46,7 @@ def random_config(model_type: str, seed: int) -> dict[str, Any]:
     if model_type == "kimi_k25":
         text = random_config("kimi_k2", seed) | {"tie_word_embeddings": False}
         return _with_vision(text)
-    if model_type in ("llama", "qwen3", "qwen3_moe"):
+    if model_type in ("llama", "qwen2", "qwen3", "qwen3_moe"):
         return config | _grouped(model_type, config, chance)
     return config | _latent(model_type, config, chance)
 
@@ -57,7 +58,7 @@ def _grouped(model_type: str, config: dict[str, Any], chance: random.Random) -> 
         "head_dim": chance.choice([8, 12, 16]), "rope_scaling": chance.choice([None, None, YARN, LLAMA3]),
     }  # fmt: skip
     found["hidden_size"] = found["num_attention_heads"] * 8
-    if model_type == "llama" and chance.random() < 0.4:
+    if model_type in ("llama", "qwen2") and chance.random() < 0.4:
         del found["head_dim"]
     if model_type == "qwen3_moe":
         found |= {

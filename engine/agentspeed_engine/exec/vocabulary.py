@@ -13,6 +13,8 @@ from tokenizers import Tokenizer
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.exec import tiktoken_ranks
 
+_Untyped: Any = LLTokenizer
+"""Its types do not know `from_tiktoken`."""
 _WHOLE = r"(?s:.)+"
 """Where a text is cut into pieces: that matters for tokens that a grammar forces, and the engine draws each of them."""
 
@@ -110,13 +112,14 @@ class Vocabulary:
         """The same vocabulary as llguidance's masks see it."""
         eos = list(self.eos_ids) or None
         if (given := self._tiktoken) is not None:
-            return LLTokenizer.from_tiktoken(
+            made: LLTokenizer = _Untyped.from_tiktoken(
                 encoder=given.ranks,
                 special_tokens=given.controls,
                 pattern=_WHOLE,
                 eos_token=eos if eos is not None else given.ids - 1,
                 n_vocab=max(self.vocab_size, given.ids),
             )
+            return made
         try:
             # A tokenizer may have more ids than the model draws from (those of images, say), and one more than the
             # vocabulary is not what a mask can be made for: masks are cut to what is drawn from.

@@ -12,7 +12,6 @@ KNOWN: dict[str, tuple[str, str]] = {
     "deepseek_v4": ("a DeepSeek-V4 compresses its cache along the tokens, which is not implemented", "deepseek_v3"),
     "glm4": ("a GLM-4 turns a part of each head and norms after its layers, which is not implemented", "llama"),
     "glm4_moe": ("a GLM-4.6 turns a part of each head, which is not implemented", "qwen3_moe"),
-    "qwen2": ("a Qwen2 has biases on its queries, keys and values alone, which is not implemented", "qwen3"),
     "qwen2_moe": ("a Qwen2-MoE has biases on queries and a gated shared expert, which is not implemented", "qwen3_moe"),
     "qwen3_next": (f"a Qwen3-Next has {_RECURRENT}", "qwen3_moe"),
     "qwen3_5": (f"a Qwen3.5 has {_RECURRENT}", "qwen3"),

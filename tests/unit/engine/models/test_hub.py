@@ -145,7 +145,7 @@ def test_a_model_is_fetched_configuration_first_and_nothing_that_is_not_needed(
 
 
 UNFIT: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"model_type": "qwen2"}, errors.ModelUnsupported, "The nearest family that runs is qwen3"),
+    ({"model_type": "qwen2_moe"}, errors.ModelUnsupported, "The nearest family that runs is qwen3_moe"),
     (CONFIG | {"quantization_config": {"quant_method": "awq"}}, errors.ModelUnsupported, "'awq'"),
     (CONFIG | {"hidden_size": 0}, errors.ModelBroken, "hidden_size is 0"),
 ]

@@ -189,7 +189,7 @@ def test_an_unknown_dtype_and_an_empty_pool_are_refused(folder: Path) -> None:
 
 
 def test_every_refusal_tells_what_to_do(folder: Path) -> None:
-    change(folder, model_type="qwen2")
+    change(folder, model_type="qwen3_vl")
     assert refusal(folder).remedy.startswith("The nearest family that runs is qwen3. Supported are deepseek_v2, deepse")
 
 

@@ -1,4 +1,5 @@
-"""Grouped-query attention over the whole context, with dense or routed feed-forwards: Llama, Qwen3 and Qwen3-MoE."""
+"""Grouped-query attention over the whole context, with dense or routed feed-forwards: Llama, Qwen2, Qwen3 and
+Qwen3-MoE."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING
 from agentspeed_engine.models.families.grouped.config import (
     GroupedConfig,
     parse_llama,
+    parse_qwen2,
     parse_qwen3,
     parse_qwen3_moe,
 )
@@ -50,6 +52,7 @@ def _family(name: str, model_type: str, parse: Callable[[Fields], GroupedConfig]
 
 FAMILIES: tuple[Family[GroupedConfig], ...] = (
     _family("Llama", "llama", parse_llama),
+    _family("Qwen2", "qwen2", parse_qwen2),
     _family("Qwen3", "qwen3", parse_qwen3),
     _family("Qwen3-MoE", "qwen3_moe", parse_qwen3_moe),
 )

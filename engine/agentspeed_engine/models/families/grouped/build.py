@@ -59,5 +59,5 @@ def _attention_weights(config: GroupedConfig, weights: WeightSource, at: str) ->
         q_norm=weights.tensor(at + "q_norm.weight") if config.head_norm else None,
         k_norm=weights.tensor(at + "k_norm.weight") if config.head_norm else None,
         o=weights.tensor(at + "o_proj.weight"),
-        o_bias=weights.tensor(at + "o_proj.bias") if bias else None,
+        o_bias=weights.tensor(at + "o_proj.bias") if config.output_bias else None,
     )

@@ -1,8 +1,8 @@
-"""Configurations of models with grouped-query attention over the whole context: Llama, Qwen3 and Qwen3-MoE."""
+"""Configurations of models with grouped-query attention over the whole context: Llama, Qwen2, Qwen3 and Qwen3-MoE."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 from agentspeed_engine.models.fields import Fields
@@ -34,7 +34,9 @@ class GroupedConfig:
     context_limit: int
     rope: RopeConfig
     attention_bias: bool
-    """Of queries, keys, values and output."""
+    """Of queries, keys and values."""
+    output_bias: bool
+    """Of what attention gives back."""
     tied: bool
     moe: MoeConfig | None
 
@@ -47,6 +49,12 @@ def parse_llama(fields: Fields) -> GroupedConfig:
     """`llama`. Absent fields take the defaults of transformers' LlamaConfig, or are refused."""
     fields.require(not fields.flag("mlp_bias", False), "mlp_bias is true", "Feed-forward biases are not supported.")
     return _parsed(fields, head_norm=False, head=None, moe=None)
+
+
+def parse_qwen2(fields: Fields) -> GroupedConfig:
+    """`qwen2`. Defaults of transformers' Qwen2Config; biases are the code's own, whatever config.json says."""
+    _no_windows(fields)
+    return replace(_parsed(fields, head_norm=False, head=None, moe=None), attention_bias=True, output_bias=False)
 
 
 def parse_qwen3(fields: Fields) -> GroupedConfig:
@@ -113,6 +121,7 @@ def _parsed(fields: Fields, *, head_norm: bool, head: int | None, moe: MoeConfig
         context_limit=fields.count("max_position_embeddings"),
         rope=rope,
         attention_bias=fields.flag("attention_bias", False),
+        output_bias=fields.flag("attention_bias", False),
         tied=fields.flag("tie_word_embeddings", False),
         moe=moe,
     )

@@ -52,7 +52,7 @@ def _attention(config: GroupedConfig, at: str) -> Iterator[tuple[str, Shape]]:
         yield at + "q_norm.weight", (config.head,)
         yield at + "k_norm.weight", (config.head,)
     yield at + "o_proj.weight", (config.hidden, config.heads * config.head)
-    if config.attention_bias:
+    if config.output_bias:
         yield at + "o_proj.bias", (config.hidden,)
 
 
