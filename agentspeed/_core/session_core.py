@@ -20,7 +20,7 @@ import msgspec
 
 from agentspeed import errors, events
 from agentspeed._base.completion import run_to_completion
-from agentspeed._base.validate import check_number, check_text, is_whole, shown
+from agentspeed._base.validate import check_number, check_text, shown
 from agentspeed._core.branch import Branch, Opening
 from agentspeed._core.engine_handle import EngineHandle
 from agentspeed._core.idle_watch import IdleWatch
@@ -32,7 +32,7 @@ from agentspeed.chat import transcript
 from agentspeed.chat.codec import ChatCodec
 from agentspeed.chat.tags import Tags
 from agentspeed.chat.token_log import Checkpoint, TokenLog
-from agentspeed.marks import Mark
+from agentspeed.marks import Mark, end_of, place_of
 from agentspeed.messages import Message, ToolCall, ToolMessage
 from agentspeed.observing import Began, Watched
 from agentspeed.transport.base import Sink, wire
@@ -449,36 +449,11 @@ class SessionCore:
 
     def point(self, to: Mark | str | int) -> Checkpoint:
         """Where a mark, a name or a position is. Raises `MarkNotFound`."""
-        if isinstance(to, str):
-            if to not in self.log.marks:
-                known = ", ".join(self.log.marks) or "none"
-                gone = f"The mark {to!r} stood among messages that compact() dropped"
-                why = gone if to in self.compacted else f"There is no mark {to!r}"
-                raise errors.MarkNotFound(f"{why}; the marks are: {known}.")
-            return self.log.marks[to]
-        if isinstance(to, Mark):
-            if not to.fits(self.log):
-                raise errors.MarkNotFound(
-                    f"{to!r} is not in this session any more.",
-                    remedy="It was rewound to before the mark, or compacted since; make a new one. Named marks "
-                    "move with what compact() keeps.",
-                )
-            return to.point
-        if not is_whole(to):
-            raise errors.MarkNotFound(
-                f"{shown(to)} is no mark, name or position.",
-                remedy="Give what mark() gave, a mark's name, or a number of tokens.",
-            )
-        if not 0 <= to <= self.tokens:
-            raise errors.MarkNotFound(f"Position {shown(to)} is not in a session of {self.tokens} tokens.")
-        return self.log.at(to)
+        return place_of(self.log, to, self.compacted)
 
     def position(self, messages: int) -> int:
         """Where the first `messages` messages end. Raises `InvalidRequest`."""
-        spans = self.log.spans
-        if not is_whole(messages) or not 0 <= messages <= len(spans):
-            raise errors.InvalidRequest(f"messages is {messages!r}; the session has {len(spans)}.")
-        return spans[messages].start if messages < len(spans) else self.tokens
+        return end_of(self.log, messages)
 
     async def rewind(self, to: Mark | str | int) -> None:
         """Exactly back to there. Raises `MarkNotFound`."""
