@@ -246,26 +246,62 @@ def models(
 @app.command()
 def plan(
     model: Annotated[Path, typer.Argument(help="A model folder, or a config.json; weights need not be there.")],
-    tp: Annotated[int, typer.Option(min=1, help="Ranks that cut heads, widths and the vocabulary.")] = 1,
-    dp: Annotated[int, typer.Option(min=1, help="Ranks with sessions of their own; experts are cut over all.")] = 1,
-    memory: Annotated[str | None, typer.Option(help="Of one GPU, as 141GB or 80GiB.")] = None,
+    tp: Annotated[
+        int | None, typer.Option(min=1, help="Ranks that cut heads, widths and the vocabulary; nothing: 1.")
+    ] = None,
+    dp: Annotated[int | None, typer.Option(min=1, help="Ranks with sessions of their own; nothing: 1.")] = None,
+    ep: Annotated[
+        int | None, typer.Option(min=1, help="Groups of ranks with experts of their own; nothing: every rank.")
+    ] = None,
+    exchange: Annotated[
+        str, typer.Option(help="How rows find their experts: sum, all_to_all, or auto: what costs less.")
+    ] = "auto",
+    spare_experts: Annotated[int, typer.Option(min=0, help="Further copies of experts.")] = 0,
+    machine: Annotated[
+        str | None, typer.Option(help="h100 or h200: a mesh is chosen for it, and taken where tp and dp are not given.")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Of the machine; nothing: 8.")] = None,
+    sessions: Annotated[int, typer.Option(min=1, help="That run at once, for the choice of a mesh.")] = 64,
+    memory: Annotated[str | None, typer.Option(help="Of one GPU, as 141GB or 80GiB; nothing: the machine's.")] = None,
     context: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of the sessions that are counted; nothing: the largest context.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens of the sessions that are counted; nothing: the largest context, for the "
+            "choice of a mesh 8192.",
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float64.")] = "bfloat16",
     rows: Annotated[int, typer.Option(min=1, help="Tokens of a dp rank in the step that is shown.")] = 512,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object with every step, for programs.")] = False,
 ) -> None:
-    """How a model lies on several GPUs: each step with its shapes on a rank, what ranks send each other, bytes of
-    weights and cache on each GPU, the largest context, and where the next cut fails. Nothing is loaded.
+    """How a model lies on several GPUs: each step with its shapes on a rank, what ranks send each other and what of it
+    is fused, bytes of weights and cache on each GPU, the largest context, where the next cut fails, and which mesh a
+    machine should have by a cost model. Nothing is loaded.
 
     Example:  agentspeed plan ./model --tp 8 --memory 141GB
-    Example:  agentspeed plan bench/models/deepseek-v3.json --tp 16 --memory 141GB --json"""
+    Example:  agentspeed plan ./model --machine h200 --gpus 16 --context 32768
+    Example:  agentspeed plan bench/models/deepseek-v3.json --tp 4 --dp 4 --memory 141GB --json"""
     from agentspeed.cli.plan import described
 
     with reported():
         typer.echo(
-            described(model, tp=tp, dp=dp, dtype=dtype, rows=rows, memory=memory, context=context, as_json=as_json)
+            described(
+                model,
+                tp=tp,
+                dp=dp,
+                ep=ep,
+                exchange=exchange,
+                spare_experts=spare_experts,
+                machine=machine,
+                gpus=gpus,
+                sessions=sessions,
+                dtype=dtype,
+                rows=rows,
+                memory=memory,
+                context=context,
+                as_json=as_json,
+            )
         )
 
 

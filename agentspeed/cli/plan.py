@@ -11,21 +11,25 @@ from pathlib import Path
 from typing import Any, cast
 
 from agentspeed import errors
-from agentspeed.transport.model_plans import ModelPlan, StepLine, planned
+from agentspeed.transport.model_plans import Candidate, MeshChoice, ModelPlan, PlanRequest, StepLine, planned
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
+_EXCHANGES = ("auto", "sum", "all_to_all")
 _DTYPES = ("bfloat16", "float32", "float64")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
-def described(
-    model: Path, *, tp: int, dp: int, dtype: str, rows: int, memory: str | None, context: int | None, as_json: bool
-) -> str:
-    """Text for people, or one JSON object. Raises what `planned` raises, and `InvalidRequest` for a wrong option."""
+def described(model: Path, *, dtype: str, exchange: str, memory: str | None, as_json: bool, **given: Any) -> str:
+    """Text for people, or one JSON object; `given` are fields of `PlanRequest`. Raises what `planned` raises, and
+    `InvalidRequest` for a wrong option."""
+    if exchange not in _EXCHANGES:
+        raise errors.InvalidRequest(f"exchange {exchange!r} is unknown.", remedy=f"Known: {', '.join(_EXCHANGES)}.")
     if dtype not in _DTYPES:
         raise errors.InvalidRequest(f"dtype {dtype!r} is unknown.", remedy=f"Known: {', '.join(_DTYPES)}.")
     size = None if memory is None else memory_bytes(memory)
-    plan = planned(model, tp=tp, dp=dp, dtype=cast(Any, dtype), rows=rows, memory=size, context=context)
+    way = None if exchange == "auto" else exchange
+    request = PlanRequest(dtype=cast(Any, dtype), exchange=cast(Any, way), memory=size, **given)
+    plan = planned(model, request)
     return json.dumps(dataclasses.asdict(plan)) if as_json else text(plan)
 
 
@@ -47,6 +51,7 @@ def text(plan: ModelPlan) -> str:
     ranks = plan.tp * plan.dp
     lines = [
         f"{plan.model_type} on {ranks} ranks: tp {plan.tp}, dp {plan.dp}, {plan.dtype}",
+        *_experts(plan),
         f"parameters     {plan.parameters / 1e9:.1f} B, of which a token is multiplied with "
         f"{plan.active_parameters / 1e9:.1f} B",
         "",
@@ -59,10 +64,13 @@ def text(plan: ModelPlan) -> str:
         "collectives of one step",
         f"  launches     {plan.launches}",
         f"  each sends   {plan.bytes_per_token:,} B a token",
+        *_kinds(plan),
+        f"  fused        {plan.fused} all-reduces, with the addition to the residual and the norm behind them",
         "",
         "where the next cut fails",
         *(f"  {line}" for line in _limits(plan)),
         "",
+        *(_choice(plan.choice) if plan.choice is not None else ()),
         f"steps on one rank, {plan.rows} rows a dp rank",
         *_steps(plan.steps),
     ]
@@ -82,6 +90,46 @@ def _room(plan: ModelPlan) -> Iterator[str]:
     yield f"  largest context of a session: {room.largest_context:,} ({why})"
     yield f"  sessions of {room.session_tokens:,} tokens: {room.sessions:,}" + (
         f" on all {plan.dp} dp ranks" if plan.dp > 1 else ""
+    )
+
+
+def _experts(plan: ModelPlan) -> Iterator[str]:
+    if not plan.experts:
+        return
+    spare = f", {plan.spare_experts} of them copies" if plan.spare_experts else ""
+    way = "rows are sent to them" if plan.exchange == "all_to_all" else "given every row, and summed"
+    yield f"experts        {plan.experts + plan.spare_experts}{spare}, over {plan.ep} groups of ranks; {way}"
+
+
+def _kinds(plan: ModelPlan) -> Iterator[str]:
+    """Collectives of one kind along one axis, together."""
+    tokens = plan.rows * plan.dp
+    found: dict[str, list[StepLine]] = {}
+    for line in plan.collectives:
+        found.setdefault(f"{line.kind} over {line.axis}", []).append(line)
+    for name, lines in found.items():
+        launches, sent = sum(line.launches for line in lines), sum(line.bytes_sent for line in lines)
+        yield f"    {name:24} {len(lines):4}, {launches:4} launches, {sent // tokens:>12,} B a token"
+
+
+def _choice(choice: MeshChoice) -> Iterator[str]:
+    """By the cost model: the best first, then why others cannot be."""
+    machine = choice.machine
+    yield (
+        f"meshes of {machine.gpus} {machine.name}, for {choice.wanted_sessions} sessions of {choice.context:,} tokens "
+        "(by the cost model, not measured)"
+    )
+    yield from (f"  {_candidate(one)}" for one in choice.candidates)
+    yield ""
+
+
+def _candidate(one: Candidate) -> str:
+    name = f"tp {one.tp:<3} dp {one.dp:<3} {one.exchange:10}"
+    if one.refused:
+        return f"{name} cannot be: {one.refused}"
+    return (
+        f"{name} {one.tokens_per_second:9,.0f} tokens/s, {one.sessions:,} sessions, {1000 * one.step_seconds:.1f} ms a "
+        f"step, {one.sent_share:.0%} of it sending, weights {_size(one.weight_bytes)}"
     )
 
 
@@ -118,7 +166,8 @@ def _step(line: StepLine) -> str:
     if line.kind == "call":
         return f"{name:44} {shape}"
     value = "" if line.value == "x" else f" of the {line.value}"
-    return f"{line.kind + ' over ' + str(line.axis) + value:44} {shape}  {line.bytes_sent:,} B sent"
+    fused = ", fused with the next" if line.fused else ""
+    return f"{line.kind + ' over ' + str(line.axis) + value:44} {shape}  {line.bytes_sent:,} B sent{fused}"
 
 
 def _size(count: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
 
@@ -12,9 +13,10 @@ from torch import Tensor
 
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.models.family import Family, ModelConfig
-from agentspeed_engine.models.quantization import FP8_BLOCK, PACKED, packed_refusal
+from agentspeed_engine.models.quantization import FP8_BLOCK, PACKED, packed_refusal, torn_block
 from agentspeed_engine.models.shards import shard_paths
 from agentspeed_engine.models.tensor_shapes import Shape
+from agentspeed_engine.models.weights import Part
 
 _SCALE = "_scale_inv"
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -44,16 +46,32 @@ class Checkpoint:
         for name, shape in self._shapes.items():
             self._check(name, shape)
 
-    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor, contiguous; fp8 blocks are multiplied by their scales."""
-        held = self._read(name)
+    def expect(self, parts: Mapping[str, Part]) -> None:
+        """A piece of fp8 must be whole blocks, each of which has one scale."""
+        for name, part in parts.items():
+            extent = self._shapes[name][part.dim]
+            if part.count > 1 and extent // part.count % FP8_BLOCK and self._slice(name).get_dtype() == _FP8:
+                raise torn_block(self._family.prefix + name, extent, part.count)
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None, part: Part | None = None) -> Tensor:
+        """One tensor or a piece of it, contiguous; fp8 blocks are multiplied by their scales."""
+        held = self._read(name, part)
         if held.dtype == torch.float8_e4m3fn:
-            held = _unblock(held, self._read(name + _SCALE))
+            held = _unblock(held, self._read(name + _SCALE, part))
         return held.to(dtype or self._dtype).contiguous()
 
-    def _read(self, name: str) -> Tensor:
+    def _read(self, name: str, part: Part | None) -> Tensor:
         try:
-            tensor: Tensor = self._files[name].get_tensor(self._family.prefix + name)
+            if part is None or part.count == 1:
+                whole: Tensor = self._files[name].get_tensor(self._family.prefix + name)
+                return whole
+            held = self._slice(name)
+            size = held.get_shape()[part.dim] // part.count
+            mine = slice(part.index * size, (part.index + 1) * size)
+            # A view of the mapped file: copied, so that the rest of the tensor need not stay mapped behind it.
+            tensor: Tensor = (held[mine] if part.dim == 0 else held[:, mine]).clone(
+                memory_format=torch.contiguous_format
+            )
         except (SafetensorError, OSError) as error:
             raise EngineFault("bad_weights", f"{name} of {self._folder} cannot be read: {error}.", _DOWNLOAD) from error
         return tensor

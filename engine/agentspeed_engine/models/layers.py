@@ -7,16 +7,11 @@ from typing import final
 import torch
 from torch import Tensor
 
+from agentspeed_engine.models import boundaries
 from agentspeed_engine.models.state import StepState
-from agentspeed_engine.spmd.placement import FEATURES, TOKENS, Layout, Rank, Shard
-from agentspeed_engine.spmd.spec import TOKEN_SHARD, TOKEN_SHARD_PARTIAL, Boundary
+from agentspeed_engine.spmd.placement import Rank
 from agentspeed_kernels.packing import Weight
 from agentspeed_kernels.selection import Kernels
-
-
-def piece(weight: Tensor, dim: int, index: int, count: int) -> Tensor:
-    """The `index`-th of `count` equal pieces, contiguous and with memory of its own: the whole can go."""
-    return weight if count == 1 else weight.chunk(count, dim=dim)[index].clone(memory_format=torch.contiguous_format)
 
 
 @final
@@ -29,12 +24,7 @@ class Embed:
         """`table` is this rank's piece: the head's own weight where both are tied."""
         self._table = table
         self._first = rank.tp * self._table.shape[0] if rank.mesh.tp > 1 else None
-        self.boundary = Boundary(
-            name=name,
-            input=TOKEN_SHARD,
-            output=TOKEN_SHARD_PARTIAL,
-            width=table.shape[1],
-        )
+        self.boundary = boundaries.embedding(name, table.shape[1])
 
     def __call__(self, x: Tensor, residual: Tensor | None, state: StepState) -> tuple[Tensor, Tensor | None]:
         if self._first is None:
@@ -55,9 +45,7 @@ class AddNorm:
 
     def __init__(self, name: str, weight: Tensor, eps: float, kernels: Kernels) -> None:
         self._weight, self._eps, self._kernels = weight, eps, kernels
-        self.boundary = Boundary(
-            name=name, input=TOKEN_SHARD, output=TOKEN_SHARD, width=weight.shape[0], residual=TOKEN_SHARD
-        )
+        self.boundary = boundaries.norm(name, weight.shape[0])
 
     def __call__(self, x: Tensor, residual: Tensor | None, state: StepState) -> tuple[Tensor, Tensor]:
         out = state.workspace.take("normed", (x.shape[0], x.shape[1]), x.dtype)
@@ -74,12 +62,12 @@ class Dense:
 
     __slots__ = ("_down", "_gate_up", "_kernels", "boundary")
 
-    def __init__(self, name: str, gate: Tensor, up: Tensor, down: Tensor, rank: Rank, kernels: Kernels) -> None:
-        joined = torch.cat([piece(part, 0, rank.tp, rank.mesh.tp) for part in (gate, up)])[None]
-        self._gate_up = kernels.weight(joined, parts=2)
-        self._down = kernels.weight(piece(down, 1, rank.tp, rank.mesh.tp)[None])
+    def __init__(self, name: str, gate: Tensor, up: Tensor, down: Tensor, kernels: Kernels) -> None:
+        """The matrices are this rank's pieces."""
+        self._gate_up = kernels.weight(torch.cat([gate, up])[None], parts=2)
+        self._down = kernels.weight(down[None])
         self._kernels = kernels
-        self.boundary = Boundary(name=name, input=TOKEN_SHARD, output=TOKEN_SHARD_PARTIAL, width=down.shape[0])
+        self.boundary = boundaries.dense(name, down.shape[0])
 
     def __call__(self, x: Tensor, residual: Tensor | None, state: StepState) -> tuple[Tensor, Tensor | None]:
         if not x.shape[0]:  # a dp rank whose branches all rest
@@ -100,12 +88,7 @@ class Head:
     def __init__(self, name: str, table: Weight, rank: Rank, kernels: Kernels) -> None:
         """`table` is this rank's piece, in the layout of the kernels."""
         self._table, self._kernels = table, kernels
-        self.boundary = Boundary(
-            name=name,
-            input=TOKEN_SHARD,
-            output=Layout(dp=Shard(TOKENS), tp=Shard(FEATURES)),
-            width=table.shape[0] * rank.mesh.tp,
-        )
+        self.boundary = boundaries.head(name, table.shape[0] * rank.mesh.tp)
 
     def __call__(self, x: Tensor, residual: Tensor | None, state: StepState) -> tuple[Tensor, Tensor | None]:
         rows = x[state.select]

@@ -22,7 +22,7 @@ from agentspeed_engine.models.weight_formats import WeightFormat
 from agentspeed_engine.models.weights import OnDevice, RandomWeights, WeightSource
 from agentspeed_engine.spmd.lower import Comm, lower, run
 from agentspeed_engine.spmd.placement import ONE, Rank
-from agentspeed_engine.spmd.plan import Plan, plan
+from agentspeed_engine.spmd.plan import Plan, fuse, plan
 from agentspeed_engine.spmd.spec import TOKEN_SHARD
 from agentspeed_kernels.attention import NEVER, AttentionBackend
 from agentspeed_kernels.cpu.attention_plan import CpuAttention
@@ -105,7 +105,8 @@ class LoadedModel:
         chain = source.family.build(source.config, held, self.pools, rank, self._kernels)
         boundaries = [module.boundary for module in chain]
         # Logits stay cut as the head gives them: what is drawn from them is decided by all ranks together.
-        self.plan: Plan = plan(boundaries, rank.mesh, start=TOKEN_SHARD, finish=boundaries[-1].output)
+        made = plan(boundaries, rank.mesh, start=TOKEN_SHARD, finish=boundaries[-1].output)
+        self.plan: Plan = fuse(made, boundaries)
         self.first_id = rank.tp * (info.vocab_size // rank.mesh.tp)
         """Of the ids whose logits it gives."""
         self._steps = lower(self.plan, chain, comm)

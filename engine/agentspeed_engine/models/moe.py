@@ -1,21 +1,25 @@
-"""The feed-forward of a layer: dense, or routed and shared experts as one module, the experts spread over all ranks."""
+"""The feed-forward of a layer: dense, or routed and shared experts, which rows are brought to in one of two ways."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
 from torch import Tensor
 
-from agentspeed_engine.models.layers import Dense, piece
+from agentspeed_engine.models import boundaries
+from agentspeed_engine.models.layers import Dense
 from agentspeed_engine.models.moe_config import MoeConfig
+from agentspeed_engine.models.pieces import RankWeights
 from agentspeed_engine.models.state import StepState
-from agentspeed_engine.models.weights import WeightSource
+from agentspeed_engine.spmd.exchange import Routed
+from agentspeed_engine.spmd.experts import copies_of, deal
 from agentspeed_engine.spmd.lower import Module
 from agentspeed_engine.spmd.placement import Rank
-from agentspeed_engine.spmd.spec import EVERYWHERE, PARTIAL_EVERYWHERE, Boundary
+from agentspeed_engine.spmd.spec import Boundary
+from agentspeed_kernels.packing import Weight
 from agentspeed_kernels.routing import RouteRule
 from agentspeed_kernels.selection import Kernels
 
@@ -31,15 +35,51 @@ class FeedForward:
 
 
 @final
+class Places:
+    """Where every expert's copies lie. A place is one copy: those of a group follow each other."""
+
+    __slots__ = ("_copies", "_counts", "first", "groups", "held", "own")
+
+    def __init__(self, experts: int, rank: Rank) -> None:
+        spread, self.groups = rank.mesh.experts, rank.mesh.expert_groups
+        dealt = deal(experts, self.groups, spread.spare, spread.loads)
+        self.held = len(dealt[0])
+        self.own = dealt[rank.expert_group]
+        """The experts of this rank, in the order of their places."""
+        self.first = rank.expert_group * self.held
+        copies = copies_of(dealt, experts)
+        self._copies: Tensor | None = None
+        if copies != [[expert] for expert in range(experts)]:
+            most = max(len(places) for places in copies)
+            self._copies = torch.tensor([places + places[:1] * (most - len(places)) for places in copies])
+            self._counts = torch.tensor([len(places) for places in copies])
+
+    def of(self, ids: Tensor) -> Tensor:
+        """The places [T, top] that rows go to; copies of an expert take rows in turn."""
+        if self._copies is None:
+            return ids
+        turn = torch.arange(ids.shape[0], device=ids.device)[:, None] % self._counts.to(ids.device)[ids]
+        return self._copies.to(ids.device)[ids, turn]
+
+    def own_choices(self, places: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Choices of experts that live elsewhere count nothing here."""
+        if self.groups == 1 and self._copies is None:
+            return places, weights
+        local = places - self.first
+        mine = (local >= 0) & (local < self.held)
+        return local.clamp(0, self.held - 1), weights * mine
+
+
+@final
 class Moe:
     """R -> P over dp × tp: each rank adds what its experts and its slice of the shared expert give."""
 
     __slots__ = (
         "_bias",
         "_down",
-        "_first",
         "_gate_up",
         "_kernels",
+        "_places",
         "_router",
         "_rule",
         "_shared_down",
@@ -49,30 +89,20 @@ class Moe:
 
     def __init__(
         self,
-        name: str,
+        boundary: Boundary,
         router: Tensor,
         bias: Tensor | None,
         rule: RouteRule,
         experts: Sequence[FeedForward],
         shared: FeedForward | None,
-        rank: Rank,
+        places: Places,
         kernels: Kernels,
     ) -> None:
-        """`experts` are this rank's own (`own_experts`), `shared` is whole or absent."""
-        self._router, self._bias, self._rule, self._kernels = router, bias, rule, kernels
-        self._first = rank.index * len(experts) if rank.mesh.size > 1 else None
-        # Few large calls: planning makes them for every expert of every layer.
-        gates, ups = torch.stack([one.gate for one in experts]), torch.stack([one.up for one in experts])
-        self._gate_up = kernels.weight(torch.cat([gates, ups], dim=1), parts=2)
-        del gates, ups
-        self._down = kernels.weight(torch.stack([one.down for one in experts]))
-        cut = (rank.index, rank.mesh.size)
-        self._shared_gate_up, self._shared_down = None, None
-        if shared is not None:
-            joined = torch.cat([piece(shared.gate, 0, *cut), piece(shared.up, 0, *cut)])[None]
-            self._shared_gate_up = kernels.weight(joined, parts=2)
-            self._shared_down = kernels.weight(piece(shared.down, 1, *cut)[None])
-        self.boundary = Boundary(name=name, input=EVERYWHERE, output=PARTIAL_EVERYWHERE, width=router.shape[1])
+        """`experts` and `shared` are this rank's own pieces."""
+        self._router, self._bias, self._rule, self._kernels, self._places = router, bias, rule, kernels, places
+        self._gate_up, self._down = _stacked(experts, kernels)
+        self._shared_gate_up, self._shared_down = _shared(shared, kernels)
+        self.boundary = boundary
 
     def __call__(self, x: Tensor, residual: Tensor | None, state: StepState) -> tuple[Tensor, Tensor | None]:
         rows = x.shape[0]
@@ -80,56 +110,141 @@ class Moe:
             return x, residual
         out = state.workspace.take("fed", (rows, x.shape[1]), x.dtype)
         ids, weights = self._kernels["route"].at(rows)(x, self._router, self._bias, self._rule)
-        if self._first is not None:
-            ids, weights = self._mine(ids, weights)
+        ids, weights = self._places.own_choices(self._places.of(ids), weights)
         run = self._kernels["experts"].at(rows)
         run(x, self._gate_up, self._down, ids, weights, state.workspace, out)
-        if self._shared_gate_up is None or self._shared_down is None:
-            return out, residual
-        shared = state.workspace.take("shared", (rows, x.shape[1]), x.dtype)
-        always = state.workspace.take("dense_ids", (rows, 1), torch.int64).zero_()
-        ones = state.workspace.take("dense_weights", (rows, 1), weights.dtype).fill_(1)
-        run(x, self._shared_gate_up, self._shared_down, always, ones, state.workspace, shared)
-        self._kernels.add(shared, out)
+        shared = _always(x, self._shared_gate_up, self._shared_down, self._kernels, weights.dtype, state)
+        if shared is not None:
+            self._kernels.add(shared, out)
         return out, residual
 
-    def _mine(self, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Choices of experts that live elsewhere count nothing here."""
-        local = ids - (self._first or 0)
-        mine = (local >= 0) & (local < self._gate_up.shape[0])
-        return local.clamp(0, self._gate_up.shape[0] - 1), weights * mine
+
+@final
+class Router:
+    """Local rows to the ranks of the experts that each chooses, with what the shared expert gives for them at home."""
+
+    __slots__ = (
+        "_bias",
+        "_column",
+        "_kernels",
+        "_places",
+        "_router",
+        "_rule",
+        "_shared_down",
+        "_shared_gate_up",
+        "boundary",
+    )
+
+    def __init__(
+        self,
+        boundary: Boundary,
+        router: Tensor,
+        bias: Tensor | None,
+        rule: RouteRule,
+        shared: FeedForward | None,
+        places: Places,
+        rank: Rank,
+        kernels: Kernels,
+    ) -> None:
+        """`shared` is cut over tp alone."""
+        self._router, self._bias, self._rule, self._kernels, self._places = router, bias, rule, kernels, places
+        self._shared_gate_up, self._shared_down = _shared(shared, kernels)
+        # Along dp alone: the other tp ranks have the same rows and bring them to the experts of their own columns.
+        self._column = tuple(peer.expert_group for peer in rank.mesh.ranks() if peer.tp == rank.tp)
+        self.boundary = boundary
+
+    def __call__(self, x: Tensor, residual: Tensor | None, state: StepState) -> tuple[Routed, Tensor | None]:
+        rows = x.shape[0]
+        if not rows:  # a dp rank whose branches all rest: it computes for others
+            places = torch.empty(0, self._rule.top, dtype=torch.int64, device=x.device)
+            weights = torch.empty(0, self._rule.top, dtype=self._router.dtype, device=x.device)
+            base = None
+        else:
+            ids, weights = self._kernels["route"].at(rows)(x, self._router, self._bias, self._rule)
+            places = self._places.of(ids)
+            base = _always(x, self._shared_gate_up, self._shared_down, self._kernels, weights.dtype, state)
+        groups = places // self._places.held
+        sends = tuple((groups == group).any(1).nonzero().squeeze(1) for group in self._column)
+        return Routed(x=x, places=places, weights=weights, sends=sends, base=base, home=rows), residual
 
 
-def own_experts(experts: int, rank: Rank) -> range:
-    """The experts that live on a rank."""
-    count = experts // rank.mesh.size
-    return range(rank.index * count, (rank.index + 1) * count)
+@final
+class Experts:
+    """Rows that were sent here, through the experts of this rank that each of them chose."""
+
+    __slots__ = ("_down", "_gate_up", "_kernels", "_places", "boundary")
+
+    def __init__(self, boundary: Boundary, experts: Sequence[FeedForward], places: Places, kernels: Kernels) -> None:
+        self._kernels, self._places = kernels, places
+        self._gate_up, self._down = _stacked(experts, kernels)
+        self.boundary = boundary
+
+    def __call__(self, x: Routed, residual: Tensor | None, state: StepState) -> tuple[Routed, Tensor | None]:
+        rows = x.x.shape[0]
+        if not rows:
+            return x, residual
+        ids, weights = self._places.own_choices(x.places, x.weights)
+        out = state.workspace.take("fed", (rows, x.x.shape[1]), x.x.dtype)
+        run = self._kernels["experts"].at(rows)
+        run(x.x, self._gate_up, self._down, ids, weights, state.workspace, out)
+        return replace(x, x=out), residual
 
 
 def feed_forward(
-    name: str, weights: WeightSource, moe: MoeConfig | None, rank: Rank, kernels: Kernels
-) -> Module[StepState]:
-    """The module `name` of a layer, which has the tensors of that name; dense where `moe` is None."""
+    name: str, weights: RankWeights, moe: MoeConfig | None, rank: Rank, kernels: Kernels
+) -> list[Module[StepState]]:
+    """The modules of a layer that has the tensors of this name; dense where `moe` is None."""
     if moe is None:
         dense = _matrices(weights, name)
-        return Dense(name, dense.gate, dense.up, dense.down, rank, kernels)
+        return [Dense(name, dense.gate, dense.up, dense.down, kernels)]
     # Scores decide which experts run, so the router keeps at least float32.
     wide = torch.float64 if kernels.dtype == "float64" else torch.float32
-    return Moe(
-        name,
-        weights.tensor(name + ".gate.weight", wide),
-        weights.tensor(name + ".gate.e_score_correction_bias", wide) if moe.corrected else None,
-        _rule(moe),
-        [_matrices(weights, f"{name}.experts.{expert}") for expert in own_experts(moe.experts, rank)],
-        _matrices(weights, name + ".shared_experts") if moe.shared else None,
-        rank,
-        kernels,
-    )
+    router = weights.tensor(name + ".gate.weight", wide)
+    bias = weights.tensor(name + ".gate.e_score_correction_bias", wide) if moe.corrected else None
+    places = Places(moe.experts, rank)
+    experts = [_matrices(weights, f"{name}.experts.{expert}") for expert in places.own]
+    shared = _matrices(weights, name + ".shared_experts") if moe.shared else None
+    declared = boundaries.experts(name, router.shape[1], moe, rank.mesh)
+    if rank.mesh.exchange == "sum":
+        return [Moe(declared[0], router, bias, _rule(moe), experts, shared, places, kernels)]
+    to, of = declared
+    return [
+        Router(to, router, bias, _rule(moe), shared, places, rank, kernels),
+        Experts(of, experts, places, kernels),
+    ]
 
 
-def _matrices(weights: WeightSource, at: str) -> FeedForward:
+def _matrices(weights: RankWeights, at: str) -> FeedForward:
     gate, up, down = (weights.tensor(f"{at}.{name}_proj.weight") for name in ("gate", "up", "down"))
     return FeedForward(gate=gate, up=up, down=down)
+
+
+def _stacked(experts: Sequence[FeedForward], kernels: Kernels) -> tuple[Weight, Weight]:
+    """Few large calls: planning makes them for every expert of every layer."""
+    gates, ups = torch.stack([one.gate for one in experts]), torch.stack([one.up for one in experts])
+    gate_up = kernels.weight(torch.cat([gates, ups], dim=1), parts=2)
+    del gates, ups
+    return gate_up, kernels.weight(torch.stack([one.down for one in experts]))
+
+
+def _shared(shared: FeedForward | None, kernels: Kernels) -> tuple[Weight | None, Weight | None]:
+    if shared is None:
+        return None, None
+    return kernels.weight(torch.cat([shared.gate, shared.up])[None], parts=2), kernels.weight(shared.down[None])
+
+
+def _always(
+    x: Tensor, gate_up: Weight | None, down: Weight | None, kernels: Kernels, wide: torch.dtype, state: StepState
+) -> Tensor | None:
+    """What the shared expert gives: every row visits it."""
+    if gate_up is None or down is None:
+        return None
+    rows, take = x.shape[0], state.workspace.take
+    out = take("shared", (rows, x.shape[1]), x.dtype)
+    ids = take("dense_ids", (rows, 1), torch.int64).zero_()
+    ones = take("dense_weights", (rows, 1), wide).fill_(1)
+    kernels["experts"].at(rows)(x, gate_up, down, ids, ones, state.workspace, out)
+    return out
 
 
 def _rule(moe: MoeConfig) -> RouteRule:

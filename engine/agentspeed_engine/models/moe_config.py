@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, final
 
+from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.models.fields import Fields
-from agentspeed_engine.models.tensor_shapes import Shape
+from agentspeed_engine.models.tensor_shapes import Cut, Shape
+from agentspeed_engine.spmd.experts import share_of_rows
+from agentspeed_engine.spmd.placement import Mesh, Owners
 
 _MOST_EXPERTS = 2**17
 """Of all layers together (DeepSeek-V3: 61 of 256, 15,616): every tensor is looked for by its name, which takes time."""
@@ -62,6 +65,43 @@ def check_experts(fields: Fields, moe: MoeConfig, layers: int, name: str) -> Non
         f"a group of {moe.experts // moe.groups} expert has no top 2",
         "Lower n_group.",
     )
+
+
+def expert_cuts(moe: MoeConfig, mesh: Mesh, name: str) -> list[Cut]:
+    """What a mesh must divide of the experts; `name` is the family's field that counts them. Raises `EngineFault`
+    (bad_config) for groups and spare copies that no mesh like it can have."""
+    spread, groups = mesh.experts, mesh.expert_groups
+    if mesh.size % groups:
+        raise EngineFault(
+            "bad_config",
+            f"{mesh.size} ranks do not make {groups} equal groups of experts.",
+            "Choose an ep that divides dp * tp.",
+        )
+    if spread.spare > moe.experts * (groups - 1):
+        raise EngineFault(
+            "bad_config",
+            f"{spread.spare} spare experts are more than one copy of each on every other of {groups} groups.",
+            "Ask for fewer.",
+        )
+    if spread.loads and len(spread.loads) != moe.experts:
+        raise EngineFault(
+            "bad_config",
+            f"There are loads of {len(spread.loads)} experts, the model has {moe.experts}.",
+            "Give one each.",
+        )
+    spare = f" + {spread.spare} spare =" if spread.spare else ""
+    found: list[Cut] = [(name + spare, moe.experts + spread.spare, groups)]
+    if mesh.size > groups:
+        found.append(("moe_intermediate_size", moe.inner, mesh.size // groups))
+    if moe.shared:
+        ranks = mesh.tp if mesh.exchange == "all_to_all" else mesh.size
+        found.append(("moe_intermediate_size * n_shared_experts", moe.inner * moe.shared, ranks))
+    return found
+
+
+def owners(moe: MoeConfig, mesh: Mesh) -> Owners:
+    """What an exchange of rows along dp comes to. Eight bytes tell of a choice: an int32 place and a float32 weight."""
+    return Owners(share=share_of_rows(moe.experts, moe.top, mesh.expert_groups), extra=8 * moe.top)
 
 
 def expert_shapes(moe: MoeConfig, hidden: int, at: str) -> Iterator[tuple[str, Shape]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from typing import Any, cast, final
 
 import numpy as np
@@ -13,13 +14,15 @@ from torch import Tensor
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.models.kv_layout import DTYPE_BYTES
 from agentspeed_engine.models.kv_pools import TORCH_DTYPES, KvPools
-from agentspeed_engine.models.mesh import check_cuts
+from agentspeed_engine.models.mesh import check_mesh
 from agentspeed_engine.models.source import Dtype, ModelSource
 from agentspeed_engine.models.state import StepState
 from agentspeed_engine.models.weights import MetaWeights
+from agentspeed_engine.spmd.exchange import Routed
 from agentspeed_engine.spmd.lower import Module
-from agentspeed_engine.spmd.placement import AXES, Axis, Mesh
-from agentspeed_engine.spmd.plan import Plan, PlanError, plan
+from agentspeed_engine.spmd.machine import MeshChoice
+from agentspeed_engine.spmd.placement import AXES, Axis, Mesh, Owners
+from agentspeed_engine.spmd.plan import Plan, PlanError, fuse, plan
 from agentspeed_engine.spmd.report import AxisLimit, ModelPlan, Room, StepLine, room_in, step_lines
 from agentspeed_engine.spmd.spec import TOKEN_SHARD
 from agentspeed_kernels.attention import AttentionStep
@@ -42,8 +45,10 @@ def plan_model(
     page_tokens: int = 64,
     memory: int | None = None,
     session_tokens: int | None = None,
+    choice: MeshChoice | None = None,
 ) -> ModelPlan:
     """No weight is read. `rows`: tokens of each dp rank in the step that is described. `memory`: bytes of one GPU.
+    `choice` is handed on as it is.
 
     Raises `EngineFault`: bad_config for a mesh that does not divide the model, bad_options for a context above the
     model's, unsupported_model for sparse attention.
@@ -55,6 +60,7 @@ def plan_model(
     if session_tokens is not None and session_tokens > config.context_limit:
         raise EngineFault("bad_options", f"A session of {session_tokens} tokens is longer than the model's context "
                           f"of {config.context_limit}.", "Ask for a shorter one.")  # fmt: skip
+    check_mesh(source, mesh)
     shapes = dict(family.shapes(config))
     kv = family.kv_layout(config, dtype, mesh)
     kernels = cast(Kernels, _NoKernels(dtype))
@@ -62,7 +68,7 @@ def plan_model(
     chain = family.build(config, weights_by_name, KvPools(kv, 1, page_tokens), mesh.rank(0), kernels)
     boundaries = [module.boundary for module in chain]
     try:
-        made = plan(boundaries, mesh, start=TOKEN_SHARD, finish=TOKEN_SHARD)
+        made = fuse(plan(boundaries, mesh, start=TOKEN_SHARD, finish=TOKEN_SHARD), boundaries)
     except PlanError as error:
         raise EngineFault("bad_config", str(error), "") from error
     item = DTYPE_BYTES[dtype]
@@ -86,6 +92,10 @@ def plan_model(
         dtype=dtype,
         tp=mesh.tp,
         dp=mesh.dp,
+        experts=config.moe.experts if config.moe is not None else 0,
+        ep=mesh.expert_groups if config.moe is not None else 1,
+        exchange=mesh.exchange,
+        spare_experts=mesh.experts.spare,
         rows=rows,
         parameters=parameters,
         active_parameters=_active(source, shapes),
@@ -97,7 +107,9 @@ def plan_model(
         bytes_per_token=sum(line.bytes_sent for line in lines) // (rows * mesh.dp),
         launches=sum(line.launches for line in lines),
         limits=tuple(_limit(source, mesh, axis) for axis in AXES),
+        fused=made.fused,
         room=room,
+        choice=choice,
     )
 
 
@@ -114,9 +126,9 @@ def _limit(source: ModelSource, mesh: Mesh, axis: Axis) -> AxisLimit:
     """Doubles one axis until the model does not divide any more."""
     fits, extent = mesh.extent(axis), 2 * mesh.extent(axis)
     while extent <= _MOST_RANKS:
-        larger = Mesh(dp=extent, tp=mesh.tp) if axis == "dp" else Mesh(dp=mesh.dp, tp=extent)
+        larger = replace(mesh, dp=extent) if axis == "dp" else replace(mesh, tp=extent)
         try:
-            check_cuts(source.family.cuts(source.config, larger))
+            check_mesh(source, larger)
         except EngineFault as fault:
             return AxisLimit(axis=axis, most=fits, fails_at=extent, reason=fault.message)
         fits, extent = extent, 2 * extent
@@ -152,16 +164,27 @@ def _workspace_bytes(
     )
     calls = (module for module in chain)
     residual: Tensor | None = None
+    out: Any = None
     for line in lines:
         if line.kind != "call":
             continue
         module = next(calls)
         ids = len(line.before) == 1
-        x = torch.empty(line.before, dtype=torch.int64 if ids else dtype, device="meta")
+        x: Any = torch.empty(line.before, dtype=torch.int64 if ids else dtype, device="meta")
+        if isinstance(out, Routed) and isinstance(module.boundary.input.dp, Owners):
+            x = _arrived(out, x)
         out, residual = module(x, residual, state)
-        if tuple(out.shape) != line.after:
-            raise PlanError(f"{line.name} gives {tuple(out.shape)} and declares {line.after}")
+        given = tuple((out.x if isinstance(out, Routed) else out).shape)
+        if given != line.after:
+            raise PlanError(f"{line.name} gives {given} and declares {line.after}")
     return workspace.bytes
+
+
+def _arrived(routed: Routed, rows: Tensor) -> Routed:
+    """As many rows as are expected, all of whose choices lie on this rank."""
+    top = routed.places.shape[1]
+    places = torch.zeros(rows.shape[0], top, dtype=torch.int64)
+    return replace(routed, x=rows, places=places, weights=torch.ones(rows.shape[0], top), counts=(rows.shape[0],))
 
 
 @final
@@ -218,9 +241,10 @@ def _nothing(*_: object) -> None:
 
 
 def _route(x: Tensor, router: Tensor, bias: Tensor | None, rule: RouteRule) -> tuple[Tensor, Tensor]:
-    del router, bias
-    chosen = torch.empty(x.shape[0], rule.top, dtype=torch.int64, device="meta")
-    return chosen, torch.empty(x.shape[0], rule.top, device="meta")
+    """Every expert as often as any other. Not without memory, for a router sends rows by what it finds here."""
+    del bias
+    rows, experts = x.shape[0], router.shape[0]
+    return torch.arange(rows * rule.top).view(rows, rule.top) % experts, torch.ones(rows, rule.top)
 
 
 def _experts(

@@ -50,6 +50,16 @@ def packed_refusal(name: str) -> EngineFault:
     return _unsupported(f"the weights are quantised ({name}), though config.json declares nothing about it")
 
 
+def torn_block(name: str, extent: int, ranks: int) -> EngineFault:
+    """For a cut that goes through a block, whose one scale two ranks would need."""
+    return EngineFault(
+        "bad_config",
+        f"{name} is fp8 in blocks of {FP8_BLOCK} × {FP8_BLOCK}, and {extent} over {ranks} ranks are {extent // ranks}: "
+        "the cut goes through a block.",
+        "Choose a mesh of fewer ranks on that axis.",
+    )
+
+
 def _declared(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Of the model or of its text part; null and an empty object declare nothing."""
     text = raw.get("text_config")

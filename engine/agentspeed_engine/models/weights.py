@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol, final
 
 import torch
@@ -13,11 +14,35 @@ from torch import Tensor
 from agentspeed_engine.models.tensor_shapes import Shape
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The `index`-th of `count` equal pieces along `dim`."""
+
+    dim: int
+    index: int
+    count: int
+
+    def of(self, whole: Tensor) -> Tensor:
+        """Contiguous, and with memory of its own: the whole can go."""
+        piece = whole.chunk(self.count, dim=self.dim)[self.index]
+        return piece.clone(memory_format=torch.contiguous_format)
+
+    def shape(self, whole: Shape) -> Shape:
+        return tuple(extent // self.count if dim == self.dim else extent for dim, extent in enumerate(whole))
+
+
 class WeightSource(Protocol):
     """What a family builds its modules from."""
 
-    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """One whole tensor, contiguous, in `dtype` or else in the source's own. The caller may keep it, not write it.
+    def expect(self, parts: Mapping[str, Part]) -> None:
+        """Told before the first tensor what will be asked for in pieces. Raises `EngineFault` (bad_config) where
+        something is stored in blocks that the pieces would tear."""
+        ...
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None, part: Part | None = None) -> Tensor:
+        """One tensor or a piece of it, contiguous, in `dtype` or else in the source's own. Of a piece no more is read
+        than its own bytes. The caller may keep it, not write it.
 
         `name` is one of the family's shapes. Raises `EngineFault` (bad_weights) where a file has gone bad since it was
         checked.
@@ -34,9 +59,13 @@ class MetaWeights:
     def __init__(self, shapes: Mapping[str, Shape], dtype: torch.dtype) -> None:
         self._shapes, self._dtype = shapes, dtype
 
-    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    def expect(self, parts: Mapping[str, Part]) -> None:
+        """Shapes have no blocks."""
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None, part: Part | None = None) -> Tensor:
         """On torch's meta device."""
-        return torch.empty(self._shapes[name], dtype=dtype or self._dtype, device="meta")
+        shape = self._shapes[name]
+        return torch.empty(part.shape(shape) if part else shape, dtype=dtype or self._dtype, device="meta")
 
 
 @final
@@ -51,10 +80,14 @@ class RandomWeights:
     def __init__(self, shapes: Mapping[str, Shape], dtype: torch.dtype, *, seed: int = 0, device: str = "cpu") -> None:
         self._shapes, self._dtype, self._seed, self._device = shapes, dtype, seed, device
 
-    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The same bits at every call on one kind of device."""
+    def expect(self, parts: Mapping[str, Part]) -> None:
+        """Chance has no blocks."""
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None, part: Part | None = None) -> Tensor:
+        """The same bits at every call on one kind of device. A piece is cut of the whole, so that ranks agree."""
         noise = torch.Generator(self._device).manual_seed((self._seed << 32) | zlib.crc32(name.encode()))
-        return random_tensor(name, self._shapes[name], noise).to(dtype or self._dtype)
+        drawn = random_tensor(name, self._shapes[name], noise)
+        return (part.of(drawn) if part else drawn).to(dtype or self._dtype)
 
 
 @final
@@ -66,8 +99,11 @@ class OnDevice:
     def __init__(self, source: WeightSource, device: torch.device) -> None:
         self._source, self._device = source, device
 
-    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        return self._source.tensor(name, dtype).to(self._device)
+    def expect(self, parts: Mapping[str, Part]) -> None:
+        self._source.expect(parts)
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None, part: Part | None = None) -> Tensor:
+        return self._source.tensor(name, dtype, part).to(self._device)
 
 
 def random_tensor(name: str, shape: Shape, noise: torch.Generator) -> Tensor:

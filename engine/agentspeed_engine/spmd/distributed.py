@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import final
+from typing import Any, final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from agentspeed_engine.spmd.exchange import Routed, Rows, combined, outgoing, received
 from agentspeed_engine.spmd.logical import groups, shard_sizes
+from agentspeed_engine.spmd.lower import Module
 from agentspeed_engine.spmd.placement import AXES, Axis, Rank
 from agentspeed_engine.spmd.plan import Collective
 
@@ -31,8 +33,12 @@ class DistributedComm:
                     assert isinstance(made, dist.ProcessGroup)
                     self._group[axis] = made
 
-    def apply(self, step: Collective, value: Tensor, tokens_per_rank: Sequence[int]) -> Tensor:
+    def apply(self, step: Collective, value: Any, tokens_per_rank: Sequence[int]) -> Any:
         """Shards of tokens may be uneven or empty; their sizes come from the step."""
+        if step.kind == "dispatch":
+            return self._dispatched(step.axis, value)
+        if step.kind == "combine":
+            return self._combined(step.axis, value)
         if step.kind == "slice":
             return self._mine(step, value, tokens_per_rank)
         if step.kind == "all_gather":
@@ -41,6 +47,42 @@ class DistributedComm:
         dist.all_reduce(total, group=self._group[step.axis])
         # Uneven shards have no reduce-scatter in gloo: the sum is cut afterwards.
         return total if step.kind == "all_reduce" else self._mine(step, total, tokens_per_rank)
+
+    def sum_call(
+        self,
+        step: Collective,
+        module: Module[Any],
+        x: Tensor,
+        residual: Tensor | None,
+        state: Any,
+        sizes: Sequence[int],
+    ) -> tuple[Tensor, Tensor]:
+        """The sum is made where the value lies, without a copy. The first of a chain becomes the residual itself and
+        has to outlive the memory that it may lie in."""
+        if residual is None or not x.is_contiguous():
+            total = self.apply(step, x, sizes)
+        else:
+            total = x
+            dist.all_reduce(total, group=self._group[step.axis])
+        found: tuple[Tensor, Tensor] = module(total, residual, state)
+        return found
+
+    def _dispatched(self, axis: Axis, value: Routed) -> Routed:
+        """Rows travel with their choices in one message to each rank; before it go their numbers."""
+        sent = [_packed(rows) for rows in outgoing(value)]
+        counts = torch.tensor([len(rows) for rows in sent], device=value.x.device)
+        coming = torch.empty_like(counts)
+        dist.all_to_all_single(coming, counts, group=self._group[axis])
+        sizes = coming.tolist()
+        arrived = sent[0].new_empty(sum(sizes), sent[0].shape[1])
+        dist.all_to_all_single(arrived, torch.cat(sent), sizes, [len(rows) for rows in sent], group=self._group[axis])
+        return received(value, [_unpacked(rows, value) for rows in torch.split(arrived, sizes)])
+
+    def _combined(self, axis: Axis, value: Routed) -> Tensor:
+        coming = [len(index) for index in value.sends]
+        arrived = value.x.new_empty(sum(coming), value.x.shape[1])
+        dist.all_to_all_single(arrived, value.x.contiguous(), coming, list(value.counts), group=self._group[axis])
+        return combined(value, torch.split(arrived, coming))
 
     def _mine(self, step: Collective, value: Tensor, tokens_per_rank: Sequence[int]) -> Tensor:
         sizes = shard_sizes(value.shape[step.dim], self._extent(step.axis), step.dim, tokens_per_rank)
@@ -65,3 +107,26 @@ class DistributedComm:
 
     def _index(self, axis: Axis) -> int:
         return self._rank.dp if axis == "dp" else self._rank.tp
+
+
+def _packed(rows: Rows) -> Tensor:
+    """[N, bytes] of rows, the experts they chose, and their weights."""
+    x, places, weights = rows
+    parts = (x.contiguous(), places.to(torch.int32).contiguous(), weights.contiguous())
+    return torch.cat([part.view(torch.uint8) for part in parts], dim=1)
+
+
+def _unpacked(data: Tensor, like: Routed) -> Rows:
+    """Of `_packed`, in the formats of `like`."""
+    kinds = [
+        (like.x.dtype, like.x.shape[1]),
+        (torch.int32, like.places.shape[1]),
+        (like.weights.dtype, like.weights.shape[1]),
+    ]
+    x, places, weights = (
+        part.clone(memory_format=torch.contiguous_format).view(dtype)  # which aligns it
+        for part, (dtype, _) in zip(
+            torch.split(data, [dtype.itemsize * width for dtype, width in kinds], dim=1), kinds, strict=True
+        )
+    )
+    return x, places.to(torch.int64), weights

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agentspeed_engine.spmd.exchange import combined, outgoing, received, returning
 from agentspeed_engine.spmd.lower import Module
 from agentspeed_engine.spmd.placement import AXES, TOKENS, Axis, Layout, Mesh, Partial, Shard
-from agentspeed_engine.spmd.plan import Call, Collective, Plan
+from agentspeed_engine.spmd.plan import Collective, Plan, SumCall
 
 
 def run_logical(
@@ -24,19 +25,21 @@ def run_logical(
     x: list[Any] = list(inputs)
     residual: list[Any] = [None] * plan.mesh.size
     for step in plan.steps:
-        if isinstance(step, Call):
-            for rank in range(plan.mesh.size):
-                x[rank], residual[rank] = modules[rank][step.module](x[rank], residual[rank], states[rank])
-        elif step.value == "x":
-            x = apply_collective(step, x, plan.mesh, tokens_per_rank)
-        else:
-            residual = apply_collective(step, residual, plan.mesh, tokens_per_rank)
+        if isinstance(step, Collective):
+            if step.value == "x":
+                x = apply_collective(step, x, plan.mesh, tokens_per_rank)
+            else:
+                residual = apply_collective(step, residual, plan.mesh, tokens_per_rank)
+            continue
+        if isinstance(step, SumCall):  # by its definition
+            x = apply_collective(step.reduce, x, plan.mesh, tokens_per_rank)
+        for rank in range(plan.mesh.size):
+            x[rank], residual[rank] = modules[rank][step.module](x[rank], residual[rank], states[rank])
     return x
 
 
-def apply_collective(
-    step: Collective, values: Sequence[Tensor], mesh: Mesh, tokens_per_rank: Sequence[int]
-) -> list[Tensor]:
+def apply_collective(step: Collective, values: Sequence[Any], mesh: Mesh, tokens_per_rank: Sequence[int]) -> list[Any]:
+    """Every rank's value after a step: tensors, or rows with the experts that they chose."""
     out = list(values)
     for group in groups(mesh, step.axis):
         held = [values[rank] for rank in group]
@@ -53,7 +56,13 @@ def groups(mesh: Mesh, axis: Axis) -> list[list[int]]:
     return [[dp * mesh.tp + tp for dp in range(mesh.dp)] for tp in range(mesh.tp)]
 
 
-def _moved(step: Collective, held: list[Tensor], tokens_per_rank: Sequence[int]) -> list[Tensor]:
+def _moved(step: Collective, held: list[Any], tokens_per_rank: Sequence[int]) -> list[Any]:
+    if step.kind == "dispatch":
+        sent = [outgoing(value) for value in held]
+        return [received(value, [rows[index] for rows in sent]) for index, value in enumerate(held)]
+    if step.kind == "combine":
+        back = [returning(value) for value in held]
+        return [combined(value, [rows[index] for rows in back]) for index, value in enumerate(held)]
     if step.kind == "all_gather":
         whole = torch.cat(held, dim=step.dim)
         return [whole.clone() for _ in held]

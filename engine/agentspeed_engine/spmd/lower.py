@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from agentspeed_engine.spmd.plan import Call, Collective, Plan
+from agentspeed_engine.spmd.plan import Call, Collective, Plan, SumCall
 from agentspeed_engine.spmd.spec import Boundary
 
 Tensor = Any
@@ -30,6 +30,17 @@ class Comm(Protocol):
     def apply(self, step: Collective, value: Tensor, tokens_per_rank: Sequence[int]) -> Tensor: ...
 
 
+@runtime_checkable
+class Fusing(Protocol):
+    """A rank's collectives that can sum a value and call the module that takes the sum in one pass."""
+
+    def sum_call(
+        self, step: Collective, module: Module[Any], x: Tensor, residual: Tensor, state: Any, sizes: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """What `apply` and then the module give. Memory of `x` may be written: nobody reads it afterwards."""
+        ...
+
+
 Compiled = Callable[[Tensor, Tensor, Any, Sequence[int]], tuple[Tensor, Tensor]]
 
 
@@ -41,6 +52,8 @@ def lower(plan: Plan, modules: Sequence[Module[Any]], comm: Comm | None) -> tupl
             steps.append(_call(modules[step.module]))
         elif comm is None:
             raise ValueError(f"the plan has {step}, so a rank needs its collectives")
+        elif isinstance(step, SumCall):
+            steps.append(_sum_call(step, modules[step.module], comm))
         else:
             steps.append(_collective(step, comm))
     return tuple(steps)
@@ -58,6 +71,21 @@ def _call(module: Module[Any]) -> Compiled:
         return module(x, residual, state)
 
     return step
+
+
+def _sum_call(step: SumCall, module: Module[Any], comm: Comm) -> Compiled:
+    if isinstance(comm, Fusing):
+        fusing = comm
+
+        def fused(x: Tensor, residual: Tensor, state: Any, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+            return fusing.sum_call(step.reduce, module, x, residual, state, sizes)
+
+        return fused
+
+    def defined(x: Tensor, residual: Tensor, state: Any, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+        return module(comm.apply(step.reduce, x, sizes), residual, state)
+
+    return defined
 
 
 def _collective(step: Collective, comm: Comm) -> Compiled:

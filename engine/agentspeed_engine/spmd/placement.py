@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, final
+
+from agentspeed_engine.spmd.experts import Exchange, ExpertSpread
 
 Axis = Literal["dp", "tp"]
 AXES: tuple[Axis, ...] = ("dp", "tp")
@@ -42,7 +44,21 @@ class Partial:
         return "P"
 
 
-Placement = Replicate | Shard | Partial
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Owners:
+    """A row lies on every rank that has an expert it chose: on several, or on none. Its home rank keeps its place."""
+
+    share: float
+    """The part of a rank's rows that another rank is expected to be sent."""
+    extra: int
+    """Bytes that are sent with a row: which experts it chose, and their weights."""
+
+    def __str__(self) -> str:
+        return "E"
+
+
+Placement = Replicate | Shard | Partial | Owners
 
 
 @final
@@ -70,6 +86,7 @@ class Mesh:
 
     dp: int = 1
     tp: int = 1
+    experts: ExpertSpread = field(default_factory=ExpertSpread)
 
     def __post_init__(self) -> None:
         if self.dp < 1 or self.tp < 1:
@@ -78,6 +95,16 @@ class Mesh:
     @property
     def size(self) -> int:
         return self.dp * self.tp
+
+    @property
+    def expert_groups(self) -> int:
+        """Groups of ranks that have routed experts of their own."""
+        return self.experts.groups or self.size
+
+    @property
+    def exchange(self) -> Exchange:
+        """How rows find their experts. One dp rank has nobody to exchange rows with: tp ranks have the same ones."""
+        return self.experts.exchange if self.dp > 1 else "sum"
 
     def extent(self, axis: Axis) -> int:
         return self.dp if axis == "dp" else self.tp
@@ -101,6 +128,17 @@ class Rank:
     @property
     def index(self) -> int:
         return self.dp * self.mesh.tp + self.tp
+
+    @property
+    def expert_group(self) -> int:
+        """Whose experts it has."""
+        return self.index // (self.mesh.size // self.mesh.expert_groups)
+
+    @property
+    def expert_part(self) -> tuple[int, int]:
+        """(Which piece, of how many) of each of them."""
+        each = self.mesh.size // self.mesh.expert_groups
+        return self.index % each, each
 
 
 ONE = Mesh().rank(0)

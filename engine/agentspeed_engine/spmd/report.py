@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import final
 
-from agentspeed_engine.spmd.placement import AXES, TOKENS, Axis, Layout, Mesh, Replicate, Shard
-from agentspeed_engine.spmd.plan import Call, Collective, Plan, Value
+from agentspeed_engine.spmd.experts import Exchange
+from agentspeed_engine.spmd.machine import MeshChoice
+from agentspeed_engine.spmd.placement import AXES, TOKENS, Axis, Layout, Mesh, Owners, Placement, Replicate, Shard
+from agentspeed_engine.spmd.plan import Call, Collective, Plan, SumCall, Value
 from agentspeed_engine.spmd.spec import Boundary
 
 Shape = tuple[int, ...]
@@ -32,8 +34,10 @@ class StepLine:
     """Of the value on one rank. Token ids are [rows]."""
     after: Shape
     bytes_sent: int
-    """By each rank, over a ring."""
+    """By each rank: over a ring, or to the owners of its rows as many as are expected."""
     launches: int
+    fused: bool = False
+    """Of a collective: in one pass with the module behind it."""
 
 
 def step_lines(
@@ -45,7 +49,7 @@ def step_lines(
     x, width = start, 0
     residual, residual_width = start, 0
     found: list[StepLine] = []
-    for step in plan.steps:
+    for step, fused in _apart(plan):
         if isinstance(step, Call):
             module = chain[step.module]
             if module.residual is not None:
@@ -60,13 +64,23 @@ def step_lines(
         moved = held.replaced(step.axis, _placed(step))
         before, after = local_shape(held, wide, mesh, rows), local_shape(moved, wide, mesh, rows)
         found.append(StepLine(kind=step.kind, name=" > ".join(step.between), value=step.value, axis=step.axis,
-                              before=before, after=after, launches=step.launches,
+                              before=before, after=after, launches=step.launches, fused=fused,
                               bytes_sent=_bytes_sent(step, mesh, before, item_bytes)))  # fmt: skip
         if step.value == "x":
             x = moved
         else:
             residual = moved
     return tuple(found)
+
+
+def _apart(plan: Plan) -> Iterator[tuple[Call | Collective, bool]]:
+    """Every step, and whether it is fused with the next; those of a fused one by one."""
+    for step in plan.steps:
+        if isinstance(step, SumCall):
+            yield step.reduce, True
+            yield Call(module=step.module), False
+        else:
+            yield step, False
 
 
 def local_shape(layout: Layout, width: int, mesh: Mesh, rows: int) -> Shape:
@@ -79,16 +93,26 @@ def local_shape(layout: Layout, width: int, mesh: Mesh, rows: int) -> Shape:
                 tokens //= mesh.extent(axis)
             else:
                 features //= mesh.extent(axis)
+        elif isinstance(placement, Owners):  # as many as are expected
+            tokens = math.ceil(tokens * placement.share)
     return (tokens, features) if width else (tokens,)
 
 
-def _placed(step: Collective) -> Replicate | Shard:
-    return Shard(step.dim) if step.kind in ("slice", "reduce_scatter") else Replicate()
+def _placed(step: Collective) -> Placement:
+    if step.kind == "dispatch":
+        assert step.owners is not None
+        return step.owners
+    return Shard(step.dim) if step.kind in ("slice", "reduce_scatter", "combine") else Replicate()
 
 
 def _bytes_sent(step: Collective, mesh: Mesh, before: Shape, item_bytes: int) -> int:
-    """A ring over what the ranks of one group hold together."""
+    """A ring over what the ranks of one group hold together; rows to their owners, and what those give back."""
     extent = mesh.extent(step.axis)
+    if step.owners is not None:
+        rows, width = before
+        if step.kind == "dispatch":
+            return math.ceil(rows * step.owners.share * (extent - 1) * (width * item_bytes + step.owners.extra))
+        return rows * width * item_bytes * (extent - 1) // extent
     whole = math.prod(before) * item_bytes * (extent if step.kind == "all_gather" else 1)
     return step.hops * whole * (extent - 1) // extent
 
@@ -132,6 +156,13 @@ class ModelPlan:
     dtype: str
     tp: int
     dp: int
+    experts: int
+    """Routed ones of a layer, spare copies left out; 0 where there are none."""
+    ep: int
+    """Groups of ranks with experts of their own."""
+    exchange: Exchange
+    """How rows find their experts."""
+    spare_experts: int
     rows: int
     """Of a dp rank in the step that the shapes are given for."""
     parameters: int
@@ -149,9 +180,13 @@ class ModelPlan:
     """That each rank sends for one token of its step."""
     launches: int
     """Of collectives, for one step and thus for one token of each session in it."""
+    fused: int
+    """Of the collectives: all-reduces that are one pass with the addition to the residual and the norm behind them."""
     limits: tuple[AxisLimit, ...]
     room: Room | None
     """None where no memory was named."""
+    choice: MeshChoice | None
+    """None where no machine was named."""
 
     @property
     def collectives(self) -> tuple[StepLine, ...]:

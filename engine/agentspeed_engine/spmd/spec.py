@@ -21,6 +21,9 @@ class Boundary:
     residual: Layout | None = None
     """Set when the module adds its input to the residual, hands both on, and needs the residual so."""
     cache: Layout | None = None
+    sums: bool = False
+    """The module adds its input to the residual row by row, so that the sum over ranks of that input can be made in
+    the same pass."""
 
 
 TOKEN_SHARD = Layout(dp=Shard(TOKENS), tp=Replicate())

@@ -7,11 +7,12 @@ import torch
 from agentspeed_engine.models.families.deepseek.config import DeepseekConfig
 from agentspeed_engine.models.families.deepseek.indexer import Chosen, Indexer, IndexerWeights
 from agentspeed_engine.models.families.deepseek.mla import Mla, MlaWeights
-from agentspeed_engine.models.families.deepseek.shapes import INDEX, LATENT, cuts
+from agentspeed_engine.models.families.deepseek.shapes import INDEX, LATENT, cuts, shapes
 from agentspeed_engine.models.kv_pools import KvPools
-from agentspeed_engine.models.layers import AddNorm, Embed, Head, piece
+from agentspeed_engine.models.layers import AddNorm, Embed, Head
 from agentspeed_engine.models.mesh import check_cuts
 from agentspeed_engine.models.moe import feed_forward
+from agentspeed_engine.models.pieces import RankWeights
 from agentspeed_engine.models.state import StepState
 from agentspeed_engine.models.weights import WeightSource
 from agentspeed_engine.spmd.lower import Module
@@ -27,31 +28,30 @@ def build(config: DeepseekConfig, weights: WeightSource, pools: KvPools, rank: R
     Raises `EngineFault` (bad_config) for a mesh that does not divide the model.
     """
     check_cuts(cuts(config, rank.mesh))
-    latents = pools[LATENT]
+    latents, own = pools[LATENT], RankWeights(weights, shapes(config), rank)
     chosen = None if config.indexer is None else Chosen()
-    cut = (0, rank.tp, rank.mesh.tp)
-    embedding = piece(weights.tensor("model.embed_tokens.weight"), *cut)
-    head = kernels.weight(embedding if config.tied else piece(weights.tensor("lm_head.weight"), *cut))
+    embedding = own.tensor("model.embed_tokens.weight")
+    head = kernels.weight(embedding if config.tied else own.tensor("lm_head.weight"))
     chain: Chain = [Embed("embed", head if config.tied else embedding, rank)]
     for layer in range(config.layers):
         at = f"model.layers.{layer}."
-        chain.append(_norm(config, weights, at + "input_layernorm", kernels))
-        held = _mla_weights(config, weights, at)
-        indexer = _indexer(config, weights, pools, layer, chosen, kernels)
+        chain.append(_norm(config, own, at + "input_layernorm", kernels))
+        held = _mla_weights(config, own, at)
+        indexer = _indexer(config, own, pools, layer, chosen, kernels)
         chain.append(Mla(at + "self_attn", config, held, latents[layer], rank, kernels, indexer, chosen))
-        chain.append(_norm(config, weights, at + "post_attention_layernorm", kernels))
-        chain.append(feed_forward(at + "mlp", weights, None if config.is_dense(layer) else config.moe, rank, kernels))
-    chain.append(_norm(config, weights, "model.norm", kernels))
+        chain.append(_norm(config, own, at + "post_attention_layernorm", kernels))
+        chain += feed_forward(at + "mlp", own, None if config.is_dense(layer) else config.moe, rank, kernels)
+    chain.append(_norm(config, own, "model.norm", kernels))
     chain.append(Head("head", head, rank, kernels))
     return chain
 
 
-def _norm(config: DeepseekConfig, weights: WeightSource, name: str, kernels: Kernels) -> AddNorm:
+def _norm(config: DeepseekConfig, weights: RankWeights, name: str, kernels: Kernels) -> AddNorm:
     return AddNorm(name, weights.tensor(name + ".weight"), config.eps, kernels)
 
 
 def _indexer(
-    config: DeepseekConfig, weights: WeightSource, pools: KvPools, layer: int, chosen: Chosen | None, kernels: Kernels
+    config: DeepseekConfig, weights: RankWeights, pools: KvPools, layer: int, chosen: Chosen | None, kernels: Kernels
 ) -> Indexer | None:
     """None for a layer that reads everything, or what a layer before it chose."""
     if config.indexer is None or chosen is None or layer not in config.indexer.layers:
@@ -69,7 +69,7 @@ def _indexer(
     return Indexer(config.indexer, config.rope.width, held, pool, chosen, kernels)
 
 
-def _mla_weights(config: DeepseekConfig, weights: WeightSource, layer_at: str) -> MlaWeights:
+def _mla_weights(config: DeepseekConfig, weights: RankWeights, layer_at: str) -> MlaWeights:
     at = layer_at + "self_attn."
     low, bias = config.q_rank is not None, config.attention_bias
     return MlaWeights(

@@ -8,20 +8,19 @@ from typing import final
 import torch
 from torch import Tensor
 
+from agentspeed_engine.models import boundaries
 from agentspeed_engine.models.families.deepseek.config import LATENT_NORM_EPS, DeepseekConfig
 from agentspeed_engine.models.families.deepseek.indexer import Chosen, Indexer
-from agentspeed_engine.models.layers import piece
 from agentspeed_engine.models.rope import half_order, yarn_scale
 from agentspeed_engine.models.state import StepState
 from agentspeed_engine.spmd.placement import Rank
-from agentspeed_engine.spmd.spec import TOKEN_SHARD, TOKEN_SHARD_PARTIAL, Boundary
 from agentspeed_kernels.selection import Kernels
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MlaWeights:
-    """As the checkpoint names them."""
+    """Of one rank, as the checkpoint names them: its heads' piece of q, kv_b and o."""
 
     q_a: Tensor | None
     q_a_bias: Tensor | None
@@ -78,27 +77,20 @@ class Mla:
         self._heads = config.heads // rank.mesh.tp
         self._scale = _score_scale(config)
         self._q_rank = config.q_rank or 0
-        weights = _half_layout(config, weights) if config.interleaved else weights
+        weights = _half_layout(config, self._heads, weights) if config.interleaved else weights
         down, self._down_bias = _joined_down(weights)
         self._down = kernels.weight(down)
         self._q_norm, self._kv_norm = weights.q_a_norm, weights.kv_a_norm
-        cut = (rank.tp, rank.mesh.tp)
-        self._q = kernels.weight(piece(weights.q, 0, *cut))
-        self._o = kernels.weight(piece(weights.o, 1, *cut))
+        self._q = kernels.weight(weights.q)
+        self._o = kernels.weight(weights.o)
         # Partial outputs are summed over tp, so one rank alone adds the bias.
         self._o_bias = weights.o_bias if rank.tp == 0 else None
-        up = piece(weights.kv_b, 0, *cut).view(self._heads, config.nope + config.value, config.kv_rank)
+        up = weights.kv_b.view(self._heads, config.nope + config.value, config.kv_rank)
         self._absorb = kernels.weight(up[:, : config.nope].transpose(1, 2).contiguous(), op="heads_linear")
         # Copied also where it is contiguous already, by a rank of one head: else the whole would stay behind it.
         values = up[:, config.nope :].clone(memory_format=torch.contiguous_format)
         self._value_up = kernels.weight(values, op="heads_linear")
-        self.boundary = Boundary(
-            name=name,
-            input=TOKEN_SHARD,
-            output=TOKEN_SHARD_PARTIAL,
-            width=config.hidden,
-            cache=TOKEN_SHARD,
-        )
+        self.boundary = boundaries.attention(name, config.hidden)
 
     def __call__(self, x: Tensor, residual: Tensor | None, state: StepState) -> tuple[Tensor, Tensor | None]:
         config, rows, take = self._config, x.shape[0], state.workspace.take
@@ -185,10 +177,10 @@ def _joined_down(weights: MlaWeights) -> tuple[Tensor, Tensor | None]:
     return joined, torch.cat([weights.q_a_bias, weights.kv_a_bias])
 
 
-def _half_layout(config: DeepseekConfig, weights: MlaWeights) -> MlaWeights:
+def _half_layout(config: DeepseekConfig, heads: int, weights: MlaWeights) -> MlaWeights:
     """Reorders the rotary rows of both sides once, so that at run time pairs are always (i, i + rope / 2)."""
     order = torch.tensor(half_order(config.rope.width))
-    q = weights.q.view(config.heads, config.nope + config.rope.width, -1).clone()
+    q = weights.q.view(heads, config.nope + config.rope.width, -1).clone()
     q[:, config.nope :] = q[:, config.nope + order]
     kv_order = torch.cat([torch.arange(config.kv_rank), config.kv_rank + order])
     return MlaWeights(

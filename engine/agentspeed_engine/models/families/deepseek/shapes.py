@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from agentspeed_engine.models.families.deepseek.config import DeepseekConfig, IndexerConfig
 from agentspeed_engine.models.kv_layout import KvLayout, KvPool
-from agentspeed_engine.models.moe_config import expert_shapes, feed_forward_shapes
+from agentspeed_engine.models.moe_config import expert_cuts, expert_shapes, feed_forward_shapes
 from agentspeed_engine.models.tensor_shapes import Cut, Shape
 from agentspeed_engine.spmd.placement import Mesh
 
@@ -78,8 +78,7 @@ def cuts(config: DeepseekConfig, mesh: Mesh) -> list[Cut]:
         ("intermediate_size", config.inner, mesh.tp),
     ]
     if config.moe is not None:
-        found.append(("n_routed_experts", config.moe.experts, mesh.size))
-        found.append(("moe_intermediate_size * n_shared_experts", config.moe.inner * config.moe.shared, mesh.size))
+        found += expert_cuts(config.moe, mesh, "n_routed_experts")
     return found
 
 

@@ -8,18 +8,17 @@ from typing import final
 import torch
 from torch import Tensor
 
+from agentspeed_engine.models import boundaries
 from agentspeed_engine.models.families.grouped.config import GroupedConfig
-from agentspeed_engine.models.layers import piece
 from agentspeed_engine.models.state import StepState
 from agentspeed_engine.spmd.placement import Rank
-from agentspeed_engine.spmd.spec import TOKEN_SHARD, TOKEN_SHARD_PARTIAL, Boundary
 from agentspeed_kernels.selection import Kernels
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupedWeights:
-    """As the checkpoint names them; a bias or norm that a family lacks is None."""
+    """Of one rank, as the checkpoint names them; a bias or norm that a family lacks is None."""
 
     q: Tensor
     k: Tensor
@@ -65,22 +64,18 @@ class GroupedAttention:
     ) -> None:
         """`keys` and `values` are [pages, page_tokens, this rank's kv heads * head] and belong to this layer."""
         self._config, self._kernels, self._keys, self._values = config, kernels, keys, values
-        cut = (rank.tp, rank.mesh.tp)
         self._heads = config.heads // rank.mesh.tp
         self._scale = float(config.head**-0.5)
         # One product reads the hidden rows once for queries, keys and values.
-        joined = torch.cat([piece(part, 0, *cut) for part in (weights.q, weights.k, weights.v)])
-        self._joined = kernels.weight(joined)
+        self._joined = kernels.weight(torch.cat([weights.q, weights.k, weights.v]))
         biases = (weights.q_bias, weights.k_bias, weights.v_bias)
-        given = [piece(bias, 0, *cut) for bias in biases if bias is not None]
+        given = [bias for bias in biases if bias is not None]
         self._bias = torch.cat(given) if given else None
         self._q_norm, self._k_norm = weights.q_norm, weights.k_norm
-        self._o = kernels.weight(piece(weights.o, 1, *cut))
+        self._o = kernels.weight(weights.o)
         # Partial outputs are summed over tp, so one rank alone adds the bias.
         self._o_bias = weights.o_bias if rank.tp == 0 else None
-        self.boundary = Boundary(
-            name=name, input=TOKEN_SHARD, output=TOKEN_SHARD_PARTIAL, width=config.hidden, cache=TOKEN_SHARD
-        )
+        self.boundary = boundaries.attention(name, config.hidden)
 
     def __call__(self, x: Tensor, residual: Tensor | None, state: StepState) -> tuple[Tensor, Tensor | None]:
         rows, take, run = x.shape[0], state.workspace.take, self._kernels

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from agentspeed_engine.models.families.grouped.attention import GroupedAttention, GroupedWeights
 from agentspeed_engine.models.families.grouped.config import GroupedConfig
-from agentspeed_engine.models.families.grouped.shapes import KEYS, VALUES, cuts
+from agentspeed_engine.models.families.grouped.shapes import KEYS, VALUES, cuts, shapes
 from agentspeed_engine.models.kv_pools import KvPools
-from agentspeed_engine.models.layers import AddNorm, Embed, Head, piece
+from agentspeed_engine.models.layers import AddNorm, Embed, Head
 from agentspeed_engine.models.mesh import check_cuts
 from agentspeed_engine.models.moe import feed_forward
+from agentspeed_engine.models.pieces import RankWeights
 from agentspeed_engine.models.state import StepState
 from agentspeed_engine.models.weights import WeightSource
 from agentspeed_engine.spmd.lower import Module
@@ -24,30 +25,29 @@ def build(config: GroupedConfig, weights: WeightSource, pools: KvPools, rank: Ra
     Raises `EngineFault` (bad_config) for a mesh that does not divide the model.
     """
     check_cuts(cuts(config, rank.mesh))
-    keys, values = pools[KEYS], pools[VALUES]
-    cut = (0, rank.tp, rank.mesh.tp)
-    embedding = piece(weights.tensor("model.embed_tokens.weight"), *cut)
-    head = kernels.weight(embedding if config.tied else piece(weights.tensor("lm_head.weight"), *cut))
+    keys, values, own = pools[KEYS], pools[VALUES], RankWeights(weights, shapes(config), rank)
+    embedding = own.tensor("model.embed_tokens.weight")
+    head = kernels.weight(embedding if config.tied else own.tensor("lm_head.weight"))
     chain: Chain = [Embed("embed", head if config.tied else embedding, rank)]
     for layer in range(config.layers):
         at = f"model.layers.{layer}."
-        held = _attention_weights(config, weights, at + "self_attn.")
+        held = _attention_weights(config, own, at + "self_attn.")
         attention = GroupedAttention(at + "self_attn", config, held, keys[layer], values[layer], rank, kernels)
-        chain.append(_norm(config, weights, at + "input_layernorm", kernels))
+        chain.append(_norm(config, own, at + "input_layernorm", kernels))
         chain.append(attention)
-        chain.append(_norm(config, weights, at + "post_attention_layernorm", kernels))
+        chain.append(_norm(config, own, at + "post_attention_layernorm", kernels))
         moe = None if config.is_dense(layer) else config.moe
-        chain.append(feed_forward(at + "mlp", weights, moe, rank, kernels))
-    chain.append(_norm(config, weights, "model.norm", kernels))
+        chain += feed_forward(at + "mlp", own, moe, rank, kernels)
+    chain.append(_norm(config, own, "model.norm", kernels))
     chain.append(Head("head", head, rank, kernels))
     return chain
 
 
-def _norm(config: GroupedConfig, weights: WeightSource, name: str, kernels: Kernels) -> AddNorm:
+def _norm(config: GroupedConfig, weights: RankWeights, name: str, kernels: Kernels) -> AddNorm:
     return AddNorm(name, weights.tensor(name + ".weight"), config.eps, kernels)
 
 
-def _attention_weights(config: GroupedConfig, weights: WeightSource, at: str) -> GroupedWeights:
+def _attention_weights(config: GroupedConfig, weights: RankWeights, at: str) -> GroupedWeights:
     bias = config.attention_bias
     return GroupedWeights(
         q=weights.tensor(at + "q_proj.weight"),

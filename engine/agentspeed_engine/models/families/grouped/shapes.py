@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from agentspeed_engine.models.families.grouped.config import GroupedConfig
 from agentspeed_engine.models.kv_layout import KvLayout, KvPool
-from agentspeed_engine.models.moe_config import expert_shapes, feed_forward_shapes
+from agentspeed_engine.models.moe_config import expert_cuts, expert_shapes, feed_forward_shapes
 from agentspeed_engine.models.tensor_shapes import Cut, Shape
 from agentspeed_engine.spmd.placement import Mesh
 
@@ -65,7 +65,7 @@ def cuts(config: GroupedConfig, mesh: Mesh) -> list[Cut]:
         ("intermediate_size", config.inner, mesh.tp),
     ]
     if config.moe is not None:
-        found.append(("num_experts", config.moe.experts, mesh.size))
+        found += expert_cuts(config.moe, mesh, "num_experts")
     return found
 
 
