@@ -211,6 +211,35 @@ def env(model: Model = None) -> None:
 
 
 @app.command()
+def kernels(
+    model: Annotated[
+        str | None, typer.Argument(help="A model folder, a config.json or a repository id; nothing: the shipped model.")
+    ] = None,
+    explain: Annotated[
+        list[str] | None, typer.Option(help="An op, or `all`: why each other kernel does not run it. May be repeated.")
+    ] = None,
+    platform: Annotated[
+        str | None,
+        typer.Option(help="Another than this CPU: cuda, cpu:avx512, cpu:avx2, cpu:torch, cuda:90, cuda:100."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float64.")] = "auto",
+    weights: Annotated[str | None, typer.Option(help="int8 or int8-32.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
+) -> None:
+    """Which kernel runs each op of a model here, for how many rows, and why the others do not. No weights are read.
+
+    Example:  agentspeed kernels
+    Example:  agentspeed kernels ./model --explain linear --explain gqa_rows
+    Example:  agentspeed kernels ./model --platform cuda:100 --dtype bfloat16"""
+    from agentspeed.cli.kernels import described
+
+    with reported():
+        typer.echo(
+            described(model, explain=explain or [], platform=platform, dtype=dtype, weights=weights, as_json=as_json)
+        )
+
+
+@app.command()
 def models(
     model: Annotated[
         str | None, typer.Argument(help="A model folder or repository id; nothing: the families that run.")

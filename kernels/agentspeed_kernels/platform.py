@@ -38,6 +38,35 @@ def detect(device: Device = "cpu", index: int = 0) -> Platform:
     return _cuda(index) if device == "cuda" else _cpu()
 
 
+class UnknownPlatform(ValueError):
+    """A name that stands for no platform; the message lists those that do."""
+
+
+def named(text: str) -> Platform:
+    """`cpu`, `cuda`: what this machine has. `cpu:avx512`: this kind of CPU with that form of the native kernels and
+    those below it; `cpu:torch` with none. `cuda:100`: a GPU of that compute capability, whether there is one or not.
+
+    Raises `UnknownPlatform`, and `NoDevice` where no GPU is."""
+    from agentspeed_kernels.cpu import native
+
+    device, colon, kind = text.partition(":")
+    forms = {form.name: form for form in native.forms_here()}
+    if device in ("cpu", "cuda") and not colon:
+        return detect("cuda" if device == "cuda" else "cpu")
+    if device == "cpu" and kind == "torch":
+        return Platform(device="cpu", arch=host.machine(), features=frozenset())
+    if device == "cpu" and kind in forms:
+        held = list(forms.values())[list(forms).index(kind) :]
+        features = frozenset({native.FEATURE, *(form.feature for form in held)})
+        lacks = {form.feature: f"the platform is {text}" for form in forms.values() if form not in held}
+        return Platform(device="cpu", arch=host.machine(), features=features, lacks=lacks)
+    if device == "cuda" and kind.isdecimal():
+        features = frozenset({"cuda", "triton", *(("hopper",) if kind == "90" else ())})
+        return Platform(device="cuda", arch=f"sm_{kind}", features=features)
+    known = ", ".join(("cpu", "cuda", "cpu:torch", *(f"cpu:{name}" for name in forms), "cuda:90", "cuda:100"))
+    raise UnknownPlatform(f"{text!r} is no platform. Some that are: {known}.")
+
+
 class NoDevice(LookupError):
     """The device that was asked for cannot be used; the message says why."""
 

@@ -174,6 +174,10 @@ class Ladder(Generic[C]):
                 return choice
         return self._last
 
+    def choices(self) -> tuple[tuple[int | None, Choice], ...]:
+        """(most rows, what runs for up to so many); None: for any number above the band before."""
+        return (*self._bands, (None, self._last))
+
     def explain(self) -> tuple[str, ...]:
         """One line a band of rows."""
         lines = [f"up to {most} rows: {choice.explain()}" for most, choice in self._bands]

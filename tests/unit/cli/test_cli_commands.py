@@ -172,6 +172,34 @@ def test_the_version_can_be_asked_for() -> None:
 MODELS = Path(__file__).parents[3] / "bench" / "models"
 
 
+def test_kernels_shows_what_runs_each_op_and_why_the_others_do_not() -> None:
+    given = ["kernels", str(MODELS / "qwen3-50m.json"), "--platform", "cpu:torch", "--dtype", "float32"]
+    done = RUNNER.invoke(app, [*given, "--explain", "linear"])
+    assert done.exit_code == 0, done.output
+    lines = [line.split() for line in done.output.splitlines()]
+    assert ["gqa_rows", "any", "torch"] in lines
+    assert any(line[:1] == ["not"] and "needs" in line for line in lines)
+
+
+def test_kernels_for_programs_has_every_op_with_reasons() -> None:
+    given = ["kernels", str(MODELS / "tiny.json"), "--platform", "cuda:100", "--dtype", "bfloat16", "--json"]
+    found = json.loads(RUNNER.invoke(app, given).output)
+    assert found["ops"]["linear"][0]["kernel"] == "triton" and found["ops"]["mla_rows"][0]["rejected"]
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--platform", "abacus"], "'abacus' is no platform"),
+    (["--dtype", "int3"], "dtype 'int3' is unknown"),
+    (["--weights", "int3"], "weights 'int3' is unknown"),
+    (["--explain", "sum"], "no op 'sum'"),
+    (["--platform", "cuda:100", "--weights", "int8"], "no kernel for linear"),
+])  # fmt: skip
+def test_kernels_refuses_what_it_cannot_answer_with_a_sentence(words: list[str], said: str) -> None:
+    done = RUNNER.invoke(app, ["kernels", str(MODELS / "tiny.json"), *words])
+    assert done.exit_code == 2
+    assert said in " ".join(done.output.split())
+
+
 def test_plan_shows_a_model_on_its_ranks_without_any_weights() -> None:
     done = RUNNER.invoke(app, ["plan", str(MODELS / "tiny.json"), "--tp", "2", "--memory", "1GB"])
     assert done.exit_code == 0, done.output

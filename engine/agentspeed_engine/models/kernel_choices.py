@@ -1,0 +1,106 @@
+"""Which kernels would run a model on a platform, and why each other one would not: the choice without the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, final
+
+from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.models.precision import choose
+from agentspeed_engine.models.source import Dtype, ModelSource
+from agentspeed_engine.models.weight_formats import WeightFormat
+from agentspeed_engine.spmd.placement import Mesh
+from agentspeed_kernels.platform import NoDevice, Platform, UnknownPlatform, detect, named
+from agentspeed_kernels.registry import standard
+from agentspeed_kernels.selection import Choice, Kernels, NoKernel, Preferences
+from agentspeed_kernels.testing import conformance
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelBand:
+    """What runs an op for some numbers of rows."""
+
+    most_rows: int | None
+    """None: for any number above the band before."""
+    kernel: str
+    origin: str
+    """`agentspeed`, or the package that offers it."""
+    rejected: tuple[tuple[str, str], ...]
+    """(another kernel, why it does not run)"""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelChoices:
+    """Of one model on one platform."""
+
+    model_type: str
+    attention: str
+    dtype: str
+    dtype_reason: str
+    """Why, where nobody named it."""
+    weights: str | None
+    platform: str
+    features: tuple[str, ...]
+    missing: dict[str, str]
+    """Features that are not here, with the reason."""
+    layout: str
+    """Of the weights in `dtype`."""
+    ops: dict[str, tuple[KernelBand, ...]]
+
+
+def kernel_choices(
+    source: ModelSource,
+    *,
+    platform: str | None,
+    dtype: Literal["auto"] | Dtype,
+    weights: WeightFormat | None,
+    page_tokens: int = 64,
+) -> KernelChoices:
+    """`platform`: None for where an engine would run on this machine's CPU, else what `platform.named` takes.
+
+    Raises `EngineFault` (bad_options) for a platform nobody knows or that is not here, and for an op without a kernel.
+    """
+    family = source.family
+    try:
+        place = detect() if platform is None else named(platform)
+        chosen, why = choose(source.raw, place) if dtype == "auto" else (dtype, "")
+        kernels = Kernels(
+            standard(),
+            place,
+            chosen,
+            family.ops,
+            sizes={"page_tokens": page_tokens, **family.sizes(source.config, Mesh())},
+            preferences=Preferences.from_environment(),
+            # A kernel from outside can be run where it would run, and nowhere else.
+            check=conformance.objection if platform is None else None,
+            weights=weights,
+        )
+    except (NoDevice, UnknownPlatform, NoKernel) as error:
+        raise EngineFault("bad_options", str(error), "Name another platform, dtype or format of weights.") from error
+    return KernelChoices(
+        model_type=source.config.model_type,
+        attention=family.attention,
+        dtype=chosen,
+        dtype_reason=why,
+        weights=weights,
+        platform=_said(place),
+        features=tuple(sorted(place.features)),
+        missing=dict(sorted((place.lacks | place.absent).items())),
+        layout=kernels.layout,
+        ops={op: tuple(_band(most, choice) for most, choice in kernels[op].choices()) for op in family.ops},
+    )
+
+
+def _band(most: int | None, choice: Choice) -> KernelBand:
+    return KernelBand(
+        most_rows=most,
+        kernel=choice.kernel.name,
+        origin=choice.kernel.origin,
+        rejected=tuple((spec.name, why) for spec, why in choice.rejected),
+    )
+
+
+def _said(platform: Platform) -> str:
+    return f"{platform.device} ({platform.model or platform.arch})"
