@@ -11,6 +11,7 @@ import importlib
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,18 @@ def test_every_decision_has_a_number_of_its_own_and_begins_with_it() -> None:
     assert len(set(numbers)) == len(numbers) > 20
     for page, number in zip(pages, numbers, strict=True):
         assert page.read_text(encoding="utf-8").startswith(f"# {number} "), page.name
+
+
+def test_the_layers_that_contributors_read_are_those_that_are_checked() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
+    checked = {one["containers"][0]: one["layers"] for one in contracts if one.get("exhaustive")}
+    told: dict[str, list[str]] = {}
+    for line in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").splitlines():
+        if (found := re.match(r"^ {4}(\w+)(?: {2,}|$)", line)) is not None:
+            told[found[1]] = layers = []
+        elif (found := re.match(r"^ {8}(\S+(?: \| \S+)*)(?: {2,}|$)", line)) is not None:
+            layers.append(found[1])
+    for package in ("agentspeed", "agentspeed_engine", "agentspeed_kernels"):
+        assert told[package] == checked[package]
