@@ -99,6 +99,33 @@ async def test_puzzles_are_solved_by_the_branch_that_scores(capsys: pytest.Captu
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_rollouts_have_the_ids_of_the_model_and_rewards_relative_to_their_group() -> None:
+    def model(turn: Turn) -> str:
+        asked = re.findall(r"What is (\d+) plus (\d+)", turn.log)[-1]
+        if not results(turn):
+            return tool_call("add", a=int(asked[0]), b=int(asked[1]))
+        return f"It is {results(turn)[-1]}." if turn.turn % 3 else "I do not know."
+
+    rollouts = example("rollouts")
+    async with ScriptedEngine(model) as engine:
+        found = await rollouts.main(engine.engine)
+        assert engine.live_branches == 0
+    assert len(found) == rollouts.GROUP * len(rollouts.SUMS)
+    for start in range(0, len(found), rollouts.GROUP):
+        lines = found[start : start + rollouts.GROUP]
+        assert {line["reward_score"] for line in lines} == {0.5, 1.0}
+        advantages = [line["extra_fields"]["advantage"] for line in lines]
+        assert sum(advantages) == pytest.approx(0) and max(advantages) > 0 > min(advantages)
+        assert len({tuple(line["prompt_ids"]) for line in lines}) == 1
+    for line in found:
+        parts = [line[name] for name in ("response_ids", "response_mask", "response_logprobs")]
+        assert len({len(part) for part in parts}) == 1
+        assert line["response_mask"][0] == 1 and 0 in line["response_mask"]
+    assert rollouts.for_trl(found)["completion_ids"] == [line["response_ids"] for line in found]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_rewind_leaves_no_trace_of_a_failed_attempt(capsys: pytest.CaptureFixture[str]) -> None:
     async with ScriptedEngine(["3+5=8,8+7=15", "5*7=35,35+3=38", "5+7=12,12*3=36"]) as engine:
         attempts = await example("rewind").main(engine.engine)
@@ -137,6 +164,7 @@ SHOWN = {
     "coding_agent": ("may write_file run? no", "undone: the context is back", "mended after 2 attempts"),
     "mcp_client": ("the server has: add", "add: adding, 1 of 2", "add gave: 42", "get_weather: no station"),
     "research_agent": ("compacted: 3 messages", "mate", "the article: "),
+    "rollouts": ("What is 986 plus 75?", "24 rollouts in", "for TRL: prompt_ids, completion_ids, logprobs, env_mask"),
     "web_chat": ("one     leaves after 3 events", 'one     calls get_weather({"city":"Oslo"})', "two < "),
 }
 """What a run of an example must have done, as it says itself."""
