@@ -40,6 +40,11 @@ class Turn(Generic[T]):
         self._watch: Watched | None = None
         self._watched = True
         """Somebody wants every event; without, only the end is woken up for."""
+        self._at_once: Callable[[list[events.AnyEvent]], bool] | None = None
+        self._flushing = False
+        self._telling = False
+        self._broken: Exception | None = None
+        """What telling at once raised."""
 
     # ---- entering and leaving -------------------------------------------------------------------------------------
     async def __aenter__(self) -> Self:
@@ -87,20 +92,32 @@ class Turn(Generic[T]):
                 await self._more()
         return self._ready.popleft()
 
-    async def follow(self, told: Callable[[list[events.AnyEvent]], Awaitable[None]] | None = None) -> None:
+    async def follow(
+        self,
+        told: Callable[[list[events.AnyEvent]], Awaitable[None]] | None = None,
+        at_once: Callable[[list[events.AnyEvent]], bool] | None = None,
+    ) -> None:
         """Reads to the end. `told` hears all that there is at once: tokens that came together are one delta. The
-        turn's timeout counts for what `told` takes too. Without `told` nothing is woken up for but the end."""
+        turn's timeout counts for what `told` takes too. Without `told` nothing is woken up for but the end.
+
+        `at_once` may take what tokens say on the event loop the moment that they come, without waking anybody; False
+        means that it took nothing, and `told` hears it."""
         self._must_be_inside()
         with anyio.CancelScope(deadline=self._deadline) as scope:
             self._watched = told is not None
+            self._at_once = at_once
             while not self._finished or self._ready:
+                if self._broken is not None:
+                    raise self._broken
                 if not self._ready and not self._take():
                     await self._woken()
                 elif self._ready:
                     batch = list(self._ready)
                     self._ready.clear()
                     if told is not None:
+                        self._telling = True
                         await told(batch)
+                        self._telling = False
         if scope.cancelled_caught:
             while self._take():
                 pass
@@ -145,7 +162,30 @@ class Turn(Generic[T]):
         """On the event loop. The session's log has the ids already."""
         inbox = self._record.inbox
         inbox.append(event)
-        if self._watched or not isinstance(event, wire.Tokens) or len(inbox) >= _UNREAD:
+        if self._at_once is not None and isinstance(event, wire.Tokens):
+            if not self._flushing:
+                self._flushing = True
+                self._core.branch.after(self._flush)
+        elif self._watched or not isinstance(event, wire.Tokens) or len(inbox) >= _UNREAD:
+            self._wake.set()
+
+    def _flush(self) -> None:
+        """On the event loop, once everything that came together is in the inbox: tokens are told of at once, unless
+        the reader is at work or has something else to take first."""
+        self._flushing = False
+        inbox, at_once = self._record.inbox, self._at_once
+        if self._telling or self._ready or at_once is None or self._state != "entered":
+            return
+        try:
+            while inbox and isinstance(inbox[0], wire.Tokens):
+                _ = self._take()
+                if self._ready:
+                    if not at_once(list(self._ready)):
+                        self._wake.set()
+                        return
+                    self._ready.clear()
+        except Exception as error:  # noqa: BLE001 - the reader raises it
+            self._broken = error
             self._wake.set()
 
     def _take(self) -> bool:

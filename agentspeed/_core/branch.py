@@ -190,6 +190,13 @@ class Branch:
         if sink is not None:
             sink(event)
 
+    def after(self, call: Callable[[], None]) -> None:
+        """In a sink: runs `call`, which must not raise, once everything that came together was heard."""
+        if self._link is not None:
+            self._link.after(call)
+        else:
+            call()
+
     # ---- at rest --------------------------------------------------------------------------------------------------
     async def append(self, write: Callable[[], Awaitable[None]]) -> None:
         """`write` appends to the mirror; the engine follows. Nothing is appended when this raises."""

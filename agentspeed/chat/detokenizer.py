@@ -38,6 +38,8 @@ class IncrementalText:
     def __init__(self, decoding: TokenReading) -> None:
         self._decoding = decoding
         self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._waits = False
+        """Bytes of a character that is not whole."""
         self._strip = decoding.strip
         self._ids: list[int] = []
         self._told = ""
@@ -47,8 +49,12 @@ class IncrementalText:
         tokens = self._decoding.tokens
         if tokens is None:
             return self._by_library(ids)
-        data = b"".join(tokens[number] for number in ids if 0 <= number < len(tokens))
-        return self._stripped(self._characters.decode(data))
+        data = b"".join([tokens[number] for number in ids if 0 <= number < len(tokens)])
+        if not self._waits and data.isascii():  # nearly always: nothing to put together
+            return self._stripped(data.decode("ascii"))
+        text = self._characters.decode(data)
+        self._waits = bool(self._characters.getstate()[0])
+        return self._stripped(text)
 
     def finish(self) -> str:
         """What waited, now that nothing follows: U+FFFD for a character that was not finished."""

@@ -58,6 +58,8 @@ class TurnParser:
         self._fresh = starts_thinking and tags.roomy
         """Ends of lines that come now are the template's."""
         self._done = False
+        self._firsts: dict[tuple[_Mode, bool], str] = {}
+        """By the two things that decide which marks may come where nothing waits: with what they begin."""
 
     def feed(self, text: str) -> list[Piece]:
         """The pieces that are certain after this much text."""
@@ -86,7 +88,13 @@ class TurnParser:
 
     def _is_plain(self, text: str) -> bool:
         waits = self._call is not None or self._held or self._lead or self._fresh or self._between
-        return not waits and not any(mark[0] in text for mark in self._marks())
+        if waits:
+            return False
+        state = self._mode, self._at_start
+        firsts = self._firsts.get(state)
+        if firsts is None:
+            firsts = self._firsts[state] = "".join({mark[0] for mark in self._marks()})
+        return not any(first in text for first in firsts)
 
     def _step(self, pieces: list[Piece]) -> bool:
         """Consumes up to the next mark; False when more text is needed."""

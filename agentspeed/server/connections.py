@@ -3,14 +3,40 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Final
+from typing import Any, Final, final
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 MOST_HEAD: Final = 64 * 1024
 """Bytes of a request's line and headers."""
 ABORT: Final = "agentspeed.abort"
 """In a request's scope: ends its connection at once, whatever was not taken from it yet."""
+
+DIRECT: Final = "agentspeed.direct"
+"""In a request's scope: its `Direct`."""
+
+
+@final
+class Direct:
+    """Writes chunks of one answer's body past the layers of the application, which would only hand each of them on."""
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+
+    @property
+    def ready(self) -> bool:
+        """Whether the answer has begun and its connection takes more."""
+        cycle = self._cycle
+        return bool(
+            cycle.chunked_encoding
+            and not cycle.response_complete
+            and not cycle.disconnected
+            and not cycle.flow.write_paused
+        )
+
+    def write(self, data: bytes) -> None:
+        """One chunk."""
+        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
 
 def connection_class(header_seconds: float) -> type[asyncio.Protocol]:
@@ -44,6 +70,8 @@ def connection_class(header_seconds: float) -> type[asyncio.Protocol]:
         def on_headers_complete(self) -> None:
             self._head_came()
             super().on_headers_complete()
+            if self.cycle is not None and self.cycle.scope is self.scope:
+                self.scope[DIRECT] = Direct(self.cycle)  # type: ignore[typeddict-unknown-key]
 
         def _await_head(self) -> None:
             self._head = 0

@@ -15,7 +15,7 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from agentspeed import errors
-from agentspeed.server.connections import ABORT
+from agentspeed.server.connections import ABORT, DIRECT, Direct
 from agentspeed.server.problems import Problem, RequestProblem, problem_of
 
 _LOG = logging.getLogger("agentspeed.server")
@@ -34,8 +34,9 @@ def encoded(value: object) -> bytes:
 class Emitter:
     """Sends events of one stream. `event` is the SSE event's name where the protocol has names."""
 
-    def __init__(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
+    def __init__(self, send: Send, headers: list[tuple[bytes, bytes]], direct: Direct | None = None) -> None:
         self._send = send
+        self._direct = direct
         self._headers = headers
         self._starting = anyio.Lock()
         self.begun = False
@@ -43,6 +44,7 @@ class Emitter:
         """Pieces that the connection took."""
         self.waiting = 0
         """Pieces that it has not taken yet."""
+        self.ended = False
         self.stuck = False
         """It took nothing for so long that it was given up."""
         self.comments = any(value.startswith(b"text/event-stream") for _, value in headers)
@@ -62,8 +64,19 @@ class Emitter:
                     self.begun = True
         await self._body(data, more=True)
 
+    @property
+    def can_now(self) -> bool:
+        """Whether `now` may be called: the stream has begun, and its connection takes more."""
+        return self.begun and not self.waiting and self._direct is not None and self._direct.ready
+
+    def now(self, data: bytes) -> None:
+        """As `raw`, without waiting; only where `can_now` says so."""
+        assert self._direct is not None
+        self._direct.write(data)
+
     async def end(self) -> None:
         """No more events."""
+        self.ended = True
         await self._body(b"", more=False)
 
     async def _body(self, data: bytes, *, more: bool) -> None:
@@ -97,7 +110,8 @@ class EventStream:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the stream; a client that goes away cancels what produces it."""
         given = {"content-type": self._media, "cache-control": "no-cache", **self._headers}
-        emitter = Emitter(send, [(name.encode(), value.encode()) for name, value in given.items()])
+        headers = [(name.encode(), value.encode()) for name, value in given.items()]
+        emitter = Emitter(send, headers, scope.get(DIRECT))
 
         async def produce() -> None:
             problem = await _problem_in(self._produce(emitter))
@@ -160,7 +174,7 @@ async def _while_connected(receive: Receive, work: Callable[[], Awaitable[None]]
                         to.stuck = True
                         group.cancel_scope.cancel()
                     before = to.sent
-                elif to.begun and to.comments:
+                elif to.begun and to.comments and not to.ended:
                     await to.raw(b": ping\n\n")
 
         group.start_soon(watch)

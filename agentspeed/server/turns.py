@@ -25,6 +25,8 @@ from agentspeed.turn import Reply, Turn
 
 Told = Callable[[int, list[events.AnyEvent]], Awaitable[None]]
 """What is called with the events that came together, and which of the choices they belong to."""
+AtOnce = Callable[[int, list[events.AnyEvent]], bool]
+"""The same for who can take them without waiting; False when it took nothing."""
 
 
 @final
@@ -120,28 +122,30 @@ class Service:
         finally:
             self.running -= 1
 
-    async def turn(self, request: Request, told: Told | None = None) -> Answer:
-        """Runs the request to its end; `told` hears every event. Whatever cancels this ends the turn."""
+    async def turn(self, request: Request, told: Told | None = None, at_once: AtOnce | None = None) -> Answer:
+        """Runs the request to its end; `told` hears every event that `at_once` did not take. Whatever cancels this ends
+        the turn."""
         begun = time.monotonic()
         async with self.admitted(), self.history.take(request.conversation) as taken:
             self.metrics.matched.labels(taken.verb).inc()
-            answer = await self._answered(request, taken, told)
+            answer = await self._answered(request, taken, told, at_once)
         for reply in answer.replies:
             self.metrics.turn(reply.usage, reply.finish_reason, time.monotonic() - begun)
         return answer
 
-    async def _answered(self, request: Request, taken: Taken, told: Told | None) -> Answer:
+    async def _answered(self, request: Request, taken: Taken, told: Told | None, at_once: AtOnce | None) -> Answer:
         options: TurnOptions = {
             **request.options,
             "timeout": request.options.get("timeout") or self.options.turn_seconds,
         }
         if request.choices == 1:
-            reply = await _read(0, taken.session.stream(taken.messages or None, output=request.output, **options), told)
+            turn = taken.session.stream(taken.messages or None, output=request.output, **options)
+            reply = await _read(0, turn, told, at_once)
             return _answer((reply,), taken)
-        return _answer(await self._several(request, options, taken, told), taken)
+        return _answer(await self._several(request, options, taken, told, at_once), taken)
 
     async def _several(
-        self, request: Request, options: TurnOptions, taken: Taken, told: Told | None
+        self, request: Request, options: TurnOptions, taken: Taken, told: Told | None, at_once: AtOnce | None
     ) -> tuple[Reply[Any], ...]:
         """Choices are forks: the prompt is computed once. The conversation goes on with the first."""
         replies: dict[int, Reply[Any]] = {}
@@ -154,9 +158,8 @@ class Service:
                     own: TurnOptions = {**options}
                     if seed is not None:
                         own["seed"] = seed + index
-                    replies[index] = await _read(
-                        index, branch.stream(taken.messages or None, output=request.output, **own), told
-                    )
+                    turn = branch.stream(taken.messages or None, output=request.output, **own)
+                    replies[index] = await _read(index, turn, told, at_once)
 
                 for index, branch in enumerate(branches):
                     group.start_soon(one, index, branch)
@@ -164,9 +167,12 @@ class Service:
         return tuple(replies[index] for index in range(request.choices))
 
 
-async def _read(index: int, turn: Turn[Any], told: Told | None) -> Reply[Any]:
+async def _read(index: int, turn: Turn[Any], told: Told | None, at_once: AtOnce | None) -> Reply[Any]:
     async with turn:
-        await turn.follow(None if told is None else lambda batch: told(index, batch))
+        await turn.follow(
+            None if told is None else lambda batch: told(index, batch),
+            None if at_once is None else lambda batch: at_once(index, batch),
+        )
         return turn.result()
 
 

@@ -71,6 +71,11 @@ class Connection(Protocol):
         """Gives events of `branch` to no sink any more; those that still come are dropped."""
         ...
 
+    def after(self, call: Callable[[], None]) -> None:
+        """To be called in a sink: runs `call`, which must not raise, once everything that came together was handed to
+        its sinks."""
+        ...
+
     def close(self) -> None:
         """Ends the connection; the engine closes its branches."""
         ...

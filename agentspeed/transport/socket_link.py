@@ -68,6 +68,7 @@ class SocketLink:
         self._requests = itertools.count(1)
         self._waiters: dict[int, _Waiter] = {}
         self._sinks: dict[int, Sink] = {}
+        self._after: list[Callable[[], None]] = []
         self._sending = threading.Lock()
         """Around the two below; never held while anything waits."""
         self._outgoing: deque[memoryview] = deque()
@@ -164,6 +165,9 @@ class SocketLink:
 
     def unlisten(self, branch: int) -> None:
         self._sinks.pop(branch, None)
+
+    def after(self, call: Callable[[], None]) -> None:
+        self._after.append(call)
 
     def close(self) -> None:
         self._alive = False
@@ -310,6 +314,13 @@ class SocketLink:
                 self._answer(waiter, message)
             else:
                 self._unheard(message)
+        self._run_after()
+
+    def _run_after(self) -> None:
+        while self._after:
+            calls, self._after = self._after, []
+            for call in calls:
+                call()
 
     def _unheard(self, reply: wire.Reply) -> None:
         """Closes the branches of a reply whose caller has given up: no session will ever use them."""
@@ -366,6 +377,7 @@ class SocketLink:
         self._sinks.clear()
         for sink in sinks:
             self._tell_end(sink)
+        self._run_after()
 
 
 async def open_link(source: SocketSource, *, after_death: bool, client: str, credential: str = "") -> SocketLink:

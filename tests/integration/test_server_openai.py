@@ -181,7 +181,7 @@ def test_a_prewarmed_prompt_is_cached_when_its_question_comes(client: openai.Ope
         ({"n": 0}, "n is 0"),
         ({"tool_choice": "add"}, "tool_choice"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
-        ({"logit_bias": {"5": 3}}, "logit_bias"),
+        ({"logit_bias": {"five": 3}}, "logit_bias"),
         ({"top_logprobs": 2}, "logprobs"),
         ({"no_such_option": 1}, "no_such_option"),
         ({"messages": [{"role": "tool", "tool_call_id": "none", "content": "x"}]}, "none"),
@@ -258,3 +258,19 @@ def test_metrics_count_what_was_asked_and_what_was_kept(url: str, client: openai
     assert after["agentspeed:num_requests_running"] == 0
     assert 0 <= after["agentspeed:kv_cache_usage_perc"] <= 1
     assert sum(after[f'agentspeed:pages{{owner="{owner}"}}'] for owner in ("free", "tail", "nodes")) == 512
+
+
+def test_penalties_and_biases_change_what_is_drawn(client: openai.OpenAI, url: str) -> None:
+    asked: Any = {"model": "nano", "messages": QUESTION, "temperature": 0, "max_tokens": 6}
+    plain = client.chat.completions.create(**asked).choices[0].message.content
+    ids = httpx.post(f"{url}/tokenize", json={"prompt": plain}, headers={"x-api-key": "one"}).json()["tokens"]
+    banned = client.chat.completions.create(**asked, logit_bias={str(ids[0]): -100}).choices[0].message.content
+    assert plain and banned != plain
+    text = client.completions.create(model="nano", prompt="7 7 7 7", temperature=0, max_tokens=12)
+    other = client.completions.create(
+        model="nano", prompt="7 7 7 7", temperature=0, max_tokens=12, frequency_penalty=2.0, presence_penalty=2.0
+    )
+    assert text.choices[0].text != other.choices[0].text
+    for wrong in ({"logit_bias": {"x": 1}}, {"frequency_penalty": 3.0}, {"logit_bias": {"1": 101}}):
+        with pytest.raises(openai.BadRequestError):
+            _ = client.chat.completions.create(**{**asked, **wrong})

@@ -27,6 +27,10 @@ class OpenBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     top_k: int | None = None
     top_p: float = 1.0
     min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
     private: bool = False
     seed: int | None = None
     name: str | None = None

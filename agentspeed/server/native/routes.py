@@ -56,7 +56,7 @@ def session_routes(sessions: Callable[[], Sessions], route: Callable[..., Route]
             name=given.name,
             reasoning=given.reasoning,
             record_logprobs=given.record_logprobs,
-            sampling=Sampling(temperature=given.temperature, top_k=given.top_k, top_p=given.top_p, min_p=given.min_p),
+            sampling=Sampling(**{name: getattr(given, name) for name in Sampling.__dataclass_fields__}),
         )
         return bodies.session_json((await sessions().add(session, tenant)).session)
 

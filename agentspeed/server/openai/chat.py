@@ -57,6 +57,7 @@ class ChatRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
+    repetition_penalty: float | None = None
     prompt_cache_key: str | None = None
 
     metadata: Any = None
@@ -77,9 +78,6 @@ def request_of(body: ChatRequest, service: Service, tenant: str) -> Request:
     for name in ("functions", "function_call"):
         if getattr(body, name) is not None:
             raise refused(f"{name} was replaced by tools in this protocol.", param=name)
-    for name in ("frequency_penalty", "presence_penalty", "logit_bias"):
-        if getattr(body, name):
-            raise refused(f"{name} is not supported by this engine; leave it out.", param=name, code="unsupported")
     if body.modalities not in (None, ["text"]):
         raise refused("modalities: this model writes text alone.", param="modalities")
     choices = 1 if body.n is None else body.n
@@ -92,7 +90,7 @@ def request_of(body: ChatRequest, service: Service, tenant: str) -> Request:
     limits = service.options
     options: TurnOptions = {
         "tool_choice": choice_of(body.tool_choice),
-        "sampling": sampling_of(temperature=body.temperature, top_p=body.top_p, top_k=body.top_k, min_p=body.min_p),
+        "sampling": sampling_of(body),
         "stop": stops_of(body.stop),
         **bounded_tokens(most, limits.default_max_tokens, limits.max_tokens, "max_tokens"),
     }
@@ -188,7 +186,14 @@ class ChatStream:
             if chunks := b"".join([self._chunks(index, event) for event in batch]):
                 await emit.raw(chunks)
 
-        answer = await self._service.turn(self._request, told)
+        def at_once(index: int, batch: list[events.AnyEvent]) -> bool:
+            if not emit.can_now:
+                return False
+            if chunks := b"".join([self._chunks(index, event) for event in batch]):
+                emit.now(chunks)
+            return True
+
+        answer = await self._service.turn(self._request, told, at_once)
         last: list[bytes] = []
         for index, reply in enumerate(answer.replies):
             logprobs = None

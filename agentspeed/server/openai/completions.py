@@ -35,6 +35,10 @@ class CompletionRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
     n: int | None = None
     stream: bool = False
     stream_options: dict[str, Any] | None = None
@@ -98,7 +102,7 @@ class Completion:
             raise refused("max_tokens is 0 and echo is not asked for: nothing would come.", param="max_tokens")
         asked = None if self._nothing_new else body.max_tokens
         self._options: TurnOptions = {
-            "sampling": sampling_of(temperature=body.temperature, top_p=body.top_p, top_k=body.top_k, min_p=body.min_p),
+            "sampling": sampling_of(body),
             "stop": stops_of(body.stop),
             "timeout": limits.turn_seconds,
             **bounded_tokens(asked, _DEFAULT_TOKENS, limits.max_tokens, "max_tokens"),

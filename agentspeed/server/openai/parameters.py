@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from agentspeed import errors
 from agentspeed.chat.output import Schema
@@ -52,16 +52,43 @@ def output_of(response_format: object, where: str = "response_format") -> Any:
         raise refused(str(error), param=where, code="schema_unsupported") from error
 
 
-def sampling_of(
-    *, temperature: float | None, top_p: float | None, top_k: int | None = None, min_p: float | None = None
-) -> Sampling:
-    """What is not said is the protocol's default: temperature 1, everything else off."""
+class Drawing(Protocol):
+    """A body with the options that draws go by; what is not said is the protocol's default."""
+
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    frequency_penalty: float | None
+    presence_penalty: float | None
+    repetition_penalty: float | None
+    logit_bias: dict[str, float] | None
+
+
+def sampling_of(body: Drawing) -> Sampling:
+    """Temperature 1 and everything else off, where nothing is said. Raises `RequestProblem`."""
     return Sampling(
-        temperature=1.0 if temperature is None else temperature,
-        top_k=None if top_k in (None, 0, -1) else top_k,
-        top_p=1.0 if top_p is None else top_p,
-        min_p=0.0 if min_p is None else min_p,
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=None if body.top_k in (None, 0, -1) else body.top_k,
+        min_p=body.min_p or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        logit_bias=bias_of(body.logit_bias),
     )
+
+
+def plain_sampling(*, temperature: float | None, top_p: float | None) -> Sampling:
+    """Of an endpoint that has no more than these."""
+    return Sampling(temperature=1.0 if temperature is None else temperature, top_p=1.0 if top_p is None else top_p)
+
+
+def bias_of(given: Mapping[str, float] | None) -> dict[int, float]:
+    """`logit_bias`, whose keys are token ids written as texts. Raises `RequestProblem`."""
+    if wrong := [key for key in given or () if not (key.isascii() and key.isdigit() and len(key) < 10)]:
+        raise refused(f"logit_bias has the key {wrong[0]!r}; keys are token ids.", param="logit_bias")
+    return {int(key): value for key, value in (given or {}).items()}
 
 
 def stops_of(stop: object) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from agentspeed.message_formats.openai import tool_definitions
 from agentspeed.message_formats.tools import declared
 from agentspeed.messages import Assistant, Message, ToolCall
 from agentspeed.server.openai import items
-from agentspeed.server.openai.parameters import bounded_tokens, choice_of, output_of, sampling_of
+from agentspeed.server.openai.parameters import bounded_tokens, choice_of, output_of, plain_sampling
 from agentspeed.server.openai.response_events import ResponseEvents
 from agentspeed.server.openai.stored import Store, StoredConversation, StoredResponse
 from agentspeed.server.problems import Problem, RequestProblem, refused
@@ -163,7 +163,7 @@ class OneResponse:
         body, limits = self._body, self._service.options
         options: TurnOptions = {
             "tool_choice": choice_of(body.tool_choice),
-            "sampling": sampling_of(temperature=body.temperature, top_p=body.top_p),
+            "sampling": plain_sampling(temperature=body.temperature, top_p=body.top_p),
             **bounded_tokens(body.max_output_tokens, limits.default_max_tokens, limits.max_tokens, "max_output_tokens"),
         }
         if body.parallel_tool_calls is False:
