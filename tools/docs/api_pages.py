@@ -18,7 +18,7 @@ _INHERITED = {
     "SessionValues": "agentspeed.session_values",
 }
 """Bases of public classes that nobody names, and their modules: what is public of them is the class's."""
-_INTERNAL = ("over", "shared", "codec", "link")
+_INTERNAL = ("over", "shared", "codec", "link", "connected_socket")
 """Members of these bases that are no one's but the SDK's."""
 _MADE_ELSEWHERE = ("Turn", "RunStream", "Stream", "Forks", "Pending")
 """Public classes that users are given and never make."""

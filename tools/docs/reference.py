@@ -117,6 +117,7 @@ MET = {
         "RunOptions": "agentspeed._core.options",
         "RestoreOptions": "agentspeed._core.options",
         "EngineOptions": "agentspeed._core.engine_options",
+        "Defaults": "agentspeed._core.options",
         "Forks": "agentspeed.fork",
         "Pending": "agentspeed.tool_call",
         "Residence": "agentspeed.usage",
