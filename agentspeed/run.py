@@ -69,7 +69,7 @@ class Run:
         self._options: TurnOptions = turn_options(options)
         given = options.get("tools")
         self._tools: tuple[Tool, ...] = core.defaults.tools if given is None else tools_from(given)
-        for tool in self._tools:
+        for tool in core.defaults.tools:  # one that this run may not call yet may be handed over to
             _ = self._handed_over(tool)
         self._reply: Reply[Any] | None = None
         self._problem: errors.OutputError | None = None

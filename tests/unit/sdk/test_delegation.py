@@ -80,6 +80,22 @@ async def test_after_a_hand_off_the_same_session_goes_on_with_the_other_tools() 
         assert (await s.run("And now?", tools=[search, writer])).text == "Enough."
 
 
+async def test_roles_may_hand_back_and_a_role_without_tools_answers() -> None:
+    editor = hand_off("editor", "Edit it.", tools=["transfer_to_author"])
+    author = hand_off("author", "Write it.", tools=["search", "transfer_to_closer"])
+    closer = hand_off("closer", "Say goodbye.")
+    script = [
+        tool_call("transfer_to_editor"),
+        tool_call("transfer_to_author"),
+        tool_call("search", query="it") + tool_call("transfer_to_closer"),
+        "Goodbye.",
+    ]
+    async with ScriptedEngine(script) as engine, engine.session(tools=[search, editor, author, closer]) as s:
+        result = await s.run("Go.", tools=[editor])
+        assert (result.text, result.reason) == ("Goodbye.", "answered")
+        assert [one.text for one in result.tools] == ["Edit it.", "Write it.", "found it", "Say goodbye."]
+
+
 async def test_a_hand_off_to_tools_that_the_session_does_not_have_is_refused_before_anything_runs() -> None:
     async with ScriptedEngine(["Never."]) as engine, engine.session(tools=[search, writer]) as s:
         with pytest.raises(InvalidRequest, match="hands over to the tools rhymes"):

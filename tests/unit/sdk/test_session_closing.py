@@ -77,8 +77,8 @@ async def test_a_session_that_nobody_uses_closes_itself_and_says_why() -> None:
 
 
 async def test_a_session_in_use_or_with_a_child_in_use_is_not_idle_however_long_that_takes() -> None:
-    async with ScriptedEngine([say("one two three", seconds=0.1)] * 2) as engine:
-        async with engine.session(idle_timeout=0.15) as s:
+    async with ScriptedEngine([say("one two three", seconds=0.03)] * 2) as engine:
+        async with engine.session(idle_timeout=0.1) as s:
             assert (await s.generate("Count")).text == "one two three"
             async with s.fork(1) as (child,):
                 assert (await child.generate("Count")).text == "one two three"
