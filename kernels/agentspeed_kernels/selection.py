@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar, final, overload
 
+import torch
 from torch import Tensor
 
 from agentspeed_kernels.cpu.native_kernels import moves
@@ -283,6 +284,17 @@ class Kernels:
             total.add_(x)
         else:
             self._moves.add(x, total)
+
+    def own(self, ids: Tensor, weights: Tensor, first: int, held: int) -> None:
+        """Of choices [T, top] of experts, int64 ids and their weights as `route` gives them: those from `first` on, of
+        which there are `held`, are numbered from 0, and all others weigh nothing. In place."""
+        if self._moves is None or weights.dtype != torch.float32:
+            local = ids - first
+            mine = (local >= 0) & (local < held)
+            ids.copy_(local.where(mine, 0))
+            weights.mul_(mine)
+        else:
+            self._moves.own(ids, weights, first, held)
 
     def recordable(self, ops: Iterable[str], rows: int) -> bool:
         """A step of these ops and `rows` tokens is nothing but calls of the C library."""

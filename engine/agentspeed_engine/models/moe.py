@@ -61,13 +61,10 @@ class Places:
         turn = torch.arange(ids.shape[0], device=ids.device)[:, None] % self._counts.to(ids.device)[ids]
         return self._copies.to(ids.device)[ids, turn]
 
-    def own_choices(self, places: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Choices of experts that live elsewhere count nothing here."""
-        if self.groups == 1 and self._copies is None:
-            return places, weights
-        local = places - self.first
-        mine = (local >= 0) & (local < self.held)
-        return local.clamp(0, self.held - 1), weights * mine
+    def keep_own(self, places: Tensor, weights: Tensor, kernels: Kernels) -> None:
+        """Choices of experts that live elsewhere count nothing here. In place."""
+        if self.groups > 1 or self._copies is not None:
+            kernels.own(places, weights, self.first, self.held)
 
 
 @final
@@ -110,7 +107,8 @@ class Moe:
             return x, residual
         out = state.workspace.take("fed", (rows, x.shape[1]), x.dtype)
         ids, weights = self._kernels["route"].at(rows)(x, self._router, self._bias, self._rule)
-        ids, weights = self._places.own_choices(self._places.of(ids), weights)
+        ids = self._places.of(ids)
+        self._places.keep_own(ids, weights, self._kernels)
         run = self._kernels["experts"].at(rows)
         run(x, self._gate_up, self._down, ids, weights, state.workspace, out)
         shared = _always(x, self._shared_gate_up, self._shared_down, self._kernels, weights.dtype, state)
@@ -183,7 +181,8 @@ class Experts:
         rows = x.x.shape[0]
         if not rows:
             return x, residual
-        ids, weights = self._places.own_choices(x.places, x.weights)
+        ids, weights = x.places.clone(), x.weights.clone()
+        self._places.keep_own(ids, weights, self._kernels)
         out = state.workspace.take("fed", (rows, x.x.shape[1]), x.x.dtype)
         run = self._kernels["experts"].at(rows)
         run(x.x, self._gate_up, self._down, ids, weights, state.workspace, out)

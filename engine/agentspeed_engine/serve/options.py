@@ -71,7 +71,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     dp: int = 1
     """Schedulers with a pool of their own, for attention that is not cut. More than one is not supported yet."""
     ep: int | None = None
-    """Ranks that the experts are cut over. None: all, and nothing else is supported yet."""
+    """Groups of ranks that have routed experts of their own; the ranks of a group cut each of theirs by its width.
+    None: every rank is a group."""
     rank_seconds: float = 30.0
     """How long one rank waits for another, before the engine ends because of it."""
     depth: int | None = None
@@ -339,7 +340,7 @@ def _aside(call: Callable[[], T]) -> T:
 
 def _build_noop(options: EngineOptions, say: Callable[[str], None]) -> Built:
     size, step = noop_sizes(options.model)
-    check_ranks(options, [("vocabulary", size)])
+    check_ranks(options, lambda mesh: [("vocabulary", size, mesh.tp)])
     options = msgspec.structs.replace(options, dtype="float32", device="cpu")  # it has no weights to compute with
     pages, limit = sizes(options, _NOOP_CONTEXT, _NOOP_PAGE_BYTES, 0)
     core = _core(options, pages, limit, size, options.model)
@@ -367,6 +368,7 @@ def _build_ranks(
         threads=threads,
         host_slots=options.host_slots,
         tp=options.tp,
+        ep=options.ep,
         rank=0,
         seconds=options.rank_seconds,
     )

@@ -12,6 +12,7 @@ from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.exec.noop import NoopModel
 from agentspeed_engine.models.catalog import Dtype, load
 from agentspeed_engine.serve.noop_name import NOOP, noop_sizes
+from agentspeed_engine.spmd.experts import ExpertSpread
 from agentspeed_engine.spmd.placement import Mesh, Rank
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class RankOptions(msgspec.Struct, frozen=True, kw_only=True):
     threads: int | None
     host_slots: int
     tp: int
+    ep: int | None
     rank: int
     seconds: float
     """How long one rank waits for another."""
@@ -42,7 +44,7 @@ class RankOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def place(self) -> Rank:
-        return Mesh(tp=self.tp).rank(self.rank)
+        return Mesh(tp=self.tp, experts=ExpertSpread(groups=self.ep)).rank(self.rank)
 
 
 def opened_group(options: RankOptions, memory: int | None) -> Group:

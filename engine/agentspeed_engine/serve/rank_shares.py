@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, final
 
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.models.kv_layout import DTYPE_BYTES
 from agentspeed_engine.models.source import ModelInfo, read_source
+from agentspeed_engine.models.tensor_shapes import Cut
+from agentspeed_engine.spmd.experts import ExpertSpread
 from agentspeed_engine.spmd.placement import Mesh
 
 _MOST_RANKS = 64
@@ -44,17 +46,24 @@ class Shares:
     """For whoever starts the engine; empty for one rank."""
 
 
+def mesh_of(options: RankWishes) -> Mesh:
+    """The ranks, and the groups of them that have experts of their own."""
+    return Mesh(tp=options.tp, experts=ExpertSpread(groups=options.ep))
+
+
 def shares_of(options: RankWishes, info: ModelInfo) -> Shares:
     """`options` say device and dtype. Raises `EngineFault` (bad_options) for ranks that do not divide the model."""
     if options.tp == options.dp == 1 and options.ep in (None, 1):
         return Shares(bytes_per_page=info.bytes_per_page, parameters=info.parameters, said="")
     source = read_source(options.model)
-    check_ranks(options, [(name, extent) for name, extent, _ in source.family.cuts(source.config, Mesh(tp=2))])
+    if options.ep is not None and source.config.moe is None:
+        raise EngineFault("bad_options", f"ep is {options.ep}, and this model has no experts.", "Leave ep out.")
+    check_ranks(options, lambda mesh: source.family.cuts(source.config, mesh))
     # Imported late: it builds the model, without memory.
     from agentspeed_engine.models.planning import plan_model
 
     assert options.dtype != "auto"
-    planned = plan_model(source, Mesh(tp=options.tp), dtype=options.dtype, rows=1, page_tokens=options.page_tokens)
+    planned = plan_model(source, mesh_of(options), dtype=options.dtype, rows=1, page_tokens=options.page_tokens)
     here = 1 if options.device == "cuda" else options.tp
     parameters = planned.weight_bytes // DTYPE_BYTES[options.dtype]
     page = planned.cache_bytes_per_token * options.page_tokens
@@ -65,26 +74,32 @@ def shares_of(options: RankWishes, info: ModelInfo) -> Shares:
     )
 
 
-def check_ranks(options: RankWishes, cuts: Sequence[tuple[str, int]]) -> None:
-    """`cuts`: what is cut over tp, and its extent. Raises `EngineFault` (bad_options)."""
+def check_ranks(options: RankWishes, cuts: Callable[[Mesh], Sequence[Cut]]) -> None:
+    """`cuts`: what a mesh must divide. Raises `EngineFault` (bad_options)."""
     if options.dp > 1:
         raise EngineFault(
             "bad_options",
             f"dp is {options.dp}; an engine has one scheduler, and ranks with sessions of their own need one each.",
             "Give tp alone, or start several engines.",
         )
-    if options.ep not in (None, options.tp):
+    ep = options.ep or 1
+    if options.tp % ep:
+        fitting = [str(number) for number in range(1, options.tp + 1) if options.tp % number == 0]
         raise EngineFault(
             "bad_options",
-            f"ep is {options.ep} with tp {options.tp}; experts are spread over all tp ranks, and nothing else runs.",
-            f"Leave ep out, or give ep={options.tp}.",
+            f"ep is {ep}, and {options.tp} ranks (tp) do not make so many equal groups.",
+            f"Give ep as one of {', '.join(fitting)}, or leave it out: then every rank has experts of its own.",
         )
-    uneven = next(((name, extent) for name, extent in cuts if extent % options.tp), None)
+    uneven = next((cut for cut in cuts(mesh_of(options)) if cut[1] % cut[2]), None)
     if uneven is None:
         return
-    fitting = [str(tp) for tp in range(1, _MOST_RANKS + 1) if all(extent % tp == 0 for _, extent in cuts)]
+    fitting = [
+        str(tp)
+        for tp in range(ep, _MOST_RANKS + 1, ep)
+        if all(extent % ranks == 0 for _, extent, ranks in cuts(Mesh(tp=tp, experts=ExpertSpread(groups=options.ep))))
+    ]
     raise EngineFault(
         "bad_options",
-        f"tp is {options.tp}, which does not divide {uneven[0]} {uneven[1]}.",
-        f"This model can be cut over {', '.join(fitting)} ranks." if len(fitting) > 1 else "This model cannot be cut.",
+        f"tp is {options.tp}, and {uneven[0]} {uneven[1]} does not divide by {uneven[2]} ranks.",
+        f"This model can be cut over {', '.join(fitting)} ranks." if fitting else "Choose another ep.",
     )

@@ -101,6 +101,7 @@ _BYTES: Arguments = {
 _ROWS: Arguments = {
     "copy": (P, L, L, P, L, L, L, L, L),
     "add": (P, P, L),
+    "own": (P, P, L, L, L),
     "read": (P, L, P, N),
     "rms_norm": (P, L, P, F, P, L, L, L, N),
     "add_rms_norm": (P, P, P, F, P, L, L, N),

@@ -245,6 +245,10 @@ class NativeKernels:
         assert x.is_contiguous() and total.is_contiguous()
         call(self.functions, "add", (x, total), x.data_ptr(), total.data_ptr(), x.numel())
 
+    def own(self, ids: Tensor, weights: Tensor, first: int, held: int) -> None:
+        assert ids.is_contiguous() and weights.is_contiguous() and weights.dtype == torch.float32
+        call(self.functions, "own", (ids, weights), ids.data_ptr(), weights.data_ptr(), ids.numel(), first, held)
+
     def mla_rows(
         self, q: Tensor, pool: Tensor, tiles: TilePlan, scale: float, workspace: Workspace, out: Tensor
     ) -> None:

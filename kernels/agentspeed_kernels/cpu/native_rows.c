@@ -81,6 +81,16 @@ EXPORT void NAME(add)(const num *x, num *sum, long n) {
     for (; i < n; i++) sum[i] = round_one(read_one(sum[i]) + read_one(x[i]));
 }
 
+/* Of `count` choices of experts, those of [first, first + held) are renumbered from 0, and the others count nothing. */
+EXPORT void NAME(own)(int64_t *ids, float *weights, long count, long first, long held) {
+    for (long i = 0; i < count; i++) {
+        int64_t local = ids[i] - first;
+        int mine = local >= 0 && local < held;
+        ids[i] = mine ? local : 0;
+        if (!mine) weights[i] = 0;
+    }
+}
+
 EXPORT void NAME(rms_norm)(const num *x, long x_stride, const num *weight, float eps, num *out, long out_stride, long tokens,
                            long n, int threads) {
 #pragma omp parallel for num_threads(threads) if (tokens >= PARALLEL_ROWS && threads > 1)
