@@ -163,6 +163,8 @@ class EngineProcess:
                 self._recording = said["recording"]
                 self._status.close()
                 return
+            if "progress" in said:
+                _LOG.info("engine %d: %s", self._process.pid, said["progress"])
             if "code" in said:
                 refusal = public_error(said["code"], said["message"], said["remedy"])
         status = self._process.wait()

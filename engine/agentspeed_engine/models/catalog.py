@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -30,9 +31,11 @@ def load(
     rank: Rank = ONE,
     comm: Comm | None = None,
     recordable: bool = True,
+    progress: Callable[[float], None] | None = None,
 ) -> LoadedModel:
     """Weights and an empty pool of `pages` pages, in the memory of `device`; of one rank with the collectives `comm`,
-    where there are several. `weights`: None keeps them in `dtype`. Raises `EngineFault` for whatever the folder has
+    where there are several. `weights`: None keeps them in `dtype`. `progress` is told
+    what part of the files was read. Raises `EngineFault` for whatever the folder has
     wrong, and out_of_memory where a GPU has no room for them."""
     if pages < 1 or page_tokens < 1:
         raise EngineFault(
@@ -56,4 +59,5 @@ def load(
             rank=rank,
             comm=comm,
             recordable=recordable,
+            progress=progress,
         )

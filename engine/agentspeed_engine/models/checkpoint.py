@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, final
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.models.family import Family, ModelConfig
 from agentspeed_engine.models.quantization import FP8_BLOCK, PACKED, packed_refusal, torn_block
+from agentspeed_engine.models.shard_file import ShardFile
 from agentspeed_engine.models.shards import shard_paths
 from agentspeed_engine.models.tensor_shapes import Shape
 from agentspeed_engine.models.weights import Part
@@ -33,10 +34,18 @@ _OTHER_CONFIG = "The configuration belongs to another checkpoint; use the one th
 class Checkpoint:
     """The weights of one folder, a `WeightSource`. Tensors are read when asked for and given in the compute dtype."""
 
-    __slots__ = ("_drafts", "_dtype", "_family", "_files", "_folder", "_shapes")
+    __slots__ = ("_drafts", "_dtype", "_family", "_files", "_folder", "_progress", "_shapes", "_taken", "_total")
 
-    def __init__(self, folder: Path, family: Family[Any], config: ModelConfig, dtype: torch.dtype) -> None:
-        """Opens every shard and checks every name, shape and format. Raises `EngineFault`: bad_weights, or
+    def __init__(
+        self,
+        folder: Path,
+        family: Family[Any],
+        config: ModelConfig,
+        dtype: torch.dtype,
+        progress: Callable[[float], None] | None = None,
+    ) -> None:
+        """Opens every shard and checks every name, shape and format. `progress` is told what part of the bytes was
+        read. Raises `EngineFault`: bad_weights, or
         unsupported_model where the tensors are quantised in a way that is not implemented."""
         self._folder, self._family, self._dtype = folder, family, dtype
         self._shapes: dict[str, Shape] = dict(family.shapes(config))
@@ -45,12 +54,14 @@ class Checkpoint:
         self._check_names()
         for name, shape in self._shapes.items():
             self._check(name, shape)
+        self._progress, self._taken = progress, 0
+        self._total = sum(self._files[name].bytes(family.prefix + name) for name in self._shapes)
 
     def expect(self, parts: Mapping[str, Part]) -> None:
         """A piece of fp8 must be whole blocks, each of which has one scale."""
         for name, part in parts.items():
             extent = self._shapes[name][part.dim]
-            if part.count > 1 and extent // part.count % FP8_BLOCK and self._slice(name).get_dtype() == _FP8:
+            if part.count > 1 and extent // part.count % FP8_BLOCK and self._kind(name) == _FP8:
                 raise torn_block(self._family.prefix + name, extent, part.count)
 
     def tensor(self, name: str, dtype: torch.dtype | None = None, part: Part | None = None) -> Tensor:
@@ -61,27 +72,32 @@ class Checkpoint:
         return held.to(dtype or self._dtype).contiguous()
 
     def _read(self, name: str, part: Part | None) -> Tensor:
+        file, full = self._files[name], self._family.prefix + name
         try:
             if part is None or part.count == 1:
-                whole: Tensor = self._files[name].get_tensor(self._family.prefix + name)
-                return whole
-            held = self._slice(name)
-            size = held.get_shape()[part.dim] // part.count
+                self._tell(file.bytes(full))
+                return file.read(full)
+            self._tell(file.bytes(full) // part.count)
+            size = file.shape(full)[part.dim] // part.count
             mine = slice(part.index * size, (part.index + 1) * size)
-            # A view of the mapped file: copied, so that the rest of the tensor need not stay mapped behind it.
-            tensor: Tensor = (held[mine] if part.dim == 0 else held[:, mine]).clone(
-                memory_format=torch.contiguous_format
-            )
-        except (SafetensorError, OSError) as error:
+            if part.dim == 0:
+                return file.read(full, mine)
+            return file.read(full)[:, mine].clone(memory_format=torch.contiguous_format)
+        except OSError as error:
             raise EngineFault("bad_weights", f"{name} of {self._folder} cannot be read: {error}.", _DOWNLOAD) from error
-        return tensor
 
-    def _opened(self) -> dict[str, Any]:
+    def _tell(self, taken: int) -> None:
+        """What was read of what the model needs."""
+        self._taken += taken
+        if self._progress is not None and self._total:
+            self._progress(min(1.0, self._taken / self._total))
+
+    def _opened(self) -> dict[str, ShardFile]:
         """The shard of every tensor, by its name without the family's prefix; what is left unread is not in it."""
-        found: dict[str, Any] = {}
+        found: dict[str, ShardFile] = {}
         for path in shard_paths(self._folder):
             shard = _open(path)
-            for full in list(shard.keys()):
+            for full in shard.names:
                 if self._family.unread is not None and self._family.unread.search(full):
                     continue
                 name = full.removeprefix(self._family.prefix)
@@ -122,14 +138,16 @@ class Checkpoint:
         if name.endswith(_SCALE):
             return name.removesuffix(_SCALE) in self._shapes
         # No shared experts are written as matrices without rows.
-        return name == "lm_head.weight" or 0 in self._slice(name).get_shape()
+        return name == "lm_head.weight" or 0 in self._shape(name)
 
-    def _slice(self, name: str) -> Any:
-        return self._files[name].get_slice(self._family.prefix + name)
+    def _shape(self, name: str) -> Shape:
+        return self._files[name].shape(self._family.prefix + name)
+
+    def _kind(self, name: str) -> str:
+        return self._files[name].kind(self._family.prefix + name)
 
     def _check(self, name: str, wanted: Shape) -> None:
-        held = self._slice(name)
-        shape, kind = tuple(held.get_shape()), str(held.get_dtype())
+        shape, kind = self._shape(name), self._kind(name)
         full = self._family.prefix + name
         if kind not in (*_FLOATS, _FP8):
             raise EngineFault(
@@ -153,18 +171,17 @@ class Checkpoint:
         if scales not in self._files:
             raise EngineFault("bad_weights", f"{full} is fp8 but {full}{_SCALE} is missing.", _DOWNLOAD)
         blocks = tuple(-(-extent // FP8_BLOCK) for extent in shape)
-        held = self._slice(scales)
-        if len(shape) != 2 or tuple(held.get_shape()) != blocks:
+        if len(shape) != 2 or self._shape(scales) != blocks:
             raise EngineFault(
                 "unsupported_model",
-                f"{full}{_SCALE} has shape {tuple(held.get_shape())}, blocks of {FP8_BLOCK} × {FP8_BLOCK} of "
+                f"{full}{_SCALE} has shape {self._shape(scales)}, blocks of {FP8_BLOCK} × {FP8_BLOCK} of "
                 f"{shape} need {blocks}.",
                 f"Only matrices with a scale for each block of {FP8_BLOCK} × {FP8_BLOCK} are supported.",
             )
-        if held.get_dtype() not in _FLOATS:
+        if self._kind(scales) not in _FLOATS:
             raise EngineFault(
                 "unsupported_model",
-                f"{full}{_SCALE} is stored as {held.get_dtype()}.",
+                f"{full}{_SCALE} is stored as {self._kind(scales)}.",
                 f"Scales must be {', '.join(_FLOATS)}.",
             )
 
@@ -175,10 +192,10 @@ def _unblock(weight: Tensor, scales: Tensor) -> Tensor:
     return weight.float() * wide
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path) -> ShardFile:
     if not path.exists():
         raise EngineFault("bad_weights", f"{path} does not exist.", "Weights must be safetensors; download all shards.")
     try:
-        return safe_open(str(path), framework="pt")
+        return ShardFile(path)
     except (SafetensorError, OSError) as error:
         raise EngineFault("bad_weights", f"{path} is damaged or cut short: {error}.", _DOWNLOAD) from error

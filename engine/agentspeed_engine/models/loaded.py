@@ -38,12 +38,18 @@ if TYPE_CHECKING:
     from agentspeed_kernels.triton.backend import TritonAttention
 
 
-def weight_source(source: ModelSource, dtype: Dtype, device: torch.device | None = None) -> WeightSource:
-    """The files of a folder, checked, or chance, on a device (None: the CPU). Raises `EngineFault`."""
+def weight_source(
+    source: ModelSource,
+    dtype: Dtype,
+    device: torch.device | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> WeightSource:
+    """The files of a folder, checked, or chance, on a device (None: the CPU). `progress` is told what part of the files
+    was read. Raises `EngineFault`."""
     if source.random:
         shapes = dict(source.family.shapes(source.config))
         return RandomWeights(shapes, TORCH_DTYPES[dtype], device=str(device or "cpu"))
-    files = Checkpoint(source.path, source.family, source.config, TORCH_DTYPES[dtype])
+    files = Checkpoint(source.path, source.family, source.config, TORCH_DTYPES[dtype], progress)
     return files if device is None or device.type == "cpu" else OnDevice(files, device)
 
 
@@ -79,6 +85,7 @@ class LoadedModel:
         rank: Rank = ONE,
         comm: Comm | None = None,
         recordable: bool = True,
+        progress: Callable[[float], None] | None = None,
     ) -> None:
         """`info.kv` is that of the rank. `comm`: its collectives, where there are several; `recordable`: whether steps
         that have them may be repeated. Raises `EngineFault` for weights that have gone bad, bad_config for a mesh that
@@ -89,7 +96,7 @@ class LoadedModel:
         self.page_tokens = page_tokens
         self.device = torch.device(device)
         self.dtype: Dtype = dtype
-        held = weight_source(source, dtype, self.device)
+        held = weight_source(source, dtype, self.device, progress)
         self.pools = KvPools(info.kv, pages, page_tokens, self.device)
         sizes = {"page_tokens": page_tokens, **source.family.sizes(source.config, rank.mesh)}
         self._kernels = Kernels(

@@ -299,6 +299,7 @@ def build(options: EngineOptions, progress: Callable[[str], None] | None = None)
                 threads=options.threads,
                 device=device,
                 weights=weights,
+                progress=_tenths(say, folder.name),
             )
         )
     if unusable.result():
@@ -317,6 +318,19 @@ def build(options: EngineOptions, progress: Callable[[str], None] | None = None)
 
         executor = CudaExecutor(model, vocabulary, depth=core.depth)
     return Built(core, model, vocabulary, str(folder.resolve()), executor)
+
+
+def _tenths(say: Callable[[str], None], name: str) -> Callable[[float], None]:
+    """Says each tenth of a load once."""
+    said = 0
+
+    def told(part: float) -> None:
+        nonlocal said
+        if int(10 * part) > said:
+            said = int(10 * part)
+            say(f"loading {name}: {10 * said} %")
+
+    return told
 
 
 def _dtype(options: EngineOptions, platform: Platform) -> tuple[Dtype, str]:

@@ -1,0 +1,80 @@
+"""One safetensors file, whose tensors are read into memory of their own: nothing of the file stays mapped behind them.
+
+A mapped tensor costs its file's pages as long as it lives, beside the copy in the kernels' layout that is made of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import weakref
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from agentspeed_engine.models.tensor_shapes import Shape
+
+_KINDS: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+"""By the names of safetensors; tensors of other kinds are known by name alone."""
+
+
+@final
+class ShardFile:
+    """Open as long as it is held. Reading is thread-safe."""
+
+    __slots__ = ("__weakref__", "_data", "_file", "_tensors")
+
+    def __init__(self, path: Path) -> None:
+        """Raises `SafetensorError` or `OSError` for a file that is damaged, cut short or not there."""
+        with safe_open(str(path), framework="pt"):
+            pass  # the library checks the header against the file
+        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        _ = weakref.finalize(self, os.close, self._file)
+        size = int.from_bytes(os.pread(self._file, 8, 0), "little")
+        self._data = 8 + size
+        self._tensors: dict[str, Any] = json.loads(os.pread(self._file, size, 8))
+        _ = self._tensors.pop("__metadata__", None)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all tensors."""
+        return tuple(self._tensors)
+
+    def shape(self, name: str) -> Shape:
+        """Of one tensor."""
+        return tuple(self._tensors[name]["shape"])
+
+    def kind(self, name: str) -> str:
+        """How it is stored, by safetensors' name."""
+        return str(self._tensors[name]["dtype"])
+
+    def bytes(self, name: str) -> int:
+        """Of one tensor in the file."""
+        begin, end = self._tensors[name]["data_offsets"]
+        return int(end - begin)
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """The tensor, or so many of its first dim, contiguous. Raises `OSError` where the file ends before it does."""
+        shape, (begin, end) = self.shape(name), self._tensors[name]["data_offsets"]
+        if rows is not None:
+            row = (end - begin) // shape[0]
+            begin, end = begin + rows.start * row, begin + rows.stop * row
+            shape = (rows.stop - rows.start, *shape[1:])
+        held = torch.empty(end - begin, dtype=torch.uint8)
+        bytes_of: Any = held.numpy()
+        view, at = memoryview(bytes_of), 0
+        while at < len(view):
+            taken = os.preadv(self._file, [view[at:]], self._data + begin + at)
+            if not taken:
+                raise OSError("the file ends before the tensor does")
+            at += taken
+        return held.view(_KINDS[self.kind(name)]).view(shape)

@@ -1,0 +1,58 @@
+"""What a load leaves behind, and what it says on its way."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.models.catalog import load
+from agentspeed_engine.models.shard_file import ShardFile
+from tests.support.paged import CONFIG
+from tests.support.random_checkpoint import make_checkpoint
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(CONFIG, tmp_path_factory.mktemp("model"), dtype="float32")
+
+
+def test_progress_only_grows_and_ends_at_the_whole(folder: Path) -> None:
+    told: list[float] = []
+    _ = load(folder, pages=2, progress=told.append)
+    assert told == sorted(told) and told[0] < 0.5 and told[-1] == pytest.approx(1.0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_nothing_of_the_file_stays_mapped_behind_a_model(folder: Path) -> None:
+    """Else a machine needs room for the file beside the weights in the kernels' layout."""
+    model = load(folder, pages=2)
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+    del model
+
+
+def test_tensors_and_their_rows_are_those_of_the_library(folder: Path) -> None:
+    file, whole = ShardFile(folder / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert set(file.names) == set(whole)
+    for name, wanted in whole.items():
+        assert torch.equal(file.read(name), wanted)
+    name = "model.embed_tokens.weight"
+    assert torch.equal(file.read(name, slice(7, 30)), whole[name][7:30])
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_refused(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    _ = path.write_bytes((folder / "model.safetensors").read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+
+    def cut(_: float) -> None:
+        with path.open("r+b") as file:
+            _ = file.truncate(20_000)
+
+    with pytest.raises(EngineFault, match="cannot be read"):
+        _ = load(tmp_path, pages=2, progress=cut)
