@@ -48,20 +48,6 @@ async def test_children_are_closed_with_their_block_and_the_engine_holds_nothing
                 _ = await child.generate("x")
 
 
-async def test_a_fork_is_entered_once_and_closes_its_children_all_the_same(checkpoint: Path) -> None:
-    async with Engine(checkpoint) as engine, engine.session() as s:
-        forks = s.fork(2)
-        async with forks:
-            with pytest.raises(errors.SessionError, match="entered once") as refused:
-                async with forks:
-                    raise AssertionError("entered again")
-            assert refused.value.remedy and (await engine.stats()).counts["branches"] == 3
-        assert (await engine.stats()).counts["branches"] == 1
-        with pytest.raises(errors.SessionError, match="entered once"):
-            async with forks:
-                raise AssertionError("entered again")
-
-
 async def test_the_adopted_child_becomes_the_trunk(checkpoint: Path) -> None:
     async with Session(checkpoint) as s:
         _ = await s.generate("The context.", max_tokens=4)

@@ -6,7 +6,7 @@ import anyio
 import pytest
 
 from agentspeed import Session
-from agentspeed.errors import SessionClosed
+from agentspeed.errors import SessionClosed, SessionError
 from agentspeed.testing import ScriptedEngine, say
 
 pytestmark = pytest.mark.anyio
@@ -84,3 +84,17 @@ async def test_a_session_in_use_or_with_a_child_in_use_is_not_idle_however_long_
                 assert (await child.generate("Count")).text == "one two three"
             assert s.state == "open"
         assert engine.live_branches == 0
+
+
+async def test_a_fork_is_entered_once_and_closes_its_children_all_the_same() -> None:
+    async with ScriptedEngine([]) as engine, engine.session() as s:
+        forks = s.fork(2)
+        async with forks:
+            with pytest.raises(SessionError, match="entered once") as refused:
+                async with forks:
+                    raise AssertionError("entered again")
+            assert refused.value.remedy and engine.live_branches == 3
+        assert engine.live_branches == 1
+        with pytest.raises(SessionError, match="entered once"):
+            async with forks:
+                raise AssertionError("entered again")
