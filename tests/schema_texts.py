@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping
-from decimal import Decimal
+from decimal import Decimal, localcontext
 from functools import cache
 from typing import Any
 
@@ -64,7 +64,9 @@ def random_text(reader: LLMatcher, draw: random.Random, most: int = 20_000) -> s
 
 
 def is_instance(schema: Mapping[str, Any], text: str) -> bool:
-    """The judge's verdict, over exact decimals."""
+    """The judge's verdict, over exact decimals: of as many digits as a text has."""
     exact = json.loads(json.dumps(schema), parse_float=Decimal)
     judge: Any = validator_for(exact)
-    return bool(judge(exact).is_valid(json.loads(text, parse_float=Decimal)))
+    with localcontext() as context:
+        context.prec = 2 * len(text) + 100
+        return bool(judge(exact).is_valid(json.loads(text, parse_float=Decimal)))

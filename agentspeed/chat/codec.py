@@ -8,45 +8,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias, final
+from typing import Any, Literal, TypeAlias, final
 
-from agentspeed._base.validate import is_whole
-from agentspeed.chat.call_forms import call_format
-from agentspeed.chat.calls import DEFAULT_CALLS, numbered_id
-from agentspeed.chat.environment import ChatTemplate, read_json
-from agentspeed.chat.environment import load_template as load_template
-from agentspeed.chat.frames import ANSWER, USER, Frames
-from agentspeed.chat.opening import Opening
+from agentspeed.chat.calls import numbered_id
+from agentspeed.chat.environment import ChatTemplate
+from agentspeed.chat.frames import ANSWER, USER
 from agentspeed.chat.parser import CallReady, TurnParser
-from agentspeed.chat.proof import check_base, problem, trims, ways_of_calls
-from agentspeed.chat.skeleton import Part, Shape, Skeletons, TextMissing, arguments_skeleton
+from agentspeed.chat.skeleton import Part, Shape, arguments_skeleton
 from agentspeed.chat.tags import Tags
-from agentspeed.chat.tokenizer import TextTokenizer
-from agentspeed.errors import InvalidRequest, ModelBroken, TemplateUnstable
+from agentspeed.chat.template_reading import ChatModel, read, tags_of
+from agentspeed.errors import InvalidRequest
 from agentspeed.messages import Assistant, Message, System, ToolCall, ToolMessage, User, role_of
 
 History: TypeAlias = Literal["template", "keep"]
 """What becomes of earlier reasoning: what the template does with it, or it stays."""
-_SWITCHES: Final = ("enable_thinking", "thinking")
-"""Variables by which published templates turn reasoning on and off."""
-_VARIABLES: Final = {"tools_in_user_message": False}
-"""Given to every template: tools stand above the conversation, where no message of it has to be known."""
-_PAIRS: Final = (("<think>", "</think>"), ("◁think▷", "◁/think▷"), ("[THINK]", "[/THINK]"))
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class _Model:
-    """What all codecs of one folder share."""
-
-    tokenizer: TextTokenizer
-    template: ChatTemplate
-    end_ids: frozenset[int]
-    """The model's own end-of-sequence ids."""
-    views: dict[tuple[object, ...], ChatCodec]
 
 
 @final
@@ -67,8 +44,8 @@ class ChatCodec:
 
         `reasoning`: turns it on or off where the template can; None leaves the template its own choice. `variables` are
         given to the template. `system` and `tools`: whether the session has them."""
-        model = _Model(TextTokenizer(folder), load_template(folder), frozenset(_end_ids(folder)), {})
-        self._set(model, reasoning, history, variables or {}, system, tools)
+        model = ChatModel.of(folder)
+        self._set(model, {}, reasoning, history, variables or {}, system, tools)
 
     def view(
         self,
@@ -82,53 +59,39 @@ class ChatCodec:
         """The codec of another kind of session of the same model, made once. Raises as the constructor does, and
         `InvalidRequest` for variables that are no JSON."""
         given = dict(variables or {})
+        if taken := sorted(ChatTemplate.RESERVED & given.keys()):
+            raise InvalidRequest(
+                f"A template's variables cannot be called {', '.join(taken)}.",
+                remedy="These names are what every template is given: messages, tools, the vocabulary's own tokens.",
+            )
         try:
             written = json.dumps(given, sort_keys=True)
         except (TypeError, ValueError, RecursionError) as error:
             raise InvalidRequest(f"A template's variables must be values of JSON: {error}.") from error
         key = (reasoning, history, written, system, tools)
-        if key not in self._model.views:
+        if key not in self._views:
             made = object.__new__(ChatCodec)
-            made._set(self._model, reasoning, history, given, system, tools)
-            self._model.views[key] = made
-        return self._model.views[key]
+            made._set(self._model, self._views, reasoning, history, given, system, tools)
+            self._views[key] = made
+        return self._views[key]
 
     def _set(
         self,
-        model: _Model,
+        model: ChatModel,
+        views: dict[tuple[object, ...], ChatCodec],
         reasoning: bool | None,
         history: History,
         variables: Mapping[str, Any],
         system: bool,
         tools: bool,
     ) -> None:
-        self._model, self.history = model, history
-        self._calls = False
+        self._model, self._views, self.history = model, views, history
         self.tokenizer = model.tokenizer
-        self._variables = {**_VARIABLES, **variables}
-        self.switch = self._switch()
-        if reasoning is not None and self.switch is not None and self.switch not in variables:
-            self._variables[self.switch] = reasoning
-        self._opening = Opening(model.template, self.tokenizer, self._variables, tells=self._writes_calls())
-        if tools and not self._opening.shows_tools():
-            if not self._opening.tells:
-                _ = self._opening.shape()  # raises what is missing
-            system, tools_shown = True, False
-        else:
-            tools_shown = tools
-        think = next((pair for pair in _PAIRS if pair[0] in model.template.source), _PAIRS[0])
-        self._thinks = think[0] in model.template.source or think[1] in model.template.source
-        self._frames = self._framed(think[1], system, tools_shown)
-        check_base(self._frames, think)
-        derived = call_format(self._frames, lambda text: text) if self._calls else None
-        self._calls = derived is not None
-        self._format = derived or DEFAULT_CALLS
-        self._frames.trims.update(trims(self._frames, self._format if self._calls else None))
-        self._prove(tools)
-        self.tags = self._base_tags(think, tools)
-        self.tags = self._tags_of([USER])
+        reading = read(model, reasoning, variables, system, tools)
+        self._reading, self._frames, self._opening = reading, reading.frames, reading.opening
+        self._calls, self._format, self._thinks = reading.calls, reading.form, reading.thinks
+        self.tags, self.stop_ids, self.switch = reading.tags, reading.stop_ids, reading.switch
         self.generation_ids = tuple(self._frames.text_ids(self._frames.prompt([USER])))
-        self.stop_ids = self._stop_ids(tools)
 
     # ---- pieces ---------------------------------------------------------------------------------------------------
     def opening(self, system: str | None, tools: list[dict[str, Any]]) -> list[int]:
@@ -246,7 +209,7 @@ class ChatCodec:
     @property
     def variables(self) -> Mapping[str, Any]:
         """What the template is given beside messages and tools."""
-        return self._variables
+        return self._reading.variables
 
     @property
     def thinks(self) -> bool:
@@ -275,6 +238,16 @@ class ChatCodec:
     def empty(self) -> str | None:
         """What the template takes for the text of a message that has only calls."""
         return "" if self._frames.skeletons.empty == "text" else None
+
+    def tags_after(self, history: Sequence[Message]) -> Tags:
+        """The marks of an answer to `history`: a prompt may open the reasoning, or not."""
+        shapes = self.shapes(history)
+        while shapes and shapes[-1].role == "assistant":
+            _ = shapes.pop()  # an answer that goes on, or follows another
+        try:
+            return tags_of(self._frames, self.tags, shapes or [USER])
+        except ValueError:
+            return self.tags  # it will be refused when it is asked
 
     # ---- shapes and contents --------------------------------------------------------------------------------------
     def shapes(self, messages: Sequence[Message]) -> list[Shape]:
@@ -388,174 +361,3 @@ class ChatCodec:
             f"This model's template has no {role} messages here: {error}.",
             remedy="Say it in a user message, or use a template that has them.",
         )
-
-    # ---- deriving -------------------------------------------------------------------------------------------------
-    def _switch(self) -> str | None:
-        """The template's variable for reasoning, if it has one."""
-        question = [{"role": "user", "content": "a"}]
-        for name in _SWITCHES:
-            if name not in self._model.template.source:
-                continue
-            try:
-                on, off = (
-                    self._model.template(question, generate=True, variables={**self._variables, name: value})
-                    for value in (True, False)
-                )
-            except ValueError:
-                continue
-            if on != off:
-                return name
-        return None
-
-    def _writes_calls(self) -> bool:
-        def render(messages: list[dict[str, Any]], tools: bool, generate: bool) -> str:
-            return self._model.template(messages, generate=generate, variables=self._variables)
-
-        return (
-            ways_of_calls(lambda empty, text: Skeletons(render, system=False, tools=False, empty=empty, as_text=text))
-            is not None
-        )
-
-    def _render(self, messages: list[dict[str, Any]], tools: bool, generate: bool) -> str:
-        given = self._opening.probes() if tools else None
-        return self._model.template(messages, tools=given, generate=generate, variables=self._variables)
-
-    def _prove(self, tools: bool) -> None:
-        """Raises `TemplateUnstable` where slots do not tell what the template writes. Calls are proven where some may
-        come."""
-        told = problem(self._frames, None, reasoning=False)
-        if told is not None:
-            raise TemplateUnstable(
-                f"The template cannot be appended to: {told}.", remedy="Use a template that only frames what is said."
-            )
-        told = problem(self._frames, self._format, reasoning=False) if tools and self._calls else None
-        if told is not None:
-            raise InvalidRequest(
-                f"This model's template cannot hold calls and their results: {told}.",
-                remedy="Open the session without tools, or use a template that only frames what is said.",
-            )
-
-    def _framed(self, think_close: str, system: bool, tools: bool) -> Frames:
-        """Frames under the way of giving calls that the template understands."""
-        found = ways_of_calls(
-            lambda empty, as_text: Skeletons(self._render, system=system, tools=tools, empty=empty, as_text=as_text)
-        )
-        self._calls = found is not None
-        skeletons = found or Skeletons(self._render, system=system, tools=tools)
-        try:
-            return Frames(skeletons, self.tokenizer, think_close)
-        except TextMissing as error:
-            raise TemplateUnstable(
-                f"The template leaves out what is said: {error}.", remedy="Use a template that writes every message."
-            ) from error
-        except TemplateUnstable:
-            raise
-        except ValueError as error:
-            raise self._unusable(error, system, tools) from error
-
-    def _unusable(self, error: ValueError, system: bool, tools: bool) -> Exception:
-        """Why a template cannot write the simplest conversations."""
-        try:
-            _ = self._model.template([{"role": "user", "content": "a"}], variables=self._variables)
-        except ValueError:
-            return ModelBroken(
-                f"The chat template cannot write a single user message: {error}.",
-                remedy="Correct it; it is the folder's chat_template.jinja, or in tokenizer_config.json.",
-            )
-        if system or tools:
-            return InvalidRequest(f"This model's template refuses a system message or tools: {error}.")
-        return TemplateUnstable(
-            f"The chat template refuses a message (assistant after user): {error}.",
-            remedy="A session appends any message to any other; use a template that writes them all.",
-        )
-
-    def tags_after(self, history: Sequence[Message]) -> Tags:
-        """The marks of an answer to `history`: a prompt may open the reasoning, or not."""
-        shapes = self.shapes(history)
-        while shapes and shapes[-1].role == "assistant":
-            _ = shapes.pop()  # an answer that goes on, or follows another
-        try:
-            return self._tags_of(shapes or [USER])
-        except ValueError:
-            return self.tags  # it will be refused when it is asked
-
-    def _tags_of(self, shapes: Sequence[Shape]) -> Tags:
-        opened, closed = self.tags.think_open, self.tags.think_close
-        prompt = self._frames.prompt(shapes)
-        answer = self._frames.before(shapes, ANSWER).removeprefix(self._frames.closing(shapes))
-        lead = answer.removeprefix(prompt) if answer.startswith(prompt) else ""
-        bare = lead.rpartition(closed)[2]
-        return replace(
-            self.tags,
-            lead=bare if bare.isspace() else "",
-            thinking=prompt.rstrip().endswith(opened),
-            thinks=opened in lead,
-        )
-
-    def _base_tags(self, think: tuple[str, str], tools: bool) -> Tags:
-        """Without what depends on the prompt."""
-        opened, closed = think
-        form = self._format
-        tail = self._frames.closing([USER, ANSWER])
-        follows = tools and self._calls and tail and form.opening.startswith(tail)
-        # Only where something else can end the turn.
-        ends = self._model.end_ids - set(self._frames.text_ids(tail)[:1])
-        text_end = tail if follows and ends else ""
-        texts = [form.opening, form.name_end, form.call_close, form.joint, form.section_close, opened, closed, text_end]
-        if form.keys is not None:
-            texts += [form.keys.key_open, form.keys.text_open, form.keys.json_open, form.keys.value_close]
-        ids = {
-            text[start:end]: number for text in texts for start, end, number in self.tokenizer.read_template(text)[1]
-        }
-        return Tags(
-            calls=form, think_open=opened, think_close=closed, roomy=self._is_roomy(closed), text_end=text_end, ids=ids
-        )
-
-    def _is_roomy(self, closed: str) -> bool:
-        """Whether ends of lines stand around reasoning: always where the template hides how it is written."""
-        try:
-            region = self._frames.skeletons.script([USER, Shape("assistant", reasoning=True)]).regions[1]
-        except ValueError:
-            return True
-        text = "".join("\0" if part.slot else part.text for part in region)
-        return "\0" not in text[:-1] or f"\0\n{closed}" in text or f"{closed}\n" in text
-
-    def _stop_ids(self, tools: bool) -> tuple[int, ...]:
-        """Ids that end a turn: the end of an assistant message, and the model's own end-of-sequence ids."""
-        stops = set(self._model.end_ids)
-        closing = self.closing()
-        if not self.tags.text_end:
-            stops.update(closing[:1])
-        elif stops >= set(closing[:1]):
-            stops -= set(closing[:1])
-        if not closing:  # the family's messages end where the next one begins
-            for shapes, following in self._followers():
-                try:
-                    stops.update(self._frames.text_ids(self._frames.before(shapes, following))[:1])
-                except ValueError:
-                    continue
-        return tuple(sorted(stops))
-
-    def _followers(self) -> list[tuple[list[Shape], Shape]]:
-        pairs = [([USER, ANSWER], USER)]
-        if self._calls:
-            calls = ("" if self._frames.skeletons.as_text else arguments_skeleton({"k": "v"})[0],)
-            pairs.append(([USER, Shape("assistant", False, False, calls, 1)], Shape("tool")))
-        return pairs
-
-
-def _end_ids(folder: Path) -> set[int]:
-    """The end-of-sequence ids that the folder's configuration names."""
-    ends: set[int] = set()
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        if path.is_file():
-            eos = read_json(path).get("eos_token_id")
-            numbers = eos if isinstance(eos, list) else [] if eos is None else [eos]
-            if not all(is_whole(number) and number >= 0 for number in numbers):
-                raise ModelBroken(
-                    f"{path} says eos_token_id is {eos!r}; it must be the number of a token, or several.",
-                    remedy="Correct it; tokenizer.json has the numbers of its tokens.",
-                )
-            ends.update(numbers)
-    return ends

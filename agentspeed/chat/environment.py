@@ -11,7 +11,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final, Protocol, final
+from typing import Any, ClassVar, Final, Protocol, final
 
 from agentspeed.errors import ExtraMissing, ModelBroken
 
@@ -33,6 +33,11 @@ class Render(Protocol):
 @dataclass(frozen=True, slots=True)
 class ChatTemplate:
     """The template of one folder, or its several: the one called `tool_use` is run when there are tools."""
+
+    RESERVED: ClassVar[frozenset[str]] = frozenset(
+        {"messages", "tools", "add_generation_prompt", "strftime_now", *_CONSTANTS}
+    )
+    """Names of what every template is given."""
 
     plain: Any
     with_tools: Any

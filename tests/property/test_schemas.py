@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -74,6 +75,16 @@ _GROUPS = (
 SCHEMAS = st.recursive(st.one_of(st.builds(dict), st.builds(lambda v: {"const": v}, VALUES)), extended, max_leaves=10)
 
 
+def without_lone_conditions(schema: Any) -> Any:
+    """An `if` without `then` and `else` decides nothing, and may refer to its own schema, without end."""
+    if isinstance(schema, list):
+        return [without_lone_conditions(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    lone = "then" not in schema and "else" not in schema and '"$ref": "#"' in json.dumps(schema.get("if"))
+    return {key: without_lone_conditions(value) for key, value in schema.items() if not (lone and key == "if")}
+
+
 def check(schema: Any, seed: int) -> None:
     root = {"$defs": {"one": {"type": "integer", "maximum": 5}, "a/b c": {"type": ["string", "null"]}}}
     root = {**root, **schema} if isinstance(schema, dict) else {**root, "allOf": [schema]}
@@ -83,9 +94,10 @@ def check(schema: Any, seed: int) -> None:
         assert refused.remedy
         event("refused")
         return
+    judged = without_lone_conditions(root)
     for turn in range(3):
         text = written(root, seed + turn, SMALL)
-        assert is_instance(root, text), (root, text)
+        assert is_instance(judged, text), (root, text)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))

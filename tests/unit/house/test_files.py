@@ -9,7 +9,6 @@ ROOT = Path(__file__).resolve().parents[3]
 PACKAGES = ("agentspeed", "engine/agentspeed_engine", "kernels/agentspeed_kernels")
 MOST_LINES = 500
 LONGER = {
-    "agentspeed/chat/codec.py": "to be parted into what reads a template and what writes ids",
     "tests/simulation/world.py": "one run is one object: each of its parts changes the same clock, heap and agents",
 }
 

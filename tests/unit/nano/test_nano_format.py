@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 HOME = Path(__file__).resolve().parents[3]
-from agentspeed.chat.codec import ChatCodec, load_template  # noqa: E402
+from agentspeed.chat.codec import ChatCodec  # noqa: E402
+from agentspeed.chat.environment import load_template  # noqa: E402
 from tools.nano.format import CHAT_TEMPLATE, SPECIALS, render  # noqa: E402
 from tools.nano.tasks import training_task  # noqa: E402
 

@@ -76,6 +76,9 @@ async def test_template_variables_reach_the_template_and_no_other_value_does(qwe
         with pytest.raises(errors.InvalidRequest, match="values of JSON"):
             async with engine.session(template_variables={"enable_thinking": object()}) as s:
                 pass
+        with pytest.raises(errors.InvalidRequest, match="cannot be called bos_token, messages"):
+            async with engine.session(template_variables={"messages": [], "bos_token": ""}) as s:
+                pass
 
 
 async def test_a_choice_that_is_none_is_refused_where_it_is_made(qwen: Path) -> None:

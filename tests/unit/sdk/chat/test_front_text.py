@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from agentspeed import Assistant, ToolMessage, User, errors
 from agentspeed.chat import transcript
-from agentspeed.chat.codec import ChatCodec, load_template
+from agentspeed.chat.codec import ChatCodec
+from agentspeed.chat.environment import load_template
 from agentspeed.chat.stop_filter import StopFilter
 from agentspeed.chat.token_log import TokenLog
 from agentspeed.engine import NANO

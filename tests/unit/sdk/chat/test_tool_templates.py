@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from agentspeed import errors
-from agentspeed.chat.codec import ChatCodec, load_template
+from agentspeed.chat.codec import ChatCodec
+from agentspeed.chat.environment import load_template
 from agentspeed.engine import NANO
 
 MESSAGES = (
@@ -120,3 +121,12 @@ def test_loops_that_break_off_are_understood(checkpoint: Path, tmp_path: Path) -
     template = listing("{{ tool.name }}{% if loop.index == 2 %}{% break %}{% endif %}\n")
     made = codec(checkpoint, tmp_path, template)
     assert "subtract" in made.tokenizer.text(made.opening(None, [*TOOLS, {**TOOLS[0], "name": "third"}]))
+
+
+def test_a_template_that_refuses_the_prompt_once_there_are_tools_is_refused_in_its_own_words(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    refuses = "{% if tools and add_generation_prompt %}{{ raise_exception('no prompt') }}{% endif %}"
+    made = codec(checkpoint, tmp_path, refuses + listing(WRAPPED["by key"]))
+    with pytest.raises(errors.TemplateUnstable, match="with tools writes: no prompt"):
+        _ = made.view(reasoning=None, history="template", variables={}, system=False, tools=True)

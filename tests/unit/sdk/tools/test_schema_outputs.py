@@ -101,6 +101,14 @@ def test_what_no_grammar_holds_is_checked_afterwards_where_that_is_asked_for() -
     assert Schema.json({"type": "integer"}, check_after=True).unchecked == ()
 
 
+def test_a_check_that_would_never_end_says_so() -> None:
+    """An `if` alone decides nothing, so the grammar does not read it; the check does."""
+    spec = Schema.json({**NAMES, "if": {"$ref": "#"}}, check_after=True)
+    for _ in range(2):
+        with pytest.raises(OutputError, match="refers to itself and to nothing else"):
+            _ = spec.decode('["a","b"]')
+
+
 @pytest.mark.anyio
 async def test_a_run_asks_again_for_a_text_that_the_check_refuses() -> None:
     async with ScriptedEngine(['["a","a"]', '["a","b"]']) as engine, engine.session() as s:
