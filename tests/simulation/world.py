@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import replace
 from heapq import heapify, heappop, heappush
-from typing import final
+from typing import Any, final
 
 import msgspec
 
@@ -34,6 +34,7 @@ from tests.simulation.faults import Faults
 from tests.simulation.front import Alone, Answer, Ask, Died, Ends, Handle, Join, Sleep, Start, Tool
 from tests.simulation.marks import Event, Glance, marks_of
 from tests.simulation.outcome import Outcome
+from tests.simulation.placed_cores import PlacedCores
 from tests.simulation.workload import VOCABULARY, Workload
 
 _LAST = 25
@@ -54,10 +55,12 @@ class Simulation:
         *,
         sight: Sight = Sight.LEDGER,
         recorded: Callable[[Core], RecordedCore] | None = None,
+        ranks: int = 1,
     ) -> None:
-        """`recorded`: what notes the inputs of each core that is started, one after every death of the engine."""
+        """`recorded`: what notes the inputs of each core that is started, one after every death of the engine. `ranks`:
+        dp ranks, each with a core and a pool of the workload's size."""
         self.workload = workload
-        self._recorded = recorded
+        self._recorded, self._ranks = recorded, ranks
         self.seed = seed
         self.clock = VirtualClock()
         self.faults = Faults.of(workload, seed)
@@ -181,23 +184,30 @@ class Simulation:
     # ---- the engine -----------------------------------------------------------------------------------------------
     def _boot(self) -> None:
         config = self.workload.engine.config()
-        self.core = Core(config)
-        self._driven: Core | RecordedCore = self.core if self._recorded is None else self._recorded(self.core)
-        self._device = Device(config.pages, config.host_slots, config.page_tokens, VOCABULARY, self._within)
+        self.core: Any = Core(config) if self._ranks == 1 else PlacedCores(config, self._ranks)
+        self._driven = self.core if self._recorded is None else self._recorded(self.core)
+        pages, slots = config.pages * self._ranks, config.host_slots * self._ranks
+        self._device = Device(pages, slots, config.page_tokens, VOCABULARY, self._within)
         self._device_free_at = self._copier_free_at = self.clock.now()
         self._progress = -math.inf
 
     def _call(self, call: str, what: str, action: Callable[[], Out], branch: int = 0) -> None:
         """One call of the core, looked at from both sides."""
-        before = Glance.at(self.core)
+        before = self._glance()
         out = action()
         said = tuple(message for to, message in out if to not in self._gone)
-        event = Event(self.clock.now(), call, what, branch, before, Glance.at(self.core), said)
+        event = Event(self.clock.now(), call, what, branch, before, self._glance(), said)
         self._events += 1
         self._record(event)
         for message in said:
             self._hear(message)
-        self.checkers.after(self.core, event)
+        if isinstance(self.core, PlacedCores):
+            self.core.check()
+        else:
+            self.checkers.after(self.core, event)
+
+    def _glance(self) -> Glance:
+        return self.core.glance() if isinstance(self.core, PlacedCores) else Glance.at(self.core)
 
     def _record(self, event: Event) -> None:
         line = str(event)
@@ -286,10 +296,10 @@ class Simulation:
         """The engine is gone with all it held. Another one starts; fronts open their sessions again when they need
         them, with the ids they mirrored."""
         self._life += 1
-        before = Glance.at(self.core)
+        before = self._glance()
         self._boot()
         self.checkers.forget()
-        self._record(Event(self.clock.now(), "reopen", why, 0, before, Glance.at(self.core)))
+        self._record(Event(self.clock.now(), "reopen", why, 0, before, self._glance()))
         for handle in self._handles.values():
             handle.number, handle.running = None, False
         self._handles.clear()
@@ -512,7 +522,10 @@ class Simulation:
             self._client_gone(link)
         self.faults.sources.clear()
         self._live()
-        left = self.checkers.leaked_pages = checkers.pages_nobody_can_have(self.core, self.clock.now())
+        cores = self.core.cores if isinstance(self.core, PlacedCores) else [self.core]
+        left = sum(checkers.pages_nobody_can_have(core, self.clock.now()) for core in cores)
+        self.checkers.leaked_pages = left
         if left:
             raise Violation(f"leak: {left} pages cannot be had by anybody after all sessions closed")
-        checkers.nothing_is_left(self.core, self.clock.now())
+        for core in cores:
+            checkers.nothing_is_left(core, self.clock.now())

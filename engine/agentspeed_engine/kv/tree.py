@@ -19,7 +19,7 @@ RootKey: TypeAlias = tuple[str, str, str]
 """(model, adapter, tenant salt): rows are never shared across different ones. The salt is the tenant's name, NUL, and
 for a private session its number; a name has no NUL (`sched.commands`)."""
 
-_ID_BYTES = 4
+ID_BYTES = 4
 _SEED_SEARCH = 64
 """Children looked at for a partly matching page; a lookup must not grow with the number of sessions."""
 
@@ -74,11 +74,11 @@ class Node:
 
     @property
     def tokens(self) -> int:
-        return len(self.ids) // _ID_BYTES
+        return len(self.ids) // ID_BYTES
 
     @property
     def end(self) -> int:
-        return self.start + len(self.ids) // _ID_BYTES
+        return self.start + len(self.ids) // ID_BYTES
 
     @property
     def readable(self) -> bool:
@@ -148,7 +148,7 @@ class Tree:
         self.reshaped: set[BranchId] = set()
         """Pinning branches of which a node was split or merged since `KvCache` last read their paths."""
         self._next = 0
-        self._page_bytes = page_tokens * _ID_BYTES
+        self._page_bytes = page_tokens * ID_BYTES
 
     # ---- lookup ---------------------------------------------------------------------------------------------------
     def root(self, key: RootKey) -> Node:
@@ -422,13 +422,13 @@ def _below(node: Node) -> Iterator[Node]:
 
 
 def _common_ids(left: bytes, right: bytes) -> int:
-    length = min(len(left), len(right)) // _ID_BYTES
-    if left[: length * _ID_BYTES] == right[: length * _ID_BYTES]:
+    length = min(len(left), len(right)) // ID_BYTES
+    if left[: length * ID_BYTES] == right[: length * ID_BYTES]:
         return length
     low, high = 0, length - 1
     while low < high:
         middle = (low + high + 1) // 2
-        if left[: middle * _ID_BYTES] == right[: middle * _ID_BYTES]:
+        if left[: middle * ID_BYTES] == right[: middle * ID_BYTES]:
             low = middle
         else:
             high = middle - 1
