@@ -18,6 +18,7 @@ from langchain_core.messages.tool import tool_call, tool_call_chunk
 from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
+from langchain_core.runnables.config import ensure_config
 from langchain_core.tools import BaseTool
 from langchain_core.utils import secret_from_env
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
@@ -415,7 +416,8 @@ def _openai(message: BaseMessage) -> dict[str, Any]:
 
 
 def _hint(run_manager: Any) -> str | None:
-    """The graph's thread, if there is one: it decides nothing but whether a session may go back."""
-    metadata = getattr(run_manager, "metadata", None) or {}
+    """The graph's thread, if there is one: it decides nothing but whether a session may go back. Where LangChain
+    streams on somebody's behalf it gives no run manager; the configuration of the node that runs says the same."""
+    metadata = getattr(run_manager, "metadata", None) or ensure_config().get("metadata") or {}
     thread = metadata.get("thread_id")
     return None if thread is None else hint_of(str(thread), str(metadata.get("langgraph_checkpoint_ns", "")))

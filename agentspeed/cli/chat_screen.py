@@ -36,6 +36,9 @@ class Screen:
                 self._within_line = not text.endswith("\n")
             case events.ToolStarted(call=call):
                 self.line(f"[{shortened(f'{call.name} {call.arguments}')}]", "cyan")
+            case events.ToolProgress(call=call, done=done, total=total, message=message):
+                far = f"{done:g}" if total is None else f"{done:g} of {total:g}"
+                self.line(f"[{shortened(f'{call.name}: {message} {far}')}]", "cyan")
             case events.ToolFinished(content=content):
                 self.line(f"[= {shortened(content)}]", "cyan")
             case _:

@@ -117,6 +117,32 @@ def test_a_graph_started_again_from_disk_goes_on_with_the_very_ids(tmp_path: Pat
 
 
 @pytest.mark.asyncio
+async def test_a_graph_that_is_streamed_keeps_its_sessions_as_one_that_is_not() -> None:
+    async with ScriptedEngine(_script) as scripted:
+        model = ChatAgentSpeed(engine=scripted.engine)
+        async with AgentSpeedSaver(":memory:", models=[model]) as saver:
+            graph = _graph(model, saver)
+            async for _ in graph.astream(_asked("What is 17 plus 25?"), _config(), stream_mode="messages"):
+                pass
+            assert len(_ids(saver)) == 1
+            await saver.adelete_thread("t")
+            assert scripted.live_branches == 0
+        await model.aclose()
+
+
+def test_so_does_one_that_is_streamed_without_an_event_loop() -> None:
+    with _engine() as scripted:
+        model = ChatAgentSpeed(engine=scripted.engine)
+        with AgentSpeedSaver(":memory:", models=[model]) as saver:
+            for _ in _graph(model, saver).stream(_asked("Are you there?"), _config(), stream_mode="messages"):
+                pass
+            assert len(_ids(saver)) == 1
+            saver.delete_thread("t")
+            assert scripted.live_branches == 0
+        model.close()
+
+
+@pytest.mark.asyncio
 async def test_the_same_holds_for_asynchronous_graphs(tmp_path: Path) -> None:
     async with ScriptedEngine(_script) as scripted:
         model = ChatAgentSpeed(engine=scripted.engine)

@@ -37,7 +37,7 @@ sys.exit(0 if done else 2)
 TOOLS = '''
 """Tools of a test."""
 import anyio
-from agentspeed import tool
+from agentspeed import ToolContext, tool
 
 
 @tool
@@ -54,8 +54,9 @@ async def wait(seconds: float) -> str:
 
 
 @tool
-def read(lines: int) -> str:
+def read(lines: int, context: ToolContext[None]) -> str:
     """Read a file."""
+    context.report(lines, lines, "lines read:")
     return "\\n".join(f"line {number} of the file" for number in range(lines))
 
 
@@ -166,6 +167,7 @@ def test_tools_of_a_python_file_run_and_are_shown(tools: Path) -> None:
 def test_a_long_result_is_shown_by_its_beginning_and_is_whole_for_the_model(tools: Path) -> None:
     script = "lambda turn: 'I read line 199.' if 'line 199 of' in turn.log else tool_call('read', lines=200)"
     shown = piped(scripted(script, tools), "Read.\n")
+    assert "[read: lines read: 200 of 200]" in shown
     assert "[= line 0 of the file\nline 1 of the file\n" in shown
     assert "line 9 of" not in shown
     assert re.search(r"\.\.\. \d+ characters more", shown)
