@@ -10,7 +10,7 @@ from typing import final
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.models.boundaries import outline
 from agentspeed_engine.models.kv_layout import DTYPE_BYTES
-from agentspeed_engine.models.mesh import check_mesh
+from agentspeed_engine.models.mesh_fit import check_mesh
 from agentspeed_engine.models.pieces import part_of
 from agentspeed_engine.models.source import Dtype, ModelSource
 from agentspeed_engine.spmd.experts import Exchange, ExpertSpread

@@ -14,7 +14,7 @@ from torch import Tensor
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.models.kv_layout import DTYPE_BYTES
 from agentspeed_engine.models.kv_pools import TORCH_DTYPES, KvPools
-from agentspeed_engine.models.mesh import check_mesh
+from agentspeed_engine.models.mesh_fit import check_mesh
 from agentspeed_engine.models.source import Dtype, ModelSource
 from agentspeed_engine.models.state import StepState
 from agentspeed_engine.models.weights import MetaWeights
