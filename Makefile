@@ -43,8 +43,18 @@ check: $(STAMP)
 	@.venv-langchain/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt --group conformance-langchain
 	@touch $@
 
-conformance: .venv-langchain/.installed
+.venv-server/.installed: $(STAMP)
+	@echo "Setting up .venv-server (once) ..."
+	@test -x .venv-server/bin/python || $(PYTHON) -m venv .venv-server
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> $$(.venv-server/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages_of_venv.pth
+	@.venv-server/bin/python -m pip install -q --disable-pip-version-check -U 'pip>=25.1'
+	@.venv-server/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt --group conformance-server
+	@touch $@
+
+conformance: .venv-langchain/.installed .venv-server/.installed
 	.venv-langchain/bin/python -m pytest -q -W ignore tests/adapters
+	.venv-server/bin/python -m pytest -q -W ignore tests/adapters/test_openapi_conformance.py
 
 bench: $(STAMP)
 	@for run in $(BENCHES); do name=$${run%% *}; echo "== bench/$$name.py$${run#$$name}"; \
@@ -65,4 +75,4 @@ simulate: $(STAMP)
 	PYTHONPATH=engine:kernels $(BIN)/python -m tests.simulation --seeds 25 --marks
 
 clean:
-	rm -rf $(VENV) .venv-langchain .checkpoints
+	rm -rf $(VENV) .venv-langchain .venv-server .checkpoints

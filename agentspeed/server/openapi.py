@@ -271,7 +271,7 @@ def _described(one: _Operation) -> dict[str, Any]:
     answers = {200: "Done."} | _REFUSED | (_OF_TURNS if one.turns else {}) | (_MISSING if names else {})
     if one.path == "/v1/responses":
         answers |= _MISSING
-    if one.path == "/v1/sessions" or one.path.endswith(("/restore", "/cancel")) or one.path.startswith(_LINK):
+    if one.once or one.path == "/v1/sessions" or one.path.endswith("/cancel") or one.path.startswith(_LINK):
         answers |= _OF_TURNS
     found: dict[str, Any] = {
         "summary": one.says,
@@ -296,6 +296,6 @@ def _answer(status: int, text: str, one: _Operation) -> dict[str, Any]:
 
 
 def _content(media: str) -> dict[str, Any]:
-    if media == _JSON:
+    if media in (_JSON, _EVENTS):
         return {"schema": {}}
     return {"schema": {"type": "string"}}

@@ -6,17 +6,20 @@ import logging
 import os
 import socket
 from collections.abc import Callable
-from typing import Any, Final, final
+from typing import Any, Final, cast, final
 
 import anyio
 import uvicorn
 
 from agentspeed import errors
+from agentspeed._core.engine_options import EngineOptions
 from agentspeed.engine import Engine
+from agentspeed.observing import Observer
 from agentspeed.server.app import application
 from agentspeed.server.connections import connection_class
 from agentspeed.server.options import ServerOptions
 from agentspeed.server.turns import Service
+from agentspeed.transport.engine_process import ATTACH
 
 _LOG = logging.getLogger("agentspeed.server")
 _KEPT_ALIVE: Final = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
@@ -25,10 +28,22 @@ _KEPT_ALIVE: Final = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 
 @final
 class Server:
-    """One engine and one listening socket, for as long as `serve` runs."""
+    """One engine and one listening socket, for as long as `serve` runs. The engine is the one that AGENTSPEED_ENGINE
+    names, or one of its own."""
 
-    def __init__(self, model: str | os.PathLike[str] | None, options: ServerOptions, **engine_options: Any) -> None:
-        self._engine = Engine(model, **engine_options)
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | None,
+        options: ServerOptions,
+        *,
+        observer: Observer | None = None,
+        **engine_options: Any,
+    ) -> None:
+        if os.environ.get(ATTACH):
+            self._engine = Engine.shared(model, cast("EngineOptions", engine_options))
+        else:
+            self._engine = Engine(model, **engine_options)
+        self._engine.observer = observer
         self._options = options
         self._uvicorn: uvicorn.Server | None = None
 

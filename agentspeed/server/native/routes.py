@@ -35,7 +35,7 @@ def session_routes(sessions: Callable[[], Sessions], route: Callable[..., Route]
     def doing(do: Callable[[Request, Service, str, bytes], Awaitable[Any]]) -> Any:
         async def endpoint(request: Request, service: Service, tenant: str) -> ASGIApp:
             body = await request.body()
-            key = request.headers.get("idempotency-key")
+            key = request.headers.get("idempotency-key") or None
             said = b"\0".join((request.method.encode(), request.url.path.encode(), body))
             return WholeBody(
                 lambda: once.once(tenant, key, said, lambda: do(request, service, tenant, body)),
