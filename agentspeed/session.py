@@ -297,7 +297,7 @@ class Session(SessionValues):
 
     # ---- branches -------------------------------------------------------------------------------------------------
     def fork(self, n: int = 1, *, at: Mark | str | int | None = None) -> Forks[Session]:
-        """`async with s.fork(4) as branches:` n children with the same context; no prefill, no copy.
+        """`async with s.fork(4) as branches:` n children with the same context; nothing of it is computed again.
 
         Legal while a turn runs: the children share what is committed so far, and their assistant message is open.
         They are closed at the end of the block, unless adopted."""

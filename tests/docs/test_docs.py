@@ -57,6 +57,15 @@ def test_links_between_pages_lead_somewhere() -> None:
     assert not broken
 
 
+def test_files_that_pages_name_are_there() -> None:
+    gone = []
+    for page in PAGES:
+        for name in re.findall(r"\b(?:tests|bench|tools|examples)/[\w/]+\.py\b", page.read_text(encoding="utf-8")):
+            if not (ROOT / name).exists():
+                gone.append(f"{page.relative_to(ROOT)}: {name}")
+    assert not gone
+
+
 def test_no_block_of_python_hides_behind_another_name() -> None:
     for page in PAGES:
         fences = re.findall(r"^ *```(.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
