@@ -16,7 +16,7 @@ from agentspeed_engine.models import checkpoint
 from agentspeed_engine.models.catalog import read_source
 from agentspeed_engine.models.kv_pools import KvPools
 from agentspeed_engine.models.loaded import weight_source
-from agentspeed_engine.models.mesh import check_mesh
+from agentspeed_engine.models.mesh_fit import check_mesh
 from agentspeed_engine.spmd.experts import ExpertSpread
 from agentspeed_engine.spmd.placement import Mesh, Rank
 from agentspeed_kernels.ops import OPS
