@@ -52,6 +52,7 @@ async def test_what_the_model_drew_is_known_of_the_kept_messages() -> None:
         path = s.trajectory()
         assert tuple(number for number, made in zip(path.ids, path.made, strict=True) if made) == reply.ids
         assert reply.logprobs == tuple(p for p, made in zip(path.logprobs, path.made, strict=True) if made)
+        assert reply.draw_logprobs == tuple(p for p, made in zip(path.draw_logprobs, path.made, strict=True) if made)
 
 
 async def test_marks_move_with_what_is_kept_and_say_what_became_of_them() -> None:

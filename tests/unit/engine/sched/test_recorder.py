@@ -92,6 +92,9 @@ def test_commands_that_were_refused_are_refused_again(tmp_path: Path) -> None:
         (wire.Append, {"branch": branch, "ids": pack_ids([1] * 500)}),
         (wire.Generate, {"branch": 77}),
         (wire.Open, {"ids": pack_ids([7] * 201)}),
+        (wire.Generate, {"branch": branch, "sampling": wire.Sampling(logit_bias=((5, 1.0), (1 << 33, 1.0)))}),
+        (wire.Generate, {"branch": branch, "sampling": wire.Sampling(frequency_penalty=3.0)}),
+        (wire.Generate, {"branch": branch, "penalty_consumed": 99}),
     ]
     for kind, fields in refused:
         assert isinstance(run.send(kind, **fields), wire.Failed)
@@ -136,6 +139,8 @@ def secretive(folder: Path, *, content: bool) -> RecordedRun:
         stop_ids=(STOP,),
         stop_strings=(b"the-stop-string",),
         grammar=wire.Grammar(source="the-grammar", consumed=3),
+        sampling=wire.Sampling(repetition_penalty=1.25, presence_penalty=0.5, logit_bias=((STOP, 1.5),)),
+        penalty_consumed=20,
     )
     for _ in range(6):
         run.steps(1)
