@@ -7,7 +7,7 @@ Run: `python bench/spmd.py [--rounds N] [--kills N]`. The last line is JSON:
 - `plan_seconds_v3`, `plan_peak_mb_v3`: a plan of the 671 B configuration of DeepSeek-V3 in a process of its own, from
   the start of the interpreter to the printed plan, and the most memory that it had (MiB).
 - `rank_step_overhead_us`: what a greedy step of one row takes longer on two ranks than on one with layers that do
-  nothing; `..._sampled_us`: one with temperature and top_p. `sum_us_shared`, `sum_us_gloo`: one sum of 2048 floats.
+  nothing; `..._sampled_us`: one with temperature. `sum_us_shared`, `sum_us_gloo`: one sum of 2048 floats.
 - `tokens_equal_tp2`, `tokens_equal_tp4`: 1 where a workload with forks, rewinds, preemptions, a grammar, penalties and
   the host tier draws in float64 what one process draws.
 - `kill_...`: a random rank of two is killed while four sessions draw: sessions lost, processes left, and seconds until
