@@ -27,7 +27,15 @@ WHOLE = CONFIG | {
     "hidden_size": 128, "intermediate_size": 192, "moe_intermediate_size": 64, "kv_lora_rank": 64, "q_lora_rank": 96,
     "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32,
 }  # fmt: skip
+GROUPED = {
+    "model_type": "qwen3", "vocab_size": 300, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+    "max_position_embeddings": 4096, "rope_theta": 5000.0, "attention_bias": False, "tie_word_embeddings": False,
+    "bos_token_id": 256, "eos_token_id": 257,
+}  # fmt: skip
 CONFIGS = {
+    "grouped": GROUPED,
+    "grouped, odd": GROUPED | {"head_dim": 24, "hidden_size": 72, "tie_word_embeddings": True},
     "whole": WHOLE,
     "odd": CONFIG,
     "tied": WHOLE | {"tie_word_embeddings": True},
