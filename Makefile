@@ -54,7 +54,8 @@ check: $(STAMP)
 
 conformance: .venv-langchain/.installed .venv-server/.installed
 	.venv-langchain/bin/python -m pytest -q -W ignore tests/adapters
-	.venv-server/bin/python -m pytest -q -W ignore tests/adapters/test_openapi_conformance.py
+	.venv-server/bin/python -m pytest -q -W ignore tests/adapters/test_openapi_conformance.py \
+		tests/adapters/test_ui_browser.py
 
 bench: $(STAMP)
 	@for run in $(BENCHES); do name=$${run%% *}; echo "== bench/$$name.py$${run#$$name}"; \
