@@ -80,9 +80,7 @@ class Checkpoint:
             self._tell(file.bytes(full) // part.count)
             size = file.shape(full)[part.dim] // part.count
             mine = slice(part.index * size, (part.index + 1) * size)
-            if part.dim == 0:
-                return file.read(full, mine)
-            return file.read(full)[:, mine].clone(memory_format=torch.contiguous_format)
+            return file.read(full, rows=mine) if part.dim == 0 else file.read(full, columns=mine)
         except OSError as error:
             raise EngineFault("bad_weights", f"{name} of {self._folder} cannot be read: {error}.", _DOWNLOAD) from error
 

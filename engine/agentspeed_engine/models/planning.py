@@ -19,6 +19,7 @@ from agentspeed_engine.models.source import Dtype, ModelSource
 from agentspeed_engine.models.state import StepState
 from agentspeed_engine.models.weights import MetaWeights
 from agentspeed_engine.spmd.exchange import Routed
+from agentspeed_engine.spmd.legality import check_plan
 from agentspeed_engine.spmd.lower import Module
 from agentspeed_engine.spmd.machine import MeshChoice
 from agentspeed_engine.spmd.placement import AXES, Axis, Mesh, Owners
@@ -69,6 +70,7 @@ def plan_model(
     boundaries = [module.boundary for module in chain]
     try:
         made = fuse(plan(boundaries, mesh, start=TOKEN_SHARD, finish=TOKEN_SHARD), boundaries)
+        check_plan(made, boundaries, start=TOKEN_SHARD, finish=TOKEN_SHARD)
     except PlanError as error:
         raise EngineFault("bad_config", str(error), "") from error
     item = DTYPE_BYTES[dtype]

@@ -9,7 +9,7 @@ import json
 import os
 import weakref
 from pathlib import Path
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 from safetensors import safe_open
@@ -62,19 +62,32 @@ class ShardFile:
         begin, end = self._tensors[name]["data_offsets"]
         return int(end - begin)
 
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """The tensor, or so many of its first dim, contiguous. Raises `OSError` where the file ends before it does."""
+    def read(self, name: str, rows: slice | None = None, columns: slice | None = None) -> Tensor:
+        """The tensor, or some of its rows or of a matrix's columns, contiguous; no other byte is read. Raises `OSError`
+        where the file ends before it does."""
         shape, (begin, end) = self.shape(name), self._tensors[name]["data_offsets"]
         if rows is not None:
             row = (end - begin) // shape[0]
             begin, end = begin + rows.start * row, begin + rows.stop * row
             shape = (rows.stop - rows.start, *shape[1:])
-        held = torch.empty(end - begin, dtype=torch.uint8)
-        bytes_of: Any = held.numpy()
-        view, at = memoryview(bytes_of), 0
+        kind = _KINDS[self.kind(name)]
+        if columns is None:
+            held = torch.empty(end - begin, dtype=torch.uint8)
+            self._fill(memoryview(cast(Any, held.numpy())), begin)
+            return held.view(kind).view(shape)
+        width = (columns.stop - columns.start) * kind.itemsize
+        held = torch.empty(shape[0] * width, dtype=torch.uint8)
+        view = memoryview(cast(Any, held.numpy()))
+        for row in range(shape[0]):
+            at = begin + (row * shape[1] + columns.start) * kind.itemsize
+            self._fill(view[row * width : (row + 1) * width], at)
+        return held.view(kind).view(shape[0], -1)
+
+    def _fill(self, view: memoryview, begin: int) -> None:
+        """`begin` is of the data, behind the header."""
+        at = 0
         while at < len(view):
             taken = os.preadv(self._file, [view[at:]], self._data + begin + at)
             if not taken:
                 raise OSError("the file ends before the tensor does")
             at += taken
-        return held.view(_KINDS[self.kind(name)]).view(shape)

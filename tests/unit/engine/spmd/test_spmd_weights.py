@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from agentspeed_engine.errors import EngineFault
-from agentspeed_engine.models import checkpoint
 from agentspeed_engine.models.catalog import read_source
 from agentspeed_engine.models.kv_pools import KvPools
 from agentspeed_engine.models.loaded import weight_source
@@ -31,49 +30,28 @@ SENT = ExpertSpread(exchange="all_to_all")
 PLAIN = Platform(device="cpu", arch="any", features=frozenset())
 
 
-class Counted:
-    """A safetensors file that counts the bytes it gives."""
-
-    read = 0
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-
-    def keys(self) -> Any:
-        return self._file.keys()
-
-    def get_tensor(self, name: str) -> Tensor:
-        return self._counted(self._file.get_tensor(name))
-
-    def get_slice(self, name: str) -> Any:
-        outer, held = self, self._file.get_slice(name)
-
-        class Slice:
-            get_shape, get_dtype = held.get_shape, held.get_dtype
-
-            def __getitem__(self, index: Any) -> Tensor:
-                return outer._counted(held[index])
-
-        return Slice()
-
-    @staticmethod
-    def _counted(tensor: Tensor) -> Tensor:
-        Counted.read += tensor.nbytes
-        return tensor
-
-
 def read_by(folder: Path, rank: Rank, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Bytes that a rank takes of the files."""
-    real = checkpoint.safe_open
-    monkeypatch.setattr(checkpoint, "safe_open", lambda path, framework: Counted(real(path, framework=framework)))
-    Counted.read = 0
+    """Bytes that a rank takes of the data of the files."""
+    real, taken = os.preadv, [0]
+
+    def counted(file: int, buffers: Any, offset: int) -> int:
+        found = real(file, buffers, offset)
+        taken[0] += found
+        return found
+
     source = read_source(folder)
     family, config = source.family, source.config
     pools = KvPools(family.kv_layout(config, "float32", rank.mesh), 1, 8)
     weights = weight_source(source, "float32")
-    family.build(config, weights, pools, rank, Kernels(standard(), PLAIN, "float32", tuple(OPS)))
-    monkeypatch.undo()
-    return Counted.read
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", counted)
+        kernels = Kernels(standard(), PLAIN, "float32", tuple(OPS))
+        try:
+            family.build(config, weights, pools, rank, kernels)
+        except EngineFault as fault:
+            assert not taken[0], "it was refused only after something was read"
+            raise fault
+    return taken[0]
 
 
 def in_files(folder: Path, count: int) -> Path:
@@ -147,6 +125,5 @@ def test_a_cut_through_an_fp8_block_is_refused_before_anything_is_read(
     source, mesh = read_source(blocks), Mesh(tp=4)
     with pytest.raises(EngineFault, match=r"is fp8 in blocks of 128 × 128, and .* over 4 ranks are .*through a block"):
         read_by(blocks, mesh.rank(0), monkeypatch)
-    assert Counted.read == 0
     with pytest.raises(EngineFault, match="cut goes through a block"):  # by the configuration alone, for a plan
         check_mesh(source, mesh)
