@@ -406,7 +406,7 @@ async def test_the_time_of_a_tool_is_of_all_its_attempts_and_wrong_arguments_are
         seen.append(a)
         raise ConnectionError("try again")
 
-    made = tool(retries=9, timeout=0.05)(flaky)
+    made = tool(retries=9, timeout=0.4)(flaky)
     assert isinstance((await execute(made, '{"a":1}')).error, ToolTimeout)
     assert isinstance((await execute(made, '{"a":"x"}')).error, BadArguments)
     assert seen == [1]
