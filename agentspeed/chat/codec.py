@@ -164,6 +164,8 @@ class ChatCodec:
         if self.stray_end(said, history):
             _ = said.pop()
         shared = next(n for n in range(len(closing), -1, -1) if n == 0 or said[-n:] == closing[:n])
+        if not shared and said and said[-1] in self.stop_ids and said[-1] in closing:
+            shared = closing.index(said[-1]) + 1  # it left out what the template writes before its end
         return closing[shared:]
 
     def stray_end(self, drawn: Sequence[int], history: Sequence[Message] = ()) -> bool:

@@ -95,12 +95,15 @@ class Log:
         _ = transcript.open_reply(self.mirror, self.codec, messages)
 
     def drawn(self, said: Assistant, end: int) -> None:
-        """The model says this, in its family's way, and ends its turn with `end`."""
+        """The model says this, in its family's way, and ends its turn with `end`, after what its
+        template writes before that."""
         raw = written(self.codec, self.tags, [span.message for span in self.mirror.spans], said)
         opened = self.mirror.open_at
         if opened is None:
             raise ValueError("nobody asked the model to speak")
-        self.mirror.drew([*self.codec.tokenizer.template_ids(raw), end], [], [])
+        closing = self.codec.closing([span.message for span in self.mirror.spans])
+        ends = closing[: closing.index(end) + 1] if end in closing else [end]
+        self.mirror.drew([*self.codec.tokenizer.template_ids(raw), *ends], [], [])
         transcript.settle(self.mirror, self.codec, "stop_id")
         transcript.record(self.mirror, self.parsed(raw, said), opened)
 

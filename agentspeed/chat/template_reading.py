@@ -94,7 +94,7 @@ class TemplateReading:
         self._prove(tools)
         self.tags = tags_of(self.frames, self._base_tags(think, tools), [USER])
         """The marks of an answer to a question."""
-        self.stop_ids = self._stop_ids(tools)
+        self.stop_ids = self._stop_ids()
         """Ids that end a turn."""
 
     def _switch(self) -> str | None:
@@ -183,7 +183,7 @@ class TemplateReading:
         tail = self.frames.closing([USER, ANSWER])
         follows = tools and self.calls and tail and form.opening.startswith(tail)
         # Only where something else can end the turn.
-        ends = self._model.end_ids - set(self.frames.text_ids(tail)[:1])
+        ends = self._model.end_ids - set(self._end_of(tail))
         text_end = tail if follows and ends else ""
         texts = [form.opening, form.name_end, form.call_close, form.joint, form.section_close, opened, closed, text_end]
         if form.keys is not None:
@@ -206,21 +206,26 @@ class TemplateReading:
         text = "".join("\0" if part.slot else part.text for part in region)
         return "\0" not in text[:-1] or f"\0\n{closed}" in text or f"{closed}\n" in text
 
-    def _stop_ids(self, tools: bool) -> tuple[int, ...]:
-        """Ids that end a turn: the end of an assistant message, and the model's own end-of-sequence ids."""
+    def _stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a turn: the end of an assistant message, and the model's own end-of-sequence ids. An ordinary
+        token is none: it would end answers that merely have it."""
         stops = set(self._model.end_ids)
-        closing = self.frames.text_ids(self.frames.closing([USER, ANSWER]))
+        closing = self.frames.closing([USER, ANSWER])
         if not self.tags.text_end:
-            stops.update(closing[:1])
-        elif stops >= set(closing[:1]):
-            stops -= set(closing[:1])
+            stops.update(self._end_of(closing))
+        elif stops >= set(self._end_of(closing)):
+            stops -= set(self._end_of(closing))
         if not closing:  # the family's messages end where the next one begins
             for shapes, following in self._followers():
                 try:
-                    stops.update(self.frames.text_ids(self.frames.before(shapes, following))[:1])
+                    stops.update(self._end_of(self.frames.before(shapes, following)))
                 except ValueError:
                     continue
         return tuple(sorted(stops))
+
+    def _end_of(self, text: str) -> list[int]:
+        """The first control token that a template writes there, if any."""
+        return [number for _, _, number in self._model.tokenizer.read_template(text)[1][:1]]
 
     def _followers(self) -> list[tuple[list[Shape], Shape]]:
         pairs = [([USER, ANSWER], USER)]

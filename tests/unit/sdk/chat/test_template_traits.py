@@ -74,6 +74,26 @@ def test_what_ends_a_turn_stays_so_where_nothing_else_could_end_it(tmp_path: Pat
     converse(log, random.Random(1))
 
 
+@pytest.mark.parametrize(
+    ("closing", "ends"), [("</turn>", []), ("\n<|end|>\n", ["<|end|>"])], ids=["text", "a control"]
+)
+def test_no_ordinary_token_of_a_closing_ends_an_answer(tmp_path: Path, closing: str, ends: list[str]) -> None:
+    """What closes a message may begin with `<` or the end of a line, which answers have too."""
+    template = (
+        "{%- for m in messages -%}{{ m.role + ': ' + m.content + CLOSING }}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{ 'assistant: ' }}{%- endif -%}"
+    ).replace("CLOSING", repr(closing))
+    log = log_of(folder_of(tmp_path / "m", template, ["<|end|>"]), reasoning=False, system=None, tools=False)
+    known = log.codec.tokenizer.token_id
+    assert set(log.codec.stop_ids) == {known(token) for token in ("<EOS>", *ends)}
+    written = log.codec.closing()
+    for stop in log.codec.stop_ids:
+        owed = log.codec.owed([*log.codec.tokenizer.content_ids("Yes"), stop])
+        assert owed == (written[written.index(stop) + 1 :] if stop in written else written)
+    for seed in range(6):
+        converse(log_of(tmp_path / "m", reasoning=False, system=None, tools=False), random.Random(seed))
+
+
 def test_a_rehearsal_tells_of_each_kind_of_session_what_it_holds_and_why_not(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "m", ONCE, DEEPSEEK.controls)
     told = list(rehearse(folder, 2))
