@@ -301,8 +301,15 @@ class EngineSlot:
                     _LOG.warning("%s", news)
                 self._process.stop()
                 self._process = None
-            if self._process is None:
-                self._process = self._started()
+            if self._process is not None:
+                try:
+                    return open_socket(self._process.socket_path)
+                except errors.ConnectFailed:
+                    # It listens no more and has not ended yet: an engine that lost a rank, say, ends those left first.
+                    self._process.stop()
+                    if news := self._process.obituary():
+                        _LOG.warning("%s", news)
+            self._process = self._started()
             return open_socket(self._process.socket_path)
 
     def _started(self) -> EngineProcess:

@@ -204,3 +204,15 @@ async def test_a_folder_that_is_no_model_is_refused_with_what_to_do(tmp_path: Pa
     with pytest.raises(errors.InvalidRequest, match="pagez"):
         async with Session(checkpoint, pagez=3):
             raise AssertionError("opened")
+
+
+async def test_an_engine_that_listens_no_more_but_has_not_ended_is_replaced(checkpoint: Path) -> None:
+    """It is on its way out: one that lost a rank ends the other ranks first."""
+    async with counting(checkpoint) as engine, engine.session() as s:
+        _ = await s.generate("One.", max_tokens=3)
+        before = engine.pid
+        with engine.connected_socket() as link:
+            os.unlink(link.getpeername())
+        (await engine.link()).close()
+        assert len((await s.generate("Two.", max_tokens=3)).ids) == 3
+        assert engine.pid not in (None, before)

@@ -202,6 +202,7 @@ class RankProcesses:
         seconds = f"{self._options.seconds:g} s (rank_seconds)"
         if late:
             process = next(one for one in self.all if one.rank == late)
+            self._lost.set()
             said = f"Rank {late} (process {process.pid}) did not answer for {seconds}."
             return EngineFault("rank_lost", said, _REMEDY)
         if isinstance(error, TimeoutError):
@@ -226,7 +227,8 @@ class RankProcesses:
             self._group.abandon()
         for one in self.all:
             one.tell_end()
-        until = time.monotonic() + _STOP_SECONDS
+        # One that is stopped or stuck, for which the engine ends, will not end by itself.
+        until = time.monotonic() + (0.0 if self._lost.is_set() else _STOP_SECONDS)
         for one in self.all:
             one.end(until)
         if self._memory is not None:
