@@ -79,7 +79,7 @@ def test_samples_reach_the_sampling_kernel_as_they_were_asked_for() -> None:
     ]  # fmt: skip
     allowed = np.zeros(70, np.bool_)
     allowed[[0, 33, 69]] = True
-    more = Adjustment(np.array([3, 69]), np.float32([2.0, 2.0]), np.float32([0.0, 1.0]))
+    more = Adjustment(np.array([3, 69]), np.array([2.0, 2.0], np.float32), np.array([0.0, 1.0], np.float32))
     rows = on_device(samples, {1: allowed}, {2: more}, torch.full((3, 70), -4.0))
     assert rows.temperature.tolist() == [0.0, 0.7, 0.0] and rows.top_k.tolist() == [0, 9, 0]
     assert rows.top_p.tolist() == [1.0, 0.9, 1.0] and rows.min_p.tolist() == [0.0, 0.1, 0.0]

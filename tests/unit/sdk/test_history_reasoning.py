@@ -84,7 +84,7 @@ async def test_template_variables_reach_the_template_and_no_other_value_does(qwe
 async def test_a_choice_that_is_none_is_refused_where_it_is_made(qwen: Path) -> None:
     async with ScriptedEngine(["One."], model=qwen) as engine:
         with pytest.raises(errors.InvalidRequest, match="history_reasoning"):
-            _ = engine.session(history_reasoning="drop")
+            _ = engine.session(history_reasoning="drop")  # type: ignore[arg-type]
 
 
 async def test_reasoning_that_was_given_goes_when_an_answer_that_was_drawn_ends_its_use(

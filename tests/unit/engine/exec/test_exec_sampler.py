@@ -119,7 +119,11 @@ def test_the_drawn_logprob_is_of_the_distribution_that_drew(
     rule: Sampling, allowed: np.ndarray | None, adjusted: bool
 ) -> None:
     """Its probabilities are those with which ids are drawn, and they add up to 1."""
-    adjustment = Adjustment(np.array([1, 3]), np.float32([2.0, 1.0]), np.float32([0.0, 1.5])) if adjusted else None
+    adjustment = (
+        Adjustment(np.array([1, 3]), np.array([2.0, 1.0], np.float32), np.array([0.0, 1.5], np.float32))
+        if adjusted
+        else None
+    )
     chosen = [draw(LOGITS, rule, KEY, position, allowed, adjustment) for position in range(4000)]
     told = {one.id: math.exp(one.draw_logprob) for one in chosen if one.draw_logprob is not None}
     assert sum(told.values()) == pytest.approx(1.0)
