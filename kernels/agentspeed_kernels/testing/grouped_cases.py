@@ -45,10 +45,12 @@ def qkv_append(call: Callable[..., Any], draw: Draws) -> Pairs:
 
 
 def gqa(call: Callable[..., Any], draw: Draws, attentions: Sequence[tuple[Tensor, TilePlan]]) -> Pairs:
-    """Each head of the pools by one head of queries, by several, and by all; in small pages and in long ones."""
+    """Each head of the pools by one head of queries, by several, and by all; in long pages by several."""
     pairs: Pairs = []
-    shapes = ((draw.heads, draw.heads), (2 * draw.heads, draw.heads), (draw.heads, 1))
-    for (latents, tiles), (heads, groups) in product(attentions, shapes):
+    several = (2 * draw.heads, draw.heads)
+    small, *long = attentions
+    shapes = product([small], ((draw.heads, draw.heads), several, (draw.heads, 1)))
+    for (latents, tiles), (heads, groups) in (*shapes, *product(long, (several,))):
         width = 2 * draw.rope
         # What no token was written to is no number in the pools either.
         unwritten = latents[..., :1].isnan()
