@@ -12,6 +12,7 @@ import openai
 import pytest
 
 from agentspeed import Session
+from agentspeed.errors import InvalidRequest
 from agentspeed.server.options import ServerOptions
 from tests.support.server_run import server
 
@@ -63,6 +64,10 @@ async def test_a_session_over_a_text_reads_it_as_it_stands(url: str) -> None:
         first = await session.generate(max_tokens=2)
         second = await session.generate(max_tokens=2)
         assert second.text.startswith(first.text) and session.tokens >= len(first.ids) + 3
+        async with Session.restore(await session.snapshot(), url) as again:
+            assert again.messages == () and (await again.generate(max_tokens=2)).text.startswith(second.text)
+            with pytest.raises(InvalidRequest, match="no messages"):
+                _ = await again.generate("Hi.")
 
 
 def test_several_prompts_and_choices_are_numbered_and_a_stream_adds_up(client: openai.OpenAI) -> None:
