@@ -192,10 +192,11 @@ class Gate:
             nonlocal read, whole
             if whole:
                 return await receive()
-            with anyio.move_on_after(self._options.body_seconds) as scope:
-                message = await receive()
-            if scope.cancelled_caught:
-                raise RequestProblem(_too_slow(self._options.body_seconds))
+            try:
+                with anyio.fail_after(self._options.body_seconds):
+                    message = await receive()
+            except TimeoutError as error:
+                raise RequestProblem(_too_slow(self._options.body_seconds)) from error
             if message["type"] == "http.request":
                 whole = not message.get("more_body", False)
                 read += len(message.get("body", b""))

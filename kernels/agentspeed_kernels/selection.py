@@ -317,7 +317,7 @@ class _Chooser:
     ) -> None:
         self._registry, self._platform = registry, platform
         self._dtype: Dtype = dtype
-        self._weights = weights
+        self._weights: WeightFormat | None = weights
         self._sizes, self._preferences, self._check = sizes, preferences, check
         self._sound: set[str] = set()
         self.layout: Layout = self._select("linear", 1, self._candidates("linear"), None).kernel.layout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, final
 
 import anyio
@@ -154,10 +155,10 @@ class Completion:
             before = _Told()
             if self._body.echo and not scored:
                 before.length = len(tokenizer.text(ids))
+            full = [*start, *ids]
             if scored:
                 await self._score(session, ids[0 if start else 1 :], ids, bool(start), before)
-                full = [*start, *ids]
-            self._prompt_tokens += len(start) + len(ids)
+            self._prompt_tokens += len(full)
             if scored and len(full) > len(known):
                 async with Session.over_text(full, self._service.engine, tenant=self._tenant or None) as whole:
                     await self._continue(whole, first, ids, before, emit, choices)
@@ -207,8 +208,9 @@ class Completion:
                 options: TurnOptions = {**self._options}
                 if self._body.seed is not None:
                     options["seed"] = self._body.seed + index
+                follow = None if emit is None else partial(self._text, first + index, emit=emit)
                 async with branch.stream(**options) as turn:
-                    await turn.follow(None if emit is None else lambda batch: self._text(first + index, batch, emit))
+                    await turn.follow(follow)
                     await self._done(first + index, echoed, before, turn.result(), emit, choices)
 
             for index, branch in enumerate(branches):
