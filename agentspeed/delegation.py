@@ -30,10 +30,11 @@ def sub_agent(
 ) -> Tool:
     """A tool that gives a task to an agent with its own system text and tools, and returns its answer: none of its work
     enters the caller's context. Each call is a session of its own, on the caller's engine and of its tenant, private if
-    the caller's is; `model`: on another one. The other arguments are those of `Session.run`; `timeout` (seconds) is of
-    the whole task.
+    the caller's is; `model`: on another one. The caller's observer and `tool_data` are the agent's too. The other
+    arguments are those of `Session.run`; `timeout` (seconds) is of the whole task.
 
-    What the agent's run raises is the tool's error, and so is an end without an answer."""
+    What the agent's run raises is the tool's error, and so is an end without an answer: a text that was cut, or a
+    limit. Its session ends with the call, so `approve` decides at once: `Approval(later=True)` is such an end."""
     made = tuple(tools)
 
     @tool(name=name, description=description, timeout=timeout)
@@ -48,6 +49,7 @@ def sub_agent(
             tools=made,
             tenant=outer.tenant,
             private=outer.private,
+            observer=outer.defaults.observer or outer.engine.observer,
         )
         async with inner:
             result = await inner.run(
@@ -58,8 +60,16 @@ def sub_agent(
                 temperature=temperature,
                 limits=limits,
                 approve=approve,
+                tool_data=context.data,
             )
-        if not result.text:
+        if result.reason == "approval":
+            raise ToolFailed(
+                "the agent ended without an answer: a call of its own was to be decided about later, and its session "
+                "ends with this call; decide about it at once, or give that tool to the caller",
+                tool=name,
+            )
+        whole = result.reason in ("answered", "forced") or result.limit == "tool_calls"  # after which it had to answer
+        if not whole or not result.text:
             raise ToolFailed(f"the agent ended without an answer: {result.limit or result.reason}", tool=name)
         return result.output
 

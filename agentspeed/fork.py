@@ -83,7 +83,7 @@ def copy(core: SessionCore, tokens: int) -> SessionCore:
         engine=core.engine, owns_engine=False, system=core.system, defaults=core.defaults, opening=opening
     )
     other.branch.mirror = core.log.copy(tokens)
-    other.described, other.tokenizer = core.described, core.tokenizer
+    other.described, other.tokenizer, other.idle_timeout = core.described, core.tokenizer, core.idle_timeout
     return other
 
 

@@ -248,9 +248,9 @@ class History:
 
     def _choice(self, chain: Sequence[bytes], conversation: Conversation) -> Reuse | None:
         for shared in range(len(chain) - 1, 0, -1):
-            holders = self._by_key.get(chain[shared])
-            if holders:
-                candidates = [self._candidate(self._entries[number]) for number in holders]
+            holders = [self._entries[number] for number in self._by_key.get(chain[shared], ())]
+            candidates = [self._candidate(entry) for entry in holders if entry.session.state != "closed"]
+            if candidates:  # one with an idle_timeout may have closed itself
                 return choose(shared, candidates, conversation.hint)
         return None
 

@@ -63,8 +63,8 @@ class Session(SessionValues):
     package. Sessions of one model and the same `engine_options` share one engine process. A session belongs to one
     task at a time; one turn at a time. `private` rows are never shared and are dropped at the end; `tenant` separates
     what may be shared. `record_logprobs` keeps the drawn ids' log-probabilities for `trajectory()`. `idle_timeout`:
-    after so many seconds in which nobody used it or a child of it, it closes itself. `observer` is told of
-    every run, turn and tool of this session and its forks."""
+    after so many seconds in which nobody used it or a child of it, it closes itself; so do its copies, and what is
+    restored of it. `observer` is told of every run, turn and tool of this session and its forks."""
 
     def __init__(
         self,

@@ -63,6 +63,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     sampling: _Sampling
     timeout: float | None
     close_timeout: float
+    idle_timeout: float | None = None
     record_logprobs: bool
     reasoning: bool
     history_reasoning: History
@@ -100,6 +101,7 @@ def dump(core: SessionCore, tokenizer: str) -> bytes:
             sampling=_Sampling(**{name: getattr(sampling, name) for name in _Sampling.__struct_fields__}),
             timeout=defaults.timeout,
             close_timeout=opening.close_timeout,
+            idle_timeout=core.idle_timeout,
             record_logprobs=defaults.record_logprobs,
             reasoning=defaults.reasoning,
             history_reasoning=defaults.history_reasoning,
@@ -165,6 +167,7 @@ def options_of(found: Snapshot, given: SessionOptions) -> SessionOptions:
         "sampling": Sampling(**{name: getattr(found.sampling, name) for name in _Sampling.__struct_fields__}),
         "timeout": found.timeout,
         "close_timeout": found.close_timeout,
+        "idle_timeout": found.idle_timeout,
         "record_logprobs": found.record_logprobs,
         "reasoning": found.reasoning,
         "history_reasoning": found.history_reasoning,

@@ -248,6 +248,8 @@ class _OfLoop:
         self._running = not owned
         self._restoring = asyncio.Lock()
         self._restored: set[str] = set()
+        self._beginning: dict[str, asyncio.Lock] = {}
+        """By tenant: held while the copy of the given session is made."""
         self._begun: set[str] = set()
         self.history = History(self._open, limits=limits)
 
@@ -300,10 +302,13 @@ class _OfLoop:
         """A copy of it waits in the pool, once for each tenant. Raises `SessionBusy` and `SessionClosed`."""
         if tenant in self._begun:
             return
-        copy, messages = session.copy(), session.messages
-        self._begun.add(tenant)
-        conversation = Conversation(messages=messages, system=session.system, tools=session.tools, tenant=tenant)
-        await self.history.put(copy, conversation)
+        async with self._beginning.setdefault(tenant, asyncio.Lock()):
+            if tenant in self._begun:
+                return
+            copy, messages = session.copy(), session.messages
+            conversation = Conversation(messages=messages, system=session.system, tools=session.tools, tenant=tenant)
+            await self.history.put(copy, conversation)
+            self._begun.add(tenant)
 
     async def close(self) -> None:
         """Closes the sessions, and lets go of the engine."""

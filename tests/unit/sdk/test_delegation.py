@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from agentspeed import Limits, ToolMessage, hand_off, sub_agent, tool
+from agentspeed import Approval, Limits, ToolContext, ToolMessage, hand_off, sub_agent, tool
 from agentspeed.errors import InvalidRequest
+from agentspeed.observing import Began, Ending
 from agentspeed.testing import ScriptedEngine, tool_call
 from agentspeed.testing import Turn as Asked
 from agentspeed.transport.base import wire
@@ -28,6 +31,38 @@ def rhymes(word: str) -> str:
 def search(query: str) -> str:
     """Search."""
     return f"found {query}"
+
+
+wiped: list[str] = []
+asked: list[object] = []
+
+
+@tool(needs_approval=True)
+def wipe() -> str:
+    """Wipes everything."""
+    wiped.append("all")
+    return "wiped"
+
+
+@tool
+def whose(context: ToolContext[Any]) -> str:
+    """Whose data it is."""
+    asked.append(context.data)
+    return "yours"
+
+
+class Seen:
+    """An observer that keeps what began."""
+
+    def __init__(self) -> None:
+        self.told: list[Began] = []
+
+    def began(self, what: Began) -> Seen:
+        self.told.append(what)
+        return self
+
+    def ended(self, how: Ending) -> None:
+        pass
 
 
 writer = hand_off("writer", "You write now. Use rhymes.", tools=[rhymes])
@@ -60,6 +95,37 @@ async def test_a_sub_agent_that_comes_to_nothing_is_an_error_that_says_why() -> 
     async with ScriptedEngine(script) as engine, engine.session(tools=[look_up]) as s:
         (told,) = (await s.run("Go.")).tools
         assert told.text == "error: look_up: the agent ended without an answer: tool_calls"
+
+
+@pytest.mark.parametrize(
+    ("options", "writes", "why"),
+    [
+        ({"limits": Limits(tokens=2)}, "One two three four five six.", "tokens"),
+        ({"max_tokens": 2}, "One two three four five six.", "cut"),
+        ({"approve": lambda call: Approval(allow=False, later=True)}, "Let me see." + tool_call("wipe"), "at once"),
+    ],
+)
+async def test_what_a_sub_agent_said_before_it_was_ended_is_no_answer(
+    options: dict[str, Any], writes: str, why: str
+) -> None:
+    helper = sub_agent("helper", "Helps.", tools=[wipe], **options)
+    async with ScriptedEngine([tool_call("helper", task="x"), writes, "I see."]) as engine:
+        async with engine.session(tools=[helper]) as s:
+            (told,) = (await s.run("Go.")).tools
+        assert not told.ok and told.text.startswith("error: helper: the agent ended without an answer: ")
+        assert why in told.text and wiped == []
+        assert engine.live_branches == 0
+
+
+async def test_a_sub_agent_works_with_the_callers_data_and_is_watched_by_its_observer() -> None:
+    script = [tool_call("helper", task="x"), tool_call("whose"), "It is done.", "Done."]
+    asked.clear()
+    helper, seen = sub_agent("helper", "Helps.", tools=[whose]), Seen()
+    async with ScriptedEngine(script) as engine, engine.session(tools=[helper], observer=seen) as s:
+        assert (await s.run("Go.", tool_data={"user": "ada"})).text == "Done."
+        assert asked == [{"user": "ada"}]
+        assert [one.tool for one in seen.told if one.kind == "tool"] == ["helper", "whose"]
+        assert len({one.session_id for one in seen.told}) == 2
 
 
 async def test_after_a_hand_off_the_same_session_goes_on_with_the_other_tools() -> None:

@@ -75,6 +75,17 @@ async def test_a_session_that_nobody_uses_closes_itself_and_says_why() -> None:
             _ = await s.generate("Hi")
 
 
+async def test_copies_and_restored_sessions_close_themselves_too_unless_they_are_given_another_time() -> None:
+    async with ScriptedEngine([]) as engine, engine.session(idle_timeout=0.4) as s:
+        saved = await s.snapshot()
+        given = await Session.restore(saved, engine.engine, idle_timeout=None).open()
+        copies = [await s.copy().open(), await Session.restore(saved, engine.engine).open()]
+        for _ in range(500):
+            await anyio.sleep(0.01 if "open" in [one.state for one in copies] else 0)
+        assert [one.state for one in (*copies, given)] == ["closed", "closed", "open"]
+        await given.close()
+
+
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_a_session_with_a_child_in_use_is_not_idle_however_long_that_takes() -> None:
     async with ScriptedEngine([say("one two three four", seconds=0.15)]) as engine:
