@@ -282,13 +282,13 @@ static void attend(const step *s, long tiles, long merges, const int *merge_rows
         long count = s->row_at[tile + 1] - s->row_at[tile];
         most_rows = count > most_rows ? count : most_rows, work += count * s->tokens[tile];
     }
+    if (most_rows == 0) return;
     if (work * s->heads * (s->width + s->rank) < WORTH_A_TEAM) threads = 1;
     /* Few pairs take all heads of the pools in one pass, which then reads whole rows: a stream the memory is fast at. */
     long together = most_rows * each >= GROUP ? 1 : GROUP / ((most_rows * each + HALF_ROWS - 1) / HALF_ROWS * HALF_ROWS);
     if (together > s->groups) together = s->groups;
     long spans = (s->groups + together - 1) / together;
     long parts = together > 1 ? 1 : (most_rows * each + GROUP - 1) / GROUP;
-    if (spans * parts == 0) return;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         float *mine = agentspeed_scratch(FOR_ATTENTION, GROUP * (s->width + s->rank) * sizeof(float));

@@ -254,10 +254,14 @@ class _Attention:
 
 
 def _attentions(draw: _Draw) -> Iterator[_Attention]:
-    """Pools and plans: small pages and, on the CPU, pages of a running engine and pieces that begin within a page."""
-    yield _small_pages(draw)
+    """Pools and plans: small pages and, on the CPU, a plan of nothing, pages of a running engine and pieces that begin
+    within a page."""
+    small = _small_pages(draw)
+    yield small
     if draw.paged or draw.case.manner != "random":
         return
+    nothing = plan_tiles([], np.zeros(0, np.int64), page_tokens=4, chunk_tokens=8, block_rows=5)
+    yield _on_cpu(small.pool, nothing)
     for page_tokens, chunk, block in ((64, 512, 32), (48, 100, 7)):
         yield _long_pages(draw, page_tokens, chunk, block)
 
@@ -309,11 +313,17 @@ def _small_pages(draw: _Draw) -> _Attention:
     return _Attention(pool=pool, tiles=tiles, rows=few, extend=many, path=path_tiles)
 
 
+def _unwritten(draw: _Draw, case: _Attention, width: int) -> Tensor:
+    """What a call writes all of, or, of a plan of nothing, may leave as it is: zeros, as the definition has it."""
+    out = draw.empty(draw.rows, draw.heads, width)
+    return out if case.tiles.count else out.zero_()
+
+
 def _mla_rows(call: Call, draw: _Draw) -> Pairs:
     pairs: Pairs = []
     for case in _attentions(draw):
         q = draw.tensor(draw.rows, draw.heads, draw.rank + draw.rope)
-        out, scale = draw.empty(draw.rows, draw.heads, draw.rank), (draw.rank + draw.rope) ** -0.5
+        out, scale = _unwritten(draw, case, draw.rank), (draw.rank + draw.rope) ** -0.5
         call(q, case.pool, case.rows, scale, Workspace(draw.device), out)
         pairs.append((out, define.mla_rows(q, case.pool, case.tiles, scale, draw.rank)))
     return pairs
@@ -327,7 +337,7 @@ def _mla_extend(call: Call, draw: _Draw) -> Pairs:
     for (nope, value), case in itertools.product(widths, _attentions(draw)):
         q = draw.tensor(draw.rows, draw.heads, nope + draw.rope)
         key_up, value_up = draw.weight(draw.heads, draw.rank, nope), draw.weight(draw.heads, value, draw.rank)
-        out, scale = draw.empty(draw.rows, draw.heads, value), (nope + draw.rope) ** -0.5
+        out, scale = _unwritten(draw, case, value), (nope + draw.rope) ** -0.5
         laid = (draw.laid(key_up), draw.laid(value_up))
         call(q, case.pool, *laid, case.extend, scale, Workspace(draw.device), out)
         pairs.append((out, define.mla_extend(q, case.pool, key_up, value_up, case.path, scale)))
