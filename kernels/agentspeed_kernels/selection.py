@@ -49,6 +49,19 @@ class NoKernel(LookupError):
 
 
 @final
+class WrongPreference(ValueError):
+    """Text that asks for no choice of kernels."""
+
+    def __init__(self, part: str) -> None:
+        self.message = f"{part!r} names no choice of kernels."
+        self.remedy = (
+            "Write op=name to force one and -name or -op/name to exclude one, with commas between; "
+            f"ops are {', '.join(sorted(OPS))}."
+        )
+        super().__init__(f"{self.message} {self.remedy}")
+
+
+@final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
     kernel: KernelSpec
@@ -73,7 +86,7 @@ class Preferences:
     def parse(text: str) -> Preferences:
         """`mla_rows=torch,-native,-linear/triton`: commas between; `op=name` forces, `-name` and `-op/name` exclude.
 
-        Raises `ValueError` for anything else."""
+        Raises `WrongPreference` for anything else."""
         forced: dict[str, str] = {}
         excluded: set[str] = set()
         for part in (piece.strip() for piece in text.split(",")):
@@ -83,15 +96,12 @@ class Preferences:
             elif equals and op in OPS and name:
                 forced[op] = name
             elif part:
-                raise ValueError(
-                    f"{part!r} names no choice of kernels. Write op=name to force one and -name or -op/name to exclude "
-                    f"one; ops are {', '.join(sorted(OPS))}."
-                )
+                raise WrongPreference(part)
         return Preferences(forced=forced, excluded=frozenset(excluded))
 
     @staticmethod
     def from_environment() -> Preferences:
-        """What the variable `SWITCH` asks for; nothing when it is not set."""
+        """What the variable `SWITCH` asks for; nothing when it is not set. Raises `WrongPreference`."""
         return Preferences.parse(os.environ.get(SWITCH, ""))
 
     def objection(self, spec: KernelSpec) -> str | None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, final
 
-from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.models.kernel_refusals import kernels_chosen
 from agentspeed_engine.models.precision import choose
 from agentspeed_engine.models.source import Dtype, ModelSource
 from agentspeed_engine.models.weight_formats import WeightFormat
 from agentspeed_engine.spmd.placement import Mesh
-from agentspeed_kernels.platform import NoDevice, Platform, UnknownPlatform, detect, named
+from agentspeed_kernels.platform import Platform, detect, named
 from agentspeed_kernels.registry import standard
-from agentspeed_kernels.selection import Choice, Kernels, NoKernel, Preferences
+from agentspeed_kernels.selection import Choice, Kernels, Preferences
 from agentspeed_kernels.testing import conformance
 
 
@@ -60,10 +60,11 @@ def kernel_choices(
 ) -> KernelChoices:
     """`platform`: None for where an engine would run on this machine's CPU, else what `platform.named` takes.
 
-    Raises `EngineFault` (bad_options) for a platform nobody knows or that is not here, and for an op without a kernel.
+    Raises `EngineFault` (bad_options) for a platform nobody knows or that is not here, for an op without a kernel, and
+    for a wish in `AGENTSPEED_KERNELS` that names none.
     """
     family = source.family
-    try:
+    with kernels_chosen():
         place = detect() if platform is None else named(platform)
         chosen, why = choose(source.raw, place) if dtype == "auto" else (dtype, "")
         kernels = Kernels(
@@ -77,8 +78,6 @@ def kernel_choices(
             check=conformance.objection if platform is None else None,
             weights=weights,
         )
-    except (NoDevice, UnknownPlatform, NoKernel) as error:
-        raise EngineFault("bad_options", str(error), "Name another platform, dtype or format of weights.") from error
     return KernelChoices(
         model_type=source.config.model_type,
         attention=family.attention,

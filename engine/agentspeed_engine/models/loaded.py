@@ -13,6 +13,7 @@ from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.models.checkpoint import Checkpoint
 from agentspeed_engine.models.inputs import FlatBatch
 from agentspeed_engine.models.inputs_on_device import upload
+from agentspeed_engine.models.kernel_refusals import kernels_chosen
 from agentspeed_engine.models.kv_pools import TORCH_DTYPES, KvPools
 from agentspeed_engine.models.programs import Programs
 from agentspeed_engine.models.rope import Rope
@@ -89,7 +90,8 @@ class LoadedModel:
     ) -> None:
         """`info.kv` is that of the rank. `comm`: its collectives, where there are several; `recordable`: whether steps
         that have them may be repeated. Raises `EngineFault` for weights that have gone bad, bad_config for a mesh that
-        does not divide the model, and out_of_memory where a GPU has no room."""
+        does not divide the model, bad_options for kernels that cannot be chosen, and out_of_memory where a GPU has no
+        room."""
         if threads is not None:
             torch.set_num_threads(threads)
         self.info = info
@@ -99,16 +101,17 @@ class LoadedModel:
         held = weight_source(source, dtype, self.device, progress)
         self.pools = KvPools(info.kv, pages, page_tokens, self.device)
         sizes = {"page_tokens": page_tokens, **source.family.sizes(source.config, rank.mesh)}
-        self._kernels = Kernels(
-            standard(),
-            detect(device),
-            dtype,
-            source.family.ops,
-            sizes=sizes,
-            preferences=Preferences.from_environment(),
-            check=conformance.objection,
-            weights=weights,
-        )
+        with kernels_chosen():
+            self._kernels = Kernels(
+                standard(),
+                detect(device),
+                dtype,
+                source.family.ops,
+                sizes=sizes,
+                preferences=Preferences.from_environment(),
+                check=conformance.objection,
+                weights=weights,
+            )
         chain = source.family.build(source.config, held, self.pools, rank, self._kernels)
         boundaries = [module.boundary for module in chain]
         # Logits stay cut as the head gives them: what is drawn from them is decided by all ranks together.

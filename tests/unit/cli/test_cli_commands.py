@@ -200,6 +200,21 @@ def test_kernels_refuses_what_it_cannot_answer_with_a_sentence(words: list[str],
     assert said in " ".join(done.output.split())
 
 
+@pytest.mark.parametrize(("asked", "said"), [
+    ("foo", "AGENTSPEED_KERNELS is wrong: 'foo' names no choice of kernels. Write op=name to force one"),
+    ("-linear/torch", "no kernel for linear in float32"),
+])  # fmt: skip
+def test_kernels_refuses_wishes_that_leave_no_choice_with_what_may_be_written(
+    asked: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AGENTSPEED_KERNELS", asked)
+    given = ["kernels", str(MODELS / "tiny.json"), "--platform", "cpu:torch", "--dtype", "float32"]
+    done = RUNNER.invoke(app, given)
+    assert done.exit_code == 2
+    shown = " ".join(done.output.split())
+    assert said in shown and "AGENTSPEED_KERNELS" in shown
+
+
 def test_plan_shows_a_model_on_its_ranks_without_any_weights() -> None:
     done = RUNNER.invoke(app, ["plan", str(MODELS / "tiny.json"), "--tp", "2", "--memory", "1GB"])
     assert done.exit_code == 0, done.output

@@ -18,7 +18,7 @@ from agentspeed_kernels.ops import OPS, WEIGHT_OPS
 from agentspeed_kernels.packing import pack
 from agentspeed_kernels.platform import NoDevice, Platform, detect
 from agentspeed_kernels.registry import Registry, RegistryError, standard
-from agentspeed_kernels.selection import Kernels, NoKernel, Preferences, select
+from agentspeed_kernels.selection import Kernels, NoKernel, Preferences, WrongPreference, select
 from agentspeed_kernels.signature import KernelSpec, Need, Widths
 from agentspeed_kernels.testing import conformance
 from agentspeed_kernels.workspace import Workspace
@@ -320,7 +320,7 @@ def test_a_kernel_can_be_forced_or_excluded_by_an_option() -> None:
 
 @pytest.mark.parametrize("text", ["rpoe=slow", "slow", "rope=", "-"])
 def test_an_option_that_names_no_choice_is_refused_with_what_may_be_written(text: str) -> None:
-    with pytest.raises(ValueError, match="Write op=name to force one"):
+    with pytest.raises(WrongPreference, match="Write op=name to force one"):
         Preferences.parse(text)
 
 

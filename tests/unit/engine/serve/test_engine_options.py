@@ -16,6 +16,7 @@ from agentspeed_engine.protocol import messages as wire
 from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.serve.in_thread import EngineThread
 from agentspeed_engine.serve.options import EngineOptions, build, options_from, parse_options
+from agentspeed_kernels.registry import standard
 from tests.support.engine_client import Front
 
 NANO = str(Path(__file__).resolve().parents[4] / "agentspeed" / "models" / "nano")
@@ -166,3 +167,16 @@ def test_a_model_by_chance_needs_its_configuration_only(tmp_path: Path) -> None:
         assert built.core.vocab_size == built.vocabulary.vocab_size == 512
     fault = refusal(model=f"random:{tmp_path / 'nothing'}")
     assert fault.code == "bad_config" and "nothing is not a folder" in fault.message
+
+
+def test_an_engine_does_not_start_with_kernels_that_cannot_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGENTSPEED_KERNELS", "foo")
+    wrong = refusal(model=NANO, pages=64)
+    assert wrong.code == "bad_options"
+    assert "AGENTSPEED_KERNELS is wrong: 'foo'" in wrong.message and "op=name to force one" in wrong.remedy
+    monkeypatch.setenv(
+        "AGENTSPEED_KERNELS", ",".join(f"-rms_norm/{one.name}" for one in standard().candidates("rms_norm"))
+    )
+    none = refusal(model=NANO, pages=64)
+    assert none.code == "bad_options"
+    assert "no kernel for rms_norm" in none.message and "exclude fewer kernels" in none.remedy
