@@ -150,6 +150,8 @@ _RANGES: dict[str, tuple[int, int]] = {
     "record_bytes": (LEAST_BYTES, _MOST),
 }
 """The least and the most of every whole number among the options."""
+_LONGEST_WAIT = 86_400.0
+"""Seconds that a rank may be waited for; the timers of sockets do not hold any number."""
 _SECONDS = ("max_lease_seconds", "ticket_deadline", "idle_seconds", "rank_seconds")
 
 
@@ -214,6 +216,8 @@ def _checked(options: EngineOptions) -> EngineOptions:
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
             raise _wrong(f"{name} is {value}", "Give a finite number of seconds above 0.")
+    if options.rank_seconds > _LONGEST_WAIT:
+        raise _wrong(f"rank_seconds is {options.rank_seconds:g}", f"Give {_LONGEST_WAIT:g} (a day) or less.")
     if options.record == "":
         raise _wrong("record is empty", "Give `crash`, `off` or a folder.")
     return options
@@ -372,7 +376,7 @@ def _build_ranks(
     assert options.dtype != "auto" and options.device != "auto"
     threads = options.threads
     if threads is None and options.device == "cpu":
-        threads = max(1, len(os.sched_getaffinity(0)) // options.tp)
+        threads = max(1, _cores() // options.tp)
     given = RankOptions(
         model=options.model,
         dtype=options.dtype,
@@ -407,6 +411,13 @@ def _build_ranks(
         ranks.close()
         raise
     return Built(core, model, vocabulary, source, executor, ranks)
+
+
+def _cores() -> int:
+    """That this process may use, where the system says so; else those of the machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _gpu_for_each(given: RankOptions) -> None:

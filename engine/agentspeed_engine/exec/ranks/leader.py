@@ -48,9 +48,9 @@ class Followers:
     """Rank 0's lines to the others: two each, so that no host copy waits for a step or the other way about."""
 
     def __init__(self, steps: Sequence[socket.socket], copies: Sequence[socket.socket], *, seconds: float) -> None:
-        """`seconds`: how long one of them may take no order."""
+        """`seconds`: how long one of them may take no order, and how long after rank 0 it may make a host copy."""
         self._steps = [Channel(one, seconds) for one in steps]
-        self._copies = [Channel(one, None) for one in copies]
+        self._copies = [Channel(one, seconds) for one in copies]
         self._encoder = msgspec.msgpack.Encoder()
         self._answers = msgspec.msgpack.Decoder(CopyDone)
 
@@ -62,7 +62,7 @@ class Followers:
 
     def copy(self, order: CopyOrder, mine: Callable[[], None]) -> None:
         """Carries out `mine` while the others do theirs, and returns when all have. Raises `CopyFailed` when one has
-        not, `OSError` when one is gone."""
+        not, `GroupBroken` when one does not answer, `OSError` when one is gone."""
         frame = self._encoder.encode(order)
         for channel in self._copies:
             channel.send(frame)
@@ -72,7 +72,10 @@ class Followers:
         except CopyFailed as reason:
             failed.append(f"rank 0: {reason}")
         for rank, channel in enumerate(self._copies, 1):
-            answer = channel.receive()
+            try:
+                answer = channel.receive()
+            except TimeoutError as error:
+                raise GroupBroken(f"rank {rank} did not make a host copy in time", rank) from error
             if answer is None:
                 raise ConnectionResetError(f"rank {rank} ended during a host copy")
             if (why := self._answers.decode(answer).failed) is not None:
@@ -193,7 +196,7 @@ class LeadingExecutor:
     def _copy(self, order: CopyOrder, mine: Callable[[], None]) -> None:
         try:
             self._followers.copy(order, mine)
-        except OSError as error:
+        except (GroupBroken, OSError) as error:
             if (fault := self._losses.fault(error)) is not None:
                 raise fault from error
             raise

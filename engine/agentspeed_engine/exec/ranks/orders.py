@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from itertools import accumulate
 from typing import Any, Literal, final
@@ -150,6 +151,11 @@ class Channel:
         """The next frame; None at the end. Raises `OSError`."""
         length = self._exactly(_LENGTH_BYTES)
         return None if length is None else self._exactly(int.from_bytes(length, "little"))
+
+    def end(self) -> None:
+        """Whoever sends or receives, on either side, is told of the end. From any thread."""
+        with contextlib.suppress(OSError):  # the other side has ended it already
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._socket.close()

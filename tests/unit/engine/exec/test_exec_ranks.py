@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -13,14 +16,17 @@ from agentspeed_engine.exec.batch import Batcher
 from agentspeed_engine.exec.cpu import CpuExecutor
 from agentspeed_engine.exec.executor import CopyFailed, Executor, Refusal, Sampled
 from agentspeed_engine.exec.noop import NoopModel
-from agentspeed_engine.exec.ranks.orders import batch_of, step_order
+from agentspeed_engine.exec.ranks.follower import Follower
+from agentspeed_engine.exec.ranks.group import GroupBroken
+from agentspeed_engine.exec.ranks.leader import Followers
+from agentspeed_engine.exec.ranks.orders import Channel, CopyOrder, batch_of, step_order
 from agentspeed_engine.exec.vocabulary import Vocabulary
 from agentspeed_engine.ids import BranchId, NodeId, PageId, StepSeq
 from agentspeed_engine.kv.views import NodeRun, PageCopy, TurnSpec
 from agentspeed_engine.models.inputs import FlatBatch
 from agentspeed_engine.protocol.messages import Grammar, Sampling
 from agentspeed_engine.sched.plan import Row, StepPlan, TokenOf
-from tests.support.thread_ranks import leading
+from tests.support.thread_ranks import Meeting, ThreadGroup, leading
 
 SIZE, PAGE = 64, 4
 VOCABULARY = Vocabulary(Path("none"), SIZE, ())
@@ -118,6 +124,35 @@ def test_a_host_copy_counts_when_every_rank_has_made_it() -> None:
         with pytest.raises(CopyFailed, match="rank 1: no memory; rank 2: no memory"):
             executor.save([1], [5])
         executor.load([5], [1])  # the next one is not taken for the last
+
+
+def test_a_rank_that_makes_no_host_copy_is_named_by_a_deadline() -> None:
+    (ours, theirs), (steps, their_steps) = socket.socketpair(), socket.socketpair()
+    with ours, theirs, steps, their_steps:
+        followers = Followers([steps], [ours], seconds=0.05)
+        with pytest.raises(GroupBroken) as broken:
+            followers.copy(CopyOrder("save", (1,), (2,)), lambda: None)
+    assert broken.value.late == 1
+
+
+def test_a_bug_in_a_host_copy_ends_the_rank_as_one_in_a_step_does() -> None:
+    class Broken(Piece):
+        def save(self, pages: Sequence[int], slots: Sequence[int]) -> None:
+            raise ValueError("a bug")
+
+    (steps, their_steps), (copies, their_copies) = socket.socketpair(), socket.socketpair()
+    group = ThreadGroup(Meeting(2), 1)
+    with steps, their_steps, copies, their_copies, ThreadPoolExecutor(1) as pool:
+        follower = Follower(Broken(), group, Channel(their_steps), Channel(their_copies))
+        ended = pool.submit(follower.run)
+        Channel(copies).send(msgspec.msgpack.encode(CopyOrder("save", (1,), (2,))))
+        try:
+            with pytest.raises(ValueError, match="a bug"):
+                ended.result(5)
+        finally:
+            steps.shutdown(socket.SHUT_RDWR)
+        with pytest.raises(GroupBroken):  # nobody waits for this rank
+            _ = group.gather(np.zeros(1))
 
 
 def test_a_step_arrives_as_it_was_told() -> None:

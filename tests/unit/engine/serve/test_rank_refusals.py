@@ -10,7 +10,9 @@ import pytest
 
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.models.source import describe
+from agentspeed_engine.serve import options as engine_options
 from agentspeed_engine.serve.options import build, options_from
+from agentspeed_engine.serve.rank_options import RankOptions
 from agentspeed_engine.serve.rank_shares import shares_of
 from tests.support.paged import CONFIG
 
@@ -53,6 +55,22 @@ def test_memory_is_counted_for_all_ranks_of_a_machine_and_for_each_gpu_by_itself
     assert machine.parameters == 2 * gpu.parameters
 
 
-@pytest.mark.parametrize("options", [{"tp": 0}, {"tp": 65}, {"rank_seconds": 0}, {"ep": 0}])
+@pytest.mark.parametrize("options", [{"tp": 0}, {"tp": 65}, {"rank_seconds": 0}, {"rank_seconds": 86_401}, {"ep": 0}])
 def test_numbers_that_no_group_has_are_refused(folder: Path, options: dict[str, Any]) -> None:
-    _ = refusal(folder, **options)
+    assert next(iter(options)) in refusal(folder, **options).message
+
+
+def test_threads_are_counted_where_the_system_names_no_cores_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on macOS."""
+    monkeypatch.delattr("os.sched_getaffinity", raising=False)
+    asked: list[int | None] = []
+
+    def started(options: RankOptions, say: object) -> None:
+        asked.append(options.threads)
+        raise EngineFault("rank_lost", "None is started here.", "")
+
+    monkeypatch.setattr(engine_options, "RankProcesses", started)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    with pytest.raises(EngineFault, match="None is started here"):
+        _ = build(options_from({"model": "noop:64:0", "tp": 2}))
+    assert asked == [4]
