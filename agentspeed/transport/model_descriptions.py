@@ -68,6 +68,7 @@ def families() -> tuple[FamilyLine, ...]:
 def description(folder: Path) -> ModelDescription:
     """Raises `ModelUnsupported` and `ModelBroken` as an engine would, before any weight is read."""
     from agentspeed_engine.models.catalog import describe, read_source
+    from agentspeed_engine.models.quantization import stored_as
     from agentspeed_engine.serve.memory_limit import memory_limit
 
     with converted():
@@ -81,7 +82,7 @@ def description(folder: Path) -> ModelDescription:
             layers=info.layers,
             vocab_size=info.vocab_size,
             context_limit=info.context_limit,
-            stored=_stored(info.config),
+            stored=stored_as(info.config)[0] or "a format that config.json does not name",
             memory_bytes=memory.bytes,
             memory_owner=memory.owner,
             in_dtype={dtype: _in_dtype(folder, dtype) for dtype in DTYPES},
@@ -108,15 +109,3 @@ def _in_dtype(folder: Path, dtype: Dtype) -> InDtype:
         pool_tokens=pages * options.page_tokens,
         refused=refused,
     )
-
-
-def _stored(config: Mapping[str, object]) -> str:
-    inner = config.get("text_config")
-    for held in (config, inner if isinstance(inner, dict) else {}):
-        scheme = held.get("quantization_config")
-        if isinstance(scheme, dict):
-            return str(scheme.get("quant_method", "quantised"))
-        named = held.get("dtype") or held.get("torch_dtype")
-        if named:
-            return str(named)
-    return "a format that config.json does not name"

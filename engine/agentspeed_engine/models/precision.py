@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from agentspeed_engine.models.quantization import stored_as
 from agentspeed_engine.models.source import Dtype
 from agentspeed_kernels.cpu.native import AMX
 from agentspeed_kernels.platform import Platform
@@ -14,14 +15,14 @@ _HALF = frozenset({"bfloat16", "float16", "float8_e4m3fn"})
 
 
 def choose(config: Mapping[str, Any], platform: Platform) -> tuple[Dtype, str]:
-    """(format, why). `config` is config.json as it is; both of its names for the format are read."""
-    stored = config.get("dtype") or config.get("torch_dtype")
-    if stored not in _HALF and "quantization_config" not in config:
+    """(format, why). `config` is config.json as it is."""
+    stored, quantised = stored_as(config)
+    if stored not in _HALF and not quantised:
         said = f"the checkpoint is {stored}" if stored else "the checkpoint does not name its format"
         return "float32", f"{said}, and bfloat16 would round it"
     if platform.device != "cpu":
-        return "bfloat16", f"the checkpoint is {stored or 'quantized'} and {platform.device} has matrix units for it"
+        return "bfloat16", f"the checkpoint is {stored} and {platform.device} has matrix units for it"
     if AMX.feature in platform.features:
-        return "bfloat16", f"the checkpoint is {stored or 'quantized'} and the processor has AMX tiles for it"
+        return "bfloat16", f"the checkpoint is {stored} and the processor has AMX tiles for it"
     why = platform.absent.get(AMX.feature) or platform.lacks.get(AMX.feature, "there are no kernels for AMX tiles")
     return "float32", f"prompts are slower in bfloat16 here: {why}"

@@ -45,6 +45,19 @@ def declared_scheme(raw: Mapping[str, Any], folder: Path | None = None) -> Schem
     return "fp8_blocks"
 
 
+def stored_as(raw: Mapping[str, Any]) -> tuple[str, bool]:
+    """(how the weights of a config.json are stored, empty where it does not say; whether that is quantised), whatever
+    of it is implemented. The text part's own format counts before that of the whole."""
+    declared = _declared(raw)
+    if declared is not None:
+        return str(declared.get("quant_method", "quantised")), True
+    for holder in reversed(_holders(raw)):
+        named = holder.get("dtype") or holder.get("torch_dtype")
+        if isinstance(named, str):
+            return named, False
+    return "", False
+
+
 def packed_refusal(name: str) -> EngineFault:
     """For a tensor that `PACKED` knows, where the configuration said nothing of it."""
     return _unsupported(f"the weights are quantised ({name}), though config.json declares nothing about it")
@@ -62,8 +75,7 @@ def torn_block(name: str, extent: int, ranks: int) -> EngineFault:
 
 def _declared(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Of the model or of its text part; null and an empty object declare nothing."""
-    text = raw.get("text_config")
-    for holder in (raw, text if isinstance(text, Mapping) else {}):
+    for holder in _holders(raw):
         for key in ("quantization_config", "compression_config"):
             found = holder.get(key)
             if not found:
@@ -74,6 +86,12 @@ def _declared(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
                 )
             return found
     return None
+
+
+def _holders(raw: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """The model, and its text part where it has one."""
+    text = raw.get("text_config")
+    return (raw, text) if isinstance(text, Mapping) else (raw,)
 
 
 def _check_fp8(declared: Mapping[str, Any]) -> None:

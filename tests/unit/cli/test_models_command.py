@@ -44,6 +44,17 @@ def test_a_model_is_told_by_what_it_is_and_what_it_needs_here() -> None:
     assert "<tool_call>" in told["template"]["a call"]
 
 
+def test_a_quantisation_that_its_text_part_declares_is_how_a_model_is_stored(tmp_path: Path) -> None:
+    folder = spoken_by(tmp_path, "qwen 3")
+    config = json.loads((folder / "config.json").read_text())
+    blocks = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    nested = {"dtype": "bfloat16", "quantization_config": None, "text_config": {"quantization_config": blocks}}
+    _ = (folder / "config.json").write_text(json.dumps(config | nested))
+    done = RUNNER.invoke(app, ["models", str(folder), "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.output)["stored"] == "fp8"
+
+
 def test_what_reasoning_tools_and_calls_look_like_is_shown(tmp_path: Path) -> None:
     done = RUNNER.invoke(app, ["models", str(spoken_by(tmp_path, "glm 4.6"))])
     assert done.exit_code == 0, done.output

@@ -14,6 +14,7 @@ from agentspeed_kernels.platform import Platform, detect
 from tests.support.paged import CONFIG
 from tests.support.random_checkpoint import make_checkpoint
 
+BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 TILES = Platform(device="cpu", arch="x86_64", features=frozenset({AMX.feature}))
 REFUSED = Platform(device="cpu", arch="x86_64", features=frozenset(), absent={AMX.feature: "the system said no"})
 OLDER = Platform(device="cpu", arch="x86_64", features=frozenset(), lacks={AMX.feature: "the processor lacks AMX-BF16"})
@@ -23,7 +24,11 @@ GPU = Platform(device="cuda", arch="sm_90", features=frozenset())
 @pytest.mark.parametrize(("config", "platform", "dtype", "why"), [
     ({"dtype": "bfloat16"}, TILES, "bfloat16", "the checkpoint is bfloat16 and the processor has AMX tiles for it"),
     ({"torch_dtype": "float16"}, TILES, "bfloat16", "the checkpoint is float16 and the processor has AMX tiles for it"),
-    ({"quantization_config": {}}, TILES, "bfloat16", "the checkpoint is quantized and"),
+    ({"quantization_config": BLOCKS}, TILES, "bfloat16", "the checkpoint is fp8 and"),
+    ({"dtype": "float32", "text_config": {"quantization_config": BLOCKS}}, TILES, "bfloat16", "the checkpoint is fp8"),
+    ({"text_config": {"dtype": "bfloat16"}}, TILES, "bfloat16", "the checkpoint is bfloat16 and"),
+    ({"quantization_config": {}}, TILES, "float32", "the checkpoint does not name its format, and"),
+    ({"quantization_config": None, "dtype": "float32"}, TILES, "float32", "the checkpoint is float32, and"),
     ({"dtype": "float32"}, TILES, "float32", "the checkpoint is float32, and bfloat16 would round it"),
     ({}, TILES, "float32", "the checkpoint does not name its format, and"),
     ({"dtype": "bfloat16"}, REFUSED, "float32", "prompts are slower in bfloat16 here: the system said no"),
