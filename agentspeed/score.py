@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, final
 
 from agentspeed import errors
-from agentspeed._base.validate import check_text
+from agentspeed._base.validate import check_ids, check_text
 from agentspeed._core.options import build_request
 from agentspeed._core.session_core import SessionCore
 from agentspeed.fork import fork
@@ -36,12 +36,15 @@ class Score:
 
 async def score(core: SessionCore, text: str | Sequence[int], after: tuple[Message, ...], top: int) -> Score:
     """See `Session.score`."""
+    if text == "":
+        raise errors.InvalidRequest("text is empty; there is nothing to score.")
     if isinstance(text, str):
         check_text("text", text)
-    core.must_be_idle()
-    ids = tuple(core.codec.tokenizer.content_ids(text) if isinstance(text, str) else text)
-    if not ids:
-        raise errors.InvalidRequest("text is empty; there is nothing to score.")
+        core.must_be_idle()
+        ids = tuple(core.codec.tokenizer.content_ids(text))
+    else:
+        ids = check_ids("text", text)
+        core.must_be_idle()
     opened = core.log.open_at
     said = [] if after or opened is None else core.log.ids[opened:]
     (child,) = await fork(core, 1, None)

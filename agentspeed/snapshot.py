@@ -203,7 +203,7 @@ def fill(core: SessionCore, found: Snapshot) -> None:
     log.ids, log.made = _array("I", found.ids), bytearray(found.made)
     log.logprobs, log.draw_logprobs = _array("d", found.logprobs), _array("d", found.draw_logprobs)
     log.spans = list(_loaded(found.spans))
-    log.open_at, log.owed = found.open_at, found.owed
+    log.open_at, log.owed, log.plain = found.open_at, found.owed, found.plain
     log.marks = {
         mark.name: Checkpoint(mark.tokens, _loaded(mark.spans), mark.open_at, mark.owed) for mark in found.marks
     }

@@ -10,6 +10,8 @@ from agentspeed.messages import Assistant, Message, System, ToolMessage, User
 
 MOST = 2**63 - 1
 """Whole numbers beyond it do not fit into a frame of the protocol."""
+ID_END = 2**32
+"""Token ids are below it."""
 
 
 def check_text(name: str, value: object) -> None:
@@ -62,6 +64,19 @@ def check_number(name: str, value: object) -> None:
     """A number of any range that a frame can carry."""
     if not is_number(value):
         raise InvalidRequest(f"{name} is {shown(value)}; it must be a number{_bits(value)}.")
+
+
+def check_ids(name: str, value: object) -> tuple[int, ...]:
+    """Token ids, at least one. Which of them a vocabulary has is the engine's to check."""
+    ids = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str | bytes) else ()
+    if not ids:
+        raise InvalidRequest(f"{name} is {shown(value)}; it must be a text, or token ids, and not empty.")
+    for place, number in enumerate(ids):
+        if not is_whole(number) or not 0 <= number < ID_END:
+            raise InvalidRequest(
+                f"{name} has {shown(number)} at place {place}; a token id is a whole number from 0 to {ID_END - 1}."
+            )
+    return ids
 
 
 def check_count(name: str, value: object, *, least: int = 1, none: bool = False, remedy: str = "") -> None:

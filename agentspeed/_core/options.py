@@ -13,11 +13,11 @@ from agentspeed._base.validate import (
     check_count,
     check_draw,
     check_flag,
+    check_ids,
     check_messages,
     check_seconds,
     check_seed,
     check_text,
-    is_whole,
     shown,
 )
 from agentspeed._core.engine_options import EngineOptions
@@ -295,9 +295,7 @@ def plain_text(text: str | Sequence[int], options: SessionOptions) -> str | tupl
     if isinstance(text, str):
         check_text("text", text)
         return text
-    if not text or not all(is_whole(number) and number >= 0 for number in text):
-        raise errors.InvalidRequest(f"text is {shown(text)}; it must be a text, or token ids.")
-    return tuple(text)
+    return check_ids("text", text)
 
 
 def no_messages() -> errors.InvalidRequest:

@@ -180,7 +180,7 @@ class SessionCore:
 
     def begin_with(self, text: str | tuple[int, ...]) -> None:
         """Before it is opened: its log is this text, and no conversation."""
-        self.text = text
+        self.text, self.log.plain = text, True
         self.defaults = dataclasses.replace(self.defaults, plain=True)
 
     def _begin(self) -> Sequence[int]:
@@ -449,7 +449,13 @@ class SessionCore:
 
     def point(self, to: Mark | str | int) -> Checkpoint:
         """Where a mark, a name or a position is. Raises `MarkNotFound`."""
-        return place_of(self.log, to, self.compacted)
+        found = place_of(self.log, to, self.compacted)
+        if self.log.plain and not found.tokens:
+            raise errors.MarkNotFound(
+                "Position 0 of a session over a text is before the text: nothing is there to go on with.",
+                remedy="Go back to its first token, position 1, or make a new session over a text.",
+            )
+        return found
 
     def position(self, messages: int) -> int:
         """Where the first `messages` messages end. Raises `InvalidRequest`."""

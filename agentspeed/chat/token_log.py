@@ -48,6 +48,8 @@ class TokenLog:
         """Of drawn ids in the model's own distribution, when asked for; NaN elsewhere."""
         self.draw_logprobs = array("d")
         """Of drawn ids in the distribution that they were drawn from, when asked for; NaN elsewhere."""
+        self.plain = False
+        """A text instead of a conversation: it has no messages, and the model goes on with it wherever it is cut."""
         self.spans: list[Span] = []
         self.open_at: int | None = None
         """Where the text of an assistant message that is not closed begins; None when all messages are closed."""
@@ -103,6 +105,8 @@ class TokenLog:
 
     def at(self, tokens: int) -> Checkpoint:
         """The checkpoint for any token position: a message cut in its middle is no message, an assistant's is open."""
+        if self.plain:
+            return Checkpoint(tokens, (), min(self.open_at or 0, tokens), ())
         whole = [span for span in self.spans if span.end <= tokens]
         start = whole[-1].end if whole else 0
         cut = self.spans[len(whole)] if len(whole) < len(self.spans) else None
@@ -116,6 +120,7 @@ class TokenLog:
         """The first `tokens` of this mirror, sharing nothing."""
         point = self.at(tokens) if tokens < len(self.ids) else self.checkpoint()
         other = TokenLog()
+        other.plain = self.plain
         other.ids = self.ids[:tokens]
         other.made = self.made[:tokens]
         other.logprobs = self.logprobs[:tokens]

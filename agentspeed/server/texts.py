@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import anyio.to_thread
 import msgspec
 
+from agentspeed._base.validate import ID_END
 from agentspeed.engine import Engine
+
+TokenId: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=ID_END)]
 
 
 class TextBody(msgspec.Struct, kw_only=True):
@@ -18,9 +21,9 @@ class TextBody(msgspec.Struct, kw_only=True):
 
 
 class IdsBody(msgspec.Struct, kw_only=True):
-    """What to read as a text. IdsBody that the vocabulary does not have stand for nothing."""
+    """What to read as a text. Ids that the vocabulary does not have stand for nothing."""
 
-    tokens: list[Annotated[int, msgspec.Meta(ge=0, lt=2**32)]]
+    tokens: list[TokenId]
 
 
 async def tokenized(engine: Engine, body: TextBody) -> dict[str, Any]:

@@ -88,7 +88,8 @@ def test_ids_are_taken_as_they_are_and_what_cannot_be_is_refused(client: openai.
     ids = httpx.post(f"{url}/tokenize", json={"prompt": "3 3 5"}).json()["tokens"]
     found = client.completions.create(model="nano", prompt=ids, max_tokens=3, temperature=0, echo=True)
     assert found.choices[0].text.startswith("3 3 5")
-    for wrong in ({"prompt": []}, {"best_of": 3}, {"suffix": "x"}, {"max_tokens": 0}, {"prompt": [2**31]}, {"n": 0}):
+    prompts = ([], [2**31], [2**32], [[-1]])
+    for wrong in ({"best_of": 3}, {"suffix": "x"}, {"max_tokens": 0}, {"n": 0}, *({"prompt": one} for one in prompts)):
         with pytest.raises(openai.BadRequestError):
             _ = client.completions.create(**{"model": "nano", "prompt": "a", **wrong})  # type: ignore[call-overload]
 

@@ -15,6 +15,7 @@ from agentspeed import events
 from agentspeed.server.openai.parameters import FINISH, bounded_tokens, sampling_of, stops_of
 from agentspeed.server.problems import refused
 from agentspeed.server.streaming import Emitter, encoded
+from agentspeed.server.texts import TokenId
 from agentspeed.server.turns import Service
 from agentspeed.session import Session, TurnOptions
 from agentspeed.turn import Reply
@@ -29,7 +30,7 @@ _DEFAULT_TOKENS: Final = 16
 class CompletionRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """The body. The last group is taken and means nothing here."""
 
-    prompt: str | list[str | int | list[int]]
+    prompt: str | list[str | TokenId | list[TokenId]]
     model: str = ""
     max_tokens: int | None = None
     temperature: float | None = None
