@@ -46,6 +46,16 @@ class Quantised:
         scales = self.scales[:, ids].T
         return self._scaled(held, scales).to(self.dtype)
 
+    def part(self, *at: int) -> Quantised:
+        """One of the matrices that are stacked, in the same memory."""
+        return Quantised(self.data[at], self.scales[at], self.group, self.shape[len(at) :], self.dtype)
+
+    def outputs(self, first: int, last: int) -> Quantised:
+        """Outputs `first`, which begins a tile, to `last` of a weight [N, K], in the same memory."""
+        low, high = first // OUTPUTS, -(-last // OUTPUTS)
+        scales = self.scales[:, low * OUTPUTS : high * OUTPUTS]
+        return Quantised(self.data[low:high], scales, self.group, (last - first, self.shape[1]), self.dtype)
+
     def whole(self, dtype: torch.dtype | None = None) -> Tensor:
         """[..., N, K]: what the bytes stand for."""
         *front, tiles, steps, _, _, _ = self.data.shape

@@ -22,6 +22,8 @@ from agentspeed_kernels.workspace import Workspace
 
 _BLOCK = 16
 """Rows that are prepared together (amx_int8.h)."""
+AT_ONCE = 1 << 21
+"""Elements of a weight that torch's products take back from bytes together: some 30 MB while it is done."""
 
 
 @final
@@ -117,15 +119,32 @@ class Int8Kernels:
 
 
 def torch_linear(x: Tensor, weight: Quantised, bias: Tensor | None, out: Tensor) -> None:
-    """Takes the weight back to the format of x in each call: right for any number of rows, slow for a few."""
-    torch_kernels.linear(x, weight.whole(x.dtype), bias, out)
+    """Takes the weight back to the format of x in each call, some outputs at a time: right for any number of rows, slow
+    for a few."""
+    outputs, inputs = weight.shape
+    many = max(AT_ONCE // inputs // OUTPUTS, 1) * OUTPUTS
+    for low in range(0, outputs, many):
+        high = min(low + many, outputs)
+        some = weight.outputs(low, high).whole(x.dtype)
+        torch_kernels.linear(x, some, None if bias is None else bias[low:high], out[:, low:high])
 
 
 def torch_experts(
     x: Tensor, gate_up: Quantised, down: Quantised, ids: Tensor, weights: Tensor, workspace: Workspace, out: Tensor
 ) -> None:
-    joined = gate_up.whole(x.dtype).flatten(-3, -2)
-    torch_kernels.experts(x, joined, down.whole(x.dtype), ids, weights, workspace, out)
+    """Of each expert that is chosen, one matrix after the other."""
+
+    def run(rows: Tensor, expert: int) -> Tensor:
+        gate, up = (_product(rows, gate_up.part(expert, side)) for side in (0, 1))
+        return _product(torch.nn.functional.silu(gate).mul_(up), down.part(expert))
+
+    torch_kernels.each_expert(x, down.shape[0], run, ids, weights, out)
+
+
+def _product(x: Tensor, weight: Quantised) -> Tensor:
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    torch_linear(x, weight, None, out)
+    return out
 
 
 def _spec(

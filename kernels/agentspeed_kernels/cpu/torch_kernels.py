@@ -79,15 +79,24 @@ def _keep_groups(choice: Tensor, rule: RouteRule) -> Tensor:
 def experts(
     x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, workspace: Workspace, out: Tensor
 ) -> None:
-    """Tokens are sorted by expert, so each hit expert is one pair of matrix products."""
-    if gate_up.shape[0] == 1:
+    def run(rows: Tensor, expert: int) -> Tensor:
+        return _swiglu(rows, gate_up[expert], down[expert])
+
+    each_expert(x, gate_up.shape[0], run, ids, weights, out)
+
+
+def each_expert(
+    x: Tensor, experts: int, run: Callable[[Tensor, int], Tensor], ids: Tensor, weights: Tensor, out: Tensor
+) -> None:
+    """Tokens are sorted by expert, so `run` (rows, expert) is called once for each expert that is hit."""
+    if experts == 1:
         # Rows of a rank with one expert may have chosen others: their weights are 0 here.
-        torch.mul(_swiglu(x, gate_up[0], down[0]), weights.sum(1, keepdim=True).to(x.dtype), out=out)
+        torch.mul(run(x, 0), weights.sum(1, keepdim=True).to(x.dtype), out=out)
         return
     top = ids.shape[1]
     flat = ids.reshape(-1)
     order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=gate_up.shape[0]).tolist()
+    counts = torch.bincount(flat, minlength=experts).tolist()
     shares = weights.reshape(-1)[order].unsqueeze(1).to(x.dtype)
     tokens = torch.div(order, top, rounding_mode="floor")
     out.zero_()
@@ -95,7 +104,7 @@ def experts(
     for expert, count in enumerate(counts):
         if count:
             mine = tokens[at : at + count]
-            out.index_add_(0, mine, _swiglu(x[mine], gate_up[expert], down[expert]).mul_(shares[at : at + count]))
+            out.index_add_(0, mine, run(x[mine], expert).mul_(shares[at : at + count]))
             at += count
 
 
