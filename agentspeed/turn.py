@@ -74,10 +74,15 @@ class Turn(Generic[T]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._state = "left"
-        if not self._finished:
-            await self._core.abort_turn(self._record)
+        try:
+            if not self._finished:
+                await self._core.abort_turn(self._record)
+        except BaseException as failure:
+            error = failure
+            raise
+        finally:
             self._finished = True
-        self._told_end(error)
+            self._told_end(error)
 
     # ---- reading --------------------------------------------------------------------------------------------------
     def __aiter__(self) -> Self:
@@ -106,24 +111,38 @@ class Turn(Generic[T]):
         with anyio.CancelScope(deadline=self._deadline) as scope:
             self._watched = told is not None
             self._at_once = at_once
-            while not self._finished or self._ready:
-                if self._broken is not None:
-                    raise self._broken
-                if not self._ready and not self._take():
-                    await self._woken()
-                elif self._ready:
-                    batch = list(self._ready)
-                    self._ready.clear()
-                    if told is not None:
-                        self._telling = True
-                        await told(batch)
-                        self._telling = False
+            try:
+                await self._to_the_end(told)
+            except anyio.get_cancelled_exc_class():
+                self._catch_up()
+                raise
         if scope.cancelled_caught:
             while self._take():
                 pass
             if told is None and self._finished:
                 return
             raise self._too_late("" if self._record.started else await self._core.branch.waits_for())
+
+    async def _to_the_end(self, told: Callable[[list[events.AnyEvent]], Awaitable[None]] | None) -> None:
+        while not self._finished or self._ready:
+            if self._broken is not None:
+                raise self._broken
+            if not self._ready and not self._take():
+                await self._woken()
+            elif self._ready:
+                batch = list(self._ready)
+                self._ready.clear()
+                if told is not None:
+                    self._telling = True
+                    await told(batch)
+                    self._telling = False
+
+    def _catch_up(self) -> None:
+        """`text` is all that has come, also for who was not woken up for it. The end is not taken: who is cancelled
+        leaves the turn before it."""
+        inbox = self._record.inbox
+        while inbox and isinstance(inbox[0], wire.TurnStarted | wire.Tokens):
+            _ = self._take()
 
     async def reply(self) -> Reply[T]:
         """Reads to the end. Raises `OutputError` when `output=` was asked for and the text is not that."""

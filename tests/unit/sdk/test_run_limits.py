@@ -118,11 +118,13 @@ async def test_the_seconds_of_a_run_cancel_a_tool_whose_call_gets_a_result() -> 
         assert (await s.generate()).text == "Fine."
 
 
-async def test_seconds_that_go_before_the_first_turn_ended_are_a_timeout_with_its_text() -> None:
-    async with ScriptedEngine([say("A long answer indeed.", seconds=0.1)]) as engine, engine.session() as s:
+@pytest.mark.parametrize("on_event", [None, lambda event: None], ids=["unheard", "heard"])
+async def test_seconds_that_go_before_the_first_turn_ended_are_a_timeout_with_its_text(on_event: Any) -> None:
+    text = "A long answer indeed. " * 20
+    async with ScriptedEngine([say(text, seconds=0.02)]) as engine, engine.session() as s:
         with anyio.fail_after(20), pytest.raises(errors.TurnTimeout, match="limit of 0") as caught:
-            _ = await s.run("Go.", limits=Limits(seconds=0.35))
-        assert "A long answer indeed.".startswith(caught.value.partial)
+            _ = await s.run("Go.", limits=Limits(seconds=0.35), on_event=on_event)
+        assert caught.value.partial and text.startswith(caught.value.partial)
         assert s.messages == ()
 
 
