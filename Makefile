@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Two workers, a file's tests on one of them, so that they share its engines. One process: make test PARALLEL=
 PARALLEL ?= -n 2 --dist loadfile
 # What `make bench` runs, in this order; the options keep each below ten minutes. One alone: make bench BENCHES=fork
-BENCHES := sched fork resume cold_siblings sdk server turns agents adapters busy nano kernels spmd step retention \
+BENCHES := sched fork resume cold_siblings sdk server turns agents adapters busy nano kernels int8 peers_cpu spmd step retention \
 	"pauses --seeds 6" models deadlock_race recorder host_copies "cancel --events 2000 --kills 10"
 .PHONY: demo test check conformance bench format model model-large simulate clean
 

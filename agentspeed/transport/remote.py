@@ -173,7 +173,8 @@ class _Carrier:
             self._end()
 
     def _again(self, once: Any) -> None:
-        """Until it succeeds, the link ends, or the network was gone for longer than the server waits."""
+        """Until it succeeds, the link ends, its client is closed, or the network was gone for longer than the server
+        waits."""
         tries, since = 0, None
         while not self._over.is_set():
             try:
@@ -189,6 +190,10 @@ class _Carrier:
                 tries += 1
             except OSError:
                 return
+            except RuntimeError as error:
+                if not self._client.is_closed:
+                    raise
+                raise _LinkLost from error  # whoever owns it has let go
 
     def _end(self) -> None:
         if self._over.is_set():

@@ -39,9 +39,9 @@ class ThreadGroup:
     def gather(self, mine: NDArray[np.float64]) -> NDArray[np.float64]:
         try:
             self._meeting.told[self._rank] = mine
-            _ = self._meeting.barrier.wait(10)
+            _ = self._meeting.barrier.wait(60)
             every = np.stack(self._meeting.told)
-            _ = self._meeting.barrier.wait(10)
+            _ = self._meeting.barrier.wait(60)
         except threading.BrokenBarrierError as error:
             raise GroupBroken("a thread did not come") from error
         return every
@@ -76,11 +76,11 @@ def leading(models: Sequence[Any], vocabulary: Vocabulary, *, depth: int = 0) ->
 
         threads.append(threading.Thread(target=follow))
         threads[-1].start()
-    followers = Followers(steps, copies, seconds=10.0)
+    followers = Followers(steps, copies, seconds=60.0)
     try:
         yield LeadingExecutor(models[0], vocabulary, ThreadGroup(meeting, 0), followers, NoLosses(), depth=depth)
     finally:
         followers.close()
         meeting.barrier.abort()
         for thread in threads:
-            thread.join(10)
+            thread.join(60)

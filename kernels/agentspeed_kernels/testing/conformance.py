@@ -334,7 +334,9 @@ def _mla_extend(call: Call, draw: _Draw) -> Pairs:
     # narrower and wider than the keys, and the usual widths
     widths = [(draw.rope, draw.rope + (8 if draw.paged else 1)), (draw.rope, 3 * draw.rope)]
     widths += [(128, 128)] * (draw.case.size == "wide")
-    for (nope, value), case in itertools.product(widths, _attentions(draw)):
+    # How wide a head is decides nothing about long pages: those are tried with one width.
+    small = itertools.product(widths[:-1], itertools.islice(_attentions(draw), 2))
+    for (nope, value), case in itertools.chain(small, itertools.product(widths[-1:], _attentions(draw))):
         q = draw.tensor(draw.rows, draw.heads, nope + draw.rope)
         key_up, value_up = draw.weight(draw.heads, draw.rank, nope), draw.weight(draw.heads, value, draw.rank)
         out, scale = _unwritten(draw, case, value), (nope + draw.rope) ** -0.5
