@@ -49,6 +49,9 @@ class ThreadGroup:
     def abandon(self) -> None:
         self._meeting.barrier.abort()
 
+    def close(self) -> None:
+        pass
+
     def waited(self, rank: int) -> float | None:
         return None
 
@@ -81,6 +84,8 @@ def leading(models: Sequence[Any], vocabulary: Vocabulary, *, depth: int = 0) ->
         yield LeadingExecutor(models[0], vocabulary, ThreadGroup(meeting, 0), followers, NoLosses(), depth=depth)
     finally:
         followers.close()
+        for thread in threads:  # those that have just met leave by themselves
+            thread.join(1)
         meeting.barrier.abort()
         for thread in threads:
             thread.join(60)

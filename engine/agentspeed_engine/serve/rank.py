@@ -1,8 +1,8 @@
 """`python -m agentspeed_engine.serve.rank`: one rank beside rank 0, which starts it, tells it what to do and ends it.
 
 It says on `--status` how far its start is, as an engine does: {"progress": ...}, then {"ready": true}; what it refuses
-or fails by, at any time, is one line {"code", "message", "remedy"}. It ends when rank 0's end of its stdin is closed,
-whatever it is doing.
+or fails by, at any time, is one line {"code", "message", "remedy"}, and where other ranks do not come it is {"left":
+why, "late": the rank that did not, or null}. It ends when rank 0's end of its stdin is closed, whatever it is doing.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ def _run(options: RankOptions, arguments: argparse.Namespace, status: TextIO) ->
         follower.run()
     except GroupBroken as reason:
         _LOG.warning("ends: %s", reason)
+        _say(status, left=str(reason), late=reason.late)
         return LEFT
     except EngineFault:
         raise

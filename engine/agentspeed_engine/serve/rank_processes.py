@@ -48,6 +48,10 @@ class RankProcess:
         self.rank = options.rank
         self.fault: EngineFault | None = None
         """What it named before it ended."""
+        self.left = ""
+        """Why it ended, where others did not come."""
+        self.late: int | None = None
+        """The rank that it waited for in vain."""
         self._heard = heard
         with contextlib.ExitStack() as theirs:
             self.steps, steps = _pair(theirs)
@@ -108,6 +112,8 @@ class RankProcess:
                 said = json.loads(line)
                 if "code" in said:
                     self.fault = EngineFault(said["code"], f"Rank {self.rank}: {said['message']}", said["remedy"])
+                elif "left" in said:
+                    self.left, self.late = said["left"], said["late"]
                 self._heard(self, said)
         self._process.wait()
         self._heard(self, None)
@@ -194,19 +200,13 @@ class RankProcesses:
         from agentspeed_engine.exec.ranks.group import GroupBroken
 
         late = error.late if isinstance(error, GroupBroken) else None
-        if late is None or isinstance(error, TimeoutError):
+        if late is None:
             _ = self._lost.wait(_NEWS_SECONDS)
         dead = next((one for one in self.all if one.ended), None)
-        if dead is not None:
-            return self._fault_of(dead)
-        seconds = f"{self._options.seconds:g} s (rank_seconds)"
-        if late:
-            process = next(one for one in self.all if one.rank == late)
-            self._lost.set()
-            said = f"Rank {late} (process {process.pid}) did not answer for {seconds}."
-            return EngineFault("rank_lost", said, _REMEDY)
+        if dead is not None or late is not None:
+            return self._fault_of(dead, late)
         if isinstance(error, TimeoutError):
-            return EngineFault("rank_lost", f"A rank took no order for {seconds}.", _REMEDY)
+            return EngineFault("rank_lost", f"A rank took no order for {self._seconds}.", _REMEDY)
         if isinstance(error, GroupBroken):
             return EngineFault("rank_lost", f"The ranks did not come together: {error}.", _REMEDY)
         return None
@@ -235,6 +235,9 @@ class RankProcesses:
             with contextlib.suppress(OSError):
                 os.close(self._memory)
             self._memory = None
+        if self._group is not None:
+            self._group.close()
+            self._group = None
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _heard(self, one: RankProcess, said: Any) -> None:
@@ -250,13 +253,33 @@ class RankProcesses:
         if report is not None:
             report(self._fault_of(one))
 
-    def _fault_of(self, one: RankProcess) -> EngineFault:
-        """The first cause: a rank that ends because another did says nothing of its own."""
-        named = next((rank.fault for rank in self.all if rank.fault is not None), None)
-        if named is not None:
-            return named
-        killed = next((rank for rank in self.all if rank.ended.startswith("was killed")), one)
-        return EngineFault("rank_lost", f"Rank {killed.rank} (process {killed.pid}) {killed.ended}.", _REMEDY)
+    @property
+    def _seconds(self) -> str:
+        return f"{self._options.seconds:g} s (rank_seconds)"
+
+    def _fault_of(self, one: RankProcess | None, late: int | None = None) -> EngineFault:
+        """The first cause, of which the others may be effects: what a rank could not do, one that was killed, one that
+        hangs (`late`, or who others waited for), a bug, and one that ended somehow (`one`)."""
+        named = [rank.fault for rank in self.all if rank.fault is not None]
+        if (plain := next((fault for fault in named if fault.code != "internal"), None)) is not None:
+            return plain
+        if (killed := next((rank for rank in self.all if rank.ended.startswith("was killed")), None)) is not None:
+            return _loss(killed.rank, killed.pid, killed.ended)
+        alive = {0: os.getpid()} | {rank.rank: rank.pid for rank in self.all if not rank.ended}
+        for waited_for in (late, *(rank.late for rank in self.all)):
+            if waited_for is not None and waited_for in alive:
+                self._lost.set()
+                return _loss(waited_for, alive[waited_for], f"did not answer for {self._seconds}")
+        if named:
+            return named[0]
+        ended = next((rank for rank in self.all if rank.ended and not rank.left), one)
+        if ended is None:
+            return EngineFault("rank_lost", "The ranks did not come together.", _REMEDY)
+        return _loss(ended.rank, ended.pid, f"gave up: {ended.left}" if ended.left else ended.ended)
+
+
+def _loss(rank: int, pid: int, how: str) -> EngineFault:
+    return EngineFault("rank_lost", f"Rank {rank} (process {pid}) {how}.", _REMEDY)
 
 
 def _shared_memory(options: RankOptions) -> int | None:

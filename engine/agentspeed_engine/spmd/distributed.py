@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import datetime
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, final
 
 import torch
@@ -20,15 +22,23 @@ from agentspeed_engine.spmd.plan import Collective
 class DistributedComm:
     """Built on every rank of an initialised process group of the mesh's size, in the same order."""
 
-    __slots__ = ("_group", "_rank")
+    __slots__ = ("_broken", "_group", "_rank")
 
-    def __init__(self, rank: Rank) -> None:
-        self._rank = rank
+    def __init__(
+        self,
+        rank: Rank,
+        *,
+        timeout: datetime.timedelta | None = None,
+        broken: Callable[[str], Exception] = RuntimeError,
+    ) -> None:
+        """`timeout`: how long a collective waits for a rank; None: as long as torch does, which is not what the default
+        group was given. `broken`: what is raised where the ranks do not come together."""
+        self._rank, self._broken = rank, broken
         self._group: dict[Axis, dist.ProcessGroup] = {}
         for axis in AXES:
             for members in groups(rank.mesh, axis):
                 # Every rank takes part in making every group, also in those it is not a member of.
-                made = dist.new_group(members)
+                made = dist.new_group(members, timeout=timeout)
                 if rank.index in members:
                     assert isinstance(made, dist.ProcessGroup)
                     self._group[axis] = made
@@ -44,7 +54,7 @@ class DistributedComm:
         if step.kind == "all_gather":
             return self._gathered(step, value, tokens_per_rank)
         total = value.contiguous().clone()
-        dist.all_reduce(total, group=self._group[step.axis])
+        self._sum(total, step.axis)
         # Uneven shards have no reduce-scatter in gloo: the sum is cut afterwards.
         return total if step.kind == "all_reduce" else self._mine(step, total, tokens_per_rank)
 
@@ -63,25 +73,44 @@ class DistributedComm:
             total = self.apply(step, x, sizes)
         else:
             total = x
-            dist.all_reduce(total, group=self._group[step.axis])
+            self._sum(total, step.axis)
         found: tuple[Tensor, Tensor] = module(total, residual, state)
         return found
+
+    def _sum(self, value: Tensor, axis: Axis) -> None:
+        with self._together():
+            dist.all_reduce(value, group=self._group[axis])
+
+    def _exchange(
+        self, into: Tensor, given: Tensor, axis: Axis, coming: list[int] | None = None, going: list[int] | None = None
+    ) -> None:
+        """`coming` from each rank and `going` to each: rows; None: as many for all."""
+        with self._together():
+            dist.all_to_all_single(into, given, coming, going, group=self._group[axis])
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """Around the meetings alone: what else goes wrong in a step is no lost rank."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise self._broken(str(error)) from error
 
     def _dispatched(self, axis: Axis, value: Routed) -> Routed:
         """Rows travel with their choices in one message to each rank; before it go their numbers."""
         sent = [_packed(rows) for rows in outgoing(value)]
         counts = torch.tensor([len(rows) for rows in sent], device=value.x.device)
         coming = torch.empty_like(counts)
-        dist.all_to_all_single(coming, counts, group=self._group[axis])
+        self._exchange(coming, counts, axis)
         sizes = coming.tolist()
         arrived = sent[0].new_empty(sum(sizes), sent[0].shape[1])
-        dist.all_to_all_single(arrived, torch.cat(sent), sizes, [len(rows) for rows in sent], group=self._group[axis])
+        self._exchange(arrived, torch.cat(sent), axis, sizes, [len(rows) for rows in sent])
         return received(value, [_unpacked(rows, value) for rows in torch.split(arrived, sizes)])
 
     def _combined(self, axis: Axis, value: Routed) -> Tensor:
         coming = [len(index) for index in value.sends]
         arrived = value.x.new_empty(sum(coming), value.x.shape[1])
-        dist.all_to_all_single(arrived, value.x.contiguous(), coming, list(value.counts), group=self._group[axis])
+        self._exchange(arrived, value.x.contiguous(), axis, coming, list(value.counts))
         return combined(value, torch.split(arrived, coming))
 
     def _mine(self, step: Collective, value: Tensor, tokens_per_rank: Sequence[int]) -> Tensor:
@@ -97,7 +126,8 @@ class DistributedComm:
         padded = value.new_zeros(padded_shape)
         padded.narrow(step.dim, 0, value.shape[step.dim]).copy_(value)
         pieces = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(pieces, padded, group=self._group[step.axis])
+        with self._together():
+            dist.all_gather(pieces, padded, group=self._group[step.axis])
         return torch.cat(
             [piece.narrow(step.dim, 0, size) for piece, size in zip(pieces, sizes, strict=True)], dim=step.dim
         )

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, final
+from typing import Any, Final, Protocol, final
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.spmd.distributed import DistributedComm
 from agentspeed_engine.spmd.logical import shard_sizes
 from agentspeed_engine.spmd.lower import Comm
@@ -23,6 +24,8 @@ from agentspeed_engine.spmd.plan import Collective
 from agentspeed_kernels.cpu.process_group import GroupBroken, SharedGroup
 
 __all__ = ["Group", "GroupBroken", "SharedMemory", "TorchGroup"]
+_MEETING: Final = datetime.timedelta(seconds=120)
+"""How long ranks wait for each other at the start, where each has to import torch first."""
 
 
 class Group(Protocol):
@@ -47,6 +50,10 @@ class Group(Protocol):
         """Ranks that wait for others give up soon."""
         ...
 
+    def close(self) -> None:
+        """Gives back what the process has for it. Nobody uses it any more."""
+        ...
+
     def waited(self, rank: int) -> float | None:
         """Seconds that a rank has waited for others; None where nobody counts them."""
         ...
@@ -68,6 +75,9 @@ class SharedMemory:
 
     def abandon(self) -> None:
         self._group.abandon()
+
+    def close(self) -> None:
+        """The memory goes with the last tensor in it."""
 
     def waited(self, rank: int) -> float | None:
         return self._group.waited(rank)
@@ -103,7 +113,14 @@ class TorchGroup:
     recordable = False
 
     def __init__(self, folder: Path, rank: Rank, *, seconds: float, device: torch.device) -> None:
-        """Returns when all ranks have met in `folder`."""
+        """Returns when all ranks have met in `folder`. `seconds`: how long one waits for another from then on. Raises
+        `RuntimeError` where they do not meet, `EngineFault` (bad_options) in a process that has a group already."""
+        if dist.is_initialized():
+            raise EngineFault(
+                "bad_options",
+                "This process has a default group of torch.distributed already, and the ranks need it.",
+                "Call `torch.distributed.destroy_process_group()` first, or start the engine as a process of its own.",
+            )
         self._ranks = rank.mesh.size
         limit = datetime.timedelta(seconds=seconds)
         if sys.platform == "linux":  # nobody beyond this machine is to reach a rank
@@ -113,10 +130,14 @@ class TorchGroup:
             init_method=f"file://{folder}/meet",
             rank=rank.index,
             world_size=rank.mesh.size,
-            timeout=limit,
+            timeout=_MEETING,
         )
-        self.comm: Comm = DistributedComm(rank)
-        self._host: Any = dist.new_group(backend="gloo", timeout=limit)
+        try:
+            self.comm: Comm = DistributedComm(rank, timeout=limit, broken=GroupBroken)
+            self._host: Any = dist.new_group(backend="gloo", timeout=limit)
+        except BaseException:
+            self.close()
+            raise
 
     def gather(self, mine: NDArray[np.float64]) -> NDArray[np.float64]:
         own = torch.from_numpy(np.ascontiguousarray(mine))
@@ -132,6 +153,10 @@ class TorchGroup:
 
     def abandon(self) -> None:
         """Peers notice by themselves: a connection that ends, or the time limit."""
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
     def waited(self, rank: int) -> float | None:
         del rank

@@ -1,0 +1,98 @@
+"""Why ranks were lost: the first cause is named, whatever the others say because of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.exec.ranks.group import GroupBroken
+from agentspeed_engine.serve import rank_processes
+from agentspeed_engine.serve.rank_options import RankOptions
+from agentspeed_engine.serve.rank_processes import RankProcesses
+
+OPTIONS = RankOptions(model="noop:64:0", dtype="float32", device="cpu", pages=1, page_tokens=4, threads=1,
+                      host_slots=0, tp=4, ep=None, rank=0, seconds=2.0)  # fmt: skip
+BUG = EngineFault("internal", "Rank 1: RuntimeError: connection closed", "This is a bug of the engine.")
+MEMORY = EngineFault("out_of_memory", "Rank 1: no room", "Use fewer pages.")
+
+
+class FakeProcess:
+    """`RankProcess` that runs until a test says otherwise."""
+
+    def __init__(self, options: RankOptions, memory: int | None, heard: object) -> None:
+        self.rank = options.rank
+        self.pid = 1000 + options.rank
+        self.fault: EngineFault | None = None
+        self.left, self.ended = "", ""
+        self.late: int | None = None
+        self.steps: Any = None
+        self.copies: Any = None
+
+    def tell_end(self) -> None:
+        self.ended = self.ended or "ended"
+
+    def end(self, until: float) -> None:
+        pass
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[RankProcesses]:
+    monkeypatch.setattr(rank_processes, "RankProcess", FakeProcess)
+    monkeypatch.setattr(rank_processes, "_NEWS_SECONDS", 0.0)
+    group = RankProcesses(OPTIONS, lambda text: None)
+    yield group
+    group.close()
+
+
+def named(ranks: RankProcesses, late: int | None = None) -> str:
+    fault = ranks.fault(GroupBroken("they did not come", late))
+    assert fault is not None
+    return fault.message
+
+
+def ends(ranks: RankProcesses, rank: int, how: str, **said: Any) -> None:
+    process: Any = ranks.all[rank - 1]
+    process.ended = how
+    for name, value in said.items():
+        setattr(process, name, value)
+
+
+def test_a_killed_rank_is_the_reason_and_not_the_bug_that_another_saw_because_of_it(ranks: RankProcesses) -> None:
+    ends(ranks, 1, "ended with status 70", fault=BUG)
+    assert named(ranks) == BUG.message
+    ends(ranks, 2, "was killed by signal 9")
+    assert named(ranks) == "Rank 2 (process 1002) was killed by signal 9."
+
+
+@pytest.mark.parametrize("heard_by_rank_0", [True, False])
+def test_a_rank_that_hangs_is_the_reason_and_not_those_that_waited_for_it(
+    ranks: RankProcesses, heard_by_rank_0: bool
+) -> None:
+    ends(ranks, 1, "ended with status 70", fault=BUG)
+    ends(ranks, 2, "ended with status 3", left="rank 3 did not come in time", late=None if heard_by_rank_0 else 3)
+    assert named(ranks, 3 if heard_by_rank_0 else None) == (
+        "Rank 3 (process 1003) did not answer for 2 s (rank_seconds)."
+    )
+
+
+def test_rank_0_is_named_where_the_others_waited_for_it(ranks: RankProcesses) -> None:
+    ends(ranks, 1, "ended with status 3", left="rank 0 did not come in time", late=0)
+    assert named(ranks).startswith(f"Rank 0 (process {os.getpid()}) did not answer")
+
+
+def test_what_a_rank_could_not_do_is_the_reason_before_all_else(ranks: RankProcesses) -> None:
+    ends(ranks, 1, "ended with status 2", fault=MEMORY)
+    ends(ranks, 2, "was killed by signal 6")
+    ends(ranks, 3, "ended with status 3", left="a rank gave up")
+    assert named(ranks) == MEMORY.message
+
+
+def test_a_rank_that_ended_by_itself_is_named_before_those_that_gave_up(ranks: RankProcesses) -> None:
+    ends(ranks, 1, "ended with status 3", left="a rank gave up")
+    assert named(ranks) == "Rank 1 (process 1001) gave up: a rank gave up."
+    ends(ranks, 2, "ended with status 1")
+    assert named(ranks) == "Rank 2 (process 1002) ended with status 1."
