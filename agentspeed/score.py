@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 from agentspeed import errors
@@ -14,6 +14,7 @@ from agentspeed.fork import fork
 from agentspeed.messages import Message
 from agentspeed.tools.grammars import HEAD
 from agentspeed.turn import Turn
+from agentspeed.usage import Usage
 
 
 @final
@@ -27,6 +28,8 @@ class Score:
     """Natural logarithms of the model's own distribution, one for each id."""
     top: tuple[tuple[tuple[int, float], ...], ...] = ()
     """For each id, the most likely ones at its place, if they were asked for."""
+    usage: Usage = field(default_factory=Usage)
+    """What it has cost, one step for each id; the session's own usage does not count it."""
 
     @property
     def total(self) -> float:
@@ -67,4 +70,4 @@ async def score(core: SessionCore, text: str | Sequence[int], after: tuple[Messa
             f"The text has {len(ids)} tokens, and {reply.bound or 'the engine'} left room for {len(reply.ids)}.",
             remedy="Score a shorter text, or compact the session.",
         )
-    return Score(ids=ids, logprobs=reply.logprobs, top=reply.top_logprobs)
+    return Score(ids=ids, logprobs=reply.logprobs, top=reply.top_logprobs, usage=reply.usage)

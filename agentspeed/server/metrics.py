@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Final, final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -81,6 +82,10 @@ class Metrics:
         if usage.drawn > 1:
             self.latency.observe(usage.decode_seconds / (usage.drawn - 1))
         self.whole.observe(seconds)
+
+    def scored(self, usage: Usage, seconds: float) -> None:
+        """Tokens of a prompt whose log-probabilities were asked for: nobody drew them."""
+        self.turn(replace(usage, new=usage.new + usage.drawn, drawn=0), "scored", seconds)
 
     def page(self, counts: Mapping[str, int]) -> bytes:
         """The text that Prometheus reads; `counts` are the engine's."""

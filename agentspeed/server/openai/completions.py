@@ -11,7 +11,7 @@ from typing import Any, Final, final
 import anyio
 import msgspec
 
-from agentspeed import events
+from agentspeed import errors, events
 from agentspeed.server.openai.parameters import FINISH, bounded_tokens, sampling_of, stops_of
 from agentspeed.server.problems import refused
 from agentspeed.server.streaming import Emitter, encoded
@@ -106,7 +106,6 @@ class Completion:
         self._options: TurnOptions = {
             "sampling": sampling_of(body),
             "stop": stops_of(body.stop),
-            "timeout": limits.turn_seconds,
             **bounded_tokens(asked, _DEFAULT_TOKENS, limits.max_tokens, "max_tokens"),
         }
         if body.logprobs is not None:
@@ -138,8 +137,16 @@ class Completion:
         await emit.raw(b"data: [DONE]\n\n")
 
     async def _all(self, emit: Emitter | None, choices: dict[int, dict[str, Any]]) -> None:
-        for place, prompt in enumerate(self._prompts):
-            await self._prompt(place * self._choices, prompt, emit, choices)
+        """Raises `TurnTimeout`: all prompts, their scores and their choices have the time of one turn."""
+        seconds = self._service.options.turn_seconds
+        with anyio.move_on_after(seconds) as scope:
+            for place, prompt in enumerate(self._prompts):
+                await self._prompt(place * self._choices, prompt, emit, choices)
+        if scope.cancelled_caught:
+            raise errors.TurnTimeout(
+                f"The request took longer than {seconds} s and was cancelled.",
+                remedy="Ask for fewer tokens, prompts or choices at once.",
+            )
 
     async def _prompt(
         self, first: int, prompt: str | list[int], emit: Emitter | None, choices: dict[int, dict[str, Any]]
@@ -172,6 +179,7 @@ class Completion:
             told.add(tokenizer.text(ids[:1]), None, None)
         if rest:
             found = await session.score(rest, top=self._body.logprobs or 0)
+            self._service.metrics.scored(found.usage, _seconds(found.usage))
             self._tell(told, found.ids, found.logprobs, found.top)
 
     def _tell_drawn(self, told: _Told, reply: Reply[Any]) -> None:
