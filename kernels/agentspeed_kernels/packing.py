@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -39,6 +40,13 @@ class Packed:
 
 Weight = Tensor | Packed | Quantised
 """What an op with weights is given: the layout its kernel asks for."""
+
+
+def side_by_side(count: int, parts: Sequence[Callable[[int], Tensor]]) -> Tensor:
+    """[count, N of all parts, K] of the matrices that each part gives. Few large calls: planning makes them for every
+    expert of every layer."""
+    held = [torch.stack([part(i) for i in range(count)]) for part in parts]
+    return held[0] if len(held) == 1 else torch.cat(held, dim=1)
 
 
 def pack(weight: Tensor, parts: int = 1) -> Packed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -70,15 +71,20 @@ class Quantised:
         return (held[..., : self.shape[-1]].float() - MIDDLE) * scales[..., : self.shape[-1]]
 
 
+def stacked(made: Sequence[Quantised]) -> Quantised:
+    """Weights of one shape as one [len(made), ...]."""
+    first = made[0]
+    data, scales = torch.stack([one.data for one in made]), torch.stack([one.scales for one in made])
+    return Quantised(data, scales, first.group, (len(made), *first.shape), first.dtype)
+
+
 def quantise(weight: Tensor, group: int = 0, parts: int = 1) -> Quantised:
     """[..., N, K] in any format. `parts`: matrices of equal height that N joins (gate and up), each of which begins a
     tile of its own, as a dimension before N. A weight that is not finite gives what is not finite either."""
     if parts > 1:
         weight = weight.reshape(*weight.shape[:-2], parts, -1, weight.shape[-1])
     if weight.dim() > 2:  # one matrix after the other: floats of all experts at once would be twice the model
-        made = [quantise(one, group) for one in weight]
-        data, scales = torch.stack([one.data for one in made]), torch.stack([one.scales for one in made])
-        return Quantised(data, scales, group, tuple(weight.shape), weight.dtype)
+        return stacked([quantise(one, group) for one in weight])
     outputs, inputs = weight.shape[-2:]
     tiles, steps = -(-outputs // OUTPUTS), -(-inputs // INPUTS)
     padding = (0, steps * INPUTS - inputs, 0, tiles * OUTPUTS - outputs)

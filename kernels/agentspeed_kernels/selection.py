@@ -35,9 +35,9 @@ from agentspeed_kernels.ops import (
     Route,
     TurnRope,
 )
-from agentspeed_kernels.packing import Weight, pack
+from agentspeed_kernels.packing import Weight, pack, side_by_side
 from agentspeed_kernels.platform import Platform
-from agentspeed_kernels.quantised import GROUPS, WeightFormat, quantise
+from agentspeed_kernels.quantised import GROUPS, WeightFormat, quantise, stacked
 from agentspeed_kernels.registry import Registry
 from agentspeed_kernels.signature import OWN, Dtype, KernelSpec, Layout, Need
 
@@ -280,6 +280,14 @@ class Kernels:
         if self.weights is not None and op in BYTE_OPS:
             return quantise(held, GROUPS[self.weights], parts)
         return held if self.layout == "rows" else pack(held, parts)
+
+    def experts(self, count: int, *parts: Callable[[int], Tensor]) -> Weight:
+        """What each part gives of the experts 0 to `count`, as `weight` gives [count, N of all parts, K]. Where they
+        are kept in 8 bits, the matrices of one expert at a time are in memory beside them, not those of all."""
+        if self.weights is None:
+            return self.weight(side_by_side(count, parts), len(parts))
+        group = GROUPS[self.weights]
+        return stacked([quantise(torch.cat([part(i) for part in parts]), group, len(parts)) for i in range(count)])
 
     def copy(self, x: Tensor, out: Tensor) -> None:
         """out[T, H, N] = x; both may be strided. Like `add`, what lies between ops: part of a recorded step."""

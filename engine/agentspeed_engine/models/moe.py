@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -90,14 +90,14 @@ class Moe:
         router: Tensor,
         bias: Tensor | None,
         rule: RouteRule,
-        experts: Sequence[FeedForward],
+        experts: tuple[Weight, Weight],
         shared: FeedForward | None,
         places: Places,
         kernels: Kernels,
     ) -> None:
-        """`experts` and `shared` are this rank's own pieces."""
+        """`experts` (gate and up, down) and `shared` are this rank's own pieces."""
         self._router, self._bias, self._rule, self._kernels, self._places = router, bias, rule, kernels, places
-        self._gate_up, self._down = _stacked(experts, kernels)
+        self._gate_up, self._down = experts
         self._shared_gate_up, self._shared_down = _shared(shared, kernels)
         self.boundary = boundary
 
@@ -172,9 +172,9 @@ class Experts:
 
     __slots__ = ("_down", "_gate_up", "_kernels", "_places", "boundary")
 
-    def __init__(self, boundary: Boundary, experts: Sequence[FeedForward], places: Places, kernels: Kernels) -> None:
+    def __init__(self, boundary: Boundary, experts: tuple[Weight, Weight], places: Places, kernels: Kernels) -> None:
         self._kernels, self._places = kernels, places
-        self._gate_up, self._down = _stacked(experts, kernels)
+        self._gate_up, self._down = experts
         self.boundary = boundary
 
     def __call__(self, x: Routed, residual: Tensor | None, state: StepState) -> tuple[Routed, Tensor | None]:
@@ -201,7 +201,7 @@ def feed_forward(
     router = weights.tensor(name + ".gate.weight", wide)
     bias = weights.tensor(name + ".gate.e_score_correction_bias", wide) if moe.corrected else None
     places = Places(moe.experts, rank)
-    experts = [_matrices(weights, f"{name}.experts.{expert}") for expert in places.own]
+    experts = _stacked([f"{name}.experts.{expert}" for expert in places.own], weights, kernels)
     shared = _matrices(weights, name + ".shared_experts") if moe.shared else None
     declared = boundaries.experts(name, router.shape[1], moe, rank.mesh)
     if rank.mesh.exchange == "sum":
@@ -218,12 +218,13 @@ def _matrices(weights: RankWeights, at: str) -> FeedForward:
     return FeedForward(gate=gate, up=up, down=down)
 
 
-def _stacked(experts: Sequence[FeedForward], kernels: Kernels) -> tuple[Weight, Weight]:
-    """Few large calls: planning makes them for every expert of every layer."""
-    gates, ups = torch.stack([one.gate for one in experts]), torch.stack([one.up for one in experts])
-    gate_up = kernels.weight(torch.cat([gates, ups], dim=1), parts=2)
-    del gates, ups
-    return gate_up, kernels.weight(torch.stack([one.down for one in experts]))
+def _stacked(experts: Sequence[str], weights: RankWeights, kernels: Kernels) -> tuple[Weight, Weight]:
+    """(gate and up, down) of all. A matrix is read when it is asked for: a layer's are large."""
+
+    def of(matrix: str) -> Callable[[int], Tensor]:
+        return lambda expert: weights.tensor(f"{experts[expert]}.{matrix}_proj.weight")
+
+    return kernels.experts(len(experts), of("gate"), of("up")), kernels.experts(len(experts), of("down"))
 
 
 def _shared(shared: FeedForward | None, kernels: Kernels) -> tuple[Weight | None, Weight | None]:

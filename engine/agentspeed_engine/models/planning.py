@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast, final
 
@@ -27,6 +28,7 @@ from agentspeed_engine.spmd.plan import Plan, PlanError, fuse, plan
 from agentspeed_engine.spmd.report import AxisLimit, ModelPlan, Room, StepLine, room_in, step_lines
 from agentspeed_engine.spmd.spec import TOKEN_SHARD
 from agentspeed_kernels.attention import AttentionStep
+from agentspeed_kernels.packing import side_by_side
 from agentspeed_kernels.routing import RouteRule
 from agentspeed_kernels.selection import Kernels
 from agentspeed_kernels.workspace import Workspace
@@ -220,6 +222,9 @@ class _NoKernels:
     def weight(self, held: Tensor, parts: int = 1, op: str = "linear") -> Tensor:
         del parts, op
         return held
+
+    def experts(self, count: int, *parts: Callable[[int], Tensor]) -> Tensor:
+        return side_by_side(count, parts)
 
     def copy(self, x: Tensor, out: Tensor) -> None:
         del x, out

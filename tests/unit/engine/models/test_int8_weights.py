@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.models.catalog import load
 from agentspeed_engine.models.loaded import LoadedModel
+from agentspeed_engine.models.pieces import RankWeights
 from agentspeed_engine.models.programs import AFTER
 from agentspeed_engine.models.weight_formats import WeightFormat
 from agentspeed_engine.serve.options import build, options_from
@@ -92,6 +94,26 @@ def test_what_is_counted_is_what_is_held(folder: Path, weights: WeightFormat) ->
     assert model.info.weight_bytes < 0.75 * load(folder, dtype="bfloat16", pages=2).info.weight_bytes
     # Tiles are padded, which small matrices feel, and the router alone is wider than the checkpoint has it.
     assert 0.98 * model.info.weight_bytes < held(model) < 1.25 * model.info.weight_bytes
+
+
+def test_of_experts_in_8_bits_one_at_a_time_is_in_the_format_of_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide: list[weakref.ref[torch.Tensor]] = []
+    at_once: list[int] = []
+    plain = RankWeights.tensor
+
+    def tensor(self: RankWeights, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        found = plain(self, name, dtype)
+        if ".experts." in name:
+            wide.append(weakref.ref(found))
+            at_once.append(sum(one() is not None for one in wide))
+        return found
+
+    monkeypatch.setattr(RankWeights, "tensor", tensor)
+    load(make_checkpoint(LATENT, tmp_path, seed=8), dtype="float32", pages=2, weights="int8")
+    assert len(wide) >= 3 * LATENT["n_routed_experts"]
+    assert max(at_once) <= 3
 
 
 def test_a_weight_that_is_not_a_number_stays_none() -> None:
