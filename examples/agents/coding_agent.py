@@ -9,9 +9,11 @@ Run: `python examples/agents/coding_agent.py [MODEL FOLDER]`
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -90,10 +92,14 @@ async def tests_of(folder: Path) -> str:
     return done.stdout.decode().strip().splitlines()[-1]
 
 
-def approve(call: ToolCall) -> Approval:
-    """Here a rule; in a terminal you would ask. Tests may not be changed: the model reads why."""
-    allowed = '"test_' not in call.arguments
-    print(f"    may {call.name} run? {'yes' if allowed else 'no'}: {call.arguments[:60]}")
+def approve(folder: Path, call: ToolCall) -> Approval:
+    """Here a rule; in a terminal you would ask, and show all of the arguments, as here. Tests may not be changed,
+    whatever the file is called by: the model reads why."""
+    given = json.loads(call.arguments)
+    allowed = not inside(folder, given["name"]).name.lower().startswith("test_")
+    print(f"    may {call.name} run? {'yes' if allowed else 'no'}")
+    for name, value in given.items():
+        print(*(f"        {name}: {line}" for line in str(value).splitlines()), sep="\n")
     return Approval(allow=allowed, reason="" if allowed else "the tests are not to be changed")
 
 
@@ -104,7 +110,7 @@ async def mend(s: Session, folder: Path) -> int:
     for attempt in range(1, ATTEMPTS + 1):
         mark, files = await s.mark(), await commit(folder)
         print(f"attempt {attempt}, from {mark.tokens} tokens")
-        result = await s.run(prompt, tool_data=folder, approve=approve, max_turns=8, max_tokens=400)
+        result = await s.run(prompt, tool_data=folder, approve=partial(approve, folder), max_turns=8, max_tokens=400)
         outcome = await tests_of(folder)
         spent = f"{result.usage.resumed} tokens resumed, {result.usage.computed} computed"
         print(f"    {len(result.tools)} calls, {spent}; tests: {outcome}")

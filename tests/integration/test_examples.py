@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ from types import ModuleType
 
 import pytest
 
+from agentspeed import ToolCall
 from agentspeed.testing import ScriptedEngine, Turn, tool_call
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -158,6 +160,20 @@ async def test_the_same_agent_runs_under_trio(anyio_backend: str, capsys: pytest
     async with ScriptedEngine([tool_call("add", a=17, b=25), "42"]) as engine:
         assert await example("under_trio").main(engine.engine) == "42"
     assert "running on trio" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["test_mean.py", "./test_mean.py", "a/../test_mean.py", "TEST_mean.py", "other.py"])
+def test_the_coding_agent_may_not_change_a_test_whatever_it_calls_the_file(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "test_mean.py").write_text("")
+    (tmp_path / "other.py").symlink_to("test_mean.py")
+    agent, text = example("coding_agent"), "print('all tests pass')  # " + "and more " * 20
+    call = ToolCall(id="1", name="write_file", arguments=json.dumps({"name": name, "text": text}))
+    assert not agent.approve(tmp_path, call).allow
+    assert text in capsys.readouterr().out
+    call = ToolCall(id="2", name="write_file", arguments=json.dumps({"name": "mean.py", "text": 'see "test_mean.py"'}))
+    assert agent.approve(tmp_path, call).allow
 
 
 SHOWN = {
