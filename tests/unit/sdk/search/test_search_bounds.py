@@ -124,7 +124,7 @@ async def held_when_scored(
 
 def one_after_the_other(*texts: str) -> Callable[[Turn], object]:
     """Each turn ends clearly later than the one before."""
-    return lambda turn: say(texts[turn.turn - 1], seconds=0.1 * turn.turn)
+    return lambda turn: say(texts[turn.turn - 1], seconds=0.2 * turn.turn)
 
 
 async def test_an_answer_that_scores_below_the_best_so_far_is_closed_while_its_siblings_run() -> None:

@@ -237,9 +237,7 @@ async def test_calls_run_at_once_and_results_come_in_call_order() -> None:
     calls = [call("slow", '{"seconds":0.2}'), call("crash", '{"text":"x"}', 1), call("slow", '{"seconds":0.1}', 2)]
     arrived: list[int] = []
     batch = ToolBatch([tool(slow), tool(crash)], calls, arrived=lambda index, _: arrived.append(index))
-    started = anyio.current_time()
     await batch.run()
-    assert anyio.current_time() - started < 0.29
     assert arrived == [1, 2, 0]
     assert [result.content for result in batch.results()] == [
         "slept 0.2",
