@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -111,6 +112,9 @@ def test_a_rank_that_hangs_ends_the_engine_by_a_deadline_and_is_ended_too(pair: 
 
 
 def test_ranks_end_with_rank_0_however_it_ends(pair: EngineProcess) -> None:
+    """On Linux also one that is stopped."""
     other = ranks_of(pair.connect())[1].pid
+    if sys.platform == "linux":
+        os.kill(other, signal.SIGSTOP)
     _ = pair.kill()
     until("the other rank has ended", lambda: not alive(other))

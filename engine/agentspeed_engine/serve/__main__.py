@@ -126,14 +126,19 @@ def serve(path: Path, options: EngineOptions, status: _Status, *, stay: bool, ow
     secret = credential(os.environ)
     server = listen_at(path)
     try:
-        loop = EngineLoop(
-            build(options, lambda what: status.say(progress=what)),
-            outbox_bytes=options.outbox_bytes,
-            check=options.check_every_step,
-            idle_seconds=options.idle_seconds,
-            recording=recording_of(options, crashes=crashes.folder(os.environ)),
-            credential=secret,
-        )
+        built = build(options, lambda what: status.say(progress=what))
+        try:
+            loop = EngineLoop(
+                built,
+                outbox_bytes=options.outbox_bytes,
+                check=options.check_every_step,
+                idle_seconds=options.idle_seconds,
+                recording=recording_of(options, crashes=crashes.folder(os.environ)),
+                credential=secret,
+            )
+        except BaseException:
+            built.close()
+            raise
         recording = None if loop.recording is None else str(loop.recording)
         if recording is not None and options.record != "crash":
             _LOG.info("recording into %s", recording)

@@ -456,6 +456,8 @@ class EngineLoop:
 
     def _close(self) -> None:
         self._plans.put(None)
+        if self._ranks is not None:  # a step or a copy that waits for a rank which hangs shall not be waited for
+            self._ranks.abandon()
         self._thread.join(timeout=_JOIN_SECONDS)
         self._copier.close(_JOIN_SECONDS)
         self._preparer.close()

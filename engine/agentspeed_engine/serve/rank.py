@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import gc
 import json
 import logging
@@ -25,6 +26,8 @@ from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.serve.rank_options import RankOptions, loaded_shard, opened_group
 
 _LOG: Final = logging.getLogger("agentspeed.engine")
+_PR_SET_PDEATHSIG = 1
+"""Of linux/prctl.h."""
 REFUSED, LEFT, BROKEN = 2, 3, 70
 """Statuses: a fault with a name; another rank is lost; a bug."""
 
@@ -35,7 +38,10 @@ def main() -> int:
     for name in ("steps", "copies", "status"):
         parser.add_argument(f"--{name}", type=int, required=True, help="an open descriptor")
     parser.add_argument("--memory", type=int, help="an open descriptor; nothing: torch.distributed")
+    parser.add_argument("--leader", type=int, help="process id of rank 0, with which this one is killed on Linux")
     arguments = parser.parse_args()
+    if arguments.leader is not None and sys.platform == "linux":
+        _die_with(arguments.leader)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who started the engine; we end when it does
     threading.Thread(target=_end_with_the_leader, name="agentspeed-end", daemon=True).start()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(message)s")
@@ -76,6 +82,13 @@ def _run(options: RankOptions, arguments: argparse.Namespace, status: TextIO) ->
     finally:
         group.abandon()
     return 0
+
+
+def _die_with(leader: int) -> None:
+    """Also where this process is stopped, or another one has inherited rank 0's end of stdin."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != leader:  # it was gone before this was asked for
+        sys.exit(LEFT)
 
 
 def _end_with_the_leader() -> None:

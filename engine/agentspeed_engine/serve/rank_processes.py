@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from agentspeed_engine.exec.ranks.leader import Followers
 
 _LOG: Final = logging.getLogger("agentspeed.engine")
-_STOP_SECONDS = 5.0
+_STOP_SECONDS = 2.0
 """What a rank gets to end by itself."""
 _NEWS_SECONDS = 2.0
 """How long after a step went wrong one looks whether a rank has died."""
@@ -44,7 +44,8 @@ class RankProcess:
     """One of them. Two threads of it read what it says."""
 
     def __init__(self, options: RankOptions, memory: int | None, heard: Callable[[RankProcess, Any], None]) -> None:
-        """`heard`: called with each line of its status, and with None when it has ended. Raises `OSError`."""
+        """`heard`: called with each line of its status, and with None when it has ended. Raises `OSError`
+        and `RuntimeError` where the system gives no process, thread or descriptor, and leaves none."""
         self.rank = options.rank
         self.fault: EngineFault | None = None
         """What it named before it ended."""
@@ -53,14 +54,19 @@ class RankProcess:
         self.late: int | None = None
         """The rank that it waited for in vain."""
         self._heard = heard
-        with contextlib.ExitStack() as theirs:
-            self.steps, steps = _pair(theirs)
-            self.copies, copies = _pair(theirs)
+        self._threads: tuple[threading.Thread, ...] = ()
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+            self.steps, steps = _pair(ours, theirs)
+            self.copies, copies = _pair(ours, theirs)
             status, their_status = os.pipe()
             theirs.callback(os.close, their_status)
+            self._status = ours.enter_context(open(status, encoding="utf-8"))
             fds = (steps, copies, their_status, *(() if memory is None else (memory,)))
             words = ["--options", msgspec.json.encode(options).decode(), "--steps", str(steps), "--copies", str(copies)]
             words += ["--status", str(their_status), *(() if memory is None else ("--memory", str(memory)))]
+            # Linux ends a rank with the thread that started it, which has to be one that lasts as long as the engine.
+            if threading.current_thread() is threading.main_thread():
+                words += ["--leader", str(os.getpid())]
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "agentspeed_engine.serve.rank", *words],
                 stdin=subprocess.PIPE,
@@ -69,13 +75,17 @@ class RankProcess:
                 env=_environment(options),
                 pass_fds=fds,
             )
-        assert self._process.stdout is not None
-        self._threads = (
-            threading.Thread(target=self._read, args=(status,), name=f"agentspeed-rank-{self.rank}", daemon=True),
-            threading.Thread(target=self._log, args=(self._process.stdout,), name="agentspeed-rank-log", daemon=True),
-        )
-        for thread in self._threads:
-            thread.start()
+            ours.callback(self._stop)
+            assert self._process.stdout is not None
+            self._threads = (
+                threading.Thread(target=self._read, name=f"agentspeed-rank-{self.rank}", daemon=True),
+                threading.Thread(
+                    target=self._log, args=(self._process.stdout,), name="agentspeed-rank-log", daemon=True
+                ),
+            )
+            for thread in self._threads:
+                thread.start()
+            _ = ours.pop_all()  # it stays: `end` gives everything back
 
     @property
     def pid(self) -> int:
@@ -90,7 +100,10 @@ class RankProcess:
         return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
 
     def tell_end(self) -> None:
-        """By the end of its stdin."""
+        """By the end of its stdin and of its lines; whoever waits at those, here or there, waits no more."""
+        for line in (self.steps, self.copies):
+            with contextlib.suppress(OSError):  # it has ended already
+                line.shutdown(socket.SHUT_RDWR)
         if self._process.stdin is not None:
             with contextlib.suppress(OSError):
                 self._process.stdin.close()
@@ -99,15 +112,25 @@ class RankProcess:
         """Waits until then, then kills it."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(max(0.0, until - time.monotonic()))
-        self._process.kill()
-        self._process.wait()
-        for thread in self._threads:
-            thread.join(_STOP_SECONDS)
+        self._stop()
         self.steps.close()
         self.copies.close()
 
-    def _read(self, status: int) -> None:
-        with open(status, encoding="utf-8") as lines:
+    def _stop(self) -> None:
+        """At once."""
+        self._process.kill()
+        self._process.wait()
+        if self._process.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+        for thread in self._threads:
+            if thread.ident is not None:  # one that could not be started reads nothing
+                thread.join(_STOP_SECONDS)
+        if self._threads[-1].ident is None and self._process.stdout is not None:
+            self._process.stdout.close()
+
+    def _read(self) -> None:
+        with self._status as lines:
             for line in lines:
                 said = json.loads(line)
                 if "code" in said:
@@ -139,17 +162,19 @@ class RankProcesses:
         self._lock = threading.Lock()
         self._report: Callable[[EngineFault], None] | None = None
         self._closing = False
-        self._memory = _shared_memory(options)
-        self._folder = Path(tempfile.mkdtemp(prefix="agentspeed-ranks-"))
+        self._memory: int | None = None
+        self._folder: Path | None = None
         self.all: list[RankProcess] = []
-        self._options = msgspec.structs.replace(options, meet=str(self._folder))
         self._followers: Followers | None = None
         self._group: Group | None = None
         try:
+            self._memory = _shared_memory(options)
+            self._folder = Path(tempfile.mkdtemp(prefix="agentspeed-ranks-"))
+            self._options = msgspec.structs.replace(options, meet=str(self._folder))
             for rank in range(1, options.tp):
                 theirs = msgspec.structs.replace(self._options, rank=rank)
                 self.all.append(RankProcess(theirs, self._memory, self._heard))
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             self.close()
             raise EngineFault(
                 "out_of_memory", f"Rank {len(self.all) + 1} could not be started: {error}.", "Raise `ulimit -u`."
@@ -163,6 +188,10 @@ class RankProcesses:
             except EngineFault as fault:
                 dead = next((one for one in self.all if one.ended), None)
                 raise (fault if dead is None else self._fault_of(dead)) from fault
+            from agentspeed_engine.exec.ranks.group import SharedMemory
+
+            if isinstance(self._group, SharedMemory):  # so it is for all, and nobody meets in the folder
+                self._leave_folder()
         return self._group
 
     def followers(self) -> Followers:
@@ -200,7 +229,7 @@ class RankProcesses:
         from agentspeed_engine.exec.ranks.group import GroupBroken
 
         late = error.late if isinstance(error, GroupBroken) else None
-        if late is None:
+        if late is None and not self._closing:
             _ = self._lost.wait(_NEWS_SECONDS)
         dead = next((one for one in self.all if one.ended), None)
         if dead is not None or late is not None:
@@ -219,14 +248,18 @@ class RankProcesses:
             RankView(rank=rank, pid=pid, memory=_resident(pid), waited=waited(rank)) for rank, pid in enumerate(pids)
         )
 
-    def close(self) -> None:
-        """Ends them; none is left when it returns."""
+    def abandon(self) -> None:
+        """They are told to end, and who waits for one waits no more: what they were doing does not count."""
         with self._lock:
             self._closing = True
         if self._group is not None:
             self._group.abandon()
         for one in self.all:
             one.tell_end()
+
+    def close(self) -> None:
+        """Ends them; none is left when it returns."""
+        self.abandon()
         # One that is stopped or stuck, for which the engine ends, will not end by itself.
         until = time.monotonic() + (0.0 if self._lost.is_set() else _STOP_SECONDS)
         for one in self.all:
@@ -238,7 +271,12 @@ class RankProcesses:
         if self._group is not None:
             self._group.close()
             self._group = None
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._leave_folder()
+
+    def _leave_folder(self) -> None:
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
 
     def _heard(self, one: RankProcess, said: Any) -> None:
         """From the threads that read."""
@@ -291,11 +329,11 @@ def _shared_memory(options: RankOptions) -> int | None:
     return descriptor
 
 
-def _pair(theirs: contextlib.ExitStack) -> tuple[socket.socket, int]:
-    """(Our end, the descriptor of theirs), which is closed here with `theirs`."""
-    ours, other = socket.socketpair()
+def _pair(ours: contextlib.ExitStack, theirs: contextlib.ExitStack) -> tuple[socket.socket, int]:
+    """(Our end, the descriptor of theirs), closed with `ours` and with `theirs`."""
+    mine, other = socket.socketpair()
     theirs.callback(other.close)
-    return ours, other.fileno()
+    return ours.enter_context(mine), other.fileno()
 
 
 def _environment(options: RankOptions) -> dict[str, str]:

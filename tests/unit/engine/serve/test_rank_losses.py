@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import sys
+import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.exec.cpu import Computed, CpuExecutor
 from agentspeed_engine.exec.ranks.group import GroupBroken
+from agentspeed_engine.exec.step_input import StepInput
+from agentspeed_engine.ids import StepSeq
+from agentspeed_engine.sched.plan import StepPlan
+from agentspeed_engine.serve import __main__ as engine_process
 from agentspeed_engine.serve import rank_processes
+from agentspeed_engine.serve.loop import EngineLoop
+from agentspeed_engine.serve.options import build, options_from
 from agentspeed_engine.serve.rank_options import RankOptions
 from agentspeed_engine.serve.rank_processes import RankProcesses
+from tests.support.engine_client import until
 
 OPTIONS = RankOptions(model="noop:64:0", dtype="float32", device="cpu", pages=1, page_tokens=4, threads=1,
                       host_slots=0, tp=4, ep=None, rank=0, seconds=2.0)  # fmt: skip
@@ -96,3 +109,63 @@ def test_a_rank_that_ended_by_itself_is_named_before_those_that_gave_up(ranks: R
     assert named(ranks) == "Rank 1 (process 1001) gave up: a rank gave up."
     ends(ranks, 2, "ended with status 1")
     assert named(ranks) == "Rank 2 (process 1002) ended with status 1."
+
+
+def test_whoever_waits_for_a_rank_waits_no_more_when_the_engine_ends(
+    ranks: RankProcesses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits, launch = threading.Event(), CpuExecutor.launch
+
+    def hangs(executor: CpuExecutor, step: StepInput) -> Computed:
+        waits.set()
+        until("the ranks are told to end", lambda: all(one.ended for one in ranks.all))
+        return launch(executor, step)
+
+    monkeypatch.setattr(CpuExecutor, "launch", hangs)
+    loop = EngineLoop(dataclasses.replace(build(options_from({"model": "noop:64:0"})), ranks=ranks))
+    thread = threading.Thread(target=loop.run)
+    thread.start()
+    loop._plans.put(StepPlan(StepSeq(1), ()))
+    assert waits.wait(5)
+    began = time.monotonic()
+    loop.stop()
+    thread.join(10)
+    assert time.monotonic() - began < 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="descriptors are counted in /proc")
+@pytest.mark.parametrize("failing", [0, 1, 2], ids=["the process", "the first thread", "the second thread"])
+def test_a_rank_that_cannot_be_started_is_named_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failing: int
+) -> None:
+    started: list[threading.Thread] = []
+    start = threading.Thread.start
+
+    def starts(thread: threading.Thread) -> None:
+        started.append(thread)
+        if len(started) == failing:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", starts)
+    monkeypatch.setattr("sys.executable", "/bin/true" if failing else "/no/such/program")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(EngineFault, match="Rank 1 could not be started") as refused:
+        _ = RankProcesses(OPTIONS, lambda text: None)
+    assert refused.value.code == "out_of_memory"
+    assert len(os.listdir("/proc/self/fd")) == len(before) and not list(tmp_path.iterdir())
+
+
+def test_ranks_end_with_an_engine_that_cannot_begin(
+    ranks: RankProcesses, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options = options_from({"model": "noop:64:0", "record": str(tmp_path / "file" / "records")})
+    (tmp_path / "file").write_text("no folder")
+    built = dataclasses.replace(build(options), ranks=ranks)
+    monkeypatch.setattr(engine_process, "build", lambda options, say: built)
+    with pytest.raises(EngineFault):
+        _ = engine_process.serve(
+            tmp_path / "socket", options, engine_process._Status(None), stay=True, own_folder=False
+        )
+    assert all(one.ended for one in ranks.all)
