@@ -253,7 +253,8 @@ class Session:
         on_event: Callable[[events.AnyEvent], None] | None = None,
         **options: Unpack[RunOptions],
     ) -> Result[Any]:
-        """Turns and tools until the model answers. Tools, `approve` and `on_event` run on the loop in the thread."""
+        """Turns and tools until the model answers. Async tools, `approve` and `on_event` run on the loop's
+        thread, each call of a plain tool in one of its own."""
         return self._call(lambda: self.session.run(prompt, output=output, on_event=on_event, **options))
 
     def stream_run(
