@@ -166,7 +166,7 @@ def _options(given: bodies.GenerateBody, service: Service) -> TurnOptions:
         "tool_choice": given.tool_choice,
         "stop": given.stop,
         "keep_on_cancel": given.keep_on_cancel,
-        "timeout": given.timeout or service.options.turn_seconds,
+        "timeout": min(given.timeout or service.options.turn_seconds, service.options.turn_seconds),
     }
     most = service.options.max_tokens
     if given.max_tokens is not None and most is not None and given.max_tokens > most:
