@@ -22,6 +22,7 @@ from agentspeed_engine.exec.step_input import Sample, StepInput
 from agentspeed_engine.exec.torch_model import TorchModel
 from agentspeed_engine.exec.vocabulary import Vocabulary
 from agentspeed_engine.kv.views import TurnSpec
+from agentspeed_engine.models.inputs_on_device import unwaited
 from agentspeed_engine.models.loaded import out_of_memory
 from agentspeed_kernels.triton.sampling import sample
 from agentspeed_kernels.workspace import Workspace
@@ -125,7 +126,7 @@ class CudaExecutor:
             if earlier not in self._tokens:
                 raise BrokenInvariant(f"step {step.step} names a token of step {earlier}, which is not kept any more")
             mine = unknown.step == earlier
-            at, place = torch.from_numpy(np.stack([unknown.at[mine], unknown.place[mine]])).to(self._device)
+            at, place = unwaited(np.stack([unknown.at[mine], unknown.place[mine]]), self._device)
             ids[at] = self._tokens[earlier][place]
 
     def _sample(self, step: StepInput, logits: Tensor) -> Enqueued:

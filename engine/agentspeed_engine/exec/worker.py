@@ -14,6 +14,9 @@ from agentspeed_engine.exec.executor import Executor, Pending, Refusal
 from agentspeed_engine.ids import BranchId
 from agentspeed_engine.sched.plan import Drawn, Row, StepPlan, StepResult
 
+LOOKS_SECONDS = 1e-4
+"""How soon a step that ends is noticed while the worker waits for the next plan."""
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -29,8 +32,10 @@ class Launched:
 class Worker:
     """Driven by one thread. It holds plans, which are plain values, so it cannot move any state of the scheduler."""
 
-    def __init__(self, executor: Executor) -> None:
+    def __init__(self, executor: Executor, *, depth: int = 0) -> None:
+        """`depth`: steps that are planned before an earlier one was collected (`CoreConfig.depth`)."""
         self._executor = executor
+        self._depth = depth
         self._batcher = Batcher(executor.page_tokens)
 
     def launch(self, plan: StepPlan) -> Launched:
@@ -61,17 +66,21 @@ class Worker:
         self, plans: queue.SimpleQueue[StepPlan | None], report: Callable[[StepResult | BaseException], None]
     ) -> None:
         """Carries out plans until None comes. Every plan that waits is launched before a step in flight is waited for,
-        and a step that is done is reported before the next is launched. What breaks is reported, and nothing after it
-        is carried out."""
+        and a step that is done is reported before the next is launched. While another plan may come, a step in flight
+        is looked at, not waited for: else the device would have nothing to do between it and the next. What breaks is
+        reported, and nothing after it is carried out."""
         flights: deque[Launched] = deque()
         try:
             while True:
-                if not flights or not (flights[0].pending.done() or plans.empty()):
-                    plan = plans.get()
-                    if plan is None:
-                        return
-                    flights.append(self.launch(plan))
-                else:
+                if flights and (flights[0].pending.done() or (len(flights) > self._depth and plans.empty())):
                     report(self.collect(flights.popleft()))
+                    continue
+                try:
+                    plan = plans.get(timeout=LOOKS_SECONDS if flights else None)
+                except queue.Empty:
+                    continue
+                if plan is None:
+                    return
+                flights.append(self.launch(plan))
         except BaseException as error:  # noqa: BLE001 - handed to the loop thread, which raises it
             report(error)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from agentspeed_engine.models.inputs import FlatBatch
+from agentspeed_engine.models.inputs_on_device import unwaited
 from agentspeed_engine.models.rope import Rope
 from agentspeed_engine.models.state import StepState
 from agentspeed_engine.spmd.lower import Compiled, run
@@ -85,7 +86,7 @@ class Graphs:
         held.graph.replay()
         if len(batch.select) == rows:
             return held.logits[:rows]
-        return held.logits[torch.from_numpy(batch.select).to(self._device)]
+        return held.logits[unwaited(batch.select, self._device)]
 
     def _capture(self, shape: PaddedShape, batch: FlatBatch, plan: Any) -> _Graph:
         """Runs once beside the capture, which writes what the step itself writes again."""

@@ -124,7 +124,7 @@ class EngineLoop:
         self._rows = 0
         self._tokens = 0
         self._planning_seconds = 0.0
-        worker = Worker(self._executor)
+        worker = Worker(self._executor, depth=built.core.depth)
         self._thread = threading.Thread(
             target=worker.run, args=(self._plans, self._report), name="agentspeed-worker", daemon=True
         )

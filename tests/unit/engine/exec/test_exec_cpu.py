@@ -178,6 +178,39 @@ def test_what_is_done_is_reported_before_the_next_step_and_nothing_waits_while_a
     assert [result.seq for result in reports if isinstance(result, StepResult)] == [1, 2]
 
 
+class Late:
+    """Plans of which the second comes only after the worker has looked for it in vain."""
+
+    def __init__(self, looks: int) -> None:
+        """`looks`: how often in vain."""
+        one, two = plan(1, row(0, 1, (1,))), plan(2, row(0, 2, (1,)))
+        self._coming: list[StepPlan | None] = [one, *[None] * looks, two]
+
+    def empty(self) -> bool:
+        return True
+
+    def get(self, timeout: float | None) -> StepPlan | None:
+        if not self._coming:
+            return None
+        coming = self._coming.pop(0)
+        if coming is None:
+            assert timeout is not None, "a step is in flight, and may end meanwhile"
+            raise queue.Empty
+        return coming
+
+
+@pytest.mark.parametrize(("depth", "order"), [
+    (0, ["launch 1", "collect 1", "launch 2", "collect 2"]),
+    (1, ["launch 1", "launch 2", "collect 1"]),
+])  # fmt: skip
+def test_a_plan_that_comes_while_a_step_runs_is_launched_before_that_step_is_waited_for(
+    depth: int, order: list[str]
+) -> None:
+    slow = Slow(set())
+    Worker(slow, depth=depth).run(Late(looks=2 * depth), lambda _: None)  # type: ignore[arg-type]
+    assert [f"{call} {step}" for call, step in slow.calls][: len(order)] == order
+
+
 def test_a_bug_in_a_step_is_reported_and_nothing_after_it_is_carried_out() -> None:
     plans, reports = queue.SimpleQueue[StepPlan | None](), list[StepResult | BaseException]()
     plans.put(plan(1, row(0, 1, (1,))))
