@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -31,7 +32,8 @@ def sub_agent(
     """A tool that gives a task to an agent with its own system text and tools, and returns its answer: none of its work
     enters the caller's context. Each call is a session of its own, on the caller's engine and of its tenant, private if
     the caller's is; `model`: on another one. The caller's observer and `tool_data` are the agent's too. The other
-    arguments are those of `Session.run`; `timeout` (seconds) is of the whole task.
+    arguments are those of `Session.run`; `timeout` (seconds) is of the whole task. What it spends counts in the limits
+    of the caller's run too, and it has no more than those leave.
 
     What the agent's run raises is the tool's error, and so is an end without an answer: a text that was cut, or a
     limit. Its session ends with the call, so `approve` decides at once: `Approval(later=True)` is such an end."""
@@ -45,6 +47,7 @@ def sub_agent(
             raise InvalidRequest(f"{name} was called outside of a session.", remedy="Let session.run call it.")
         inner = Session(
             outer.engine if model is None else model,
+            name=f"{name}-{secrets.token_hex(4)}",
             system=system,
             tools=made,
             tenant=outer.tenant,
@@ -70,7 +73,7 @@ def sub_agent(
             )
         whole = result.reason in ("answered", "forced") or result.limit == "tool_calls"  # after which it had to answer
         if not whole or not result.text:
-            raise ToolFailed(f"the agent ended without an answer: {result.limit or result.reason}", tool=name)
+            raise ToolFailed(f"the agent ended without an answer: {result.bound or result.reason}", tool=name)
         return result.output
 
     return delegate

@@ -5,7 +5,7 @@ The same classes locally and remotely; engine errors travel as codes and one bor
     AgentspeedError
     ├── InputError (also ValueError)      your input: change the call
     │   ├── RequestError                  InvalidRequest InvalidSampling ContextOverflow SchemaUnsupported
-    │   │                                 ModelUnsupported ModelBroken TemplateUnstable
+    │   │                                 ModelUnsupported ModelBroken TemplateUnstable LimitReached
     │   ├── SessionError                  SessionClosed SessionBusy MarkNotFound TrunkMoved ChildUnrelated
     │   ├── ToolError                     UnknownTool BadArguments ToolDenied ToolTimeout ToolFailed
     │   └── OutputError                   the text is not what `output=` asks for
@@ -16,6 +16,8 @@ The same classes locally and remotely; engine errors travel as codes and one bor
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 
 class AgentspeedError(Exception):
@@ -63,6 +65,19 @@ class ModelBroken(RequestError):
 
 class TemplateUnstable(RequestError):
     """The chat template renders an earlier message differently once later ones exist: ids cannot be appended."""
+
+
+class LimitReached(RequestError):
+    """A limit of the run that the turn belongs to is used up; the message says whose, and who spent it.
+
+    `limit`: which of `Limits`; `spent`: of what it counts, by the id of the session that spent it."""
+
+    def __init__(
+        self, message: str, *, limit: str = "", spent: Mapping[str, int] | None = None, remedy: str = ""
+    ) -> None:
+        super().__init__(message, remedy=remedy)
+        self.limit = limit
+        self.spent: Mapping[str, int] = spent or {}
 
 
 class SchemaUnsupported(RequestError):

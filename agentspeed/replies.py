@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Generic, Literal, TypeVar, final
 
 from agentspeed.limits import LimitName
@@ -42,7 +44,8 @@ class Reply(Generic[T]):
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
     """The most likely ids and their log-probabilities in the model's own distribution."""
     bound: str = ""
-    """What ended the turn at fewer tokens than were asked for: the context limit, or the tenant's quota of pages."""
+    """What ended the turn at fewer tokens than were asked for: the context limit, the tenant's quota of pages, or a
+    limit of the run that it belongs to."""
     partial_call: str | None = None
     """What there is of a call in which the turn was cut, if it was; `generate()` goes on with it."""
 
@@ -67,4 +70,8 @@ class Result(Generic[T]):
     reply: Reply[T]
     """The last turn that ended. Of a run that asked about open calls and was told "later" at once, the calls alone."""
     limit: LimitName | None = None
-    """With the reason "limit": "tokens", "seconds" or "tool_calls"."""
+    """With the reason "limit": which of `Limits` ended the run, its own or that of a run whose tool it serves."""
+    bound: str = ""
+    """With the reason "limit": how much the limit is, whose, and what each session had spent of it."""
+    by_branch: Mapping[str, Usage] = field(default_factory=lambda: MappingProxyType({}))
+    """What turns cost while it ran, by the id of their session: this one, and those that its tools used."""

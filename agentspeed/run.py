@@ -11,10 +11,11 @@ from typing import Any, Final, Literal, cast, final
 import anyio
 
 from agentspeed import agent_loop, errors, events
-from agentspeed._base.validate import check_count, check_seconds, is_whole, shown
+from agentspeed._base.validate import check_count, check_seconds, shown
+from agentspeed._core.account import Account
 from agentspeed._core.options import RunOptions, TurnOptions, build_request, turn_options
 from agentspeed._core.session_core import SessionCore, written
-from agentspeed.limits import LimitName, Limits
+from agentspeed.limits import Limits, Reached
 from agentspeed.messages import Message, ToolCall, ToolMessage
 from agentspeed.observing import Ending
 from agentspeed.replies import Reply
@@ -76,10 +77,9 @@ class Run:
         self._results: list[ToolMessage] = []
         self._choice = options.get("tool_choice", "auto")
         self._forced = False
-        self._calls_left = self._limits.tool_calls
-        """None: any number."""
+        self._account = Account(self._limits, core.id)
         self._turns = 0
-        self._limit: LimitName | None = None
+        self._limit: Reached | None = None
         """Which limit ended the run."""
         self._waits = False
         """Calls are open that nobody has decided about."""
@@ -93,7 +93,8 @@ class Run:
         `on_error="raise"` raised, once every call has its result in the log."""
         watch = self._core.watch("run", content=lambda: written(prompt))
         try:
-            result = await self._driven(prompt)
+            with self._account.entered():
+                result = await self._driven(prompt)
         except BaseException as error:
             watch.ended(partial(Ending, usage=self._core.usage - self._before, error=error))
             raise
@@ -104,9 +105,14 @@ class Run:
         self._before = self._core.usage
         outcome: agent_loop.Outcome | None = None
         with anyio.CancelScope(deadline=self._deadline()) as scope:
-            outcome = await self._steps(prompt)
+            try:
+                outcome = await self._steps(prompt)
+            except errors.LimitReached:  # of a run around this one, whose other tools spend too
+                self._limit = self._used_up()
+                if self._reply is None or self._limit is None:
+                    raise
         if scope.cancelled_caught:
-            self._limit = "seconds"
+            self._limit = self._account.out_of_time()
         if self._reply is None and self._problem is not None:
             raise self._problem
         if self._reply is None:
@@ -119,11 +125,13 @@ class Run:
             text=self._reply.text,
             output=self._reply.output,
             reason=self._reason(outcome, self._reply),
-            limit=self._limit,
+            limit=None if self._limit is None else self._limit.limit,
+            bound=str(self._limit or ""),
             turns=self._turns,
             tools=tuple(self._results),
             usage=self._core.usage - self._before,
             reply=self._reply,
+            by_branch=self._account.by_branch,
         )
 
     def _deadline(self) -> float:
@@ -140,8 +148,8 @@ class Run:
             return None
         while True:
             answer = await self._carry_out(step)
-            if self._limit is None and self._tokens_left() < 1 and not self._answered(answer):
-                self._limit = "tokens"
+            if self._limit is None and not self._answered(answer):
+                self._limit = self._used_up()
             if self._limit is not None or self._waits:
                 return None
             try:
@@ -156,9 +164,14 @@ class Run:
     def _answered(self, answer: agent_loop.Answer) -> bool:
         return isinstance(answer, agent_loop.Spoke) and not answer.calls
 
-    def _tokens_left(self) -> float:
-        most = self._limits.tokens
-        return math.inf if most is None else most - (self._core.usage - self._before).drawn
+    def _used_up(self) -> Reached | None:
+        """The limit that leaves no token to draw."""
+        bound = self._account.left(self._core.id)
+        return bound[1] if bound is not None and bound[0] < 1 else None
+
+    def _calls_used_up(self) -> Reached | None:
+        bound = self._account.calls_left()
+        return bound[1] if bound is not None and bound[0] < 1 else None
 
     async def _carry_out(self, step: agent_loop.Step) -> agent_loop.Answer:
         if isinstance(step, agent_loop.Generate):
@@ -176,8 +189,8 @@ class Run:
             return "max_turns"
         if reply.finish_reason == "max_tokens":
             return "cut"
-        if self._forced and self._calls_left == 0:
-            self._limit = "tool_calls"
+        if self._forced and (calls := self._calls_used_up()) is not None:
+            self._limit = calls
             return "limit"
         return "forced" if self._forced else "answered"
 
@@ -195,16 +208,12 @@ class Run:
             _ = await self._use_tools(calls, tuple(tools.values()))
 
     async def _speak(self, step: agent_loop.Generate) -> agent_loop.Answer:
-        last = step.last or self._calls_left == 0
+        last = step.last or self._calls_used_up() is not None
         self._forced = last and bool(self._tools) and self._choice != "none"
         choice = "none" if self._forced else self._choice
         if self._choice != "none":
             self._choice = "auto"  # a forced choice is for the first turn: forced again, the run could not end
         options: TurnOptions = {**self._options, "tool_choice": choice}
-        left, most = self._tokens_left(), options.get("max_tokens")
-        bounded = left < math.inf and (not is_whole(most) or most > left)
-        if bounded:
-            options["max_tokens"] = int(left)
         core = self._core
         core.must_be_open()
         request = build_request(
@@ -221,12 +230,12 @@ class Run:
             finally:
                 self._partial = turn.text
             self._turns += 1
-            return self._spoken(turn, bounded=bounded)
+            return self._spoken(turn)
 
-    def _spoken(self, turn: Turn[Any], *, bounded: bool) -> agent_loop.Answer:
-        """What the turn came to. `bounded`: it had no more tokens than the run had left."""
+    def _spoken(self, turn: Turn[Any]) -> agent_loop.Answer:
+        """What the turn came to."""
         cut = turn.cut()
-        if cut is not None and (not bounded or self._output is not str):
+        if cut is not None and (turn.limit is None or self._output is not str):
             raise cut
         self._reply = None
         try:
@@ -235,8 +244,7 @@ class Run:
             self._problem = problem
             return agent_loop.Rejected(problem=problem.message)
         self._reply = reply
-        if bounded and reply.finish_reason == "max_tokens" and not reply.bound:
-            self._limit = "tokens"
+        self._limit = turn.limit
         return agent_loop.Spoke(calls=reply.tool_calls)
 
     async def _use_tools(self, calls: tuple[ToolCall, ...], tools: tuple[Tool, ...]) -> agent_loop.Answer:
@@ -332,12 +340,12 @@ class Run:
 
     def _within_limit(self, calls: tuple[ToolCall, ...]) -> tuple[ToolCall, ...]:
         """The calls among `calls` that may still be run; the others have a result that says why they were not."""
-        if self._calls_left is None:
-            return calls
-        run, beyond = calls[: self._calls_left], calls[self._calls_left :]
-        self._calls_left -= len(run)
+        bound = self._account.calls_left()
+        most = len(calls) if bound is None else max(0, bound[0])
+        run, beyond = calls[:most], calls[most:]
+        self._account.take_calls(self._core.id, len(run))
         for call in beyond:
-            told = f"error: {call.name}: not run, because all {self._limits.tool_calls} tool calls of this run are used"
+            told = f"error: {call.name}: not run, because all calls are used: {self._calls_used_up()}"
             self._core.pending.arrived(ToolMessage(call_id=call.id, name=call.name, text=told, ok=False))
             self._tell(self._core.stamp(events.ToolFinished(call=call, content=told, ok=False, seconds=0.0)))
         return run

@@ -13,6 +13,7 @@ from agentspeed import errors, events
 from agentspeed._core.options import TurnRequest
 from agentspeed._core.session_core import SessionCore, written
 from agentspeed._core.turn_record import TurnRecord
+from agentspeed.limits import Reached
 from agentspeed.observing import Ending, Watched
 from agentspeed.replies import Reply as Reply
 from agentspeed.transport.base import wire
@@ -93,6 +94,7 @@ class Turn(Generic[T]):
         while not self._ready:
             if self._finished:
                 raise StopAsyncIteration
+            self._check_limits()
             if not self._take():
                 await self._more()
         return self._ready.popleft()
@@ -127,6 +129,8 @@ class Turn(Generic[T]):
         while not self._finished or self._ready:
             if self._broken is not None:
                 raise self._broken
+            if not self._finished:
+                self._check_limits()
             if not self._ready and not self._take():
                 await self._woken()
             elif self._ready:
@@ -172,6 +176,11 @@ class Turn(Generic[T]):
         return self._record.new_text
 
     @property
+    def limit(self) -> Reached | None:
+        """The limit of a run that cut the turn, once it has ended; None where none did."""
+        return self._record.limit
+
+    @property
     def usage(self) -> Usage:
         """What the turn has cost, as far as the engine has said."""
         return self._record.usage
@@ -186,6 +195,8 @@ class Turn(Generic[T]):
                 self._flushing = True
                 self._core.branch.after(self._flush)
         elif self._watched or not isinstance(event, wire.Tokens) or len(inbox) >= _UNREAD:
+            self._wake.set()
+        if self._record.over is not None:
             self._wake.set()
 
     def _flush(self) -> None:
@@ -245,6 +256,10 @@ class Turn(Generic[T]):
                     content=lambda: written([record.message]),
                 )
             )
+
+    def _check_limits(self) -> None:
+        if (over := self._record.over) is not None:
+            raise over.error()
 
     def _must_be_inside(self) -> None:
         if self._state != "entered":

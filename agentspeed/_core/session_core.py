@@ -21,6 +21,7 @@ import msgspec
 from agentspeed import errors, events
 from agentspeed._base.completion import run_to_completion
 from agentspeed._base.validate import check_number, check_text, shown
+from agentspeed._core import account
 from agentspeed._core.branch import Branch, Opening
 from agentspeed._core.engine_handle import EngineHandle
 from agentspeed._core.idle_watch import IdleWatch
@@ -35,7 +36,7 @@ from agentspeed.chat.token_log import Checkpoint, TokenLog
 from agentspeed.marks import Mark, end_of, place_of
 from agentspeed.messages import Message, ToolCall, ToolMessage
 from agentspeed.observing import Began, Watched
-from agentspeed.transport.base import Sink, wire
+from agentspeed.transport.base import Sink, unpack_ids, wire
 from agentspeed.usage import Lease, Usage
 
 T = TypeVar("T")
@@ -259,9 +260,10 @@ class SessionCore:
 
     # ---- turns ----------------------------------------------------------------------------------------------------
     async def begin_turn(self, turn: TurnRecord, sink: Sink) -> None:
-        """Queues the turn, whose events go to `sink` from then on. Raises `SessionBusy`, and what its messages or its
-        request are refused for."""
+        """Queues the turn, whose events go to `sink` from then on. Raises `SessionBusy`, `LimitReached`, and what its
+        messages or its request are refused for."""
         self.must_be_idle()
+        turn.charge = charge = account.Charge.begun(self.id)
         self.busy = turn
         codec = self.codec
         request = turn.request
@@ -275,9 +277,12 @@ class SessionCore:
             continued = await _beside(request.messages, write)
             self._reply_at = self.log.open_at or 0
             goes_on_with = transcript.open_message(self.log) if continued else None
-            return request.command(codec.stop_ids, goes_on_with)
+            command = request.command(codec.stop_ids, goes_on_with)
+            return command if charge is None else charge.bounded(command)
 
         def heard(event: wire.Event | None) -> None:
+            if charge is not None and isinstance(event, wire.Tokens):
+                charge.drew(len(unpack_ids(event.ids)))
             if isinstance(event, wire.TurnEnded) and not self.defaults.plain:
                 transcript.settle(self.log, codec, event.reason)
             sink(event)
@@ -344,6 +349,8 @@ class SessionCore:
 
     def _rest(self, turn: TurnRecord) -> None:
         self.usage = self.usage + turn.usage
+        if turn.charge is not None:
+            turn.charge.settle(turn.usage)
         self.busy = None
         self.pending.leave(self.log)
         self.rested_at = self._used_at = time.monotonic()
@@ -364,7 +371,9 @@ class SessionCore:
                 await self.branch.prefill(self._prefilled)
 
     def _prefilled(self, usage: wire.TurnUsage) -> None:
-        self.usage = self.usage + dataclasses.replace(usage_of(usage), turns=0)
+        found = dataclasses.replace(usage_of(usage), turns=0)
+        self.usage = self.usage + found
+        account.prefilled(self.id, found)
 
     async def _append(self, messages: Sequence[Message]) -> None:
         codec = self.codec

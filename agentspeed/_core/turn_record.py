@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, final
 
 from agentspeed import errors, events
+from agentspeed._core.account import Charge
 from agentspeed._core.options import TurnRequest
 from agentspeed._core.wire_values import lease_of, usage_of
 from agentspeed.chat.codec import ChatCodec
@@ -18,6 +19,7 @@ from agentspeed.chat.parser import CallBroken, CallDelta, CallOpened, CallReady,
 from agentspeed.chat.stop_filter import StopFilter
 from agentspeed.chat.tokenizer import IncrementalText
 from agentspeed.chat.transcript import OpenMessage
+from agentspeed.limits import Reached
 from agentspeed.messages import Assistant, ToolCall
 from agentspeed.replies import Reply
 from agentspeed.transport.base import unpack_ids, wire
@@ -38,6 +40,8 @@ class TurnRecord:
         self.started = False
         """Whether the engine has admitted the turn."""
         self.ended: wire.TurnEnded | None = None
+        self.charge: Charge | None = None
+        """What it spends of the run that it belongs to, once it has begun; None outside of every run."""
         self._codec = codec
         self._decoder: IncrementalText = codec.tokenizer.decoder()
         self._stops = StopFilter(request.stop, include=request.include_stop)
@@ -210,6 +214,19 @@ class TurnRecord:
         """Whether the model ended the message, or its grammar did: nothing cut it."""
         return self.ended is not None and self.ended.reason in ("stop_id", "grammar_end")
 
+    @property
+    def limit(self) -> Reached | None:
+        """The limit of a run that cut the turn."""
+        cut = self.ended is not None and self.ended.reason == "max_tokens" and not self.ended.message
+        return self.charge.now() if self.charge is not None and cut else None
+
+    @property
+    def over(self) -> Reached | None:
+        """The limit that forbids the turn to go on; its end may have come already."""
+        if self.charge is None or (self.inbox and isinstance(self.inbox[-1], wire.TurnEnded | None)):
+            return None
+        return self.charge.over()
+
     def reply(self) -> Reply[Any]:
         """Of a turn that was read to its end. Raises `OutputError` when the text is not the `output` asked for."""
         if self.ended is None:
@@ -231,7 +248,7 @@ class TurnRecord:
             logprobs=tuple(self._logprobs),
             draw_logprobs=tuple(self._draw_logprobs),
             top_logprobs=tuple(self._top),
-            bound=self.ended.message,
+            bound=self.ended.message or str(self.limit or ""),
             partial_call=partial,
         )
 
@@ -250,6 +267,8 @@ class TurnRecord:
             by, remedy = "a stop text", "Give other stop texts, or let generate() go on with the message"
         elif self.ended.message:
             by, remedy = self.ended.message, "Rewind or start anew: there is no room to go on"
+        elif (limit := self.limit) is not None:
+            by, remedy = str(limit), "Give that run a higher limit, or let generate() go on with the message"
         else:
             by, remedy = "max_tokens", "Raise max_tokens, or let generate() go on with the message"
         return errors.OutputError(f"The turn was cut inside {inside}, by {by}.", text=self.text, remedy=f"{remedy}.")

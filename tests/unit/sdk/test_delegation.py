@@ -94,7 +94,7 @@ async def test_a_sub_agent_that_comes_to_nothing_is_an_error_that_says_why() -> 
     look_up = sub_agent("look_up", "Looks things up.", tools=[search], limits=Limits(tool_calls=1))
     async with ScriptedEngine(script) as engine, engine.session(tools=[look_up]) as s:
         (told,) = (await s.run("Go.")).tools
-        assert told.text == "error: look_up: the agent ended without an answer: tool_calls"
+        assert told.text.startswith("error: look_up: the agent ended without an answer: limits.tool_calls=1 of the run")
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ async def test_calls_beyond_the_limit_are_told_so_and_the_model_answers() -> Non
         result = await s.run("Go.", limits=Limits(tool_calls=1), on_event=told.append)
         assert (result.text, result.reason, result.limit) == ("Enough.", "limit", "tool_calls")
         assert ran == [1]
-        assert [(one.ok, "all 1 tool calls" in one.text) for one in result.tools] == [(True, False), (False, True)]
+        assert [(one.ok, "limits.tool_calls=1" in one.text) for one in result.tools] == [(True, False), (False, True)]
         assert [one.ok for one in told if isinstance(one, events.ToolFinished)] == [False, True]
 
 
