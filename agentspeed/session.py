@@ -62,7 +62,8 @@ class Session(SessionValues):
     `model`: a Hugging Face model folder or repository id, an `Engine`, or None for the model that ships with the
     package. Sessions of one model and the same `engine_options` share one engine process. A session belongs to one
     task at a time; one turn at a time. `private` rows are never shared and are dropped at the end; `tenant` separates
-    what may be shared. `record_logprobs` keeps the drawn ids' log-probabilities for `trajectory()`. `idle_timeout`:
+    what may be shared. `max_tokens` bounds each turn that is given no other; without it a turn may fill all the room
+    that is left. `record_logprobs` keeps the drawn ids' log-probabilities for `trajectory()`. `idle_timeout`:
     after so many seconds in which nobody used it or a child of it, it closes itself; so do its copies, and what is
     restored of it. `observer` is told of every run, turn and tool of this session and its forks."""
 
@@ -77,6 +78,7 @@ class Session(SessionValues):
         tenant: str | None = None,
         seed: int | None = None,
         name: str | None = None,
+        max_tokens: int | None = None,
         timeout: float | None = None,
         record_logprobs: bool = False,
         reasoning: bool = False,
@@ -94,6 +96,7 @@ class Session(SessionValues):
             tenant=tenant,
             seed=seed,
             name=name,
+            max_tokens=max_tokens,
             timeout=timeout,
             close_timeout=close_timeout,
             history_reasoning=history_reasoning,
@@ -108,6 +111,7 @@ class Session(SessionValues):
             defaults=Defaults(
                 tools=tools_from(tools),
                 sampling=sampling or Sampling(),
+                max_tokens=max_tokens,
                 timeout=timeout,
                 record_logprobs=record_logprobs,
                 reasoning=reasoning,

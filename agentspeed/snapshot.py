@@ -61,6 +61,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     tools: list[dict[str, Any]]
     """The definitions that the log's first message holds."""
     sampling: _Sampling
+    max_tokens: int | None = None
     timeout: float | None
     close_timeout: float
     idle_timeout: float | None = None
@@ -99,6 +100,7 @@ def dump(core: SessionCore, tokenizer: str) -> bytes:
             system=core.system,
             tools=core.described,
             sampling=_Sampling(**{name: getattr(sampling, name) for name in _Sampling.__struct_fields__}),
+            max_tokens=defaults.max_tokens,
             timeout=defaults.timeout,
             close_timeout=opening.close_timeout,
             idle_timeout=core.idle_timeout,
@@ -165,6 +167,7 @@ def options_of(found: Snapshot, given: SessionOptions) -> SessionOptions:
     kept: SessionOptions = {
         "system": found.system,
         "sampling": Sampling(**{name: getattr(found.sampling, name) for name in _Sampling.__struct_fields__}),
+        "max_tokens": found.max_tokens,
         "timeout": found.timeout,
         "close_timeout": found.close_timeout,
         "idle_timeout": found.idle_timeout,

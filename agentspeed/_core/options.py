@@ -53,6 +53,7 @@ class TurnOptions(TypedDict, total=False):
     include_stop: bool
     """The stop text that ended the turn is part of its text."""
     max_tokens: int | None
+    """The most that one turn draws. None: the session's `max_tokens`, and without that all the room that is left."""
     logprobs: int | None
     """0: of each drawn token; k: also of the k most likely ones. `logprobs` are of the model's own distribution, before
     anything of `sampling` and the grammar; `draw_logprobs` of the one that the token was drawn from."""
@@ -92,6 +93,7 @@ class SessionOptions(TypedDict, total=False):
     tenant: str | None
     seed: int | None
     name: str | None
+    max_tokens: int | None
     timeout: float | None
     record_logprobs: bool
     reasoning: bool
@@ -169,6 +171,7 @@ class Defaults:
     timeout: float | None
     record_logprobs: bool
     reasoning: bool
+    max_tokens: int | None = None
     history_reasoning: History = "template"
     template_variables: Mapping[str, Any] = field(default_factory=dict)
     observer: Observer | None = None
@@ -209,6 +212,7 @@ def check_session(
     tenant: str | None,
     seed: int | None,
     name: str | None,
+    max_tokens: int | None,
     timeout: float | None,
     close_timeout: float,
     idle_timeout: float | None,
@@ -222,6 +226,7 @@ def check_session(
         check_sampling(sampling)
     check_flag("private", private)
     check_seed(seed)
+    _check_max_tokens(max_tokens)
     check_seconds("timeout", timeout)
     check_seconds("close_timeout", close_timeout, none=False)
     if history_reasoning not in ("template", "keep"):
@@ -273,7 +278,7 @@ def build_request(prompt: Prompt, output: Any, options: TurnOptions, defaults: D
         output=spec,
         grammar=_grammar(spec, tools, options, defaults, tags),
         sampling=_sampling(options, defaults),
-        max_tokens=_max_tokens(options),
+        max_tokens=_max_tokens(options, defaults),
         stop=stops,
         include_stop=include,
         seed=_seed(options),
@@ -396,12 +401,16 @@ def check_sampling(sampling: Sampling) -> None:
         check_draw(f"the logit_bias of id {number}", bias)
 
 
-def _max_tokens(options: TurnOptions) -> int | None:
+def _max_tokens(options: TurnOptions, defaults: Defaults) -> int | None:
     most = options.get("max_tokens")
+    _check_max_tokens(most)
+    return defaults.max_tokens if most is None else most
+
+
+def _check_max_tokens(most: object) -> None:
     check_count(
         "max_tokens", most, none=True, remedy="To compute a prompt without drawing, use add(..., prefill=True)."
     )
-    return most
 
 
 def _seed(options: TurnOptions) -> int | None:

@@ -172,11 +172,16 @@ class Grower:
 
     def _bound(self, attempts: int) -> int | None:
         """Tokens each turn may draw, so that all of them together stay inside the budget."""
-        asked: int | None = self.plan.options.get("max_tokens")
+        asked = self._asked_tokens()
         if self.plan.budget.tokens is None:
             return asked
         share = max(1, (self.plan.budget.tokens - self._spent) // attempts)
         return share if asked is None else min(asked, share)
+
+    def _asked_tokens(self) -> int | None:
+        """What each turn may draw where there is no budget."""
+        asked: int | None = self.plan.options.get("max_tokens")
+        return self._session.defaults.max_tokens if asked is None else asked
 
     # ---- attempts -------------------------------------------------------------------------------------------------
     async def _attempt_all(self, nodes: Sequence[Node], whole: bool) -> None:
@@ -246,7 +251,7 @@ class Grower:
             finally:
                 node.whole = turn.text.removesuffix(stop or "")
                 self._add(node, replace(turn.usage, drawn=max(turn.usage.drawn, node.branch.tokens - start)))
-        if reply.finish_reason == "max_tokens" and bound != self.plan.options.get("max_tokens"):
+        if reply.finish_reason == "max_tokens" and bound != self._asked_tokens():
             self._smaller = "tokens"
         if reply.tool_calls:
             node.state = "failed"

@@ -174,3 +174,9 @@ def test_what_cannot_be_is_refused_with_its_status(
     answer = client.post(f"/v1/sessions{path}".replace("/v1/sessions/{id}", made), json=body)
     assert answer.status_code == status, answer.text
     assert answer.json()["error"]["message"]
+
+
+def test_a_session_may_bound_its_turns(client: httpx.Client) -> None:
+    path = _open(client, max_tokens=3)
+    assert client.post(f"{path}/generate", json=QUESTION).json()["usage"]["drawn"] == 3
+    assert client.post(f"{path}/generate", json={**QUESTION, "max_tokens": 2}).json()["usage"]["drawn"] == 2

@@ -34,6 +34,7 @@ class OpenBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     private: bool = False
     seed: int | None = None
     name: str | None = None
+    max_tokens: int | None = None
     reasoning: bool = False
     record_logprobs: bool = False
 

@@ -47,6 +47,7 @@ def session_routes(sessions: Callable[[], Sessions], route: Callable[..., Route]
 
     async def open_one(request: Request, service: Service, tenant: str, body: bytes) -> Any:
         given: bodies.OpenBody = parsed(body or b"{}", bodies.OpenBody)
+        _ = _at_most(given.max_tokens, service.options.max_tokens)
         session = service.engine.session(
             system=given.system,
             tools=declared(given.tools),
@@ -54,6 +55,7 @@ def session_routes(sessions: Callable[[], Sessions], route: Callable[..., Route]
             tenant=tenant or None,
             seed=given.seed,
             name=given.name,
+            max_tokens=given.max_tokens,
             reasoning=given.reasoning,
             record_logprobs=given.record_logprobs,
             sampling=Sampling(**{name: getattr(given, name) for name in Sampling.__dataclass_fields__}),
@@ -107,7 +109,7 @@ def session_routes(sessions: Callable[[], Sessions], route: Callable[..., Route]
 
     async def generate(request: Request, service: Service, tenant: str) -> ASGIApp:
         served, given = of(request, tenant), parsed(await request.body() or b"{}", bodies.GenerateBody)
-        turn = served.session.stream(given.messages or None, output=_output(given), **_options(given, service))
+        turn = served.session.stream(given.messages or None, output=_output(given), **_options(given, served, service))
         after = served.last
         if served.turn is not None:
             raise errors.SessionBusy(
@@ -161,17 +163,22 @@ def _output(given: bodies.GenerateBody) -> Any:
     return str if given.schema is None else Schema.json(given.schema)
 
 
-def _options(given: bodies.GenerateBody, service: Service) -> TurnOptions:
+def _at_most(asked: int | None, most: int | None) -> int | None:
+    """Raises `RequestProblem` for more than the server gives."""
+    if asked is not None and most is not None and asked > most:
+        raise refused(f"max_tokens is {asked}; this server gives at most {most}.", param="max_tokens")
+    return most if asked is None else asked
+
+
+def _options(given: bodies.GenerateBody, served: Served, service: Service) -> TurnOptions:
     options: TurnOptions = {
         "tool_choice": given.tool_choice,
         "stop": given.stop,
         "keep_on_cancel": given.keep_on_cancel,
         "timeout": min(given.timeout or service.options.turn_seconds, service.options.turn_seconds),
     }
-    most = service.options.max_tokens
-    if given.max_tokens is not None and most is not None and given.max_tokens > most:
-        raise refused(f"max_tokens is {given.max_tokens}; this server gives at most {most}.", param="max_tokens")
-    options["max_tokens"] = most if given.max_tokens is None else given.max_tokens
+    asked = served.session.defaults.max_tokens if given.max_tokens is None else given.max_tokens
+    options["max_tokens"] = _at_most(asked, service.options.max_tokens)
     options["temperature"], options["logprobs"] = given.temperature, given.logprobs
     if given.parallel_calls is not None:
         options["parallel_calls"] = given.parallel_calls

@@ -50,6 +50,7 @@ async def test_every_option_comes_back() -> None:
         "tenant": "acme",
         "seed": 5,
         "name": "mine",
+        "max_tokens": 40,
         "timeout": 3.0,
         "record_logprobs": True,
         "reasoning": True,
