@@ -12,27 +12,27 @@ import random
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import replace
-from heapq import heapify, heappop, heappush
 from typing import Any, final
 
 import msgspec
 
 from agentspeed_engine.clock import VirtualClock
 from agentspeed_engine.errors import BrokenInvariant
-from agentspeed_engine.ids import BranchId, LinkId
+from agentspeed_engine.ids import LinkId
 from agentspeed_engine.protocol import messages as wire
-from agentspeed_engine.protocol.token_ids import unpack_ids
 from agentspeed_engine.sched.core import Core
-from agentspeed_engine.sched.plan import HostCopy, Row, StepPlan
+from agentspeed_engine.sched.plan import HostCopy, StepPlan
 from agentspeed_engine.sched.recorder import RecordedCore
 from agentspeed_engine.sched.state import Out
 from tests.simulation import checkers
 from tests.simulation.agents import Agent, Ending, Refused, cast, hog
+from tests.simulation.branches import Branches
 from tests.simulation.checkers import Checkers, Sight, Violation
 from tests.simulation.device import Device, Step, WrongRow
 from tests.simulation.faults import Faults
 from tests.simulation.front import Alone, Answer, Ask, Died, Ends, Handle, Join, Sleep, Start, Tool
 from tests.simulation.marks import Event, Glance, marks_of
+from tests.simulation.moments import Moments
 from tests.simulation.outcome import Outcome
 from tests.simulation.placed_cores import PlacedCores
 from tests.simulation.workload import VOCABULARY, Workload
@@ -67,14 +67,12 @@ class Simulation:
         self.checkers = Checkers(sight)
         self._within = random.Random(f"{workload.name}/within-steps/{seed}")
         self._pace = random.Random(f"{workload.name}/device/{seed}")
-        self._moments: list[tuple[float, int, bool, Callable[[], None]]] = []
-        """When, in which order, whether it is work of the machine, what."""
-        self._serial = 0
+        self._moments = Moments()
         self._life = 0
         self._request = 0
         self._hogs = 0
         self._asked: dict[int, tuple[Agent | None, Handle, wire.Command]] = {}
-        self._handles: dict[BranchId, Handle] = {}
+        self._branches = Branches(self.checkers)
         self._agents: dict[str, Agent] = {}
         self._busy: dict[str, Agent] = {}
         """Those that are neither done nor stuck."""
@@ -95,7 +93,7 @@ class Simulation:
         try:
             self._begin()
             self._live()
-            checkers.everybody_came_to_an_end(list(self._agents.values()), list(self._handles.values()))
+            checkers.everybody_came_to_an_end(list(self._agents.values()), list(self._branches))
             self._close()
         except (Violation, WrongRow) as broken:
             violation = str(broken)
@@ -123,10 +121,6 @@ class Simulation:
         )
 
     # ---- time -----------------------------------------------------------------------------------------------------
-    def _at(self, when: float, action: Callable[[], None], *, work: bool = False) -> None:
-        self._serial += 1
-        heappush(self._moments, (when, self._serial, work, action))
-
     def _in_this_life(self, when: float, action: Callable[[], None]) -> None:
         """Something of the engine that runs now: it dies with it."""
         life = self._life
@@ -135,14 +129,11 @@ class Simulation:
             if self._life == life:
                 action()
 
-        self._at(when, unless_dead, work=True)
+        self._moments.add(when, unless_dead, work=True)
 
     def _stand_still(self, seconds: float) -> None:
         """The machine stops and goes on: clocks and tools have moved, its own work is where it was."""
-        self._moments = [
-            (when + seconds if work else when, serial, work, action) for when, serial, work, action in self._moments
-        ]
-        heapify(self._moments)
+        self._moments.put_off_work(seconds)
         self._device.stand_still(seconds)
         self._device_free_at += seconds
         self._copier_free_at += seconds
@@ -155,7 +146,7 @@ class Simulation:
             self._pump()
             self._strike()
             wake = self.core.wake_at(self.clock.now())
-            following = self._moments[0][0] if self._moments else None
+            following = self._moments.next_at()
             if following is None and wake is None:
                 return
             if following is None or (wake is not None and wake < following):
@@ -166,7 +157,7 @@ class Simulation:
                 self._forward(wake)
                 continue
             spins = 0
-            when, _, _, action = heappop(self._moments)
+            when, action = self._moments.pop()
             self._forward(when)
             action()
             self._strike()
@@ -177,7 +168,7 @@ class Simulation:
             raise Violation(f"wedged: after {self.workload.horizon:g} s these are not done: {', '.join(self._busy)}")
         bound = self.workload.expect.longest_turn
         if bound is not None:
-            for handle in self._handles.values():
+            for handle in self._branches:
                 if handle.running and self.clock.now() - handle.started_at > bound:
                     raise Violation(f"starved: a turn of branch {handle.number} runs for more than {bound:g} s")
 
@@ -240,21 +231,8 @@ class Simulation:
         now = self.clock.now()
         self._device_free_at = ends = max(now, self._device_free_at) + self._pace.uniform(pace.low, pace.high)
         dies = self.faults.strikes("rank_dies") is not None
-        step = self._device.begin(plan, [self._rows_of(row) for row in plan.rows], now, ends)
+        step = self._device.begin(plan, [self._branches.rows_of(row) for row in plan.rows], now, ends)
         self._in_this_life(ends, lambda: self._reopen("a rank died in a step") if dies else self._done(step))
-
-    def _rows_of(self, row: Row) -> list[int] | None:
-        """What a branch must find and make on the device."""
-        if self.checkers.sight is Sight.USER:
-            return None
-        mirror = self._handles[row.branch].mirror
-        if row.token_of is not None:
-            if len(mirror.ids) != row.position:
-                raise Violation(f"wrong ids: branch {row.branch} is fed a token as unknown that its front has heard")
-            return mirror.ahead(VOCABULARY)
-        if list(row.ids) != mirror.ids[row.position : row.end]:
-            raise Violation(f"wrong ids: branch {row.branch} is fed ids that its front does not know")
-        return mirror.rows[: row.end]
 
     def _done(self, step: Step) -> None:
         self._device.carry_out(self.clock.now())
@@ -300,9 +278,7 @@ class Simulation:
         self._boot()
         self.checkers.forget()
         self._record(Event(self.clock.now(), "reopen", why, 0, before, self._glance()))
-        for handle in self._handles.values():
-            handle.number, handle.running = None, False
-        self._handles.clear()
+        self._branches.forget()
         asked, self._asked = self._asked, {}
         for agent, _, _ in asked.values():
             if agent is not None:
@@ -314,28 +290,17 @@ class Simulation:
     # ---- what the core says ---------------------------------------------------------------------------------------
     def _hear(self, message: wire.Outgoing) -> None:
         match message:
-            case wire.Tokens(branch=branch, ids=ids):
-                mirror = self._handles[BranchId(branch)].mirror
-                for token in unpack_ids(ids):
-                    if token != mirror.following(VOCABULARY):
-                        raise Violation(
-                            f"wrong token: branch {branch} was given {token} at {len(mirror.ids)}, "
-                            "which an undisturbed model does not draw there"
-                        )
-                    mirror.extend((token,))
-            case wire.TurnEnded(branch=branch, known=known):
-                self._turn_ended(message, BranchId(branch), known)
+            case wire.Tokens():
+                self._branches.drawn(message)
+            case wire.TurnEnded():
+                self._turn_ended(message)
             case wire.TurnStarted() | wire.LeaseChanged():
                 pass
             case _:
                 self._answered(message)
 
-    def _turn_ended(self, message: wire.TurnEnded, branch: BranchId, known: int) -> None:
-        handle = self._handles[branch]
-        handle.mirror.cut(known)
-        if not handle.running:
-            raise Violation(f"a turn of branch {branch} ended twice")
-        handle.running, handle.ended = False, message
+    def _turn_ended(self, message: wire.TurnEnded) -> None:
+        handle = self._branches.turn_ended(message)
         self._turns += 1
         self._longest_turn = max(self._longest_turn, self.clock.now() - handle.started_at)
         for agent in self._busy.values():
@@ -345,47 +310,9 @@ class Simulation:
     def _answered(self, reply: wire.Outgoing) -> None:
         assert not isinstance(reply, wire.Tokens | wire.TurnStarted | wire.TurnEnded | wire.LeaseChanged)
         agent, handle, command = self._asked.pop(reply.request)
-        self._take_effect(handle, command, reply)
+        self._branches.take_effect(handle, command, reply, self.clock.now())
         if agent is not None:
             self._resume(agent, reply)
-
-    def _take_effect(self, handle: Handle, command: wire.Command, reply: wire.Outgoing) -> None:
-        """What a reply means for the front's mirror."""
-        match command, reply:
-            case _, wire.Failed():
-                pass
-            case wire.Open(), wire.Opened(branch=branch):
-                handle.number = BranchId(branch)
-                self._handles[handle.number] = handle
-            case wire.Generate(ids=ids), wire.Done(known=known):
-                handle.before, handle.ended, handle.running = handle.known, None, True
-                handle.started_at = self.clock.now()
-                handle.mirror.extend(unpack_ids(ids))
-                self._same_length(handle, known)
-            case wire.Rewind() | wire.Cancel(), wire.Done(known=known):
-                handle.mirror.cut(known)
-                self._same_length(handle, known)
-            case wire.Fork(), wire.Forked(branches=branches, known=known):
-                handle.born = [
-                    Handle(handle.link, handle.mirror.copy(known), BranchId(number), handle.private, handle.tenant)
-                    for number in branches
-                ]
-                self._handles.update((child.number, child) for child in handle.born if child.number is not None)
-            case wire.Adopt(child=number), wire.Done(known=known):
-                child = self._handles.pop(BranchId(number))
-                handle.mirror, child.number = child.mirror, None
-                self._same_length(handle, known)
-            case wire.Close(branch=number), wire.Done():
-                _ = self._handles.pop(BranchId(number), None)
-                handle.number = None
-            case wire.Expect(branch=number), wire.LeaseAnswer(lease=lease):
-                self.checkers.leased(number, lease)
-            case _:
-                raise Violation(f"{type(command).__name__} was answered by {type(reply).__name__}")
-
-    def _same_length(self, handle: Handle, known: int) -> None:
-        if handle.known != known:
-            raise Violation(f"branch {handle.number} knows {known} ids, its front {handle.known}")
 
     # ---- agents ---------------------------------------------------------------------------------------------------
     def _begin(self) -> None:
@@ -395,13 +322,13 @@ class Simulation:
 
     def _join_in(self, agent: Agent, when: float) -> None:
         self._agents[agent.label] = self._busy[agent.label] = agent
-        self._at(when, lambda: self._step(agent, agent.waits, None))
+        self._moments.add(when, lambda: self._step(agent, agent.waits, None))
 
     def _resume(self, agent: Agent, answer: Answer, after: float = 0.0) -> None:
         """Its script goes on a moment later, when everything that was said with the answer has been heard."""
         agent.on = None
         waits = agent.waits
-        self._at(self.clock.now() + after, lambda: self._step(agent, waits, answer))
+        self._moments.add(self.clock.now() + after, lambda: self._step(agent, waits, answer))
 
     def _step(self, agent: Agent, waits: int, answer: Answer) -> None:
         if agent.state != "running" or agent.waits != waits:
@@ -485,7 +412,7 @@ class Simulation:
         jump = self.faults.strikes("clock_jumps")
         if jump is not None:
             self._stand_still(jump)
-        running = [handle for handle in self._handles.values() if handle.running]
+        running = [handle for handle in self._branches if handle.running]
         if running and self.faults.strikes("abort") is not None:
             handle = running[self.faults.one_of(len(running))]
             self._ask(None, handle, wire.Cancel(request=0, branch=handle.number or 0, cut=handle.before))
@@ -510,15 +437,12 @@ class Simulation:
             if handle.link == link:
                 del self._asked[number]
         self._call("drop_link", f"link {link}", lambda: self._driven.drop_link(link, self.clock.now()))
-        for branch, handle in list(self._handles.items()):
-            if handle.link == link:
-                handle.number, handle.running = None, False
-                del self._handles[branch]
+        self._branches.drop(link)
         self._look_for_joins()
 
     def _close(self) -> None:
         """Whatever is still open closes; then nothing may be left."""
-        for link in sorted({handle.link for handle in self._handles.values()}):
+        for link in sorted({handle.link for handle in self._branches}):
             self._client_gone(link)
         self.faults.sources.clear()
         self._live()

@@ -8,9 +8,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 PACKAGES = ("agentspeed", "engine/agentspeed_engine", "kernels/agentspeed_kernels")
 MOST_LINES = 500
-LONGER = {
-    "tests/simulation/world.py": "one run is one object: each of its parts changes the same clock, heap and agents",
-}
 
 
 def files(*folders: str) -> list[Path]:
@@ -22,9 +19,7 @@ def test_no_file_is_longer_than_it_can_be_read_at_one_sitting() -> None:
         path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines())
         for path in files(*PACKAGES, "tests", "bench", "tools", "examples")
     }
-    long = {name: count for name, count in lines.items() if count > MOST_LINES}
-    assert {name: count for name, count in long.items() if name not in LONGER} == {}
-    assert long.keys() == LONGER.keys()  # none is excused that is short by now
+    assert {name: count for name, count in lines.items() if count > MOST_LINES} == {}
 
 
 def test_every_module_says_in_a_sentence_why_it_exists() -> None:
