@@ -6,7 +6,10 @@ import os
 
 # Triton reads it when it is first imported, by whoever: the kernels' numbers are tested through its interpreter.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# Some hundred processes of this checkout start in a run; without bytecode each compiles the same modules again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+import gc
 import json
 import sys
 from collections.abc import Iterator
@@ -19,10 +22,25 @@ from hypothesis import settings
 from tests.support.loops import LOOPS
 from tests.support.random_checkpoint import make_checkpoint
 
+sys.dont_write_bytecode = False
 ROOT = Path(__file__).resolve().parent.parent
 # How long an example takes says how busy the machine is.
 settings.register_profile("project", deadline=None)
 settings.load_profile("project")
+
+
+def pytest_sessionstart() -> None:
+    """What collecting loads stays to the end, so nothing is garbage until then."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Torch, transformers and all tests are some million objects: a collection in the middle of a test, of which there
+    are thousands in a run, does not walk over them."""
+    _ = gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
+    gc.enable()
 
 
 @pytest.fixture(params=LOOPS.values(), ids=LOOPS.keys())

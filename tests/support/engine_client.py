@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from agentspeed_engine.protocol import messages as wire
 from agentspeed_engine.protocol.frames import encode_command, outbox_reader
 from agentspeed_engine.protocol.token_ids import pack_ids, unpack_ids
+from agentspeed_engine.serve.tuning import tuned
 
 ROOT = Path(__file__).resolve().parents[2]
 GREEDY = wire.Sampling()
@@ -245,8 +246,8 @@ class EngineProcess:
 
 
 def environment() -> dict[str, str]:
-    """Of an engine process that runs from this checkout."""
-    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "engine", ROOT / "kernels")))}
+    """Of an engine process that runs from this checkout; tuned already, or each would start twice."""
+    return tuned(os.environ) | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "engine", ROOT / "kernels")))}
 
 
 @contextmanager

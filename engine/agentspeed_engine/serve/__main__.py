@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import json
 import logging
 import os
@@ -35,7 +34,7 @@ import msgspec
 
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.protocol.credential import credential
-from agentspeed_engine.serve import crashes, engine_registry, tuning
+from agentspeed_engine.serve import collector, crashes, engine_registry, tuning
 from agentspeed_engine.serve.options import EngineOptions, build, options_from, parse_options, recording_of
 
 _LOG: Final = logging.getLogger("agentspeed.engine")
@@ -57,7 +56,7 @@ class _Parser(argparse.ArgumentParser):
 def main() -> int:
     # The process that starts engines may have tuned their environment already: then one start is enough.
     tuned = tuning.tuned(os.environ)
-    if tuning.SWITCH not in os.environ and tuned != os.environ:
+    if tuned != dict(os.environ):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], tuned | {tuning.SWITCH: "tuned"})
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(message)s")
     try:
@@ -147,8 +146,7 @@ def serve(path: Path, options: EngineOptions, status: _Status, *, stay: bool, ow
             loop.stop_at_eof(sys.stdin.fileno())
         signal.signal(signal.SIGTERM, lambda *_: loop.stop())
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the front's; it ends us by end of file
-        gc.collect()
-        gc.freeze()  # what is loaded stays: no later collection walks over it in the middle of a step
+        collector.keep_what_is_loaded()
         with _listed(path, options.model):
             status.say(ready=str(path), pid=os.getpid(), recording=recording)
             status.close()

@@ -25,6 +25,7 @@ from agentspeed_engine.exec.vocabulary import Vocabulary
 from agentspeed_engine.models.catalog import RANDOM, Dtype, describe, load, read_source
 from agentspeed_engine.protocol.messages import as_text
 from agentspeed_engine.sched.config import CoreConfig
+from agentspeed_engine.serve import collector
 from agentspeed_engine.serve.noop_name import NOOP, noop_sizes
 from agentspeed_engine.serve.place import placed
 from agentspeed_engine.serve.rank_options import RankOptions, loaded_shard
@@ -262,7 +263,8 @@ def build(options: EngineOptions, progress: Callable[[str], None] | None = None)
     if options.model.startswith(NOOP):
         return _build_noop(options, say)
     folder = Path(options.model.removeprefix(RANDOM))
-    place = _aside(lambda: placed(options))
+    with collector.at_rest():
+        place = _aside(lambda: placed(options))  # which loads torch
     device = place.device
     dtype, why = _dtype(options, place.platform)
     depth = options.depth if options.depth is not None else 1 if device == "cuda" else 0

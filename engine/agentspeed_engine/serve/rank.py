@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import gc
 import json
 import logging
 import os
@@ -23,6 +22,7 @@ from typing import Final, TextIO
 import msgspec
 
 from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.serve import collector
 from agentspeed_engine.serve.rank_options import RankOptions, loaded_shard, opened_group
 
 _LOG: Final = logging.getLogger("agentspeed.engine")
@@ -57,7 +57,8 @@ def main() -> int:
 def _run(options: RankOptions, arguments: argparse.Namespace, status: TextIO) -> int:
     steps, copies = socket.socket(fileno=arguments.steps), socket.socket(fileno=arguments.copies)
     _say(status, progress="loading its piece")
-    group = opened_group(options, arguments.memory)
+    with collector.at_rest():
+        group = opened_group(options, arguments.memory)
     # Imported late, with the tensors that they need.
     from agentspeed_engine.exec.ranks.follower import Follower
     from agentspeed_engine.exec.ranks.group import GroupBroken
@@ -65,8 +66,7 @@ def _run(options: RankOptions, arguments: argparse.Namespace, status: TextIO) ->
 
     try:
         follower = Follower(loaded_shard(options, group), group, Channel(steps), Channel(copies))
-        gc.collect()
-        gc.freeze()  # what is loaded stays: no later collection walks over it in the middle of a step
+        collector.keep_what_is_loaded()
         _say(status, ready=True)
         follower.run()
     except GroupBroken as reason:
