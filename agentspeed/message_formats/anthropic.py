@@ -18,8 +18,7 @@ def conversation_parts(system: object, messages: Sequence[Mapping[str, Any]]) ->
         raise misfit("messages is empty; at least one is needed.", "messages")
     for place, message in enumerate(messages):
         where = f"messages.{place}"
-        role, content = message.get("role"), message.get("content")
-        blocks: Sequence[Any] = [{"type": "text", "text": content}] if isinstance(content, str) else content or ()
+        role, blocks = message.get("role"), _blocks(message.get("content"), where)
         if role == "user":
             found += _user(blocks, where, names)
         elif role == "assistant":
@@ -29,6 +28,14 @@ def conversation_parts(system: object, messages: Sequence[Mapping[str, Any]]) ->
         else:
             raise misfit(f"{where}.role is {role!r}; it must be user or assistant.", f"{where}.role")
     return _system(system), tuple(found)
+
+
+def _blocks(content: object, where: str) -> Sequence[Any]:
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if isinstance(content, list) and content:
+        return content
+    raise misfit(f"{where} has no content; give a text or a list of blocks.", f"{where}.content")
 
 
 def _system(system: object) -> str | None:
@@ -68,7 +75,7 @@ def _user(blocks: Sequence[Any], where: str, names: Mapping[str, str]) -> list[M
             )
         else:
             texts.append(_text(block, f"{where}.content.{place}"))
-    if texts or not found:
+    if texts:
         found.append(User("".join(texts)))
     return found
 

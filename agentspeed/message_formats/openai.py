@@ -28,9 +28,9 @@ def conversation_parts(messages: Sequence[Mapping[str, Any]]) -> tuple[str | Non
                 raise misfit(
                     f"{where}: a {role} message stands above the conversation, before any other.", f"{where}.role"
                 )
-            system.append(text_of(message.get("content"), f"{where}.content"))
+            system.append(said_in(message, where))
         elif role == "user":
-            found.append(User(text_of(message.get("content"), f"{where}.content")))
+            found.append(User(said_in(message, where)))
         elif role == "assistant":
             made = _assistant(message, where)
             names.update({call.id: call.name for call in made.tool_calls})
@@ -52,6 +52,15 @@ def conversation_parts(messages: Sequence[Mapping[str, Any]]) -> tuple[str | Non
                 f"{where}.role",
             )
     return ("\n\n".join(system) if system else None), tuple(found)
+
+
+def said_in(message: Mapping[str, Any], where: str) -> str:
+    """The content of a message that says something: a text that is empty is one, no content is none. Raises
+    `MessageMisfit`."""
+    content = message.get("content")
+    if content is None or content == []:
+        raise misfit(f"{where} has no content; give a text or a list of text parts.", f"{where}.content")
+    return text_of(content, f"{where}.content")
 
 
 def text_of(content: object, where: str) -> str:

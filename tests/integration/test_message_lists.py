@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 
 from agentspeed import Session, errors
+from agentspeed.message_formats import anthropic, openai
 from agentspeed.message_formats.misfit import MessageMisfit
+from agentspeed.messages import User
+from agentspeed.server.openai import items
 from agentspeed.testing import ScriptedEngine
 from agentspeed.tools import tool
 from tests.support.loops import without_uvloop as without_uvloop
@@ -73,3 +76,27 @@ async def test_a_list_that_does_not_fit_leaves_nothing_open() -> None:
                 _ = await session.generate()
         assert session.state == "closed"
         assert scripted.live_branches == 0
+
+
+@pytest.mark.parametrize("absent", [{}, {"content": None}, {"content": []}], ids=["missing", "null", "empty list"])
+@pytest.mark.parametrize("role", ["user", "system"])
+def test_a_message_without_content_is_refused_and_named(role: str, absent: dict[str, Any]) -> None:
+    with pytest.raises(MessageMisfit, match="has no content") as caught:
+        _ = openai.conversation_parts([{"role": role, **absent}])
+    assert caught.value.where == "messages[0].content"
+    with pytest.raises(MessageMisfit, match="has no content") as caught:
+        _ = items.read_items([{"role": role, **absent}])
+    assert caught.value.where == "input[0].content"
+    if role == "user":
+        with pytest.raises(MessageMisfit, match="has no content") as caught:
+            _ = anthropic.conversation_parts(None, [{"role": "user", **absent}])
+        assert caught.value.where == "messages.0.content"
+
+
+def test_content_of_another_type_is_refused_and_an_empty_text_is_content() -> None:
+    with pytest.raises(MessageMisfit):
+        _ = anthropic.conversation_parts(None, [{"role": "user", "content": 5}])
+    with pytest.raises(MessageMisfit):
+        _ = openai.conversation_parts([{"role": "user", "content": 5}])
+    assert anthropic.conversation_parts(None, [{"role": "user", "content": ""}])[1] == (User(""),)
+    assert openai.conversation_parts([{"role": "user", "content": ""}])[1] == (User(""),)

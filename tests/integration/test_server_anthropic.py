@@ -77,11 +77,12 @@ def test_tokens_are_counted_as_the_model_reads_them(client: anthropic.Anthropic)
     [
         ({"messages": []}, "messages is empty"),
         ({"messages": [{"role": "system", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages.0 has no content"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"tool_choice": {"type": "some"}}, "tool_choice"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "image"),
     ],
-    ids=["no messages", "role", "max_tokens", "tool_choice", "image"],
+    ids=["no messages", "role", "no content", "max_tokens", "tool_choice", "image"],
 )
 def test_a_wrong_request_is_refused_in_the_shape_of_this_protocol(
     client: anthropic.Anthropic, change: dict[str, Any], names: str

@@ -174,6 +174,7 @@ def test_a_prewarmed_prompt_is_cached_when_its_question_comes(client: openai.Ope
     [
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0]: role"),
+        ({"messages": [{"role": "user"}]}, "messages[0] has no content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "image_url"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 100_000}, "max_tokens"),

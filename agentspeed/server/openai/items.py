@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, final
 
 from agentspeed.message_formats.misfit import misfit
-from agentspeed.message_formats.openai import text_of
+from agentspeed.message_formats.openai import said_in, text_of
 from agentspeed.messages import Assistant, Message, ToolCall, ToolMessage, User
 
 
@@ -50,10 +50,11 @@ def _read(reading: _Reading, item: Any, where: str, *, begun: bool) -> None:
         raise misfit(f"{where} must be an object.", where)
     kind = item.get("type", "message" if "role" in item else None)
     if kind == "message":
-        role, text = item.get("role"), text_of(item.get("content"), f"{where}.content")
+        role = item.get("role")
         if role == "assistant":
-            reading.texts.append(text)
+            reading.texts.append(text_of(item.get("content"), f"{where}.content"))
             return
+        text = said_in(item, where)
         reading.close()
         if role in ("system", "developer"):
             if reading.messages or begun:
