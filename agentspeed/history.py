@@ -20,7 +20,7 @@ import json
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Literal, final
@@ -182,9 +182,11 @@ class Taken:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """A session of the pool as bytes, for `Session.restore`. `state` is another one after every turn."""
+    """A session of the pool as bytes, for `Session.restore`. `state` is another one after every turn: the key of all
+    that was said, as `keys` makes it."""
 
     name: str
+    tenant: str
     state: str
     data: bytes
 
@@ -204,16 +206,19 @@ class History:
     """The sessions of one engine that wait for their conversations to go on. Belongs to one event loop.
 
     `open_session` makes a session that was not entered yet, for a conversation that shares nothing: its caller
-    decides about its options."""
+    decides about its options. `recall` hears, before a session is chosen, which longer prefixes of the conversation no
+    session has (their states, the longest first), and may `put` one that has."""
 
     def __init__(
         self,
         open_session: Callable[[Conversation], Session],
         *,
+        recall: Callable[[Conversation, Sequence[str]], Awaitable[None]] | None = None,
         limits: Limits | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._open_session = open_session
+        self._recall = recall
         self._limits = limits or Limits()
         self._clock = clock
         self._entries: dict[int, _Entry] = {}
@@ -239,12 +244,20 @@ class History:
         The session goes back to the pool at the end of the block, whatever its turn came to; one that cannot be used
         again (its block was left, its engine is gone for good) is dropped. Raises what opening a session raises."""
         chain = keys(root_key(conversation), conversation.messages)
+        if self._recall is not None and (unknown := self._unknown(chain, conversation.messages)):
+            await self._recall(conversation, unknown)
         choice = self._choice(chain, conversation)
         entry, taken = await self._carry_out(choice, conversation, chain)
         try:
             yield taken
         finally:
             await self._give_back(entry)
+
+    def _unknown(self, chain: Sequence[bytes], messages: Sequence[Message]) -> list[str]:
+        """States of prefixes that only a model's message could have made, and that no session has."""
+        known = max((place for place, key in enumerate(chain) if key in self._by_key), default=0)
+        said = any(isinstance(message, Assistant) for message in messages[known:])
+        return [key.hex() for key in reversed(chain[known + 1 :])] if said else []
 
     def _choice(self, chain: Sequence[bytes], conversation: Conversation) -> Reuse | None:
         for shared in range(len(chain) - 1, 0, -1):
@@ -347,10 +360,9 @@ class History:
         await entry.session.close()
 
     # ---- what outlives the process ----------------------------------------------------------------------------------
-    async def kept(self, wanted: Callable[[str | None], bool], known: Mapping[str, str]) -> list[Kept]:
+    async def kept(self, wanted: Callable[[str | None], bool], known: Mapping[str, str]) -> AsyncIterator[Kept]:
         """The idle sessions of the hints that are `wanted`, oldest use first. `known`: states by name, of those that
         are not needed again. One that goes on meanwhile is left out: its turn's end is another moment to ask."""
-        found: list[Kept] = []
         for number in list(self._idle):
             entry = self._entries.get(number)
             if entry is None or not entry.idle or not wanted(entry.hint):
@@ -359,10 +371,10 @@ class History:
             if known.get(session.id) == state:
                 continue
             try:
-                found.append(Kept(name=session.id, state=state, data=await session.snapshot()))
+                kept = Kept(name=session.id, tenant=entry.tenant, state=state, data=await session.snapshot())
             except SessionBusy:
                 continue
-        return found
+            yield kept
 
     async def put(self, session: Session, conversation: Conversation) -> None:
         """A restored session, not entered yet, that waits for its conversation to go on. Raises what entering raises;

@@ -140,7 +140,9 @@ class Runtime:
 
     async def _own_kept(self, thread: str, known: Mapping[str, str]) -> list[Kept]:
         own = self._histories.get(asyncio.get_running_loop())
-        return [] if own is None else await own.history.kept(lambda hint: _thread_of(hint) == thread, known)
+        if own is None:
+            return []
+        return [kept async for kept in own.history.kept(lambda hint: _thread_of(hint) == thread, known)]
 
     async def aforget(self, thread: str) -> None:
         """Closes the idle sessions of a thread, as far as `akept` sees them."""

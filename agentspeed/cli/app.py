@@ -120,6 +120,10 @@ def serve(
     idle_sessions: Annotated[int, typer.Option(min=1, help="Sessions that wait to go on.")] = 256,
     idle_seconds: Annotated[float, typer.Option(min=0, help="For how long they wait.")] = 600.0,
     drain_seconds: Annotated[float, typer.Option(min=0, help="What running requests get after SIGTERM.")] = 30.0,
+    snapshots: Annotated[
+        Path | None,
+        typer.Option(help="Folder where sessions wait for the next server; nothing: they end with this one."),
+    ] = None,
     pages: Annotated[int | None, typer.Option(min=1, help="Pages of the KV pool.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float64.")] = None,
     weights: Annotated[str | None, typer.Option(help="int8 or int8-32: matrices in 8 bits, on a CPU.")] = None,
@@ -157,6 +161,7 @@ def serve(
             idle_sessions=idle_sessions,
             idle_seconds=idle_seconds,
             drain_seconds=drain_seconds,
+            snapshots=None if snapshots is None else str(snapshots),
         )
 
 

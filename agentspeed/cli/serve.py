@@ -54,6 +54,7 @@ def serve(
                     f"  OpenAI: {url}/v1   Anthropic: {url}   {secured}, listening on {options.host}",
                     f"  at most {options.max_requests} requests at once; {options.idle_sessions} conversations kept "
                     f"for {options.idle_seconds:g} s",
+                    *([] if options.snapshots is None else [f"  sessions wait in {options.snapshots} after the end"]),
                 )
             ),
             err=True,

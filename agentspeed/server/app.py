@@ -50,16 +50,24 @@ def application(service: Service) -> Gate:
         async with anyio.create_task_group() as group:
             options = service.options
             sessions = Sessions(
-                group, most=options.max_sessions, idle_seconds=options.idle_seconds, grace=options.grace_seconds
+                group,
+                most=options.max_sessions,
+                idle_seconds=options.idle_seconds,
+                grace=options.grace_seconds,
+                saved=service.saved,
             )
             held.append(sessions)
             links = Links(service, group, most=options.max_links, grace=options.grace_seconds)
             linked.append(links)
             group.start_soon(_swept, service, sessions, links)
             yield
+            service.drain()
+            await sessions.end_turns(service.drain_left)
             await sessions.close_all()
             await links.close_all()
             group.cancel_scope.cancel()
+        if service.saved is not None:
+            await service.saved.save_history(service.history)
         await service.history.close()
 
     async def ui_events(request: Request, service: Service, tenant: str) -> ASGIApp:
@@ -115,9 +123,9 @@ async def _swept(service: Service, sessions: Sessions, links: Links) -> None:
     while True:
         await service.wait_for_drain(_SWEEP_SECONDS)
         if service.draining:  # what has no end of its own ends shortly before everything is cancelled
-            await anyio.sleep(max(0.0, service.options.drain_seconds - _LAST_SECONDS))
+            await anyio.sleep(max(0.0, service.drain_left - _LAST_SECONDS))
             await links.close_all()
-            await sessions.close_all()
+            await sessions.end_turns(0.0)
             return
         await service.history.sweep()
         await sessions.sweep()

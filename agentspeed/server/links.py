@@ -188,6 +188,7 @@ def link_routes(links: Callable[[], Links], route: Callable[..., Route]) -> list
     """The paths, on the server's links, which exist once the server has started."""
 
     async def create(request: Request, service: Service, tenant: str) -> ASGIApp:
+        service.takes_more()
         link = await links().open(tenant)
         return _json({"link": link.number, "grace_seconds": service.options.grace_seconds})
 

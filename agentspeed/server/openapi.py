@@ -137,6 +137,7 @@ _OPERATIONS: Final = (
         optional=True,
         media=(_JSON, _EVENTS),
         turns=True,
+        once=True,
     ),
     _Operation(
         path=f"{_SESSION}/events",
@@ -271,7 +272,7 @@ def _described(one: _Operation) -> dict[str, Any]:
     answers = {200: "Done."} | _REFUSED | (_OF_TURNS if one.turns else {}) | (_MISSING if names else {})
     if one.path == "/v1/responses":
         answers |= _MISSING
-    if one.once or one.path == "/v1/sessions" or one.path.endswith("/cancel") or one.path.startswith(_LINK):
+    if one.once or one.path.startswith("/v1/sessions") or one.path.endswith("/cancel") or one.path.startswith(_LINK):
         answers |= _OF_TURNS
     found: dict[str, Any] = {
         "summary": one.says,

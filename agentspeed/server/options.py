@@ -54,6 +54,12 @@ class ServerOptions:
     grace_seconds: float = 30.0
     """For how long a turn runs on that nobody reads any more."""
     idle_seconds: float = 600.0
+    snapshots: str | None = None
+    """A folder where sessions wait for the next server; None: they end with this one."""
+    snapshot_bytes: int = 1 << 30
+    """Of one tenant's sessions, and of its conversations; the oldest go first."""
+    snapshot_seconds: float = 7 * 24 * 3600.0
+    """For how long they wait."""
 
     def __post_init__(self) -> None:
         if not self.keys and not _is_loopback(self.host):

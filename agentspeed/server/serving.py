@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, Final, cast, final
 
 import anyio
+import anyio.to_thread
 import uvicorn
 
 from agentspeed import errors
@@ -18,7 +19,7 @@ from agentspeed.observing import Observer
 from agentspeed.server.app import application
 from agentspeed.server.connections import connection_class
 from agentspeed.server.options import ServerOptions
-from agentspeed.server.turns import Service
+from agentspeed.server.turns import Service, snapshot_files
 from agentspeed.transport.engine_process import ATTACH
 
 _LOG = logging.getLogger("agentspeed.server")
@@ -49,9 +50,13 @@ class Server:
 
     async def serve(self, ready: Callable[[str, Service], None] | None = None) -> None:
         """Until SIGTERM, SIGINT or `stop`. `ready` hears the URL once requests are answered. Raises what starting the
-        engine raises, and `ConnectFailed` when the port is taken."""
+        engine raises, `ConnectFailed` when the port is taken, and
+        `InvalidRequest` for a folder of snapshots that cannot be written."""
+        files = snapshot_files(self._options)
         listener = _listen(self._options)
         try:
+            if files is not None:
+                await anyio.to_thread.run_sync(files.trim)
             async with self._engine as engine:
                 service = Service(engine, self._options)
                 config = uvicorn.Config(
@@ -86,7 +91,7 @@ class _Uvicorn(uvicorn.Server):
         self._service = service
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        self._service.draining = True
+        self._service.drain()
         super().handle_exit(sig, frame)
 
 

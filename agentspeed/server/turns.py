@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, final
@@ -20,6 +20,8 @@ from agentspeed.history import Conversation, History, Limits, Taken
 from agentspeed.server.metrics import Metrics
 from agentspeed.server.options import ServerOptions
 from agentspeed.server.problems import Problem, RequestProblem, refused
+from agentspeed.server.saved_sessions import SavedSessions
+from agentspeed.server.snapshot_files import SnapshotFiles
 from agentspeed.session import Session, TurnOptions
 from agentspeed.turn import Reply, Turn
 
@@ -63,15 +65,33 @@ class Service:
         self.started_at = int(time.time())
         self.model_name = os.path.basename(os.fspath(engine.model).rstrip("/"))
         self.fingerprint = f"agentspeed-{__version__}"
+        files = snapshot_files(options)
+        self.saved = None if files is None else SavedSessions(files, engine)
         self.history = History(
             self._open,
+            recall=None if self.saved is None else self._recall,
             limits=Limits(
                 idle=options.idle_sessions, idle_per_tenant=options.idle_sessions, idle_seconds=options.idle_seconds
             ),
         )
         self.metrics = Metrics()
-        self.draining = False
         self.running = 0
+        self._drained_at: float | None = None
+
+    def drain(self) -> None:
+        """Nothing new is taken from now on, and what runs has `drain_seconds`."""
+        if self._drained_at is None:
+            self._drained_at = time.monotonic() + self.options.drain_seconds
+
+    @property
+    def draining(self) -> bool:
+        """Whether `drain` was called."""
+        return self._drained_at is not None
+
+    @property
+    def drain_left(self) -> float:
+        """Seconds that what runs may still take."""
+        return 0.0 if self._drained_at is None else max(0.0, self._drained_at - time.monotonic())
 
     async def wait_for_drain(self, most: float) -> None:
         """Returns when the server was told to end, or after `most` seconds."""
@@ -85,6 +105,10 @@ class Service:
             system=conversation.system, tools=conversation.tools, tenant=conversation.tenant or None, reasoning=True
         )
 
+    async def _recall(self, conversation: Conversation, states: Sequence[str]) -> None:
+        if self.saved is not None:
+            await self.saved.recall(self.history, conversation, states)
+
     def count(self, conversation: Conversation) -> int:
         """Tokens that the model would read before it speaks."""
         codec = self.engine.codec
@@ -93,9 +117,8 @@ class Service:
         _ = transcript.open_reply(log, codec, list(conversation.messages))
         return len(log)
 
-    @asynccontextmanager
-    async def admitted(self) -> AsyncIterator[None]:
-        """One request in work. Raises `RequestProblem` when there are too many, or the server is about to end."""
+    def takes_more(self) -> None:
+        """Raises `RequestProblem` when the server is about to end."""
         if self.draining:
             raise RequestProblem(
                 Problem(
@@ -106,6 +129,11 @@ class Service:
                     message="The server is about to end. Ask again: another will answer.",
                 )
             )
+
+    @asynccontextmanager
+    async def admitted(self) -> AsyncIterator[None]:
+        """One request in work. Raises `RequestProblem` when there are too many, or the server is about to end."""
+        self.takes_more()
         if self.running >= self.options.max_requests:
             raise RequestProblem(
                 Problem(
@@ -186,6 +214,13 @@ def _answer(replies: tuple[Reply[Any], ...], taken: Taken) -> Answer:
         drawn=sum(reply.usage.drawn for reply in replies),
         taken=taken,
     )
+
+
+def snapshot_files(options: ServerOptions) -> SnapshotFiles | None:
+    """The folder of the options. Raises `InvalidRequest`."""
+    if options.snapshots is None:
+        return None
+    return SnapshotFiles(options.snapshots, most_bytes=options.snapshot_bytes, most_seconds=options.snapshot_seconds)
 
 
 def parsed(body: bytes, kind: type[msgspec.Struct]) -> Any:

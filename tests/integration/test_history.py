@@ -212,8 +212,8 @@ async def test_idle_sessions_go_out_as_bytes_and_come_back_with_their_ids() -> N
             ids = taken.session.ids
         async with history.take(_asked(first, hint="b")):
             pass
-        (kept,) = await history.kept(lambda hint: hint == "a", {})
-        assert await history.kept(lambda hint: hint == "a", {kept.name: kept.state}) == []
+        (kept,) = [one async for one in history.kept(lambda hint: hint == "a", {})]
+        assert [one async for one in history.kept(lambda hint: hint == "a", {kept.name: kept.state})] == []
         await history.forget(lambda hint: hint == "a")
         assert history.open == 1
         restored = Session.restore(kept.data, taken.session.engine, tools=[add])
@@ -225,7 +225,7 @@ async def test_idle_sessions_go_out_as_bytes_and_come_back_with_their_ids() -> N
 
 async def test_a_session_that_is_in_use_is_not_among_those_that_go_out() -> None:
     async with _history() as history, history.take(_asked(User("Say hi."), hint="a")):
-        assert await history.kept(lambda hint: True, {}) == []
+        assert [one async for one in history.kept(lambda hint: True, {})] == []
         await history.forget(lambda hint: True)
         assert history.open == 1
 

@@ -101,6 +101,39 @@ def test_a_request_that_is_sent_again_is_done_once(client: httpx.Client) -> None
     assert (refusal.status_code, refusal.json()["error"]["code"]) == (409, "idempotency_key_reused")
 
 
+def test_a_turn_that_is_asked_for_again_is_drawn_once_whether_it_ran_or_had_ended(client: httpx.Client) -> None:
+    path = _open(client)
+    headers = {"idempotency-key": "turn-1"}
+    body = {**QUESTION, "temperature": 1.0}
+    streamed = {**body, "stream": True}
+    with client.stream("POST", f"{path}/generate", json=streamed, headers=headers) as response:
+        assert next(response.iter_lines()) == "id: 1"  # the client loses its connection here
+    with client.stream("POST", f"{path}/generate", json=streamed, headers=headers) as response:
+        joined = _events(response)
+    assert joined[-1]["type"] == "Reply" and [event["seq"] for event in joined] == list(range(1, len(joined) + 1))
+    assert client.get(path).json()["messages"] == 2
+    assert client.post(f"{path}/generate", json=GREETING, headers={"idempotency-key": "turn-2"}).status_code == 200
+    with client.stream("POST", f"{path}/generate", json=streamed, headers=headers) as response:
+        assert _events(response) == joined  # its own turn's events, not those of the next
+    one, other = (
+        client.post(f"{path}/generate", json=GREETING, headers={"idempotency-key": "turn-2"}) for _ in range(2)
+    )
+    assert one.json() == other.json()
+    assert client.get(path).json()["messages"] == 4
+    refusal = client.post(f"{path}/generate", json=QUESTION, headers=headers)
+    assert (refusal.status_code, refusal.json()["error"]["code"]) == (409, "idempotency_key_reused")
+
+
+def test_a_turn_that_came_to_nothing_is_drawn_when_it_is_asked_for_again(client: httpx.Client) -> None:
+    path = _open(client)
+    headers = {"idempotency-key": "turn-3"}
+    late = {**GREETING, "timeout": 1e-6}
+    assert client.post(f"{path}/generate", json=late, headers=headers).status_code == 504
+    last = client.get(f"{path}/events").text.count("id: ")
+    assert client.post(f"{path}/generate", json=late, headers=headers).status_code == 504
+    assert client.get(f"{path}/events").text.count("id: ") > last  # another turn was begun
+
+
 def test_a_snapshot_opens_again_with_its_messages(client: httpx.Client) -> None:
     path = _open(client, system="You are brief.")
     _ = client.post(f"{path}/generate", json=QUESTION)

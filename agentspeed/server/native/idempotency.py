@@ -60,3 +60,7 @@ class Idempotency:
         finally:
             answer.done.set()
         return answer.value
+
+    def forget(self, tenant: str, key: str) -> None:
+        """What came of this key is no answer: the next request under it is done."""
+        _ = self._answers.pop((tenant, key), None)

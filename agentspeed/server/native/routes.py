@@ -18,9 +18,10 @@ from agentspeed.server.native import bodies
 from agentspeed.server.native.idempotency import Idempotency
 from agentspeed.server.native.served import Served, Sessions
 from agentspeed.server.problems import Problem, refused
+from agentspeed.server.saved_sessions import session_of
 from agentspeed.server.streaming import Emitter, EventStream, WholeBody, encoded
 from agentspeed.server.turns import Service, parsed
-from agentspeed.session import Session, TurnOptions
+from agentspeed.session import TurnOptions
 
 _PATH = "/v1/sessions"
 
@@ -29,14 +30,17 @@ def session_routes(sessions: Callable[[], Sessions], route: Callable[..., Route]
     """Each on the server's sessions, which exist once the server has started."""
     once = Idempotency()
 
-    def of(request: Request, tenant: str) -> Served:
-        return sessions().get(tenant, request.path_params["number"])
+    async def of(request: Request, tenant: str) -> Served:
+        return await sessions().find(tenant, request.path_params["number"])
 
-    def doing(do: Callable[[Request, Service, str, bytes], Awaitable[Any]]) -> Any:
+    def doing(do: Callable[[Request, Service, str, bytes], Awaitable[Any]], *, ends: bool = False) -> Any:
+        """`ends`: what is asked for while the server drains too."""
+
         async def endpoint(request: Request, service: Service, tenant: str) -> ASGIApp:
             body = await request.body()
-            key = request.headers.get("idempotency-key") or None
-            said = b"\0".join((request.method.encode(), request.url.path.encode(), body))
+            key, said = _key_of(request), _said(request, body)
+            if not ends:
+                service.takes_more()
             return WholeBody(
                 lambda: once.once(tenant, key, said, lambda: do(request, service, tenant, body)),
                 Problem.openai,
@@ -63,80 +67,94 @@ def session_routes(sessions: Callable[[], Sessions], route: Callable[..., Route]
         return bodies.session_json((await sessions().add(session, tenant)).session)
 
     async def append(request: Request, service: Service, tenant: str, body: bytes) -> Any:
-        served, given = of(request, tenant), parsed(body, bodies.AppendBody)
+        served, given = await of(request, tenant), parsed(body, bodies.AppendBody)
         _ = await served.session.add(*given.messages, prefill=given.prefill)
         return bodies.session_json(served.session)
 
     async def fork(request: Request, service: Service, tenant: str, body: bytes) -> Any:
-        served, given = of(request, tenant), parsed(body or b"{}", bodies.ForkBody)
+        served, given = await of(request, tenant), parsed(body or b"{}", bodies.ForkBody)
         children = await sessions().fork(served, given.n, given.at)
         return {"object": "list", "data": [bodies.session_json(child.session) for child in children]}
 
     async def adopt(request: Request, service: Service, tenant: str, body: bytes) -> Any:
-        served, given = of(request, tenant), parsed(body, bodies.AdoptBody)
-        await sessions().adopt(served, sessions().get(tenant, given.child))
+        served, given = await of(request, tenant), parsed(body, bodies.AdoptBody)
+        await sessions().adopt(served, await sessions().find(tenant, given.child))
         return bodies.session_json(served.session)
 
     async def mark(request: Request, service: Service, tenant: str, body: bytes) -> Any:
-        served, given = of(request, tenant), parsed(body, bodies.MarkBody)
+        served, given = await of(request, tenant), parsed(body, bodies.MarkBody)
         made = await served.session.mark(given.name)
         return {"object": "mark", "name": given.name, "tokens": made.tokens}
 
     async def rewind(request: Request, service: Service, tenant: str, body: bytes) -> Any:
-        served, given = of(request, tenant), parsed(body, bodies.RewindBody)
+        served, given = await of(request, tenant), parsed(body, bodies.RewindBody)
         await served.session.rewind(given.to)
         return bodies.session_json(served.session)
 
     async def expect(request: Request, service: Service, tenant: str, body: bytes) -> Any:
-        served, given = of(request, tenant), parsed(body, bodies.ExpectBody)
+        served, given = await of(request, tenant), parsed(body, bodies.ExpectBody)
         return bodies.lease_json(await served.session.expect(given.seconds, keep=given.keep, tool=given.tool))
 
     async def cancel(request: Request, service: Service, tenant: str, body: bytes) -> Any:
-        served = of(request, tenant)
+        served = await of(request, tenant)
         if served.turn is None:
             raise refused("No turn of this session runs.", status=409, code="no_turn")
         served.turn.cancel()
         return bodies.session_json(served.session)
 
     async def restore(request: Request, service: Service, tenant: str, body: bytes) -> Any:
-        session = Session.restore(body, service.engine, tenant=tenant or None)
+        session = session_of(body, service.engine, tenant)
         return bodies.session_json((await sessions().add(session, tenant)).session)
 
     async def close(request: Request, service: Service, tenant: str, body: bytes) -> Any:
-        served = of(request, tenant)
+        served = await of(request, tenant)
         await sessions().close(served)
         return {"id": served.session.id, "object": "session", "closed": True}
 
     async def generate(request: Request, service: Service, tenant: str) -> ASGIApp:
-        served, given = of(request, tenant), parsed(await request.body() or b"{}", bodies.GenerateBody)
-        turn = served.session.stream(given.messages or None, output=_output(given), **_options(given, served, service))
-        after = served.last
-        if served.turn is not None:
-            raise errors.SessionBusy(
-                f"A turn of session {served.session.id} runs.",
-                remedy="Read its events, or fork to go two ways at once.",
+        body = await request.body()
+        given: bodies.GenerateBody = parsed(body or b"{}", bodies.GenerateBody)
+        key, said = _key_of(request), _said(request, body)
+        served = await of(request, tenant)
+
+        async def begin() -> int:
+            service.takes_more()
+            turn = served.session.stream(
+                given.messages or None, output=_output(given), **_options(given, served, service)
             )
-        sessions().start(served, turn)
+            if served.turn is not None:
+                raise errors.SessionBusy(
+                    f"A turn of session {served.session.id} runs.",
+                    remedy="Read its events, or fork to go two ways at once.",
+                )
+            after = served.last
+            sessions().start(served, turn)
+            return after
+
+        after = await once.once(tenant, key, said, begin)
+        if key is not None and served.came_to_nothing(after):
+            once.forget(tenant, key)
+            after = await once.once(tenant, key, said, begin)
         if given.stream:
-            return _stream(served, after)
+            return _stream(served, after, one_turn=True)
         return WholeBody(lambda: _last(served, after), Problem.openai, headers={})
 
     async def events(request: Request, service: Service, tenant: str) -> ASGIApp:
-        served = of(request, tenant)
+        served = await of(request, tenant)
         text = request.headers.get("last-event-id") or request.query_params.get("after", "0")
         if not (text.isascii() and text.isdigit()):
             raise refused(f"after is {text!r}; it must be the number of an event.", param="after")
-        return _stream(served, int(text))
+        return _stream(served, int(text), one_turn=False)
 
     async def read(request: Request, service: Service, tenant: str) -> ASGIApp:
-        session = of(request, tenant).session
+        session = (await of(request, tenant)).session
         return _json({**bodies.session_json(session), "log": bodies.messages_json(session.messages)})
 
     async def listed(request: Request, service: Service, tenant: str) -> ASGIApp:
         return _json({"object": "list", "data": [bodies.session_json(one.session) for one in sessions().of(tenant)]})
 
     async def snapshot(request: Request, service: Service, tenant: str) -> ASGIApp:
-        data = await of(request, tenant).session.snapshot()
+        data = await (await of(request, tenant)).session.snapshot()
         return Response(data, media_type="application/octet-stream")
 
     one = f"{_PATH}/{{number}}"
@@ -145,11 +163,11 @@ def session_routes(sessions: Callable[[], Sessions], route: Callable[..., Route]
         route(_PATH, listed, "GET"),
         route(f"{_PATH}/restore", doing(restore), "POST"),
         route(one, read, "GET"),
-        route(one, doing(close), "DELETE"),
+        route(one, doing(close, ends=True), "DELETE"),
         route(f"{one}/messages", doing(append), "POST"),
         route(f"{one}/generate", generate, "POST"),
         route(f"{one}/events", events, "GET"),
-        route(f"{one}/cancel", doing(cancel), "POST"),
+        route(f"{one}/cancel", doing(cancel, ends=True), "POST"),
         route(f"{one}/fork", doing(fork), "POST"),
         route(f"{one}/adopt", doing(adopt), "POST"),
         route(f"{one}/marks", doing(mark), "POST"),
@@ -187,10 +205,19 @@ def _options(given: bodies.GenerateBody, served: Served, service: Service) -> Tu
     return options
 
 
-def _stream(served: Served, after: int) -> ASGIApp:
+def _key_of(request: Request) -> str | None:
+    return request.headers.get("idempotency-key") or None
+
+
+def _said(request: Request, body: bytes) -> bytes:
+    """What must be the same when a key comes again."""
+    return b"\0".join((request.method.encode(), request.url.path.encode(), body))
+
+
+def _stream(served: Served, after: int, *, one_turn: bool) -> ASGIApp:
     async def produce(emit: Emitter) -> None:
         with served.reading():
-            async for event in served.read(after):
+            async for event in served.read(after, one_turn=one_turn):
                 await emit.raw(f"id: {event['seq']}\n".encode() + b"data: " + encoded(event) + b"\n\n")
         await emit.raw(b": end\n\n")
 
@@ -201,7 +228,7 @@ async def _last(served: Served, after: int) -> Any:
     """The turn's reply, once it has ended. What ended it otherwise is raised."""
     found: dict[str, Any] = {}
     with served.reading():
-        async for event in served.read(after):
+        async for event in served.read(after, one_turn=True):
             found = event
     if found.get("type") == "Error":
         raise refused(found["message"], status=found["status"], code=found["code"])

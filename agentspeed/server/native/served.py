@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, Final, final
 
 import anyio
@@ -19,11 +20,15 @@ from anyio.abc import TaskGroup
 from agentspeed import errors
 from agentspeed.server.native.bodies import event_json, reply_json
 from agentspeed.server.problems import Problem, problem_of, refused
+from agentspeed.server.saved_sessions import SavedSessions
+from agentspeed.server.snapshot_files import BrokenSnapshot
 from agentspeed.session import Session
 from agentspeed.turn import Turn
 
 MOST_EVENTS: Final = 65_536
 """Events of one session that can still be read; older ones are gone, and a reader of them is told so."""
+_LAST: Final = ("Reply", "Error", "Cancelled")
+"""What a turn ends with."""
 
 
 @final
@@ -46,8 +51,15 @@ class Served:
         """One event, numbered in the order in which readers get them."""
         self._last += 1
         self._events.append({**event, "seq": self._last})
+        self._wake()
+
+    def _wake(self) -> None:
         self._more.set()
         self._more = anyio.Event()
+
+    def go_on_from(self, last: int) -> None:
+        """Numbers of events go on where those of an earlier server ended; its events are gone."""
+        self._last = last
 
     @property
     def last(self) -> int:
@@ -58,22 +70,31 @@ class Served:
         """The last `most` events."""
         return list(self._events)[-most:]
 
-    async def read(self, after: int) -> AsyncIterator[dict[str, Any]]:
-        """Events after number `after`, until the turn that runs (if one does) has ended. Raises `RequestProblem` when
-        some of them are gone."""
-        if self._events and after + 1 < self._events[0]["seq"]:
-            raise refused(
-                f"Events before {self._events[0]['seq']} are gone.", status=410, param="after", code="events_gone"
-            )
+    async def read(self, after: int, *, one_turn: bool = False) -> AsyncIterator[dict[str, Any]]:
+        """Events after number `after`, until the turn that runs (if one does) has ended, or `one_turn` has. Raises
+        `RequestProblem` when some of them are gone."""
+        if after < (gone := self._last - len(self._events)):
+            raise refused(f"Events up to {gone} are gone.", status=410, param="after", code="events_gone")
         while True:
             fresh = max(0, min(self._last - after, len(self._events)))
             for event in [self._events[place] for place in range(-fresh, 0)]:  # their numbers have no gaps
                 after = event["seq"]
                 yield event
+                if one_turn and event["type"] in _LAST:
+                    return
             if not fresh:
                 if self.turn is None:
                     return
                 await self._more.wait()
+
+    def came_to_nothing(self, after: int) -> bool:
+        """Whether the turn whose events follow number `after` ended without a reply. False while it runs, and when its
+        events are gone."""
+        place = after - (self._last - len(self._events))
+        if place < 0:
+            return False
+        ends = (event["type"] for event in islice(self._events, place, None) if event["type"] in _LAST)
+        return next(ends, "Reply") != "Reply"
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -104,6 +125,12 @@ class Served:
                 self.used_at = time.monotonic()
                 if scope.cancelled_caught or scope.cancel_called:
                     self.tell({"type": "Cancelled"})
+                self._wake()
+
+    async def ended(self) -> None:
+        """Returns once no turn runs."""
+        while self.turn is not None:
+            await self._more.wait()
 
 
 def _error_of(problem: Problem) -> dict[str, Any]:
@@ -112,10 +139,20 @@ def _error_of(problem: Problem) -> dict[str, Any]:
 
 @final
 class Sessions:
-    """All of them. `group` runs their turns."""
+    """All of them. `group` runs their turns; `saved` has those of earlier servers."""
 
-    def __init__(self, group: TaskGroup, *, most: int, idle_seconds: float, grace: float) -> None:
+    def __init__(
+        self,
+        group: TaskGroup,
+        *,
+        most: int,
+        idle_seconds: float,
+        grace: float,
+        saved: SavedSessions | None = None,
+    ) -> None:
         self._group = group
+        self._saved = saved
+        self._restoring = anyio.Lock()
         self._most = most
         self._idle_seconds = idle_seconds
         self._grace = grace
@@ -128,6 +165,28 @@ class Sessions:
         """Those of one tenant."""
         return [served for served in self._served.values() if served.tenant == tenant]
 
+    async def find(self, tenant: str, number: str) -> Served:
+        """As `get`, and a session that an earlier server saved is opened again. Raises `RequestProblem` (410) for one
+        whose file is broken, and what entering a session raises."""
+        if (tenant, number) not in self._served and self._saved is not None:
+            async with self._restoring:  # whoever asks meanwhile finds it open
+                if (tenant, number) not in self._served:
+                    await self._restore(self._saved, tenant, number)
+        return self.get(tenant, number)
+
+    async def _restore(self, among: SavedSessions, tenant: str, number: str) -> None:
+        try:
+            async with among.restoring("sessions", tenant, [number]) as found:
+                if found is not None:
+                    saved, session = found
+                    self._room(1)
+                    _ = await session.__aenter__()
+                    self._keep(session, tenant).go_on_from(saved.last_event)
+        except BrokenSnapshot as error:
+            raise refused(
+                f"Session {number!r} was saved, and its file {error}.", status=410, code="snapshot_broken"
+            ) from error
+
     def get(self, tenant: str, number: str) -> Served:
         """Raises `RequestProblem` (404) for what is not there or is another tenant's."""
         served = self._served.get((tenant, number))
@@ -139,7 +198,8 @@ class Sessions:
     async def add(self, session: Session, tenant: str) -> Served:
         """Enters the session. Raises what entering does, and `EngineOverloaded` when there are too many."""
         self._room(1)
-        if (tenant, session.id) in self._served:
+        saved = self._saved is not None and await self._saved.has(tenant, session.id)
+        if saved or (tenant, session.id) in self._served:
             raise refused(f"There is a session {session.id!r} already.", status=409, code="session_exists")
         _ = await session.__aenter__()
         return self._keep(session, tenant)
@@ -180,8 +240,23 @@ class Sessions:
             elif at - served.used_at > self._idle_seconds and (served.tenant, served.session.id) in self._served:
                 await self.close(served)
 
+    async def end_turns(self, seconds: float) -> None:
+        """Waits for the turns that run; after so many seconds they are cancelled. Their readers hear it."""
+        running = [served for served in self._served.values() if served.turn is not None]
+        with anyio.move_on_after(seconds):
+            for served in running:
+                await served.ended()
+        for served in running:
+            if served.turn is not None:
+                served.turn.cancel()
+        for served in running:
+            await served.ended()
+
     async def close_all(self) -> None:
-        """At the end of the server."""
+        """At the end of the server. What has no turn is saved before, where there is a folder."""
+        if self._saved is not None:
+            for served in list(self._served.values()):
+                await self._saved.save_session(served.session, served.tenant, served.last)
         for served in list(self._served.values()):
             await self.close(served)
 
