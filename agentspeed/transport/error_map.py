@@ -35,9 +35,10 @@ _CLASSES: dict[str, type[AgentspeedError]] = {
     "too_many_sessions": errors.EngineOverloaded,
     "too_many_branches": errors.EngineOverloaded,
     "quota_exceeded": errors.EngineOverloaded,
-    "out_of_memory": errors.EngineStartFailed,  # only what is taken at start can be refused so
+    "out_of_memory": errors.EngineStartFailed,
     "engine_stopping": errors.EngineDied,
     "rank_lost": errors.EngineDied,
+    "device_lost": errors.EngineDied,
     "internal": errors.InternalError,
 }
 
@@ -45,6 +46,11 @@ _CLASSES: dict[str, type[AgentspeedError]] = {
 def public_error(code: str, message: str, remedy: str) -> AgentspeedError:
     """The public class for an engine's code; an unknown code is a bug of ours and says so."""
     return _CLASSES.get(code, errors.InternalError)(message, remedy=remedy)
+
+
+def last_words(code: str, message: str, remedy: str) -> AgentspeedError:
+    """Of an engine that ends: where no memory was left for a step, it was no start that failed."""
+    return public_error("engine_stopping" if code == "out_of_memory" else code, message, remedy)
 
 
 @contextlib.contextmanager

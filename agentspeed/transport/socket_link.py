@@ -21,7 +21,7 @@ import anyio.to_thread
 
 from agentspeed import errors
 from agentspeed.transport.base import Sink, Then
-from agentspeed.transport.error_map import public_error
+from agentspeed.transport.error_map import last_words, public_error
 from agentspeed_engine.protocol import messages as wire
 from agentspeed_engine.protocol.frames import BadFrame, Unsendable, encode_command, outbox_reader
 
@@ -309,7 +309,7 @@ class SocketLink:
                 if sink is not None:
                     self._tell(message.branch, sink, message)
             elif message.request == 0 and isinstance(message, wire.Failed):
-                self._why_dead = public_error(message.code, message.message, message.remedy)
+                self._why_dead = last_words(message.code, message.message, message.remedy)
             elif (waiter := self._waiters.get(message.request)) is not None:
                 self._answer(waiter, message)
             else:

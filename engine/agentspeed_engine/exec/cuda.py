@@ -195,13 +195,13 @@ def _named_faults() -> Iterator[None]:
 
     Sessions live on in the recording of the engine and in their clients' logs, from which another engine restores
     them."""
-    with out_of_memory("a step"):
-        try:
+    try:
+        with out_of_memory("a step"):
             yield
-        except torch.AcceleratorError as error:
-            said = str(error).splitlines()[0]
-            raise EngineFault(
-                "internal",
-                f"The GPU faulted and is lost to this process: {said}.",
-                "Start another engine; see what the driver says (dmesg, nvidia-smi).",
-            ) from error
+    except torch.AcceleratorError as error:
+        said = str(error).splitlines()[0]
+        raise EngineFault(
+            "device_lost",
+            f"The GPU faulted and is lost to this process: {said}.",
+            "Start another engine; see what the driver says (dmesg, nvidia-smi).",
+        ) from error

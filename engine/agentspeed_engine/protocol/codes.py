@@ -12,7 +12,7 @@ Code = Literal[
     "trunk_moved", "child_unrelated", "position_unknown", "bad_frame", "protocol_mismatch", "bad_credential",
     # the world
     "overloaded", "too_many_links", "too_many_sessions", "too_many_branches", "quota_exceeded", "out_of_memory",
-    "engine_stopping", "rank_lost",
+    "engine_stopping", "rank_lost", "device_lost",
     # our bug
     "internal",
 ]
@@ -27,6 +27,7 @@ RETRYABLE: frozenset[str] = frozenset(
         "quota_exceeded",
         "engine_stopping",
         "rank_lost",
+        "device_lost",
     }
 )
 """The same command may succeed later."""

@@ -62,12 +62,21 @@ def test_a_pool_takes_most_of_what_weights_leave_of_a_gpu() -> None:
     assert pages == int(0.85 * (10**9 - 4 * 50_000_000)) // 10**6
 
 
-def test_what_a_gpu_has_no_room_for_is_named() -> None:
+@pytest.mark.parametrize(
+    "said",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=["torch", "a kernel that is loaded", "a library"],
+)
+def test_what_a_gpu_has_no_room_for_is_named(said: RuntimeError) -> None:
     with (
-        pytest.raises(EngineFault, match="The GPU has no room for a step: CUDA out of memory") as refused,
+        pytest.raises(EngineFault, match=r"The GPU has no room for a step: .*CUDA") as refused,
         out_of_memory("a step"),
     ):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        raise said
     assert refused.value.code == "out_of_memory" and "prefill_chunk" in refused.value.remedy
 
 

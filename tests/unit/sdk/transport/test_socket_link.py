@@ -15,6 +15,7 @@ from agentspeed import errors
 from agentspeed.transport.base import wire
 from agentspeed.transport.socket_link import SocketLink, open_link
 from agentspeed_engine.protocol import frames
+from agentspeed_engine.protocol.codes import Code
 from agentspeed_engine.protocol.frames import command_reader, encode_outbox
 
 pytestmark = pytest.mark.anyio
@@ -122,6 +123,19 @@ async def test_a_frame_that_does_not_decode_ends_the_link_and_everyone_is_told(b
         assert not link.alive
         with pytest.raises(errors.EngineDied, match="no frame of the protocol"):
             _ = await link.call(rewind)
+
+
+@pytest.mark.parametrize("code", ["out_of_memory", "device_lost", "engine_stopping"])
+async def test_an_engine_that_ends_by_a_fault_of_the_world_died_and_says_why(code: Code) -> None:
+    async with linked() as (link, engine):
+        heard: list[wire.Event | None] = []
+        link.listen(7, heard.append)
+        engine.say(wire.Failed(request=0, code=code, message="The GPU has no room.", remedy="Give fewer pages."))
+        engine.peer.shutdown(socket.SHUT_WR)
+        await until(lambda: heard == [None])
+        with pytest.raises(errors.EngineDied, match="no room") as caught:
+            _ = await link.call(rewind)
+        assert caught.value.retryable and caught.value.remedy == "Give fewer pages."
 
 
 async def test_a_call_that_waits_hears_of_a_frame_that_does_not_decode() -> None:
