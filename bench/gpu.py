@@ -22,6 +22,7 @@ sys.path[:0] = [str(ROOT / "engine"), str(ROOT / "kernels"), str(ROOT / "bench")
 
 import gpu_attention
 import gpu_engine
+import gpu_graphs
 import gpu_layers
 import torch
 from gpu_timing import Report, fail
@@ -52,6 +53,7 @@ def main() -> int:
         "experts": lambda: gpu_layers.section_experts(report),
         "small": lambda: gpu_layers.section_small(report),
         "extend": lambda: gpu_layers.section_extend(report, pool),
+        "graphs": lambda: gpu_graphs.section_graphs(report),
         "engine": lambda: gpu_engine.section_engine(report),
     }
     wanted = [name for name in arguments.sections.split(",") if name] or list(sections)

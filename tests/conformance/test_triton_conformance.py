@@ -6,8 +6,6 @@ Fewer rows than for the CPU's kernels: the interpreter takes milliseconds a prog
 from __future__ import annotations
 
 import importlib.util
-import random
-from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -16,12 +14,6 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 import tests.triton_interpreter  # noqa: F401 - must come before the first kernel
-from agentspeed_engine.exec.penalties import Adjustment
-from agentspeed_engine.exec.sampler import draw
-from agentspeed_engine.exec.sampling_rows import on_device
-from agentspeed_engine.exec.step_input import Sample
-from agentspeed_engine.ids import BranchId
-from agentspeed_engine.kv.views import TurnSpec
 from agentspeed_engine.protocol.messages import Sampling
 from agentspeed_kernels.signature import KernelSpec
 from agentspeed_kernels.testing import conformance
@@ -29,6 +21,7 @@ from agentspeed_kernels.testing.tolerance import tolerance
 from agentspeed_kernels.triton import attention, backend, extend, sampling, specs
 from agentspeed_kernels.triton.plan import Cut
 from agentspeed_kernels.workspace import Workspace
+from tests.support.sampled_rows import disagreements, sampling_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
 """The interpreter computes both sides of a `where`."""
@@ -145,45 +138,10 @@ def test_extends_over_several_chunks_equal_extends_over_one(monkeypatch: pytest.
     assert float((outs[0] - outs[1]).abs().max()) < 1e-5
 
 
-RULES = (
-    Sampling(temperature=0.0, logprobs=3),
-    Sampling(temperature=1.0),
-    Sampling(temperature=0.7, top_k=50, logprobs=0),
-    Sampling(temperature=1.3, top_p=0.9, logprobs=5),
-    Sampling(temperature=1.0, top_k=3, top_p=0.5, min_p=0.1, logprobs=20),
-    Sampling(temperature=2.0, top_k=1),
-    Sampling(temperature=1e-3),
-    Sampling(temperature=1.0, min_p=0.05),
-    Sampling(temperature=1.0, top_k=7000, top_p=0.999, logprobs=2),
-)
-
-
 @pytest.mark.parametrize("penalised", [False, True])
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 def test_the_device_draws_what_the_sampler_on_the_cpu_draws(kind: torch.dtype, penalised: bool) -> None:
-    rng = np.random.default_rng(1)
-    vocabulary, count = 701, len(RULES)
-    logits = torch.from_numpy(rng.normal(size=(count, vocabulary)) * 3).to(kind)
-    logits[3, :] = 0.0
-    logits[3, ::2] = -0.0
-    logits[4, 10:] = -float("inf")
-    logits[5, 7] = 60.0
-    masks = [None if i % 3 else rng.random(vocabulary) < 0.3 for i in range(count)]
-    keys = [(random.Random(i).getrandbits(63), i, 3 * i) for i in range(count)]
-    positions = [100 + i for i in range(count)]
-    adjustments = {i: adjustment(rng, vocabulary) for i in range(0, count, 2)} if penalised else {}
-    rows = sampling_rows(RULES, masks, keys, positions, logits, adjustments)
-    got = sampling.sample(logits, rows, Workspace())
-    for i, rule in enumerate(RULES):
-        wanted = draw(logits[i].float().numpy(), rule, keys[i], positions[i], masks[i], adjustments.get(i))
-        assert got.ids[i].item() == wanted.id
-        if wanted.logprob is not None:
-            assert got.logprob[i].item() == pytest.approx(wanted.logprob, abs=1e-9)
-            assert got.draw_logprob[i].item() == pytest.approx(wanted.draw_logprob, abs=1e-9)
-            found = got.top_ids[i, : len(wanted.top)].tolist()
-            assert found == [number for number, _ in wanted.top]
-            assert np.allclose(got.top_logprobs[i, : len(found)].numpy(), [value for _, value in wanted.top])
-    assert got.faulty.tolist() == [0] * count
+    assert disagreements(kind, penalised, vocabulary=701, seed=1) == []
 
 
 def test_logits_nothing_can_be_drawn_from_are_reported_a_row() -> None:
@@ -194,26 +152,3 @@ def test_logits_nothing_can_be_drawn_from_are_reported_a_row() -> None:
     masks = [None, None, None, forbidden]
     rows = sampling_rows([Sampling(temperature=1.0)] * 4, masks, [(1, 2, 3)] * 4, [5] * 4, logits, {})
     assert sampling.sample(logits, rows, Workspace()).faulty.tolist() == [1, 1, 1, 2]
-
-
-def adjustment(rng: np.random.Generator, vocabulary: int) -> Adjustment:
-    ids = np.flatnonzero(rng.random(vocabulary) < 0.2)
-    scale = np.where(rng.random(len(ids)) < 0.5, 1.7, 1.0).astype(np.float32)
-    return Adjustment(ids, scale, (rng.normal(size=len(ids)) * 5).astype(np.float32))
-
-
-def sampling_rows(
-    rules: Sequence[Sampling],
-    masks: Sequence[np.ndarray | None],
-    keys: Sequence[tuple[int, int, int]],
-    positions: Sequence[int],
-    logits: torch.Tensor,
-    adjustments: Mapping[int, Adjustment],
-) -> sampling.SamplingRows:
-    """As the engine makes them."""
-    samples = [
-        Sample(TurnSpec(turn=i, branch=BranchId(i), sampling=rule, draw_key=key, stop_strings=(), grammar=None,
-                        consumed_ids=(), prompt_tokens=0), position)
-        for i, (rule, key, position) in enumerate(zip(rules, keys, positions, strict=True))
-    ]  # fmt: skip
-    return on_device(samples, {i: mask for i, mask in enumerate(masks) if mask is not None}, adjustments, logits)

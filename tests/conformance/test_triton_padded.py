@@ -66,5 +66,17 @@ def test_what_has_no_room_in_a_padded_shape_runs_as_it_is() -> None:
     pieces, positions = step([16 * 100], 0)
     plan, form = attention.plan_step(pieces, positions, SHAPE)
     assert shape_for(plan, form, 1, SHAPE) is not None
-    gluon = attention.HOPPER_LARGE
-    assert shape_for(plan, gluon, 1, SHAPE) is None, "the Gluon kernel takes no programs without items"
+    assert shape_for(plan, form, 0, SHAPE) is None
+
+
+def test_forks_of_a_large_model_have_a_padded_shape_of_the_gluon_kernel() -> None:
+    shape = AttentionShape(heads=16, rank=512, rope=64, page_tokens=16 * 4, processors=132, hopper=True)
+    rows = np.arange(8, dtype=np.int32)
+    trunk = Part(np.arange(512, dtype=np.int32), 0, 512 * 64, rows, False)
+    tails = [Part(np.array([600 + row], np.int32), 512 * 64, 9, rows[row : row + 1], True) for row in range(8)]
+    plan, form = attention.plan_step([trunk, *tails], np.full(8, 512 * 64 + 8, np.int64), shape)
+    found = shape_for(plan, form, 8, shape)
+    assert form.hopper and found is not None
+    wide = padded(plan, found)
+    assert wide.programs == found.programs == 132
+    assert (np.diff(wide.bounds) >= 0).all() and wide.bounds[-1] == plan.bounds[-1], "the rest have no items"

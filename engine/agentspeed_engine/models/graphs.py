@@ -59,6 +59,10 @@ class Graphs:
         self._seen: dict[PaddedShape, int] = {}
         self._pool: Any = None
 
+    @property
+    def count(self) -> int:
+        return len(self._graphs)
+
     def run(self, batch: FlatBatch, name: Callable[[Tensor], None] | None) -> Tensor | None:
         """Logits of the selected rows as the chain gives them, valid until the next call; None: the step is not one of
         those that are repeated."""

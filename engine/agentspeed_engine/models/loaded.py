@@ -54,12 +54,18 @@ def weight_source(
     return files if device is None or device.type == "cpu" else OnDevice(files, device)
 
 
+_NO_ROOM = ("out of memory", "ALLOC_FAILED")
+"""In what torch, the driver and the vendor's libraries say when they have no room: only torch has a class for it."""
+
+
 @contextmanager
 def out_of_memory(what: str) -> Iterator[None]:
     """Names what a GPU had no room for, as an `EngineFault` (out_of_memory)."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _NO_ROOM):
+            raise
         said = str(error).split(". ", 1)[0]
         raise EngineFault(
             "out_of_memory",
@@ -134,12 +140,18 @@ class LoadedModel:
 
     @property
     def repeats(self) -> bool:
-        """Whether steps of few rows may be recorded and repeated. Records are kept while it is False."""
+        """Whether steps of few rows may be recorded, on a GPU captured, and repeated. Records and graphs are kept while
+        it is False."""
         return self._programs.allowed
 
     @repeats.setter
     def repeats(self, allowed: bool) -> None:
         self._programs.allowed = allowed
+
+    @property
+    def graphs(self) -> int:
+        """CUDA graphs that were captured."""
+        return 0 if self._graphs is None else self._graphs.count
 
     @torch.inference_mode()
     def forward(self, batch: FlatBatch, name: Callable[[Tensor], None] | None = None) -> Tensor:
@@ -147,7 +159,7 @@ class LoadedModel:
         tokens afterwards. On a GPU both are so once its work is done; `forward` does not wait for it.
 
         `name` may put ids that are known there alone into the ids of the step [T] before they are read."""
-        if self._graphs is not None and (found := self._graphs.run(batch, name)) is not None:
+        if self._graphs is not None and self.repeats and (found := self._graphs.run(batch, name)) is not None:
             return found
         ids, state = step_state(batch, self._rope, self.page_tokens, self._workspace, self._attention)
         if name is not None:

@@ -54,8 +54,7 @@ class PaddedShape:
 
 def shape_for(plan: RowsPlan, form: Form, queries: int, shape: AttentionShape) -> PaddedShape | None:
     """The smallest padded shape that takes `plan`; None where there is none."""
-    # With room for more than a program has, Gluon's ring would wait for tiles that never come.
-    if form.hopper or plan.pages.size > PAGES:
+    if plan.pages.size > PAGES:
         return None
     parts = max(LEAST_PARTS, 1 << max(plan.table.shape[1] - 1, 0).bit_length())
     found = PaddedShape(
