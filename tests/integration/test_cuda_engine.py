@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from agentspeed import Choice, Engine, Session, User
@@ -20,6 +21,9 @@ pytestmark = [needs_gpu, pytest.mark.timeout(300)]
 COMMON = {"model": str(NANO), "prefill_chunk": 384, "context_limit": 2048, "threads": 4}
 GREEDY = wire.Sampling(logprobs=2)
 HOT = wire.Sampling(temperature=1.1, top_k=200, top_p=0.98, min_p=0.001, logprobs=2)
+PENALISED = msgspec.structs.replace(
+    HOT, frequency_penalty=0.4, presence_penalty=-0.3, repetition_penalty=1.3, logit_bias=((3, 2.0), (500, -50.0))
+)
 NEAR = 1e-3
 """Natural logarithms of probabilities: below this margin float32 may order two ids otherwise."""
 
@@ -30,7 +34,7 @@ def exact(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
         yield process.connect()
 
 
-@pytest.fixture(scope="module", params=[0, 1], ids=["depth 0", "depth 1"])
+@pytest.fixture(scope="module", params=[0, 1], ids=["depth0", "depth1"])
 def fast(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
     folder = tmp_path_factory.mktemp("cuda")
     with engine(folder, device="cuda", dtype="float32", pages=400, depth=request.param, check_every_step=True,
@@ -58,13 +62,14 @@ def assert_agrees(exact: Front, ids: list[int], turn: TurnRecord, sampling: wire
             assert near, f"token {at} of {len(ids)} + {turn.ids}, wanted {wanted.ids}, {wanted.top[at]}"
             return
         assert turn.logprobs[at] == pytest.approx(wanted.logprobs[at], abs=2e-3)
+        assert turn.draw_logprobs[at] == pytest.approx(wanted.draw_logprobs[at], abs=2e-2)
 
 
 def prompt(draw: random.Random, tokens: int) -> list[int]:
     return [draw.randrange(3, 1024) for _ in range(tokens)]
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, HOT], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("sampling", [GREEDY, HOT, PENALISED], ids=["greedy", "sampled", "penalised"])
 @pytest.mark.parametrize("tokens", [1, 63, 64, 129, 700])
 def test_a_fresh_prompt_draws_what_the_definition_draws(
     exact: Front, fast: Front, tokens: int, sampling: wire.Sampling

@@ -6,10 +6,12 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from agentspeed_engine.protocol import messages as wire
+from tests.devices import DEVICES
 from tests.support.engine_client import Front, engine, until
 from tests.support.random_checkpoint import make_checkpoint
 
@@ -35,18 +37,25 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return make_checkpoint(config, tmp_path_factory.mktemp("tiny"), seed=6, dtype="float64")
 
 
+@pytest.fixture(scope="module", params=DEVICES)
+def device(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def roomy(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
-    with engine(tmp_path_factory.mktemp("engine"), model=str(checkpoint), pages=400, **OPTIONS) as process:
+def roomy(checkpoint: Path, device: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
+    with engine(
+        tmp_path_factory.mktemp("engine"), model=str(checkpoint), pages=400, device=device, **OPTIONS
+    ) as process:
         yield process.connect()
 
 
 def test_turns_resumed_from_the_host_draw_what_undisturbed_ones_draw(
-    checkpoint: Path, roomy: Front, tmp_path: Path
+    checkpoint: Path, device: Any, roomy: Front, tmp_path: Path
 ) -> None:
     draw = random.Random(1)
     prompts = [[draw.randrange(512) for _ in range(PROMPT)] for _ in range(SESSIONS)]
-    with engine(tmp_path, model=str(checkpoint), pages=PAGES, host_slots=200, **OPTIONS) as process:
+    with engine(tmp_path, model=str(checkpoint), pages=PAGES, host_slots=200, device=device, **OPTIONS) as process:
         front = process.connect()
         branches = [front.open() for _ in prompts]
         logs: list[list[int]] = [[] for _ in prompts]
@@ -76,9 +85,9 @@ def test_turns_resumed_from_the_host_draw_what_undisturbed_ones_draw(
         assert drawn == pytest.approx(logprobs[number], abs=1e-10)
 
 
-def test_a_session_at_rest_shows_where_its_rows_are(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_session_at_rest_shows_where_its_rows_are(checkpoint: Path, device: Any, tmp_path: Path) -> None:
     draw = random.Random(2)
-    with engine(tmp_path, model=str(checkpoint), pages=PAGES, host_slots=200, **OPTIONS) as process:
+    with engine(tmp_path, model=str(checkpoint), pages=PAGES, host_slots=200, device=device, **OPTIONS) as process:
         front = process.connect()
         branches = [front.open() for _ in range(SESSIONS)]
         for branch in branches:

@@ -246,8 +246,10 @@ class EngineProcess:
 
 
 def environment() -> dict[str, str]:
-    """Of an engine process that runs from this checkout; tuned already, or each would start twice."""
-    return tuned(os.environ) | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "engine", ROOT / "kernels")))}
+    """Of an engine process that runs from this checkout, with what else this one was told to import from; tuned
+    already, or each would start twice."""
+    paths = [*map(str, (ROOT, ROOT / "engine", ROOT / "kernels")), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return tuned(os.environ) | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 @contextmanager
