@@ -132,6 +132,9 @@ class EngineStats:
     `tokens_drawn`, `rows_computed`, `preemptions`, `pages_evicted`, `pages_saved`, `pages_loaded`."""
     seconds: Mapping[str, float]
     """Since the start, spent by the `model`, in `sampling`, in `planning`; `clock`: the engine's monotonic clock."""
+    dp: tuple[Mapping[str, int], ...] = ()
+    """Of every scheduler of an engine with `dp`, the counts of its own pool, sessions and turns, which `counts` has the
+    sum of; none where there is one."""
 
 
 def _short(value: object) -> str:

@@ -60,7 +60,7 @@ def step_overhead_us(rounds: int) -> dict[str, float]:
 def _executor(tp: int) -> Iterator[Executor]:
     built = build(options_from({"model": f"noop:{_VOCABULARY}:0", "pages": 64, "tp": tp}))
     try:
-        yield built.executor or CpuExecutor(built.model, built.vocabulary)
+        yield built.executors[0] if built.executors else CpuExecutor(built.model, built.vocabulary)
     finally:
         if built.ranks is not None:
             built.ranks.close()

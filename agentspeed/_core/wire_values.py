@@ -33,7 +33,11 @@ def inspection_of(seen: wire.Inspected) -> Inspection:
 
 def stats_of(stats: wire.Stats) -> EngineStats:
     """What the engine counts."""
-    return EngineStats(counts=MappingProxyType(stats.counts), seconds=MappingProxyType(stats.seconds))
+    return EngineStats(
+        counts=MappingProxyType(stats.counts),
+        seconds=MappingProxyType(stats.seconds),
+        dp=tuple(MappingProxyType(one) for one in stats.dp),
+    )
 
 
 def usage_of(usage: wire.TurnUsage) -> Usage:

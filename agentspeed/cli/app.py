@@ -13,6 +13,7 @@ import anyio
 import typer
 
 from agentspeed import __version__, errors
+from agentspeed.cli.ranks import Dp, Ep, Tp, cut
 
 EXIT_REFUSED, EXIT_BUG = 2, 70
 app = typer.Typer(
@@ -24,7 +25,6 @@ app = typer.Typer(
     "Examples:  agentspeed chat  ·  agentspeed chat ./model --tools tools.py  ·  agentspeed top",
 )
 Model = Annotated[str | None, typer.Argument(help="A model folder or repository id; nothing: the shipped model.")]
-Tp = Annotated[int, typer.Option("--tp", min=1, help="Processes that the model is cut over.")]
 
 
 def _show_version(asked: bool) -> None:
@@ -80,6 +80,8 @@ def chat(
         str | None, typer.Option("--prompt", "-p", help="Answer this alone, print the answer alone, and end.")
     ] = None,
     tp: Tp = 1,
+    dp: Dp = 1,
+    ep: Ep = None,
 ) -> None:
     """Talk to a model; each answer shows what was resumed and computed. Ctrl-C cancels the answer, Ctrl-D ends.
 
@@ -94,14 +96,28 @@ def chat(
 
         run(
             lambda: one_shot(
-                model, prompt, tools=tools, system=system, temperature=temperature, max_tokens=max_tokens, tp=tp
+                model,
+                prompt,
+                tools=tools,
+                system=system,
+                temperature=temperature,
+                max_tokens=max_tokens,
+                options=cut(tp, dp, ep),
             )
         )
         return
     from agentspeed.cli.chat import Chat
 
     with reported():
-        done = Chat(model, tools=tools, system=system, temperature=temperature, max_tokens=max_tokens, tp=tp).run()
+        chat = Chat(
+            model,
+            tools=tools,
+            system=system,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            options=cut(tp, dp, ep),
+        )
+        done = chat.run()
     if not done:
         raise typer.Exit(EXIT_REFUSED)
 
@@ -130,6 +146,8 @@ def serve(
     context: Annotated[int | None, typer.Option(min=1, help="Context limit in tokens.")] = None,
     host_slots: Annotated[int | None, typer.Option(min=0, help="Pages of host memory for paused sessions.")] = None,
     tp: Tp = 1,
+    dp: Dp = 1,
+    ep: Ep = None,
     otel: Annotated[bool, typer.Option("--otel", help="Trace turns with OpenTelemetry's global providers.")] = False,
 ) -> None:
     """Serve a model over HTTP to OpenAI's and Anthropic's clients; each conversation finds its session and its rows.
@@ -146,7 +164,7 @@ def serve(
         "weights": weights,
         "context_limit": context,
         "host_slots": host_slots,
-        "tp": tp,
+        **cut(tp, dp, ep),
     }
     with reported():
         served(
@@ -173,6 +191,9 @@ def engine(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float64.")] = None,
     context: Annotated[int | None, typer.Option(min=1, help="Context limit in tokens.")] = None,
     host_slots: Annotated[int | None, typer.Option(min=0, help="Pages of host memory for paused sessions.")] = None,
+    tp: Tp = 1,
+    dp: Dp = 1,
+    ep: Ep = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="NAME=VALUE, any engine option; may be given several times.")
     ] = None,
@@ -185,7 +206,7 @@ def engine(
     Ends at Ctrl-C or SIGTERM with status 0; with 2 when the engine cannot start, or ended by itself."""
     from agentspeed.cli.engine import engine as started
 
-    named = {"pages": pages, "dtype": dtype, "context_limit": context, "host_slots": host_slots}
+    named = {"pages": pages, "dtype": dtype, "context_limit": context, "host_slots": host_slots, **cut(tp, dp, ep)}
     with reported():
         started(model, socket=socket, named=named, settings=settings or [])
 

@@ -50,14 +50,15 @@ class Chat:
         system: str | None,
         temperature: float,
         max_tokens: int,
-        tp: int = 1,
+        options: EngineOptions | None = None,
     ) -> None:
+        """`options`: of the engine."""
         self._model = model
         self._file = tools_of(tools) if tools is not None else ToolsFile()
         self._system = system
         self._temperature = temperature
         self._max_tokens = max_tokens
-        self._cut = EngineOptions(tp=tp) if tp > 1 else EngineOptions()
+        self._options = EngineOptions() if options is None else options
 
     def run(self) -> bool:
         """Until `/quit` or end of input, in the main thread; sessions live on an event loop in another one, so that
@@ -77,10 +78,10 @@ class Chat:
             return lines.can_ask or not screen.failed
 
     async def _new(self) -> Session:
-        return await Session(self._model, system=self._system, tools=self._file.tools, **self._cut).open()
+        return await Session(self._model, system=self._system, tools=self._file.tools, **self._options).open()
 
     async def _saved(self, data: bytes) -> Session:
-        return await Session.restore(data, self._model, tools=self._file.tools, **self._cut).open()
+        return await Session.restore(data, self._model, tools=self._file.tools, **self._options).open()
 
 
 @asynccontextmanager

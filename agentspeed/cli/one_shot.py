@@ -19,14 +19,14 @@ async def one_shot(
     system: str | None,
     temperature: float,
     max_tokens: int,
-    tp: int,
+    options: EngineOptions,
 ) -> None:
-    """The answer goes to standard output, whatever else there is to say to standard error. Raises what a run raises."""
+    """The answer goes to standard output, whatever else there is to say to standard error. `options`: of the engine.
+    Raises what a run raises."""
     file = tools_of(tools) if tools is not None else ToolsFile()
     for line in file.left_out:
         print(f"left out of the tools: {line}", file=sys.stderr)
-    cut = EngineOptions(tp=tp) if tp > 1 else EngineOptions()
-    async with Session(model, system=system, tools=file.tools, **cut) as session:
+    async with Session(model, system=system, tools=file.tools, **options) as session:
         result = await session.run(prompt, temperature=temperature, max_tokens=max_tokens)
     lines = result.text.split("\n")
     print("\n".join(map(printable, lines) if sys.stdout.isatty() else lines), flush=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from agentspeed import errors
+from agentspeed.cli.ranks import said
 
 if TYPE_CHECKING:
     from agentspeed.observing import Observer
@@ -39,8 +40,7 @@ def serve(
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # Each start names every kernel chosen, a screen of lines; warnings, as of a slower kernel, are still shown.
     logging.getLogger("agentspeed.engine").setLevel(logging.WARNING)
-    ranks = engine.get("tp") or 1
-    cut = f" on {ranks} ranks" if ranks > 1 else ""
+    cut = said(engine.get("tp", 1), engine.get("dp", 1))
     typer.echo(f"Loading {model or 'nano, the shipped model'}{cut} ...", err=True)
 
     def ready(url: str, service: Service) -> None:

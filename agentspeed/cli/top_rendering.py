@@ -186,7 +186,15 @@ def drawn(frame: Frame, width: int) -> RenderableType:
     picture = frame.picture
     rest = [Text(left_out(picture), style="dim")] if left_out(picture) else []
     table = [_table(picture, width)] if picture.sessions else []
-    lines = (_title(frame), _work(frame), *_ranks(frame), _pages(picture), *_tenants(picture), *_queue(picture))
+    lines = (
+        _title(frame),
+        _work(frame),
+        *_ranks(frame),
+        *_dp(picture),
+        _pages(picture),
+        *_tenants(picture),
+        *_queue(picture),
+    )
     return Group(*lines, *table, *rest, "")
 
 
@@ -230,12 +238,25 @@ def _ranks(frame: Frame) -> list[Text]:
     earlier = {} if before is None else {rank.rank: rank for rank in before.ranks}
     lines: list[Text] = []
     for rank in now.ranks:
-        text = Text(f"rank {rank.rank}  process {rank.pid}  {rank.memory / 1e9:.1f} GB", no_wrap=True)
+        of = f"  dp {rank.dp}" if now.dp else ""
+        text = Text(f"rank {rank.rank}{of}  process {rank.pid}  {rank.memory / 1e9:.1f} GB", no_wrap=True)
         old = earlier.get(rank.rank)
         if rank.waited is not None and old is not None and old.waited is not None and passed > 0:
             share = min(1.0, max(0.0, (rank.waited - old.waited) / passed))
             _ = text.append(f"  waits for others {share:.0%} of the time")
         lines.append(text)
+    return lines
+
+
+def _dp(picture: wire.Picture) -> list[Text]:
+    """A line for each of several schedulers."""
+    lines: list[Text] = []
+    for number, one in enumerate(picture.dp):
+        counts, pages = one.counts, one.pages
+        work = ", ".join(f"{counts[name]} {name}" for name in ("queued", "prefilling", "decoding") if counts[name])
+        text = f"dp {number}  {_many(counts['sessions'], 'session')}{f': {work}' if work else ''}"
+        text += f"  {pages['free'] + pages['cached']} of {sum(pages.values())} pages free or cached"
+        lines.append(Text(text, no_wrap=True, overflow="ellipsis"))
     return lines
 
 
@@ -331,6 +352,7 @@ def as_data(frame: Frame) -> dict[str, Any]:
         "tenants": picture.tenants,
         "tenant_quota": picture.tenant_quota,
         "ranks": [_named(rank) for rank in picture.ranks],
+        "dp": [_named(one) for one in picture.dp],
         "sessions": [_named(session) for session in picture.sessions],
     }
 

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.exec.ranks.follower import Follower
 from agentspeed_engine.exec.ranks.group import GroupBroken
-from agentspeed_engine.exec.ranks.leader import Followers, LeadingExecutor
+from agentspeed_engine.exec.ranks.leader import LeadingExecutor
 from agentspeed_engine.exec.ranks.orders import Channel
+from agentspeed_engine.exec.ranks.sides import Followers, Home
 from agentspeed_engine.exec.vocabulary import Vocabulary
 
 
@@ -52,9 +53,6 @@ class ThreadGroup:
     def close(self) -> None:
         pass
 
-    def waited(self, rank: int) -> float | None:
-        return None
-
 
 class NoLosses:
     """Threads do not get lost."""
@@ -81,7 +79,8 @@ def leading(models: Sequence[Any], vocabulary: Vocabulary, *, depth: int = 0) ->
         threads[-1].start()
     followers = Followers(steps, copies, seconds=60.0)
     try:
-        yield LeadingExecutor(models[0], vocabulary, ThreadGroup(meeting, 0), followers, NoLosses(), depth=depth)
+        side = Home(models[0], ThreadGroup(meeting, 0), followers)
+        yield LeadingExecutor(side, vocabulary, NoLosses(), depth=depth)
     finally:
         followers.close()
         for thread in threads:  # those that have just met leave by themselves

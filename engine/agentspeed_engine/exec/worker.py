@@ -10,12 +10,27 @@ from dataclasses import dataclass
 from typing import final
 
 from agentspeed_engine.exec.batch import Batcher
-from agentspeed_engine.exec.executor import Executor, Pending, Refusal
+from agentspeed_engine.exec.executor import Executor, Pending, Refusal, Sampled
 from agentspeed_engine.ids import BranchId
 from agentspeed_engine.sched.plan import Drawn, Row, StepPlan, StepResult
 
 LOOKS_SECONDS = 1e-4
 """How soon a step that ends is noticed while the worker waits for the next plan."""
+
+
+def result_of(plan: StepPlan, sampled: Sampled, seconds: float) -> StepResult:
+    """What the scheduler is told of a step that took so long."""
+    drawn: list[Drawn] = []
+    refused: list[tuple[BranchId, int, str]] = []
+    rows: list[Row] = [row for row in plan.rows if row.sample is not None]
+    for row, token in zip(rows, sampled, strict=True):
+        if isinstance(token, Refusal):
+            refused.append((row.branch, row.epoch, token.reason))
+        else:
+            drawn.append(
+                Drawn(row.branch, row.epoch, token.id, token.logprob, token.top, token.end, token.draw_logprob)
+            )
+    return StepResult(plan.seq, tuple(drawn), tuple(refused), seconds)
 
 
 @final
@@ -46,17 +61,7 @@ class Worker:
     def collect(self, launched: Launched) -> StepResult:
         """Waits for the oldest step that was launched."""
         sampled = self._executor.collect(launched.pending)
-        drawn: list[Drawn] = []
-        refused: list[tuple[BranchId, int, str]] = []
-        rows: list[Row] = [row for row in launched.plan.rows if row.sample is not None]
-        for row, token in zip(rows, sampled, strict=True):
-            if isinstance(token, Refusal):
-                refused.append((row.branch, row.epoch, token.reason))
-            else:
-                drawn.append(
-                    Drawn(row.branch, row.epoch, token.id, token.logprob, token.top, token.end, token.draw_logprob)
-                )
-        return StepResult(launched.plan.seq, tuple(drawn), tuple(refused), time.perf_counter() - launched.started)
+        return result_of(launched.plan, sampled, time.perf_counter() - launched.started)
 
     def execute(self, plan: StepPlan) -> StepResult:
         """One step from beginning to end."""

@@ -45,3 +45,11 @@ class FlatBatch:
     runs: tuple[Run, ...]
     select: Int64s
     """[S] indices on the token axis whose logits are wanted; S may be 0."""
+    tokens_per_rank: tuple[int, ...] = ()
+    """T of every dp rank, where their steps are in lock-step; empty where this one is by itself."""
+
+
+def no_rows(tokens_per_rank: tuple[int, ...] = ()) -> FlatBatch:
+    """A step of which this dp rank has no rows."""
+    none = np.zeros(0, dtype=np.int64)
+    return FlatBatch(ids=none, positions=none, slots=none, runs=(), select=none, tokens_per_rank=tokens_per_rank)

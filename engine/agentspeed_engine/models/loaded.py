@@ -167,7 +167,7 @@ class LoadedModel:
         repeated = self._programs.run(ids, state)
         if repeated is not None:
             return repeated
-        logits: Tensor = run(self._steps, ids, state, (len(batch.ids),))
+        logits: Tensor = run(self._steps, ids, state, batch.tokens_per_rank or (len(batch.ids),))
         return logits
 
     def copy_rows(self, src_page: int, dst_page: int, rows: int) -> None:

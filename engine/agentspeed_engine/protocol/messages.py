@@ -14,6 +14,7 @@ import msgspec
 
 from agentspeed_engine.protocol.codes import RETRYABLE
 from agentspeed_engine.protocol.values import BranchView as BranchView
+from agentspeed_engine.protocol.values import DpView as DpView
 from agentspeed_engine.protocol.values import Keep as Keep
 from agentspeed_engine.protocol.values import Lease as Lease
 from agentspeed_engine.protocol.values import ModelFile as ModelFile
@@ -295,6 +296,8 @@ class Stats(Message, frozen=True, kw_only=True):
     request: int
     counts: dict[str, int]
     seconds: dict[str, float]
+    dp: tuple[dict[str, int], ...] = ()
+    """Of every dp rank, what `counts` has the sum of; none where there is one."""
 
 
 class Picture(Message, frozen=True, kw_only=True):
@@ -314,6 +317,8 @@ class Picture(Message, frozen=True, kw_only=True):
     """Most pages that one may have."""
     ranks: tuple[RankView, ...] = ()
     """Of the model, rank 0 first; none where one process has all of it."""
+    dp: tuple[DpView, ...] = ()
+    """Of every dp rank, what `pages`, `slots` and `counts` have the sum of; none where there is one."""
 
 
 class ModelFiles(Message, frozen=True, kw_only=True):

@@ -118,3 +118,14 @@ class RankView(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """Bytes that it has of the machine's memory."""
     waited: float | None = None
     """Seconds since the start that it waited for other ranks; None where nobody counts them (gloo, NCCL)."""
+    dp: int = 0
+    """The dp rank whose rows it computes."""
+
+
+class DpView(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """One of several schedulers of an engine, with a pool of its own."""
+
+    pages: dict[str, int]
+    """Of its pool, by owner."""
+    slots: dict[str, int]
+    counts: dict[str, int]

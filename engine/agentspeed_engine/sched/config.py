@@ -50,6 +50,9 @@ class CoreConfig:
     tenant_sessions: int | None = None
     policy: str = "next_use"
     """Who loses rows first (`sched.policy`); all but the default are there to compare with."""
+    dp: int = 1
+    """Schedulers of one engine: branches of the i-th (`dp_index`) have the numbers that leave i when divided by it."""
+    dp_index: int = 0
     copy_seconds_per_token: float = 0.0
     """Measured at start: one token's rows to the host or back. 0: not measured."""
     recompute_seconds_per_token: float = 0.0
@@ -86,6 +89,8 @@ class CoreConfig:
                 raise EngineFault("bad_options", f"{name} is {value}.", "Give at least 1, or None for no quota.")
         if self.depth < 0 or self.host_slots < 0 or (self.firm_pages is not None and self.firm_pages < 0):
             raise EngineFault("bad_options", "depth, host_slots and firm_pages cannot be negative.")
+        if not 0 <= self.dp_index < self.dp:
+            raise EngineFault("bad_options", f"There is no dp rank {self.dp_index} of {self.dp}.")
         if self.decode_ahead and not self.depth:
             raise EngineFault("bad_options", "decode_ahead needs steps that are planned ahead.", "Give a depth of 1.")
         if self.policy not in POLICIES:

@@ -191,8 +191,9 @@ class SchedulerState:
         return (self.evicted_pages, self.next_ticket, len(self.active), len(self.queue), len(self.kv.tree.tips))
 
     def fresh_branch(self) -> BranchId:
+        """No other scheduler of the engine gives the same number."""
         self.next_branch += 1
-        return BranchId(self.next_branch)
+        return BranchId(self.next_branch * self.config.dp + self.config.dp_index)
 
     def fresh_ticket(self) -> TicketId:
         self.next_ticket += 1

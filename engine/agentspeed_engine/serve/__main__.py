@@ -138,7 +138,8 @@ def serve(path: Path, options: EngineOptions, status: _Status, *, stay: bool, ow
         except BaseException:
             built.close()
             raise
-        recording = None if loop.recording is None else str(loop.recording)
+        # One for each dp rank; whoever is told writes the command before it.
+        recording = "; agentspeed replay ".join(map(str, loop.recordings)) or None
         if recording is not None and options.record != "crash":
             _LOG.info("recording into %s", recording)
         loop.listen(server)

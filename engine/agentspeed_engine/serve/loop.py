@@ -14,17 +14,14 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias, final
+from typing import final
 
 from msgspec.structs import replace
 
 from agentspeed_engine.clock import Clock, MonotonicClock
 from agentspeed_engine.errors import Code, EngineFault
-from agentspeed_engine.exec.copies import Copied, Copier
 from agentspeed_engine.exec.cpu import CpuExecutor
 from agentspeed_engine.exec.executor import Executor
-from agentspeed_engine.exec.prepare import Prepared, Preparer
-from agentspeed_engine.exec.worker import Worker
 from agentspeed_engine.ids import LinkId
 from agentspeed_engine.protocol.credential import CREDENTIAL_FILE
 from agentspeed_engine.protocol.frames import BadFrame
@@ -43,15 +40,13 @@ from agentspeed_engine.protocol.messages import (
     Welcome,
     as_text,
 )
-from agentspeed_engine.sched.core import Core
-from agentspeed_engine.sched.plan import StepPlan, StepResult
-from agentspeed_engine.sched.recorder import RecordedCore
 from agentspeed_engine.sched.state import Out
 from agentspeed_engine.serve.connections import Link
 from agentspeed_engine.serve.listener import Listener
 from agentspeed_engine.serve.model_files import ServedFiles
 from agentspeed_engine.serve.options import Built
-from agentspeed_engine.serve.recording import RecordingOrder, begun
+from agentspeed_engine.serve.recording import RecordingOrder
+from agentspeed_engine.serve.schedulers import Heard, Schedulers
 
 _LOG = logging.getLogger("agentspeed.engine")
 _SWITCH_SECONDS = 0.0005
@@ -65,8 +60,6 @@ _MOST_STRANGERS = 64
 
 _SAME_VERSION = "Use a client of the same version as the engine."
 _LATER = "Close links that are not needed, raise max_links or `ulimit -n`, or try again later."
-
-_Report: TypeAlias = StepResult | Copied | Prepared | BaseException
 
 
 @final
@@ -95,15 +88,17 @@ class EngineLoop:
         self._idle_since: float | None = None
         self._last_words = "The engine was told to stop."
         self._clock: Clock = clock if clock is not None else MonotonicClock()
-        core = Core(dataclasses.replace(built.core, prepares=True))
-        self._tape = begun(core, recording, began=self._clock.now())
-        self._core: Core | RecordedCore = core if self._tape is None else self._tape.core
-        self._executor: Executor = (
-            executor or built.executor or CpuExecutor(built.model, built.vocabulary, depth=built.core.depth)
+        executors = (executor,) if executor is not None else built.executors
+        self._schedulers = Schedulers(
+            dataclasses.replace(built.core, prepares=True),
+            executors or (CpuExecutor(built.model, built.vocabulary, depth=built.core.depth),),
+            built.lock_step,
+            recording=recording,
+            clock=self._clock,
+            report=self._report,
         )
+        self._cores = self._schedulers.cores
         self._built, self._ranks = built, built.ranks
-        self._copier = Copier(self._executor, self._report, self._clock)
-        self._preparer = Preparer(self._executor, self._report)
         self._check = check
         self._outbox_bytes = outbox_bytes
         self._selector = selectors.DefaultSelector()
@@ -113,26 +108,17 @@ class EngineLoop:
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
-        self._plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
-        self._reports: queue.SimpleQueue[_Report] = queue.SimpleQueue()
+        self._reports: queue.SimpleQueue[Heard] = queue.SimpleQueue()
         self._stopping = False
         self._closed = False
         self._pipe = threading.RLock()
         """Held by a thread that writes to the wake pipe or closes it: the number of a closed one may be another file's.
         Reentrant, because a signal handler also wakes the loop."""
-        self._steps = 0
-        self._rows = 0
-        self._tokens = 0
-        self._planning_seconds = 0.0
-        worker = Worker(self._executor, depth=built.core.depth)
-        self._thread = threading.Thread(
-            target=worker.run, args=(self._plans, self._report), name="agentspeed-worker", daemon=True
-        )
 
     @property
-    def recording(self) -> Path | None:
-        """Where this run is recorded."""
-        return None if self._tape is None else self._tape.path
+    def recordings(self) -> tuple[Path, ...]:
+        """Where this run is recorded: a folder for each dp rank."""
+        return self._schedulers.recordings
 
     # ---- what the process or a test hands in ----------------------------------------------------------------------
     def listen(self, server: socket.socket) -> None:
@@ -169,9 +155,9 @@ class EngineLoop:
         """Until `stop` or end of file. Raises what broke: our bug is never swallowed, every link is told."""
         sys.setswitchinterval(_SWITCH_SECONDS)
         self._selector.register(self._wake_read, selectors.EVENT_READ, self._woken)
-        self._thread.start()
+        self._schedulers.start()
         if self._ranks is not None:
-            self._ranks.watch(self._report)
+            self._ranks.watch(lambda fault: self._report(Heard(0, fault)))
         try:
             while not self._stopping:
                 for key, _ in self._selector.select(self._patience()):
@@ -181,11 +167,9 @@ class EngineLoop:
                     door.open_if_due()
                 self._collect()
                 now = self._clock.now()  # after the ends of copies were heard: the core's time does not go back
-                for ticket in self._copier.begun():  # after the clock was read: who began by then has said so
-                    self._core.begun(ticket)
-                self._plan(now)
-                if self._tape is not None:  # first: what a client has heard of is in the recording
-                    self._tape.flush()
+                self._schedulers.copies_begun()  # after the clock was read: who began by then has said so
+                self._deliver(self._schedulers.plan(now))
+                self._schedulers.flush()  # first: what a client has heard of is in the recording
                 self._flush()
                 self._end_if_idle()
             self._tell_all("engine_stopping", self._last_words, "Start another engine.")
@@ -197,10 +181,7 @@ class EngineLoop:
 
     def _broke(self, error: BaseException) -> None:
         """Every link hears it, and where to look."""
-        where = ""
-        if self._tape is not None:
-            self._tape.close(error)
-            where = f" What led to it: `agentspeed replay {self._tape.path}`."
+        where = self._schedulers.broke(error)
         if isinstance(error, EngineFault):  # the world's: a GPU that has no room, or is gone
             self._tell_all(error.code, error.message, f"{error.remedy} The engine stops.{where}".strip())
             _LOG.critical("The engine stops: %s%s", error, where, exc_info=error)
@@ -211,7 +192,7 @@ class EngineLoop:
     def _patience(self) -> float | None:
         """Seconds to wait for an event before the core wants to be asked again."""
         now = self._clock.now()
-        wishes = [self._core.wake_at(now), *(door.opens_at for door in self._doors)]
+        wishes = [self._cores.wake_at(now), *(door.opens_at for door in self._doors)]
         if self._idle_seconds is not None and self._idle_since is not None:
             wishes.append(self._idle_since + self._idle_seconds)
         times = [wish for wish in wishes if wish is not None]
@@ -219,7 +200,7 @@ class EngineLoop:
 
     def _end_if_idle(self) -> None:
         """Links without a session do not count: a watcher keeps nothing alive."""
-        if self._idle_seconds is None or not self._core.idle:
+        if self._idle_seconds is None or not self._cores.idle:
             self._idle_since = None
             return
         now = self._clock.now()
@@ -235,36 +216,11 @@ class EngineLoop:
                 report = self._reports.get_nowait()
             except queue.Empty:
                 return
-            match report:
-                case StepResult():
-                    self._tokens += len(report.drawn)
-                    self._deliver(self._core.apply(report, self._clock.now()))
-                case Copied():
-                    self._deliver(self._core.copied(report.ticket, report.ok, self._clock.now()))
-                case Prepared():
-                    if not self._core.awaits(report.turn):  # it was cancelled meanwhile
-                        self._executor.discard(report.turn)
-                    self._deliver(self._core.prepared(report.turn, report.refusal, self._clock.now()))
-                case BaseException():
-                    raise report
-
-    def _plan(self, now: float) -> None:
-        started = self._clock.now()
-        for spec in self._core.preparations():
-            self._preparer.start(spec)
-        while (plan := self._core.plan(now)) is not None:
-            self._steps += 1
-            self._rows += sum(row.tokens for row in plan.rows)
-            self._plans.put(plan)
-            self._deliver(self._core.events())
-        self._deliver(self._core.events())
-        for copy in self._core.host_copies():
-            self._copier.start(copy)
-        self._planning_seconds += self._clock.now() - started
+            self._deliver(self._schedulers.heard(report))
 
     def _deliver(self, out: Out) -> None:
         if self._check:
-            self._core.check()
+            self._cores.check()
         for to, message in out:
             link = self._links.get(to)
             if link is not None and not link.closing:  # why it is closed is the last thing it hears
@@ -314,7 +270,7 @@ class EngineLoop:
         elif isinstance(command, ReadModelFile):
             self._read_file(link, command)
         else:
-            self._deliver(self._core.handle(link.id, command, self._clock.now()))
+            self._deliver(self._cores.handle(link.id, command, self._clock.now()))
 
     def _greet(self, link: Link, command: Command) -> None:
         if not isinstance(command, Hello):
@@ -338,13 +294,14 @@ class EngineLoop:
                 command.request,
             )
             return
-        config = self._core.config
+        config = self._cores.config
         if sum(other.greeted for other in self._links.values()) >= config.max_links:
             self._refuse(
                 link, "too_many_links", f"The engine has {config.max_links} links (max_links).", _LATER, command.request
             )
             return
         link.greeted = True
+        dp = len(self._cores.cores)
         link.put(
             Welcome(
                 request=command.request,
@@ -354,14 +311,14 @@ class EngineLoop:
                 vocab_size=config.vocab_size,
                 context_limit=config.context_limit,
                 page_tokens=config.page_tokens,
-                pages=config.pages,
-                host_slots=config.host_slots,
+                pages=dp * config.pages,
+                host_slots=dp * config.host_slots,
                 pid=os.getpid(),
                 limits={
-                    "sessions": config.max_sessions,
+                    "sessions": dp * config.max_sessions,
                     "branches": config.max_branches,
-                    "waiting": config.max_waiting,
-                    "firm_pages": config.firm_budget(),
+                    "waiting": dp * config.max_waiting,
+                    "firm_pages": dp * config.firm_budget(),
                     "links": config.max_links,
                 },
                 source=as_text(self._source),
@@ -373,30 +330,20 @@ class EngineLoop:
         link.put(Failed(request=request, code=code, message=message, remedy=remedy))
         link.closing = True
         if link.greeted:
-            self._deliver(self._core.drop_link(link.id, self._clock.now()))
+            self._deliver(self._cores.drop_link(link.id, self._clock.now()))
 
     def _drop(self, link: Link) -> None:
         if self._links.pop(link.id, None) is None:
             return
         self._selector.unregister(link.socket)
         link.socket.close()
-        self._deliver(self._core.drop_link(link.id, self._clock.now()))
+        self._deliver(self._cores.drop_link(link.id, self._clock.now()))
 
     def _stats(self, request: int) -> Stats:
-        counts = self._core.counts() | {
-            "steps": self._steps,
-            "rows_computed": self._rows,
-            "tokens_drawn": self._tokens,
-            "links": len(self._links),
-            "ranks": 1 if self._ranks is None else 1 + len(self._ranks.all),
-        }
-        seconds = {
-            "model": self._executor.model_seconds,
-            "sampling": self._executor.sampling_seconds,
-            "planning": self._planning_seconds,
-            "clock": self._clock.now(),
-        }
-        return Stats(request=request, counts=counts, seconds=seconds)
+        counts, each = self._schedulers.counts()
+        counts |= {"links": len(self._links), "ranks": 1 if self._ranks is None else 1 + len(self._ranks.all)}
+        seconds = self._schedulers.seconds() | {"clock": self._clock.now()}
+        return Stats(request=request, counts=counts, seconds=seconds, dp=each)
 
     def _look(self, link: Link, command: Look) -> None:
         if link.owes(Picture):  # a client that does not read its pictures must not pile them up here
@@ -409,8 +356,8 @@ class EngineLoop:
                 )
             )
             return
-        picture = self._core.picture(command, self._clock.now())
-        counts = picture.counts | {"steps": self._steps, "tokens_drawn": self._tokens}
+        picture = self._cores.picture(command, self._clock.now())
+        counts = picture.counts | {"steps": self._schedulers.steps, "tokens_drawn": self._schedulers.tokens}
         link.put(replace(picture, counts=counts, ranks=() if self._ranks is None else self._ranks.views()))
 
     def _read_file(self, link: Link, command: ReadModelFile) -> None:
@@ -438,7 +385,7 @@ class EngineLoop:
             link.write()
 
     # ---- the other threads ----------------------------------------------------------------------------------------
-    def _report(self, report: _Report) -> None:
+    def _report(self, report: Heard) -> None:
         self._reports.put(report)
         self._wake()
 
@@ -455,15 +402,12 @@ class EngineLoop:
             os.read(self._wake_read, 4096)
 
     def _close(self) -> None:
-        self._plans.put(None)
+        self._schedulers.no_more_plans()
         if self._ranks is not None:  # a step or a copy that waits for a rank which hangs shall not be waited for
             self._ranks.abandon()
-        self._thread.join(timeout=_JOIN_SECONDS)
-        self._copier.close(_JOIN_SECONDS)
-        self._preparer.close()
+        self._schedulers.join(_JOIN_SECONDS)
         self._built.close()
-        if self._tape is not None:
-            self._tape.close()
+        self._schedulers.close_recordings()
         for link in self._links.values():
             link.socket.close()
         self._links.clear()

@@ -5,14 +5,13 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, final, get_args
+from typing import TYPE_CHECKING, Any, Literal, final, get_args
 
 import msgspec
 
@@ -26,18 +25,20 @@ from agentspeed_engine.models.catalog import RANDOM, Dtype, describe, load, read
 from agentspeed_engine.protocol.messages import as_text
 from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.serve import collector
+from agentspeed_engine.serve.aside import aside
 from agentspeed_engine.serve.noop_name import NOOP, noop_sizes
 from agentspeed_engine.serve.place import placed
-from agentspeed_engine.serve.rank_options import RankOptions, loaded_shard
+from agentspeed_engine.serve.rank_options import RankOptions
 from agentspeed_engine.serve.rank_processes import RankProcesses
 from agentspeed_engine.serve.rank_shares import check_ranks, shares_of
+from agentspeed_engine.serve.rank_start import started
 from agentspeed_engine.serve.recording import LEAST_BYTES, RecordingOrder
 from agentspeed_engine.serve.sizing import sizes
 
 if TYPE_CHECKING:
+    from agentspeed_engine.exec.ranks.lock_step import LockStep
     from agentspeed_kernels.platform import Platform
 
-T = TypeVar("T")
 _NOOP_CONTEXT = 65_536
 _NOOP_PAGE_BYTES = 1024
 """Of a model without rows: about what the engine itself keeps of a page."""
@@ -70,10 +71,11 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     tp: int = 1
     """Processes that the model is cut over: heads, widths, the vocabulary and experts (docs/how-to/ranks.md)."""
     dp: int = 1
-    """Schedulers with a pool of their own, for attention that is not cut. More than one is not supported yet."""
+    """Schedulers, each with `tp` processes, and a pool, host slots and limits as these options say. A session stays on
+    the one where it was opened. Experts are spread over all processes (docs/how-to/ranks.md)."""
     ep: int | None = None
-    """Groups of ranks that have routed experts of their own; the ranks of a group cut each of theirs by its width.
-    None: every rank is a group."""
+    """Groups of ranks (dp times tp) that have routed experts of their own; the ranks of a group cut each of theirs by
+    its width. None: every rank is a group."""
     rank_seconds: float = 30.0
     """How long one rank waits for another, before the engine ends because of it."""
     depth: int | None = None
@@ -134,7 +136,7 @@ _RANGES: dict[str, tuple[int, int]] = {
     "page_tokens": (1, _MOST),
     "threads": (1, 1024),
     "tp": (1, 64),
-    "dp": (1, _MOST),
+    "dp": (1, 64),
     "ep": (1, _MOST),
     "depth": (0, _MOST),
     "host_slots": (0, _MOST),
@@ -245,8 +247,10 @@ class Built:
     vocabulary: Vocabulary
     source: str
     """The model's folder, all links followed; empty where there is no model."""
-    executor: Executor | None = None
-    """None: the one that waits (`exec.cpu`)."""
+    executors: tuple[Executor, ...] = ()
+    """Of every dp rank; none: the one that waits (`exec.cpu`)."""
+    lock_step: LockStep | None = None
+    """Takes the steps of all dp ranks together; None: each dp rank takes its own."""
     ranks: RankProcesses | None = None
     """The others, where the model is cut over several processes: whoever has this ends them."""
 
@@ -264,16 +268,15 @@ def build(options: EngineOptions, progress: Callable[[str], None] | None = None)
         return _build_noop(options, say)
     folder = Path(options.model.removeprefix(RANDOM))
     with collector.at_rest():
-        place = _aside(lambda: placed(options))  # which loads torch
+        place = aside(lambda: placed(options))  # which loads torch
     device = place.device
     dtype, why = _dtype(options, place.platform)
     depth = options.depth if options.depth is not None else 1 if device == "cuda" else 0
     options = msgspec.structs.replace(options, dtype=dtype, device=device, depth=depth)
     weights = None if options.weights == "dtype" else options.weights
-    if weights is not None and options.tp > 1:
-        raise _wrong(
-            f"weights is {weights!r} and tp {options.tp}", "Ranks keep weights in dtype: leave one of them out."
-        )
+    ranks = options.dp * options.tp
+    if weights is not None and ranks > 1:
+        raise _wrong(f"weights is {weights!r} on {ranks} ranks", "Ranks keep weights in dtype: leave `weights` out.")
     info = describe(options.model, dtype=dtype, page_tokens=options.page_tokens, weights=weights)
     shares = shares_of(options, info)
     held = info.weight_bytes if weights is not None else None
@@ -292,11 +295,11 @@ def build(options: EngineOptions, progress: Callable[[str], None] | None = None)
     )
     texts = folder if folder.is_dir() else folder.parent
     vocabulary = Vocabulary(texts, info.vocab_size, info.eos_ids)
-    if options.tp > 1:
-        return _build_ranks(options, core, vocabulary, str(folder.resolve()), say)
+    if ranks > 1:
+        return _on_ranks(options, core, vocabulary, str(folder.resolve()), say, lock_step=shares.lock_step)
     with ThreadPoolExecutor(1) as beside:  # it takes the interpreter's lock for long, so no step may run beside it
         unusable = beside.submit(vocabulary.load)
-        loaded = _aside(
+        loaded = aside(
             lambda: load(
                 options.model,
                 dtype=dtype,
@@ -317,13 +320,13 @@ def build(options: EngineOptions, progress: Callable[[str], None] | None = None)
     if options.host_slots:
         model.reserve_host(options.host_slots)
         say("measuring what copies and prefill cost")
-        core = _aside(partial(calibrated, core, model))
-    executor = None
+        core = aside(partial(calibrated, core, model))
+    executors: tuple[Executor, ...] = ()
     if device == "cuda" and dtype != "float64" and "triton" in place.platform.features:
         from agentspeed_engine.exec.cuda import CudaExecutor
 
-        executor = CudaExecutor(model, vocabulary, depth=core.depth)
-    return Built(core, model, vocabulary, str(folder.resolve()), executor)
+        executors = (CudaExecutor(model, vocabulary, depth=core.depth),)
+    return Built(core, model, vocabulary, str(folder.resolve()), executors)
 
 
 def _tenths(say: Callable[[str], None], name: str) -> Callable[[float], None]:
@@ -350,14 +353,6 @@ def _dtype(options: EngineOptions, platform: Platform) -> tuple[Dtype, str]:
     return choose(raw, platform)
 
 
-def _aside(call: Callable[[], T]) -> T:
-    """Runs `call` in a thread that ends with it. Whatever thread computes in parallel keeps a team of its own as long
-    as it lives, and OpenMP stops spinning once there are more of them than cores: a step of one row takes half as long
-    again. So the loop's thread must never have had a team; only the worker's has one."""
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(call).result()
-
-
 def _build_noop(options: EngineOptions, say: Callable[[str], None]) -> Built:
     size, step = noop_sizes(options.model)
     check_ranks(options, lambda mesh: [("vocabulary", size, mesh.tp)])
@@ -366,75 +361,38 @@ def _build_noop(options: EngineOptions, say: Callable[[str], None]) -> Built:
     core = _core(options, pages, limit, size, options.model)
     core.check()
     vocabulary = Vocabulary(Path(options.model), size, ())
-    if options.tp > 1:
-        return _build_ranks(options, core, vocabulary, "", say)
+    if options.dp * options.tp > 1:
+        return _on_ranks(options, core, vocabulary, "", say, lock_step=False)
     return Built(core, NoopModel(size, step, options.page_tokens), vocabulary, "")
 
 
-def _build_ranks(
-    options: EngineOptions, core: CoreConfig, vocabulary: Vocabulary, source: str, say: Callable[[str], None]
+def _on_ranks(
+    options: EngineOptions,
+    core: CoreConfig,
+    vocabulary: Vocabulary,
+    source: str,
+    say: Callable[[str], None],
+    *,
+    lock_step: bool,
 ) -> Built:
-    """Rank 0 loads its piece while the others load theirs."""
     assert options.dtype != "auto" and options.device != "auto"
-    threads = options.threads
-    if threads is None and options.device == "cpu":
-        threads = max(1, _cores() // options.tp)
     given = RankOptions(
         model=options.model,
         dtype=options.dtype,
         device=options.device,
         pages=core.pages,
         page_tokens=options.page_tokens,
-        threads=threads,
+        threads=options.threads,
         host_slots=options.host_slots,
         tp=options.tp,
         ep=options.ep,
         rank=0,
         seconds=options.rank_seconds,
+        dp=options.dp,
+        lock_step=lock_step,
     )
-    _gpu_for_each(given)
-    ranks = RankProcesses(given, say)
-    try:
-        # Imported late: the other ranks have begun to load by now.
-        from agentspeed_engine.exec.ranks.leader import LeadingExecutor
-
-        with ThreadPoolExecutor(1) as beside:  # it takes the interpreter's lock for long
-            unusable = beside.submit(vocabulary.load) if source else None
-            group = ranks.group()
-            model = _aside(lambda: loaded_shard(given, group))
-        if unusable is not None and unusable.result():
-            say(f"turns with stop strings or a grammar will be refused: {unusable.result()}")
-        ranks.await_readiness()
-        executor = LeadingExecutor(model, vocabulary, group, ranks.followers(), ranks, depth=core.depth)
-        if options.host_slots:
-            say("measuring what copies and prefill cost")
-            core = _aside(partial(calibrated, core, executor))
-    except BaseException:
-        ranks.close()
-        raise
-    return Built(core, model, vocabulary, source, executor, ranks)
-
-
-def _cores() -> int:
-    """That this process may use, where the system says so; else those of the machine."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _gpu_for_each(given: RankOptions) -> None:
-    """Raises `EngineFault` (bad_options) where there are too few GPUs."""
-    if given.device != "cuda":
-        return
-    import torch
-
-    count = torch.cuda.device_count()
-    if count < given.tp:
-        raise EngineFault(
-            "bad_options",
-            f"tp is {given.tp}, each rank takes a GPU, and this process sees {count}.",
-            "Give a smaller tp, or device='cpu'.",
-        )
+    made = started(given, core, vocabulary, say, loads=bool(source))
+    return Built(made.core, made.model, vocabulary, source, made.executors, made.lock_step, made.ranks)
 
 
 def _core(options: EngineOptions, pages: int, limit: int, vocab_size: int, name: str) -> CoreConfig:

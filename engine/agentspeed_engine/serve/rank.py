@@ -1,6 +1,7 @@
 """`python -m agentspeed_engine.serve.rank`: one rank beside rank 0, which starts it, tells it what to do and ends it.
 
-It says on `--status` how far its start is, as an engine does: {"progress": ...}, then {"ready": true}; what it refuses
+It says on `--status` how far its start is, as an engine does: {"progress": ...}, {"arrived": true}
+where it is about to meet the others over torch.distributed, then {"ready": true}; what it refuses
 or fails by, at any time, is one line {"code", "message", "remedy"}, and where other ranks do not come it is {"left":
 why, "late": the rank that did not, or null}. It ends when rank 0's end of its stdin is closed, whatever it is doing.
 """
@@ -23,11 +24,13 @@ import msgspec
 
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.serve import collector
-from agentspeed_engine.serve.rank_options import RankOptions, loaded_shard, opened_group
+from agentspeed_engine.serve.rank_options import Files, RankOptions, loaded_shard, opened_group
 
 _LOG: Final = logging.getLogger("agentspeed.engine")
 _PR_SET_PDEATHSIG = 1
 """Of linux/prctl.h."""
+_BEATS: Final = 0.25
+"""How often a rank says that it is at work, in parts of the time that it is waited for."""
 REFUSED, LEFT, BROKEN = 2, 3, 70
 """Statuses: a fault with a name; another rank is lost; a bug."""
 
@@ -37,7 +40,11 @@ def main() -> int:
     parser.add_argument("--options", required=True, help="all of them as one JSON object")
     for name in ("steps", "copies", "status"):
         parser.add_argument(f"--{name}", type=int, required=True, help="an open descriptor")
-    parser.add_argument("--memory", type=int, help="an open descriptor; nothing: torch.distributed")
+    parser.add_argument("--shared", action="store_true", help="ranks share memory; else torch.distributed is used")
+    for name in ("tp-memory", "dp-memory"):
+        parser.add_argument(
+            f"--{name}", type=int, help="an open descriptor of it, where there is anybody to share with"
+        )
     parser.add_argument("--leader", type=int, help="process id of rank 0, with which this one is killed on Linux")
     arguments = parser.parse_args()
     if arguments.leader is not None and sys.platform == "linux":
@@ -57,15 +64,19 @@ def main() -> int:
 def _run(options: RankOptions, arguments: argparse.Namespace, status: TextIO) -> int:
     steps, copies = socket.socket(fileno=arguments.steps), socket.socket(fileno=arguments.copies)
     _say(status, progress="loading its piece")
+    memory = Files(arguments.tp_memory, arguments.dp_memory) if arguments.shared else None
     with collector.at_rest():
-        group = opened_group(options, arguments.memory)
+        group = opened_group(options, memory, lambda: _say(status, arrived=True))
     # Imported late, with the tensors that they need.
     from agentspeed_engine.exec.ranks.follower import Follower
     from agentspeed_engine.exec.ranks.group import GroupBroken
     from agentspeed_engine.exec.ranks.orders import Channel
 
     try:
-        follower = Follower(loaded_shard(options, group), group, Channel(steps), Channel(copies))
+        answers = options.dp_rank > 0 and options.rank % options.tp == 0
+        heartbeat = _BEATS * options.seconds if answers else None
+        model = loaded_shard(options, group)
+        follower = Follower(model, group, Channel(steps), Channel(copies), heartbeat=heartbeat)
         collector.keep_what_is_loaded()
         _say(status, ready=True)
         follower.run()

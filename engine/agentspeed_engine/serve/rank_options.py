@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, final
 
@@ -24,6 +26,17 @@ _LOG: Final = logging.getLogger("agentspeed.engine")
 
 
 @final
+@dataclass(frozen=True, slots=True)
+class Files:
+    """Memory that a rank shares: descriptors, None where it has nobody to share with."""
+
+    tp: int | None
+    """With those of its dp rank."""
+    dp: int | None
+    """With those that have its place on the others, where dp ranks are in lock-step."""
+
+
+@final
 class RankOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Everything is decided: a rank chooses nothing by itself."""
 
@@ -39,32 +52,48 @@ class RankOptions(msgspec.Struct, frozen=True, kw_only=True):
     rank: int
     seconds: float
     """How long one rank waits for another."""
+    dp: int = 1
+    lock_step: bool = False
+    """Steps of dp ranks are taken together, because they share experts."""
     meet: str = ""
     """The folder where the ranks meet that use torch.distributed."""
 
     @property
     def place(self) -> Rank:
-        return Mesh(tp=self.tp, experts=ExpertSpread(groups=self.ep)).rank(self.rank)
+        """Among the ranks that compute with this one."""
+        experts = ExpertSpread(groups=self.ep)
+        if self.lock_step:
+            return Mesh(dp=self.dp, tp=self.tp, experts=experts).rank(self.rank)
+        return Mesh(tp=self.tp, experts=experts).rank(self.rank % self.tp)
+
+    @property
+    def dp_rank(self) -> int:
+        """Whose rows it computes."""
+        return self.rank // self.tp
 
 
-def opened_group(options: RankOptions, memory: int | None) -> Group:
-    """`memory`: descriptor of the shared file. Where there is none, or no C library for it, the ranks use
-    torch.distributed, and this returns when all have met; each finds the same, being on the same machine."""
+def opened_group(options: RankOptions, memory: Files | None, arrived: Callable[[], None]) -> Group:
+    """`memory`: the shared files. Where there are none, or no C library for them, the ranks use torch.distributed, and
+    this returns when all have met; each finds the same, being on the same machine. `arrived`: called before."""
     # Imported late: what is wrong with options is answered before anything heavy is loaded.
     import torch
 
-    from agentspeed_engine.exec.ranks.group import SharedMemory, TorchGroup
+    from agentspeed_engine.exec.ranks.group import Alone, SharedMemory, TorchGroup
 
+    place = options.place
+    if place.mesh.size == 1:
+        return Alone()
     if memory is not None:
         try:
-            return SharedMemory(memory, options.place, seconds=options.seconds)
+            return SharedMemory(memory.tp, place, seconds=options.seconds, dp_file=memory.dp)
         except OSError as reason:
             _LOG.warning("ranks meet through gloo, not through shared memory: %s. Steps are slower", reason)
+    arrived()
+    folder = Path(options.meet) / ("all" if options.lock_step else str(options.dp_rank))
     try:
-        return TorchGroup(
-            Path(options.meet), options.place, seconds=options.seconds, device=torch.device(options.device)
-        )
-    except RuntimeError as error:
+        folder.mkdir(exist_ok=True)
+        return TorchGroup(folder, place, seconds=options.seconds, device=torch.device(options.device))
+    except (OSError, RuntimeError) as error:
         raise EngineFault("rank_lost", f"The ranks did not meet: {error}.", "Start the engine again.") from error
 
 

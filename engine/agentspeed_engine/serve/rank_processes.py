@@ -23,12 +23,12 @@ import msgspec
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.protocol.messages import RankView
 from agentspeed_engine.serve.import_path import with_import_path
-from agentspeed_engine.serve.rank_options import RankOptions, opened_group
-from agentspeed_kernels.cpu.group_layout import shared_bytes
+from agentspeed_engine.serve.rank_memory import RankMemory, memory_of
+from agentspeed_engine.serve.rank_options import Files, RankOptions, opened_group
 
 if TYPE_CHECKING:
     from agentspeed_engine.exec.ranks.group import Group
-    from agentspeed_engine.exec.ranks.leader import Followers
+    from agentspeed_engine.exec.ranks.sides import Followers
 
 _LOG: Final = logging.getLogger("agentspeed.engine")
 _STOP_SECONDS = 2.0
@@ -43,7 +43,7 @@ _REMEDY: Final = "Sessions go on in a new engine; what the rank said last is in 
 class RankProcess:
     """One of them. Two threads of it read what it says."""
 
-    def __init__(self, options: RankOptions, memory: int | None, heard: Callable[[RankProcess, Any], None]) -> None:
+    def __init__(self, options: RankOptions, memory: Files | None, heard: Callable[[RankProcess, Any], None]) -> None:
         """`heard`: called with each line of its status, and with None when it has ended. Raises `OSError`
         and `RuntimeError` where the system gives no process, thread or descriptor, and leaves none."""
         self.rank = options.rank
@@ -61,9 +61,11 @@ class RankProcess:
             status, their_status = os.pipe()
             theirs.callback(os.close, their_status)
             self._status = ours.enter_context(open(status, encoding="utf-8"))
-            fds = (steps, copies, their_status, *(() if memory is None else (memory,)))
+            shared = {} if memory is None else {"--tp-memory": memory.tp, "--dp-memory": memory.dp}
+            fds = (steps, copies, their_status, *(file for file in shared.values() if file is not None))
             words = ["--options", msgspec.json.encode(options).decode(), "--steps", str(steps), "--copies", str(copies)]
-            words += ["--status", str(their_status), *(() if memory is None else ("--memory", str(memory)))]
+            words += ["--status", str(their_status), *(() if memory is None else ("--shared",))]
+            words += [word for name, file in shared.items() if file is not None for word in (name, str(file))]
             # Linux ends a rank with the thread that started it, which has to be one that lasts as long as the engine.
             if threading.current_thread() is threading.main_thread():
                 words += ["--leader", str(os.getpid())]
@@ -162,18 +164,20 @@ class RankProcesses:
         self._lock = threading.Lock()
         self._report: Callable[[EngineFault], None] | None = None
         self._closing = False
-        self._memory: int | None = None
+        self._memory: RankMemory | None = None
         self._folder: Path | None = None
         self.all: list[RankProcess] = []
-        self._followers: Followers | None = None
+        self._followers: dict[int, Followers] = {}
         self._group: Group | None = None
+        self._shares = False
+        """Ranks sum in shared memory."""
         try:
-            self._memory = _shared_memory(options)
+            self._memory = memory_of(options)
             self._folder = Path(tempfile.mkdtemp(prefix="agentspeed-ranks-"))
             self._options = msgspec.structs.replace(options, meet=str(self._folder))
-            for rank in range(1, options.tp):
+            for rank in range(1, options.dp * options.tp):
                 theirs = msgspec.structs.replace(self._options, rank=rank)
-                self.all.append(RankProcess(theirs, self._memory, self._heard))
+                self.all.append(RankProcess(theirs, self._files(rank), self._heard))
         except (OSError, RuntimeError) as error:
             self.close()
             raise EngineFault(
@@ -181,31 +185,43 @@ class RankProcesses:
             ) from error
 
     def group(self) -> Group:
-        """Rank 0's side. With torch.distributed it returns when all have met. Raises `EngineFault`."""
+        """Rank 0's side. With torch.distributed it returns when all have met, and one that ends
+        before is noticed at once. Raises `EngineFault`."""
         if self._group is None:
             try:
-                self._group = opened_group(self._options, self._memory)
+                self._group = opened_group(self._options, self._files(0), lambda: self._await("arrived"))
             except EngineFault as fault:
                 dead = next((one for one in self.all if one.ended), None)
                 raise (fault if dead is None else self._fault_of(dead)) from fault
             from agentspeed_engine.exec.ranks.group import SharedMemory
 
-            if isinstance(self._group, SharedMemory):  # so it is for all, and nobody meets in the folder
+            self._shares = isinstance(self._group, SharedMemory)  # so it is for all, and nobody meets in the folder
+            if self._shares:
                 self._leave_folder()
         return self._group
 
-    def followers(self) -> Followers:
-        """Rank 0's lines to the others."""
+    def followers(self, dp_rank: int) -> Followers:
+        """Rank 0's lines to the others of a dp rank."""
         # Imported late, with the tensors that it needs.
-        from agentspeed_engine.exec.ranks.leader import Followers
+        from agentspeed_engine.exec.ranks.sides import Followers
 
-        if self._followers is None:
-            steps, copies = [one.steps for one in self.all], [one.copies for one in self.all]
-            self._followers = Followers(steps, copies, seconds=self._options.seconds)
-        return self._followers
+        if dp_rank not in self._followers:
+            first, end = max(1, dp_rank * self._options.tp), (dp_rank + 1) * self._options.tp
+            theirs = [one for one in self.all if first <= one.rank < end]
+            self._followers[dp_rank] = Followers(
+                [one.steps for one in theirs],
+                [one.copies for one in theirs],
+                seconds=self._options.seconds,
+                first=first,
+            )
+        return self._followers[dp_rank]
 
     def await_readiness(self) -> None:
         """Blocks until all have loaded. Raises `EngineFault` where one cannot."""
+        self._await("ready")
+
+    def _await(self, what: str) -> None:
+        """Until all have said it. Raises `EngineFault` where one ends before."""
         waiting = {one.rank for one in self.all}
         while waiting:
             one, said = self._news.get()
@@ -213,7 +229,7 @@ class RankProcesses:
                 raise self._fault_of(one)
             if "progress" in said:
                 self._say(f"rank {one.rank}: {said['progress']}")
-            elif "ready" in said:
+            elif what in said:
                 waiting.discard(one.rank)
 
     def watch(self, report: Callable[[EngineFault], None]) -> None:
@@ -243,9 +259,16 @@ class RankProcesses:
     def views(self) -> tuple[RankView, ...]:
         """Of every rank, rank 0 first."""
         pids = (os.getpid(), *(one.pid for one in self.all))
-        waited = self._group.waited if self._group is not None else lambda rank: None
+        memory = self._memory if self._shares else None
         return tuple(
-            RankView(rank=rank, pid=pid, memory=_resident(pid), waited=waited(rank)) for rank, pid in enumerate(pids)
+            RankView(
+                rank=rank,
+                pid=pid,
+                memory=_resident(pid),
+                waited=None if memory is None else memory.waited(rank),
+                dp=rank // self._options.tp,
+            )
+            for rank, pid in enumerate(pids)
         )
 
     def abandon(self) -> None:
@@ -265,13 +288,15 @@ class RankProcesses:
         for one in self.all:
             one.end(until)
         if self._memory is not None:
-            with contextlib.suppress(OSError):
-                os.close(self._memory)
+            self._memory.close()
             self._memory = None
         if self._group is not None:
             self._group.close()
             self._group = None
         self._leave_folder()
+
+    def _files(self, rank: int) -> Files | None:
+        return None if self._memory is None else self._memory.files(rank)
 
     def _leave_folder(self) -> None:
         if self._folder is not None:
@@ -318,15 +343,6 @@ class RankProcesses:
 
 def _loss(rank: int, pid: int, how: str) -> EngineFault:
     return EngineFault("rank_lost", f"Rank {rank} (process {pid}) {how}.", _REMEDY)
-
-
-def _shared_memory(options: RankOptions) -> int | None:
-    """Descriptor of a file of zeros in memory; None where ranks share none."""
-    if options.device != "cpu" or not hasattr(os, "memfd_create"):
-        return None
-    descriptor = os.memfd_create("agentspeed-ranks")
-    os.truncate(descriptor, shared_bytes(options.tp))
-    return descriptor
 
 
 def _pair(ours: contextlib.ExitStack, theirs: contextlib.ExitStack) -> tuple[socket.socket, int]:

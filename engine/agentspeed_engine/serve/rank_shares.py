@@ -13,7 +13,8 @@ from agentspeed_engine.models.tensor_shapes import Cut
 from agentspeed_engine.spmd.experts import ExpertSpread
 from agentspeed_engine.spmd.placement import Mesh
 
-_MOST_RANKS = 64
+MOST_RANKS = 64
+"""Of one engine."""
 
 
 class RankWishes(Protocol):
@@ -44,62 +45,68 @@ class Shares:
     parameters: int
     said: str
     """For whoever starts the engine; empty for one rank."""
+    lock_step: bool
+    """Dp ranks take their steps together, because they share experts."""
 
 
 def mesh_of(options: RankWishes) -> Mesh:
     """The ranks, and the groups of them that have experts of their own."""
-    return Mesh(tp=options.tp, experts=ExpertSpread(groups=options.ep))
+    return Mesh(dp=options.dp, tp=options.tp, experts=ExpertSpread(groups=options.ep))
 
 
 def shares_of(options: RankWishes, info: ModelInfo) -> Shares:
     """`options` say device and dtype. Raises `EngineFault` (bad_options) for ranks that do not divide the model."""
     if options.tp == options.dp == 1 and options.ep in (None, 1):
-        return Shares(bytes_per_page=info.bytes_per_page, parameters=info.parameters, said="")
+        return Shares(bytes_per_page=info.bytes_per_page, parameters=info.parameters, said="", lock_step=False)
     source = read_source(options.model)
-    if options.ep is not None and source.config.moe is None:
+    moe = source.config.moe
+    if options.ep is not None and moe is None:
         raise EngineFault("bad_options", f"ep is {options.ep}, and this model has no experts.", "Leave ep out.")
     check_ranks(options, lambda mesh: source.family.cuts(source.config, mesh))
+    ranks = options.tp * options.dp
+    here = 1 if options.device == "cuda" else ranks
     # Imported late: it builds the model, without memory.
     from agentspeed_engine.models.planning import plan_model
 
     assert options.dtype != "auto"
     planned = plan_model(source, mesh_of(options), dtype=options.dtype, rows=1, page_tokens=options.page_tokens)
-    here = 1 if options.device == "cuda" else options.tp
     parameters = planned.weight_bytes // DTYPE_BYTES[options.dtype]
     page = planned.cache_bytes_per_token * options.page_tokens
     return Shares(
         bytes_per_page=page * here,
         parameters=parameters * here,
-        said=f", on {options.tp} ranks of {planned.weight_bytes / 1e6:.0f} MB of weights each",
+        said=f", on {ranks} ranks of {planned.weight_bytes / 1e6:.0f} MB of weights each",
+        lock_step=options.dp > 1 and moe is not None and bool(moe.layers),
     )
 
 
 def check_ranks(options: RankWishes, cuts: Callable[[Mesh], Sequence[Cut]]) -> None:
     """`cuts`: what a mesh must divide. Raises `EngineFault` (bad_options)."""
-    if options.dp > 1:
+    ranks = options.dp * options.tp
+    if ranks > MOST_RANKS:
         raise EngineFault(
-            "bad_options",
-            f"dp is {options.dp}; an engine has one scheduler, and ranks with sessions of their own need one each.",
-            "Give tp alone, or start several engines.",
+            "bad_options", f"dp is {options.dp} and tp {options.tp}.", f"Give {MOST_RANKS} ranks at most in all."
         )
     ep = options.ep or 1
-    if options.tp % ep:
-        fitting = [str(number) for number in range(1, options.tp + 1) if options.tp % number == 0]
+    if ranks % ep:
+        fitting = [str(number) for number in range(1, ranks + 1) if ranks % number == 0]
         raise EngineFault(
             "bad_options",
-            f"ep is {ep}, and {options.tp} ranks (tp) do not make so many equal groups.",
+            f"ep is {ep}, and {ranks} ranks (dp times tp) do not make so many equal groups.",
             f"Give ep as one of {', '.join(fitting)}, or leave it out: then every rank has experts of its own.",
         )
     uneven = next((cut for cut in cuts(mesh_of(options)) if cut[1] % cut[2]), None)
     if uneven is None:
         return
-    fitting = [
-        str(tp)
-        for tp in range(ep, _MOST_RANKS + 1, ep)
-        if all(extent % ranks == 0 for _, extent, ranks in cuts(Mesh(tp=tp, experts=ExpertSpread(groups=options.ep))))
-    ]
+    meshes = (
+        Mesh(dp=options.dp, tp=tp, experts=ExpertSpread(groups=options.ep))
+        for tp in range(1, MOST_RANKS // options.dp + 1)
+        if options.dp * tp % ep == 0
+    )
+    fitting = [str(mesh.tp) for mesh in meshes if all(extent % ranks == 0 for _, extent, ranks in cuts(mesh))]
+    named = f"tp is {options.tp}" if options.dp == 1 else f"dp is {options.dp} and tp {options.tp}"
     raise EngineFault(
         "bad_options",
-        f"tp is {options.tp}, and {uneven[0]} {uneven[1]} does not divide by {uneven[2]} ranks.",
-        f"This model can be cut over {', '.join(fitting)} ranks." if fitting else "Choose another ep.",
+        f"{named}, and {uneven[0]} {uneven[1]} does not divide by {uneven[2]} ranks.",
+        f"This model can be cut over {', '.join(fitting)} ranks." if fitting else "Choose another ep or dp.",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import Sequence
 from typing import Any, final
 
 import numpy as np
@@ -34,10 +35,12 @@ class GroupBroken(Exception):
 class SharedGroup:
     """One rank's side. All ranks make the same calls in the same order; one thread of each makes them."""
 
-    def __init__(self, file: int, rank: int, ranks: int, *, seconds: float) -> None:
+    def __init__(self, file: int, rank: int, ranks: int, *, seconds: float, names: Sequence[int] | None = None) -> None:
         """`file`: descriptor of `shared_bytes`, the same file on every rank. `seconds`: how long a rank waits for
-        another. Raises `OSError` where the C library cannot be had."""
+        another. `names`: what the ranks are called, where the group is one of several; None: by their number in it.
+        Raises `OSError` where the C library cannot be had."""
         self._library = _opened()
+        self._names = range(ranks) if names is None else tuple(names)
         self.rank, self.ranks = rank, ranks
         assert self._library.agentspeed_group_bytes(ranks, SLOT_BYTES) == shared_bytes(ranks)
         self._milliseconds = max(1, int(seconds * 1000))
@@ -63,13 +66,13 @@ class SharedGroup:
             self._milliseconds,
         )  # fmt: skip
         if answer:
-            raise _broken(answer)
+            raise self._broken(answer)
         return every
 
     def check(self) -> None:
         """Raises `GroupBroken` where a sum went wrong, also one within a recorded step."""
         if why := self._library.agentspeed_group_broken(self._at):
-            raise _broken(why)
+            raise self._broken(why)
 
     def abandon(self) -> None:
         """Whoever waits for others gives up, on every rank and soon."""
@@ -79,13 +82,13 @@ class SharedGroup:
         """Seconds that a rank has waited for others."""
         return float(self._library.agentspeed_group_waited(self._at, rank))
 
-
-def _broken(why: int) -> GroupBroken:
-    if why == _ABANDONED:
-        return GroupBroken("a rank gave up")
-    if why == _DIFFER:
-        return GroupBroken("the ranks came together for different things: a bug")
-    return GroupBroken(f"rank {why - _LATE} did not come in time", why - _LATE)
+    def _broken(self, why: int) -> GroupBroken:
+        if why == _ABANDONED:
+            return GroupBroken("a rank gave up")
+        if why == _DIFFER:
+            return GroupBroken("the ranks came together for different things: a bug")
+        late = self._names[why - _LATE]
+        return GroupBroken(f"rank {late} did not come in time", late)
 
 
 def _opened() -> ctypes.CDLL:

@@ -242,4 +242,15 @@ def test_every_rank_of_a_model_has_a_line_with_what_it_waited() -> None:
     lines = text_of(frame).splitlines()
     assert "rank 0  process 41  1.0 GB" in lines
     assert "rank 1  process 42  2.0 GB  waits for others 25% of the time" in lines
-    assert as_data(frame)["ranks"][1] == {"rank": 1, "pid": 42, "memory": 2_000_000_000, "waited": 3.5}
+    assert as_data(frame)["ranks"][1] == {"rank": 1, "pid": 42, "memory": 2_000_000_000, "waited": 3.5, "dp": 0}
+
+
+def test_every_scheduler_of_an_engine_with_several_has_a_line_and_its_ranks_name_it() -> None:
+    one = picture()
+    other = msgspec.structs.replace(one, counts=one.counts | {"sessions": 1, "queued": 0, "decoding": 2})
+    views = tuple(wire.DpView(pages=seen.pages, slots=seen.slots, counts=seen.counts) for seen in (one, other))
+    ranks = tuple(wire.RankView(rank=number, pid=41 + number, memory=10**9, dp=number) for number in range(2))
+    lines = text_of(Frame("x.sock", WELCOME, msgspec.structs.replace(one, ranks=ranks, dp=views))).splitlines()
+    free = f"{one.pages['free'] + one.pages['cached']} of {sum(one.pages.values())} pages free or cached"
+    assert "rank 1  dp 1  process 42  1.0 GB" in lines
+    assert any(line.startswith("dp 1  1 session: ") and "2 decoding" in line and line.endswith(free) for line in lines)

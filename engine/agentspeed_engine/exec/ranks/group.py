@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol, final
 
@@ -17,24 +17,24 @@ from torch import Tensor
 
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.spmd.distributed import DistributedComm
-from agentspeed_engine.spmd.logical import shard_sizes
+from agentspeed_engine.spmd.logical import groups, shard_sizes
 from agentspeed_engine.spmd.lower import Comm
-from agentspeed_engine.spmd.placement import Rank
+from agentspeed_engine.spmd.placement import Axis, Rank
 from agentspeed_engine.spmd.plan import Collective
 from agentspeed_kernels.cpu.process_group import GroupBroken, SharedGroup
 
-__all__ = ["Group", "GroupBroken", "SharedMemory", "TorchGroup"]
+__all__ = ["Alone", "Group", "GroupBroken", "SharedMemory", "TorchGroup"]
 _MEETING: Final = datetime.timedelta(seconds=120)
-"""How long ranks wait for each other at the start, where each has to import torch first."""
+"""How long ranks wait for each other at the start: rank 0 comes last, when all others have imported torch."""
 
 
 class Group(Protocol):
-    """One rank's side. One thread of each rank uses it, and all ranks in the same order; `abandon` may be called from
-    any thread."""
+    """One rank's side: of the ranks that compute with it, and among them those of its dp rank, which draw together. One
+    thread of each rank uses it, and all ranks in the same order; `abandon` may be called from any thread."""
 
     @property
-    def comm(self) -> Comm:
-        """The collectives of its plan."""
+    def comm(self) -> Comm | None:
+        """The collectives of its plan; None where it has none."""
         ...
 
     @property
@@ -43,7 +43,7 @@ class Group(Protocol):
         ...
 
     def gather(self, mine: NDArray[np.float64]) -> NDArray[np.float64]:
-        """[ranks, *mine.shape]: what every rank gave. Raises `GroupBroken`."""
+        """[ranks, *mine.shape]: what every rank of this dp rank gave. Raises `GroupBroken`."""
         ...
 
     def abandon(self) -> None:
@@ -54,56 +54,91 @@ class Group(Protocol):
         """Gives back what the process has for it. Nobody uses it any more."""
         ...
 
-    def waited(self, rank: int) -> float | None:
-        """Seconds that a rank has waited for others; None where nobody counts them."""
-        ...
+
+@final
+class Alone:
+    """`Group` of one rank, whose plan has no collectives."""
+
+    recordable = True
+    comm = None
+
+    def gather(self, mine: NDArray[np.float64]) -> NDArray[np.float64]:
+        return mine[None]
+
+    def abandon(self) -> None:
+        """Nobody waits."""
+
+    def close(self) -> None:
+        """It has nothing."""
 
 
 @final
 class SharedMemory:
-    """`Group` of the ranks of one machine, in the memory of a file that all of them have mapped."""
+    """`Group` of the ranks of one machine, in the memory of files that all of them have mapped."""
 
-    recordable = True
-
-    def __init__(self, file: int, rank: Rank, *, seconds: float) -> None:
-        """Raises `OSError` where the C library cannot be had."""
-        self._group = SharedGroup(file, rank.index, rank.mesh.size, seconds=seconds)
-        self.comm: Comm = _SharedComm(self._group)
+    def __init__(self, file: int | None, rank: Rank, *, seconds: float, dp_file: int | None = None) -> None:
+        """`file`: of the ranks that share this one's dp rank; None where it is the only one. `dp_file`: of those that
+        have its place on the others, where dp ranks are in lock-step. Raises `OSError` where the C library cannot be
+        had."""
+        mesh = rank.mesh
+        self._groups: dict[Axis, SharedGroup] = {}
+        if file is not None:
+            names = range(rank.dp * mesh.tp, (rank.dp + 1) * mesh.tp)
+            self._groups["tp"] = SharedGroup(file, rank.tp, mesh.tp, seconds=seconds, names=names)
+        if dp_file is not None:
+            names = range(rank.tp, mesh.size, mesh.tp)
+            self._groups["dp"] = SharedGroup(dp_file, rank.dp, mesh.dp, seconds=seconds, names=names)
+        self.recordable = mesh.dp == 1
+        """Shapes of steps in lock-step are not those of a rank's own rows."""
+        self.comm: Comm | None = _SharedComm(self._groups)
 
     def gather(self, mine: NDArray[np.float64]) -> NDArray[np.float64]:
-        return self._group.gather(mine)
+        return self._groups["tp"].gather(mine) if "tp" in self._groups else mine[None]
 
     def abandon(self) -> None:
-        self._group.abandon()
+        for group in self._groups.values():
+            group.abandon()
 
     def close(self) -> None:
         """The memory goes with the last tensor in it."""
 
-    def waited(self, rank: int) -> float | None:
-        return self._group.waited(rank)
-
 
 @final
 class _SharedComm:
-    """`spmd.lower.Comm` for a mesh of one axis: all its ranks are one group."""
+    """`spmd.lower.Comm` over the groups that a rank is in, one an axis."""
 
-    def __init__(self, group: SharedGroup) -> None:
-        self._group = group
+    def __init__(self, groups: Mapping[Axis, SharedGroup]) -> None:
+        self._groups = groups
 
     def apply(self, step: Collective, value: Tensor, tokens_per_rank: Sequence[int]) -> Tensor:
-        """A sum is made in place: nobody needs a rank's own part afterwards."""
+        """A sum is made in place: nobody needs a rank's own part afterwards. Shards of tokens may be uneven or empty;
+        their sizes come from the step."""
         if step.kind == "slice":
             return self._mine(step, value, tokens_per_rank)
         if step.kind == "all_gather":
-            pieces = self._group.gather(value.contiguous().view(torch.uint8).numpy())
-            return torch.cat([torch.from_numpy(one).view(value.dtype) for one in pieces], dim=step.dim)
+            return self._gathered(step, value, tokens_per_rank)
         total = value.contiguous()
-        self._group.sum(total)
+        self._groups[step.axis].sum(total)
         return total if step.kind == "all_reduce" else self._mine(step, total, tokens_per_rank)
 
+    def _gathered(self, step: Collective, value: Tensor, tokens_per_rank: Sequence[int]) -> Tensor:
+        """Every piece is padded to the largest."""
+        group, extent = self._groups[step.axis], value.shape[step.dim]
+        sizes = shard_sizes(extent * group.ranks, group.ranks, step.dim, tokens_per_rank)
+        if extent < max(sizes):
+            shape = list(value.shape)
+            shape[step.dim] = max(sizes)
+            padded = value.new_zeros(shape)
+            padded.narrow(step.dim, 0, extent).copy_(value)
+            value = padded
+        pieces = group.gather(value.contiguous().view(torch.uint8).numpy())
+        whole = [torch.from_numpy(one).view(value.dtype) for one in pieces]
+        return torch.cat([one.narrow(step.dim, 0, size) for one, size in zip(whole, sizes, strict=True)], dim=step.dim)
+
     def _mine(self, step: Collective, value: Tensor, tokens_per_rank: Sequence[int]) -> Tensor:
-        sizes = shard_sizes(value.shape[step.dim], self._group.ranks, step.dim, tokens_per_rank)
-        return torch.split(value, sizes, dim=step.dim)[self._group.rank].contiguous()
+        group = self._groups[step.axis]
+        sizes = shard_sizes(value.shape[step.dim], group.ranks, step.dim, tokens_per_rank)
+        return torch.split(value, sizes, dim=step.dim)[group.rank].contiguous()
 
 
 @final
@@ -121,7 +156,7 @@ class TorchGroup:
                 "This process has a default group of torch.distributed already, and the ranks need it.",
                 "Call `torch.distributed.destroy_process_group()` first, or start the engine as a process of its own.",
             )
-        self._ranks = rank.mesh.size
+        self._ranks = rank.mesh.tp
         limit = datetime.timedelta(seconds=seconds)
         if sys.platform == "linux":  # nobody beyond this machine is to reach a rank
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -133,8 +168,12 @@ class TorchGroup:
             timeout=_MEETING,
         )
         try:
-            self.comm: Comm = DistributedComm(rank, timeout=limit, broken=GroupBroken)
-            self._host: Any = dist.new_group(backend="gloo", timeout=limit)
+            self.comm: Comm | None = DistributedComm(rank, timeout=limit, broken=GroupBroken)
+            self._host: Any = None
+            for members in groups(rank.mesh, "tp"):
+                made: Any = dist.new_group(members, backend="gloo", timeout=limit)
+                if rank.index in members:
+                    self._host = made
         except BaseException:
             self.close()
             raise
@@ -157,7 +196,3 @@ class TorchGroup:
     def close(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-    def waited(self, rank: int) -> float | None:
-        del rank
-        return None

@@ -1,32 +1,24 @@
-"""The executor of rank 0: it tells the other ranks each step, computes its own share, and draws together with them."""
+"""The executor of one dp rank, in rank 0's process: it keeps what turns have on the host, and tells ranks each step."""
 
 from __future__ import annotations
 
-import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Protocol, final
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from agentspeed_engine.errors import BrokenInvariant, EngineFault
 from agentspeed_engine.exec.automata import REFUSALS, Automata
 from agentspeed_engine.exec.cpu import Computed
-from agentspeed_engine.exec.executor import CopyFailed, Pending, Refusal, Sampled, Token
+from agentspeed_engine.exec.executor import Pending, Refusal, Sampled, Token
 from agentspeed_engine.exec.penalties import Adjustment
-from agentspeed_engine.exec.ranks.group import Group, GroupBroken
-from agentspeed_engine.exec.ranks.model import ShardModel, draw_together, shard_logits
-from agentspeed_engine.exec.ranks.orders import (
-    Channel,
-    CopyDone,
-    CopyOrder,
-    SampleOrder,
-    StepOrder,
-    sample_order,
-    step_order,
-)
+from agentspeed_engine.exec.ranks.group import GroupBroken
+from agentspeed_engine.exec.ranks.orders import CopyOrder, SampleOrder, sample_order
+from agentspeed_engine.exec.ranks.sides import Side
 from agentspeed_engine.exec.recent_tokens import RecentTokens
 from agentspeed_engine.exec.sampler import Draw
 from agentspeed_engine.exec.step_input import StepInput
@@ -44,79 +36,44 @@ class Losses(Protocol):
 
 
 @final
-class Followers:
-    """Rank 0's lines to the others: two each, so that no host copy waits for a step or the other way about."""
+@dataclass(frozen=True, slots=True)
+class BegunStep:
+    """A step that its ranks were told."""
 
-    def __init__(self, steps: Sequence[socket.socket], copies: Sequence[socket.socket], *, seconds: float) -> None:
-        """`seconds`: how long one of them may take no order, and how long after rank 0 it may make a host copy."""
-        self._steps = [Channel(one, seconds) for one in steps]
-        self._copies = [Channel(one, seconds) for one in copies]
-        self._encoder = msgspec.msgpack.Encoder()
-        self._answers = msgspec.msgpack.Decoder(CopyDone)
-
-    def step(self, order: StepOrder) -> None:
-        """Raises `OSError`."""
-        frame = self._encoder.encode(order)
-        for channel in self._steps:
-            channel.send(frame)
-
-    def copy(self, order: CopyOrder, mine: Callable[[], None]) -> None:
-        """Carries out `mine` while the others do theirs, and returns when all have. Raises `CopyFailed` when one has
-        not, `GroupBroken` when one does not answer, `OSError` when one is gone."""
-        frame = self._encoder.encode(order)
-        for channel in self._copies:
-            channel.send(frame)
-        failed: list[str] = []
-        try:
-            mine()
-        except CopyFailed as reason:
-            failed.append(f"rank 0: {reason}")
-        for rank, channel in enumerate(self._copies, 1):
-            try:
-                answer = channel.receive()
-            except TimeoutError as error:
-                raise GroupBroken(f"rank {rank} did not make a host copy in time", rank) from error
-            if answer is None:
-                raise ConnectionResetError(f"rank {rank} ended during a host copy")
-            if (why := self._answers.decode(answer).failed) is not None:
-                failed.append(f"rank {rank}: {why}")
-        if failed:
-            raise CopyFailed("; ".join(failed))
-
-    def close(self) -> None:
-        for channel in (*self._steps, *self._copies):
-            channel.close()
+    step: StepInput
+    refused: dict[int, str]
+    """By place: why a sample will not be drawn."""
 
 
 @final
 class LeadingExecutor:
-    """`exec.executor.Executor` over the ranks of a group. A launched step is computed when `launch` returns."""
+    """`exec.executor.Executor` over the ranks of one dp rank. A launched step is computed when `launch` returns."""
 
-    def __init__(
-        self,
-        model: ShardModel,
-        vocabulary: Vocabulary,
-        group: Group,
-        followers: Followers,
-        losses: Losses,
-        *,
-        depth: int = 0,
-    ) -> None:
+    def __init__(self, side: Side, vocabulary: Vocabulary, losses: Losses, *, depth: int = 0) -> None:
         """`depth`: steps that are planned before an earlier one was collected (`CoreConfig.depth`)."""
-        self._model, self._group, self._followers, self._losses = model, group, followers, losses
+        self._side, self._losses = side, losses
         self._automata = Automata(vocabulary)
         self._tokens = RecentTokens(depth)
-        self.page_tokens = model.page_tokens
+        self.page_tokens = side.page_tokens
         self.model_seconds = 0.0
         self.sampling_seconds = 0.0
 
     def launch(self, step: StepInput) -> Computed:
+        return self.finish(self.begin(step))
+
+    def begin(self, step: StepInput, tokens_per_rank: tuple[int, ...] = ()) -> BegunStep:
+        """The first half of `launch`; `finish` is the other. `tokens_per_rank`: where dp ranks are in lock-step."""
         self._automata.forget(step.ended)
         samples, refused = self._orders(step)
-        drawn = self._computed(self._tokens.known(step), step.copies, samples)
+        batch = self._tokens.known(step)
+        self._begin(replace(batch, tokens_per_rank=tokens_per_rank), step.copies, samples)
+        return BegunStep(step, refused)
+
+    def finish(self, begun: BegunStep) -> Computed:
+        drawn, step = self._finish(), begun.step
         started = time.perf_counter()
         sampled = tuple(
-            Refusal(refused[place]) if place in refused else self._token(step, place, one)
+            Refusal(begun.refused[place]) if place in begun.refused else self._token(step, place, one)
             for place, one in enumerate(drawn)
         )
         self._tokens.keep(step.step, sampled)
@@ -140,14 +97,23 @@ class LeadingExecutor:
         return self._automata.turns
 
     def save(self, pages: Sequence[int], slots: Sequence[int]) -> None:
-        self._copy(CopyOrder("save", tuple(pages), tuple(slots)), lambda: self._model.save(pages, slots))
+        self._copy(CopyOrder("save", tuple(pages), tuple(slots)))
 
     def load(self, slots: Sequence[int], pages: Sequence[int]) -> None:
-        self._copy(CopyOrder("load", tuple(pages), tuple(slots)), lambda: self._model.load(slots, pages))
+        self._copy(CopyOrder("load", tuple(pages), tuple(slots)))
 
     def run(self, batch: FlatBatch) -> None:
-        """One pass on all ranks of which nothing is drawn: what it costs is measured so."""
-        self._computed(batch, (), ())
+        """One pass on its ranks of which nothing is drawn: what it costs is measured so."""
+        self.begin_pass(batch)
+        self.finish_pass()
+
+    def begin_pass(self, batch: FlatBatch) -> None:
+        """The first half of `run`: of a step, too, in which this dp rank has no rows."""
+        self._begin(batch, (), ())
+
+    def finish_pass(self) -> None:
+        """The other half."""
+        _ = self._finish()
 
     # ---- one step -------------------------------------------------------------------------------------------------
     def _orders(self, step: StepInput) -> tuple[tuple[SampleOrder, ...], dict[int, str]]:
@@ -166,23 +132,16 @@ class LeadingExecutor:
         self.sampling_seconds += time.perf_counter() - started
         return tuple(orders), refused
 
-    def _computed(
-        self, batch: FlatBatch, copies: tuple[PageCopy, ...], samples: tuple[SampleOrder, ...]
-    ) -> list[Draw | EngineFault]:
-        """Raises `EngineFault` (rank_lost, or what the other rank said) when one is lost."""
-        started = time.perf_counter()
-        try:
-            self._followers.step(step_order(batch, copies, samples))
-            logits = shard_logits(self._model, batch, copies)
-            computed = time.perf_counter()
-            drawn = draw_together(self._group, self._model, logits, samples)
-        except (GroupBroken, OSError, RuntimeError) as error:
-            if (fault := self._losses.fault(error)) is not None:
-                raise fault from error
-            raise
-        self.model_seconds += computed - started
-        self.sampling_seconds += time.perf_counter() - computed
-        return drawn
+    def _begin(self, batch: FlatBatch, copies: tuple[PageCopy, ...], samples: tuple[SampleOrder, ...]) -> None:
+        with self._losses_named():
+            self._side.begin(batch, copies, samples)
+
+    def _finish(self) -> list[Draw | EngineFault]:
+        with self._losses_named():
+            done = self._side.finish()
+        self.model_seconds += done.model_seconds
+        self.sampling_seconds += done.sampling_seconds
+        return done.drawn
 
     def _token(self, step: StepInput, place: int, drawn: Draw | EngineFault) -> Token | Refusal:
         if isinstance(drawn, EngineFault):
@@ -193,10 +152,16 @@ class LeadingExecutor:
         except REFUSALS as reason:
             return Refusal(str(reason))
 
-    def _copy(self, order: CopyOrder, mine: Callable[[], None]) -> None:
+    def _copy(self, order: CopyOrder) -> None:
+        with self._losses_named():
+            self._side.copy(order)
+
+    @contextmanager
+    def _losses_named(self) -> Iterator[None]:
+        """Raises `EngineFault` (rank_lost, or what the other rank said) when one is lost."""
         try:
-            self._followers.copy(order, mine)
-        except (GroupBroken, OSError) as error:
+            yield
+        except (GroupBroken, OSError, RuntimeError) as error:
             if (fault := self._losses.fault(error)) is not None:
                 raise fault from error
             raise

@@ -1,9 +1,11 @@
-"""What rank 0 tells the others, as bytes: a frame for each step, arrays as they lie in memory, and for host copies."""
+"""What rank 0 and the others tell each other, as bytes: a frame for each step, arrays as they lie in memory, and for
+each host copy."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, Literal, final
 
@@ -11,8 +13,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from agentspeed_engine.errors import Code, EngineFault
 from agentspeed_engine.exec.penalties import Adjustment
 from agentspeed_engine.exec.ranks.shard_draw import ShardSample
+from agentspeed_engine.exec.sampler import Draw
 from agentspeed_engine.ids import PageId
 from agentspeed_engine.kv.views import PageCopy
 from agentspeed_engine.models.inputs import FlatBatch, Run
@@ -49,6 +53,28 @@ class StepOrder(msgspec.Struct, frozen=True, array_like=True):
     copies: tuple[tuple[PageId, PageId, int], ...]
     """(from, to, rows)."""
     samples: tuple[SampleOrder, ...]
+    tokens_per_rank: tuple[int, ...]
+
+
+@final
+class DrawTold(msgspec.Struct, frozen=True, array_like=True):
+    """One sample of `StepDone`: `exec.sampler.Draw`, or why there is none."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    draw_logprob: float | None = None
+    fault: tuple[Code, str, str] | None = None
+    """As of an `EngineFault`: its code, its message and its remedy."""
+
+
+@final
+class StepDone(msgspec.Struct, frozen=True, array_like=True):
+    """What a dp rank has drawn that is not rank 0's, told by the first of its ranks."""
+
+    drawn: tuple[DrawTold, ...]
+    model_seconds: float
+    sampling_seconds: float
 
 
 @final
@@ -79,6 +105,7 @@ def step_order(batch: FlatBatch, copies: tuple[PageCopy, ...], samples: tuple[Sa
         narrow=_bytes(narrow, np.int32),
         copies=tuple((copy.src, copy.dst, copy.rows) for copy in copies),
         samples=samples,
+        tokens_per_rank=batch.tokens_per_rank,
     )
 
 
@@ -95,7 +122,31 @@ def batch_of(order: StepOrder) -> FlatBatch:
         Run(pages=parts[index], start=start, tokens=tokens, queries=parts[half + index], causal=causal)
         for index, (start, tokens, _, _, causal) in enumerate(order.runs)
     )
-    return FlatBatch(ids=ids, positions=positions, slots=slots, runs=runs, select=select)
+    return FlatBatch(
+        ids=ids,
+        positions=positions,
+        slots=slots,
+        runs=runs,
+        select=select,
+        tokens_per_rank=order.tokens_per_rank,
+    )
+
+
+def step_done(drawn: Sequence[Draw | EngineFault], model_seconds: float, sampling_seconds: float) -> StepDone:
+    told = tuple(
+        DrawTold(0, fault=(one.code, one.message, one.remedy))
+        if isinstance(one, EngineFault)
+        else DrawTold(one.id, one.logprob, one.top, one.draw_logprob)
+        for one in drawn
+    )
+    return StepDone(told, model_seconds, sampling_seconds)
+
+
+def drawn_of(done: StepDone) -> list[Draw | EngineFault]:
+    return [
+        Draw(one.id, one.logprob, one.top, one.draw_logprob) if one.fault is None else EngineFault(*one.fault)
+        for one in done.drawn
+    ]
 
 
 def sample_order(

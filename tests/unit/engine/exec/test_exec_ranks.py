@@ -18,8 +18,8 @@ from agentspeed_engine.exec.executor import CopyFailed, Executor, Refusal, Sampl
 from agentspeed_engine.exec.noop import NoopModel
 from agentspeed_engine.exec.ranks.follower import Follower
 from agentspeed_engine.exec.ranks.group import GroupBroken
-from agentspeed_engine.exec.ranks.leader import Followers
 from agentspeed_engine.exec.ranks.orders import Channel, CopyOrder, batch_of, step_order
+from agentspeed_engine.exec.ranks.sides import Followers
 from agentspeed_engine.exec.vocabulary import Vocabulary
 from agentspeed_engine.ids import BranchId, NodeId, PageId, StepSeq
 from agentspeed_engine.kv.views import NodeRun, PageCopy, TurnSpec

@@ -125,7 +125,7 @@ def test_whoever_waits_for_a_rank_waits_no_more_when_the_engine_ends(
     loop = EngineLoop(dataclasses.replace(build(options_from({"model": "noop:64:0"})), ranks=ranks))
     thread = threading.Thread(target=loop.run)
     thread.start()
-    loop._plans.put(StepPlan(StepSeq(1), ()))
+    loop._schedulers._plans[0].put(StepPlan(StepSeq(1), ()))
     assert waits.wait(5)
     began = time.monotonic()
     loop.stop()

@@ -10,7 +10,7 @@ import pytest
 
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.models.source import describe
-from agentspeed_engine.serve import options as engine_options
+from agentspeed_engine.serve import rank_start
 from agentspeed_engine.serve.options import build, options_from
 from agentspeed_engine.serve.rank_options import RankOptions
 from agentspeed_engine.serve.rank_shares import shares_of
@@ -40,7 +40,8 @@ def test_a_number_of_ranks_that_does_not_divide_the_model_is_refused_with_those_
 
 
 def test_what_is_not_there_is_refused_by_its_name(folder: Path) -> None:
-    assert "dp is 2" in refusal(folder, dp=2).message
+    assert "dp is 40 and tp 2" in refusal("noop:64:0", dp=40, tp=2).message
+    assert "dp is 3 and tp 1, and n_routed_experts 8 does not divide by 3" in refusal(folder, dp=3).message
     assert "Give ep as one of 1, 2, 4" in refusal(folder, tp=4, ep=3).remedy
 
 
@@ -69,7 +70,7 @@ def test_threads_are_counted_where_the_system_names_no_cores_of_a_process(monkey
         asked.append(options.threads)
         raise EngineFault("rank_lost", "None is started here.", "")
 
-    monkeypatch.setattr(engine_options, "RankProcesses", started)
+    monkeypatch.setattr(rank_start, "RankProcesses", started)
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     with pytest.raises(EngineFault, match="None is started here"):
         _ = build(options_from({"model": "noop:64:0", "tp": 2}))

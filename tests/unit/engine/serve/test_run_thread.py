@@ -26,6 +26,7 @@ from agentspeed_engine.sched.state import Out
 from agentspeed_engine.serve.in_thread import EngineThread
 from agentspeed_engine.serve.loop import EngineLoop
 from agentspeed_engine.serve.options import EngineOptions, build, options_from, parse_options
+from agentspeed_engine.serve.schedulers import Heard
 from tests.support.engine_client import Front, LinkClosed
 from tests.support.random_checkpoint import make_checkpoint
 from tests.support.remembering_model import RememberingModel
@@ -224,7 +225,8 @@ def test_a_plan_is_never_told_an_older_time_than_the_end_of_a_copy_that_the_core
 
     loop = EngineLoop(build(NOOP), clock=Hastens())
     told: list[tuple[str, float]] = []
-    plan, copied = loop._core.plan, loop._core.copied
+    core: Any = loop._cores.cores[0]
+    plan, copied = core.plan, core.copied
 
     def planned(now: float) -> StepPlan | None:
         told.append(("plan", now))
@@ -235,8 +237,8 @@ def test_a_plan_is_never_told_an_older_time_than_the_end_of_a_copy_that_the_core
         told.append(("copied", now))
         return copied(ticket, ok, now)
 
-    loop._core.plan, loop._core.copied = planned, ended  # type: ignore[method-assign]
-    loop._report(Copied(TicketId(1), True))
+    core.plan, core.copied = planned, ended
+    loop._report(Heard(0, Copied(TicketId(1), True)))
     loop.run()
     assert [name for name, _ in told] == ["copied", "plan"]
     assert told[0][1] < told[1][1]
