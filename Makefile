@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Two workers, a file's tests on one of them, so that they share its engines. One process: make test PARALLEL=
-PARALLEL ?= -n 2 --dist loadfile
+# Three workers, for two cores: while one waits, for a timeout or an engine, another computes. A file's tests are one worker's, so
+# that they share its engines; files begin in their order, for the longest are not the last then. One process: make test PARALLEL=
+PARALLEL ?= -n 3 --dist loadfile --no-loadscope-reorder
 # What `make bench` runs, in this order; the options keep each below ten minutes. One alone: make bench BENCHES=fork
 BENCHES := sched fork resume cold_siblings sdk server turns agents adapters busy nano kernels int8 peers_cpu spmd step retention \
 	"pauses --seeds 6" models deadlock_race recorder host_copies "cancel --events 2000 --kills 10"
