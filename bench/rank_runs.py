@@ -20,6 +20,7 @@ import anyio
 import numpy as np
 
 from agentspeed import Engine, Session, errors
+from agentspeed._core.engine_options import EngineOptions
 from agentspeed_engine.exec.cpu import CpuExecutor
 from agentspeed_engine.exec.executor import Executor
 from agentspeed_engine.exec.step_input import Sample, StepInput
@@ -38,6 +39,8 @@ _STEPS = 50
 """Of one timing; both sides take turns, so that what else the machine does falls on both."""
 _VOCABULARY = 32_000
 _HIDDEN = 2048
+_PAGES_EACH = 18
+"""Of two pools instead of one: room for one of the two or three sessions that each gets."""
 
 
 # ---- what a step costs more ---------------------------------------------------------------------------------------
@@ -129,42 +132,65 @@ def sum_us(scratch: Path) -> dict[str, float]:
 
 # ---- tokens -------------------------------------------------------------------------------------------------------
 def tokens_equal(scratch: Path) -> dict[str, int]:
-    """1 where every turn of the workload draws on so many ranks what it draws in one process, in float64."""
+    """1 where every turn of the workload draws on so many ranks what it draws in one process, in float64. Every pool is
+    too small for the sessions that it gets: rows are pushed out to the host, and turns preempted."""
     folder = make_checkpoint(CONFIG, scratch / "model", seed=3, dtype="float64")
-    turns = {}
-    for tp in (1, 2, 4):
-        place = scratch / f"tp{tp}"
+    turns: dict[str, list[list[int]]] = {}
+    for name, ranks, pages in (
+        ("one", {}, OPTIONS["pages"]),
+        ("tp2", {"tp": 2}, OPTIONS["pages"]),
+        ("tp4", {"tp": 4}, OPTIONS["pages"]),
+        ("dp2", {"dp": 2}, _PAGES_EACH),
+        ("dp2_tp2", {"dp": 2, "tp": 2}, _PAGES_EACH),
+    ):
+        place = scratch / name
         place.mkdir()
-        with engine(place, model=str(folder), tp=tp, **OPTIONS) as process:
+        with engine(place, model=str(folder), **(OPTIONS | {"pages": pages} | ranks)) as process:
             front = process.connect()
-            turns[tp] = [ids for seed in range(3) for ids, _ in drawn(front, seed=seed)]
-            counts = front.counts()
-        if not (counts["preemptions"] and counts["pages_loaded"] and counts["pages_copied"]):
+            turns[name] = [ids for seed in range(3) for ids, _ in drawn(front, seed=seed)]
+            stats = front.ask(wire.GetStats(request=front.number()), wire.Stats)
+        counts = stats.counts
+        worked = all(counts[what] for what in ("preemptions", "pages_loaded", "pages_copied"))
+        if not (worked and all(one["pages_nodes"] for one in stats.dp)):
             raise AssertionError(f"the workload did not do what it is for: {counts}")
-    return {f"tokens_equal_tp{tp}": int(turns[tp] == turns[1]) for tp in (2, 4)}
+    wanted = turns.pop("one")
+    return {f"tokens_equal_{name}": int(found == wanted) for name, found in turns.items()}
 
 
 # ---- kills --------------------------------------------------------------------------------------------------------
-
-
 def kills(scratch: Path, count: int) -> dict[str, float]:
-    """A random rank of two is killed while sessions draw, again and again. A session is lost when its log lost what
-    was committed or its next turn fails; seconds are from the kill until every session has drawn again."""
+    """A random one of two ranks is killed while sessions draw, again and again: half of the kills with tp, half with
+    dp. A session is lost when its log lost what was committed or its next turn fails; seconds are from the kill until
+    every session has drawn again."""
     folder = make_checkpoint(CONFIG, scratch / "killed", seed=4)
-    found: dict[str, float] = {}
+    seconds: dict[str, list[float]] = {"tp": [], "dp": []}
+    lost = left = 0
 
-    async def run() -> None:
-        found.update(await _kills(folder, count))
+    async def run(axis: str, times: int) -> None:
+        nonlocal lost, left
+        more = await _kills(folder, axis, times, seconds[axis])
+        lost, left = lost + more[0], left + more[1]
 
-    anyio.run(run)
-    return found
+    for axis, times in (("tp", count - count // 2), ("dp", count // 2)):
+        anyio.run(run, axis, times)
+    every = sorted(seconds["tp"] + seconds["dp"])
+    return {
+        "kills": count,
+        "kills_dp": len(seconds["dp"]),
+        "kill_sessions_lost": lost,
+        "kill_processes_left": left,
+        "kill_usable_seconds_p50": round(statistics.median(every), 2),
+        "kill_usable_seconds_p99": round(every[min(len(every) - 1, int(0.99 * len(every)))], 2),
+    }
 
 
-async def _kills(folder: Path, count: int) -> dict[str, float]:
-    noise = random.Random(7)
-    lost, left, seconds = 0, 0, list[float]()
+async def _kills(folder: Path, axis: str, count: int, seconds: list[float]) -> tuple[int, int]:
+    """(Sessions lost, processes left); adds to `seconds`."""
+    noise = random.Random(f"7 {axis}")
+    lost = left = 0
+    ranks = EngineOptions(tp=2) if axis == "tp" else EngineOptions(dp=2)
     async with (
-        Engine(folder, tp=2, pages=128, context_limit=1024) as one,
+        Engine(folder, pages=128, context_limit=1024, **ranks) as one,
         one.session() as a,
         one.session() as b,
         one.session() as c,
@@ -192,18 +218,11 @@ async def _kills(folder: Path, count: int) -> dict[str, float]:
                     print(f"kill {number}: a session is lost: {error}", file=sys.stderr)
                     lost += 1
             seconds.append(time.monotonic() - killed)
-            print(f"kill {number + 1}: usable again after {seconds[-1]:.1f} s", file=sys.stderr)
+            print(f"{axis} kill {number + 1}: usable again after {seconds[-1]:.1f} s", file=sys.stderr)
             left += sum(map(alive, pids))
             for session, mark in zip(sessions, marks, strict=True):
                 await session.rewind(mark)
-    seconds.sort()
-    return {
-        "kills": count,
-        "kill_sessions_lost": lost,
-        "kill_processes_left": left,
-        "kill_usable_seconds_p50": round(statistics.median(seconds), 2),
-        "kill_usable_seconds_p99": round(seconds[min(len(seconds) - 1, int(0.99 * len(seconds)))], 2),
-    }
+    return lost, left
 
 
 async def _pids(one: Engine) -> list[int]:

@@ -8,10 +8,10 @@ Run: `python bench/spmd.py [--rounds N] [--kills N]`. The last line is JSON:
   the start of the interpreter to the printed plan, and the most memory that it had (MiB).
 - `rank_step_overhead_us`: what a greedy step of one row takes longer on two ranks than on one with layers that do
   nothing; `..._sampled_us`: one with temperature. `sum_us_shared`, `sum_us_gloo`: one sum of 2048 floats.
-- `tokens_equal_tp2`, `tokens_equal_tp4`: 1 where a workload with forks, rewinds, preemptions, a grammar, penalties and
-  the host tier draws in float64 what one process draws.
-- `kill_...`: a random rank of two is killed while four sessions draw: sessions lost, processes left, and seconds until
-  every session has drawn again.
+- `tokens_equal_tp2`, `..._tp4`, `..._dp2`, `..._dp2_tp2`: 1 where a workload with forks, rewinds, preemptions, a
+  grammar, penalties and the host tier draws in float64 what one process draws.
+- `kill_...`: a random rank of two is killed while four sessions draw, half of the times with tp and half with dp:
+  sessions lost, processes left, and seconds until every session has drawn again.
 """
 
 from __future__ import annotations
@@ -51,14 +51,15 @@ from bench.rank_runs import kills, step_overhead_us, sum_us, tokens_equal
 
 MODEL = ROOT / "bench/models/tiny.json"
 V3 = ROOT / "bench/models/deepseek-v3.json"
-PAGE, BATCH = 64, 20
-"""Rows of a page; steps of one timing."""
+PAGE, STEPS = 64, 20
+"""Rows of a page; steps of each way in a round."""
 MOST = {"chain_overhead": 1.02, "plan_seconds_v3": 10, "plan_peak_mb_v3": 2048, "rank_step_overhead_us": 500}
 """Targets; a figure above its own is printed as missed."""
 
 
 def chain_overhead(rounds: int) -> float:
-    """Both ways take turns, so that what else the machine does falls on both."""
+    """Both ways take turns step by step, so that what else the machine does falls on both, and of a round the medians
+    are compared, so that a step which was interrupted counts for nothing."""
     source = read_source(f"random:{MODEL}")
     family, config = source.family, source.config
     kernels = Kernels(standard(), detect(), "float32", tuple(OPS))
@@ -85,17 +86,18 @@ def chain_overhead(rounds: int) -> float:
     if not torch.equal(by_hand(), compiled()):
         raise AssertionError("the compiled chain gives other logits than its modules")
     ratios: list[float] = []
-    for number in range(rounds):
-        first, second = (by_hand, compiled) if number % 2 else (compiled, by_hand)
-        seconds = {call: _seconds(call) for call in (first, second)}
-        ratios.append(seconds[compiled] / seconds[by_hand])
+    for _ in range(rounds):
+        seconds: dict[Any, list[float]] = {by_hand: [], compiled: []}
+        for number in range(STEPS):
+            for call in (by_hand, compiled) if number % 2 else (compiled, by_hand):
+                seconds[call].append(_seconds(call))
+        ratios.append(statistics.median(seconds[compiled]) / statistics.median(seconds[by_hand]))
     return statistics.median(ratios)
 
 
 def _seconds(call: Any) -> float:
     started = time.perf_counter()
-    for _ in range(BATCH):
-        call()
+    call()
     return time.perf_counter() - started
 
 

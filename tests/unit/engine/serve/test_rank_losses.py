@@ -15,6 +15,7 @@ import pytest
 
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.exec.cpu import Computed, CpuExecutor
+from agentspeed_engine.exec.ranks import group
 from agentspeed_engine.exec.ranks.group import GroupBroken
 from agentspeed_engine.exec.step_input import StepInput
 from agentspeed_engine.ids import StepSeq
@@ -36,8 +37,8 @@ MEMORY = EngineFault("out_of_memory", "Rank 1: no room", "Use fewer pages.")
 class FakeProcess:
     """`RankProcess` that runs until a test says otherwise."""
 
-    def __init__(self, options: RankOptions, memory: int | None, heard: object) -> None:
-        self.rank = options.rank
+    def __init__(self, options: RankOptions, memory: object, heard: Any) -> None:
+        self.rank, self.heard = options.rank, heard
         self.pid = 1000 + options.rank
         self.fault: EngineFault | None = None
         self.left, self.ended = "", ""
@@ -56,9 +57,9 @@ class FakeProcess:
 def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[RankProcesses]:
     monkeypatch.setattr(rank_processes, "RankProcess", FakeProcess)
     monkeypatch.setattr(rank_processes, "_NEWS_SECONDS", 0.0)
-    group = RankProcesses(OPTIONS, lambda text: None)
-    yield group
-    group.close()
+    made = RankProcesses(OPTIONS, lambda text: None)
+    yield made
+    made.close()
 
 
 def named(ranks: RankProcesses, late: int | None = None) -> str:
@@ -109,6 +110,28 @@ def test_a_rank_that_ended_by_itself_is_named_before_those_that_gave_up(ranks: R
     assert named(ranks) == "Rank 1 (process 1001) gave up: a rank gave up."
     ends(ranks, 2, "ended with status 1")
     assert named(ranks) == "Rank 2 (process 1002) ended with status 1."
+
+
+def test_a_rank_that_ends_before_it_has_met_the_others_is_noticed_by_its_end(
+    ranks: RankProcesses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over torch.distributed, whose own limit is two minutes. Rank 0 does not begin to meet them."""
+
+    class Meets:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            raise AssertionError("rank 0 would wait for a rank that is dead")
+
+    monkeypatch.setattr(group, "TorchGroup", Meets)
+    monkeypatch.setattr(ranks, "_memory", None)
+    for one in ranks.all:
+        process: Any = one
+        if one.rank == 2:
+            ends(ranks, 2, "was killed by signal 9")
+            process.heard(one, None)
+        else:
+            process.heard(one, {"arrived": True})
+    with pytest.raises(EngineFault, match=r"Rank 2 \(process 1002\) was killed by signal 9"):
+        _ = ranks.group()
 
 
 def test_whoever_waits_for_a_rank_waits_no_more_when_the_engine_ends(
