@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import final
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from agentspeed_engine.models.tensor_shapes import Shape
 from agentspeed_engine.models.weights import Part, WeightSource
+from agentspeed_engine.spmd.experts import deal
 from agentspeed_engine.spmd.placement import Rank
 
 _RULES: tuple[tuple[re.Pattern[str], int], ...] = (
@@ -20,7 +21,7 @@ _RULES: tuple[tuple[re.Pattern[str], int], ...] = (
     (re.compile(r"\.mlp\.down_proj\.weight$"), 1),
 )
 """(Names, the dim that is cut over tp): heads, the vocabulary, the inner width of a dense feed-forward."""
-_EXPERT = re.compile(r"\.(?P<shared>shared_)?experts\.(?:\d+\.)?(?P<matrix>gate|up|down)_proj\.weight$")
+_EXPERT = re.compile(r"\.(?P<shared>shared_)?experts\.(?:(?P<number>\d+)\.)?(?P<matrix>gate|up|down)_proj\.weight$")
 
 
 def part_of(name: str, rank: Rank) -> Part | None:
@@ -38,6 +39,20 @@ def part_of(name: str, rank: Rank) -> Part | None:
         if names.search(name):
             return Part(dim, rank.tp, rank.mesh.tp)
     return None
+
+
+def held_shapes(shapes: Iterable[tuple[str, Shape]], rank: Rank, experts: int) -> Iterator[tuple[str, Shape]]:
+    """Of the tensors of a model with so many routed experts: those that a rank has, as it has them."""
+    spread, mesh = rank.mesh.experts, rank.mesh
+    own = deal(experts, mesh.expert_groups, spread.spare, spread.loads)[rank.expert_group] if experts else ()
+    for name, shape in shapes:
+        expert = _EXPERT.search(name)
+        if expert is not None and expert["number"] is not None and int(expert["number"]) not in own:
+            continue
+        part = part_of(name, rank)
+        if part is not None:
+            shape = tuple(extent // part.count if dim == part.dim else extent for dim, extent in enumerate(shape))
+        yield name, shape
 
 
 @final

@@ -55,7 +55,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     has matrix units for it, else float32; the engine says at its start which and why."""
     weights: Literal["dtype", "int8", "int8-32"] = "dtype"
     """Format of the matrices alone. int8: 8 bits and a scale for each output, half of what bfloat16 reads; int8-32: a
-    scale for each 32 inputs, nearer to the checkpoint (docs/how-to/kernels.md). On a CPU, in one process."""
+    scale for each 32 inputs, nearer to the checkpoint (docs/how-to/kernels.md). On a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where weights, cache and steps are. auto: the first GPU where one can be used, has kernels for the model's
     attention and room for its weights, else the CPU; the engine says at its start which GPU, or why none."""
@@ -275,12 +275,11 @@ def build(options: EngineOptions, progress: Callable[[str], None] | None = None)
     options = msgspec.structs.replace(options, dtype=dtype, device=device, depth=depth)
     weights = None if options.weights == "dtype" else options.weights
     ranks = options.dp * options.tp
-    if weights is not None and ranks > 1:
-        raise _wrong(f"weights is {weights!r} on {ranks} ranks", "Ranks keep weights in dtype: leave `weights` out.")
     info = describe(options.model, dtype=dtype, page_tokens=options.page_tokens, weights=weights)
     shares = shares_of(options, info)
-    held = info.weight_bytes if weights is not None else None
-    pages, limit = sizes(options, info.context_limit, shares.bytes_per_page, shares.parameters, place.memory, held)
+    pages, limit = sizes(
+        options, info.context_limit, shares.bytes_per_page, shares.parameters, place.memory, shares.weight_bytes
+    )
     core = _core(options, pages, limit, info.vocab_size, as_text(folder.name))
     core.check()
     if info.notice:
@@ -390,6 +389,7 @@ def _on_ranks(
         seconds=options.rank_seconds,
         dp=options.dp,
         lock_step=lock_step,
+        weights=None if options.weights == "dtype" else options.weights,
     )
     made = started(given, core, vocabulary, say, loads=bool(source))
     return Built(made.core, made.model, vocabulary, source, made.executors, made.lock_step, made.ranks)

@@ -13,6 +13,7 @@ import msgspec
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.exec.noop import NoopModel
 from agentspeed_engine.models.catalog import Dtype, load
+from agentspeed_engine.models.weight_formats import WeightFormat
 from agentspeed_engine.serve.noop_name import NOOP, noop_sizes
 from agentspeed_engine.spmd.experts import ExpertSpread
 from agentspeed_engine.spmd.placement import Mesh, Rank
@@ -55,6 +56,7 @@ class RankOptions(msgspec.Struct, frozen=True, kw_only=True):
     dp: int = 1
     lock_step: bool = False
     """Steps of dp ranks are taken together, because they share experts."""
+    weights: WeightFormat | None = None
     meet: str = ""
     """The folder where the ranks meet that use torch.distributed."""
 
@@ -113,6 +115,7 @@ def loaded_shard(options: RankOptions, group: Group) -> ShardModel:
         page_tokens=options.page_tokens,
         threads=options.threads,
         device=options.device,
+        weights=options.weights,
         rank=rank,
         comm=group.comm,
         recordable=group.recordable,

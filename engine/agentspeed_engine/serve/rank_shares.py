@@ -10,6 +10,7 @@ from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.models.kv_layout import DTYPE_BYTES
 from agentspeed_engine.models.source import ModelInfo, read_source
 from agentspeed_engine.models.tensor_shapes import Cut
+from agentspeed_engine.models.weight_formats import weight_bytes
 from agentspeed_engine.spmd.experts import ExpertSpread
 from agentspeed_engine.spmd.placement import Mesh
 
@@ -24,6 +25,8 @@ class RankWishes(Protocol):
     def model(self) -> str: ...
     @property
     def dtype(self) -> Literal["auto", "float32", "float64", "bfloat16"]: ...
+    @property
+    def weights(self) -> Literal["dtype", "int8", "int8-32"]: ...
     @property
     def device(self) -> Literal["auto", "cpu", "cuda"]: ...
     @property
@@ -43,6 +46,8 @@ class Shares:
 
     bytes_per_page: int
     parameters: int
+    weight_bytes: int | None
+    """Of weights that are not all in the options' dtype; None where they are."""
     said: str
     """For whoever starts the engine; empty for one rank."""
     lock_step: bool
@@ -57,7 +62,13 @@ def mesh_of(options: RankWishes) -> Mesh:
 def shares_of(options: RankWishes, info: ModelInfo) -> Shares:
     """`options` say device and dtype. Raises `EngineFault` (bad_options) for ranks that do not divide the model."""
     if options.tp == options.dp == 1 and options.ep in (None, 1):
-        return Shares(bytes_per_page=info.bytes_per_page, parameters=info.parameters, said="", lock_step=False)
+        return Shares(
+            bytes_per_page=info.bytes_per_page,
+            parameters=info.parameters,
+            weight_bytes=None if options.weights == "dtype" else info.weight_bytes,
+            said="",
+            lock_step=False,
+        )
     source = read_source(options.model)
     moe = source.config.moe
     if options.ep is not None and moe is None:
@@ -66,16 +77,23 @@ def shares_of(options: RankWishes, info: ModelInfo) -> Shares:
     ranks = options.tp * options.dp
     here = 1 if options.device == "cuda" else ranks
     # Imported late: it builds the model, without memory.
+    from agentspeed_engine.models.pieces import held_shapes
     from agentspeed_engine.models.planning import plan_model
 
     assert options.dtype != "auto"
     planned = plan_model(source, mesh_of(options), dtype=options.dtype, rows=1, page_tokens=options.page_tokens)
+    each = planned.weight_bytes
+    if options.weights != "dtype":
+        first, experts = mesh_of(options).rank(0), 0 if moe is None else moe.experts
+        held = held_shapes(source.family.shapes(source.config), first, experts)
+        each = weight_bytes(held, DTYPE_BYTES[options.dtype], options.weights)
     parameters = planned.weight_bytes // DTYPE_BYTES[options.dtype]
     page = planned.cache_bytes_per_token * options.page_tokens
     return Shares(
         bytes_per_page=page * here,
         parameters=parameters * here,
-        said=f", on {ranks} ranks of {planned.weight_bytes / 1e6:.0f} MB of weights each",
+        weight_bytes=None if options.weights == "dtype" else each * here,
+        said=f", on {ranks} ranks of {each / 1e6:.0f} MB of weights each",
         lock_step=options.dp > 1 and moe is not None and bool(moe.layers),
     )
 
