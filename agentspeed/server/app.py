@@ -35,6 +35,7 @@ _LOG = logging.getLogger("agentspeed.server")
 _ACCESS = logging.getLogger("agentspeed.access")
 _SWEEP_SECONDS = 5.0
 _LAST_SECONDS = 1.0
+_LOOK_SECONDS = 0.1
 _OPEN_PATHS = frozenset({"/health"})
 Endpoint: TypeAlias = Callable[[Request, Service, str], Awaitable[ASGIApp]]
 
@@ -123,7 +124,9 @@ async def _swept(service: Service, sessions: Sessions, links: Links) -> None:
     while True:
         await service.wait_for_drain(_SWEEP_SECONDS)
         if service.draining:  # what has no end of its own ends shortly before everything is cancelled
-            await anyio.sleep(max(0.0, service.drain_left - _LAST_SECONDS))
+            while service.drain_left > _LAST_SECONDS:
+                await links.close_resting()
+                await anyio.sleep(min(_LOOK_SECONDS, service.drain_left))
             await links.close_all()
             await sessions.end_turns(0.0)
             return

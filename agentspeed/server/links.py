@@ -2,8 +2,8 @@
 
 A link is one of the engine's links, made by the server for a client, as two byte streams that survive a connection.
 What the engine sends is read from any offset that was not acknowledged yet; what the client sends says at which offset
-it begins, so a request that is sent again changes nothing. Only `Open` is looked at: a client has the tenant of its key
-and no other.
+it begins, so a request that is sent again changes nothing. `Open` is changed: a client has the tenant of its key
+and no other; what passes tells whether a link is used, for one that rests holds up no server that is about to end.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from agentspeed import errors
+from agentspeed.server.link_use import LinkUse
 from agentspeed.server.problems import Problem, refused
 from agentspeed.server.streaming import Emitter, EventStream, encoded
 from agentspeed.server.turns import Service
 from agentspeed.transport.base import wire
-from agentspeed.transport.frames import BadFrame, command_reader, encode_command
+from agentspeed.transport.frames import BadFrame, command_reader, encode_command, outbox_reader
 
 _LOG = logging.getLogger("agentspeed.server")
 MOST_UNREAD: Final = 8 * 1024 * 1024
@@ -49,6 +50,8 @@ class ServedLink:
         self.ended = False
         self._stream = stream
         self._commands = command_reader()
+        self._said = outbox_reader()
+        self._use = LinkUse()
         self._received = 0
         self._sending = anyio.Lock()
         self._unread = bytearray()
@@ -63,13 +66,24 @@ class ServedLink:
                 while len(self._unread) > MOST_UNREAD:
                     self._room = anyio.Event()
                     await self._room.wait()
-                self._unread += await self._stream.receive(_READ_BYTES)
+                data = await self._stream.receive(_READ_BYTES)
+                self._said.feed(data)
+                for said in self._said:
+                    self._use.heard(said, time.monotonic())
+                self._unread += data
                 self._wake()
         except (anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError):
             pass
+        except BadFrame as error:
+            _LOG.error("a link ends: what the engine sent is no frame of this protocol: %s", error)
         finally:
             self.ended = True
             self._wake()
+
+    @property
+    def rests(self) -> bool:
+        """Whether its client waits for nothing that runs."""
+        return self._use.rests(time.monotonic())
 
     def _wake(self) -> None:
         self._more.set()
@@ -93,6 +107,7 @@ class ServedLink:
             return self._received
 
     def _of_tenant(self, command: wire.Command) -> wire.Command:
+        self._use.told(command)
         return msgspec.structs.replace(command, tenant=self.tenant) if isinstance(command, wire.Open) else command
 
     async def read(self, after: int, emit: Emitter) -> None:
@@ -170,6 +185,12 @@ class Links:
         late = time.monotonic() - self._grace
         for link in list(self._links.values()):
             if link.left_at is not None and link.left_at < late:
+                await self.close(link)
+
+    async def close_resting(self) -> None:
+        """Those that a server which is about to end would wait for in vain."""
+        for link in list(self._links.values()):
+            if link.rests:
                 await self.close(link)
 
     async def close_all(self) -> None:

@@ -6,13 +6,15 @@ import json
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
 import pytest
+from annotated_types import Len
 
 import agentspeed
 from agentspeed.server.options import ApiKey, ServerOptions
+from agentspeed.sync import Session
 from tests.support.engine_client import engine
 from tests.support.server_run import server, server_and_service
 
@@ -205,3 +207,17 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(tm
     place.touch()
     with pytest.raises(Exception, match="Snapshots cannot be kept in"), server(options=_options(place)):
         pass
+
+
+def test_a_client_of_a_link_that_rests_does_not_hold_up_the_end() -> None:
+    """Its link stays open for as long as its process lives."""
+    with server(options=ServerOptions(port=0, drain_seconds=100.0)) as url, Session(url) as s:
+        _ = s.generate("Say hi.", max_tokens=4)
+
+
+def test_a_turn_over_a_link_ends_well_before_the_server_does() -> None:
+    with server_and_service(options=ServerOptions(port=0, drain_seconds=100.0)) as (url, service), Session(url) as s:
+        with s.stream("Say hi.", output=Annotated[list[bool], Len(100, 100)], max_tokens=900) as turn:
+            for _ in turn:
+                service.drain()
+        assert len(turn.result().output) == 100
