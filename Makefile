@@ -53,10 +53,20 @@ check: $(STAMP)
 	@.venv-server/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt --group conformance-server
 	@touch $@
 
-conformance: .venv-langchain/.installed .venv-server/.installed
+.venv-ray/.installed: $(STAMP)
+	@echo "Setting up .venv-ray (once) ..."
+	@test -x .venv-ray/bin/python || $(PYTHON) -m venv .venv-ray
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> $$(.venv-ray/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages_of_venv.pth
+	@.venv-ray/bin/python -m pip install -q --disable-pip-version-check -U 'pip>=25.1'
+	@.venv-ray/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt --group conformance-ray
+	@touch $@
+
+conformance: .venv-langchain/.installed .venv-server/.installed .venv-ray/.installed
 	.venv-langchain/bin/python -m pytest -q -W ignore tests/adapters
 	.venv-server/bin/python -m pytest -q -W ignore tests/adapters/test_openapi_conformance.py \
 		tests/adapters/test_ui_browser.py
+	.venv-ray/bin/python -m pytest -q -W ignore tests/adapters/test_ray_replicas.py
 
 bench: $(STAMP)
 	@for run in $(BENCHES); do name=$${run%% *}; echo "== bench/$$name.py$${run#$$name}"; \
@@ -98,4 +108,4 @@ simulate: $(STAMP)
 	PYTHONPATH=engine:kernels $(BIN)/python -m tests.simulation --seeds 25 --marks
 
 clean:
-	rm -rf $(VENV) .venv-langchain .venv-server .checkpoints .peers
+	rm -rf $(VENV) .venv-langchain .venv-server .venv-ray .checkpoints .peers

@@ -6,7 +6,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, TypeAlias, final
 
 import anyio
@@ -175,6 +175,10 @@ class Gate:
         self.routes = app.routes
         self._app = app
         self._options = options
+
+    def running(self) -> AbstractAsyncContextManager[Any]:
+        """What a server's lifespan is, for who serves this otherwise: at its end turns end and sessions are saved."""
+        return self._app.router.lifespan_context(self._app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

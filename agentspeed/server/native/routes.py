@@ -14,6 +14,7 @@ from agentspeed import errors
 from agentspeed.chat.output import Schema
 from agentspeed.message_formats.tools import declared
 from agentspeed.sampling import Sampling
+from agentspeed.server.affinity import AFFINITY, key_in
 from agentspeed.server.native import bodies
 from agentspeed.server.native.idempotency import Idempotency
 from agentspeed.server.native.served import Served, Sessions
@@ -58,7 +59,7 @@ def session_routes(sessions: Callable[[], Sessions], route: Callable[..., Route]
             private=given.private,
             tenant=tenant or None,
             seed=given.seed,
-            name=given.name,
+            name=given.name or key_in(request.headers.get(AFFINITY)) or None,
             max_tokens=given.max_tokens,
             reasoning=given.reasoning,
             record_logprobs=given.record_logprobs,

@@ -73,6 +73,18 @@ class ChatRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     function_call: Any = None
 
 
+def conversation_of(body: ChatRequest, tenant: str) -> Conversation:
+    """Raises `MessageMisfit` that names the message or the tool."""
+    system, messages = conversation_parts(body.messages)
+    return Conversation(
+        messages=messages,
+        system=system,
+        tools=declared(tool_definitions(body.tools)),
+        tenant=tenant,
+        hint=body.prompt_cache_key,
+    )
+
+
 def request_of(body: ChatRequest, service: Service, tenant: str) -> Request:
     """What is asked for, in the SDK's terms. Raises `RequestProblem`."""
     for name in ("functions", "function_call"):
@@ -85,7 +97,6 @@ def request_of(body: ChatRequest, service: Service, tenant: str) -> Request:
         raise refused(f"n is {choices}; it must be from 1 to {MOST_CHOICES}.", param="n")
     if body.top_logprobs is not None and not body.logprobs:
         raise refused("top_logprobs needs logprobs.", param="top_logprobs")
-    system, messages = conversation_parts(body.messages)
     most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     limits = service.options
     options: TurnOptions = {
@@ -101,13 +112,7 @@ def request_of(body: ChatRequest, service: Service, tenant: str) -> Request:
     if body.logprobs:
         options["logprobs"] = body.top_logprobs or 0
     return Request(
-        conversation=Conversation(
-            messages=messages,
-            system=system,
-            tools=declared(tool_definitions(body.tools)),
-            tenant=tenant,
-            hint=body.prompt_cache_key,
-        ),
+        conversation=conversation_of(body, tenant),
         options=options,
         output=output_of(body.response_format),
         choices=choices,

@@ -120,6 +120,6 @@ def call_item(
     }
 
 
-def new_id(kind: str) -> str:
+def new_id(kind: str, begins: str = "") -> str:
     """An id as these endpoints write it."""
-    return f"{kind}_{secrets.token_hex(16)}"
+    return f"{kind}_{begins}{secrets.token_hex(16)}"

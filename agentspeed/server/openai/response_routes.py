@@ -13,6 +13,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from agentspeed.messages import Assistant, Message, ToolMessage, User
+from agentspeed.server.affinity import AFFINITY, key_in
 from agentspeed.server.openai import items
 from agentspeed.server.openai.responses import Responses, ResponsesRequest
 from agentspeed.server.openai.stored import StoredConversation
@@ -34,7 +35,7 @@ def responses_routes(service: Service, route: Callable[..., Route]) -> list[Rout
 
     async def create(request: Request, service: Service, tenant: str) -> ASGIApp:
         body: ResponsesRequest = parsed(await request.body(), ResponsesRequest)
-        one = owner.open(body, tenant)
+        one = owner.open(body, tenant, key_in(request.headers.get(AFFINITY)))
         if not body.stream:
             return WholeBody(lambda: owner.run(one, None), Problem.openai, headers={})
 
@@ -69,7 +70,9 @@ def responses_routes(service: Service, route: Callable[..., Route]) -> list[Rout
         system, messages = items.read_items(body.items or [], where="items")
         if system:
             raise refused("A conversation has no system items; give instructions to each response.", param="items")
-        made = StoredConversation(items.new_id("conv"), int(time.time()), body.metadata or {}, messages)
+        made = StoredConversation(
+            items.new_id("conv", key_in(request.headers.get(AFFINITY))), int(time.time()), body.metadata or {}, messages
+        )
         owner.conversations.put(tenant, made.number, made)
         return _json(_card(made))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any, final
 
 import anyio
@@ -20,6 +21,7 @@ from agentspeed.server.problems import Problem, RequestProblem, refused
 from agentspeed.server.streaming import Emitter
 from agentspeed.server.turns import Answer, Request, Service
 from agentspeed.session import TurnOptions
+from agentspeed.tools import Tool
 
 
 class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -58,6 +60,16 @@ class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
     reasoning: dict[str, Any] | None = None
 
 
+def tools_of(body: ResponsesRequest) -> tuple[Tool, ...]:
+    """Raises `MessageMisfit` that names the tool."""
+    return declared(tool_definitions(body.tools))
+
+
+def system_of(body: ResponsesRequest, texts: Sequence[str]) -> str | None:
+    """Its instructions, then the system texts of its input."""
+    return "\n\n".join([*([body.instructions] if body.instructions else []), *texts]) or None
+
+
 @final
 class Responses:
     """The endpoint's own state: what it stored, and what runs."""
@@ -75,9 +87,9 @@ class Responses:
             scope.cancel()
         return scope is not None
 
-    def open(self, body: ResponsesRequest, tenant: str) -> OneResponse:
-        """Raises `RequestProblem`."""
-        return OneResponse(self, body, tenant)
+    def open(self, body: ResponsesRequest, tenant: str, affinity: str = "") -> OneResponse:
+        """Its id begins with `affinity`. Raises `RequestProblem`."""
+        return OneResponse(self, body, tenant, affinity)
 
     async def run(self, one: OneResponse, emit: Emitter | None) -> dict[str, Any]:
         """The response when it has ended; a streamed one has sent its events by then."""
@@ -106,8 +118,8 @@ class Responses:
 class OneResponse:
     """One request on its way to a response."""
 
-    def __init__(self, owner: Responses, body: ResponsesRequest, tenant: str) -> None:
-        self.number = items.new_id("resp")
+    def __init__(self, owner: Responses, body: ResponsesRequest, tenant: str, affinity: str) -> None:
+        self.number = items.new_id("resp", affinity)
         self.tenant = tenant
         self._owner = owner
         self._service = owner.service
@@ -124,7 +136,7 @@ class OneResponse:
         if not new and not earlier:
             raise refused("input is empty.", param="input")
         self._messages: tuple[Message, ...] = (*earlier, *new)
-        self._system = "\n\n".join([*([body.instructions] if body.instructions else []), *system]) or None
+        self._system = system_of(body, system)
         self._request = self._asked()
         self._events = ResponseEvents(self._head("in_progress"))
 
@@ -175,7 +187,7 @@ class OneResponse:
                 messages=self._messages,
                 system=self._system,
                 tenant=self.tenant,
-                tools=declared(tool_definitions(body.tools)),
+                tools=tools_of(body),
                 hint=body.prompt_cache_key,
             ),
             options=options,
