@@ -16,6 +16,8 @@ from agentspeed.transport.engine_process import EngineSlot
 from agentspeed_engine.protocol import messages as wire
 from agentspeed_engine.serve.in_thread import EngineThread
 from agentspeed_engine.serve.options import options_from
+from agentspeed_engine.serve.recording import FLIGHT
+from agentspeed_engine.serve.replay import Replay
 from tests.support.engine_client import EngineProcess, Front, LinkClosed, alive, engine
 from tests.support.paged import CONFIG
 from tests.support.random_checkpoint import make_checkpoint
@@ -118,3 +120,20 @@ def test_a_step_may_take_longer_than_a_rank_is_waited_for(tmp_path: Path) -> Non
         branches = [front.open([1, 2, 3]) for _ in range(2)]
         assert {branch % 2 for branch in branches} == {0, 1}
         assert [front.generate(branch, [4], max_tokens=1).ids for branch in branches] == [[5], [5]]
+
+
+def test_each_scheduler_leaves_a_recording_that_is_replayed_by_itself(tmp_path: Path) -> None:
+    flights = tmp_path / "flights"
+    with engine(tmp_path, **NOOP, record=str(flights)) as process:
+        front = process.connect()
+        branches = [front.open([1, 2, 3]) for _ in range(4)]
+        for branch in branches:
+            _ = front.generate(branch, [4], max_tokens=3)
+        steps = front.counts()["steps"]
+        assert process.close() == 0
+    replays = [Replay(path) for path in sorted(flights.glob(f"*{FLIGHT}"))]
+    assert sum(len(list(one.steps())) for one in replays) == steps
+    assert [(one.notes, one.broke) for one in replays] == [([], "")] * 2
+    assert {one.core.config.dp_index for one in replays} == {0, 1}
+    sessions = sorted(session for one in replays for session in one.core.world.sessions)
+    assert sessions == sorted(branches)

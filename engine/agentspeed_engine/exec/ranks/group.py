@@ -132,6 +132,8 @@ class _SharedComm:
             padded.narrow(step.dim, 0, extent).copy_(value)
             value = padded
         pieces = group.gather(value.contiguous().view(torch.uint8).numpy())
+        if not pieces.size:  # there is nothing whose bytes could be read in another format
+            return torch.cat([value] * group.ranks, dim=step.dim)
         whole = [torch.from_numpy(one).view(value.dtype) for one in pieces]
         return torch.cat([one.narrow(step.dim, 0, size) for one, size in zip(whole, sizes, strict=True)], dim=step.dim)
 
