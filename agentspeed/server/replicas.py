@@ -192,8 +192,9 @@ def replicated(
     actor: dict[str, Any] | None = None,
     **engine_options: Any,
 ) -> Any:
-    """An application for Ray Serve to run. `options.snapshots` is a folder that all replicas reach; `actor`: Ray's options
-    of a replica's process, as its GPUs. Where it listens is Serve's. Raises `InvalidRequest` without a folder."""
+    """An application for Ray Serve to run. `options.snapshots` is a folder that all replicas reach; `actor`: Ray's
+    options of a replica's process, as its GPUs. Where it listens is Serve's. Raises `InvalidRequest` without a folder.
+    """
     if options.snapshots is None:
         raise errors.InvalidRequest(
             "Replicas have no folder for snapshots: their sessions would end with each of them.",
