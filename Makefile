@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # that they share its engines; files begin in their order, for the longest are not the last then. One process: make test PARALLEL=
 PARALLEL ?= -n 3 --dist loadfile --no-loadscope-reorder
 # What `make bench` runs, in this order; the options keep each below ten minutes. One alone: make bench BENCHES=fork
-BENCHES := sched fork resume cold_siblings sdk server turns agents adapters busy nano kernels int8 peers_cpu spmd step retention \
+BENCHES := sched fork resume cold_siblings sdk server turns agents adapters busy nano load kernels int8 peers_cpu spmd step retention \
 	"pauses --seeds 6" models deadlock_race recorder host_copies "cancel --events 2000 --kills 10"
 .PHONY: demo test check conformance bench peer-vllm peer-llama format model model-large simulate clean
 

@@ -49,6 +49,30 @@ def side_by_side(count: int, parts: Sequence[Callable[[int], Tensor]]) -> Tensor
     return held[0] if len(held) == 1 else torch.cat(held, dim=1)
 
 
+def gathered(count: int, made: Callable[[int], Tensor]) -> Tensor:
+    """[count, ...] of what is made for each: no more than one of them is in memory beside the whole."""
+    first = made(0)
+    whole = first.new_empty(count, *first.shape)
+    whole[0] = first
+    for i in range(1, count):
+        whole[i] = made(i)
+    return whole
+
+
+def pack_each(count: int, made: Callable[[int], Tensor], parts: int = 1) -> Packed:
+    """As `pack` gives [count, N, K] of what is made for each, one at a time."""
+    shape: tuple[int, ...] = ()
+
+    def tiles(i: int) -> Tensor:
+        nonlocal shape
+        one = pack(made(i), parts)
+        shape = one.shape
+        return one.data
+
+    data = gathered(count, tiles)
+    return Packed(data, (count, *shape))
+
+
 def pack(weight: Tensor, parts: int = 1) -> Packed:
     """[..., N, K] in bfloat16. `parts`: matrices of equal height that N joins (gate and up), each of which begins a
     tile of its own. The result is aligned as torch aligns: to 64 bytes, which tile rows need."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -71,11 +71,14 @@ class Quantised:
         return (held[..., : self.shape[-1]].float() - MIDDLE) * scales[..., : self.shape[-1]]
 
 
-def stacked(made: Sequence[Quantised]) -> Quantised:
-    """Weights of one shape as one [len(made), ...]."""
-    first = made[0]
-    data, scales = torch.stack([one.data for one in made]), torch.stack([one.scales for one in made])
-    return Quantised(data, scales, first.group, (len(made), *first.shape), first.dtype)
+def stacked(count: int, made: Callable[[int], Quantised]) -> Quantised:
+    """[count, ...] of what is made for each, all of one shape: one at a time is in memory beside the whole."""
+    first = made(0)
+    data, scales = (held.new_empty(count, *held.shape) for held in (first.data, first.scales))
+    for i in range(count):
+        one = made(i) if i else first
+        data[i], scales[i] = one.data, one.scales
+    return Quantised(data, scales, first.group, (count, *first.shape), first.dtype)
 
 
 def quantise(weight: Tensor, group: int = 0, parts: int = 1) -> Quantised:
@@ -84,7 +87,7 @@ def quantise(weight: Tensor, group: int = 0, parts: int = 1) -> Quantised:
     if parts > 1:
         weight = weight.reshape(*weight.shape[:-2], parts, -1, weight.shape[-1])
     if weight.dim() > 2:  # one matrix after the other: floats of all experts at once would be twice the model
-        return stacked([quantise(one, group) for one in weight])
+        return stacked(len(weight), lambda i: quantise(weight[i], group))
     outputs, inputs = weight.shape[-2:]
     tiles, steps = -(-outputs // OUTPUTS), -(-inputs // INPUTS)
     padding = (0, steps * INPUTS - inputs, 0, tiles * OUTPUTS - outputs)

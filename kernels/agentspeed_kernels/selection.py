@@ -35,7 +35,7 @@ from agentspeed_kernels.ops import (
     Route,
     TurnRope,
 )
-from agentspeed_kernels.packing import Weight, pack, side_by_side
+from agentspeed_kernels.packing import Weight, gathered, pack, pack_each
 from agentspeed_kernels.platform import Platform
 from agentspeed_kernels.quantised import GROUPS, WeightFormat, quantise, stacked
 from agentspeed_kernels.registry import Registry
@@ -282,12 +282,16 @@ class Kernels:
         return held if self.layout == "rows" else pack(held, parts)
 
     def experts(self, count: int, *parts: Callable[[int], Tensor]) -> Weight:
-        """What each part gives of the experts 0 to `count`, as `weight` gives [count, N of all parts, K]. Where they
-        are kept in 8 bits, the matrices of one expert at a time are in memory beside them, not those of all."""
-        if self.weights is None:
-            return self.weight(side_by_side(count, parts), len(parts))
-        group = GROUPS[self.weights]
-        return stacked([quantise(torch.cat([part(i) for part in parts]), group, len(parts)) for i in range(count)])
+        """What each part gives of the experts 0 to `count`, as `weight` gives [count, N of all parts, K]. The matrices
+        of one expert at a time are in memory beside what is made of them, not those of all."""
+
+        def joined(i: int) -> Tensor:
+            return parts[0](i) if len(parts) == 1 else torch.cat([part(i) for part in parts])
+
+        if self.weights is not None:
+            group = GROUPS[self.weights]
+            return stacked(count, lambda i: quantise(joined(i), group, len(parts)))
+        return gathered(count, joined) if self.layout == "rows" else pack_each(count, joined, len(parts))
 
     def copy(self, x: Tensor, out: Tensor) -> None:
         """out[T, H, N] = x; both may be strided. Like `add`, what lies between ops: part of a recorded step."""

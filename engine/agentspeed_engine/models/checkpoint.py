@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, final
 
@@ -26,6 +28,8 @@ _FP8 = "F8_E4M3"
 _HARMLESS = re.compile(r"rotary_emb\.inv_freq$")
 """Tables that older checkpoints carry and every loader recomputes."""
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+_READERS = 8
+"""Threads that wait for files: a disk that is asked for one thing at a time is slow. They compute nothing."""
 _DOWNLOAD = "Download the checkpoint again."
 _OTHER_CONFIG = "The configuration belongs to another checkpoint; use the one that came with these weights."
 
@@ -34,7 +38,19 @@ _OTHER_CONFIG = "The configuration belongs to another checkpoint; use the one th
 class Checkpoint:
     """The weights of one folder, a `WeightSource`. Tensors are read when asked for and given in the compute dtype."""
 
-    __slots__ = ("_drafts", "_dtype", "_family", "_files", "_folder", "_progress", "_shapes", "_taken", "_total")
+    __slots__ = (
+        "__weakref__",
+        "_drafts",
+        "_dtype",
+        "_family",
+        "_files",
+        "_folder",
+        "_progress",
+        "_readers",
+        "_shapes",
+        "_taken",
+        "_total",
+    )
 
     def __init__(
         self,
@@ -50,6 +66,8 @@ class Checkpoint:
         self._folder, self._family, self._dtype = folder, family, dtype
         self._shapes: dict[str, Shape] = dict(family.shapes(config))
         self._drafts = range(config.layers, config.layers + config.draft_layers)
+        self._readers = ThreadPoolExecutor(_READERS, "agentspeed-weights")
+        _ = weakref.finalize(self, self._readers.shutdown, wait=False)  # they end with the load
         self._files = self._opened()
         self._check_names()
         for name, shape in self._shapes.items():
@@ -94,7 +112,7 @@ class Checkpoint:
         """The shard of every tensor, by its name without the family's prefix; what is left unread is not in it."""
         found: dict[str, ShardFile] = {}
         for path in shard_paths(self._folder):
-            shard = _open(path)
+            shard = _open(path, self._readers)
             for full in shard.names:
                 if self._family.unread is not None and self._family.unread.search(full):
                     continue
@@ -190,10 +208,10 @@ def _unblock(weight: Tensor, scales: Tensor) -> Tensor:
     return weight.float() * wide
 
 
-def _open(path: Path) -> ShardFile:
+def _open(path: Path, readers: Executor) -> ShardFile:
     if not path.exists():
         raise EngineFault("bad_weights", f"{path} does not exist.", "Weights must be safetensors; download all shards.")
     try:
-        return ShardFile(path)
+        return ShardFile(path, readers)
     except (SafetensorError, OSError) as error:
         raise EngineFault("bad_weights", f"{path} is damaged or cut short: {error}.", _DOWNLOAD) from error

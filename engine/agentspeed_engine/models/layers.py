@@ -62,12 +62,12 @@ class Dense:
 
     __slots__ = ("_down", "_gate_up", "_kernels", "boundary")
 
-    def __init__(self, name: str, gate: Tensor, up: Tensor, down: Tensor, kernels: Kernels) -> None:
-        """The matrices are this rank's pieces."""
-        self._gate_up = kernels.weight(torch.cat([gate, up])[None], parts=2)
-        self._down = kernels.weight(down[None])
+    def __init__(self, name: str, matrices: tuple[Weight, Weight], width: int, kernels: Kernels) -> None:
+        """`matrices` (gate and up, down) are this rank's pieces, as those of experts of which there is one; `width` is
+        that of the model."""
+        self._gate_up, self._down = matrices
         self._kernels = kernels
-        self.boundary = boundaries.dense(name, down.shape[0])
+        self.boundary = boundaries.dense(name, width)
 
     def __call__(self, x: Tensor, residual: Tensor | None, state: StepState) -> tuple[Tensor, Tensor | None]:
         if not x.shape[0]:  # a dp rank whose branches all rest

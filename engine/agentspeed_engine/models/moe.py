@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import final
+from dataclasses import replace
+from typing import TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -23,15 +23,8 @@ from agentspeed_kernels.packing import Weight
 from agentspeed_kernels.routing import RouteRule
 from agentspeed_kernels.selection import Kernels
 
-
-@final
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FeedForward:
-    """The three matrices of one SwiGLU."""
-
-    gate: Tensor
-    up: Tensor
-    down: Tensor
+Matrices: TypeAlias = tuple[Weight, Weight]
+"""(Gate and up, down) of experts, as [experts, N, K] in the layout of the kernels."""
 
 
 @final
@@ -79,8 +72,7 @@ class Moe:
         "_places",
         "_router",
         "_rule",
-        "_shared_down",
-        "_shared_gate_up",
+        "_shared",
         "boundary",
     )
 
@@ -90,15 +82,15 @@ class Moe:
         router: Tensor,
         bias: Tensor | None,
         rule: RouteRule,
-        experts: tuple[Weight, Weight],
-        shared: FeedForward | None,
+        experts: Matrices,
+        shared: Matrices | None,
         places: Places,
         kernels: Kernels,
     ) -> None:
-        """`experts` (gate and up, down) and `shared` are this rank's own pieces."""
+        """`experts` and `shared` are this rank's own pieces."""
         self._router, self._bias, self._rule, self._kernels, self._places = router, bias, rule, kernels, places
         self._gate_up, self._down = experts
-        self._shared_gate_up, self._shared_down = _shared(shared, kernels)
+        self._shared = shared
         self.boundary = boundary
 
     def __call__(self, x: Tensor, residual: Tensor | None, state: StepState) -> tuple[Tensor, Tensor | None]:
@@ -111,7 +103,7 @@ class Moe:
         self._places.keep_own(ids, weights, self._kernels)
         run = self._kernels["experts"].at(rows)
         run(x, self._gate_up, self._down, ids, weights, state.workspace, out)
-        shared = _always(x, self._shared_gate_up, self._shared_down, self._kernels, weights.dtype, state)
+        shared = _always(x, self._shared, self._kernels, weights.dtype, state)
         if shared is not None:
             self._kernels.add(shared, out)
         return out, residual
@@ -128,8 +120,7 @@ class Router:
         "_places",
         "_router",
         "_rule",
-        "_shared_down",
-        "_shared_gate_up",
+        "_shared",
         "boundary",
     )
 
@@ -139,14 +130,14 @@ class Router:
         router: Tensor,
         bias: Tensor | None,
         rule: RouteRule,
-        shared: FeedForward | None,
+        shared: Matrices | None,
         places: Places,
         rank: Rank,
         kernels: Kernels,
     ) -> None:
         """`shared` is cut over tp alone."""
         self._router, self._bias, self._rule, self._kernels, self._places = router, bias, rule, kernels, places
-        self._shared_gate_up, self._shared_down = _shared(shared, kernels)
+        self._shared = shared
         # Along dp alone: the other tp ranks have the same rows and bring them to the experts of their own columns.
         self._column = tuple(peer.expert_group for peer in rank.mesh.ranks() if peer.tp == rank.tp)
         self.boundary = boundary
@@ -160,7 +151,7 @@ class Router:
         else:
             ids, weights = self._kernels["route"].at(rows)(x, self._router, self._bias, self._rule)
             places = self._places.of(ids)
-            base = _always(x, self._shared_gate_up, self._shared_down, self._kernels, weights.dtype, state)
+            base = _always(x, self._shared, self._kernels, weights.dtype, state)
         groups = places // self._places.held
         sends = tuple((groups == group).any(1).nonzero().squeeze(1) for group in self._column)
         return Routed(x=x, places=places, weights=weights, sends=sends, base=base, home=rows), residual
@@ -172,7 +163,7 @@ class Experts:
 
     __slots__ = ("_down", "_gate_up", "_kernels", "_places", "boundary")
 
-    def __init__(self, boundary: Boundary, experts: tuple[Weight, Weight], places: Places, kernels: Kernels) -> None:
+    def __init__(self, boundary: Boundary, experts: Matrices, places: Places, kernels: Kernels) -> None:
         self._kernels, self._places = kernels, places
         self._gate_up, self._down = experts
         self.boundary = boundary
@@ -190,20 +181,19 @@ class Experts:
 
 
 def feed_forward(
-    name: str, weights: RankWeights, moe: MoeConfig | None, rank: Rank, kernels: Kernels
+    name: str, width: int, weights: RankWeights, moe: MoeConfig | None, rank: Rank, kernels: Kernels
 ) -> list[Module[StepState]]:
-    """The modules of a layer that has the tensors of this name; dense where `moe` is None."""
+    """The modules of a layer that has the tensors of this name; dense where `moe` is None. `width` is the model's."""
     if moe is None:
-        dense = _matrices(weights, name)
-        return [Dense(name, dense.gate, dense.up, dense.down, kernels)]
+        return [Dense(name, _stacked([name], weights, kernels), width, kernels)]
     # Scores decide which experts run, so the router keeps at least float32.
     wide = torch.float64 if kernels.dtype == "float64" else torch.float32
     router = weights.tensor(name + ".gate.weight", wide)
     bias = weights.tensor(name + ".gate.e_score_correction_bias", wide) if moe.corrected else None
     places = Places(moe.experts, rank)
     experts = _stacked([f"{name}.experts.{expert}" for expert in places.own], weights, kernels)
-    shared = _matrices(weights, name + ".shared_experts") if moe.shared else None
-    declared = boundaries.experts(name, router.shape[1], moe, rank.mesh)
+    shared = _stacked([name + ".shared_experts"], weights, kernels) if moe.shared else None
+    declared = boundaries.experts(name, width, moe, rank.mesh)
     if rank.mesh.exchange == "sum":
         return [Moe(declared[0], router, bias, _rule(moe), experts, shared, places, kernels)]
     to, of = declared
@@ -213,13 +203,8 @@ def feed_forward(
     ]
 
 
-def _matrices(weights: RankWeights, at: str) -> FeedForward:
-    gate, up, down = (weights.tensor(f"{at}.{name}_proj.weight") for name in ("gate", "up", "down"))
-    return FeedForward(gate=gate, up=up, down=down)
-
-
-def _stacked(experts: Sequence[str], weights: RankWeights, kernels: Kernels) -> tuple[Weight, Weight]:
-    """(gate and up, down) of all. A matrix is read when it is asked for: a layer's are large."""
+def _stacked(experts: Sequence[str], weights: RankWeights, kernels: Kernels) -> Matrices:
+    """Of all. A matrix is read when it is asked for: a layer's are large."""
 
     def of(matrix: str) -> Callable[[int], Tensor]:
         return lambda expert: weights.tensor(f"{experts[expert]}.{matrix}_proj.weight")
@@ -227,23 +212,15 @@ def _stacked(experts: Sequence[str], weights: RankWeights, kernels: Kernels) -> 
     return kernels.experts(len(experts), of("gate"), of("up")), kernels.experts(len(experts), of("down"))
 
 
-def _shared(shared: FeedForward | None, kernels: Kernels) -> tuple[Weight | None, Weight | None]:
-    if shared is None:
-        return None, None
-    return kernels.weight(torch.cat([shared.gate, shared.up])[None], parts=2), kernels.weight(shared.down[None])
-
-
-def _always(
-    x: Tensor, gate_up: Weight | None, down: Weight | None, kernels: Kernels, wide: torch.dtype, state: StepState
-) -> Tensor | None:
+def _always(x: Tensor, shared: Matrices | None, kernels: Kernels, wide: torch.dtype, state: StepState) -> Tensor | None:
     """What the shared expert gives: every row visits it."""
-    if gate_up is None or down is None:
+    if shared is None:
         return None
     rows, take = x.shape[0], state.workspace.take
     out = take("shared", (rows, x.shape[1]), x.dtype)
     ids = take("dense_ids", (rows, 1), torch.int64).zero_()
     ones = take("dense_weights", (rows, 1), wide).fill_(1)
-    kernels["experts"].at(rows)(x, gate_up, down, ids, ones, state.workspace, out)
+    kernels["experts"].at(rows)(x, *shared, ids, ones, state.workspace, out)
     return out
 
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 import json
 import os
 import weakref
+from collections.abc import Callable
+from concurrent.futures import Executor
 from pathlib import Path
-from typing import Any, cast, final
+from typing import Any, Final, cast, final
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -26,15 +29,20 @@ _KINDS: dict[str, torch.dtype] = {
 }
 """By the names of safetensors; tensors of other kinds are known by name alone."""
 
+_CHUNK: Final = 2 << 20
+"""Bytes that one call reads: few enough that a tensor's are spread over the readers."""
+
 
 @final
 class ShardFile:
     """Open as long as it is held. Reading is thread-safe."""
 
-    __slots__ = ("__weakref__", "_data", "_file", "_tensors")
+    __slots__ = ("__weakref__", "_data", "_file", "_readers", "_tensors")
 
-    def __init__(self, path: Path) -> None:
-        """Raises `SafetensorError` or `OSError` for a file that is damaged, cut short or not there."""
+    def __init__(self, path: Path, readers: Executor | None = None) -> None:
+        """`readers` reads the parts of a large tensor at once; None: one after the other. Raises `SafetensorError` or
+        `OSError` for a file that is damaged, cut short or not there."""
+        self._readers = readers
         with safe_open(str(path), framework="pt"):
             pass  # the library checks the header against the file
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -63,8 +71,8 @@ class ShardFile:
         return int(end - begin)
 
     def read(self, name: str, rows: slice | None = None, columns: slice | None = None) -> Tensor:
-        """The tensor, or some of its rows or of a matrix's columns, contiguous; no other byte is read. Raises `OSError`
-        where the file ends before it does."""
+        """The tensor, or some of its rows or of a matrix's columns, contiguous; nothing else stays in memory. Raises
+        `OSError` where the file ends before it does."""
         shape, (begin, end) = self.shape(name), self._tensors[name]["data_offsets"]
         if rows is not None:
             row = (end - begin) // shape[0]
@@ -75,16 +83,37 @@ class ShardFile:
             held = torch.empty(end - begin, dtype=torch.uint8)
             self._fill(memoryview(cast(Any, held.numpy())), begin)
             return held.view(kind).view(shape)
-        width = (columns.stop - columns.start) * kind.itemsize
-        held = torch.empty(shape[0] * width, dtype=torch.uint8)
-        view = memoryview(cast(Any, held.numpy()))
-        for row in range(shape[0]):
-            at = begin + (row * shape[1] + columns.start) * kind.itemsize
-            self._fill(view[row * width : (row + 1) * width], at)
-        return held.view(kind).view(shape[0], -1)
+        row, first, last = (extent * kind.itemsize for extent in (shape[1], columns.start, columns.stop))
+        held = torch.empty(shape[0], last - first, dtype=torch.uint8)
+        kept = held.numpy()  # torch would copy with threads of its own, for each of the readers
+        step = max(1, _CHUNK // row)  # whole rows are read, for gaps cost more than bytes
+
+        def block(top: int) -> None:
+            rows = min(step, shape[0] - top)
+            whole = np.empty((rows, row), np.uint8)
+            self._take(memoryview(cast(Any, whole)).cast("B"), begin + top * row)
+            kept[top : top + rows] = whole[:, first:last]
+
+        self._each(block, range(0, shape[0], step))
+        return held.view(kind)
 
     def _fill(self, view: memoryview, begin: int) -> None:
         """`begin` is of the data, behind the header."""
+        self._each(
+            lambda at: self._take(view[at : at + _CHUNK], begin + at),
+            range(0, len(view), _CHUNK),
+        )
+
+    def _each(self, read: Callable[[int], None], places: range) -> None:
+        """At once where there are several."""
+        if self._readers is None or len(places) < 2:
+            for place in places:
+                read(place)
+        else:
+            for _ in self._readers.map(read, places):
+                pass
+
+    def _take(self, view: memoryview, begin: int) -> None:
         at = 0
         while at < len(view):
             taken = os.preadv(self._file, [view[at:]], self._data + begin + at)

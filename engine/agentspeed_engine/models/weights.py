@@ -41,7 +41,7 @@ class WeightSource(Protocol):
         ...
 
     def tensor(self, name: str, dtype: torch.dtype | None = None, part: Part | None = None) -> Tensor:
-        """One tensor or a piece of it, contiguous, in `dtype` or else in the source's own. Of a piece no more is read
+        """One tensor or a piece of it, contiguous, in `dtype` or else in the source's own. Of a piece no more is kept
         than its own bytes. The caller may keep it, not write it.
 
         `name` is one of the family's shapes. Raises `EngineFault` (bad_weights) where a file has gone bad since it was

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.models.catalog import load
 from agentspeed_engine.models.shard_file import ShardFile
+from bench import load as load_bench
 from tests.support.paged import CONFIG
 from tests.support.random_checkpoint import make_checkpoint
 
@@ -43,6 +45,24 @@ def test_tensors_and_their_rows_are_those_of_the_library(folder: Path) -> None:
         assert torch.equal(file.read(name), wanted)
     name = "model.embed_tokens.weight"
     assert torch.equal(file.read(name, slice(7, 30)), whole[name][7:30])
+    assert torch.equal(file.read(name, columns=slice(5, 21)), whole[name][:, 5:21])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_read_in_parts_at_once_is_the_same(tmp_path: Path, dtype: torch.dtype) -> None:
+    held = torch.randn(3000, 700, generator=torch.Generator().manual_seed(1)).to(dtype)
+    save_file({"one": held}, tmp_path / "model.safetensors")
+    with ThreadPoolExecutor(4) as readers:
+        file = ShardFile(tmp_path / "model.safetensors", readers)
+        assert torch.equal(file.read("one"), held)
+        assert torch.equal(file.read("one", rows=slice(11, 2900)), held[11:2900])
+        assert torch.equal(file.read("one", columns=slice(350, 525)), held[:, 350:525])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_load_takes_little_more_than_what_stays(tmp_path: Path) -> None:
+    folder = load_bench.made({**load_bench.SHAPES["experts"], "num_hidden_layers": 3}, tmp_path)
+    assert load_bench.measured(folder, "bfloat16")["ratio"] <= load_bench.MUST
 
 
 def test_a_file_that_is_cut_while_it_is_read_is_refused(folder: Path, tmp_path: Path) -> None:

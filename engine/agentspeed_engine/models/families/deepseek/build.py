@@ -40,7 +40,8 @@ def build(config: DeepseekConfig, weights: WeightSource, pools: KvPools, rank: R
         indexer = _indexer(config, own, pools, layer, chosen, kernels)
         chain.append(Mla(at + "self_attn", config, held, latents[layer], rank, kernels, indexer, chosen))
         chain.append(_norm(config, own, at + "post_attention_layernorm", kernels))
-        chain += feed_forward(at + "mlp", own, None if config.is_dense(layer) else config.moe, rank, kernels)
+        moe = None if config.is_dense(layer) else config.moe
+        chain += feed_forward(at + "mlp", config.hidden, own, moe, rank, kernels)
     chain.append(_norm(config, own, "model.norm", kernels))
     chain.append(Head("head", head, rank, kernels))
     return chain

@@ -37,7 +37,7 @@ def build(config: GroupedConfig, weights: WeightSource, pools: KvPools, rank: Ra
         chain.append(attention)
         chain.append(_norm(config, own, at + "post_attention_layernorm", kernels))
         moe = None if config.is_dense(layer) else config.moe
-        chain += feed_forward(at + "mlp", own, moe, rank, kernels)
+        chain += feed_forward(at + "mlp", config.hidden, own, moe, rank, kernels)
     chain.append(_norm(config, own, "model.norm", kernels))
     chain.append(Head("head", head, rank, kernels))
     return chain

@@ -1,0 +1,106 @@
+"""How much memory a load takes at its peak, beside what stays, and how fast it reads.
+
+    python bench/load.py
+    python bench/load.py --shape experts --dtype bfloat16
+
+A random checkpoint of some hundred MB in bfloat16 (a dense one; one whose layers are 16 experts) is loaded in a process
+of its own, set up as an engine is. Its footprint is the weights as they are kept; the peak is what the operating system
+counts at most, beyond what the process had before.
+Read from the page cache: the rate says nothing of disks. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "kernels")]
+
+MUST = 1.15
+NANO = ROOT / "agentspeed" / "models" / "nano"
+BASE: dict[str, Any] = {
+    "vocab_size": 4096, "hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 128,
+    "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 4096, "hidden_act": "silu",
+    "tie_word_embeddings": False, "attention_bias": False, "bos_token_id": 256, "eos_token_id": 257,
+}  # fmt: skip
+SHAPES: dict[str, dict[str, Any]] = {
+    "dense": {
+        **BASE, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 12,
+        "intermediate_size": 4096,
+    },
+    "experts": {
+        **BASE, "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_hidden_layers": 8,
+        "intermediate_size": 2048, "moe_intermediate_size": 512, "num_experts": 16, "num_experts_per_tok": 4,
+        "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
+    },
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, action="append", help="nothing: all of them")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), action="append", help="in memory; nothing: both")
+    parser.add_argument("--load", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.load:
+        print(json.dumps(loaded(Path(options.load), options.dtype[0])))
+        return
+    figures: dict[str, dict[str, float]] = {}
+    for shape in options.shape or SHAPES:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = made(SHAPES[shape], Path(scratch))
+            for dtype in options.dtype or ("float32", "bfloat16"):
+                figures[f"{shape}, {dtype}"] = found = measured(folder, dtype)
+                verdict = "reached" if found["ratio"] <= MUST else "MISSED"
+                print(f"{shape}, {dtype}: peak ÷ footprint {found['ratio']}, at most {MUST}: {verdict}", flush=True)
+    met = all(found["ratio"] <= MUST for found in figures.values())
+    print(json.dumps({"bench": "load", "met": met, **figures}, ensure_ascii=False))
+
+
+def made(config: dict[str, Any], folder: Path) -> Path:
+    """Its checkpoint, in bfloat16."""
+    from tests.support.random_checkpoint import make_checkpoint
+
+    return make_checkpoint(config, folder, dtype="bfloat16")
+
+
+def measured(folder: Path, dtype: str) -> dict[str, float]:
+    """What a process of its own says of the load."""
+    from agentspeed_engine.serve.tuning import tuned
+
+    command = [sys.executable, __file__, "--load", str(folder), "--dtype", dtype]
+    found: dict[str, float] = json.loads(
+        subprocess.check_output(command, env={**tuned(os.environ), "OMP_NUM_THREADS": "1"})
+    )
+    return found
+
+
+def loaded(folder: Path, dtype: Any) -> dict[str, float]:
+    """In this process, which does nothing else."""
+    from agentspeed_engine.models.catalog import load
+
+    _ = load(NANO, dtype=dtype, pages=1)  # so that what a first load brings into memory is not counted
+    before, began = resident("VmRSS"), time.perf_counter()
+    model = load(folder, dtype=dtype, pages=1)
+    seconds = time.perf_counter() - began
+    peak = resident("VmHWM") - before
+    stays, file = model.info.weight_bytes, (folder / "model.safetensors").stat().st_size
+    return {"ratio": round(peak / stays, 3), "MB": round(stays / 1e6), "MB_per_second": round(file / seconds / 1e6)}
+
+
+def resident(field: str) -> int:
+    """Bytes of this process in memory: now ("VmRSS"), or at most so far ("VmHWM", which no parent hands down)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+if __name__ == "__main__":
+    main()
