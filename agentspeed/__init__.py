@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from agentspeed.trajectory import Trajectory as Trajectory
     from agentspeed.turn import Turn as Turn
     from agentspeed.usage import Lease as Lease
+    from agentspeed.usage import Starting as Starting
     from agentspeed.usage import Usage as Usage
 
 __version__ = "0.1.0"
@@ -74,6 +75,7 @@ _HOMES = {
     "Trajectory": "trajectory",
     "Turn": "turn",
     "Lease": "usage",
+    "Starting": "usage",
     "Usage": "usage",
 }
 _MODULES = ("errors", "events", "messages", "search", "testing", "tools")
@@ -94,6 +96,7 @@ __all__ = [
     "Schema",
     "Score",
     "Session",
+    "Starting",
     "System",
     "Tool",
     "ToolCall",

@@ -15,7 +15,9 @@ class Engine(EngineHandle):
 
     `model` is a Hugging Face model folder or a repository id; None is the model that ships with the package. The
     options are those of `EngineOptions`; an unknown one is refused at once, a value that cannot be when the process
-    starts."""
+    starts. `on_start` is told how far each start is, in the thread that waits for it:
+
+        Engine("model", on_start=lambda how: print(how.text, how.part))"""
 
     def session(self, **options: Unpack[SessionOptions]) -> Session:
         """A session on this engine; the options are those of `Session`."""

@@ -46,7 +46,7 @@ from agentspeed.session_values import SessionValues
 from agentspeed.tool_call import Pending, tool_call
 from agentspeed.tools import OnError, Tool, tools_from
 from agentspeed.turn import Turn
-from agentspeed.usage import Inspection, Lease
+from agentspeed.usage import Inspection, Lease, Starting
 
 if TYPE_CHECKING:
     from agentspeed.chat.output import Choice, Regex, Schema
@@ -65,7 +65,8 @@ class Session(SessionValues):
     what may be shared. `max_tokens` bounds each turn that is given no other; without it a turn may fill all the room
     that is left. `record_logprobs` keeps the drawn ids' log-probabilities for `trajectory()`. `idle_timeout`:
     after so many seconds in which nobody used it or a child of it, it closes itself; so do its copies, and what is
-    restored of it. `observer` is told of every run, turn and tool of this session and its forks."""
+    restored of it. `observer` is told of every run, turn and tool of this session and its forks. `on_start` is told how
+    far an engine is that starts for it, in the thread that waits for that."""
 
     def __init__(
         self,
@@ -87,6 +88,7 @@ class Session(SessionValues):
         close_timeout: float = 5.0,
         idle_timeout: float | None = None,
         observer: Observer | None = None,
+        on_start: Callable[[Starting], object] | None = None,
         **engine_options: Unpack[EngineOptions],
     ) -> None:
         check_session(
@@ -101,11 +103,12 @@ class Session(SessionValues):
             close_timeout=close_timeout,
             history_reasoning=history_reasoning,
             on_engine=isinstance(model, EngineHandle),
+            on_start=on_start,
             idle_timeout=idle_timeout,
             engine_options=engine_options,
         )
         self._core = SessionCore(
-            engine=model if isinstance(model, EngineHandle) else EngineHandle.shared(model, engine_options),
+            engine=model if isinstance(model, EngineHandle) else EngineHandle.shared(model, engine_options, on_start),
             owns_engine=not isinstance(model, EngineHandle),
             system=system,
             defaults=Defaults(

@@ -73,6 +73,17 @@ class Usage:
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Starting:
+    """How far the start of an engine is, as `on_start` is told."""
+
+    text: str
+    """What it does, in words."""
+    part: float | None
+    """What part of the weights was read, from 0 to 1; None before that begins, and where an engine does not say."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Residence:
     """Where the rows of a session's tokens are: how many tokens' rows are on the device, on the host alone, nowhere.
 

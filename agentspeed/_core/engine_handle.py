@@ -25,7 +25,7 @@ from agentspeed.transport.base import Connection, Transport, wire
 from agentspeed.transport.hub import resolve
 from agentspeed.transport.model_files import fetch_model_files
 from agentspeed.transport.remote import RemoteTransport
-from agentspeed.transport.shared_engines import EngineConnections
+from agentspeed.transport.shared_engines import EngineConnections, OnStart
 from agentspeed.transport.socket_link import SocketSource
 from agentspeed.usage import EngineStats
 
@@ -45,6 +45,7 @@ class EngineHandle:
         api_key: str | None = None,
         http_client: httpx.Client | None = None,
         observer: Observer | None = None,
+        on_start: OnStart | None = None,
         **options: Unpack[EngineOptions],
     ) -> None:
         if model is not None and not isinstance(model, str | os.PathLike):
@@ -55,6 +56,9 @@ class EngineHandle:
         self.revision = revision
         self.observer = observer
         """Told of the runs, turns and tools of every session that has no observer of its own."""
+        if on_start is not None and not callable(on_start):
+            raise errors.InvalidRequest(f"on_start is {shown(on_start)}; it must be a function, or None.")
+        self._on_start = on_start
         self._api_key = api_key
         self._http_client = http_client
         self._options = checked_engine_options(options)
@@ -82,9 +86,11 @@ class EngineHandle:
         return engine
 
     @classmethod
-    def shared(cls, model: str | os.PathLike[str] | None, options: EngineOptions) -> Self:
+    def shared(
+        cls, model: str | os.PathLike[str] | None, options: EngineOptions, on_start: OnStart | None = None
+    ) -> Self:
         """On the process-wide engine of this model and these options; it ends a minute after its last use."""
-        engine = cls(model, **options)
+        engine = cls(model, on_start=on_start, **options)
         engine._shared = True
         return engine
 
@@ -131,7 +137,8 @@ class EngineHandle:
         if self._transport is not None:
             return EngineConnections(self._transport)
         options = {"model": str(folder), **self._options}
-        return EngineConnections.shared(options) if self._shared else EngineConnections.own(options)
+        opened = EngineConnections.shared if self._shared else EngineConnections.own
+        return opened(options, self._on_start)
 
     async def _start_remote(self, url: str) -> None:
         """The tokenizer and the template come from the server's engine, once."""

@@ -32,6 +32,7 @@ from agentspeed.observing import Observer
 from agentspeed.sampling import Sampling
 from agentspeed.tools import Approve, Tool, tools_from
 from agentspeed.transport.base import wire
+from agentspeed.usage import Starting
 
 Prompt: TypeAlias = "str | Message | Sequence[str | Message] | None"
 """What a turn adds before the model speaks; a string is a user's message."""
@@ -106,6 +107,8 @@ class SessionOptions(TypedDict, total=False):
 
 class RestoreOptions(SessionOptions, EngineOptions, total=False):
     """Options of `Session.restore`: those of the session, and of an engine of its own."""
+
+    on_start: Callable[[Starting], object] | None
 
 
 @final
@@ -206,6 +209,7 @@ def check_session(
     *,
     history_reasoning: str,
     on_engine: bool,
+    on_start: object,
     system: str | None,
     sampling: Sampling | None,
     private: bool,
@@ -238,6 +242,11 @@ def check_session(
             f"A session has no options {', '.join(misplaced)}.",
             remedy="Options of a turn are given to generate, stream or run; what all turns draw by, as "
             "sampling=Sampling(...).",
+        )
+    if on_engine and on_start is not None:
+        raise errors.InvalidRequest(
+            "on_start is told of an engine that a session starts, and this one has an Engine.",
+            remedy="Give it to Engine(...).",
         )
     if on_engine and engine_options:
         raise errors.InvalidRequest(

@@ -17,6 +17,7 @@ from agentspeed import Engine, Mark, Session, errors, events, snapshot
 from agentspeed._core.engine_options import EngineOptions
 from agentspeed.cli.chat_screen import Screen, cost, described, shortened, whole
 from agentspeed.cli.line_input import Lines
+from agentspeed.cli.loading import LoadingLine, loading
 from agentspeed.cli.tools_file import ToolsFile, tools_of
 from agentspeed.messages import ToolCall, ToolMessage, User, role_of
 from agentspeed.replies import Result
@@ -69,7 +70,8 @@ class Chat:
             screen.line(f"left out of the tools: {line}", "yellow")
         with Lines() as lines, start_blocking_portal("asyncio") as portal:
             table = Table(portal=portal, screen=screen, lines=lines, new=self._new, saved=self._saved)
-            session: Session | None = portal.call(self._new)
+            with loading(quiet=True) as shown:
+                session: Session | None = portal.call(self._new, None if isinstance(self._model, Engine) else shown)
             screen.line("Ctrl-C cancels an answer, Ctrl-D ends. /help lists the commands.")
             while session is not None:
                 with portal.wrap_async_context_manager(closing(session)):
@@ -77,8 +79,10 @@ class Chat:
                 session = None if isinstance(left, str) else left
             return lines.can_ask or not screen.failed
 
-    async def _new(self) -> Session:
-        return await Session(self._model, system=self._system, tools=self._file.tools, **self._options).open()
+    async def _new(self, on_start: LoadingLine | None = None) -> Session:
+        return await Session(
+            self._model, system=self._system, tools=self._file.tools, on_start=on_start, **self._options
+        ).open()
 
     async def _saved(self, data: bytes) -> Session:
         return await Session.restore(data, self._model, tools=self._file.tools, **self._options).open()

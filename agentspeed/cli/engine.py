@@ -17,6 +17,7 @@ import typer
 from agentspeed import errors
 from agentspeed._core.engine_options import checked_engine_options
 from agentspeed._core.model_files import NANO
+from agentspeed.cli.loading import loading
 from agentspeed.transport.engine_process import ATTACH, EngineProcess
 from agentspeed.transport.hub import resolve
 
@@ -51,7 +52,8 @@ def engine(model: str | None, *, socket: Path | None, named: Mapping[str, Any], 
 
     before = [(number, signal.signal(number, end)) for number in (signal.SIGTERM, signal.SIGINT)]
     try:
-        process.await_readiness()
+        with loading() as line:
+            process.await_readiness(line)
         with _at(process.socket_path, socket) as path:
             typer.echo(f"The engine {process.pid} listens. Programs attach to it with", err=True)
             typer.echo(f"export {ATTACH}={path}")

@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from agentspeed import errors
+<<<<<<< HEAD
 from agentspeed.cli.ranks import said
+=======
+from agentspeed.cli.loading import loading
+>>>>>>> fbaf9e3 (Whoever waits for an engine may see how far it is: on_start of Engine and Session, shown by chat, serve and engine)
 
 if TYPE_CHECKING:
     from agentspeed.observing import Observer
@@ -61,7 +65,13 @@ def serve(
         )
 
     given = {name: value for name, value in engine.items() if value is not None}
-    run(model, options, ready, **({**given, "observer": _tracing()} if otel else given))
+    with loading() as line:
+
+        def told(url: str, service: Service) -> None:
+            line.end()
+            ready(url, service)
+
+        run(model, options, told, on_start=line, **({**given, "observer": _tracing()} if otel else given))
 
 
 def _tracing() -> Observer:

@@ -21,6 +21,7 @@ from agentspeed.server.connections import connection_class
 from agentspeed.server.options import ServerOptions
 from agentspeed.server.turns import Service, snapshot_files
 from agentspeed.transport.engine_process import ATTACH
+from agentspeed.transport.shared_engines import OnStart
 
 _LOG = logging.getLogger("agentspeed.server")
 _KEPT_ALIVE: Final = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
@@ -38,12 +39,13 @@ class Server:
         options: ServerOptions,
         *,
         observer: Observer | None = None,
+        on_start: OnStart | None = None,
         **engine_options: Any,
     ) -> None:
         if os.environ.get(ATTACH):
-            self._engine = Engine.shared(model, cast("EngineOptions", engine_options))
+            self._engine = Engine.shared(model, cast("EngineOptions", engine_options), on_start)
         else:
-            self._engine = Engine(model, **engine_options)
+            self._engine = Engine(model, on_start=on_start, **engine_options)
         self._engine.observer = observer
         self._options = options
         self._uvicorn: uvicorn.Server | None = None

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from io import FileIO
 from pathlib import Path
 from typing import IO, Any, Final, final
@@ -28,6 +28,7 @@ from agentspeed.transport.base import Connection
 from agentspeed.transport.error_map import public_error, shown_credential
 from agentspeed.transport.socket_folder import SocketFolder
 from agentspeed.transport.socket_link import open_link
+from agentspeed.usage import Starting
 
 _LOG = logging.getLogger("agentspeed.engine")
 _IDLE_SECONDS = 60.0
@@ -154,10 +155,11 @@ class EngineProcess:
         self._folder.let_go()
         _ = self._process.poll()  # no child of this process: `subprocess` forgets it
 
-    def await_readiness(self) -> None:
-        """Blocks until it listens. Raises `EngineStartFailed`, or the public error of what the engine refused (model,
-        options)."""
+    def await_readiness(self, told: Callable[[Starting], object] = lambda how: None) -> None:
+        """Blocks until it listens; `told` hears how far it is. Raises `EngineStartFailed`, or the public error of what
+        the engine refused (model, options)."""
         refusal: errors.AgentspeedError | None = None
+        how = Starting(text="starting", part=None)
         for said in _status_lines(self._status):
             if "ready" in said:
                 self._recording = said["recording"]
@@ -165,6 +167,9 @@ class EngineProcess:
                 return
             if "progress" in said:
                 _LOG.info("engine %d: %s", self._process.pid, said["progress"])
+            if "progress" in said or "part" in said:
+                how = Starting(text=said.get("progress", how.text), part=said.get("part", how.part))
+                told(how)
             if "code" in said:
                 refusal = public_error(said["code"], said["message"], said["remedy"])
         status = self._process.wait()
@@ -172,10 +177,10 @@ class EngineProcess:
         self.stop()
         if refusal is not None:
             raise refusal
-        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        ended = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         said_last = " | ".join(self._complaints[-3:]) or "it said nothing"
         raise errors.EngineStartFailed(
-            f"The engine process {how} before it was ready: {said_last}",
+            f"The engine process {ended} before it was ready: {said_last}",
             remedy="Its whole output is in the log `agentspeed.engine`.",
         )
 
@@ -254,6 +259,8 @@ class EngineSlot:
         self._starting: EngineProcess | None = None
         self._wanting = threading.Lock()
         """Around the two above; `_lock` may be held for as long as an engine takes to start."""
+        self.listeners: list[Callable[[Starting], object]] = []
+        """Who is told how far a start is, in the thread that waits for it."""
         self.users = 0
         self.idle_since: float | None = None
         self._closed = False
@@ -319,11 +326,18 @@ class EngineSlot:
             if self._wanted == 0:
                 process.kill()
         try:
-            process.await_readiness()
+            process.await_readiness(self._tell)
         finally:
             with self._wanting:
                 self._starting = None
         return process
+
+    def _tell(self, how: Starting) -> None:
+        for listener in tuple(self.listeners):
+            try:
+                listener(how)
+            except Exception:  # noqa: BLE001 - a hook's bug does not end the start that it watches
+                _LOG.exception("on_start %r raised", listener)
 
     def end(self) -> None:
         """Ends the process, if this slot started one. Blocks."""

@@ -18,6 +18,7 @@ from agentspeed.transport.base import Connection, Transport
 from agentspeed.transport.engine_process import ATTACH, EngineSlot, acquire, release
 from agentspeed.transport.error_map import converted
 from agentspeed.transport.fingerprint import fingerprint
+from agentspeed.usage import Starting
 from agentspeed_engine.protocol.messages import as_text
 
 
@@ -31,6 +32,7 @@ class _Place:
         self.connection: Connection | None = None
 
 
+OnStart: TypeAlias = Callable[[Starting], object]
 _Places: TypeAlias = dict[Any, _Place]
 _shared_places: WeakKeyDictionary[EngineSlot, _Places] = WeakKeyDictionary()
 """Sessions of one process-wide engine share the connection of their loop: one frame and one wake-up a step for all."""
@@ -68,21 +70,30 @@ class EngineConnections:
         self._on_close = transport.close if on_close is None else on_close
 
     @classmethod
-    def shared(cls, options: Mapping[str, Any]) -> EngineConnections:
-        """On the process-wide engine of these options and of the model's files as they are now."""
+    def shared(cls, options: Mapping[str, Any], on_start: OnStart | None = None) -> EngineConnections:
+        """On the process-wide engine of these options and of the model's files as they are now. `on_start` is told how
+        far its starts are, until `close`."""
         slot = acquire(options, fingerprint(Path(options["model"])))
         with _counting:
             places = _shared_places.setdefault(slot, {})
 
+        if on_start is not None:
+            slot.listeners.append(on_start)
+
         async def released() -> None:
+            if on_start is not None:
+                slot.listeners.remove(on_start)
             release(slot)
 
         return cls(slot, on_close=released, places=places, model=options["model"])
 
     @classmethod
-    def own(cls, options: Mapping[str, Any]) -> EngineConnections:
+    def own(cls, options: Mapping[str, Any], on_start: OnStart | None = None) -> EngineConnections:
         """On an engine of its own, ended by `close`."""
-        return cls(EngineSlot(options), model=options["model"])
+        slot = EngineSlot(options)
+        if on_start is not None:
+            slot.listeners.append(on_start)
+        return cls(slot, model=options["model"])
 
     async def link(self) -> Connection:
         """The living connection of the running event loop. Raises what `Transport.connect` raises, and

@@ -208,7 +208,8 @@ class EngineProcess:
             if "ready" in said:
                 self.pid = int(said["pid"])
                 return
-            self.progress.append(said["progress"])
+            if "progress" in said:
+                self.progress.append(said["progress"])
         self.wait()
         raise RuntimeError(f"the engine did not start: {self.errors}")
 

@@ -29,10 +29,11 @@ endpoint and offline mode are those of huggingface_hub.
 ## In memory
 
 By default a pool takes a quarter of the memory that the process may use: the machine's, or what its container may have.
-Weights that do not fit are refused before they are read, with the `dtype` that would. A load takes room for the layer
-at hand beside what stays, and nothing of the files stays mapped: its peak was 1.08 of what stays for a dense model of
-0.36 B parameters (bfloat16 files, float32 in memory), and 1.22 for one of 16 layers of 16 experts, where a layer is a
-large part of the whole. How far it is stands in the log `agentspeed.engine` at each tenth. Sessions share an engine as
+Weights that do not fit are refused before they are read, with the `dtype` that would. A load takes room for a
+few matrices beside what stays, and nothing of the files stays mapped: its peak is at most 1.15 of what stays
+([measured](../performance.md#loading-a-model)). Files are read by eight threads at once. How far it is stands in the log
+`agentspeed.engine` at each tenth; `Engine(..., on_start=told)` and `Session(..., on_start=told)` are told at each
+hundredth, and `agentspeed chat`, `serve` and `engine` show it. Sessions share an engine as
 long as the model's files stay as they are; weights written anew get an engine of their own.
 
 ## What is refused

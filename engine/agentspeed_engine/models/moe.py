@@ -72,7 +72,8 @@ class Moe:
         "_places",
         "_router",
         "_rule",
-        "_shared",
+        "_shared_down",
+        "_shared_gate_up",
         "boundary",
     )
 
@@ -90,7 +91,7 @@ class Moe:
         """`experts` and `shared` are this rank's own pieces."""
         self._router, self._bias, self._rule, self._kernels, self._places = router, bias, rule, kernels, places
         self._gate_up, self._down = experts
-        self._shared = shared
+        self._shared_gate_up, self._shared_down = _both(shared)
         self.boundary = boundary
 
     def __call__(self, x: Tensor, residual: Tensor | None, state: StepState) -> tuple[Tensor, Tensor | None]:
@@ -103,7 +104,7 @@ class Moe:
         self._places.keep_own(ids, weights, self._kernels)
         run = self._kernels["experts"].at(rows)
         run(x, self._gate_up, self._down, ids, weights, state.workspace, out)
-        shared = _always(x, self._shared, self._kernels, weights.dtype, state)
+        shared = _always(x, self._shared_gate_up, self._shared_down, self._kernels, weights.dtype, state)
         if shared is not None:
             self._kernels.add(shared, out)
         return out, residual
@@ -120,7 +121,8 @@ class Router:
         "_places",
         "_router",
         "_rule",
-        "_shared",
+        "_shared_down",
+        "_shared_gate_up",
         "boundary",
     )
 
@@ -137,7 +139,7 @@ class Router:
     ) -> None:
         """`shared` is cut over tp alone."""
         self._router, self._bias, self._rule, self._kernels, self._places = router, bias, rule, kernels, places
-        self._shared = shared
+        self._shared_gate_up, self._shared_down = _both(shared)
         # Along dp alone: the other tp ranks have the same rows and bring them to the experts of their own columns.
         self._column = tuple(peer.expert_group for peer in rank.mesh.ranks() if peer.tp == rank.tp)
         self.boundary = boundary
@@ -151,7 +153,7 @@ class Router:
         else:
             ids, weights = self._kernels["route"].at(rows)(x, self._router, self._bias, self._rule)
             places = self._places.of(ids)
-            base = _always(x, self._shared, self._kernels, weights.dtype, state)
+            base = _always(x, self._shared_gate_up, self._shared_down, self._kernels, weights.dtype, state)
         groups = places // self._places.held
         sends = tuple((groups == group).any(1).nonzero().squeeze(1) for group in self._column)
         return Routed(x=x, places=places, weights=weights, sends=sends, base=base, home=rows), residual
@@ -212,15 +214,21 @@ def _stacked(experts: Sequence[str], weights: RankWeights, kernels: Kernels) -> 
     return kernels.experts(len(experts), of("gate"), of("up")), kernels.experts(len(experts), of("down"))
 
 
-def _always(x: Tensor, shared: Matrices | None, kernels: Kernels, wide: torch.dtype, state: StepState) -> Tensor | None:
+def _both(shared: Matrices | None) -> tuple[Weight | None, Weight | None]:
+    return (None, None) if shared is None else shared
+
+
+def _always(
+    x: Tensor, gate_up: Weight | None, down: Weight | None, kernels: Kernels, wide: torch.dtype, state: StepState
+) -> Tensor | None:
     """What the shared expert gives: every row visits it."""
-    if shared is None:
+    if gate_up is None or down is None:
         return None
     rows, take = x.shape[0], state.workspace.take
     out = take("shared", (rows, x.shape[1]), x.dtype)
     ids = take("dense_ids", (rows, 1), torch.int64).zero_()
     ones = take("dense_weights", (rows, 1), wide).fill_(1)
-    kernels["experts"].at(rows)(x, *shared, ids, ones, state.workspace, out)
+    kernels["experts"].at(rows)(x, gate_up, down, ids, ones, state.workspace, out)
     return out
 
 

@@ -3,7 +3,8 @@
     python -m agentspeed_engine.serve --socket /run/user/1000/agentspeed/engine.sock --model FOLDER --pages 4096
 
 Options come as flags, or all at once as JSON with `--options`; `serve.options.EngineOptions` lists them. While it loads
-it writes JSON lines {"progress": ...}, then one line {"ready": ..., "pid": ..., "recording": ...} when it listens: to
+it writes JSON lines {"progress": ...} in words and {"part": ...} of the weights, then one line {"ready": ...,
+"pid": ..., "recording": ...} when it listens: to
 the descriptor of `--status-fd`, which it closes then, or to stdout. What it refuses at start it says there too, in one
 JSON line {"code", "message", "remedy"} (without `--status-fd` on stderr), and ends with status 2; a bug of its own ends
 it with status 70 and a traceback in its log, which is stderr. SIGTERM and end of file on stdin end it with status 0
@@ -125,7 +126,7 @@ def serve(path: Path, options: EngineOptions, status: _Status, *, stay: bool, ow
     secret = credential(os.environ)
     server = listen_at(path)
     try:
-        built = build(options, lambda what: status.say(progress=what))
+        built = build(options, lambda what: status.say(progress=what), lambda read: status.say(part=read))
         try:
             loop = EngineLoop(
                 built,

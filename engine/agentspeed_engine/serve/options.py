@@ -260,8 +260,13 @@ class Built:
             self.ranks.close()
 
 
-def build(options: EngineOptions, progress: Callable[[str], None] | None = None) -> Built:
-    """Loads the model and sizes its pool. Raises `EngineFault` for whatever cannot be."""
+def build(
+    options: EngineOptions,
+    progress: Callable[[str], None] | None = None,
+    part: Callable[[float], None] | None = None,
+) -> Built:
+    """Loads the model and sizes its pool. `progress` is told in words how far it is, and `part` what part of the
+    weights was read. Raises `EngineFault` for whatever cannot be."""
     _ = _checked(options)
     say = progress if progress is not None else lambda what: None
     if options.model.startswith(NOOP):
@@ -307,7 +312,7 @@ def build(options: EngineOptions, progress: Callable[[str], None] | None = None)
                 threads=options.threads,
                 device=device,
                 weights=weights,
-                progress=_tenths(say, folder.name),
+                progress=_steps(say, part or (lambda read: None), folder.name),
             )
         )
     if unusable.result():
@@ -328,15 +333,17 @@ def build(options: EngineOptions, progress: Callable[[str], None] | None = None)
     return Built(core, model, vocabulary, str(folder.resolve()), executors)
 
 
-def _tenths(say: Callable[[str], None], name: str) -> Callable[[float], None]:
-    """Says each tenth of a load once."""
+def _steps(say: Callable[[str], None], part: Callable[[float], None], name: str) -> Callable[[float], None]:
+    """Says each tenth of a load once in words, and each hundredth as a number."""
     said = 0
 
-    def told(part: float) -> None:
+    def told(read: float) -> None:
         nonlocal said
-        if int(10 * part) > said:
-            said = int(10 * part)
-            say(f"loading {name}: {10 * said} %")
+        before, said = said, max(said, int(100 * read))
+        if said > before:
+            part(said / 100)
+        if said // 10 > before // 10:
+            say(f"loading {name}: {said // 10 * 10} %")
 
     return told
 

@@ -59,6 +59,13 @@ def test_what_is_read_in_parts_at_once_is_the_same(tmp_path: Path, dtype: torch.
         assert torch.equal(file.read("one", columns=slice(350, 525)), held[:, 350:525])
 
 
+@pytest.mark.parametrize("columns", [slice(0, 5000), slice(5000, 10_000)])
+def test_wide_columns_are_those_of_the_tensor(tmp_path: Path, columns: slice) -> None:
+    held = torch.arange(70_000, dtype=torch.float32).view(7, 10_000)
+    save_file({"one": held}, tmp_path / "model.safetensors")
+    assert torch.equal(ShardFile(tmp_path / "model.safetensors").read("one", columns=columns), held[:, columns])
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_load_takes_little_more_than_what_stays(tmp_path: Path) -> None:
     folder = load_bench.made({**load_bench.SHAPES["experts"], "num_hidden_layers": 3}, tmp_path)

@@ -16,6 +16,7 @@ from agentspeed_engine.models.catalog import read_source
 from agentspeed_engine.models.kv_pools import KvPools
 from agentspeed_engine.models.loaded import weight_source
 from agentspeed_engine.models.mesh_fit import check_mesh
+from agentspeed_engine.models.pieces import part_of
 from agentspeed_engine.spmd.experts import ExpertSpread
 from agentspeed_engine.spmd.placement import Mesh, Rank
 from agentspeed_kernels.ops import OPS
@@ -67,12 +68,16 @@ def in_files(folder: Path, count: int) -> Path:
 
 @pytest.mark.parametrize("mesh", [Mesh(tp=2), Mesh(tp=4), Mesh(dp=2), Mesh(dp=2, tp=2, experts=SENT)], ids=str)
 def test_ranks_read_their_own_bytes_alone(tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is cut is read once by all ranks that cut it together, and what each has whole is read by each."""
+    """What is cut along rows is read once by all ranks that cut it together; what each has whole is read by each,
+    and so is what is cut along narrow columns."""
     folder = make_checkpoint(CONFIG, tmp_path, seed=4)
     sizes = {name: tensor.nbytes for name, tensor in load_file(folder / "model.safetensors").items()}
     cut_over_tp = ("embed_tokens", "lm_head", "q_b_proj", "kv_b_proj", "o_proj", "layers.0.mlp")
     wanted = 0
     for name, size in sizes.items():
+        part = part_of(name, next(iter(mesh.ranks())))
+        if part is not None and part.dim == 1:
+            size *= part.count
         if ".experts." in name:
             wanted += size
         elif "shared_experts" in name:
