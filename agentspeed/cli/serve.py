@@ -9,11 +9,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from agentspeed import errors
-<<<<<<< HEAD
-from agentspeed.cli.ranks import said
-=======
 from agentspeed.cli.loading import loading
->>>>>>> fbaf9e3 (Whoever waits for an engine may see how far it is: on_start of Engine and Session, shown by chat, serve and engine)
+from agentspeed.cli.ranks import said
 
 if TYPE_CHECKING:
     from agentspeed.observing import Observer

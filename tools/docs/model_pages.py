@@ -31,8 +31,8 @@ endpoint and offline mode are those of huggingface_hub.
 By default a pool takes a quarter of the memory that the process may use: the machine's, or what its container may have.
 Weights that do not fit are refused before they are read, with the `dtype` that would. A load takes room for a
 few matrices beside what stays, and nothing of the files stays mapped: its peak is at most 1.15 of what stays
-([measured](../performance.md#loading-a-model)). Files are read by eight threads at once. How far it is stands in the log
-`agentspeed.engine` at each tenth; `Engine(..., on_start=told)` and `Session(..., on_start=told)` are told at each
+([measured](../performance.md#loading-a-model)). Files are read by eight threads at once. How far it is stands in the
+log `agentspeed.engine` at each tenth; `Engine(..., on_start=told)` and `Session(..., on_start=told)` are told at each
 hundredth, and `agentspeed chat`, `serve` and `engine` show it. Sessions share an engine as
 long as the model's files stay as they are; weights written anew get an engine of their own.
 
