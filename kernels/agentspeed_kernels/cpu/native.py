@@ -8,6 +8,7 @@ under a name that hashes the sources, the compiler and its flags: a change of an
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import logging
 import os
@@ -15,8 +16,9 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -267,15 +269,29 @@ def _built(compiler: str) -> Path:
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+    with _one_builder(target.parent), tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        if target.exists():  # another process built it meanwhile
+            return target
         scratch = Path(folder)
         objects = _compiled(compiler, [path for path in sources if path.suffix == ".c"], scratch)
         made = scratch / target.name
         _run((compiler, "-shared", "-fopenmp", *map(str, objects), "-lm", "-lpthread", "-o", str(made)))
-        # Processes that build at the same time each rename a complete file over the other's equal one.
+        # Where no lock can be had, each renames a complete file over the other's equal one.
         made.replace(target)
     log.info("built the native kernels: %s", target)
     return target
+
+
+@contextmanager
+def _one_builder(folder: Path) -> Iterator[None]:
+    """Of processes that start together, as ranks do, one builds and the others wait: together they take its cores."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(opened)
 
 
 def _compiled(compiler: str, sources: Sequence[Path], scratch: Path) -> list[Path]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,10 +174,19 @@ def test_an_unknown_form_is_told_and_ignored(monkeypatch: pytest.MonkeyPatch, ca
     assert "AGENTSPEED_NATIVE=sse9 is neither 0 nor one of" in caplog.text
 
 
-@pytest.mark.usefixtures("fresh_library")
-def test_a_form_that_does_not_compile_is_left_out_loudly_and_the_others_run(
-    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture
-) -> None:
+@dataclass(frozen=True)
+class Built:
+    """A library built by a compiler that fails at the first form here, in a cache of its own."""
+
+    compiler: Path
+    cache: Path
+    here: Platform
+    said: str
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Built]:
+    """Once for all tests, and not optimised: a build takes seconds."""
     first, *others = native.forms_here()
     real = native._compiler()
     if real is None or not others:
@@ -184,15 +195,29 @@ def test_a_form_that_does_not_compile_is_left_out_loudly_and_the_others_run(
     old = folder / "old-cc"
     old.write_text(
         f'#!/bin/sh\ncase "$*" in *-DFORM={first.name}*) echo "no such instruction" >&2; exit 1;; esac\n'
-        f'exec {real} "$@" -O1\n'  # faster to build
+        f'exec {real} "$@" -O0\n'
     )
     old.chmod(0o755)
-    monkeypatch.setenv("CC", str(old))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    here = detect()
-    assert first.feature not in here.features
-    assert f"the {first.name} kernels are left out: no such instruction" in caplog.text
-    assert native.FEATURE in here.features
+    said = io.StringIO()
+    listener = logging.StreamHandler(said)
+    native.log.addHandler(listener)
+    native.library.cache_clear()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("CC", str(old))
+            patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+            here = detect()
+        yield Built(old, folder / "cache", here, said.getvalue())
+    finally:
+        native.log.removeHandler(listener)
+        native.library.cache_clear()
+
+
+def test_a_form_that_does_not_compile_is_left_out_loudly_and_the_others_run(built: Built) -> None:
+    first = native.forms_here()[0]
+    assert first.feature not in built.here.features
+    assert f"the {first.name} kernels are left out: no such instruction" in built.said
+    assert native.FEATURE in built.here.features
 
 
 def test_all_kernels_of_weights_take_one_layout() -> None:
@@ -260,26 +285,39 @@ def test_costs_count_the_context_once_whatever_the_number_of_rows() -> None:
 
 
 @pytest.mark.usefixtures("fresh_library")
-def test_the_native_kernels_are_built_once_a_machine(
-    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+def test_the_native_kernels_are_built_once_a_machine(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    (made,) = (built.cache / "agentspeed").iterdir()
+    when = made.stat().st_mtime_ns
+    monkeypatch.setenv("CC", str(built.compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(built.cache))
+    native.library.cache_clear()
+    again = native.library()
+    assert isinstance(again, native.Library)
+    assert (again.path, again.path.stat().st_mtime_ns) == (made, when)
+    assert list(made.parent.iterdir()) == [made]
+
+
+@pytest.mark.usefixtures("fresh_library")
+def test_of_two_that_need_the_native_kernels_at_once_one_builds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    folder = tmp_path_factory.mktemp("cache")
-    if (real := native._compiler()) is not None:
-        quick = folder / "quick-cc"
-        quick.write_text(f'#!/bin/sh\nexec {real} "$@" -O1\n')
-        quick.chmod(0o755)
-        monkeypatch.setenv("CC", str(quick))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "xdg"))
+    real = native.library()
+    if isinstance(real, native.Unavailable):
+        missing(f"the native kernels cannot be built here: {real.reason}")
+    links, compiler = tmp_path / "links", tmp_path / "copying-cc"
+    compiler.write_text(
+        "#!/bin/sh\nfor last; do :; done\n"  # the last argument is what to write
+        f'case "$1" in -shared) echo linked >> {links}; sleep 0.3; cp {real.path} "$last";; -*version) ;; '
+        '*) : > "$last";; esac\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     native.library.cache_clear()
-    first = native.library()
-    if isinstance(first, native.Unavailable):
-        missing(f"the native kernels cannot be built here: {first.reason}")
-    built = first.path.stat().st_mtime_ns
-    native.library.cache_clear()
-    second = native.library()
-    assert isinstance(second, native.Library)
-    assert (second.path, second.path.stat().st_mtime_ns) == (first.path, built)
-    assert [path.name for path in first.path.parent.iterdir()] == [first.path.name]
+    with ThreadPoolExecutor(2) as pool:
+        both = [one.result() for one in [pool.submit(native.library) for _ in range(2)]]
+    assert all(isinstance(one, native.Library) for one in both)
+    assert links.read_text() == "linked\n"
 
 
 def test_a_workspace_grows_once_and_keeps_names_apart() -> None:
