@@ -110,7 +110,7 @@ def _of_response(request: ResponsesRequest, tenant: str) -> Affinity | None:
     if named is not None:
         number = named.get("id") if isinstance(named, dict) else named
         return _in_id(number.partition("_")[2]) if isinstance(number, str) else None
-    system, messages = items.read_items(request.input)
+    system, messages = items.read_items(request.input or [])
     return _of_messages(
         Conversation(
             messages=messages,

@@ -14,7 +14,7 @@ import anyio
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from agentspeed import errors
+from agentspeed import errors, events
 from agentspeed.server.connections import ABORT, DIRECT, Direct
 from agentspeed.server.problems import Problem, RequestProblem, problem_of
 
@@ -23,6 +23,10 @@ _ENCODER: Final = msgspec.json.Encoder()
 PING_SECONDS: Final = 15.0
 """A stream that says nothing for so long sends a comment, so that proxies keep it open."""
 ErrorShape: TypeAlias = Callable[[Problem], dict[str, Any]]
+Told: TypeAlias = Callable[[int, list[events.AnyEvent]], Awaitable[None]]
+"""What is called with the events that came together, and which of the choices they belong to."""
+AtOnce: TypeAlias = Callable[[int, list[events.AnyEvent]], bool]
+"""The same for who can take them without waiting; False when it took nothing."""
 
 
 def encoded(value: object) -> bytes:
@@ -30,9 +34,15 @@ def encoded(value: object) -> bytes:
     return _ENCODER.encode(value)
 
 
+def framed(value: object, event: str | None = None) -> bytes:
+    """One server-sent event whose data are the JSON of `value`; `event` is its name where the protocol has names."""
+    name = b"" if event is None else f"event: {event}\n".encode()
+    return name + b"data: " + encoded(value) + b"\n\n"
+
+
 @final
 class Emitter:
-    """Sends events of one stream. `event` is the SSE event's name where the protocol has names."""
+    """Sends events of one stream."""
 
     def __init__(self, send: Send, headers: list[tuple[bytes, bytes]], direct: Direct | None = None) -> None:
         self._send = send
@@ -52,8 +62,7 @@ class Emitter:
 
     async def __call__(self, value: object, event: str | None = None) -> None:
         """One event whose data are the JSON of `value`."""
-        name = f"event: {event}\n".encode() if event is not None else b""
-        await self.raw(name + b"data: " + encoded(value) + b"\n\n")
+        await self.raw(framed(value, event))
 
     async def raw(self, data: bytes) -> None:
         """Bytes as they are, one chunk, whoever else emits; the headers go before the first of them."""
@@ -73,6 +82,23 @@ class Emitter:
         """As `raw`, without waiting; only where `can_now` says so."""
         assert self._direct is not None
         self._direct.write(data)
+
+    def paths(self, written: Callable[[int, list[events.AnyEvent]], bytes]) -> tuple[Told, AtOnce]:
+        """How a turn's events become this stream's: what `written` makes of those that came together goes out
+        together, without waking anybody where the connection takes it."""
+
+        async def told(index: int, batch: list[events.AnyEvent]) -> None:
+            if data := written(index, batch):
+                await self.raw(data)
+
+        def at_once(index: int, batch: list[events.AnyEvent]) -> bool:
+            if not self.can_now:
+                return False
+            if data := written(index, batch):
+                self.now(data)
+            return True
+
+        return told, at_once
 
     async def end(self) -> None:
         """No more events."""

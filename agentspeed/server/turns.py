@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, final
@@ -12,7 +12,7 @@ from typing import Any, final
 import anyio
 import msgspec
 
-from agentspeed import __version__, events
+from agentspeed import __version__
 from agentspeed.chat import transcript
 from agentspeed.chat.token_log import TokenLog
 from agentspeed.engine import Engine
@@ -22,13 +22,9 @@ from agentspeed.server.options import ServerOptions
 from agentspeed.server.problems import Problem, RequestProblem, refused
 from agentspeed.server.saved_sessions import SavedSessions
 from agentspeed.server.snapshot_files import SnapshotFiles
+from agentspeed.server.streaming import AtOnce, Told
 from agentspeed.session import Session, TurnOptions
 from agentspeed.turn import Reply, Turn
-
-Told = Callable[[int, list[events.AnyEvent]], Awaitable[None]]
-"""What is called with the events that came together, and which of the choices they belong to."""
-AtOnce = Callable[[int, list[events.AnyEvent]], bool]
-"""The same for who can take them without waiting; False when it took nothing."""
 
 
 @final

@@ -14,7 +14,7 @@ from agentspeed.message_formats.tools import declared
 from agentspeed.sampling import Sampling
 from agentspeed.server.openai.parameters import bounded_tokens
 from agentspeed.server.problems import refused
-from agentspeed.server.streaming import Emitter
+from agentspeed.server.streaming import Emitter, framed
 from agentspeed.server.turns import Answer, Request, Service
 from agentspeed.session import TurnOptions
 from agentspeed.turn import Reply
@@ -129,72 +129,68 @@ class MessagesStream:
         self._request = request_of(body, service, tenant)
         self._block: str | None = None
         self._index = -1
+        self._waiting = bytearray()
 
     async def produce(self, emit: Emitter) -> None:
         """To be given to `EventStream`."""
-
-        async def told(_: int, batch: list[events.AnyEvent]) -> None:
-            for event in batch:
-                await one(event)
-
-        async def one(event: events.AnyEvent) -> None:
-            match event:
-                case events.TurnStarted(usage=usage):
-                    before = usage.new + usage.resumed + usage.recomputed
-                    await emit(
-                        {
-                            "type": "message_start",
-                            "message": {
-                                **_head(self._service),
-                                "content": [],
-                                "stop_reason": None,
-                                "stop_sequence": None,
-                                "usage": {
-                                    "input_tokens": before - usage.prefill_saved,
-                                    "output_tokens": 0,
-                                    "cache_read_input_tokens": usage.prefill_saved,
-                                    "cache_creation_input_tokens": 0,
-                                },
-                            },
-                        },
-                        "message_start",
-                    )
-                    await emit({"type": "ping"}, "ping")
-                case events.ReasoningDelta(text=text):
-                    await self._in(emit, "thinking", {"type": "thinking", "thinking": "", "signature": ""})
-                    await self._delta(emit, {"type": "thinking_delta", "thinking": text})
-                case events.TextDelta(text=text):
-                    await self._in(emit, "text", {"type": "text", "text": ""})
-                    await self._delta(emit, {"type": "text_delta", "text": text})
-                case events.ToolCallStarted(index=place, name=name):
-                    await self._in(
-                        emit,
-                        f"tool {place}",
-                        {"type": "tool_use", "id": f"toolu_{secrets.token_hex(8)}", "name": name, "input": {}},
-                    )
-                case events.ToolCallDelta(arguments=text):
-                    await self._delta(emit, {"type": "input_json_delta", "partial_json": text})
-                case _:
-                    pass
-
-        answer = await self._service.turn(self._request, told)
+        answer = await self._service.turn(self._request, *emit.paths(self._written))
         (reply,) = answer.replies
-        await self._close(emit)
-        await emit({"type": "message_delta", "delta": _end(reply), "usage": usage_of(answer)}, "message_delta")
-        await emit({"type": "message_stop"}, "message_stop")
+        self._close()
+        self._tell({"type": "message_delta", "delta": _end(reply), "usage": usage_of(answer)})
+        self._tell({"type": "message_stop"})
+        await emit.raw(self._taken())
 
-    async def _in(self, emit: Emitter, block: str, start: dict[str, Any]) -> None:
+    def _written(self, _: int, batch: list[events.AnyEvent]) -> bytes:
+        for event in batch:
+            self._hear(event)
+        return self._taken()
+
+    def _hear(self, event: events.AnyEvent) -> None:
+        match event:
+            case events.TurnStarted(usage=usage):
+                before = usage.new + usage.resumed + usage.recomputed
+                counted = {
+                    "input_tokens": before - usage.prefill_saved,
+                    "output_tokens": 0,
+                    "cache_read_input_tokens": usage.prefill_saved,
+                    "cache_creation_input_tokens": 0,
+                }
+                empty: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None, "usage": counted}
+                self._tell({"type": "message_start", "message": {**_head(self._service), **empty}})
+                self._tell({"type": "ping"})
+            case events.ReasoningDelta(text=text):
+                self._in("thinking", {"type": "thinking", "thinking": "", "signature": ""})
+                self._delta({"type": "thinking_delta", "thinking": text})
+            case events.TextDelta(text=text):
+                self._in("text", {"type": "text", "text": ""})
+                self._delta({"type": "text_delta", "text": text})
+            case events.ToolCallStarted(index=place, name=name):
+                number = f"toolu_{secrets.token_hex(8)}"
+                self._in(f"tool {place}", {"type": "tool_use", "id": number, "name": name, "input": {}})
+            case events.ToolCallDelta(arguments=text):
+                self._delta({"type": "input_json_delta", "partial_json": text})
+            case _:
+                pass
+
+    def _in(self, block: str, start: dict[str, Any]) -> None:
         if self._block == block:
             return
-        await self._close(emit)
+        self._close()
         self._block = block
         self._index += 1
-        await emit({"type": "content_block_start", "index": self._index, "content_block": start}, "content_block_start")
+        self._tell({"type": "content_block_start", "index": self._index, "content_block": start})
 
-    async def _delta(self, emit: Emitter, delta: dict[str, Any]) -> None:
-        await emit({"type": "content_block_delta", "index": self._index, "delta": delta}, "content_block_delta")
+    def _delta(self, delta: dict[str, Any]) -> None:
+        self._tell({"type": "content_block_delta", "index": self._index, "delta": delta})
 
-    async def _close(self, emit: Emitter) -> None:
+    def _close(self) -> None:
         if self._block is not None:
-            await emit({"type": "content_block_stop", "index": self._index}, "content_block_stop")
+            self._tell({"type": "content_block_stop", "index": self._index})
             self._block = None
+
+    def _tell(self, value: dict[str, Any]) -> None:
+        self._waiting += framed(value, value["type"])
+
+    def _taken(self) -> bytes:
+        data, self._waiting = bytes(self._waiting), bytearray()
+        return data

@@ -15,7 +15,7 @@ from agentspeed.message_formats.tools import declared
 from agentspeed.server.openai.logprobs import token_logprobs
 from agentspeed.server.openai.parameters import FINISH, bounded_tokens, choice_of, output_of, sampling_of, stops_of
 from agentspeed.server.problems import refused
-from agentspeed.server.streaming import Emitter, encoded
+from agentspeed.server.streaming import Emitter, encoded, framed
 from agentspeed.server.turns import Answer, Request, Service
 from agentspeed.session import TurnOptions
 from agentspeed.turn import Reply
@@ -185,20 +185,8 @@ class ChatStream:
         self._frames: dict[int, tuple[bytes, bytes]] = {}
 
     async def produce(self, emit: Emitter) -> None:
-        """To be given to `EventStream`. Chunks of events that came together go out together."""
-
-        async def told(index: int, batch: list[events.AnyEvent]) -> None:
-            if chunks := b"".join([self._chunks(index, event) for event in batch]):
-                await emit.raw(chunks)
-
-        def at_once(index: int, batch: list[events.AnyEvent]) -> bool:
-            if not emit.can_now:
-                return False
-            if chunks := b"".join([self._chunks(index, event) for event in batch]):
-                emit.now(chunks)
-            return True
-
-        answer = await self._service.turn(self._request, told, at_once)
+        """To be given to `EventStream`."""
+        answer = await self._service.turn(self._request, *emit.paths(self._written))
         last: list[bytes] = []
         for index, reply in enumerate(answer.replies):
             logprobs = None
@@ -206,8 +194,11 @@ class ChatStream:
                 logprobs = {"content": token_logprobs(reply, self._service.engine.codec), "refusal": None}
             last.append(self._delta(index, {}, FINISH[reply.finish_reason], logprobs))
         if self._with_usage:
-            last.append(_event({**self._head, "choices": [], "usage": usage_of(answer)}))
+            last.append(framed({**self._head, "choices": [], "usage": usage_of(answer)}))
         await emit.raw(b"".join([*last, b"data: [DONE]\n\n"]))
+
+    def _written(self, index: int, batch: list[events.AnyEvent]) -> bytes:
+        return b"".join([self._chunks(index, event) for event in batch])
 
     def _chunks(self, index: int, event: events.AnyEvent) -> bytes:
         match event:
@@ -247,8 +238,4 @@ class ChatStream:
     def _chunk(self, index: int, value: dict[str, Any], finish: str | None = None, logprobs: Any = None) -> bytes:
         usage = {"usage": None} if self._with_usage else {}
         choice = {"index": index, "delta": value, "logprobs": logprobs, "finish_reason": finish}
-        return _event({**self._head, **usage, "choices": [choice]})
-
-
-def _event(value: dict[str, Any]) -> bytes:
-    return b"data: " + encoded(value) + b"\n\n"
+        return framed({**self._head, **usage, "choices": [choice]})

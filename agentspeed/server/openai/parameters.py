@@ -79,11 +79,6 @@ def sampling_of(body: Drawing) -> Sampling:
     )
 
 
-def plain_sampling(*, temperature: float | None, top_p: float | None) -> Sampling:
-    """Of an endpoint that has no more than these."""
-    return Sampling(temperature=1.0 if temperature is None else temperature, top_p=1.0 if top_p is None else top_p)
-
-
 def bias_of(given: Mapping[str, float] | None) -> dict[int, float]:
     """`logit_bias`, whose keys are token ids written as texts. Raises `RequestProblem`."""
     if wrong := [key for key in given or () if not (key.isascii() and key.isdigit() and len(key) < 10)]:

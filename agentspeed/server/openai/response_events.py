@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Iterable
+from collections.abc import Iterable
 from typing import Any, Literal, final
 
 from agentspeed import events
 from agentspeed.server.openai import items
-from agentspeed.server.streaming import Emitter
-from agentspeed.turn import Reply
+from agentspeed.server.problems import Problem
+from agentspeed.server.streaming import framed
 
 _Kind = Literal["message", "reasoning", "call"]
 
 
 @final
 class ResponseEvents:
-    """Follows one turn. Without an emitter it only gathers the items."""
+    """Follows one turn, and writes its events down until they are taken. Not `streamed`, it only gathers the items."""
 
-    def __init__(self, head: dict[str, Any]) -> None:
+    def __init__(self, head: dict[str, Any], *, streamed: bool) -> None:
         self._head = head
+        self._streamed = streamed
+        self._waiting = bytearray()
         self._sequence = -1
         self._output: list[dict[str, Any]] = []
         self._open: _Kind | None = None
@@ -28,88 +30,97 @@ class ResponseEvents:
         self.call_ids: list[str] = []
         """Of the calls, as the client knows them."""
 
-    async def begin(self, emit: Emitter | None) -> None:
+    def taken(self) -> bytes:
+        """What was written down since it was last called."""
+        data, self._waiting = bytes(self._waiting), bytearray()
+        return data
+
+    def begin(self) -> None:
         """The first two."""
         for kind in ("response.created", "response.in_progress"):
-            await self._send(emit, kind, {"response": self._head})
+            self._tell(kind, {"response": self._head})
 
-    async def told(self, batch: Iterable[events.AnyEvent], emit: Emitter | None) -> None:
+    def told(self, batch: Iterable[events.AnyEvent]) -> None:
         """Events of the turn."""
         for event in batch:
-            await self._told(event, emit)
+            self._told(event)
 
-    async def _told(self, event: events.AnyEvent, emit: Emitter | None) -> None:
+    def _told(self, event: events.AnyEvent) -> None:
         match event:
             case events.TextDelta(text=text):
                 if self._open != "message":
-                    await self._begin_item("message", emit)
+                    self._begin_item("message")
                 self._text.append(text)
-                await self._send(emit, "response.output_text.delta", {**self._place, "delta": text, "logprobs": []})
+                self._tell("response.output_text.delta", {**self._place, "delta": text, "logprobs": []})
             case events.ReasoningDelta(text=text):
                 if self._open != "reasoning":
-                    await self._begin_item("reasoning", emit)
+                    self._begin_item("reasoning")
                 self._text.append(text)
-                await self._send(emit, "response.reasoning_text.delta", {**self._place, "delta": text})
+                self._tell("response.reasoning_text.delta", {**self._place, "delta": text})
             case events.ToolCallStarted(name=name):
-                await self._end_item(emit)
+                self._end_item()
                 self._call = (items.new_id("call"), name)
                 self.call_ids.append(self._call[0])
-                await self._begin_item("call", emit)
+                self._begin_item("call")
             case events.ToolCallDelta(arguments=text):
                 self._text.append(text)
-                await self._send(
-                    emit,
+                self._tell(
                     "response.function_call_arguments.delta",
                     {"item_id": self._number, "output_index": len(self._output), "delta": text},
                 )
             case _:
                 pass
 
-    async def finish(self, reply: Reply[Any], emit: Emitter | None) -> list[dict[str, Any]]:
+    def finish(self) -> list[dict[str, Any]]:
         """Closes what is open; the output items."""
-        await self._end_item(emit)
+        self._end_item()
         if not self._output:  # the model said nothing at all
-            await self._begin_item("message", emit)
-            await self._end_item(emit)
+            self._begin_item("message")
+            self._end_item()
         return self._output
 
-    async def end(self, kind: str, response: dict[str, Any], emit: Emitter | None) -> None:
-        """The last one."""
-        await self._send(emit, kind, {"response": response})
+    def end(self, kind: str, response: dict[str, Any]) -> None:
+        """The last one, and the word that ends such a stream."""
+        self._tell(kind, {"response": response})
+        if self._streamed:
+            self._waiting += b"data: [DONE]\n\n"
+
+    def failed(self, problem: Problem) -> dict[str, Any]:
+        """What is told when the turn fails: OpenAI's clients read the fields, those of Open Responses the error."""
+        self._sequence += 1
+        said = {"code": problem.code, "message": problem.message, "param": problem.param}
+        return {"type": "error", "sequence_number": self._sequence, **said, **problem.openai()}
 
     @property
     def _place(self) -> dict[str, Any]:
         return {"item_id": self._number, "output_index": len(self._output), "content_index": 0}
 
-    async def _begin_item(self, kind: _Kind, emit: Emitter | None) -> None:
-        await self._end_item(emit)
+    def _begin_item(self, kind: _Kind) -> None:
+        self._end_item()
         self._open, self._text = kind, []
         self._number = items.new_id({"message": "msg", "reasoning": "rs", "call": "fc"}[kind])
-        await self._send(
-            emit, "response.output_item.added", {"output_index": len(self._output), "item": self._item("in_progress")}
-        )
+        self._tell("response.output_item.added", {"output_index": len(self._output), "item": self._item("in_progress")})
         if kind != "call":
             part = items.text_part("") if kind == "message" else {"type": "reasoning_text", "text": ""}
-            await self._send(emit, "response.content_part.added", {**self._place, "part": part})
+            self._tell("response.content_part.added", {**self._place, "part": part})
 
-    async def _end_item(self, emit: Emitter | None) -> None:
+    def _end_item(self) -> None:
         if self._open is None:
             return
         text = "".join(self._text)
         if self._open == "call":
-            await self._send(
-                emit,
+            self._tell(
                 "response.function_call_arguments.done",
                 {"item_id": self._number, "output_index": len(self._output), "arguments": text, "name": self._call[1]},
             )
         else:
             message = self._open == "message"
             kind = "response.output_text.done" if message else "response.reasoning_text.done"
-            await self._send(emit, kind, {**self._place, "text": text, **({"logprobs": []} if message else {})})
+            self._tell(kind, {**self._place, "text": text, **({"logprobs": []} if message else {})})
             part = items.text_part(text) if message else {"type": "reasoning_text", "text": text}
-            await self._send(emit, "response.content_part.done", {**self._place, "part": part})
+            self._tell("response.content_part.done", {**self._place, "part": part})
         item = self._item("completed")
-        await self._send(emit, "response.output_item.done", {"output_index": len(self._output), "item": item})
+        self._tell("response.output_item.done", {"output_index": len(self._output), "item": item})
         self._output.append(item)
         self._open = None
 
@@ -121,11 +132,7 @@ class ResponseEvents:
             return items.reasoning_item(text, status=status, number=self._number)
         return items.call_item(*self._call, text, status=status, number=self._number)
 
-    def _send(self, emit: Emitter | None, kind: str, value: dict[str, Any]) -> Awaitable[None]:
+    def _tell(self, kind: str, value: dict[str, Any]) -> None:
         self._sequence += 1
-        numbered = {"type": kind, "sequence_number": self._sequence, **value}
-        return _nothing() if emit is None else emit(numbered, kind)
-
-
-async def _nothing() -> None:
-    return
+        if self._streamed:
+            self._waiting += framed({"type": kind, "sequence_number": self._sequence, **value}, kind)

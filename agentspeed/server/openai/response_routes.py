@@ -42,7 +42,7 @@ def responses_routes(service: Service, route: Callable[..., Route]) -> list[Rout
         async def produce(emit: Emitter) -> None:
             _ = await owner.run(one, emit)
 
-        return EventStream(produce, _failed, headers={}, error_event="error")
+        return EventStream(produce, one.failed, headers={}, error_event="error")
 
     async def read(request: Request, service: Service, tenant: str) -> ASGIApp:
         found = owner.stored.get(tenant, request.path_params["number"])
@@ -110,17 +110,6 @@ def responses_routes(service: Service, route: Callable[..., Route]) -> list[Rout
         route("/v1/conversations/{number}", conversation, "GET", "DELETE"),
         route("/v1/conversations/{number}/items", conversation_items, "GET"),
     ]
-
-
-def _failed(problem: Problem) -> dict[str, Any]:
-    """An error inside of a stream."""
-    return {
-        "type": "error",
-        "code": problem.code,
-        "message": problem.message,
-        "param": problem.param,
-        **problem.openai(),
-    }
 
 
 def _missing(what: str, request: Request) -> RequestProblem:

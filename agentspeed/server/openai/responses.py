@@ -9,12 +9,14 @@ from typing import Any, final
 import anyio
 import msgspec
 
+from agentspeed.events import AnyEvent
 from agentspeed.history import Conversation
 from agentspeed.message_formats.openai import tool_definitions
 from agentspeed.message_formats.tools import declared
 from agentspeed.messages import Assistant, Message, ToolCall
+from agentspeed.sampling import Sampling
 from agentspeed.server.openai import items
-from agentspeed.server.openai.parameters import bounded_tokens, choice_of, output_of, plain_sampling
+from agentspeed.server.openai.parameters import bounded_tokens, choice_of, output_of
 from agentspeed.server.openai.response_events import ResponseEvents
 from agentspeed.server.openai.stored import Store, StoredConversation, StoredResponse
 from agentspeed.server.problems import Problem, RequestProblem, refused
@@ -27,8 +29,8 @@ from agentspeed.tools import Tool
 class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """The body."""
 
-    input: str | list[Any] = ""
-    model: str = ""
+    input: str | list[Any] | None = None
+    model: str | None = None
     instructions: str | None = None
     previous_response_id: str | None = None
     conversation: Any = None
@@ -41,6 +43,8 @@ class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
     max_output_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
     top_logprobs: int | None = None
     prompt_cache_key: str | None = None
     background: bool | None = None
@@ -132,13 +136,13 @@ class OneResponse:
             raise refused("Give previous_response_id or conversation, not both.", param="conversation")
         self.conversation = self._conversation()
         earlier = self._earlier()
-        system, new = items.read_items(body.input, earlier)
+        system, new = items.read_items(body.input or [], earlier)
         if not new and not earlier:
             raise refused("input is empty.", param="input")
         self._messages: tuple[Message, ...] = (*earlier, *new)
         self._system = system_of(body, system)
         self._request = self._asked()
-        self._events = ResponseEvents(self._head("in_progress"))
+        self._events = ResponseEvents(self._head("in_progress"), streamed=body.stream)
 
     def _conversation(self) -> StoredConversation | None:
         given = self._body.conversation
@@ -175,7 +179,12 @@ class OneResponse:
         body, limits = self._body, self._service.options
         options: TurnOptions = {
             "tool_choice": choice_of(body.tool_choice),
-            "sampling": plain_sampling(temperature=body.temperature, top_p=body.top_p),
+            "sampling": Sampling(
+                temperature=1.0 if body.temperature is None else body.temperature,
+                top_p=1.0 if body.top_p is None else body.top_p,
+                frequency_penalty=body.frequency_penalty or 0.0,
+                presence_penalty=body.presence_penalty or 0.0,
+            ),
             **bounded_tokens(body.max_output_tokens, limits.default_max_tokens, limits.max_tokens, "max_output_tokens"),
         }
         if body.parallel_tool_calls is False:
@@ -196,13 +205,21 @@ class OneResponse:
 
     async def produce(self, emit: Emitter | None) -> dict[str, Any]:
         """Runs the turn. A response that failed is one too, where its stream had begun."""
-        if self._body.prewarm:
-            return await self._prewarm(emit)
         events = self._events
-        await events.begin(emit)
-        answer = await self._service.turn(self._request, lambda _, batch: events.told(batch, emit))
+        events.begin()
+        if emit is not None:
+            await emit.raw(events.taken())
+        whole = await (self._prewarm() if self._body.prewarm else self._answer(emit))
+        if emit is not None:
+            await emit.raw(events.taken())
+        return whole
+
+    async def _answer(self, emit: Emitter | None) -> dict[str, Any]:
+        events = self._events
+        told, at_once = (self._told, self._gathered) if emit is None else emit.paths(self._written)
+        answer = await self._service.turn(self._request, told, at_once)
         (reply,) = answer.replies
-        output = await events.finish(reply, emit)
+        output = events.finish()
         cut = reply.finish_reason == "max_tokens"
         whole = {
             **self._head("incomplete" if cut else "completed"),
@@ -216,13 +233,26 @@ class OneResponse:
             for number, call in zip(events.call_ids, reply.tool_calls, strict=False)
         )
         self._keep(whole, Assistant(reply.text, calls, reply.reasoning))
-        await events.end("response.incomplete" if cut else "response.completed", whole, emit)
+        events.end("response.incomplete" if cut else "response.completed", whole)
         return whole
 
-    async def _prewarm(self, emit: Emitter | None) -> dict[str, Any]:
+    async def _told(self, _: int, batch: list[AnyEvent]) -> None:
+        self._events.told(batch)
+
+    def _gathered(self, _: int, batch: list[AnyEvent]) -> bool:
+        self._events.told(batch)
+        return True
+
+    def _written(self, _: int, batch: list[AnyEvent]) -> bytes:
+        self._events.told(batch)
+        return self._events.taken()
+
+    def failed(self, problem: Problem) -> dict[str, Any]:
+        """An error inside of its stream."""
+        return self._events.failed(problem)
+
+    async def _prewarm(self) -> dict[str, Any]:
         """Computes the rows of the prompt while nobody waits for an answer."""
-        events = self._events
-        await events.begin(emit)
         service = self._service
         async with service.admitted(), service.history.take(self._request.conversation) as taken:
             if taken.messages:
@@ -234,13 +264,15 @@ class OneResponse:
             "completed_at": int(time.time()),
             "usage": _usage(tokens, taken.shared_tokens, 0),
         }
-        await events.end("response.completed", whole, emit)
+        self._events.end("response.completed", whole)
         return whole
 
     async def cancelled(self, emit: Emitter | None) -> dict[str, Any]:
         """The end of a response that another request ended."""
         whole = {**self._head("cancelled"), "output": []}
-        await self._events.end("response.cancelled", whole, emit)
+        self._events.end("response.cancelled", whole)
+        if emit is not None:
+            await emit.raw(self._events.taken())
         return whole
 
     def _keep(self, whole: dict[str, Any], said: Assistant) -> None:
@@ -266,15 +298,18 @@ class OneResponse:
             "output": [],
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": body.previous_response_id,
-            "reasoning": body.reasoning,
+            "reasoning": None if body.reasoning is None else {"effort": None, "summary": None, **body.reasoning},
             "conversation": None if self.conversation is None else {"id": self.conversation.number},
             "store": body.store is not False,
             "temperature": 1.0 if body.temperature is None else body.temperature,
-            "text": body.text or {"format": {"type": "text"}},
+            "text": {"format": {"type": "text"}, **(body.text or {})},
             "tool_choice": body.tool_choice or "auto",
-            "tools": [{"strict": True, "description": None, **tool} for tool in body.tools or ()],
+            "tools": [{"strict": True, "description": None, "parameters": None, **tool} for tool in body.tools or ()],
             "top_logprobs": body.top_logprobs or 0,
             "top_p": 1.0 if body.top_p is None else body.top_p,
+            "frequency_penalty": body.frequency_penalty or 0.0,
+            "presence_penalty": body.presence_penalty or 0.0,
+            "safety_identifier": body.safety_identifier,
             "truncation": "disabled",
             "usage": None,
             "metadata": body.metadata or {},
