@@ -20,7 +20,7 @@ import httpx
 import pytest
 
 from agentspeed.chat.codec import ChatCodec
-from agentspeed.server import streaming
+from agentspeed.server import serving, streaming
 from agentspeed.server.options import ServerOptions
 from tests.support.engine_client import EngineProcess, engine, until
 from tests.support.random_checkpoint import make_checkpoint
@@ -128,6 +128,20 @@ def test_readers_that_stop_reading_are_left_and_others_are_served(url: str, monk
     until("the readers were left", lambda: _at_rest(url), 60)
     for peer in stuck:
         peer.close()
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="this system has no such limit")
+def test_a_stream_whose_client_neither_reads_nor_closes_is_cancelled_though_buffers_would_take_all_of_it(
+    folder: Path, process: EngineProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "UNTAKEN_SECONDS", 0.3)
+    monkeypatch.setenv("AGENTSPEED_ENGINE", str(process.path))
+    with server(folder, ServerOptions(port=0, drain_seconds=5.0)) as url, _connected(url, room=4096) as peer:
+        peer.sendall(_asked(1, 3500))  # some seconds, and less than the server's own buffers hold
+        assert peer.recv(12) == b"HTTP/1.1 200"
+        until("its turn ended", lambda: _at_rest(url), 60)
+        page = httpx.get(f"{url}/metrics", timeout=30).text
+        assert "agentspeed:request_success_total{" not in page  # it was cancelled, and had not come to its end
 
 
 def test_clients_that_vanish_end_their_turns(url: str) -> None:
