@@ -52,6 +52,9 @@ MUST = {
 }  # fmt: skip
 """In bfloat16, of the pure read."""
 
+TILES = ("amx-bf16", "avx512bf16-bf16")
+"""The kernels that bounds are about: the best ones where they run."""
+
 MUST_INT8: dict[WeightFormat, float] = {"int8": 1.3, "int8-32": 1.15}
 """One row of a linear on the best form, of the same form with weights in bfloat16."""
 
@@ -115,7 +118,7 @@ def measured(case: Case, dtype: Dtype, rounds: int, threads: int) -> dict[str, d
         of_read, faster = seconds["read"] / seconds[name], seconds["torch"] / seconds[name]
         taken = float(np.median(seconds[name]))
         low, middle, high = np.percentile(of_read, (25, 50, 75))
-        must = MUST.get((case.name, rows)) if dtype == "bfloat16" and name == "amx-bf16" else None
+        must = MUST.get((case.name, rows)) if dtype == "bfloat16" and name in TILES else None
         verdict = "" if must is None else f"  must {must}: {'reached' if middle >= must else 'MISSED'}"
         own = next((name.removesuffix(f"-{kind}") for kind in MUST_INT8 if name.endswith(f"-{kind}")), None)
         by = 0.0

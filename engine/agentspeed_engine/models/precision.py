@@ -7,7 +7,7 @@ from typing import Any
 
 from agentspeed_engine.models.quantization import stored_as
 from agentspeed_engine.models.source import Dtype
-from agentspeed_kernels.cpu.native import AMX
+from agentspeed_kernels.cpu.native import AMX, AVX512BF16
 from agentspeed_kernels.platform import Platform
 
 _HALF = frozenset({"bfloat16", "float16", "float8_e4m3fn"})
@@ -24,5 +24,8 @@ def choose(config: Mapping[str, Any], platform: Platform) -> tuple[Dtype, str]:
         return "bfloat16", f"the checkpoint is {stored} and {platform.device} has matrix units for it"
     if AMX.feature in platform.features:
         return "bfloat16", f"the checkpoint is {stored} and the processor has AMX tiles for it"
+    # Where the system refuses AMX the processor is one whose vectors multiply float32 twice as fast as bfloat16.
+    if AVX512BF16.feature in platform.features and AMX.feature not in platform.absent:
+        return "bfloat16", f"the checkpoint is {stored} and the processor multiplies pairs of it (AVX512-BF16)"
     why = platform.absent.get(AMX.feature) or platform.lacks.get(AMX.feature, "there are no kernels for AMX tiles")
     return "float32", f"prompts are slower in bfloat16 here: {why}"

@@ -148,7 +148,7 @@ INLINE void rescale(float *o, long tiles, __m512 keep) {
 /* sum (zero at the `first` block) += P . V for `groups` products; P is in tiles 4 to 7. */
 INLINE void add_four(float *sum, int first, long groups, const sixteen *v) {
     if (first) TILE_ZERO(0);
-    else TILE_LOAD(0, sum, 64);
+    else TILE_LOAD_SUM(0, sum, 64);
     TILE_LOAD(1, v[0].at, v[0].bytes);
     TILE_DOT(0, 4, 1);
     if (groups > 1) { TILE_LOAD(2, v[1].at, v[1].bytes); TILE_DOT(0, 5, 2); }
@@ -291,7 +291,7 @@ INLINE void many_pairs(const step *s, const part *t, char *memory, const int G) 
                     float *sum = o + (g * columns + j * 2 + side) * SUMS;
                     const bf16 *a = p + g * 4 * TILE;
                     if (at == 0) TILE_ZERO(0);
-                    else TILE_LOAD(0, sum, 64);
+                    else TILE_LOAD_SUM(0, sum, 64);
                     TILE_LOAD(1, a, 64);
                     TILE_DOT(0, 1, 4);
                     if (halves > 1) { TILE_LOAD(2, a + TILE, 64); TILE_DOT(0, 2, 5); }

@@ -1,7 +1,8 @@
-/* AMX tiles and 16-lane vectors for the bf16 kernels of processors with AMX and AVX512-BF16.
+/* AMX tiles and 16-lane vectors for the bf16 kernels of processors with AMX and AVX512-BF16; with VECTOR_TILES, the same
+   tiles on vectors alone (vector_tiles.h), for processors with AVX512-BF16 and no AMX.
 
    The tile instructions are inline assembly that names memory: the intrinsics of some compilers do not, so a store to a
-   buffer could sink below the load of a tile from it.
+   buffer could sink below the load of a tile from it. Accumulators have a load of their own, TILE_LOAD_SUM.
    All products are chains: one accumulator, and one or two loads for each product. A unit that is shared with another
    hyperthread slows down every change of the register it writes; a chain alone is good in both of its states. */
 #ifndef AGENTSPEED_AMX_COMMON_H
@@ -19,14 +20,19 @@ typedef uint16_t bf16;
 #define NEVER -1e30f /* below every finite score; its difference to itself is 0, not NaN */
 #define LOG2E 1.44269504f
 
+#define NEAR(p) _mm_prefetch((const char *)(p), _MM_HINT_T0)
+#define FAR(p) _mm_prefetch((const char *)(p), _MM_HINT_T1)
+
+#ifdef VECTOR_TILES
+#include "vector_tiles.h"
+#else
 #define TILE_LOAD(t, p, stride) \
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"((const void *)(p)), "r"((long)(stride)) : "memory")
+#define TILE_LOAD_SUM(t, p, stride) TILE_LOAD(t, p, stride)
 #define TILE_STORE(t, p, stride) \
     __asm__ volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"((void *)(p)), "r"((long)(stride)) : "memory")
 #define TILE_ZERO(t) __asm__ volatile("tilezero %%tmm" #t ::)
 #define TILE_DOT(sum, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #sum ::)
-#define NEAR(p) _mm_prefetch((const char *)(p), _MM_HINT_T0)
-#define FAR(p) _mm_prefetch((const char *)(p), _MM_HINT_T1)
 
 /* Tiles 0, 1, 2 and 5 to 7 have 16 rows; 3 (sums) and 4 (left operand) have `tail` rows, for the last rows of a block. */
 INLINE void tiles_begin(long tail) {
@@ -41,6 +47,7 @@ INLINE void tiles_begin(long tail) {
     __asm__ volatile("ldtilecfg %0" ::"m"(shape));
 }
 INLINE void tiles_end(void) { __asm__ volatile("tilerelease" ::); }
+#endif
 
 INLINE int my_index(void) {
 #ifdef _OPENMP
@@ -129,7 +136,7 @@ typedef struct {
 /* sums[16][16] = (more ? sums : 0) + rows of x times one column of tiles. */
 INLINE void chain(const bf16 *x, long x_bytes, const bf16 *w, long steps, float *sums, int full, int more, int ahead) {
 #define BODY(sum, left)                                                                \
-    if (more) TILE_LOAD(sum, sums, 64);                                                \
+    if (more) TILE_LOAD_SUM(sum, sums, 64);                                              \
     else TILE_ZERO(sum);                                                               \
     for (long s = 0; s < steps; s++) {                                                 \
         if (ahead) for (int z = 0; z < 16; z++) NEAR((const char *)(w + s * TILE + z * STEP) + 6144); \

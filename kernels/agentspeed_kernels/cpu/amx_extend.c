@@ -219,7 +219,7 @@ static void add_values(const extend *e, const desk *d, const int *rows, long cou
     if (!neighbours)
         for (long i = 0; i < count; i++) memcpy(at + i * width, d->sums + rows[i] * width, width * sizeof(float));
     for (long v = 0; v < e->value_tiles; v++) {
-        TILE_LOAD(0, at + v * 16, width * 4);
+        TILE_LOAD_SUM(0, at + v * 16, width * 4);
         for (long h = 0; h < halves; h++) {
             TILE_LOAD(1, d->shares + h * TILE, 64);
             TILE_LOAD(2, d->values + (v * pairs + h) * TILE, 64);

@@ -1,4 +1,5 @@
 /* Products and feed-forwards with weights of 8 bits, on processors with AMX: see amx_int8.h. */
+#ifndef VECTOR_TILES /* there the kernels of native_int8.c run */
 #include "amx_int8.h"
 
 #define MANY 8    /* rows above which groups of a weight are taken back to bf16 */
@@ -152,3 +153,4 @@ EXPORT void NAME(experts_bytes)(const bf16 *x, const uint8_t *gate_up, const flo
         tiles_end();
     }
 }
+#endif

@@ -1,4 +1,7 @@
-"""The AMX kernels as entries of the registry: bfloat16, weights in tile order, any number of rows."""
+"""The kernels with tiles as entries of the registry: bfloat16, weights in tile order, any number of rows.
+
+The tiles are those of AMX, or vectors where there is AVX512-BF16 alone.
+"""
 
 from __future__ import annotations
 
@@ -16,22 +19,23 @@ from agentspeed_kernels.signature import KernelSpec
 from agentspeed_kernels.tiles import TilePlan
 from agentspeed_kernels.workspace import Workspace
 
-PRIORITY = 20
+PRIORITY = {native.AMX: 20, native.AVX512BF16: 18}
 
 
 @final
-class AmxKernels:
-    """The library is opened, and the tiles asked for, at the first call."""
+class TileKernels:
+    """The ops of one form; the library is opened, and the tiles asked for, at the first call."""
 
-    __slots__ = ("_functions",)
+    __slots__ = ("_form", "_functions")
 
-    def __init__(self) -> None:
+    def __init__(self, form: native.Form) -> None:
+        self._form = form
         self._functions: dict[str, native.Function] | None = None
 
     @property
     def functions(self) -> dict[str, native.Function]:
         if self._functions is None:
-            self._functions = opened(native.AMX, "bf16")
+            self._functions = opened(self._form, "bf16")
         return self._functions
 
     def linear(self, x: Tensor, weight: Packed, bias: Tensor | None, out: Tensor) -> None:
@@ -203,28 +207,31 @@ def _steps(width: int) -> int:
     return -(-width // TILE_INPUTS) * TILE_INPUTS
 
 
-_KERNELS = AmxKernels()
-_CALLS: dict[str, Callable[..., Any]] = {
-    "linear": _KERNELS.linear,
-    "heads_linear": _KERNELS.heads_linear,
-    "experts": _KERNELS.experts,
-    "mla_rows": _KERNELS.mla_rows,
-    "mla_extend": _KERNELS.mla_extend,
-    "gqa_rows": _KERNELS.gqa_rows,
-    "gqa_extend": _KERNELS.gqa_extend,
-}
-SPECS: tuple[KernelSpec, ...] = tuple(
-    KernelSpec(
-        op=op,
-        name="amx-bf16",
-        dtypes=frozenset({"bfloat16"}),
-        device="cpu",
-        call=run,
-        priority=PRIORITY,
-        features=frozenset({native.AMX.feature}),
-        layout="tiles",
-        recordable=not op.endswith("_extend"),
+def _specs(form: native.Form) -> tuple[KernelSpec, ...]:
+    kernels = TileKernels(form)
+    calls: dict[str, Callable[..., Any]] = {
+        "linear": kernels.linear,
+        "heads_linear": kernels.heads_linear,
+        "experts": kernels.experts,
+        "mla_rows": kernels.mla_rows,
+        "mla_extend": kernels.mla_extend,
+        "gqa_rows": kernels.gqa_rows,
+        "gqa_extend": kernels.gqa_extend,
+    }
+    return tuple(
+        KernelSpec(
+            op=op,
+            name=f"{form.name}-bf16",
+            dtypes=frozenset({"bfloat16"}),
+            device="cpu",
+            call=run,
+            priority=PRIORITY[form],
+            features=frozenset({form.feature}),
+            layout="tiles",
+            recordable=not op.endswith("_extend"),
+        )
+        for op, run in calls.items()
     )
-    for op, run in _CALLS.items()
-    if native.AMX in native.forms_here()
-)
+
+
+SPECS: tuple[KernelSpec, ...] = tuple(spec for form in PRIORITY if form in native.forms_here() for spec in _specs(form))

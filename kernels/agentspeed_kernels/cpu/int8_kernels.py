@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from agentspeed_kernels.cpu import native, torch_kernels
-from agentspeed_kernels.cpu.amx_kernels import PRIORITY as AMX_PRIORITY
+from agentspeed_kernels.cpu.amx_kernels import PRIORITY as TILE_PRIORITY
 from agentspeed_kernels.cpu.native_kernels import DTYPES, FORM_PRIORITY, MOST_PRODUCT_ROWS, opened, rows_packed
 from agentspeed_kernels.cpu.recording import call
 from agentspeed_kernels.quantised import GROUPS, INPUTS, OUTPUTS, Quantised
@@ -171,7 +171,7 @@ def _specs(form: native.Form, kind: native.Kind) -> tuple[KernelSpec, ...]:
             f"{form.name}-{kind}-int8",
             frozenset({DTYPES[kind]}),
             run,
-            AMX_PRIORITY if amx else FORM_PRIORITY[form],
+            TILE_PRIORITY[form] if amx else FORM_PRIORITY[form],
             features=frozenset({form.feature}),
             most_rows=None if amx else MOST_PRODUCT_ROWS,
             recordable=True,
@@ -183,5 +183,11 @@ def _specs(form: native.Form, kind: native.Kind) -> tuple[KernelSpec, ...]:
 _FORMATS: frozenset[Dtype] = frozenset({"float32", "float64", "bfloat16"})
 SPECS: tuple[KernelSpec, ...] = (
     *(_spec(op, "torch-int8", _FORMATS, run, 0) for op, run in (("linear", torch_linear), ("experts", torch_experts))),
-    *(spec for form in native.forms_here() for kind in form.kinds for spec in _specs(form, kind)),
+    *(
+        spec
+        for form in native.forms_here()
+        if form is not native.AVX512BF16
+        for kind in form.kinds
+        for spec in _specs(form, kind)
+    ),
 )

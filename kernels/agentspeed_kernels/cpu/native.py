@@ -72,6 +72,16 @@ AMX = Form(
     kinds=("bf16",),
     wants="AMX-BF16, AMX-INT8, AVX512-BF16 and AVX512-VNNI",
 )
+AVX512BF16 = Form(
+    name="avx512bf16",
+    bit=32,
+    machines=_X86,
+    flags=(*_AVX512, "-mavx512bf16", "-DVECTOR_TILES"),
+    sources="amx_*.c",
+    kinds=("bf16",),
+    wants="AVX512-BF16",
+)
+"""The kernels for tiles, on vectors (vector_tiles.h)."""
 AVX512 = Form(
     name="avx512",
     bit=2,
@@ -87,7 +97,7 @@ AVX2 = Form(
 NEON = Form(
     name="neon", bit=8, machines=_ARM, flags=(), sources="native_*.c", kinds=("f32", "bf16"), wants="a 64-bit ARM"
 )
-FORMS = (AMX, AVX512, AVX2, NEON)
+FORMS = (AMX, AVX512BF16, AVX512, AVX2, NEON)
 """From the fastest on; of two that run, the first is preferred."""
 _AMX_REFUSED = 16
 _ALWAYS = frozenset({"native_forms.c", "native_scratch.c", "native_run.c", "native_group.c"})
@@ -126,9 +136,8 @@ _EXTEND: Arguments = {
     "merge": (P, P, P, P, P, P, P, L, L, L, N),
     "normalise": (P, P, P, P, L, L, L, N),
 }
-_AMX: Arguments = (
-    _BYTES
-    | _ATTENTION
+_TILES: Arguments = (
+    _ATTENTION
     | _PRODUCTS
     | {
         "experts": (P, P, P, P, P, P, P, P, P, P, P, L, L, L, L, L, N),
@@ -146,7 +155,9 @@ def forms_here() -> tuple[Form, ...]:
 def arguments(form: Form, kind: Kind) -> Arguments:
     """The C functions of a form in one kind of number: name to argument types."""
     if form is AMX:
-        return _AMX
+        return _BYTES | _TILES
+    if form is AVX512BF16:
+        return _TILES
     return _PLAIN | _EXTEND if kind == "f32" else _PLAIN
 
 

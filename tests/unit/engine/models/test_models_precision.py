@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from agentspeed_engine.models.precision import choose
 from agentspeed_engine.serve.options import build, options_from
-from agentspeed_kernels.cpu.native import AMX
+from agentspeed_kernels.cpu.native import AMX, AVX512BF16
 from agentspeed_kernels.platform import Platform, detect
 from tests.support.paged import CONFIG
 from tests.support.random_checkpoint import make_checkpoint
@@ -17,6 +18,13 @@ from tests.support.random_checkpoint import make_checkpoint
 BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 TILES = Platform(device="cpu", arch="x86_64", features=frozenset({AMX.feature}))
 REFUSED = Platform(device="cpu", arch="x86_64", features=frozenset(), absent={AMX.feature: "the system said no"})
+PAIRS = Platform(
+    device="cpu",
+    arch="x86_64",
+    features=frozenset({AVX512BF16.feature}),
+    lacks={AMX.feature: "the processor lacks AMX-BF16"},
+)
+REFUSED_PAIRS = replace(REFUSED, features=PAIRS.features)
 OLDER = Platform(device="cpu", arch="x86_64", features=frozenset(), lacks={AMX.feature: "the processor lacks AMX-BF16"})
 GPU = Platform(device="cuda", arch="sm_90", features=frozenset())
 
@@ -32,6 +40,9 @@ GPU = Platform(device="cuda", arch="sm_90", features=frozenset())
     ({"dtype": "float32"}, TILES, "float32", "the checkpoint is float32, and bfloat16 would round it"),
     ({}, TILES, "float32", "the checkpoint does not name its format, and"),
     ({"dtype": "bfloat16"}, REFUSED, "float32", "prompts are slower in bfloat16 here: the system said no"),
+    ({"dtype": "bfloat16"}, PAIRS, "bfloat16", "the processor multiplies pairs of it (AVX512-BF16)"),
+    ({"dtype": "float32"}, PAIRS, "float32", "the checkpoint is float32, and bfloat16 would round it"),
+    ({"dtype": "bfloat16"}, REFUSED_PAIRS, "float32", "prompts are slower in bfloat16 here: the system said no"),
     ({"dtype": "bfloat16"}, OLDER, "float32", "prompts are slower in bfloat16 here: the processor lacks AMX-BF16"),
     ({"dtype": "bfloat16"}, GPU, "bfloat16", "cuda has matrix units for it"),
 ])  # fmt: skip
