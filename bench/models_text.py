@@ -43,6 +43,7 @@ PUBLISHED: dict[str, str] = {
     "youtu": '<tool_call>{"name": "look_up", "arguments": {"word": "Paris"}}</tool_call>',
     "llama 3": '{"name": "look_up", "parameters": {"word": "Paris"}}',
     "qwen 3": '<tool_call>\n{"name": "look_up", "arguments": {"word": "Paris"}}\n</tool_call>',
+    "qwen 3 coder": "<tool_call>\n<function=look_up>\n<parameter=word>\nParis\n</parameter>\n</function>\n</tool_call>",
 }
 """A call as each family's makers show it, about one of our tools. GigaChat's stands in a message of its own."""
 

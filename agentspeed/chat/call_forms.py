@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -211,7 +212,7 @@ def _with_keys(frames: Frames, made: _Parts, start: str, two: Script | None) -> 
         key_open = before_key[len(name_end) :] if before_key.startswith(name_end) else before_key
         joint = between[len(value_close) : len(between) - len(key_open)]
     number_region = [part.text for part in number.regions[1] if part.slot is None]
-    json_open = number.tail.partition("0")[0]
+    json_open, _, json_close = number.tail.partition("0")
     if not number_region:
         return None
     call_close, call_joint, call_open, section_open, section_close = _cut(
@@ -226,8 +227,29 @@ def _with_keys(frames: Frames, made: _Parts, start: str, two: Script | None) -> 
         joint=call_joint,
         section_close=section_close,
         spaced=True,
-        keys=Keys(key_open=key_open, text_open=text_open, json_open=json_open, value_close=value_close, joint=joint),
+        keys=Keys(
+            key_open=key_open,
+            text_open=text_open,
+            json_open=json_open,
+            value_close=value_close,
+            joint=joint,
+            words=_words(frames, json_open, json_close),
+        ),
     )
+
+
+def _words(frames: Frames, before: str, after: str) -> tuple[tuple[str, str], ...]:
+    """How the template spells values that are no text, number, array or object, where that is not JSON."""
+    found: list[tuple[str, str]] = []
+    for word in ("true", "false", "null"):
+        script = _only(frames, {"\0k": json.loads(word)})
+        tail = "" if script is None else script.tail
+        if not tail.startswith(before) or not tail.endswith(after):
+            continue
+        spelling = tail[len(before) : len(tail) - len(after)]
+        if spelling and spelling != word:
+            found.append((word, spelling))
+    return tuple(found)
 
 
 def _only(frames: Frames, arguments: dict[str, object]) -> Script | None:

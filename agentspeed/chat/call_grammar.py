@@ -72,7 +72,8 @@ class CallRules:
             spaced = self._form.spaced
             return self._json(compile_schema(tool.schema, bounds, prefix=prefix, sets=True, spaced=spaced))
         try:
-            ways = compile_entries(tool.schema, bounds, prefix=prefix, sets=True, spaced=True)
+            words = self._form.keys.words
+            ways = compile_entries(tool.schema, bounds, prefix=prefix, sets=True, spaced=True, words=words)
         except SchemaUnsupported as error:
             raise SchemaUnsupported(
                 f"The parameters of {tool.name} cannot be written one by one, as this model writes them: {error}",

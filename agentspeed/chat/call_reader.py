@@ -233,13 +233,19 @@ class CallReader:
             if end < 0:
                 return None
             text = self._raw[found.end() : end]
-        return found[1], json.dumps(text, ensure_ascii=False) if as_text else _json_of(text), end + len(close)
+        value = json.dumps(text, ensure_ascii=False) if as_text else self._word(text) or _json_of(text)
+        return found[1], value, end + len(close)
+
+    def _word(self, text: str) -> str | None:
+        """True, false or null as JSON, where the family spells it otherwise."""
+        words = self._form.keys.words if self._form.keys is not None else ()
+        return next((word for word, spelling in words if spelling == text.strip()), None)
 
     def _is_text(self, key: str, text: str) -> bool:
         properties = self._tools.get(self._name or "", {}).get("properties", {})
         schema = properties.get(key) if isinstance(properties, dict) else None
         close = self._form.keys.value_close.rstrip() if self._form.keys is not None else ""
-        return is_text(schema, close) if isinstance(schema, dict) else not _is_json(text)
+        return is_text(schema, close) if isinstance(schema, dict) else not (_is_json(text) or self._word(text))
 
     def _opened(self, name: str, pieces: list[Piece]) -> None:
         self._name, self._id = self._form.called(name)

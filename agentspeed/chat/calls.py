@@ -33,6 +33,9 @@ class Keys:
     value_close: str
     joint: str
     """Between one value and the next key."""
+    words: tuple[tuple[str, str], ...] = ()
+    """(true, false or null, how such a value is spelt), for a template that writes it as Python does. Inside of arrays
+    and objects it is JSON."""
 
 
 @final

@@ -32,6 +32,8 @@ ARGUMENTS: Final[tuple[dict[str, Any], ...]] = (
     {"word": "two\nlines", "count": 2},
     {"word": 'quo"ted \\ back', "count": -1, "items": [1, "x", {"deep": None}]},
     {"word": "é 😀 5", "flag": True},
+    {"flag": False, "count": None, "items": []},
+    {"count": 1.5, "items": [True, None, {"a": {"b": [1, False]}}], "word": "True"},
     {},
 )
 TOOLS: Final[list[dict[str, Any]]] = [

@@ -306,6 +306,35 @@ _QWEN = """{%- macro opened(role) %}{{ '<|im_start|>' + role + '\n' }}{% endmacr
 {%- if add_generation_prompt -%}
 {{- opened('assistant') + ('<think>\n\n</think>\n\n' if enable_thinking is defined and not enable_thinking else '') -}}
 {%- endif -%}"""
+# Arguments one by one without a mark that tells text from other values, which are written as Python writes them.
+_QWEN_CODER = """{%- macro opened(role) %}{{ '<|im_start|>' + role + '\n' }}{% endmacro -%}
+{%- if messages[0].role == 'system' %}{% set first = messages[0].content %}{% set messages = messages[1:] %}{% endif -%}
+{%- if tools -%}
+{{- opened('system') + (first or 'You may call tools.') + '\n\n<tools>' -}}
+{%- for t in tools %}{{ '\n<function>\n<name>' + t.function.name + '</name>\n' + t.function.parameters | tojson + '\n</function>' }}{% endfor -%}
+{{- '\n</tools><|im_end|>\n' -}}
+{%- elif first -%}{{ opened('system') + first + '<|im_end|>\n' }}
+{%- endif -%}
+{%- for m in messages -%}
+{%- if m.role == 'tool' -%}
+{%- if messages[loop.index0 - 1].role != 'tool' %}{{ opened('user') }}{% endif -%}
+{{- '<tool_response>\n' + m.content + '\n</tool_response>\n' -}}
+{%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{ '<|im_end|>\n' }}{% endif -%}
+{%- elif m.tool_calls -%}
+{{- '<|im_start|>' + m.role + ('\n' + m.content | trim + '\n' if m.content | trim else '') -}}
+{%- for c in m.tool_calls -%}
+{{- '\n<tool_call>\n<function=' + c.function.name + '>\n' -}}
+{%- for key, value in c.function.arguments | items -%}
+{%- set plain = value is string or not (value is mapping or value is sequence) -%}
+{{- '<parameter=' + key + '>\n' + (value | string if plain else value | tojson) + '\n</parameter>\n' -}}
+{%- endfor -%}
+{{- '</function>\n</tool_call>' -}}
+{%- endfor -%}
+{{- '<|im_end|>\n' -}}
+{%- else -%}{{ opened(m.role) + m.content + '<|im_end|>\n' }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ opened('assistant') }}{% endif -%}"""
 _KIMI_CONTROLS = tuple(
     f"<|{name}|>"
     for name in (
@@ -334,5 +363,6 @@ FAMILIES: Final[dict[str, Family]] = {
     "youtu": Family(_YOUTU, ("<|User|>", "<|Assistant|>", "<|end_of_text|>", "<|begin_of_tool_description|>",
                              "<|end_of_tool_description|>"), _TOOL_MARKS),
     "llama 3": Family(_LLAMA, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
+    "qwen 3 coder": Family(_QWEN_CODER, ("<|im_start|>", "<|im_end|>"), _TOOL_MARKS),
     "qwen 3": Family(_QWEN, ("<|im_start|>", "<|im_end|>"), (*_THINK, *_TOOL_MARKS)),
 }  # fmt: skip

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Final
+from typing import Final, TypeAlias
 
 from agentspeed.errors import SchemaUnsupported
 from agentspeed.tools.schema.atoms import Term, Text, Values
 from agentspeed.tools.schema.bounds import DEFAULT_BOUNDS, Bounds
-from agentspeed.tools.schema.plans import ObjectPlan, Plan, Planner, parts_of
+from agentspeed.tools.schema.plans import Leaf, ObjectPlan, Plan, Planner, parts_of
 from agentspeed.tools.schema.references import Document
 from agentspeed.tools.schema.rules import Rules
 from agentspeed.tools.schema.terms import MAX_TERMS, Terms
@@ -56,6 +56,10 @@ class Entry:
     """What texts there are, where every value is a text and nothing is said but its length or which it may be."""
 
 
+Words: TypeAlias = tuple[tuple[str, str], ...]
+"""(Word of JSON, how it is spelt instead)."""
+
+
 def compile_schema(
     schema: Mapping[str, Json],
     bounds: Bounds = DEFAULT_BOUNDS,
@@ -81,13 +85,15 @@ def compile_entries(
     prefix: str = "json",
     sets: bool = False,
     spaced: bool = False,
+    words: Words = (),
 ) -> tuple[tuple[Entry, ...], ...]:
-    """The entries of an object in the order of their properties; one list for each way the object may be.
+    """The entries of an object in the order of their properties; one list for each way the object may be. `words` says
+    how a value is spelt that is true, false or null, where that is not JSON; inside of arrays and objects it is.
 
     Entries that no property names are left out. Raises `SchemaUnsupported` where entries alone do not make an instance
     of the schema: other values than objects, a count of entries, entries that need one another."""
     with _shallow():
-        return _entries(_source(schema, bounds), bounds, prefix, sets, spaced)
+        return _entries(_source(schema, bounds), bounds, prefix, sets, spaced, words)
 
 
 @contextmanager
@@ -121,10 +127,12 @@ def _compiled(source: str, bounds: Bounds, prefix: str, lenient: bool, sets: boo
 
 
 @lru_cache(maxsize=256)
-def _entries(source: str, bounds: Bounds, prefix: str, sets: bool, spaced: bool) -> tuple[tuple[Entry, ...], ...]:
+def _entries(
+    source: str, bounds: Bounds, prefix: str, sets: bool, spaced: bool, words: Words
+) -> tuple[tuple[Entry, ...], ...]:
     terms = Terms(Document(json.loads(source)))
     compiler = _Compiler(terms, Planner(terms, bounds, sets=sets, spaced=spaced), bounds, Rules(prefix, spaced=spaced))
-    found = [compiler.entries(plan) for plan in compiler.objects()]
+    found = [compiler.entries(plan, words) for plan in compiler.objects()]
     ways = tuple(way for way in found if way is not None)
     if not ways:
         raise compiler.impossible()
@@ -154,16 +162,28 @@ class _Compiler:
                 raise _not_by_entries("names no entries")
         return found
 
-    def entries(self, plan: ObjectPlan) -> tuple[Entry, ...] | None:
+    def entries(self, plan: ObjectPlan, words: Words) -> tuple[Entry, ...] | None:
         """None where a required entry has no value."""
         found: list[Entry] = []
         for field in plan.fields:
             value = self.compile(field.term)
             if value is not None:
-                found.append(Entry(field.name, field.required, value, self._wording(field.term)))
+                spelt = self._spelt(field.term, value, words)
+                found.append(Entry(field.name, field.required, spelt, self._wording(field.term)))
             elif field.required:
                 return None
         return tuple(found)
+
+    def _spelt(self, term: Term, value: Compiled, words: Words) -> Compiled:
+        """The same value with other words for what is no text, number, array or object."""
+        other = {json.dumps(word): Leaf(json.dumps(spelling)) for word, spelling in words}
+        plans = self._plans_of(term)
+        if not any(isinstance(plan, Leaf) and plan.body in other for plan in plans):
+            return value
+        spelt = [other.get(plan.body, plan) if isinstance(plan, Leaf) else plan for plan in plans]
+        names = [self._rules.plan(plan, self._written.__getitem__) for plan in spelt]
+        start = self._rules.either(name for name in names if name is not None)
+        return value if start is None else replace(value, start=start, rules=tuple(self._rules.reached(start)))
 
     def _wording(self, term: Term) -> Wording | None:
         shape = self._planner.shape(term)

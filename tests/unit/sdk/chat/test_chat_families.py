@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
-from agentspeed import Assistant, User, errors
+from agentspeed import Assistant, ToolCall, User, errors
 from agentspeed.chat.grammar import turn_grammar
 from agentspeed.chat.parser import CallReady, TurnParser
 from agentspeed.messages import Message
@@ -121,3 +121,41 @@ def test_tools_that_a_template_with_calls_does_not_show_stand_in_the_system_text
     log = log_of(folders["deepseek v3.1"], reasoning=False, system="Be brief.", tools=True)
     opening = log.codec.tokenizer.text(list(log.mirror.ids))
     assert "Be brief." in opening and "look_up" in opening and "count_them" in opening
+
+
+MIXED = {
+    "type": "object",
+    "properties": {
+        "flag": {"type": "boolean"},
+        "most": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
+        "rules": {"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 2},
+        "word": {"type": "string", "maxLength": 4},
+    },
+    "required": ["flag", "most", "rules"],
+}
+
+
+def test_values_that_a_template_writes_as_python_does_are_drawn_so_and_read_as_what_they_are(
+    folders: dict[str, Path],
+) -> None:
+    log = log_of(folders["qwen 3 coder"], reasoning=False, system=None, tools=True)
+    tool = declared_tool({**TOOLS[0], "parameters": MIXED}, print)
+    source = turn_grammar(tools=[tool], tool_choice="required", tags=log.tags)
+    tokenizer = LLTokenizer((folders["qwen 3 coder"] / "tokenizer.json").read_text())
+    given = {"flag": True, "most": None, "rules": [True, False], "word": "True"}
+    said = Assistant("", (ToolCall(id="c", name=tool.name, arguments=json.dumps(given)),))
+    history: list[Message] = [User("Go.")]
+    log.ask(*history)
+    raw = written(log.codec, log.tags, history, said)
+    assert "=flag>\nTrue\n" in raw and "=most>\nNone\n" in raw and "=rules>\n[true, false]\n" in raw
+    matcher = LLMatcher(tokenizer, source)
+    ids = log.codec.tokenizer.template_ids(raw)
+    assert matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting(), matcher.get_error()
+    for text in (raw, *(log.codec.tokenizer.text(walked(LLMatcher(tokenizer, source), tokenizer, chance, None))
+                        for chance in map(random.Random, range(4)))):  # fmt: skip
+        parser = TurnParser(log.tags, tools={tool.name: MIXED})
+        for call in [piece for piece in (*parser.feed(text), *parser.finish()) if isinstance(piece, CallReady)]:
+            value = json.loads(call.arguments)
+            assert text != raw or value == given
+            assert isinstance(value["flag"], bool) and isinstance(value["most"], int | None), text
+            assert all(isinstance(rule, bool) for rule in value["rules"]) and isinstance(value.get("word", ""), str)
