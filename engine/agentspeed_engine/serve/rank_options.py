@@ -87,7 +87,8 @@ def opened_group(options: RankOptions, memory: Files | None, arrived: Callable[[
         return Alone()
     if memory is not None:
         try:
-            return SharedMemory(memory.tp, place, seconds=options.seconds, dp_file=memory.dp)
+            first = options.rank - place.index
+            return SharedMemory(memory.tp, place, seconds=options.seconds, dp_file=memory.dp, first=first)
         except OSError as reason:
             _LOG.warning("ranks meet through gloo, not through shared memory: %s. Steps are slower", reason)
     arrived()

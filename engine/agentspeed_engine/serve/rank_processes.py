@@ -169,6 +169,8 @@ class RankProcesses:
         self.all: list[RankProcess] = []
         self._followers: dict[int, Followers] = {}
         self._group: Group | None = None
+        self._late: int | None = None
+        """The rank that rank 0 waited for in vain."""
         self._shares = False
         """Ranks sum in shared memory."""
         try:
@@ -245,11 +247,13 @@ class RankProcesses:
         from agentspeed_engine.exec.ranks.group import GroupBroken
 
         late = error.late if isinstance(error, GroupBroken) else None
-        if late is None and not self._closing:
+        if late is not None:
+            self._late = late
+        elif not self._closing:
             _ = self._lost.wait(_NEWS_SECONDS)
         dead = next((one for one in self.all if one.ended), None)
         if dead is not None or late is not None:
-            return self._fault_of(dead, late)
+            return self._fault_of(dead)
         if isinstance(error, TimeoutError):
             return EngineFault("rank_lost", f"A rank took no order for {self._seconds}.", _REMEDY)
         if isinstance(error, GroupBroken):
@@ -320,25 +324,38 @@ class RankProcesses:
     def _seconds(self) -> str:
         return f"{self._options.seconds:g} s (rank_seconds)"
 
-    def _fault_of(self, one: RankProcess | None, late: int | None = None) -> EngineFault:
+    def _fault_of(self, one: RankProcess | None) -> EngineFault:
         """The first cause, of which the others may be effects: what a rank could not do, one that was killed, one that
-        hangs (`late`, or who others waited for), a bug, and one that ended somehow (`one`)."""
+        hangs, a bug, and one that ended somehow (`one`)."""
+        self._hear_out()
         named = [rank.fault for rank in self.all if rank.fault is not None]
         if (plain := next((fault for fault in named if fault.code != "internal"), None)) is not None:
             return plain
         if (killed := next((rank for rank in self.all if rank.ended.startswith("was killed")), None)) is not None:
             return _loss(killed.rank, killed.pid, killed.ended)
         alive = {0: os.getpid()} | {rank.rank: rank.pid for rank in self.all if not rank.ended}
-        for waited_for in (late, *(rank.late for rank in self.all)):
-            if waited_for is not None and waited_for in alive:
-                self._lost.set()
-                return _loss(waited_for, alive[waited_for], f"did not answer for {self._seconds}")
+        hangs = next((rank for rank in self._waited_for() if rank in alive), None)
+        if hangs is not None:
+            self._lost.set()
+            return _loss(hangs, alive[hangs], f"did not answer for {self._seconds}")
         if named:
             return named[0]
         ended = next((rank for rank in self.all if rank.ended and not rank.left), one)
         if ended is None:
             return EngineFault("rank_lost", "The ranks did not come together.", _REMEDY)
         return _loss(ended.rank, ended.pid, f"gave up: {ended.left}" if ended.left else ended.ended)
+
+    def _hear_out(self) -> None:
+        """Along two axes one rank may wait for another that waits for a third: each says so, but not at once."""
+        if self._options.lock_step and self._options.tp > 1 and self._waited_for() and not self._closing:
+            time.sleep(_NEWS_SECONDS)
+
+    def _waited_for(self) -> list[int]:
+        """Whom ranks waited for in vain; first those that waited for nobody."""
+        late = {rank.rank: rank.late for rank in self.all if rank.late is not None}
+        if self._late is not None:
+            late[0] = self._late
+        return sorted(late.values(), key=lambda rank: rank in late)
 
 
 def _loss(rank: int, pid: int, how: str) -> EngineFault:

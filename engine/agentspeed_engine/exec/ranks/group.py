@@ -76,17 +76,19 @@ class Alone:
 class SharedMemory:
     """`Group` of the ranks of one machine, in the memory of files that all of them have mapped."""
 
-    def __init__(self, file: int | None, rank: Rank, *, seconds: float, dp_file: int | None = None) -> None:
+    def __init__(
+        self, file: int | None, rank: Rank, *, seconds: float, dp_file: int | None = None, first: int = 0
+    ) -> None:
         """`file`: of the ranks that share this one's dp rank; None where it is the only one. `dp_file`: of those that
-        have its place on the others, where dp ranks are in lock-step. Raises `OSError` where the C library cannot be
-        had."""
+        have its place on the others, where dp ranks are in lock-step. `first`: what the first rank of the mesh is
+        called. Raises `OSError` where the C library cannot be had."""
         mesh = rank.mesh
         self._groups: dict[Axis, SharedGroup] = {}
         if file is not None:
-            names = range(rank.dp * mesh.tp, (rank.dp + 1) * mesh.tp)
+            names = range(first + rank.dp * mesh.tp, first + (rank.dp + 1) * mesh.tp)
             self._groups["tp"] = SharedGroup(file, rank.tp, mesh.tp, seconds=seconds, names=names)
         if dp_file is not None:
-            names = range(rank.tp, mesh.size, mesh.tp)
+            names = range(first + rank.tp, first + mesh.size, mesh.tp)
             self._groups["dp"] = SharedGroup(dp_file, rank.dp, mesh.dp, seconds=seconds, names=names)
         self.recordable = mesh.dp == 1
         """Shapes of steps in lock-step are not those of a rank's own rows."""

@@ -80,3 +80,10 @@ def test_a_rank_that_does_not_come_is_named_by_its_number_among_all(files: list[
         assert groups[1].comm is not None
         _ = groups[1].comm.apply(step("all_reduce", "dp", 0), torch.ones(1, WIDTH), (1, 1))
     assert broken.value.late == 3
+
+
+def test_a_rank_of_a_dp_rank_by_itself_is_named_by_its_number_among_all(files: list[int]) -> None:
+    group = SharedMemory(files[0], Mesh(tp=2).rank(0), seconds=0.05, first=2)
+    with pytest.raises(GroupBroken, match="rank 3 did not come in time") as broken:
+        _ = group.gather(torch.ones(1).double().numpy())
+    assert broken.value.late == 3

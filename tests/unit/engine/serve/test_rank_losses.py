@@ -8,10 +8,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.exec.cpu import Computed, CpuExecutor
@@ -96,6 +98,19 @@ def test_a_rank_that_hangs_is_the_reason_and_not_those_that_waited_for_it(
 def test_rank_0_is_named_where_the_others_waited_for_it(ranks: RankProcesses) -> None:
     ends(ranks, 1, "ended with status 3", left="rank 0 did not come in time", late=0)
     assert named(ranks).startswith(f"Rank 0 (process {os.getpid()}) did not answer")
+
+
+@pytest.mark.parametrize("rank_0", [1, 2], ids=["waits along tp", "waits along dp"])
+def test_of_ranks_that_wait_for_each_other_in_a_row_the_last_is_named(
+    monkeypatch: pytest.MonkeyPatch, rank_0: int
+) -> None:
+    """Of four ranks in lock-step rank 3 hangs, for which 1 and 2 wait, and 0 for one of them."""
+    monkeypatch.setattr(rank_processes, "RankProcess", FakeProcess)
+    monkeypatch.setattr(rank_processes, "_NEWS_SECONDS", 0.0)
+    with closing(RankProcesses(replace(OPTIONS, dp=2, tp=2, lock_step=True), lambda text: None)) as four:
+        ends(four, 1, "ended with status 3", left="rank 3 did not come in time", late=3)
+        ends(four, 2, "ended with status 3", left="rank 0 did not come in time", late=0)
+        assert named(four, rank_0) == "Rank 3 (process 1003) did not answer for 2 s (rank_seconds)."
 
 
 def test_what_a_rank_could_not_do_is_the_reason_before_all_else(ranks: RankProcesses) -> None:
