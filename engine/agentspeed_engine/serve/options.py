@@ -52,8 +52,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     `noop:VOCABULARY:MILLISECONDS` for benchmarks of everything around a model."""
     dtype: Literal["auto", "float32", "float64", "bfloat16"] = "auto"
     """Of weights, activations and cache. auto: bfloat16 where the checkpoint is in 16 bits or fewer and the processor
-    has matrix units for it or multiplies pairs of it (AVX512-BF16), else float32; the engine says at its start which and
-    why."""
+    has matrix units for it or multiplies pairs of it (AVX512-BF16), else float32; the engine says at its start which
+    and why."""
     weights: Literal["dtype", "int8", "int8-32"] = "dtype"
     """Format of the matrices alone. int8: 8 bits and a scale for each output, half of what bfloat16 reads; int8-32: a
     scale for each 32 inputs, nearer to the checkpoint (docs/how-to/kernels.md). On a CPU."""
