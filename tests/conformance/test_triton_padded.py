@@ -70,7 +70,7 @@ def test_what_has_no_room_in_a_padded_shape_runs_as_it_is() -> None:
 
 
 def test_forks_of_a_large_model_have_a_padded_shape_of_the_gluon_kernel() -> None:
-    shape = AttentionShape(heads=16, rank=512, rope=64, page_tokens=16 * 4, processors=132, hopper=True)
+    shape = AttentionShape(heads=16, rank=512, rope=64, page_tokens=64, processors=132, hopper=True)
     rows = np.arange(8, dtype=np.int32)
     trunk = Part(np.arange(512, dtype=np.int32), 0, 512 * 64, rows, False)
     tails = [Part(np.array([600 + row], np.int32), 512 * 64, 9, rows[row : row + 1], True) for row in range(8)]

@@ -231,8 +231,7 @@ async def test_a_snapshot_is_restored_in_another_engine_and_goes_on_the_same(lat
         kept = await s.snapshot()
         said = (await s.generate("On.", max_tokens=8)).ids
     async with Engine(latent, **EXACT) as engine, Session.restore(kept, engine) as s:
-        reply = await s.generate("On.", max_tokens=8)
-        assert reply.ids == said and reply.usage.recomputed > 0
+        assert (await s.generate("On.", max_tokens=8)).ids == said
 
 
 async def test_a_pool_larger_than_the_gpu_is_refused_by_what_the_gpu_has(latent: Path) -> None:

@@ -1,6 +1,7 @@
 """Steps of few rows on a GPU as one CUDA graph: launched from Python, a step is mostly the time between its kernels.
 
-A graph is captured for a padded number of rows and a padded shape of the attention's plan. Rows that pad a step write
+A graph is captured for a padded number of rows and a padded shape of the attention's plan: for the usual steps before
+the first turn, for others once they are met again. Rows that pad a step write
 no latent (their slot is -1), are read by nobody, and what attention leaves of them is finite.
 """
 
@@ -19,6 +20,7 @@ from agentspeed_engine.models.inputs import FlatBatch
 from agentspeed_engine.models.inputs_on_device import unwaited
 from agentspeed_engine.models.rope import Rope
 from agentspeed_engine.models.state import StepState
+from agentspeed_engine.models.usual_steps import usual_steps
 from agentspeed_engine.spmd.lower import Compiled, run
 from agentspeed_kernels.attention import AttentionStep
 from agentspeed_kernels.triton.backend import TritonAttention
@@ -31,7 +33,9 @@ BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 """Rows that steps are padded to."""
 AFTER = 2
 """Steps of a shape that run kernel by kernel before a graph is captured; they also compile what it is made of."""
-MOST_GRAPHS = 64
+MOST_GRAPHS = 192
+SPARE_PART = 20
+"""Of the GPU's memory one part in so many stays free of graphs."""
 _cuda: Any = torch.cuda
 """torch gives these no types."""
 _ROWS = ("ids", "positions", "slots")
@@ -63,13 +67,27 @@ class Graphs:
     def count(self) -> int:
         return len(self._graphs)
 
+    def capture(self, context_limit: int, pool_tokens: int, progress: Callable[[int], None]) -> bool:
+        """Graphs of the usual steps of a pool of `pool_tokens`, as far as there is memory (False: not of all).
+        `progress` is told how many there are."""
+        for batch in usual_steps(BUCKETS, context_limit, pool_tokens, self._attention.shape.page_tokens):
+            plan, form = self._attention.rows(batch.runs, batch.positions)
+            shape = shape_for(plan, form, _bucket(len(batch.ids)), self._attention.shape)
+            if shape is None or shape in self._graphs:
+                continue
+            if not self._room():
+                return False
+            self._capture(shape, batch, padded(plan, shape))
+            progress(len(self._graphs))
+        return True
+
     def run(self, batch: FlatBatch, name: Callable[[Tensor], None] | None) -> Tensor | None:
         """Logits of the selected rows as the chain gives them, valid until the next call; None: the step is not one of
         those that are repeated."""
         rows = len(batch.ids)
         if not rows or rows > BUCKETS[-1] or not len(batch.select):
             return None
-        queries = next(size for size in BUCKETS if size >= rows)
+        queries = _bucket(rows)
         plan, form = self._attention.rows(batch.runs, batch.positions)
         shape = shape_for(plan, form, queries, self._attention.shape)
         if shape is None:
@@ -77,7 +95,7 @@ class Graphs:
         held = self._graphs.get(shape)
         if held is None:
             seen = self._seen[shape] = self._seen.get(shape, 0) + 1
-            if seen <= AFTER or len(self._graphs) >= MOST_GRAPHS:
+            if seen <= AFTER or not self._room():
                 return None
         plan = padded(plan, shape)
         if held is None:
@@ -91,6 +109,10 @@ class Graphs:
         if len(batch.select) == rows:
             return held.logits[:rows]
         return held.logits[unwaited(batch.select, self._device)]
+
+    def _room(self) -> bool:
+        free, total = _cuda.mem_get_info(self._device)
+        return bool(len(self._graphs) < MOST_GRAPHS and free >= total // SPARE_PART)
 
     def _capture(self, shape: PaddedShape, batch: FlatBatch, plan: Any) -> _Graph:
         """Runs once beside the capture, which writes what the step itself writes again."""
@@ -122,8 +144,12 @@ class Graphs:
             logits = chain()
         self._pool = self._pool or graph.pool()
         held = self._graphs[shape] = _Graph(plans, inputs, (workspace, select), graph, logits)
-        log.info("steps of up to %d rows are one graph (%d graphs)", shape.queries, len(self._graphs))
+        log.debug("steps of up to %d rows are one graph (%d graphs)", shape.queries, len(self._graphs))
         return held
+
+
+def _bucket(rows: int) -> int:
+    return next(size for size in BUCKETS if size >= rows)
 
 
 def _padded_inputs(batch: FlatBatch, queries: int) -> Tensor:

@@ -154,6 +154,15 @@ class LoadedModel:
         return 0 if self._graphs is None else self._graphs.count
 
     @torch.inference_mode()
+    def capture(self, context_limit: int, progress: Callable[[int], None]) -> bool:
+        """Captures graphs of the usual steps on a GPU, in contexts of up to `context_limit` tokens, so that no turn
+        waits for it; False where memory ended before the list did. Call it before the first step."""
+        if self._graphs is None:
+            return True
+        pool_tokens = self.pools.tensors[0].shape[1] * self.page_tokens
+        return self._graphs.capture(context_limit, pool_tokens, progress)
+
+    @torch.inference_mode()
     def forward(self, batch: FlatBatch, name: Callable[[Tensor], None] | None = None) -> Tensor:
         """Logits [S, ids of this rank] of the selected rows, on the model's device; the cache has the rows of all
         tokens afterwards. On a GPU both are so once its work is done; `forward` does not wait for it.

@@ -37,9 +37,11 @@ from agentspeed_engine.serve.sizing import sizes
 
 if TYPE_CHECKING:
     from agentspeed_engine.exec.ranks.lock_step import LockStep
+    from agentspeed_engine.models.loaded import LoadedModel
     from agentspeed_kernels.platform import Platform
 
 _NOOP_CONTEXT = 65_536
+_GRAPHS_SAID = 16
 _NOOP_PAGE_BYTES = 1024
 """Of a model without rows: about what the engine itself keeps of a page."""
 
@@ -321,6 +323,7 @@ def build(
     # Imported late: a no-op engine starts without torch.
     from agentspeed_engine.exec.torch_model import TorchModel
 
+    aside(partial(_captured, loaded, core.context_limit, say))
     model = TorchModel(loaded)
     if options.host_slots:
         model.reserve_host(options.host_slots)
@@ -347,6 +350,17 @@ def _steps(say: Callable[[str], None], part: Callable[[float], None], name: str)
             say(f"loading {name}: {said // 10 * 10} %")
 
     return told
+
+
+def _captured(model: LoadedModel, context_limit: int, say: Callable[[str], None]) -> None:
+    """Graphs of steps on a GPU, before anybody waits for one."""
+
+    def told(count: int) -> None:
+        if count % _GRAPHS_SAID == 0:
+            say(f"capturing steps: {count} graphs")
+
+    if not model.capture(context_limit, told):
+        say(f"memory for {model.graphs} graphs of steps and no more: give fewer pages if steps shall be faster")
 
 
 def _dtype(options: EngineOptions, platform: Platform) -> tuple[Dtype, str]:

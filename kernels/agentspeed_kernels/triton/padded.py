@@ -19,7 +19,9 @@ from agentspeed_kernels.triton.plan import FIELDS, RowsPlan, unit_rows
 
 PAGES = 1 << 16
 """Entries of the page lists of all segments together."""
-LEAST_PARTS = 4
+PARTS = (4, 16, 64, 128, 256)
+"""Partials of a row that shapes have room for. Few sizes, so that steps share graphs; those that are not there cost the
+merge a load that is masked."""
 ORDER = ("items", "bounds", "rows", "visible", "unit_row", "table", "pages")
 """Of sections in memory; the last is copied as far as it is used."""
 
@@ -56,7 +58,7 @@ def shape_for(plan: RowsPlan, form: Form, queries: int, shape: AttentionShape) -
     """The smallest padded shape that takes `plan`; None where there is none."""
     if plan.pages.size > PAGES:
         return None
-    parts = max(LEAST_PARTS, 1 << max(plan.table.shape[1] - 1, 0).bit_length())
+    parts = next((most for most in PARTS if most >= plan.table.shape[1]), 0)
     found = PaddedShape(
         form=form,
         heads=shape.heads,
@@ -65,7 +67,7 @@ def shape_for(plan: RowsPlan, form: Form, queries: int, shape: AttentionShape) -
         parts=parts,
         edge=plan.edge,
     )
-    fits = plan.rows.shape[0] <= found.blocks and plan.items.shape[0] <= found.items and parts <= 128
+    fits = plan.rows.shape[0] <= found.blocks and plan.items.shape[0] <= found.items and parts > 0
     return found if fits and plan.unit_row.size <= found.units else None
 
 

@@ -1,0 +1,63 @@
+"""Steps as most of an engine's will be, without any branch: graphs are captured of them before the first turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from agentspeed_engine.ids import pages_for
+from agentspeed_engine.models.inputs import FlatBatch, Int64s, Run
+
+SHORT = 64
+"""Tokens of a branch beside a long one, and of a fork below its trunk."""
+
+
+def usual_steps(rows: Sequence[int], most_context: int, most_tokens: int, page_tokens: int) -> Iterator[FlatBatch]:
+    """For each count of rows, at contexts that double up to `most_context`: branches of one length, one long branch
+    among short ones, forks of one trunk, and a short extend; none reads more than `most_tokens` of cache in all. Every
+    page they name is page 0, and their rows are written nowhere."""
+    for count in rows:
+        context = SHORT
+        while context + max(count, SHORT) <= min(most_context, most_tokens):
+            if count * context <= most_tokens:
+                yield _step([_own(row, 0, context, page_tokens) for row in range(count)], np.full(count, context - 1))
+            if count > 1:
+                lengths = [context, *[SHORT] * (count - 1)]
+                yield _step(
+                    [_own(row, 0, tokens, page_tokens) for row, tokens in enumerate(lengths)], np.array(lengths) - 1
+                )
+                yield _forks(count, context, page_tokens)
+                yield _extend(count, context, page_tokens)
+            context *= 2
+
+
+def _forks(count: int, context: int, page_tokens: int) -> FlatBatch:
+    trunk = _run(np.arange(count), 0, context, page_tokens, causal=False)
+    tails = [_own(row, context, SHORT, page_tokens) for row in range(count)]
+    return _step([trunk, *tails], np.full(count, context + SHORT - 1))
+
+
+def _extend(count: int, context: int, page_tokens: int) -> FlatBatch:
+    rows = np.arange(count)
+    return _step([_run(rows, 0, context + count, page_tokens, causal=True)], context + rows)
+
+
+def _own(row: int, start: int, tokens: int, page_tokens: int) -> Run:
+    return _run(np.array([row]), start, tokens, page_tokens, causal=True)
+
+
+def _run(queries: Int64s, start: int, tokens: int, page_tokens: int, *, causal: bool) -> Run:
+    pages = np.zeros(pages_for(tokens, page_tokens), np.int32)
+    return Run(pages=pages, start=start, tokens=tokens, queries=queries.astype(np.int32), causal=causal)
+
+
+def _step(runs: list[Run], positions: Int64s) -> FlatBatch:
+    count = positions.size
+    return FlatBatch(
+        ids=np.zeros(count, np.int64),
+        positions=positions.astype(np.int64),
+        slots=np.full(count, -1, np.int64),
+        runs=tuple(runs),
+        select=np.arange(count),
+    )
