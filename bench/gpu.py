@@ -20,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "engine"), str(ROOT / "kernels"), str(ROOT / "bench")]
 
+import gpu_agents
 import gpu_attention
 import gpu_engine
 import gpu_graphs
@@ -55,6 +56,7 @@ def main() -> int:
         "extend": lambda: gpu_layers.section_extend(report, pool),
         "graphs": lambda: gpu_graphs.section_graphs(report),
         "engine": lambda: gpu_engine.section_engine(report),
+        "agents": lambda: gpu_agents.section_agents(report),
     }
     wanted = [name for name in arguments.sections.split(",") if name] or list(sections)
     broken = []
