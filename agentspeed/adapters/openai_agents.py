@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
+import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any, Final, cast
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any, Final, TypeVar, cast
 
 from agents import Model, ModelProvider, ModelResponse, ModelSettings, ModelTracing, Usage
 from agents.agent_output import AgentOutputSchemaBase
@@ -20,6 +20,7 @@ from agents.models.chatcmpl_stream_handler import ChatCmplStreamHandler
 from agents.models.fake_id import FAKE_RESPONSES_ID
 from agents.tool import Tool
 from agents.tracing import generation_span
+from anyio import to_thread
 from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletionChunk, ChatCompletionMessage
 from openai.types.completion_usage import PromptTokensDetails
@@ -28,6 +29,7 @@ from openai.types.responses.response_prompt_param import ResponsePromptParam
 from openai.types.responses.response_usage import InputTokensDetails
 
 from agentspeed import errors, events
+from agentspeed.adapters.agent_items import ItemsInFile, ItemsInMemory, ItemStore
 from agentspeed.adapters.calls import Call, Streamed, new_call_id, prompt_tokens, whole
 from agentspeed.adapters.runtime import Runtime, Source
 from agentspeed.message_formats.openai import call_of
@@ -36,6 +38,7 @@ from agentspeed.replies import Reply
 from agentspeed.sampling import Sampling
 from agentspeed.session import TurnOptions
 
+T = TypeVar("T")
 _FINISH: Final = {"max_tokens": "length", "tool_calls": "tool_calls"}
 
 
@@ -195,48 +198,64 @@ class AgentSpeedProvider(ModelProvider):
 class AgentSpeedSession:
     """A conversation of the SDK that forks: `Runner.run(agent, "...", session=session)`, then `session.fork()`.
 
-    The items are kept here, in memory; the model finds their session, and rows that two forks have in common are
-    computed once. `items`: those of an earlier one, as `get_items` gave them."""
+    The items are kept here; the model finds their session, and rows that two forks have in common are computed once.
+    `path`: a file that keeps them, from which a session of the same id goes on in another process; without it they are
+    gone with this one. `items`: those that a new one begins with, as `get_items` gave them. Raises `InvalidRequest`
+    for a file that cannot be used, and for `items` where it has some of that id already."""
 
     def __init__(
         self,
         session_id: str | None = None,
+        path: str | os.PathLike[str] | None = None,
         *,
         items: Sequence[TResponseInputItem] = (),
         session_settings: SessionSettings | None = None,
     ) -> None:
         self.session_id = session_id or f"session_{secrets.token_hex(8)}"
         self.session_settings = session_settings
-        self._items = copy.deepcopy(list(items))
+        self.path = path
+        self._items: ItemStore = ItemsInMemory() if path is None else ItemsInFile(path, self.session_id)
+        if items:
+            if self._items.latest(1):
+                raise errors.InvalidRequest(
+                    f"{path} has items of the session {self.session_id!r} already.",
+                    remedy="Leave items out to go on with them, or give another session_id.",
+                )
+            self._items.add(cast("Any", items))
 
     def fork(self, session_id: str | None = None, *, at: int | None = None) -> AgentSpeedSession:
-        """Another one with the same items, or the first `at` of them; neither sees what the other goes on with. To be
-        called between two runs: one that goes on has added a part of its items. Raises `InvalidRequest` when there are
-        not so many."""
-        if at is not None and not 0 <= at <= len(self._items):
-            raise errors.InvalidRequest(f"at is {at}; the session has {len(self._items)} items.")
-        return AgentSpeedSession(session_id, items=self._items[:at], session_settings=self.session_settings)
+        """Another one with the same items, or the first `at` of them, in the same file; neither sees what the other
+        goes on with. To be called between two runs: one that goes on has added a part of its items. Raises
+        `InvalidRequest` when there are not so many."""
+        items = self._items.latest(None)
+        if at is not None and not 0 <= at <= len(items):
+            raise errors.InvalidRequest(f"at is {at}; the session has {len(items)} items.")
+        return AgentSpeedSession(session_id, self.path, items=items[:at], session_settings=self.session_settings)
 
     async def get_items(self, limit: int | None = None) -> list[TResponseInputItem]:
         """The latest `limit` items, or all, in their order."""
         most = resolve_session_limit(limit, self.session_settings)
-        first = 0 if most is None else max(0, len(self._items) - max(0, most))
-        return copy.deepcopy(self._items[first:])
+        return await self._beside(lambda: self._items.latest(None if most is None else max(0, most)))
 
     async def add_items(self, items: list[TResponseInputItem]) -> None:
         """Behind those that there are."""
-        self._items += copy.deepcopy(items)
+        await self._beside(lambda: self._items.add(cast("Any", items)))
 
     async def pop_item(self) -> TResponseInputItem | None:
         """The latest item, which is not in the session any more."""
-        return self._items.pop() if self._items else None
+        return await self._beside(self._items.pop)
 
     async def clear_session(self) -> None:
         """All items go."""
-        self._items.clear()
+        await self._beside(self._items.clear)
+
+    async def _beside(self, work: Callable[[], T]) -> T:
+        """In a thread, where a disk is waited for."""
+        return work() if self.path is None else await to_thread.run_sync(work)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.session_id} {len(self._items)} items>"
+        kept = "in memory" if self.path is None else os.fspath(self.path)
+        return f"<{type(self).__name__} {self.session_id} {kept}>"
 
 
 def _check_state(previous_response_id: str | None, conversation_id: str | None, prompt: object) -> None:

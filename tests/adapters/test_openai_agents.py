@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
@@ -200,3 +203,46 @@ async def test_a_forking_session_keeps_the_contract_of_the_sdk() -> None:
     assert await session.pop_item() is None
     with pytest.raises(InvalidRequest, match="has 0 items"):
         _ = session.fork(at=1)
+
+
+async def test_a_session_in_a_file_goes_on_in_another_process(tmp_path: Path) -> None:
+    path = tmp_path / "conversations.db"
+    async with _model() as (_, model):
+        agent = Agent(name="talk", model=model)
+        session = AgentSpeedSession("mine", path)
+        _ = await Runner.run(agent, "Hi.", session=session, run_config=_QUIET)
+        items = await session.get_items()
+        assert [item.get("role") for item in items] == ["user", "assistant"]
+        script = "import asyncio, json, sys; from agentspeed.adapters.openai_agents import AgentSpeedSession as S\n"
+        script += "print(json.dumps(asyncio.run(S('mine', sys.argv[1]).get_items())))"
+        said = await asyncio.to_thread(subprocess.check_output, [sys.executable, "-c", script, str(path)])
+        assert json.loads(said) == items
+        again = AgentSpeedSession("mine", path)
+        _ = await Runner.run(agent, "And now?", session=again, run_config=_QUIET)
+        assert len(await session.get_items()) == 4
+        assert await AgentSpeedSession("another", path).get_items() == []
+
+
+async def test_a_session_in_a_file_keeps_the_contract_of_the_sdk(tmp_path: Path) -> None:
+    path = tmp_path / "conversations.db"
+    session = AgentSpeedSession("one", path, items=[{"role": "user", "content": str(number)} for number in range(4)])
+    assert isinstance(session, Session)
+    assert [item.get("content") for item in await session.get_items(2)] == ["2", "3"]
+    assert await session.get_items(0) == []
+    early = session.fork("two", at=1)
+    popped = await session.pop_item()
+    assert popped is not None and popped.get("content") == "3"
+    await early.add_items([{"role": "user", "content": "é 😀"}])
+    assert [item.get("content") for item in await AgentSpeedSession("two", path).get_items()] == ["0", "é 😀"]
+    with pytest.raises(InvalidRequest, match="has items of the session 'two' already"):
+        _ = session.fork("two")
+    await session.clear_session()
+    assert await session.pop_item() is None and len(await early.get_items()) == 2
+
+
+async def test_a_file_that_cannot_hold_items_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other.txt"
+    _ = path.write_text("no database" * 200)
+    for broken in (path, tmp_path / "missing" / "conversations.db"):
+        with pytest.raises(InvalidRequest, match="cannot hold the items"):
+            await AgentSpeedSession("mine", broken).add_items([{"role": "user", "content": "Hi."}])
