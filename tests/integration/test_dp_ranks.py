@@ -18,12 +18,14 @@ from agentspeed_engine.serve.in_thread import EngineThread
 from agentspeed_engine.serve.options import options_from
 from agentspeed_engine.serve.recording import FLIGHT
 from agentspeed_engine.serve.replay import Replay
+from tests.conformance.family_configs import random_config
 from tests.support.engine_client import EngineProcess, Front, LinkClosed, alive, engine
 from tests.support.paged import CONFIG
 from tests.support.random_checkpoint import make_checkpoint
 from tests.support.rank_workload import OPTIONS, drawn
 
 pytestmark = pytest.mark.anyio
+SPARSE = random_config("glm_moe_dsa", 0)
 TIGHT = OPTIONS | {"pages": 18}
 """Two or three of the workload's five sessions on each dp rank, and room for one of them."""
 NOOP = {"model": "noop:512:1", "dp": 2, "pages": 64, "context_limit": 1024}
@@ -46,11 +48,15 @@ def pair(tmp_path: Path) -> Iterator[EngineProcess]:
         yield process
 
 
-@pytest.mark.parametrize(("changed", "tp"), [({"first_k_dense_replace": 3}, 1), ({}, 2)], ids=["dense", "mixture"])
-def test_two_schedulers_draw_what_one_draws(tmp_path: Path, changed: dict[str, Any], tp: int) -> None:
+@pytest.mark.parametrize(
+    ("config", "tp"),
+    [(CONFIG | {"first_k_dense_replace": 3}, 1), (CONFIG, 1), (SPARSE, 2)],
+    ids=["dense", "mixture", "sparse"],
+)
+def test_two_schedulers_draw_what_one_draws(tmp_path: Path, config: dict[str, Any], tp: int) -> None:
     """With forks, rewinds, preemptions, a grammar, and sessions that come back from the host. Those of a mixture share
-    experts, and so take their steps together."""
-    checkpoint = make_checkpoint(CONFIG | changed, tmp_path / "model", seed=3, dtype="float64")
+    experts, and so take their steps together; sparse attention chooses on every rank of tp the same rows."""
+    checkpoint = make_checkpoint(config, tmp_path / "model", seed=3, dtype="float64")
     thread = EngineThread(options_from({"model": str(checkpoint), **TIGHT}))
     try:
         with closing(Front(thread.connect())) as front:

@@ -59,7 +59,7 @@ def plan_model(
     family, config = source.family, source.config
     if "index_select" in family.ops:
         raise EngineFault("unsupported_model", f"Nobody has planned {family.attention} ({family.name}) on several "
-                          "ranks yet.", "An engine of one rank runs it.")  # fmt: skip
+                          "ranks yet.", "An engine runs it there all the same.")  # fmt: skip
     if session_tokens is not None and session_tokens > config.context_limit:
         raise EngineFault("bad_options", f"A session of {session_tokens} tokens is longer than the model's context "
                           f"of {config.context_limit}.", "Ask for a shorter one.")  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, final
@@ -76,22 +77,17 @@ def shares_of(options: RankWishes, info: ModelInfo) -> Shares:
     check_ranks(options, lambda mesh: source.family.cuts(source.config, mesh))
     ranks = options.tp * options.dp
     here = 1 if options.device == "cuda" else ranks
-    # Imported late: it builds the model, without memory.
+    # Imported late, as torch is.
     from agentspeed_engine.models.pieces import held_shapes
-    from agentspeed_engine.models.planning import plan_model
 
     assert options.dtype != "auto"
-    planned = plan_model(source, mesh_of(options), dtype=options.dtype, rows=1, page_tokens=options.page_tokens)
-    each = planned.weight_bytes
-    if options.weights != "dtype":
-        first, experts = mesh_of(options).rank(0), 0 if moe is None else moe.experts
-        held = held_shapes(source.family.shapes(source.config), first, experts)
-        each = weight_bytes(held, DTYPE_BYTES[options.dtype], options.weights)
-    parameters = planned.weight_bytes // DTYPE_BYTES[options.dtype]
-    page = planned.cache_bytes_per_token * options.page_tokens
+    mesh, item = mesh_of(options), DTYPE_BYTES[options.dtype]
+    held = list(held_shapes(source.family.shapes(source.config), mesh.rank(0), 0 if moe is None else moe.experts))
+    each = weight_bytes(held, item, None if options.weights == "dtype" else options.weights)
+    page = source.family.kv_layout(source.config, options.dtype, mesh).bytes_per_page(options.page_tokens)
     return Shares(
         bytes_per_page=page * here,
-        parameters=parameters * here,
+        parameters=sum(math.prod(shape) for _, shape in held) * here,
         weight_bytes=None if options.weights == "dtype" else each * here,
         said=f", on {ranks} ranks of {each / 1e6:.0f} MB of weights each",
         lock_step=options.dp > 1 and moe is not None and bool(moe.layers),
