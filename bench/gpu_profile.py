@@ -39,6 +39,7 @@ import torch
 from agentspeed_engine.exec.cpu import CpuExecutor
 from agentspeed_engine.serve.loop import EngineLoop
 from agentspeed_engine.serve.options import EngineOptions, build
+from agentspeed_kernels.triton import launching
 from tests.support.engine_client import Front
 
 MODEL = f"random:{ROOT / 'bench/models/v2-lite.json'}"
@@ -134,6 +135,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--late", action="store_true", help="kernels wait for the whole of the one before them")
     parser.add_argument("--json", default=None)
     parser.add_argument("--client", default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -141,6 +143,8 @@ def main() -> None:
         client(arguments.client, int(arguments.batches), arguments.context)
         return
     on_gpu = arguments.device == "cuda"
+    if arguments.late:
+        launching.early = lambda given: False
     started = time.perf_counter()
     batches = [int(batch) for batch in arguments.batches.split(",")]
     pages = (max(batches) + 1) * (arguments.context // 64 + 8)
@@ -150,7 +154,7 @@ def main() -> None:
     )  # fmt: skip
     built = build(options, print)
     loaded = built.model.loaded  # type: ignore[union-attr]
-    inner = built.executor or CpuExecutor(built.model, built.vocabulary, depth=built.core.depth)
+    inner = next(iter(built.executors), None) or CpuExecutor(built.model, built.vocabulary, depth=built.core.depth)
     watched = Watched(inner, loaded, on_gpu)
     loop = EngineLoop(built, executor=watched)
     with tempfile.TemporaryDirectory() as folder:

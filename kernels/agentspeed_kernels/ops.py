@@ -104,7 +104,9 @@ def _experts(d: Dims, item: int) -> Cost:
     return Cost(bytes=item * (weights + 2 * d["T"] * d["D"]), flops=6 * visits * d["I"] * d["D"])
 
 
-WEIGHT_OPS = frozenset({"linear", "heads_linear", "experts", "mla_extend", "add_norm_linear"})
+WEIGHT_OPS = frozenset(
+    {"linear", "heads_linear", "experts", "mla_extend", "add_norm_linear", "mla_queries", "experts_and_shared"}
+)
 """Ops whose weights may be packed. A model's weights have one layout, so these kernels are chosen together."""
 BYTE_OPS = frozenset({"linear", "experts"})
 """Those whose weights may be kept in 8 bits. The weights of the others are a small part, and read by two ops each."""
@@ -114,6 +116,23 @@ def _add_norm_linear(d: Dims, item: int) -> Cost:
     return Cost(
         bytes=item * (d["N"] * d["K"] + d["T"] * (3 * d["K"] + d["N"]) + d["K"]), flops=2 * d["T"] * d["N"] * d["K"]
     )
+
+
+def _mla_queries(d: Dims, item: int) -> Cost:
+    absorbed = _heads_linear({"T": d["T"], "H": d["H"], "N": d["R"], "K": d["nope"]}, item)
+    append, turn = _latent_append(d, item), _rope(d, item)
+    return Cost(bytes=absorbed.bytes + append.bytes + turn.bytes, flops=absorbed.flops + append.flops + turn.flops)
+
+
+def _add_norm_route(d: Dims, item: int) -> Cost:
+    norm, scores = _norm(d, item), _route(d, item)
+    return Cost(bytes=norm.bytes + scores.bytes, flops=norm.flops + scores.flops)
+
+
+def _experts_and_shared(d: Dims, item: int) -> Cost:
+    """S: the inner width of the shared expert."""
+    routed = _experts(d, item)
+    return Cost(bytes=routed.bytes + item * 3 * d["S"] * d["D"], flops=routed.flops + 6 * d["T"] * d["S"] * d["D"])
 
 
 def _pages(d: Dims, item: int) -> Cost:
@@ -257,6 +276,53 @@ class Experts(Protocol):
     ) -> None: ...
 
 
+class MlaQueries(Protocol):
+    def __call__(
+        self,
+        q: Tensor,
+        raw: Tensor,
+        gain: Tensor,
+        eps: float,
+        cos: Tensor,
+        sin: Tensor,
+        slots: Tensor,
+        key_up: Weight,
+        pool: Tensor,
+        out: Tensor,
+    ) -> None: ...
+
+
+class AddNormRoute(Protocol):
+    def __call__(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        gain: Tensor,
+        eps: float,
+        weight: Tensor,
+        bias: Tensor | None,
+        rule: RouteRule,
+        slots: Tensor,
+        normed: Tensor,
+        total: Tensor,
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class ExpertsAndShared(Protocol):
+    def __call__(
+        self,
+        x: Tensor,
+        gate_up: Weight,
+        down: Weight,
+        ids: Tensor,
+        weights: Tensor,
+        shared_gate_up: Weight,
+        shared_down: Weight,
+        workspace: Workspace,
+        out: Tensor,
+    ) -> None: ...
+
+
 class CopyRows(Protocol):
     def __call__(self, pool: Tensor, moves: Tensor) -> None: ...
 
@@ -334,6 +400,25 @@ OPS: dict[str, Op] = {
             name="add_norm_linear",
             call="x[T,K], residual[T,K], gain[K], eps, weight[N,K], bias[N]|None, out[T,N], total[T,K] (x + residual)",
             cost=_add_norm_linear,
+        ),
+        Op(
+            name="mla_queries",
+            call="q[T,H,nope+rope] (may be strided), raw[T,R+rope], gain[R], eps, cos[T,rope/2], sin[T,rope/2], "
+            "slots[T], key_up[H,R,nope], pool[rows,R+rope] (written), out[T,H,R+rope]",
+            cost=_mla_queries,
+        ),
+        Op(
+            name="add_norm_route",
+            call="x[T,D], residual[T,D], gain[D], eps, weight[E,D], bias[E]|None, rule, slots[T], normed[T,D] "
+            "(written), total[T,D] (x + residual) -> ids[T,top], weights[T,top]; where the slot is negative nobody is "
+            "chosen: the id E, with weight 0",
+            cost=_add_norm_route,
+        ),
+        Op(
+            name="experts_and_shared",
+            call="as experts, with shared_gate_up[1,2S,D] and shared_down[1,D,S] behind the weights of the choices; "
+            "the id E, with weight 0, is nobody",
+            cost=_experts_and_shared,
         ),
         Op(
             name="copy_rows",

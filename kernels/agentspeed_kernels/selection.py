@@ -17,9 +17,11 @@ from agentspeed_kernels.ops import (
     OPS,
     WEIGHT_OPS,
     AddNormLinear,
+    AddNormRoute,
     AddRmsNorm,
     CopyRows,
     Experts,
+    ExpertsAndShared,
     GqaRows,
     HeadsLinear,
     IndexAppend,
@@ -27,6 +29,7 @@ from agentspeed_kernels.ops import (
     LatentAppend,
     Linear,
     MlaExtend,
+    MlaQueries,
     MlaRows,
     MlaSelected,
     MovePages,
@@ -266,6 +269,12 @@ class Kernels:
     @overload
     def __getitem__(self, op: Literal["experts"]) -> Ladder[Experts]: ...
     @overload
+    def __getitem__(self, op: Literal["mla_queries"]) -> Ladder[MlaQueries]: ...
+    @overload
+    def __getitem__(self, op: Literal["add_norm_route"]) -> Ladder[AddNormRoute]: ...
+    @overload
+    def __getitem__(self, op: Literal["experts_and_shared"]) -> Ladder[ExpertsAndShared]: ...
+    @overload
     def __getitem__(self, op: Literal["copy_rows"]) -> Ladder[CopyRows]: ...
     @overload
     def __getitem__(self, op: Literal["gather_pages", "scatter_pages"]) -> Ladder[MovePages]: ...
@@ -273,6 +282,10 @@ class Kernels:
     def __getitem__(self, op: str) -> Ladder[Any]: ...
     def __getitem__(self, op: str) -> Ladder[Any]:
         return self._ladders[op]
+
+    def has(self, op: str) -> bool:
+        """Whether it was asked for."""
+        return op in self._ladders
 
     def weight(self, held: Tensor, parts: int = 1, op: str = "linear") -> Weight:
         """`held` [..., N, K] as the kernels of `op` want it (`parts` as in `pack`). Keep the result and drop `held`:

@@ -27,7 +27,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarnin
 """The interpreter computes both sides of a `where`."""
 QUICK = 3
 """Rows of the quick cases."""
-QUICK_OF = {"experts": (1, 6), "route": (3,), "mla_extend": (3,), "mla_rows": (1, 3)}
+QUICK_OF = {
+    "experts": (1, 6),
+    "experts_and_shared": (1, 6),
+    "route": (3,),
+    "add_norm_route": (3,),
+    "mla_extend": (3,),
+    "mla_rows": (1, 3),
+}
 """Ops whose programs are many: fewer cases. More than four tokens take the grouped form of `experts`."""
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from agentspeed_engine.models.weights import WeightSource
     from agentspeed_engine.spmd.lower import Module
     from agentspeed_kernels.selection import Kernels
+    from agentspeed_kernels.signature import Device
 
 Capability = Literal["rewind_to_any_token"]
 """`rewind_to_any_token`: a cut at any token leaves rows that need no computing again. Families with recurrent state or
@@ -80,6 +81,8 @@ class Family(Generic[ConfigT]):
     """The pools of one rank of a mesh, in a dtype."""
     ops: tuple[str, ...]
     """The ops of the kernels that its chain calls."""
+    joined_ops: tuple[str, ...] = ()
+    """Those that its chain calls beside them where steps of few rows are graphs: they join several of the others."""
     sizes: Callable[[ConfigT, Mesh], dict[str, int]]
     """The axes of its attention on one rank, by the names of the kernels' ops."""
     build: Callable[[ConfigT, WeightSource, KvPools, Rank, Kernels], list[Module[StepState]]]
@@ -93,3 +96,7 @@ class Family(Generic[ConfigT]):
     notice: str = ""
     """What of the model does not run, as a sentence for the user who loads one; mostly empty."""
     capabilities: frozenset[Capability] = frozenset({"rewind_to_any_token"})
+
+    def ops_on(self, device: Device) -> tuple[str, ...]:
+        """The ops that it calls there."""
+        return (*self.ops, *self.joined_ops) if device == "cuda" else self.ops

@@ -67,11 +67,12 @@ def kernel_choices(
     with kernels_chosen():
         place = detect() if platform is None else named(platform)
         chosen, why = choose(source.raw, place) if dtype == "auto" else (dtype, "")
+        ops = family.ops_on(place.device)
         kernels = Kernels(
             standard(),
             place,
             chosen,
-            family.ops,
+            ops,
             sizes={"page_tokens": page_tokens, **family.sizes(source.config, Mesh())},
             preferences=Preferences.from_environment(),
             # A kernel from outside can be run where it would run, and nowhere else.
@@ -88,7 +89,7 @@ def kernel_choices(
         features=tuple(sorted(place.features)),
         missing=dict(sorted((place.lacks | place.absent).items())),
         layout=kernels.layout,
-        ops={op: tuple(_band(most, choice) for most, choice in kernels[op].choices()) for op in family.ops},
+        ops={op: tuple(_band(most, choice) for most, choice in kernels[op].choices()) for op in ops},
     )
 
 

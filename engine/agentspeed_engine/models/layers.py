@@ -41,18 +41,18 @@ class Embed:
 class AddNorm:
     """Adds its input to the residual and hands on the norm of the sum; the first of a chain starts the residual."""
 
-    __slots__ = ("_eps", "_kernels", "_weight", "boundary")
+    __slots__ = ("_kernels", "boundary", "eps", "gain")
 
     def __init__(self, name: str, weight: Tensor, eps: float, kernels: Kernels) -> None:
-        self._weight, self._eps, self._kernels = weight, eps, kernels
+        self.gain, self.eps, self._kernels = weight, eps, kernels
         self.boundary = boundaries.norm(name, weight.shape[0])
 
     def __call__(self, x: Tensor, residual: Tensor | None, state: StepState) -> tuple[Tensor, Tensor]:
         out = state.workspace.take("normed", (x.shape[0], x.shape[1]), x.dtype)
         if residual is None:
-            self._kernels["rms_norm"].at(x.shape[0])(x, self._weight, self._eps, out)
+            self._kernels["rms_norm"].at(x.shape[0])(x, self.gain, self.eps, out)
             return out, x
-        self._kernels["add_rms_norm"].at(x.shape[0])(x, residual, self._weight, self._eps, out)
+        self._kernels["add_rms_norm"].at(x.shape[0])(x, residual, self.gain, self.eps, out)
         return out, residual
 
 

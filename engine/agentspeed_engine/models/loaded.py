@@ -13,6 +13,7 @@ from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.models.checkpoint import Checkpoint
 from agentspeed_engine.models.inputs import FlatBatch
 from agentspeed_engine.models.inputs_on_device import upload
+from agentspeed_engine.models.joined import joined
 from agentspeed_engine.models.kernel_refusals import kernels_chosen
 from agentspeed_engine.models.kv_pools import TORCH_DTYPES, KvPools
 from agentspeed_engine.models.programs import Programs
@@ -112,7 +113,7 @@ class LoadedModel:
                 standard(),
                 detect(device),
                 dtype,
-                source.family.ops,
+                source.family.ops_on(device),
                 sizes=sizes,
                 preferences=Preferences.from_environment(),
                 check=conformance.objection,
@@ -136,7 +137,7 @@ class LoadedModel:
             # Imported late: only a GPU's kernels need it.
             from agentspeed_engine.models.graphs import Graphs
 
-            self._graphs = Graphs(self._steps, self._rope, self._attention, self.device)
+            self._graphs = Graphs(joined(chain), self._rope, self._attention, self.device)
 
     @property
     def repeats(self) -> bool:

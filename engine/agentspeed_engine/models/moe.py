@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from agentspeed_engine.models import boundaries
-from agentspeed_engine.models.layers import Dense
+from agentspeed_engine.models.layers import AddNorm, Dense
 from agentspeed_engine.models.moe_config import MoeConfig
 from agentspeed_engine.models.pieces import RankWeights
-from agentspeed_engine.models.state import StepState
+from agentspeed_engine.models.state import StepState, other_sum
 from agentspeed_engine.spmd.exchange import Routed
 from agentspeed_engine.spmd.experts import copies_of, deal
 from agentspeed_engine.spmd.lower import Module
@@ -108,6 +108,29 @@ class Moe:
         if shared is not None:
             self._kernels.add(shared, out)
         return out, residual
+
+    def after_norm(
+        self, norm: AddNorm, x: Tensor, residual: Tensor | None, state: StepState
+    ) -> tuple[Tensor, Tensor | None]:
+        """`joined.AfterNorm`: the norm with the scores, and the shared expert with the others. Rows that pad a step
+        visit no routed expert."""
+        rows, take, run = x.shape[0], state.workspace.take, self._kernels
+        if not rows or residual is None or not run.has("add_norm_route"):
+            return self(*norm(x, residual, state), state)
+        normed, total = take("normed", (rows, x.shape[1]), x.dtype), other_sum(residual, state)
+        route = run["add_norm_route"].at(rows)
+        given = (x, residual, norm.gain, norm.eps, self._router, self._bias, self._rule)
+        ids, weights = route(*given, state.slots, normed, total)
+        ids = self._places.of(ids)
+        self._places.keep_own(ids, weights, run)
+        out = take("fed", (rows, x.shape[1]), x.dtype)
+        own = (normed, self._gate_up, self._down, ids, weights)
+        if self._shared_gate_up is None or self._shared_down is None:
+            run["experts"].at(rows)(*own, state.workspace, out)
+        else:
+            both = run["experts_and_shared"].at(rows)
+            both(*own, self._shared_gate_up, self._shared_down, state.workspace, out)
+        return out, total
 
 
 @final

@@ -25,3 +25,10 @@ class StepState:
     select: Tensor
     """Indices on the token axis whose logits are wanted."""
     workspace: Workspace
+
+
+def other_sum(residual: Tensor, state: StepState) -> Tensor:
+    """Scratch memory for a new residual: one of two buffers, not the one that `residual` is."""
+    shape = (residual.shape[0], residual.shape[1])
+    one, other = (state.workspace.take(name, shape, residual.dtype) for name in ("sum", "other_sum"))
+    return other if residual.data_ptr() == one.data_ptr() else one

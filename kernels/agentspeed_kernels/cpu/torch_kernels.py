@@ -80,7 +80,7 @@ def experts(
     x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, workspace: Workspace, out: Tensor
 ) -> None:
     def run(rows: Tensor, expert: int) -> Tensor:
-        return _swiglu(rows, gate_up[expert], down[expert])
+        return swiglu(rows, gate_up[expert], down[expert])
 
     each_expert(x, gate_up.shape[0], run, ids, weights, out)
 
@@ -88,7 +88,8 @@ def experts(
 def each_expert(
     x: Tensor, experts: int, run: Callable[[Tensor, int], Tensor], ids: Tensor, weights: Tensor, out: Tensor
 ) -> None:
-    """Tokens are sorted by expert, so `run` (rows, expert) is called once for each expert that is hit."""
+    """Tokens are sorted by expert, so `run` (rows, expert) is called once for each expert that is hit. An id past the
+    last, whose weight is 0, is nobody."""
     if experts == 1:
         # Rows of a rank with one expert may have chosen others: their weights are 0 here.
         torch.mul(run(x, 0), weights.sum(1, keepdim=True).to(x.dtype), out=out)
@@ -96,7 +97,7 @@ def each_expert(
     top = ids.shape[1]
     flat = ids.reshape(-1)
     order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=experts).tolist()
+    counts = torch.bincount(flat, minlength=experts)[:experts].tolist()
     shares = weights.reshape(-1)[order].unsqueeze(1).to(x.dtype)
     tokens = torch.div(order, top, rounding_mode="floor")
     out.zero_()
@@ -108,7 +109,8 @@ def each_expert(
             at += count
 
 
-def _swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Of one expert, for all rows."""
     gate, up = (x @ gate_up.T).chunk(2, dim=-1)
     return torch.nn.functional.silu(gate).mul_(up) @ down.T
 

@@ -20,7 +20,7 @@ from agentspeed_kernels.quantised import GROUPS, Quantised, WeightFormat, quanti
 from agentspeed_kernels.reference import definitions
 from agentspeed_kernels.routing import RouteRule
 from agentspeed_kernels.signature import Dtype, KernelSpec, Layout
-from agentspeed_kernels.testing import grouped_cases, sparse_cases
+from agentspeed_kernels.testing import fused_cases, grouped_cases, sparse_cases
 from agentspeed_kernels.testing.tolerance import KIND_OF, UNDEFINED, tolerance
 from agentspeed_kernels.tiles import Int32s, Int64s, Piece, TilePlan, plan_tiles
 from agentspeed_kernels.workspace import Workspace
@@ -355,16 +355,8 @@ def _index_select(call: Call, draw: _Draw) -> Pairs:
     return sparse_cases.index_select(call, draw, case.tiles, (case.pool.shape[0], case.pool.shape[1]))
 
 
-def _add_norm_linear(call: Call, draw: _Draw) -> Pairs:
-    x, residual = draw.tensor(draw.rows, draw.hidden), draw.tensor(draw.rows, draw.hidden)
-    gain, weight = draw.gain(draw.hidden), draw.weight(draw.rank + 5, draw.hidden)
-    pairs: Pairs = []
-    for bias in (None, draw.gain(draw.rank + 5)):
-        out, total = draw.empty(draw.rows, draw.rank + 5), draw.empty(draw.rows, draw.hidden)
-        wanted, added = define.add_norm_linear(x, residual, gain, 1e-6, weight, bias)
-        call(x, residual, gain, 1e-6, weight, bias, out, total)
-        pairs += [(out, wanted), (total, added.to(draw.kind).double())]
-    return pairs
+def _add_norm_route(call: Call, draw: _Draw) -> Pairs:
+    return fused_cases.add_norm_route(call, draw, _RULES, exact=draw.case.manner == "random")
 
 
 def _copy_rows(call: Call, draw: _Draw) -> Pairs:
@@ -478,7 +470,10 @@ _CALLS: dict[str, Callable[[Call, _Draw], Pairs]] = {
     "qkv_append": grouped_cases.qkv_append,
     "gqa_rows": _gqa,
     "gqa_extend": _gqa,
-    "add_norm_linear": _add_norm_linear,
+    "add_norm_linear": fused_cases.add_norm_linear,
+    "mla_queries": fused_cases.mla_queries,
+    "add_norm_route": _add_norm_route,
+    "experts_and_shared": fused_cases.experts_and_shared,
     "copy_rows": _copy_rows,
     "gather_pages": _gather_pages,
     "scatter_pages": _scatter_pages,

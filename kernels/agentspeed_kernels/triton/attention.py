@@ -13,6 +13,7 @@ from torch import Tensor
 
 from agentspeed_kernels.attention import paths
 from agentspeed_kernels.tiles import Int32s, Int64s, Piece
+from agentspeed_kernels.triton import launching
 from agentspeed_kernels.triton.device_code import device_code
 from agentspeed_kernels.triton.plan import Cut, RowsPlan, merge_shape, plan_rows, segments
 from agentspeed_kernels.workspace import Workspace
@@ -205,10 +206,11 @@ def launch_rows(q: Tensor, pool: Tensor, step: RowsOnDevice, scale: float, works
     split = _power_of_two(rank) and _power_of_two(rope) and rope >= 16
     wide = rank if split else 1 << (rank + rope - 1).bit_length()
     latents, turned = descriptors(pool, form.tile, wide, rope if split else wide)
+    early = launching.early(q)
     rows.attend_rows[(plan.programs,)](
         q, latents, turned, *fixed, *rest, R=form.block_rows, T=form.tile, PAGE=page_tokens, RANK=rank, ROPE=rope,
-        WIDE=wide, SPLIT=split, ONE=plan.one, RUN=plan.run, EDGE=plan.edge, STAGES=form.stages, num_warps=form.warps,
-        num_stages=form.stages,
+        WIDE=wide, SPLIT=split, ONE=plan.one, RUN=plan.run, EDGE=plan.edge, STAGES=form.stages, EARLY=early,
+        num_warps=form.warps, num_stages=form.stages, **launching.options(early),
     )  # fmt: skip
 
 
@@ -220,10 +222,10 @@ def launch_merge(step: RowsOnDevice, workspace: Workspace, out: Tensor) -> None:
     units, parts = step.plan.table.shape
     columns, take, warps = merge_shape(parts)
     rank = out.shape[-1]
-    columns = min(columns, 1 << (rank - 1).bit_length())
+    columns, early = min(columns, 1 << (rank - 1).bit_length()), launching.early(out)
     rows.merge[(units * step.plan.unit, -(-rank // columns))](
         part, weight, out, step.arrays["unit_row"], step.arrays["table"], parts, UNIT=step.plan.unit, RANK=rank,
-        COLUMNS=columns, TAKE=take, SHOT=parts <= take, num_warps=warps,
+        COLUMNS=columns, TAKE=take, SHOT=parts <= take, EARLY=early, num_warps=warps, **launching.options(early),
     )  # fmt: skip
 
 

@@ -58,7 +58,7 @@ class CompiledFacts:
 def builds(target: str) -> Iterator[Build]:
     """All kernels that would run on `cuda:90`, `cuda:100` or `hip:gfx950`."""
     yield from _rows(target)
-    yield from _layers()
+    yield from _layers(early=target == "cuda:90")
     yield from _extend(target)
     if target == "cuda:90":
         yield from _gluon()
@@ -83,7 +83,7 @@ def _rows(target: str) -> Iterator[Build]:
             },
             constants={
                 "R": form.block_rows, "T": form.tile, "PAGE": 64, "RANK": 512, "ROPE": 64, "WIDE": 512, "SPLIT": True,
-                "ONE": False, "RUN": False, "EDGE": edge, "STAGES": form.stages,
+                "ONE": False, "RUN": False, "EDGE": edge, "STAGES": form.stages, "EARLY": target == "cuda:90",
             },
             options={"num_warps": form.warps, "num_stages": form.stages},
         )  # fmt: skip
@@ -93,7 +93,7 @@ def _rows(target: str) -> Iterator[Build]:
         signature={
             "part": FP32, "part_weight": FP32, "out": BF16, "unit_row": INT32, "table": INT32, "PARTS": "i32",
         },
-        constants={"UNIT": 16, "RANK": 512, "COLUMNS": 64, "TAKE": 32, "SHOT": False},
+        constants={"UNIT": 16, "RANK": 512, "COLUMNS": 64, "TAKE": 32, "SHOT": False, "EARLY": target == "cuda:90"},
         options={"num_warps": 1},
     )  # fmt: skip
 
@@ -127,10 +127,11 @@ def _rows_signature() -> dict[str, str]:
     }  # fmt: skip
 
 
-def _layers() -> Iterator[Build]:
+def _layers(early: bool) -> Iterator[Build]:
     elementwise = device_code("elementwise")
     experts = device_code("experts")
     products = device_code("products")
+    queries = device_code("queries")
     sample = device_code("sample")
 
     yield Build(
@@ -150,7 +151,20 @@ def _layers() -> Iterator[Build]:
             "x": BF16, "residual": BF16, "gain": BF16, "weight": BF16, "bias": BF16, "out": BF16, "total": BF16,
             "x_stride": "i32", "out_stride": "i32", "eps": "fp32", "T": "i32", "N": "i32",
         },
-        constants={"K": 2048, "BN": 4, "BK": 2048, "NORM": True, "BIAS": False},
+        constants={"K": 2048, "BN": 4, "BK": 2048, "NORM": True, "BIAS": False, "EARLY": early},
+        options={"num_warps": 8},
+    )  # fmt: skip
+    yield Build(
+        name="queries_few",
+        function=queries.queries_few,
+        signature={
+            "q": BF16, "raw": BF16, "gain": BF16, "cos": BF16, "sin": BF16, "slots": INT64, "key_up": BF16,
+            "pool": BF16, "out": BF16, "q_token": "i32", "q_head": "i32", "raw_token": "i32", "eps": "fp32",
+        },
+        constants={
+            "HEADS": 16, "H2": 16, "RANK": 512, "NOPE": 128, "HALF": 32, "BN": 64, "BLOCKS": 8, "BK": 128, "BLOCK": 512,
+            "BLOCK_HALF": 32, "EARLY": early,
+        },
         options={"num_warps": 4},
     )  # fmt: skip
     yield Build(
@@ -166,20 +180,40 @@ def _layers() -> Iterator[Build]:
     yield Build(
         name="choose",
         function=experts.choose,
-        signature={"logits": FP32, "bias": FP32, "ids": INT64, "weights": FP32, "scale": "fp32"},
+        signature={"logits": FP32, "bias": FP32, "slots": INT64, "ids": INT64, "weights": FP32, "scale": "fp32"},
         constants={
             "E": 256, "GROUP": 32, "GROUPS": 8, "PAD_GROUP": 32, "PAD_GROUPS": 8, "TOP": 8, "PAD_TOP": 8,
-            "TOP_GROUPS": 4, "SIGMOID": True, "BIAS": True, "SUM_OF_TWO": True, "NORMALISE": True,
+            "TOP_GROUPS": 4, "SIGMOID": True, "BIAS": True, "SUM_OF_TWO": True, "NORMALISE": True, "SLOTS": True,
+            "EARLY": early,
         },
         options={"num_warps": 4},
     )  # fmt: skip
     yield Build(
+        name="scores",
+        function=experts.scores,
+        signature={
+            "x": BF16, "residual": BF16, "gain": BF16, "weight": FP32, "out": FP32, "normed": BF16, "total": BF16,
+            "x_stride": "i32", "eps": "fp32",
+        },
+        constants={"E": 64, "D": 2048, "BE": 4, "BD": 2048, "NORM": True, "EARLY": early},
+        options={"num_warps": 8},
+    )  # fmt: skip
+    yield Build(
         name="gate_up_few",
         function=experts.gate_up_few,
-        signature={"x": BF16, "gate_up": BF16, "ids": INT64, "act": FP32},
-        constants={"TOP": 6, "D": 2048, "I": 1408, "BI": 2, "BD": 2048},
-        options={"num_warps": 4},
+        signature={"x": BF16, "gate_up": BF16, "shared_gate_up": BF16, "ids": INT64, "act": FP32},
+        constants={"E": 64, "TOP": 6, "D": 2048, "I": 1408, "S": 2816, "BI": 2, "BD": 2048, "EARLY": early},
+        options={"num_warps": 8},
     )
+    yield Build(
+        name="down_few",
+        function=experts.down_few,
+        signature={
+            "act": FP32, "down": BF16, "shared_down": BF16, "ids": INT64, "weights": FP32, "out": BF16,
+        },
+        constants={"E": 64, "TOP": 6, "D": 2048, "I": 1408, "S": 2816, "BN": 4, "BI": 512, "EARLY": early},
+        options={"num_warps": 4},
+    )  # fmt: skip
     yield Build(
         name="gate_up_grouped",
         function=experts.gate_up_grouped,

@@ -197,7 +197,7 @@ def _merge(part: Tensor, weight: Tensor, out: Tensor, branch: ExtendedBranch, pa
     table = torch.where(z < parts, (z * count * heads)[None, :] + branch.unit_row[:, None], -1).contiguous()
     rows.merge[(count * heads, -(-value // columns))](
         part, weight, out, branch.unit_row, table, padded, UNIT=heads, RANK=value, COLUMNS=columns, TAKE=take,
-        SHOT=padded <= take, num_warps=warps,
+        SHOT=padded <= take, EARLY=False, num_warps=warps,
     )  # fmt: skip
 
 

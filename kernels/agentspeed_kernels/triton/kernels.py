@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from agentspeed_kernels.routing import RouteRule
+from agentspeed_kernels.triton import launching
 from agentspeed_kernels.triton.device_code import device_code
 from agentspeed_kernels.workspace import Workspace
 
@@ -14,8 +15,12 @@ MOST_LINEAR_ROWS = 1
 MOST_SCORED = 64
 """Up to this many tokens the router's scores are one small kernel."""
 MOST_FEW_TOKENS = 4
-"""Up to this many tokens every (token, expert) pair reads its expert by itself."""
+"""Up to this many tokens each reads the experts it visits by itself."""
 MOST_HEADS_FEW = 2
+GATE_UP_ROWS, GATE_UP_WARPS = 2, 8
+"""Of a program of the few-token form: inner rows and warps."""
+DOWN_ROWS, DOWN_BLOCK, DOWN_WARPS = 4, 512, 4
+"""Likewise of the down matrices of all of a token's experts: rows, columns at once, warps."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
@@ -29,12 +34,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+    add_norm(x, residual, weight, eps, out, residual)
+
+
+def add_norm(x: Tensor, residual: Tensor, gain: Tensor, eps: float, out: Tensor, total: Tensor) -> None:
+    """`total` gets the sum, out its norm; `total` may be the residual."""
     elementwise = device_code("elementwise")
 
-    assert x.is_contiguous() and residual.is_contiguous() and out.is_contiguous()
+    assert x.is_contiguous() and residual.is_contiguous() and out.is_contiguous() and total.is_contiguous()
     rows, width = x.shape
     elementwise.add_rms_norm[(rows,)](
-        x, residual, weight, out, eps, D=width, BLOCK=_above(width), num_warps=_warps(width)
+        x, residual, gain, out, total, eps, D=width, BLOCK=_above(width), num_warps=_warps(width)
     )
 
 
@@ -71,9 +81,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     rows, width = x.shape
     count = weight.shape[0]
     columns, block, warps = linear_shape(width, norm=False)
+    early = launching.early(x)
     products.linear[(-(-count // columns), rows)](
         x, x, x, weight, bias if bias is not None else x, out, x, x.stride(0), out.stride(0), 0.0, rows, count,
-        K=width, BN=columns, BK=block, NORM=False, BIAS=bias is not None, num_warps=warps,
+        K=width, BN=columns, BK=block, NORM=False, BIAS=bias is not None, EARLY=early, num_warps=warps,
+        **launching.options(early),
     )  # fmt: skip
 
 
@@ -93,11 +105,21 @@ def add_norm_linear(
     assert x.is_contiguous() and residual.is_contiguous() and weight.is_contiguous() and total.is_contiguous()
     assert total.data_ptr() != residual.data_ptr()
     rows, width = x.shape
+    if rows > MOST_LINEAR_ROWS:
+        normed = torch.empty_like(x)
+        add_norm(x, residual, gain, eps, normed, total)
+        if bias is None:
+            torch.mm(normed, weight.T, out=out)
+        else:
+            torch.addmm(bias, normed, weight.T, out=out)
+        return
     count = weight.shape[0]
     columns, block, warps = linear_shape(width, norm=True)
+    early = launching.early(x)
     products.linear[(-(-count // columns), rows)](
         x, residual, gain, weight, bias if bias is not None else x, out, total, x.stride(0), out.stride(0), eps, rows,
-        count, K=width, BN=columns, BK=block, NORM=True, BIAS=bias is not None, num_warps=warps,
+        count, K=width, BN=columns, BK=block, NORM=True, BIAS=bias is not None, EARLY=early, num_warps=warps,
+        **launching.options(early),
     )  # fmt: skip
 
 
@@ -117,10 +139,11 @@ def heads_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
     count = weight.shape[1]
     strides = (x.stride(0), x.stride(1), out.stride(0), out.stride(1))
     if tokens <= MOST_HEADS_FEW:
-        columns = max(1, min(_above(count), 8192 // _above(width)))
+        columns, early = _head_columns(count, width), launching.early(x)
         products.heads_few[(-(-count // columns), heads, tokens)](
-            x, weight, out, *strides, N=count, K=width, BN=columns, BK=_above(width), num_warps=4
-        )
+            x, weight, out, *strides, N=count, K=width, BN=columns, BK=_above(width), EARLY=early, num_warps=4,
+            **launching.options(early),
+        )  # fmt: skip
         return
     block_t = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
     # Narrow blocks where there are few columns: programs enough to fill the device count for more than reuse.
@@ -142,28 +165,105 @@ def heads_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
     )
 
 
+def _head_columns(count: int, width: int) -> int:
+    return max(1, min(_above(count), 8192 // _above(width)))
+
+
+def mla_queries(
+    q: Tensor,
+    raw: Tensor,
+    gain: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    key_up: Tensor,
+    pool: Tensor,
+    out: Tensor,
+) -> None:
+    """Absorbed queries with their turned rope parts, and the paged write of latents; a negative slot writes nothing."""
+    queries = device_code("queries")
+
+    assert q.stride(2) == 1 and raw.stride(1) == 1 and pool.is_contiguous() and out.is_contiguous()
+    assert key_up.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
+    tokens, heads, _ = q.shape
+    _, rank, nope = key_up.shape
+    half = cos.shape[1]
+    given = (q, raw, gain, cos, sin, slots)
+    strides = (q.stride(0), q.stride(1), raw.stride(0), eps)
+    sizes = {
+        "HEADS": heads, "H2": _above(heads), "RANK": rank, "NOPE": nope, "HALF": half, "BLOCK": _above(rank),
+        "BLOCK_HALF": _above(half),
+    }  # fmt: skip
+    if tokens > MOST_HEADS_FEW:
+        queries.turn_and_append[(tokens, 2)](*given, pool, out, *strides, **sizes, num_warps=4)
+        heads_linear(q[:, :, :nope], key_up, out[:, :, :rank])
+        return
+    columns, early = _head_columns(rank, nope), launching.early(q)
+    blocks = -(-rank // columns)
+    queries.queries_few[(heads * blocks + 1, tokens)](
+        *given, key_up, pool, out, *strides, **sizes, BN=columns, BLOCKS=blocks, BK=_above(nope), EARLY=early,
+        num_warps=4, **launching.options(early),
+    )  # fmt: skip
+
+
 def route(x: Tensor, weight: Tensor, bias: Tensor | None, rule: RouteRule) -> tuple[Tensor, Tensor]:
     """Scores in float32; ties go to the lower expert."""
-    device = device_code("experts")
-
     tokens, width = x.shape
-    count = weight.shape[0]
-    if tokens <= MOST_SCORED:
-        logits = torch.empty(tokens, count, dtype=torch.float32, device=x.device)
-        block = min(_above(width), 1024)
-        device.scores[(-(-count // 4), tokens)](
-            x, weight, logits, x.stride(0), E=count, D=width, BE=4, BD=block, num_warps=4
-        )
-    else:
-        logits = x.float() @ weight.T
-    ids = torch.empty(tokens, rule.top, dtype=torch.int64, device=x.device)
-    weights = torch.empty(tokens, rule.top, dtype=torch.float32, device=x.device)
+    if tokens > MOST_SCORED:
+        return _chosen(x.float() @ weight.T, bias, rule, None)
+    device, early = device_code("experts"), launching.early(x)
+    logits = torch.empty(tokens, weight.shape[0], dtype=torch.float32, device=x.device)
+    device.scores[(-(-weight.shape[0] // 4), tokens)](
+        x, x, x, weight, logits, x, x, x.stride(0), 0.0, E=weight.shape[0], D=width, BE=4, BD=min(_above(width), 1024),
+        NORM=False, EARLY=early, num_warps=4, **launching.options(early),
+    )  # fmt: skip
+    return _chosen(logits, bias, rule, None)
+
+
+def add_norm_route(
+    x: Tensor,
+    residual: Tensor,
+    gain: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    rule: RouteRule,
+    slots: Tensor,
+    normed: Tensor,
+    total: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """What `route` gives for the norm of x + residual; `total`, not the residual itself, gets the sum. Rows with a
+    negative slot choose nobody."""
+    assert x.is_contiguous() and residual.is_contiguous() and normed.is_contiguous() and total.is_contiguous()
+    assert weight.is_contiguous() and total.data_ptr() != residual.data_ptr()
+    tokens, width = x.shape
+    if tokens > MOST_SCORED:
+        add_norm(x, residual, gain, eps, normed, total)
+        return _chosen(normed.float() @ weight.T, bias, rule, slots)
+    device, early = device_code("experts"), launching.early(x)
+    count, block = weight.shape[0], _above(width)
+    logits = torch.empty(tokens, count, dtype=torch.float32, device=x.device)
+    rows = max(1, min(4, 8192 // block))
+    device.scores[(-(-count // rows), tokens)](
+        x, residual, gain, weight, logits, normed, total, x.stride(0), eps, E=count, D=width, BE=rows, BD=block,
+        NORM=True, EARLY=early, num_warps=8 if block > 1024 else 4, **launching.options(early),
+    )  # fmt: skip
+    return _chosen(logits, bias, rule, slots)
+
+
+def _chosen(logits: Tensor, bias: Tensor | None, rule: RouteRule, slots: Tensor | None) -> tuple[Tensor, Tensor]:
+    device, early = device_code("experts"), launching.early(logits)
+    tokens, count = logits.shape
+    ids = torch.empty(tokens, rule.top, dtype=torch.int64, device=logits.device)
+    weights = torch.empty(tokens, rule.top, dtype=torch.float32, device=logits.device)
     group = count // rule.groups
     device.choose[(tokens,)](
-        logits, bias if bias is not None else logits, ids, weights, rule.scale,
+        logits, bias if bias is not None else logits, slots if slots is not None else ids, ids, weights, rule.scale,
         E=count, GROUP=group, GROUPS=rule.groups, PAD_GROUP=_above(group), PAD_GROUPS=_above(rule.groups), TOP=rule.top,
         PAD_TOP=_above(rule.top), TOP_GROUPS=rule.top_groups, SIGMOID=rule.score == "sigmoid", BIAS=bias is not None,
-        SUM_OF_TWO=rule.group_score == "top2", NORMALISE=rule.normalise, num_warps=1 if count <= 128 else 4,
+        SUM_OF_TWO=rule.group_score == "top2", NORMALISE=rule.normalise,
+        SLOTS=slots is not None, EARLY=early, num_warps=1 if count <= 128 else 4, **launching.options(early),
     )  # fmt: skip
     return ids, weights
 
@@ -172,41 +272,96 @@ def experts(
     x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, workspace: Workspace, out: Tensor
 ) -> None:
     """The few-token form, the grouped form, or, for one expert and many tokens, the vendor's products."""
+    _check_experts(x, gate_up, down, ids, weights, out)
+    if x.shape[0] <= MOST_FEW_TOKENS:
+        experts_few(x, gate_up, down, ids, weights, None, workspace, out)
+    elif gate_up.shape[0] == 1 and x.is_cuda and ids.shape[1] == 1:
+        torch.mul(_swiglu(x, gate_up[0], down[0], workspace), weights.to(x.dtype), out=out)
+    else:
+        experts_grouped(x, gate_up, down, ids, weights, None, workspace, out)
+
+
+def experts_and_shared(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    shared_gate_up: Tensor,
+    shared_down: Tensor,
+    workspace: Workspace,
+    out: Tensor,
+) -> None:
+    """`experts`, and for every row the shared expert, whose matrices are [1, 2 S, D] and [1, D, S]."""
+    _check_experts(x, gate_up, down, ids, weights, out)
+    assert shared_gate_up.is_contiguous() and shared_down.is_contiguous()
+    if x.shape[0] <= MOST_FEW_TOKENS:
+        experts_few(x, gate_up, down, ids, weights, (shared_gate_up, shared_down), workspace, out)
+    else:
+        shared = _swiglu(x, shared_gate_up[0], shared_down[0], workspace)
+        experts_grouped(x, gate_up, down, ids, weights, shared, workspace, out)
+
+
+def _check_experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> None:
     assert x.is_contiguous() and gate_up.is_contiguous() and down.is_contiguous() and out.is_contiguous()
     assert ids.is_contiguous() and weights.is_contiguous()
-    if x.shape[0] <= MOST_FEW_TOKENS:
-        experts_few(x, gate_up, down, ids, weights, workspace, out)
-    elif gate_up.shape[0] == 1 and x.is_cuda and ids.shape[1] == 1:
-        gate, up = (x @ gate_up[0].T).chunk(2, dim=-1)
-        act = torch.nn.functional.silu(gate).mul_(up)
-        torch.mul(act @ down[0].T, weights.to(x.dtype), out=out)
-    else:
-        experts_grouped(x, gate_up, down, ids, weights, workspace, out)
+
+
+def _swiglu(x: Tensor, gate_up: Tensor, down: Tensor, workspace: Workspace) -> Tensor:
+    """Of one expert that every row visits: the vendor's products."""
+    device = device_code("experts")
+
+    rows, inner = x.shape[0], down.shape[1]
+    both = workspace.take("dense_gate_up", (rows, 2 * inner), x.dtype)
+    act = workspace.take("dense_inner", (rows, inner), x.dtype)
+    torch.mm(x, gate_up.T, out=both)
+    block = min(_above(inner), 1024)
+    device.activate[(-(-inner // block), rows)](both, act, I=inner, BLOCK=block, num_warps=4)
+    return torch.mm(act, down.T, out=workspace.take("dense_out", (rows, x.shape[1]), x.dtype))
 
 
 def experts_few(
-    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, workspace: Workspace, out: Tensor
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    shared: tuple[Tensor, Tensor] | None,
+    workspace: Workspace,
+    out: Tensor,
 ) -> None:
-    device = device_code("experts")
+    """`shared`: its matrices of the expert that every row visits."""
+    device, early = device_code("experts"), launching.early(x)
 
-    _, width, inner = down.shape
+    count, width, inner = down.shape
     tokens, top = ids.shape
-    act = workspace.take("expert_act", (tokens * top, inner), torch.float32)
-    part = workspace.take("expert_part", (tokens * top, width), torch.float32)
-    block = min(_above(width), 2048)
-    device.gate_up_few[(-(-inner // 4), tokens * top)](
-        x, gate_up, ids, act, TOP=top, D=width, I=inner, BI=4, BD=block, num_warps=4
-    )
-    block, rows = min(_above(inner), 2048), 8 if inner > 64 else 32
-    device.down_few[(-(-width // rows), tokens * top)](
-        act, down, ids, weights, part, D=width, I=inner, BN=rows, BI=block, num_warps=8 if block > 512 else 4
-    )
-    _combine(part, top, out)
+    shared_gate_up, shared_down = shared or (gate_up, down)
+    beside = shared_down.shape[2] if shared is not None else 0
+    act = workspace.take("expert_act", (tokens, top * inner + beside), torch.float32)
+    rows = GATE_UP_ROWS
+    device.gate_up_few[(top * -(-inner // rows) + -(-beside // rows), tokens)](
+        x, gate_up, shared_gate_up, ids, act, E=count, TOP=top, D=width, I=inner, S=beside, BI=rows,
+        BD=min(_above(width), 2048), EARLY=early, num_warps=GATE_UP_WARPS, **launching.options(early),
+    )  # fmt: skip
+    block = min(_above(inner), DOWN_BLOCK)
+    rows = DOWN_ROWS if inner > 64 else 32
+    device.down_few[(-(-width // rows), tokens)](
+        act, down, shared_down, ids, weights, out, E=count, TOP=top, D=width, I=inner, S=beside, BN=rows, BI=block,
+        EARLY=early, num_warps=DOWN_WARPS, **launching.options(early),
+    )  # fmt: skip
 
 
 def experts_grouped(
-    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, workspace: Workspace, out: Tensor
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    shared: Tensor | None,
+    workspace: Workspace,
+    out: Tensor,
 ) -> None:
+    """`shared` [T, D]: what is added to every row."""
     device = device_code("experts")
 
     count, width, inner = down.shape
@@ -227,7 +382,11 @@ def experts_grouped(
         act, down, order, starts, weights, part, D=width, I=inner, BM=rows, BN=columns, BI=depth, num_warps=warps,
         num_stages=stages,
     )  # fmt: skip
-    _combine(part, top, out)
+    block = min(_above(width), 1024)
+    device.combine[(-(-width // block), tokens)](
+        part, ids, shared if shared is not None else part, out, E=count, TOP=top, D=width, BLOCK=block,
+        SHARED=shared is not None, num_warps=4,
+    )  # fmt: skip
 
 
 def grouped_shape(rows_an_expert: float, element_bytes: int = 2) -> tuple[int, int, int, int, int]:
@@ -239,14 +398,6 @@ def grouped_shape(rows_an_expert: float, element_bytes: int = 2) -> tuple[int, i
     if rows_an_expert <= 32:
         return 32, 64, 128, 4, 3
     return (64, 64, 64, 4, 4) if rows_an_expert <= 96 else (64, 128, 64, 8, 4)
-
-
-def _combine(part: Tensor, top: int, out: Tensor) -> None:
-    device = device_code("experts")
-
-    tokens, width = out.shape
-    block = min(_above(width), 1024)
-    device.combine[(-(-width // block), tokens)](part, out, TOP=top, D=width, BLOCK=block, num_warps=4)
 
 
 def copy_rows(pool: Tensor, moves: Tensor) -> None:

@@ -26,7 +26,10 @@ SPECS: tuple[KernelSpec, ...] = tuple(
     )
     for op, call, most_rows, sizes in (
         ("linear", kernels.linear, kernels.MOST_LINEAR_ROWS, {}),
-        ("add_norm_linear", kernels.add_norm_linear, kernels.MOST_LINEAR_ROWS, {}),
+        ("add_norm_linear", kernels.add_norm_linear, None, {}),
+        ("mla_queries", kernels.mla_queries, None, {}),
+        ("add_norm_route", kernels.add_norm_route, None, {}),
+        ("experts_and_shared", kernels.experts_and_shared, None, {}),
         ("heads_linear", kernels.heads_linear, None, {}),
         ("rms_norm", kernels.rms_norm, None, {}),
         ("add_rms_norm", kernels.add_rms_norm, None, {}),

@@ -19,15 +19,15 @@ def rms_norm(x, gain, out, x_stride, out_stride, eps, D: tl.constexpr, BLOCK: tl
 
 
 @triton.jit
-def add_rms_norm(x, residual, gain, out, eps, D: tl.constexpr, BLOCK: tl.constexpr):
-    """residual += x, rounded to its format; out = norm of what was stored."""
+def add_rms_norm(x, residual, gain, out, total, eps, D: tl.constexpr, BLOCK: tl.constexpr):
+    """total = residual + x, rounded to its format; out = norm of what was stored. `total` may be the residual."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     inside = d < D
     value = tl.load(residual + row * D + d, mask=inside, other=0.0).to(tl.float32)
     value += tl.load(x + row * D + d, mask=inside, other=0.0).to(tl.float32)
-    rounded = value.to(residual.dtype.element_ty)
-    tl.store(residual + row * D + d, rounded, mask=inside)
+    rounded = value.to(total.dtype.element_ty)
+    tl.store(total + row * D + d, rounded, mask=inside)
     value = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, 0) / D + eps)
     value = value * scale * tl.load(gain + d, mask=inside, other=0.0).to(tl.float32)
@@ -51,29 +51,40 @@ def rope(x, cos, sin, x_token, x_head, HEADS: tl.constexpr, HALF: tl.constexpr, 
 
 
 @triton.jit
-def latent_append(
-    raw, gain, cos, sin, slots, pool, raw_stride, eps,
+def append_row(
+    raw, gain, cos, sin, slot, pool, eps,
     RANK: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
-    """Normed latent and turned rope part of token t go to pool row slots[t]; a negative slot writes nothing."""
-    token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + token)
+    """One token's normed latent and turned rope part go to a row of the pool; a negative slot writes nothing."""
     d = tl.arange(0, BLOCK)
     inside = d < RANK
-    value = tl.load(raw + token * raw_stride + d, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(raw + d, mask=inside, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, 0) / RANK + eps)
     value = value * scale * tl.load(gain + d, mask=inside, other=0.0).to(tl.float32)
     i = tl.arange(0, BLOCK_HALF)
     half = i < HALF
-    c = tl.load(cos + token * HALF + i, mask=half, other=0.0).to(tl.float32)
-    s = tl.load(sin + token * HALF + i, mask=half, other=0.0).to(tl.float32)
-    low = tl.load(raw + token * raw_stride + RANK + i, mask=half, other=0.0).to(tl.float32)
-    high = tl.load(raw + token * raw_stride + RANK + HALF + i, mask=half, other=0.0).to(tl.float32)
+    c = tl.load(cos + i, mask=half, other=0.0).to(tl.float32)
+    s = tl.load(sin + i, mask=half, other=0.0).to(tl.float32)
+    low = tl.load(raw + RANK + i, mask=half, other=0.0).to(tl.float32)
+    high = tl.load(raw + RANK + HALF + i, mask=half, other=0.0).to(tl.float32)
     at = pool + slot.to(tl.int64) * (RANK + 2 * HALF)
     live = slot >= 0
     tl.store(at + d, value.to(pool.dtype.element_ty), mask=inside & live)
     tl.store(at + RANK + i, (low * c - high * s).to(pool.dtype.element_ty), mask=half & live)
     tl.store(at + RANK + HALF + i, (high * c + low * s).to(pool.dtype.element_ty), mask=half & live)
+
+
+@triton.jit
+def latent_append(
+    raw, gain, cos, sin, slots, pool, raw_stride, eps,
+    RANK: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, BLOCK_HALF: tl.constexpr,
+):  # fmt: skip
+    """`append_row` of every token; one program a token."""
+    token = tl.program_id(0).to(tl.int64)
+    append_row(
+        raw + token * raw_stride, gain, cos + token * HALF, sin + token * HALF, tl.load(slots + token), pool, eps,
+        RANK, HALF, BLOCK, BLOCK_HALF,
+    )  # fmt: skip
 
 
 @triton.jit

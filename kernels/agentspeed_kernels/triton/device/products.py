@@ -1,15 +1,21 @@
-"""Products with few rows, where reading the weights once at full bandwidth is all that matters."""
+"""Products with few rows, where reading the weights once at full bandwidth is all that matters.
+
+EARLY, here and in the other kernels of a decode step: the launch does not wait for the kernel before it (programmatic
+dependent launch). Such a kernel reads weights at once, and what others wrote after `gdc_wait`; only then it lets the
+next one begin. So a kernel that begins finds all done but the one before it.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
 def linear(
     x, residual, gain, weight, bias, out, total, x_stride, out_stride, eps, T, N,
-    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
+    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """out[t] = y[t] @ weight[N, K]^T (+ bias); y is x, or with NORM the norm of x + residual times gain.
 
@@ -26,6 +32,9 @@ def linear(
         w = tl.load(
             weight + n[:, None].to(tl.int64) * K + (at + k)[None, :], mask=rows[:, None] & inside[None, :], other=0.0
         )
+        if EARLY and at == 0:
+            gdc_wait()
+            gdc_launch_dependents()
         value = tl.load(x + token * x_stride + at + k, mask=inside, other=0.0).to(tl.float32)
         if NORM:
             value += tl.load(residual + token * K + at + k, mask=inside, other=0.0).to(tl.float32)
@@ -47,7 +56,7 @@ def linear(
 @triton.jit
 def heads_few(
     x, weight, out, x_token, x_head, out_token, out_head,
-    N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """out[t, h] = weight[h] @ x[t, h], reading x and weight once; grid (ceil(N / BN), heads, T)."""
     head = tl.program_id(1).to(tl.int64)
@@ -56,6 +65,9 @@ def heads_few(
     k = tl.arange(0, BK)
     inside = k < K
     w = tl.load(weight + (head * N + n[:, None]) * K + k[None, :], mask=(n < N)[:, None] & inside[None, :], other=0.0)
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     value = tl.load(x + token * x_token + head * x_head + k, mask=inside, other=0.0).to(tl.float32)
     result = tl.sum(w.to(tl.float32) * value[None, :], 1)
     tl.store(out + token * out_token + head * out_head + n, result.to(out.dtype.element_ty), mask=n < N)

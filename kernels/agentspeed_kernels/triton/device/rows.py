@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 ITEM = tl.constexpr(8)
 """int32 fields of an item; see `plan.ItemField`."""
@@ -42,6 +43,7 @@ def attend_rows(
     RUN: tl.constexpr,
     EDGE: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """q [rows, RANK + ROPE], out [rows, RANK]; `latents` and `turned` describe the pool as rows of the same width.
 
@@ -61,6 +63,10 @@ def attend_rows(
     r = tl.arange(0, R)
     t = tl.arange(0, T)
     c = tl.arange(0, WIDE)
+    if EARLY:
+        # Plans are written before a step's first launch. Dependents begin when this kernel ends: merging programs that
+        # wait beside running ones cost more than they save.
+        gdc_wait()
     for item in range(first, last):
         block = tl.load(items + item * ITEM)
         page_at = tl.load(items + item * ITEM + 1)
@@ -134,6 +140,7 @@ def merge(
     COLUMNS: tl.constexpr,
     TAKE: tl.constexpr,
     SHOT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Joins the partials of each row by their log2-sum-exp2. Grid: (units * UNIT, ceil(RANK / COLUMNS)).
 
@@ -154,6 +161,9 @@ def merge(
         at = tl.load(table + unit * PARTS + take)
         there = at >= 0
         at = tl.where(there, at + within, 0)
+        if EARLY:
+            gdc_wait()
+            gdc_launch_dependents()
         w = tl.load(part_weight + at, mask=there, other=-float("inf"))
         x = tl.load(part + at[:, None] * RANK + d[None, :], mask=there[:, None] & inside[None, :], other=0.0)
         peak = tl.maximum(peak, tl.max(w, 0))
@@ -161,6 +171,9 @@ def merge(
         held = tl.sum(x * share[:, None], 0)
         mass = tl.sum(share, 0)
     else:
+        if EARLY:
+            gdc_wait()
+            gdc_launch_dependents()
         for j in range(0, PARTS, TAKE):
             at = tl.load(table + unit * PARTS + j + take)
             there = at >= 0

@@ -15,7 +15,15 @@ from agentspeed_engine.models.families.deepseek.config import (
     parse_youtu,
     text_of_kimi,
 )
-from agentspeed_engine.models.families.deepseek.shapes import OPS, SPARSE_OPS, cuts, kv_layout, shapes, sizes
+from agentspeed_engine.models.families.deepseek.shapes import (
+    JOINED_OPS,
+    OPS,
+    SPARSE_OPS,
+    cuts,
+    kv_layout,
+    shapes,
+    sizes,
+)
 from agentspeed_engine.models.families.deepseek.sparse_config import parse_glm as parse_glm_dsa
 from agentspeed_engine.models.families.deepseek.sparse_config import parse_v32
 from agentspeed_engine.models.family import Family
@@ -55,6 +63,7 @@ def _family(
         cuts=cuts,
         kv_layout=kv_layout,
         ops=SPARSE_OPS if sparse else OPS,
+        joined_ops=() if sparse else JOINED_OPS,
         sizes=sizes,
         build=_build,
     )

@@ -11,9 +11,11 @@ from torch import Tensor
 from agentspeed_engine.models import boundaries
 from agentspeed_engine.models.families.deepseek.config import LATENT_NORM_EPS, DeepseekConfig
 from agentspeed_engine.models.families.deepseek.indexer import Chosen, Indexer
+from agentspeed_engine.models.layers import AddNorm
 from agentspeed_engine.models.rope import half_order, yarn_scale
-from agentspeed_engine.models.state import StepState
+from agentspeed_engine.models.state import StepState, other_sum
 from agentspeed_engine.spmd.placement import Rank
+from agentspeed_kernels.packing import Weight
 from agentspeed_kernels.selection import Kernels
 
 
@@ -45,6 +47,7 @@ class Mla:
         "_config",
         "_down",
         "_down_bias",
+        "_first",
         "_heads",
         "_indexer",
         "_kernels",
@@ -79,9 +82,18 @@ class Mla:
         self._q_rank = config.q_rank or 0
         weights = _half_layout(config, self._heads, weights) if config.interleaved else weights
         down, self._down_bias = _joined_down(weights)
-        self._down = kernels.weight(down)
         self._q_norm, self._kv_norm = weights.q_a_norm, weights.kv_a_norm
-        self._q = kernels.weight(weights.q)
+        self._q: Weight
+        self._down: Weight
+        self._first: Weight | None = None
+        """What joined steps multiply the norm with: all that reads it."""
+        if kernels.has("mla_queries") and weights.q_a is None and self._down_bias is None:
+            rows = torch.cat([weights.q, down])
+            self._first, self._q, self._down = rows, rows[: len(weights.q)], rows[len(weights.q) :]
+        else:
+            self._q, self._down = kernels.weight(weights.q), kernels.weight(down)
+            if kernels.has("mla_queries") and weights.q_a is not None:
+                self._first = self._down
         self._o = kernels.weight(weights.o)
         # Partial outputs are summed over tp, so one rank alone adds the bias.
         self._o_bias = weights.o_bias if rank.tp == 0 else None
@@ -107,9 +119,49 @@ class Mla:
             self._attend_few(q, state, mixed)
         if state.attention.many is not None:
             self._attend_many(q, state, mixed)
-        out = take("attended", (rows, config.hidden), x.dtype)
-        run["linear"].at(rows)(mixed.view(rows, -1), self._o, self._o_bias, out)
-        return out, residual
+        return self._out(mixed, state), residual
+
+    def after_norm(
+        self, norm: AddNorm, x: Tensor, residual: Tensor | None, state: StepState
+    ) -> tuple[Tensor, Tensor | None]:
+        """`joined.AfterNorm`: the norm with the first product, and all that attention takes in one launch."""
+        config, rows, take, run = self._config, x.shape[0], state.workspace.take, self._kernels
+        dense = self._chosen is None and state.attention.many is None and state.attention.few is not None
+        if self._first is None or residual is None or not rows or not dense:
+            return self(*norm(x, residual, state), state)
+        total = other_sum(residual, state)
+        first = take("first", (rows, self._first.shape[0]), x.dtype)
+        multiply = run["add_norm_linear"].at(rows)
+        multiply(x, residual, norm.gain, norm.eps, self._first, self._down_bias, first, total)
+        if self._q_norm is None:
+            q = first[:, : -config.latent_width]
+        else:
+            low = take("q_low", (rows, self._q_rank), x.dtype)
+            run["rms_norm"].at(rows)(first[:, : self._q_rank], self._q_norm, LATENT_NORM_EPS, low)
+            q = take("q", (rows, self._q.shape[0]), x.dtype)
+            run["linear"].at(rows)(low, self._q, None, q)
+        absorbed = take("absorbed", (rows, self._heads, config.latent_width), x.dtype)
+        run["mla_queries"].at(rows)(
+            q.view(rows, self._heads, -1),
+            first[:, -config.latent_width :],
+            self._kv_norm,
+            LATENT_NORM_EPS,
+            state.cos,
+            state.sin,
+            state.slots,
+            self._absorb,
+            self._pool.view(-1, config.latent_width),
+            absorbed,
+        )
+        mixed = take("mixed", (rows, self._heads, config.value), x.dtype)
+        self._attend(absorbed, state, mixed)
+        return self._out(mixed, state), total
+
+    def _out(self, mixed: Tensor, state: StepState) -> Tensor:
+        rows = mixed.shape[0]
+        out = state.workspace.take("attended", (rows, self._config.hidden), mixed.dtype)
+        self._kernels["linear"].at(rows)(mixed.view(rows, -1), self._o, self._o_bias, out)
+        return out
 
     def _project(self, x: Tensor, state: StepState) -> tuple[Tensor, Tensor]:
         """(Queries [T, H, nope + rope], what they were made of); the new latents are written to the pool on the way."""
@@ -139,7 +191,13 @@ class Mla:
         absorbed = take("absorbed", (rows, self._heads, config.latent_width), q.dtype)
         run["heads_linear"].at(rows)(q[:, :, : config.nope], self._absorb, absorbed[:, :, : config.kv_rank])
         run.copy(q[:, :, config.nope :], absorbed[:, :, config.kv_rank :])
-        latent = take("latent_out", (rows, self._heads, config.kv_rank), q.dtype)
+        self._attend(absorbed, state, mixed)
+
+    def _attend(self, absorbed: Tensor, state: StepState, mixed: Tensor) -> None:
+        """`absorbed`: queries in the latent space."""
+        config, take, run = self._config, state.workspace.take, self._kernels
+        rows = absorbed.shape[0]
+        latent = take("latent_out", (rows, self._heads, config.kv_rank), absorbed.dtype)
         if self._chosen is None:
             attend = run["mla_rows"].at(rows)
             attend(absorbed, self._pool, state.attention.few, self._scale, state.workspace, latent)

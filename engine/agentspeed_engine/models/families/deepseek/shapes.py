@@ -19,6 +19,8 @@ INDEX = "index"
 _SHARED_OPS = ("linear", "heads_linear", "rms_norm", "add_rms_norm", "rope", "latent_append", "route", "experts")
 OPS = (*_SHARED_OPS, "mla_rows", "mla_extend")
 """What the chain calls."""
+JOINED_OPS = ("add_norm_linear", "mla_queries", "add_norm_route", "experts_and_shared")
+"""What it calls beside them in steps of few rows on a GPU."""
 SPARSE_OPS = (*_SHARED_OPS, "index_append", "index_select", "mla_selected")
 """What it calls where an indexer chooses: also for contexts that are short enough to be read whole."""
 

@@ -35,7 +35,9 @@ def _build(
     return build(config, weights, pools, rank, kernels)
 
 
-def _family(name: str, model_type: str, parse: Callable[[Fields], GroupedConfig]) -> Family[GroupedConfig]:
+def _family(
+    name: str, model_type: str, parse: Callable[[Fields], GroupedConfig], joined_ops: tuple[str, ...] = ()
+) -> Family[GroupedConfig]:
     return Family(
         name=name,
         attention="grouped-query attention",
@@ -45,6 +47,7 @@ def _family(name: str, model_type: str, parse: Callable[[Fields], GroupedConfig]
         cuts=cuts,
         kv_layout=kv_layout,
         ops=OPS,
+        joined_ops=joined_ops,
         sizes=sizes,
         build=_build,
     )
@@ -54,5 +57,5 @@ FAMILIES: tuple[Family[GroupedConfig], ...] = (
     _family("Llama", "llama", parse_llama),
     _family("Qwen2", "qwen2", parse_qwen2),
     _family("Qwen3", "qwen3", parse_qwen3),
-    _family("Qwen3-MoE", "qwen3_moe", parse_qwen3_moe),
+    _family("Qwen3-MoE", "qwen3_moe", parse_qwen3_moe, ("add_norm_route",)),
 )
