@@ -24,6 +24,7 @@ import gpu_agents
 import gpu_attention
 import gpu_engine
 import gpu_graphs
+import gpu_joined
 import gpu_layers
 import torch
 from gpu_timing import Report, fail
@@ -53,6 +54,7 @@ def main() -> int:
         "merge": lambda: gpu_attention.section_merge(report, pool),
         "experts": lambda: gpu_layers.section_experts(report),
         "small": lambda: gpu_layers.section_small(report),
+        "joined": lambda: gpu_joined.section_joined(report),
         "extend": lambda: gpu_layers.section_extend(report, pool),
         "graphs": lambda: gpu_graphs.section_graphs(report),
         "engine": lambda: gpu_engine.section_engine(report),
