@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from agentspeed_kernels.cpu import native
-from agentspeed_kernels.cpu.native_kernels import call_gqa_rows, call_mla_rows, opened, rows_packed
+from agentspeed_kernels.cpu.native_kernels import (
+    OpenedFunctions,
+    call_gqa_rows,
+    call_heads_linear,
+    call_linear,
+    call_mla_rows,
+    rows_packed,
+)
 from agentspeed_kernels.cpu.recording import call
 from agentspeed_kernels.packing import TILE_INPUTS, Packed
 from agentspeed_kernels.signature import KernelSpec
@@ -23,55 +30,19 @@ PRIORITY = {native.AMX: 20, native.AVX512BF16: 18}
 
 
 @final
-class TileKernels:
-    """The ops of one form; the library is opened, and the tiles asked for, at the first call."""
+class TileKernels(OpenedFunctions):
+    """The ops of one form. The tiles are asked for with the library, at the first call."""
 
-    __slots__ = ("_form", "_functions")
+    __slots__ = ()
 
     def __init__(self, form: native.Form) -> None:
-        self._form = form
-        self._functions: dict[str, native.Function] | None = None
-
-    @property
-    def functions(self) -> dict[str, native.Function]:
-        if self._functions is None:
-            self._functions = opened(self._form, "bf16")
-        return self._functions
+        super().__init__(form, "bf16")
 
     def linear(self, x: Tensor, weight: Packed, bias: Tensor | None, out: Tensor) -> None:
-        assert rows_packed(x, out)
-        call(
-            self.functions,
-            "linear",
-            (x, weight, bias, out),
-            x.data_ptr(),
-            x.stride(0),
-            weight.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            out.data_ptr(),
-            out.stride(0),
-            x.shape[0],
-            *weight.shape,
-            torch.get_num_threads(),
-        )
+        call_linear(self.functions, x, weight, bias, out)
 
     def heads_linear(self, x: Tensor, weight: Packed, out: Tensor) -> None:
-        assert rows_packed(x, out)
-        call(
-            self.functions,
-            "heads_linear",
-            (x, weight, out),
-            x.data_ptr(),
-            x.stride(0),
-            x.stride(1),
-            weight.data_ptr(),
-            out.data_ptr(),
-            out.stride(0),
-            out.stride(1),
-            x.shape[0],
-            *weight.shape,
-            torch.get_num_threads(),
-        )
+        call_heads_linear(self.functions, x, weight, out)
 
     def experts(
         self, x: Tensor, gate_up: Packed, down: Packed, ids: Tensor, weights: Tensor, workspace: Workspace, out: Tensor

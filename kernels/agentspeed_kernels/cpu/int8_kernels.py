@@ -14,7 +14,13 @@ from torch import Tensor
 
 from agentspeed_kernels.cpu import native, torch_kernels
 from agentspeed_kernels.cpu.amx_kernels import PRIORITY as TILE_PRIORITY
-from agentspeed_kernels.cpu.native_kernels import DTYPES, FORM_PRIORITY, MOST_PRODUCT_ROWS, opened, rows_packed
+from agentspeed_kernels.cpu.native_kernels import (
+    DTYPES,
+    FORM_PRIORITY,
+    MOST_PRODUCT_ROWS,
+    OpenedFunctions,
+    rows_packed,
+)
 from agentspeed_kernels.cpu.recording import call
 from agentspeed_kernels.quantised import GROUPS, INPUTS, OUTPUTS, Quantised
 from agentspeed_kernels.signature import Dtype, KernelSpec
@@ -27,21 +33,10 @@ AT_ONCE = 1 << 21
 
 
 @final
-class Int8Kernels:
-    """The products of one form and kind; the library is opened at the first call."""
+class Int8Kernels(OpenedFunctions):
+    """The products of one form and kind."""
 
-    __slots__ = ("_form", "_functions", "_kind")
-
-    def __init__(self, form: native.Form, kind: native.Kind) -> None:
-        self._form = form
-        self._kind: native.Kind = kind
-        self._functions: dict[str, native.Function] | None = None
-
-    @property
-    def functions(self) -> dict[str, native.Function]:
-        if self._functions is None:
-            self._functions = opened(self._form, self._kind)
-        return self._functions
+    __slots__ = ()
 
     def linear(self, x: Tensor, weight: Quantised, bias: Tensor | None, out: Tensor) -> None:
         assert rows_packed(x, out)

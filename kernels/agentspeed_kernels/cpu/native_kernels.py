@@ -13,6 +13,7 @@ from torch import Tensor
 
 from agentspeed_kernels.cpu import native, native_extend
 from agentspeed_kernels.cpu.recording import PARTIALS, call, note_partials
+from agentspeed_kernels.packing import Packed
 from agentspeed_kernels.routing import RouteRule
 from agentspeed_kernels.signature import Dtype, KernelSpec
 from agentspeed_kernels.tiles import TilePlan
@@ -28,7 +29,7 @@ class NotBuilt(RuntimeError):
     """A native kernel was called though selection found the library or its form absent."""
 
 
-def opened(form: native.Form, kind: native.Kind) -> dict[str, native.Function]:
+def _opened(form: native.Form, kind: native.Kind) -> dict[str, native.Function]:
     """The C functions of a form. Raises `NotBuilt`."""
     library = native.library()
     if isinstance(library, native.Unavailable):
@@ -42,9 +43,8 @@ def rows_packed(*tensors: Tensor) -> bool:
     return all(tensor.stride(-1) == 1 for tensor in tensors)
 
 
-@final
-class NativeKernels:
-    """The ops of one form and kind; the library is opened at the first call."""
+class OpenedFunctions:
+    """The C functions of one form and kind; the library is opened at the first call."""
 
     __slots__ = ("_form", "_functions", "_kind")
 
@@ -55,44 +55,25 @@ class NativeKernels:
 
     @property
     def functions(self) -> dict[str, native.Function]:
+        """By name. Raises `NotBuilt`."""
         if self._functions is None:
-            self._functions = opened(self._form, self._kind)
+            self._functions = _opened(self._form, self._kind)
         return self._functions
 
+
+@final
+class NativeKernels(OpenedFunctions):
+    """The ops of one form and kind."""
+
+    __slots__ = ()
+
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        assert rows_packed(x, out) and weight.is_contiguous()
-        call(
-            self.functions,
-            "linear",
-            (x, weight, bias, out),
-            x.data_ptr(),
-            x.stride(0),
-            weight.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            out.data_ptr(),
-            out.stride(0),
-            x.shape[0],
-            *weight.shape,
-            torch.get_num_threads(),
-        )
+        assert weight.is_contiguous()
+        call_linear(self.functions, x, weight, bias, out)
 
     def heads_linear(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
-        assert rows_packed(x, out) and weight.is_contiguous()
-        call(
-            self.functions,
-            "heads_linear",
-            (x, weight, out),
-            x.data_ptr(),
-            x.stride(0),
-            x.stride(1),
-            weight.data_ptr(),
-            out.data_ptr(),
-            out.stride(0),
-            out.stride(1),
-            x.shape[0],
-            *weight.shape,
-            torch.get_num_threads(),
-        )
+        assert weight.is_contiguous()
+        call_heads_linear(self.functions, x, weight, out)
 
     def experts(
         self, x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, workspace: Workspace, out: Tensor
@@ -308,6 +289,47 @@ class NativeKernels:
     def mla_extend(self, *arguments: Any) -> None:
         steps = {op: function.call for op, function in self.functions.items()}
         native_extend.mla_extend(steps, *arguments)
+
+
+def call_linear(
+    functions: dict[str, native.Function], x: Tensor, weight: Tensor | Packed, bias: Tensor | None, out: Tensor
+) -> None:
+    """`weight`: in the order that the form reads, [outputs, inputs]."""
+    assert rows_packed(x, out)
+    call(
+        functions,
+        "linear",
+        (x, weight, bias, out),
+        x.data_ptr(),
+        x.stride(0),
+        weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        out.stride(0),
+        x.shape[0],
+        *weight.shape,
+        torch.get_num_threads(),
+    )
+
+
+def call_heads_linear(functions: dict[str, native.Function], x: Tensor, weight: Tensor | Packed, out: Tensor) -> None:
+    """`weight`: in the order that the form reads, [heads, outputs, inputs]."""
+    assert rows_packed(x, out)
+    call(
+        functions,
+        "heads_linear",
+        (x, weight, out),
+        x.data_ptr(),
+        x.stride(0),
+        x.stride(1),
+        weight.data_ptr(),
+        out.data_ptr(),
+        out.stride(0),
+        out.stride(1),
+        x.shape[0],
+        *weight.shape,
+        torch.get_num_threads(),
+    )
 
 
 def call_mla_rows(
