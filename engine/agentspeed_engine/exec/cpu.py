@@ -13,14 +13,14 @@ from typing import Any, final
 from numpy.typing import NDArray
 
 from agentspeed_engine.errors import BrokenInvariant
-from agentspeed_engine.exec.automata import REFUSALS, Automata
+from agentspeed_engine.exec.automata import REFUSALS
 from agentspeed_engine.exec.executor import Pending, Refusal, Sampled, Token
 from agentspeed_engine.exec.model import Model
 from agentspeed_engine.exec.recent_tokens import RecentTokens
 from agentspeed_engine.exec.sampler import draw
 from agentspeed_engine.exec.step_input import Sample, StepInput
+from agentspeed_engine.exec.turns_on_host import TurnsOnHost
 from agentspeed_engine.exec.vocabulary import Vocabulary
-from agentspeed_engine.kv.views import TurnSpec
 
 
 @final
@@ -36,17 +36,14 @@ class Computed:
 
 
 @final
-class CpuExecutor:
+class CpuExecutor(TurnsOnHost):
     """`exec.executor.Executor` over a model in this process. A launched step is computed when `launch` returns."""
 
     def __init__(self, model: Model, vocabulary: Vocabulary, *, depth: int = 0) -> None:
         """`depth`: steps that are planned before an earlier one was collected (`CoreConfig.depth`)."""
+        super().__init__(vocabulary, model.page_tokens)
         self._model = model
-        self._automata = Automata(vocabulary)
         self._tokens = RecentTokens(depth)
-        self.page_tokens = model.page_tokens
-        self.model_seconds = 0.0
-        self.sampling_seconds = 0.0
 
     def launch(self, step: StepInput) -> Computed:
         started = time.perf_counter()
@@ -65,17 +62,6 @@ class CpuExecutor:
         if not isinstance(pending, Computed):
             raise BrokenInvariant(f"step {pending.step} was not launched here")
         return pending.sampled
-
-    def prepare(self, spec: TurnSpec) -> str | None:
-        return self._automata.prepare(spec)
-
-    def discard(self, turn: int) -> None:
-        self._automata.discard(turn)
-
-    @property
-    def turns(self) -> frozenset[int]:
-        """The turns of which something is kept."""
-        return self._automata.turns
 
     def save(self, pages: Sequence[int], slots: Sequence[int]) -> None:
         self._model.save(pages, slots)

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from agentspeed_engine.errors import BrokenInvariant, EngineFault
-from agentspeed_engine.exec.automata import REFUSALS, Automata
+from agentspeed_engine.exec.automata import REFUSALS
 from agentspeed_engine.exec.executor import Pending, Refusal, Sampled, Token
 from agentspeed_engine.exec.penalties import Adjustment
 from agentspeed_engine.exec.sampler import not_finite, ruled_out
 from agentspeed_engine.exec.sampling_rows import asked_of, on_device
 from agentspeed_engine.exec.step_input import Sample, StepInput
 from agentspeed_engine.exec.torch_model import TorchModel
+from agentspeed_engine.exec.turns_on_host import TurnsOnHost
 from agentspeed_engine.exec.vocabulary import Vocabulary
-from agentspeed_engine.kv.views import TurnSpec
 from agentspeed_engine.models.inputs_on_device import unwaited
 from agentspeed_engine.models.loaded import out_of_memory
 from agentspeed_kernels.triton.sampling import sample
@@ -54,24 +54,22 @@ class Enqueued:
 
 
 @final
-class CudaExecutor:
-    """`exec.executor.Executor` over a model on a GPU, in bfloat16 or float32. Needs Triton."""
+class CudaExecutor(TurnsOnHost):
+    """`exec.executor.Executor` over a model on a GPU, in bfloat16 or float32. Needs Triton.
+
+    `model_seconds`: from a launch to the end of the wait for its tokens, sampling included, for the device does both in
+    one go. `sampling_seconds`: of the host, for masks before a launch and automata after it."""
 
     def __init__(self, model: TorchModel, vocabulary: Vocabulary, *, depth: int = 0) -> None:
         """`depth`: steps that are planned before an earlier one was collected (`CoreConfig.depth`)."""
+        super().__init__(vocabulary, model.page_tokens)
         self._model = model
         self._loaded = model.loaded
         self._device = model.loaded.device
         self._depth = depth
-        self._automata = Automata(vocabulary)
         self._workspace = Workspace(self._device)
         self._tokens: dict[int, Tensor] = {}
         """What the latest steps sampled, on the device: later steps may name it."""
-        self.page_tokens = model.page_tokens
-        self.model_seconds = 0.0
-        """From a launch to the end of the wait for its tokens, sampling included: the device does both in one go."""
-        self.sampling_seconds = 0.0
-        """Of the host: masks before a launch, automata after it."""
 
     def launch(self, step: StepInput) -> Enqueued:
         started = time.perf_counter()
@@ -100,17 +98,6 @@ class CudaExecutor:
         self.model_seconds += arrived - started
         self.sampling_seconds += time.perf_counter() - arrived
         return sampled
-
-    def prepare(self, spec: TurnSpec) -> str | None:
-        return self._automata.prepare(spec)
-
-    def discard(self, turn: int) -> None:
-        self._automata.discard(turn)
-
-    @property
-    def turns(self) -> frozenset[int]:
-        """The turns of which something is kept."""
-        return self._automata.turns
 
     def save(self, pages: Sequence[int], slots: Sequence[int]) -> None:
         self._model.save(pages, slots)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agentspeed_engine.errors import BrokenInvariant, EngineFault
-from agentspeed_engine.exec.automata import REFUSALS, Automata
+from agentspeed_engine.exec.automata import REFUSALS
 from agentspeed_engine.exec.cpu import Computed
 from agentspeed_engine.exec.executor import Pending, Refusal, Sampled, Token
 from agentspeed_engine.exec.penalties import Adjustment
@@ -22,8 +22,9 @@ from agentspeed_engine.exec.ranks.sides import Side
 from agentspeed_engine.exec.recent_tokens import RecentTokens
 from agentspeed_engine.exec.sampler import Draw
 from agentspeed_engine.exec.step_input import StepInput
+from agentspeed_engine.exec.turns_on_host import TurnsOnHost
 from agentspeed_engine.exec.vocabulary import Vocabulary
-from agentspeed_engine.kv.views import PageCopy, TurnSpec
+from agentspeed_engine.kv.views import PageCopy
 from agentspeed_engine.models.inputs import FlatBatch
 
 
@@ -46,17 +47,14 @@ class BegunStep:
 
 
 @final
-class LeadingExecutor:
+class LeadingExecutor(TurnsOnHost):
     """`exec.executor.Executor` over the ranks of one dp rank. A launched step is computed when `launch` returns."""
 
     def __init__(self, side: Side, vocabulary: Vocabulary, losses: Losses, *, depth: int = 0) -> None:
         """`depth`: steps that are planned before an earlier one was collected (`CoreConfig.depth`)."""
+        super().__init__(vocabulary, side.page_tokens)
         self._side, self._losses = side, losses
-        self._automata = Automata(vocabulary)
         self._tokens = RecentTokens(depth)
-        self.page_tokens = side.page_tokens
-        self.model_seconds = 0.0
-        self.sampling_seconds = 0.0
 
     def launch(self, step: StepInput) -> Computed:
         return self.finish(self.begin(step))
@@ -84,17 +82,6 @@ class LeadingExecutor:
         if not isinstance(pending, Computed):
             raise BrokenInvariant(f"step {pending.step} was not launched here")
         return pending.sampled
-
-    def prepare(self, spec: TurnSpec) -> str | None:
-        return self._automata.prepare(spec)
-
-    def discard(self, turn: int) -> None:
-        self._automata.discard(turn)
-
-    @property
-    def turns(self) -> frozenset[int]:
-        """The turns of which something is kept."""
-        return self._automata.turns
 
     def save(self, pages: Sequence[int], slots: Sequence[int]) -> None:
         self._copy(CopyOrder("save", tuple(pages), tuple(slots)))
