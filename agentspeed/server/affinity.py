@@ -22,7 +22,7 @@ from agentspeed.messages import User
 from agentspeed.server.anthropic import messages as anthropic_messages
 from agentspeed.server.native.bodies import OpenBody
 from agentspeed.server.openai import chat, items
-from agentspeed.server.openai.responses import ResponsesRequest, system_of, tools_of
+from agentspeed.server.openai.responses import ResponsesRequest, conversation_named, system_of, tools_of
 from agentspeed.server.problems import RequestProblem
 from agentspeed.server.turns import parsed
 
@@ -106,9 +106,8 @@ def _of_messages(conversation: Conversation) -> Affinity:
 
 
 def _of_response(request: ResponsesRequest, tenant: str) -> Affinity | None:
-    named = request.previous_response_id or request.conversation
-    if named is not None:
-        number = named.get("id") if isinstance(named, dict) else named
+    number = request.previous_response_id or conversation_named(request)
+    if number is not None:
         return _in_id(number.partition("_")[2]) if isinstance(number, str) else None
     system, messages = items.read_items(request.input or [])
     return _of_messages(

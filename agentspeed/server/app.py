@@ -26,6 +26,7 @@ from agentspeed.server.native.routes import session_routes
 from agentspeed.server.native.served import Sessions
 from agentspeed.server.openai import chat, completions
 from agentspeed.server.openai.response_routes import responses_routes
+from agentspeed.server.openai.responses import Responses
 from agentspeed.server.options import ServerOptions, tenant_of
 from agentspeed.server.problems import Problem, RequestProblem, problem_of, refused
 from agentspeed.server.streaming import EventStream, WholeBody, encoded
@@ -43,6 +44,7 @@ Endpoint: TypeAlias = Callable[[Request, Service, str], Awaitable[ASGIApp]]
 def application(service: Service) -> Gate:
     """Everything that `agentspeed serve` answers."""
 
+    responses = Responses(service)
     held: list[Sessions] = []
     linked: list[Links] = []
 
@@ -69,6 +71,7 @@ def application(service: Service) -> Gate:
             group.cancel_scope.cancel()
         if service.saved is not None:
             await service.saved.save_history(service.history)
+            await responses.save()
         await service.history.close()
 
     async def ui_events(request: Request, service: Service, tenant: str) -> ASGIApp:
@@ -93,7 +96,7 @@ def application(service: Service) -> Gate:
         route("/v1/models/{model:path}", _model, "GET"),
         route("/v1/chat/completions", _chat, "POST"),
         route("/v1/completions", _completions, "POST"),
-        *responses_routes(service, route),
+        *responses_routes(responses, route),
         *session_routes(lambda: held[0], route),
         *link_routes(lambda: linked[0], route),
         route("/v1/messages", _messages, "POST"),

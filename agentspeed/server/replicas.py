@@ -155,8 +155,7 @@ class Front:
             stream.cancel()
             raise
         if known is not None and affinity is not None:
-            saved = path.startswith("/v1/sessions/")  # what a replica stored for /v1/responses ends with it
-            if saved and status == 404 and self._may_come(where, name, "\0".join(known)):
+            if affinity.pinned and status == 404 and self._may_come(where, name, "\0".join(known)):
                 stream.cancel()
                 return _refused(
                     503, "session_moving", "The replica that had this is ending; another will have it soon."

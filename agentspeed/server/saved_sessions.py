@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import final
+from typing import TypeVar, final
 
 import anyio
 import anyio.to_thread
+import msgspec
 
 from agentspeed import errors, snapshot
 from agentspeed.engine import Engine
@@ -18,6 +19,7 @@ from agentspeed.server.snapshot_files import BrokenSnapshot, Claim, Kind, Saved,
 from agentspeed.session import Session
 
 _LOG = logging.getLogger("agentspeed.server")
+T = TypeVar("T")
 
 
 def session_of(data: bytes, engine: Engine, tenant: str) -> Session:
@@ -41,7 +43,7 @@ class SavedSessions:
         try:
             await anyio.to_thread.run_sync(self._files.save, kind, saved)
         except OSError as error:
-            _LOG.warning("session %r is lost, its snapshot cannot be written: %s", saved.name, error)
+            _LOG.warning("%r of %s is lost, it cannot be written: %s", saved.name, kind, error)
 
     async def save_session(self, session: Session, tenant: str, last_event: int) -> None:
         """A session of `/v1/sessions`, between two turns. Private ones leave nothing behind."""
@@ -86,6 +88,24 @@ class SavedSessions:
             await _shielded(claim, restored=False)
             raise
         await _shielded(claim, restored=True)
+
+    async def taken(self, kind: Kind, tenant: str, name: str, of: type[T]) -> T | None:
+        """A value that was saved as msgpack; this server has it from now on. None when it is not there, or cannot be
+        read, which the log tells."""
+        try:
+            claim = await anyio.to_thread.run_sync(self._files.claim, kind, tenant, [name])
+            if claim is None:
+                return None
+            try:
+                found = msgspec.msgpack.decode(claim.saved.data, type=of)
+            except msgspec.DecodeError as error:
+                await _shielded(claim, restored=False)
+                raise BrokenSnapshot(f"{claim.home.relative_to(self._files.folder)} is damaged: {error}") from error
+            await _shielded(claim, restored=True)
+            return found
+        except (BrokenSnapshot, OSError) as error:
+            _LOG.warning("%r of %s cannot be taken: %s", name, kind, error)
+            return None
 
     async def recall(self, history: History, conversation: Conversation, states: Sequence[str]) -> None:
         """Puts the saved session of the longest of these states into the pool; see `History`. Without one that can be

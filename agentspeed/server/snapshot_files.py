@@ -19,7 +19,7 @@ import msgspec
 
 from agentspeed import errors
 
-Kind: TypeAlias = Literal["sessions", "history"]
+Kind: TypeAlias = Literal["sessions", "history", "responses", "conversations"]
 _MAGIC: Final = b"agentspeed snapshot 1\n"
 _DIGEST_BYTES: Final = 16
 _ENDING: Final = ".snapshot"
@@ -27,7 +27,8 @@ _ENDING: Final = ".snapshot"
 
 @final
 class Saved(msgspec.Struct, frozen=True, kw_only=True):
-    """One session in a file. `data`: what `Session.snapshot` gave. `last_event`: number of its newest event."""
+    """One value in a file. `data` of a session: what `Session.snapshot` gave. `last_event`: number of its newest
+    event."""
 
     tenant: str
     name: str

@@ -127,7 +127,13 @@ def test_sessions_of_a_replica_that_goes_are_opened_by_the_one_that_stays(
     asked = [[{"role": "user", "content": f"Say {number}."}] for number in range(6)]
     for one in asked:
         one += [{"role": "assistant", "content": _ask(client, one)["choices"][0]["message"]["content"]}]
+    jokes = [
+        client.post("/v1/responses", json={"input": f"Joke {number}.", "max_output_tokens": 4}) for number in range(6)
+    ]
     _scaled(options, 1)
+    for joke in jokes:
+        on = {"input": "On.", "previous_response_id": joke.json()["id"], "max_output_tokens": 4}
+        assert _patient(client, "POST", "/v1/responses", json=on).status_code == 200
     for path in paths:
         again = _patient(client, "GET", path)
         assert again.status_code == 200, again.text

@@ -52,6 +52,12 @@ def _ask(client: httpx.Client, messages: list[dict[str, Any]]) -> str:
     return str(answer.json()["choices"][0]["message"]["content"])
 
 
+def _respond(client: httpx.Client, **body: Any) -> Any:
+    answer = client.post("/v1/responses", json={"temperature": 0, "max_output_tokens": 8, **body})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def one_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """For all servers here: what they restore comes from their folder alone."""
@@ -79,6 +85,9 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
         known["private"] = client.post("/v1/sessions", json={"private": True}).json()["id"]
         known["asked"] = [{"role": "user", "content": "Say hi."}]
         known["asked"] += [{"role": "assistant", "content": _ask(client, known["asked"])}]
+        known["response"] = _respond(client, input="Say hello.")["id"]
+        known["conversation"] = client.post("/v1/conversations", json={}).json()["id"]
+        _ = _respond(client, input="Say hi.", conversation=known["conversation"])
         endless = {**GREETING, "max_tokens": 300, "temperature": 2.0, "stream": True, "seed": 1}
         known["left"] = left = f"/v1/sessions/{client.post('/v1/sessions', json={'name': 'left'}).json()['id']}"
         with client.stream("POST", f"{left}/generate", json=endless) as response:
@@ -136,6 +145,23 @@ def test_a_stateless_conversation_goes_on_with_the_ids_that_its_model_drew(
         assert 'history_matches_total{verb="continue"} 1.0' in client.get("/metrics").text
 
 
+def test_responses_and_conversations_are_gone_on_from(ended: tuple[Path, dict[str, Any]], next_server: str) -> None:
+    number, conversation = ended[1]["response"], ended[1]["conversation"]
+    with _client(next_server, "two") as other:
+        assert other.get(f"/v1/responses/{number}").status_code == 404
+        assert other.get(f"/v1/conversations/{conversation}").status_code == 404
+    with _client(next_server) as client:
+        for _ in range(2):
+            assert _respond(client, input="Again.", previous_response_id=number)["previous_response_id"] == number
+        assert client.get(f"/v1/responses/{number}").json()["id"] == number
+        _ = _respond(client, input="Again.", conversation=conversation)
+        items = client.get(f"/v1/conversations/{conversation}/items").json()["data"]
+        assert [item["role"] for item in items] == ["user", "assistant"] * 2
+        assert client.delete(f"/v1/responses/{number}").status_code == 200
+        assert client.get(f"/v1/responses/{number}").status_code == 404
+        assert 'history_matches_total{verb="continue"} ' in client.get("/metrics").text
+
+
 def test_files_are_for_their_owner_alone_and_names_of_clients_are_no_paths(
     ended: tuple[Path, dict[str, Any]],
 ) -> None:
@@ -155,6 +181,7 @@ def test_a_damaged_file_is_refused_by_name_and_the_others_are_served(tmp_path: P
             assert client.post("/v1/sessions", json={"name": name, "system": name}).status_code == 200
         asked = [{"role": "user", "content": "Say hi."}]
         asked.append({"role": "assistant", "content": _ask(client, asked)})
+        response = _respond(client, input="Say hi.")["id"]
     for path in _files(tmp_path):
         data = path.read_bytes()
         if b"good" not in data:
@@ -165,6 +192,7 @@ def test_a_damaged_file_is_refused_by_name_and_the_others_are_served(tmp_path: P
             assert (refusal.status_code, refusal.json()["error"]["code"]) == (410, "snapshot_broken")
             assert "'bad'" in refusal.json()["error"]["message"] and ".snapshot" in refusal.json()["error"]["message"]
             assert _ask(client, [*asked, {"role": "user", "content": "Again."}])
+        assert client.get(f"/v1/responses/{response}").status_code == 404
         assert client.post("/v1/sessions", json={"name": "bad"}).json()["error"]["code"] == "session_exists"
         assert client.get("/v1/sessions/good").status_code == 200
 

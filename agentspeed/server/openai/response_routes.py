@@ -29,13 +29,12 @@ class NewConversation(msgspec.Struct, kw_only=True):
     metadata: dict[str, Any] | None = None
 
 
-def responses_routes(service: Service, route: Callable[..., Route]) -> list[Route]:
+def responses_routes(owner: Responses, route: Callable[..., Route]) -> list[Route]:
     """Each with the state that they share."""
-    owner = Responses(service)
 
     async def create(request: Request, service: Service, tenant: str) -> ASGIApp:
         body: ResponsesRequest = parsed(await request.body(), ResponsesRequest)
-        one = owner.open(body, tenant, key_in(request.headers.get(AFFINITY)))
+        one = await owner.open(body, tenant, key_in(request.headers.get(AFFINITY)))
         if not body.stream:
             return WholeBody(lambda: owner.run(one, None), Problem.openai, headers={})
 
@@ -45,14 +44,14 @@ def responses_routes(service: Service, route: Callable[..., Route]) -> list[Rout
         return EventStream(produce, one.failed, headers={}, error_event="error")
 
     async def read(request: Request, service: Service, tenant: str) -> ASGIApp:
-        found = owner.stored.get(tenant, request.path_params["number"])
+        found = await owner.find(tenant, request.path_params["number"])
         if found is None:
             raise _missing("response", request)
         return _json(found.body)
 
     async def delete(request: Request, service: Service, tenant: str) -> ASGIApp:
         number = request.path_params["number"]
-        if owner.stored.pop(tenant, number) is None:
+        if await owner.find(tenant, number) is None or owner.stored.pop(tenant, number) is None:
             raise _missing("response", request)
         return _json({"id": number, "object": "response", "deleted": True})
 
@@ -60,7 +59,7 @@ def responses_routes(service: Service, route: Callable[..., Route]) -> list[Rout
         number = request.path_params["number"]
         if owner.cancel(tenant, number):
             return _json({"id": number, "object": "response", "status": "cancelled", "output": []})
-        found = owner.stored.get(tenant, number)
+        found = await owner.find(tenant, number)
         if found is None:
             raise _missing("response", request)
         return _json(found.body)
@@ -78,7 +77,7 @@ def responses_routes(service: Service, route: Callable[..., Route]) -> list[Rout
 
     async def conversation(request: Request, service: Service, tenant: str) -> ASGIApp:
         number = request.path_params["number"]
-        found = owner.conversations.get(tenant, number)
+        found = await owner.find_conversation(tenant, number)
         if found is None:
             raise _missing("conversation", request)
         if request.method == "DELETE":
@@ -87,7 +86,7 @@ def responses_routes(service: Service, route: Callable[..., Route]) -> list[Rout
         return _json(_card(found))
 
     async def conversation_items(request: Request, service: Service, tenant: str) -> ASGIApp:
-        found = owner.conversations.get(tenant, request.path_params["number"])
+        found = await owner.find_conversation(tenant, request.path_params["number"])
         if found is None:
             raise _missing("conversation", request)
         data = [item for message in found.messages for item in _items_of(message)]

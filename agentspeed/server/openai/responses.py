@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import anyio
 import msgspec
@@ -20,10 +20,14 @@ from agentspeed.server.openai.parameters import bounded_tokens, choice_of, outpu
 from agentspeed.server.openai.response_events import ResponseEvents
 from agentspeed.server.openai.stored import Store, StoredConversation, StoredResponse
 from agentspeed.server.problems import Problem, RequestProblem, refused
+from agentspeed.server.saved_sessions import SavedSessions
+from agentspeed.server.snapshot_files import Kind, Saved
 from agentspeed.server.streaming import Emitter
 from agentspeed.server.turns import Answer, Request, Service
 from agentspeed.session import TurnOptions
 from agentspeed.tools import Tool
+
+T = TypeVar("T")
 
 
 class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -74,6 +78,11 @@ def system_of(body: ResponsesRequest, texts: Sequence[str]) -> str | None:
     return "\n\n".join([*([body.instructions] if body.instructions else []), *texts]) or None
 
 
+def conversation_named(body: ResponsesRequest) -> object:
+    """The id of its conversation, as it was given: alone, or in an object."""
+    return body.conversation.get("id") if isinstance(body.conversation, dict) else body.conversation
+
+
 @final
 class Responses:
     """The endpoint's own state: what it stored, and what runs."""
@@ -83,6 +92,7 @@ class Responses:
         self.stored: Store[StoredResponse] = Store()
         self.conversations: Store[StoredConversation] = Store()
         self._running: dict[tuple[str, str], anyio.CancelScope] = {}
+        self._taking = anyio.Lock()
 
     def cancel(self, tenant: str, number: str) -> bool:
         """Ends a response that runs. False when none of that id does."""
@@ -91,8 +101,39 @@ class Responses:
             scope.cancel()
         return scope is not None
 
-    def open(self, body: ResponsesRequest, tenant: str, affinity: str = "") -> OneResponse:
+    async def find(self, tenant: str, number: str) -> StoredResponse | None:
+        """A stored response, also one that an earlier server saved."""
+        return await self._find(self.stored, "responses", StoredResponse, tenant, number)
+
+    async def find_conversation(self, tenant: str, number: str) -> StoredConversation | None:
+        """The same for conversations."""
+        return await self._find(self.conversations, "conversations", StoredConversation, tenant, number)
+
+    async def _find(self, among: Store[T], kind: Kind, of: type[T], tenant: str, number: str) -> T | None:
+        if among.get(tenant, number) is None and (saved := self.service.saved) is not None:
+            async with self._taking:  # whoever asks meanwhile finds it here
+                if among.get(tenant, number) is None:
+                    found = await saved.taken(kind, tenant, number, of)
+                    if found is not None:
+                        among.put(tenant, number, found)
+        return among.get(tenant, number)
+
+    async def save(self) -> None:
+        """At the end of the server: what its newest conversations need to go on at the next."""
+        saved, most = self.service.saved, self.service.options.idle_sessions
+        if saved is None:
+            return
+        for tenant, number, response in self.stored.newest(most):
+            await _save(saved, "responses", tenant, number, response)
+        for tenant, number, conversation in self.conversations.newest(most):
+            await _save(saved, "conversations", tenant, number, conversation)
+
+    async def open(self, body: ResponsesRequest, tenant: str, affinity: str = "") -> OneResponse:
         """Its id begins with `affinity`. Raises `RequestProblem`."""
+        if body.previous_response_id is not None:
+            _ = await self.find(tenant, body.previous_response_id)
+        if isinstance(number := conversation_named(body), str):
+            _ = await self.find_conversation(tenant, number)
         return OneResponse(self, body, tenant, affinity)
 
     async def run(self, one: OneResponse, emit: Emitter | None) -> dict[str, Any]:
@@ -116,6 +157,10 @@ class Responses:
             _ = self._running.pop(key, None)
             if one.conversation is not None:
                 one.conversation.busy = False
+
+
+async def _save(among: SavedSessions, kind: Kind, tenant: str, number: str, value: object) -> None:
+    await among.save(kind, Saved(tenant=tenant, name=number, data=msgspec.msgpack.encode(value)))
 
 
 @final
@@ -145,10 +190,9 @@ class OneResponse:
         self._events = ResponseEvents(self._head("in_progress"), streamed=body.stream)
 
     def _conversation(self) -> StoredConversation | None:
-        given = self._body.conversation
-        if given is None:
+        if self._body.conversation is None:
             return None
-        number = given.get("id") if isinstance(given, dict) else given
+        number = conversation_named(self._body)
         found = self._owner.conversations.get(self.tenant, number) if isinstance(number, str) else None
         if found is None:
             raise refused(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Final, Generic, TypeVar, final
 
 from agentspeed.messages import Message
@@ -58,3 +59,8 @@ class Store(Generic[T]):
     def pop(self, tenant: str, number: str) -> T | None:
         """What is not there any more."""
         return self._values.pop((tenant, number), None)
+
+    def newest(self, most: int) -> list[tuple[str, str, T]]:
+        """Tenant, id and value of the last `most`, oldest first."""
+        first = max(0, len(self._values) - most)
+        return [(tenant, number, value) for (tenant, number), value in islice(self._values.items(), first, None)]
