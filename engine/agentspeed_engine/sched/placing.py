@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import final
 
 from agentspeed_engine.kv.branch_states import Held, Queued, Settling
-from agentspeed_engine.kv.tree import ID_BYTES, RootKey
+from agentspeed_engine.kv.tree import ID_BYTES, RootKey, tenant_of
+from agentspeed_engine.sched import quotas
 from agentspeed_engine.sched.state import SchedulerState
 
 SLACK = 2
@@ -30,7 +31,7 @@ class RankLoad:
     """Tokens of prompts that turns there still have to compute."""
     sessions: int
     limit: int
-    """Most sessions it may have."""
+    """Most sessions it may have; 0 where the new one's tenant has all that it may have there."""
 
 
 def place(tokens: int, loads: Sequence[RankLoad]) -> int | None:
@@ -70,7 +71,7 @@ def load_of(world: SchedulerState, root: RootKey, packed: bytes) -> RankLoad:
         kept=_kept(world, root, packed),
         backlog=backlog,
         sessions=len(world.sessions),
-        limit=world.config.max_sessions,
+        limit=0 if quotas.has_all_sessions(world, tenant_of(root)) else world.config.max_sessions,
     )
 
 

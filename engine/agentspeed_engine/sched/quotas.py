@@ -21,10 +21,16 @@ from agentspeed_engine.sched.state import SchedulerState
 def check_session(world: SchedulerState, tenant: str) -> None:
     """Raises `EngineFault` (quota_exceeded) when the tenant has all the sessions it may have."""
     quota = world.config.tenant_sessions
-    if quota is not None and sum(session.tenant == tenant for session in world.sessions.values()) >= quota:
+    if quota is not None and has_all_sessions(world, tenant):
         many = _many(quota, "session")
         which = f"Tenant {tenant!r} has {many} open" if tenant else f"{many} without a tenant {_are(quota)} open"
         raise EngineFault("quota_exceeded", f"{which}, as many as may be.", "Close one first.")
+
+
+def has_all_sessions(world: SchedulerState, tenant: str) -> bool:
+    """Whether the tenant may open no further one."""
+    quota = world.config.tenant_sessions
+    return quota is not None and sum(session.tenant == tenant for session in world.sessions.values()) >= quota
 
 
 def check_turn(world: SchedulerState, branch: Branch, known: int, least: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from agentspeed_engine.errors import EngineFault
@@ -62,6 +64,14 @@ def test_limits_are_those_of_each_and_the_last_of_all_refuses_by_name(cores: DpC
     assert len({opened(cores) for _ in range(6)}) == 6
     refused = told(cores, wire.Open(request=1))
     assert isinstance(refused, wire.Failed) and refused.code == "too_many_sessions"
+
+
+def test_a_tenant_has_its_sessions_on_each_whoever_else_is_there() -> None:
+    cores = DpCores(dp_cores.made(replace(CONFIG, tenant_sessions=1), 2))
+    _ = opened(cores, "b")
+    assert {opened(cores, "a") % 2 for _ in range(2)} == {0, 1}
+    refused = told(cores, wire.Open(request=1, tenant="a"))
+    assert isinstance(refused, wire.Failed) and refused.code == "quota_exceeded"
 
 
 def test_a_step_of_all_has_the_rows_of_those_that_have_any_and_waits_for_its_end(cores: DpCores) -> None:
