@@ -11,6 +11,9 @@ Three outcomes, decided by `choose` and carried out by `History.take`:
 - *rewind*: an idle session of the same conversation (by the caller's hint) went on differently: it goes back;
 - *branch*: anything else that shares messages: a new session over the same ids, which computes none of them again while
   the engine has their rows. The other session stays as it is.
+
+A thread that says what another has said goes on in a log of its own where it has one (`own_log`): else each of its
+calls would branch off the other's.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from agentspeed.usage import Lease
 
 _LOG = logging.getLogger("agentspeed.history")
 _KEY_BYTES = 16
+_SEPARATOR = "\x1f"
 
 
 # ---- what is compared -----------------------------------------------------------------------------------------------
@@ -42,7 +46,8 @@ class Conversation:
     """A caller's list of messages, and what stands above it.
 
     `hint`: the caller's own name of the conversation (a thread, a cache key); it never decides what matches, only
-    whether a session that went on differently may be rewound. Conversations of two tenants never share a session."""
+    which of several logs that do is its own, and whether that may be rewound when it went on differently. Conversations
+    of two tenants never share a session."""
 
     messages: tuple[Message, ...]
     system: str | None = None
@@ -129,12 +134,38 @@ def choose(shared: int, candidates: Iterable[Candidate], hint: str | None) -> Re
     """The best of the logs that share `shared` messages with a conversation; None where there is nothing to gain."""
     if shared == 0:
         return None  # the engine shares the rows of equal system texts by itself
-    ranked = sorted(candidates, key=lambda one: (_rank(one, shared, hint), -one.used_at))
+    thread = thread_of(hint)
+    ranked = sorted(candidates, key=lambda one: (_rank(one, shared, hint), thread_of(one.hint) != thread, -one.used_at))
     if not ranked:
         return None
     best = ranked[0]
     verbs: tuple[Literal["continue", "rewind", "branch"], ...] = ("continue", "rewind", "branch")
     return Reuse(verbs[min(_rank(best, shared, hint), 2)], best.entry, shared)
+
+
+def own_log(
+    messages: Sequence[Message], shared: int, holders: Callable[[int], Iterable[Candidate]], hint: str | None
+) -> Reuse | None:
+    """The log of a conversation's own thread, where another's shares more with it: both threads said the same, and
+    each goes on in its own. It must have all that the model has said in the conversation: what was drawn is never read
+    again as text. `holders`: the logs that have so many of the messages."""
+    thread = thread_of(hint)
+    said = (place + 1 for place in range(shared - 1, -1, -1) if isinstance(messages[place], Assistant))
+    for length in range(shared - 1, max(1, next(said, 1)) - 1, -1):
+        own = [one for one in holders(length) if one.idle and one.length == length and thread_of(one.hint) == thread]
+        if own:
+            return Reuse("continue", max(own, key=lambda one: one.used_at).entry, length)
+    return None
+
+
+def hint_of(thread: str, place: str) -> str:
+    """What a conversation in a framework's thread is called. `place`: where in the thread."""
+    return f"{thread}{_SEPARATOR}{place}"
+
+
+def thread_of(hint: str | None) -> str | None:
+    """The thread of what `hint_of` gave; any other hint is one itself."""
+    return None if hint is None else hint.rpartition(_SEPARATOR)[0] or hint
 
 
 def _rank(one: Candidate, shared: int, hint: str | None) -> int:
@@ -260,11 +291,17 @@ class History:
         return [key.hex() for key in reversed(chain[known + 1 :])] if said else []
 
     def _choice(self, chain: Sequence[bytes], conversation: Conversation) -> Reuse | None:
+        def holders(shared: int) -> list[Candidate]:
+            entries = [self._entries[number] for number in self._by_key.get(chain[shared], ())]
+            # One with an idle_timeout may have closed itself.
+            return [self._candidate(entry) for entry in entries if entry.session.state != "closed"]
+
         for shared in range(len(chain) - 1, 0, -1):
-            holders = [self._entries[number] for number in self._by_key.get(chain[shared], ())]
-            candidates = [self._candidate(entry) for entry in holders if entry.session.state != "closed"]
-            if candidates:  # one with an idle_timeout may have closed itself
-                return choose(shared, candidates, conversation.hint)
+            if candidates := holders(shared):
+                found = choose(shared, candidates, conversation.hint)
+                if found is None or found.verb != "branch":
+                    return found
+                return own_log(conversation.messages, shared, holders, conversation.hint) or found
         return None
 
     def _candidate(self, entry: _Entry) -> Candidate:

@@ -28,7 +28,8 @@ from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, model_validator
 from agentspeed import errors, events
 from agentspeed.adapters.calls import Call, Streamed, new_call_id, prompt_tokens, whole
 from agentspeed.adapters.langchain_errors import public
-from agentspeed.adapters.runtime import Runtime, Source, hint_of
+from agentspeed.adapters.runtime import Runtime, Source
+from agentspeed.history import hint_of
 from agentspeed.sampling import Sampling
 from agentspeed.session import TurnOptions
 from agentspeed.turn import Reply

@@ -14,7 +14,7 @@ import threading
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager
-from typing import Final, TypeAlias, TypeVar, final
+from typing import TypeAlias, TypeVar, final
 
 from anyio import to_thread
 from anyio.from_thread import BlockingPortal, start_blocking_portal
@@ -24,7 +24,7 @@ from agentspeed._base.validate import shown
 from agentspeed._core.engine_handle import EngineHandle
 from agentspeed._core.engine_options import EngineOptions
 from agentspeed.engine import Engine
-from agentspeed.history import Conversation, History, Kept, Limits, Taken
+from agentspeed.history import Conversation, History, Kept, Limits, Taken, hint_of, thread_of
 from agentspeed.message_formats.tools import declared
 from agentspeed.session import Session
 from agentspeed.usage import Lease
@@ -33,18 +33,8 @@ T = TypeVar("T")
 Source: TypeAlias = Engine | Session | str
 """What a model may be given to run on: an engine that runs, a session to begin from, or a server's address."""
 _LOG = logging.getLogger("agentspeed.adapters")
-_SEPARATOR: Final = "\x1f"
 Recall: TypeAlias = Callable[[str], list[bytes]]
 """The snapshots of a thread's sessions, oldest first; it may block."""
-
-
-def hint_of(thread: str, place: str) -> str:
-    """What a conversation in a framework's thread is called. `place`: where in the thread."""
-    return f"{thread}{_SEPARATOR}{place}"
-
-
-def _thread_of(hint: str | None) -> str | None:
-    return None if hint is None or _SEPARATOR not in hint else hint.rpartition(_SEPARATOR)[0]
 
 
 @final
@@ -87,7 +77,7 @@ class Runtime:
         own = await self._of_loop()
         if isinstance(self._engine, Session):
             await own.begin_from(self._engine, conversation.tenant)
-        if self.recall is not None and (thread := _thread_of(conversation.hint)) is not None:
+        if self.recall is not None and (thread := thread_of(conversation.hint)) is not None:
             await own.restore(thread, self.recall)
         await own.history.sweep()
         async with own.history.take(conversation) as taken:
@@ -142,7 +132,7 @@ class Runtime:
         own = self._histories.get(asyncio.get_running_loop())
         if own is None:
             return []
-        return [kept async for kept in own.history.kept(lambda hint: _thread_of(hint) == thread, known)]
+        return [kept async for kept in own.history.kept(lambda hint: thread_of(hint) == thread, known)]
 
     async def aforget(self, thread: str) -> None:
         """Closes the idle sessions of a thread, as far as `akept` sees them."""
@@ -158,7 +148,7 @@ class Runtime:
     async def _own_forget(self, thread: str) -> None:
         own = self._histories.get(asyncio.get_running_loop())
         if own is not None:
-            await own.history.forget(lambda hint: _thread_of(hint) == thread)
+            await own.history.forget(lambda hint: thread_of(hint) == thread)
 
     async def aexpect(self, thread: str, seconds: float | None, tool: str) -> list[Lease]:
         """The idle sessions of a thread, as far as `akept` sees them, wait under a lease; see `Session.expect`."""
@@ -177,7 +167,7 @@ class Runtime:
         if own is None:
             return []
         try:
-            return await own.history.expect(lambda hint: _thread_of(hint) == thread, seconds, tool)
+            return await own.history.expect(lambda hint: thread_of(hint) == thread, seconds, tool)
         except errors.WorldError as error:
             _LOG.info("no lease for thread %s: %s", thread, error)
             return []

@@ -238,3 +238,40 @@ async def test_a_restored_session_that_cannot_be_entered_is_not_in_the_pool() ->
         with pytest.raises(errors.SessionClosed):
             await history.put(closed, _asked(User("Say hi.")))
         assert history.open == 0
+
+
+@pytest.mark.parametrize("hints", [("one", "two"), (None, None)], ids=["hints", "no hints"])
+async def test_two_conversations_that_say_the_same_each_go_on_in_their_own_session(
+    hints: tuple[str | None, str | None],
+) -> None:
+    said: dict[int, list[Message]] = {0: [], 1: []}
+    of: dict[int, str] = {}
+    async with _history() as history:
+        for number in range(3):
+            for way, hint in enumerate(hints):
+                said[way].append(User(f"Say hi, for the time {number}."))
+                async with history.take(_asked(*said[way], hint=hint)) as taken:
+                    if number == 0 and way == 1 and taken.verb == "branch":
+                        assert taken.shared == 1  # the first said it before
+                    elif number:
+                        assert taken.verb == "continue"
+                        assert hint is None or taken.session.id == of[way]
+                    of[way] = taken.session.id
+                    reply = await taken.session.generate(taken.messages, max_tokens=8, temperature=0.0)
+                said[way].append(Assistant(reply.text))
+        assert said[0] == said[1]
+        assert history.open == 2
+
+
+async def test_what_the_model_said_in_another_conversation_is_branched_off_and_not_read_again() -> None:
+    async with _history() as history:
+        first = User("Say hi.")
+        async with history.take(_asked(first, hint="one")) as taken:
+            _ = await taken.session.add(first)  # a log of the first message alone waits
+        async with history.take(_asked(first, hint="two")) as taken:
+            reply = await taken.session.generate(taken.messages, max_tokens=8)
+        longer = (first, Assistant(reply.text), User("Go on."))
+        async with history.take(_asked(*longer, hint="two")) as taken:
+            _ = await taken.session.generate(taken.messages, max_tokens=8)
+        async with history.take(_asked(*longer, hint="one")) as taken:
+            assert (taken.verb, taken.shared) == ("branch", 3)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentspeed.history import Candidate, Conversation, choose, keys, root_key
+from agentspeed.history import Candidate, Conversation, choose, hint_of, keys, own_log, root_key
 from agentspeed.messages import Assistant, Message, ToolCall, ToolMessage, User
 from agentspeed.tools import tool
 
@@ -118,13 +118,53 @@ def _candidate(
         ([_candidate(1, length=6, hint="other")], "thread", ("branch", 1)),
         ([_candidate(1, length=6, hint="thread"), _candidate(2, length=4)], "thread", ("continue", 2)),
         ([_candidate(1, used_at=1.0), _candidate(2, used_at=2.0)], None, ("continue", 2)),
+        (
+            [_candidate(1, hint=hint_of("thread", "a"), used_at=1.0), _candidate(2, hint="other", used_at=2.0)],
+            hint_of("thread", "b"),
+            ("continue", 1),
+        ),
     ],
-    ids=["whole log", "in use", "went on", "own, went on", "own, in use", "another's", "whole before own", "newest"],
+    ids=[
+        "whole log",
+        "in use",
+        "went on",
+        "own, went on",
+        "own, in use",
+        "another's",
+        "whole before own",
+        "newest",
+        "own before newest",
+    ],
 )
 def test_the_best_session_is_chosen(candidates: list[Candidate], hint: str | None, expected: tuple[str, int]) -> None:
     found = choose(4, candidates, hint)
     assert found is not None
     assert (found.verb, found.entry, found.shared) == (*expected, 4)
+
+
+SAID: tuple[Message, ...] = (User("Hi."), Assistant("Hello."), User("So?"), User("Well?"))
+
+
+@pytest.mark.parametrize(
+    ("own", "hint", "expected"),
+    [
+        (_candidate(1, length=2, hint="thread"), "thread", 2),
+        (_candidate(1, length=2), None, 2),
+        (_candidate(1, length=3, hint="thread"), "thread", 3),
+        (_candidate(1, length=2, hint="other"), "thread", None),
+        (_candidate(1, length=2, hint="thread"), None, None),
+        (_candidate(1, length=2, hint="thread", idle=False), "thread", None),
+        (_candidate(1, length=5, hint="thread"), "thread", None),
+        (_candidate(1, length=1, hint="thread"), "thread", None),
+    ],
+    ids=["own", "no hints", "own, longer", "another's", "a thread's", "in use", "went on", "an answer is missing"],
+)
+def test_a_thread_goes_on_in_its_own_log_where_another_shares_more(
+    own: Candidate, hint: str | None, expected: int | None
+) -> None:
+    found = own_log(SAID, 4, lambda length: [own] if own.length >= length else [], hint)
+    assert (None if found is None else found.shared) == expected
+    assert found is None or (found.verb, found.entry) == ("continue", 1)
 
 
 def test_nothing_is_chosen_for_the_system_text_alone() -> None:
