@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 from collections.abc import Callable
 from typing import Any, Final, cast, final
@@ -85,11 +86,12 @@ class Server:
     def stop(self) -> None:
         """Ends `serve` as SIGTERM does: running requests may end within `drain_seconds`."""
         if self._uvicorn is not None:
-            self._uvicorn.handle_exit(15, None)
+            self._uvicorn.handle_exit(signal.SIGTERM, None)
 
 
 class _Uvicorn(uvicorn.Server):
-    """Says that it drains as soon as it is told to end."""
+    """Says that it drains as soon as it is told to end. Having ended it returns: uvicorn would send itself the signal
+    again, and the process would die of it before its engine had been closed."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
@@ -97,7 +99,8 @@ class _Uvicorn(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         self._service.drain()
-        super().handle_exit(sig, frame)
+        self.force_exit |= self.should_exit and sig == signal.SIGINT  # a second Ctrl-C waits for nothing
+        self.should_exit = True
 
 
 def _listen(options: ServerOptions) -> socket.socket:

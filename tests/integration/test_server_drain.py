@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -249,3 +252,36 @@ def test_a_turn_over_a_link_ends_well_before_the_server_does() -> None:
             for _ in turn:
                 service.drain()
         assert len(turn.result().output) == 100
+
+
+def test_a_server_that_is_told_to_end_lets_a_stream_end_saves_its_session_and_exits_well(tmp_path: Path) -> None:
+    command = "from agentspeed.cli import main; main()"
+    run = subprocess.Popen(
+        [sys.executable, "-c", command, "serve", str(NANO), "--port", "0", "--snapshots", str(tmp_path)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert run.stderr is not None
+        while not (line := run.stderr.readline()).startswith("agentspeed serves"):
+            assert line, "the server did not start"
+        with httpx.Client(base_url=line.split()[-1], timeout=30.0) as client:
+            path = f"/v1/sessions/{client.post('/v1/sessions', json={}).json()['id']}"
+            body = {**GREETING, "stream": True, "max_tokens": 200, "temperature": 2.0, "seed": 1}
+            with client.stream("POST", f"{path}/generate", json=body) as response:
+                lines = response.iter_lines()
+                assert next(lines) == "id: 1"
+                run.send_signal(signal.SIGTERM)
+                told = [json.loads(one.removeprefix("data: ")) for one in lines if one.startswith("data: ")]
+            assert told[-1]["type"] == "Reply"
+        log = run.stderr.read()
+        assert run.wait(30) == 0, log
+    finally:
+        run.kill()
+        _ = run.wait(10)
+        if run.stderr is not None:
+            run.stderr.close()
+    with server(options=ServerOptions(port=0, snapshots=str(tmp_path))) as url:
+        messages = httpx.get(f"{url}{path}", timeout=30.0).json()["log"]
+    assert [message["type"] for message in messages] == ["user", "assistant"]
+    assert messages[1]["text"] == told[-1]["reply"]["text"]
