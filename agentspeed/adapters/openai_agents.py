@@ -132,9 +132,15 @@ class AgentSpeedModel(Model):
             async with Streamed(self._runtime, call) as streamed:
                 chunks: Any = _chunks(streamed, self.model)
                 async for event in ChatCmplStreamHandler.handle_stream(response, chunks, model=self.model):
-                    if event.type == "response.completed" and tracing.include_data():
-                        span.span_data.input = [dict(one) for one in call.messages]
-                        span.span_data.output = [event.response.model_dump()]
+                    if event.type == "response.completed":
+                        if (usage := event.response.usage) is not None:
+                            span.span_data.usage = {
+                                "input_tokens": usage.input_tokens,
+                                "output_tokens": usage.output_tokens,
+                            }
+                        if tracing.include_data():
+                            span.span_data.input = [dict(one) for one in call.messages]
+                            span.span_data.output = [event.response.model_dump()]
                     yield event
 
     def _call(
@@ -156,7 +162,10 @@ class AgentSpeedModel(Model):
             raise UserError(f"tool_choice is {choice!r}; tools of a hosted server are not there for this model.")
         options: TurnOptions = {
             "sampling": Sampling(
-                temperature=settings.temperature or 0.0, top_p=1.0 if settings.top_p is None else settings.top_p
+                temperature=settings.temperature or 0.0,
+                top_p=1.0 if settings.top_p is None else settings.top_p,
+                frequency_penalty=settings.frequency_penalty or 0.0,
+                presence_penalty=settings.presence_penalty or 0.0,
             ),
             "tool_choice": choice if made else "auto",
             "max_tokens": settings.max_tokens,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -155,6 +155,9 @@ class AgentSpeedModel(Model[Any]):
                 temperature=given.get("temperature", 0.0),
                 top_k=given.get("top_k"),
                 top_p=given.get("top_p", 1.0),
+                frequency_penalty=given.get("frequency_penalty", 0.0),
+                presence_penalty=given.get("presence_penalty", 0.0),
+                logit_bias=_bias(given.get("logit_bias") or {}),
             ),
             "stop": tuple(given.get("stop_sequences") or ()),
             "tool_choice": choice,
@@ -175,6 +178,13 @@ class AgentSpeedModel(Model[Any]):
             options=options,
             tenant=self._tenant,
         )
+
+
+def _bias(given: Mapping[str, int]) -> dict[int, float]:
+    """Raises `UserError` for a key that is no token id."""
+    if wrong := [key for key in given if not (key.isascii() and key.isdecimal())]:
+        raise UserError(f"logit_bias has the key {wrong[0]!r}; keys are token ids.")
+    return {int(key): float(value) for key, value in given.items()}
 
 
 @dataclass

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ _ = pytest.importorskip("agents", reason="install the group conformance-openai-a
 from agents import Agent, ModelSettings, RunConfig, Runner, SQLiteSession, function_tool  # noqa: E402
 from agents.exceptions import UserError  # noqa: E402
 from agents.memory import Session, SessionSettings  # noqa: E402
+from agents.tracing import GenerationSpanData, Span, Trace, TracingProcessor, set_trace_processors  # noqa: E402  # noqa: E402
 from pydantic import BaseModel  # noqa: E402
 
 from agentspeed import Engine  # noqa: E402
@@ -34,6 +36,23 @@ _PLACE = {"city": "Oslo", "degrees": 7}
 class Place(BaseModel):
     city: str
     degrees: int
+
+
+class Spans(TracingProcessor):
+    """What generation spans say that their calls used."""
+
+    def __init__(self) -> None:
+        self.usage: list[Any] = []
+
+    def on_span_end(self, span: Span[Any]) -> None:
+        if isinstance(span.span_data, GenerationSpanData):
+            self.usage.append(span.span_data.usage)
+
+    def on_trace_start(self, trace: Trace) -> None: ...
+    def on_trace_end(self, trace: Trace) -> None: ...
+    def on_span_start(self, span: Span[Any]) -> None: ...
+    def shutdown(self) -> None: ...
+    def force_flush(self) -> None: ...
 
 
 @function_tool
@@ -156,10 +175,29 @@ async def test_state_under_ids_is_refused() -> None:
 
 async def test_settings_reach_the_turn() -> None:
     async with _model() as (scripted, model):
-        settings = ModelSettings(temperature=0.5, top_p=0.9, max_tokens=3)
+        settings = ModelSettings(
+            temperature=0.5, top_p=0.9, max_tokens=3, frequency_penalty=0.25, presence_penalty=-0.5
+        )
         await Runner.run(Agent(name="talk", model=model, model_settings=settings), "Hi.", run_config=_QUIET)
         (turn,) = scripted.turns
         assert (turn.sampling.temperature, turn.sampling.top_p, turn.max_tokens) == (0.5, 0.9, 3)
+        assert (turn.sampling.frequency_penalty, turn.sampling.presence_penalty) == (0.25, -0.5)
+
+
+async def test_a_streamed_call_is_traced_with_what_it_used() -> None:
+    seen = Spans()
+    set_trace_processors([seen])
+    try:
+        async with _model() as (_, model):
+            agent = Agent(name="talk", model=model)
+            whole = await Runner.run(agent, "Hi.")
+            streamed = Runner.run_streamed(agent, "Hi.")
+            async for _ in streamed.stream_events():
+                pass
+    finally:
+        set_trace_processors([])
+    spent = [run.context_wrapper.usage for run in (whole, streamed)]
+    assert seen.usage == [{"input_tokens": one.input_tokens, "output_tokens": one.output_tokens} for one in spent]
 
 
 async def test_forks_of_a_conversation_go_on_apart_and_compute_what_they_share_once() -> None:

@@ -154,9 +154,21 @@ async def test_an_image_is_refused_by_name() -> None:
 
 async def test_settings_reach_the_turn() -> None:
     async with _model() as (scripted, model):
-        settings = ModelSettings(temperature=0.5, top_p=0.9, max_tokens=3, seed=7)
+        settings = ModelSettings(
+            temperature=0.5,
+            top_p=0.9,
+            max_tokens=3,
+            seed=7,
+            frequency_penalty=0.25,
+            presence_penalty=-0.5,
+            logit_bias={"300": -2},
+        )
         result = await Agent(model).run("Hi.", model_settings=settings)
         (turn,) = scripted.turns
         assert (turn.sampling.temperature, turn.sampling.top_p, turn.max_tokens) == (0.5, 0.9, 3)
+        assert (turn.sampling.frequency_penalty, turn.sampling.presence_penalty) == (0.25, -0.5)
+        assert dict(turn.sampling.logit_bias) == {300: -2.0}
         (said,) = [message for message in result.all_messages() if isinstance(message, ModelResponse)]
         assert said.finish_reason == "length"
+        with pytest.raises(UserError, match="keys are token ids"):
+            await Agent(model).run("Hi.", model_settings=ModelSettings(logit_bias={"the": 2}))
