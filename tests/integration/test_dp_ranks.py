@@ -18,6 +18,7 @@ from agentspeed_engine.serve.in_thread import EngineThread
 from agentspeed_engine.serve.options import options_from
 from agentspeed_engine.serve.recording import FLIGHT
 from agentspeed_engine.serve.replay import Replay
+from agentspeed_kernels.cpu import native
 from tests.conformance.family_configs import random_config
 from tests.support.engine_client import EngineProcess, Front, LinkClosed, alive, engine
 from tests.support.paged import CONFIG
@@ -77,6 +78,28 @@ def test_two_schedulers_draw_what_one_draws(tmp_path: Path, config: dict[str, An
     for name in ("preemptions", "pages_loaded", "pages_copied"):
         assert stats.counts[name] == sum(one[name] for one in stats.dp) > 0
     assert all(one["pages_nodes"] for one in stats.dp), "both had sessions"
+
+
+def test_without_shared_memory_dp_ranks_sum_over_gloo_and_each_draws_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(native.SWITCH, "0")
+    folder = make_checkpoint(CONFIG, tmp_path / "model", seed=3, dtype="float64")
+    options = {"model": str(folder), "dtype": "float64", "device": "cpu", "pages": 16, "context_limit": 256}
+    hot = wire.Sampling(temperature=1.1, top_p=0.9)
+    drawn_by: dict[int, list[list[int]]] = {}
+    for dp in (1, 2):
+        (tmp_path / str(dp)).mkdir()
+        with engine(tmp_path / str(dp), **options, dp=dp, tp=dp) as process:
+            front = process.connect()
+            branches = [front.open(list(range(40, 50 + 3 * number))) for number in range(3)]
+            turns = [
+                front.start(one, [7], max_tokens=6, sampling=hot, seed=number) for number, one in enumerate(branches)
+            ]
+            front.finish(*turns)
+            drawn_by[dp] = [turn.ids for turn in turns]
+            assert all(rank.waited is None for rank in picture_of(front).ranks)
+    assert drawn_by[2] == drawn_by[1]
 
 
 async def test_a_killed_rank_of_another_scheduler_ends_the_engine_and_every_session_goes_on(
