@@ -58,7 +58,7 @@ class CompiledFacts:
 def builds(target: str) -> Iterator[Build]:
     """All kernels that would run on `cuda:90`, `cuda:100` or `hip:gfx950`."""
     yield from _rows(target)
-    yield from _layers(early=target == "cuda:90")
+    yield from _layers(early=target.startswith("cuda"))
     yield from _extend(target)
     if target == "cuda:90":
         yield from _gluon()
@@ -83,7 +83,7 @@ def _rows(target: str) -> Iterator[Build]:
             },
             constants={
                 "R": form.block_rows, "T": form.tile, "PAGE": 64, "RANK": 512, "ROPE": 64, "WIDE": 512, "SPLIT": True,
-                "ONE": False, "RUN": False, "EDGE": edge, "STAGES": form.stages, "EARLY": target == "cuda:90",
+                "ONE": False, "RUN": False, "EDGE": edge, "STAGES": form.stages, "EARLY": target.startswith("cuda"),
             },
             options={"num_warps": form.warps, "num_stages": form.stages},
         )  # fmt: skip
@@ -93,7 +93,9 @@ def _rows(target: str) -> Iterator[Build]:
         signature={
             "part": FP32, "part_weight": FP32, "out": BF16, "unit_row": INT32, "table": INT32, "PARTS": "i32",
         },
-        constants={"UNIT": 16, "RANK": 512, "COLUMNS": 64, "TAKE": 32, "SHOT": False, "EARLY": target == "cuda:90"},
+        constants={
+            "UNIT": 16, "RANK": 512, "COLUMNS": 64, "TAKE": 32, "SHOT": False, "EARLY": target.startswith("cuda"),
+        },
         options={"num_warps": 1},
     )  # fmt: skip
 
