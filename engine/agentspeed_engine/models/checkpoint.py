@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.models import int4_groups
 from agentspeed_engine.models.family import Family, ModelConfig
-from agentspeed_engine.models.quantization import FP8_BLOCK, PACKED, packed_refusal, torn_block
+from agentspeed_engine.models.quantization import FP8_BLOCK, PACKED, Scheme, packed_refusal, torn_block
 from agentspeed_engine.models.shard_file import ShardFile
 from agentspeed_engine.models.shards import shard_paths
 from agentspeed_engine.models.tensor_shapes import Shape
@@ -25,6 +26,7 @@ _SCALE = "_scale_inv"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 """Names of safetensors for the formats of a weight that is stored as it is, and of scales."""
 _FP8 = "F8_E4M3"
+_INT4 = (int4_groups.PACKED, int4_groups.SCALE, int4_groups.SHAPE)
 _HARMLESS = re.compile(r"rotary_emb\.inv_freq$")
 """Tables that older checkpoints carry and every loader recomputes."""
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
@@ -45,6 +47,7 @@ class Checkpoint:
         "_family",
         "_files",
         "_folder",
+        "_packed",
         "_progress",
         "_readers",
         "_shapes",
@@ -59,9 +62,10 @@ class Checkpoint:
         config: ModelConfig,
         dtype: torch.dtype,
         progress: Callable[[float], None] | None = None,
+        scheme: Scheme = "none",
     ) -> None:
         """Opens every shard and checks every name, shape and format. `progress` is told what part of the bytes was
-        read. Raises `EngineFault`: bad_weights, or
+        read; `scheme` is what the configuration declares. Raises `EngineFault`: bad_weights, or
         unsupported_model where the tensors are quantised in a way that is not implemented."""
         self._folder, self._family, self._dtype = folder, family, dtype
         self._shapes: dict[str, Shape] = dict(family.shapes(config))
@@ -69,21 +73,31 @@ class Checkpoint:
         self._readers = ThreadPoolExecutor(_READERS, "agentspeed-weights")
         _ = weakref.finalize(self, self._readers.shutdown, wait=False)  # they end with the load
         self._files = self._opened()
+        packed = (name for name in self._shapes if name + int4_groups.PACKED in self._files)
+        self._packed = frozenset(packed if scheme == "int4_groups" else ())
         self._check_names()
         for name, shape in self._shapes.items():
             self._check(name, shape)
         self._progress, self._taken = progress, 0
-        self._total = sum(self._files[name].bytes(family.prefix + name) for name in self._shapes)
+        read = (part for name in self._shapes for part in self._parts_of(name))
+        self._total = sum(self._files[name].bytes(family.prefix + name) for name in read)
 
     def expect(self, parts: Mapping[str, Part]) -> None:
-        """A piece of fp8 must be whole blocks, each of which has one scale."""
+        """A piece of fp8 must be whole blocks, each of which has one scale, and so must columns in 4 bits."""
         for name, part in parts.items():
             extent = self._shapes[name][part.dim]
-            if part.count > 1 and extent // part.count % FP8_BLOCK and self._kind(name) == _FP8:
+            if name in self._packed:
+                group = self._shapes[name][1] // self._shape(name + int4_groups.SCALE)[1]
+                if part.dim == 1 and extent // part.count % group:
+                    raise torn_block(self._family.prefix + name, extent, part.count, f"int4 in groups of {group}")
+            elif part.count > 1 and extent // part.count % FP8_BLOCK and self._kind(name) == _FP8:
                 raise torn_block(self._family.prefix + name, extent, part.count)
 
     def tensor(self, name: str, dtype: torch.dtype | None = None, part: Part | None = None) -> Tensor:
-        """One tensor or a piece of it, contiguous; fp8 blocks are multiplied by their scales."""
+        """One tensor or a piece of it, contiguous; blocks of fp8 and groups of int4 are multiplied by their scales."""
+        if name in self._packed:
+            held = int4_groups.unpacked(*(self._read(stored, part) for stored in self._parts_of(name)))
+            return held.to(dtype or self._dtype)
         held = self._read(name, part)
         if held.dtype == torch.float8_e4m3fn:
             held = _unblock(held, self._read(name + _SCALE, part))
@@ -101,6 +115,10 @@ class Checkpoint:
             return file.read(full, rows=mine) if part.dim == 0 else file.read(full, columns=mine)
         except OSError as error:
             raise EngineFault("bad_weights", f"{name} of {self._folder} cannot be read: {error}.", _DOWNLOAD) from error
+
+    def _parts_of(self, name: str) -> tuple[str, ...]:
+        """What is read of the files for a tensor; the scales of fp8 are few."""
+        return (name + int4_groups.PACKED, name + int4_groups.SCALE) if name in self._packed else (name,)
 
     def _tell(self, taken: int) -> None:
         """What was read of what the model needs."""
@@ -125,10 +143,10 @@ class Checkpoint:
         return found
 
     def _check_names(self) -> None:
-        packed = [name for name in self._files if PACKED.search(name) and name not in self._shapes]
+        packed = [name for name in self._files if PACKED.search(name) and not self._explained(name)]
         if packed:
             raise packed_refusal(packed[0])
-        missing = [name for name in self._shapes if name not in self._files]
+        missing = [part for name in self._shapes for part in self._parts_of(name) if part not in self._files]
         if missing:
             raise EngineFault(
                 "bad_weights",
@@ -151,6 +169,8 @@ class Checkpoint:
         layer = _LAYER.match(name)
         if layer is not None and int(layer.group(1)) in self._drafts:
             return True
+        if any(name.endswith(part) and name.removesuffix(part) in self._packed for part in _INT4):
+            return True
         if name.endswith(_SCALE):
             return name.removesuffix(_SCALE) in self._shapes
         # No shared experts are written as matrices without rows.
@@ -163,6 +183,9 @@ class Checkpoint:
         return self._files[name].kind(self._family.prefix + name)
 
     def _check(self, name: str, wanted: Shape) -> None:
+        if name in self._packed:
+            self._check_packed(name, wanted)
+            return
         shape, kind = self._shape(name), self._kind(name)
         full = self._family.prefix + name
         if kind not in (*_FLOATS, _FP8):
@@ -180,6 +203,25 @@ class Checkpoint:
                 "bad_weights",
                 f"{full} is stored as {kind} and has scales as well ({full}{_SCALE}).",
                 "Nobody can tell whether they were applied; take the checkpoint as it was published.",
+            )
+
+    def _check_packed(self, name: str, wanted: Shape) -> None:
+        packed, scales, full = name + int4_groups.PACKED, name + int4_groups.SCALE, self._family.prefix + name
+        if name in self._files:
+            raise EngineFault("bad_weights", f"{full} is there, and {full}{int4_groups.PACKED} too.", _DOWNLOAD)
+        kinds = (self._kind(packed), self._kind(scales))
+        if kinds[0] != "I32" or kinds[1] not in _FLOATS:
+            raise EngineFault(
+                "unsupported_model",
+                f"{full} is packed as {kinds[0]} with scales of {kinds[1]}.",
+                f"Packed weights must be I32, their scales {', '.join(_FLOATS)}.",
+            )
+        if int4_groups.group_of(self._shape(packed), self._shape(scales), wanted) is None:
+            raise EngineFault(
+                "bad_weights",
+                f"{full} is packed as {self._shape(packed)} with scales {self._shape(scales)}, which is no matrix of "
+                f"{wanted} in 4 bits, as config.json says.",
+                _OTHER_CONFIG,
             )
 
     def _check_scales(self, name: str, shape: Shape) -> None:

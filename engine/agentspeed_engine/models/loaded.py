@@ -17,6 +17,7 @@ from agentspeed_engine.models.joined import joined
 from agentspeed_engine.models.kernel_refusals import kernels_chosen
 from agentspeed_engine.models.kv_pools import TORCH_DTYPES, KvPools
 from agentspeed_engine.models.programs import Programs
+from agentspeed_engine.models.quantization import declared_scheme
 from agentspeed_engine.models.rope import Rope
 from agentspeed_engine.models.source import Dtype, ModelInfo, ModelSource
 from agentspeed_engine.models.state import StepState
@@ -51,7 +52,8 @@ def weight_source(
     if source.random:
         shapes = dict(source.family.shapes(source.config))
         return RandomWeights(shapes, TORCH_DTYPES[dtype], device=str(device or "cpu"))
-    files = Checkpoint(source.path, source.family, source.config, TORCH_DTYPES[dtype], progress)
+    scheme = declared_scheme(source.raw, source.path)
+    files = Checkpoint(source.path, source.family, source.config, TORCH_DTYPES[dtype], progress, scheme)
     return files if device is None or device.type == "cpu" else OnDevice(files, device)
 
 

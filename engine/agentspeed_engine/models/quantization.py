@@ -11,10 +11,10 @@ from agentspeed_engine.errors import EngineFault
 
 FP8_BLOCK = 128
 """Rows and columns that share one scale."""
-Scheme = Literal["none", "fp8_blocks"]
+Scheme = Literal["none", "fp8_blocks", "int4_groups"]
 _SUPPORTED = (
-    f"Supported are bfloat16, float16 and float32 weights, and fp8 e4m3 with a scale for each block of {FP8_BLOCK} × "
-    f"{FP8_BLOCK}; take such a version of the model."
+    f"Supported are bfloat16, float16 and float32 weights, fp8 e4m3 with a scale for each block of {FP8_BLOCK} × "
+    f"{FP8_BLOCK}, and compressed-tensors in 4 bits, packed and symmetric in groups; take such a version of the model."
 )
 _SIDE_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 """Where tools other than transformers declare it: ModelOpt, GPTQ and AWQ."""
@@ -22,7 +22,7 @@ PACKED = re.compile(
     r"\.(qweight|qzeros|scales|g_idx|weight_packed|weight_shape|weight_scale|weight_scale_2|weight_zero_point"
     r"|input_scale|absmax|quant_map|quant_state\..+|SCB|weight_format|[kv]_scale|blocks)$"
 )
-"""Names that only quantised checkpoints have, and that none of the supported ones has."""
+"""Names that only quantised checkpoints have. Of the supported ones, compressed-tensors alone."""
 
 
 def declared_scheme(raw: Mapping[str, Any], folder: Path | None = None) -> Scheme:
@@ -39,6 +39,8 @@ def declared_scheme(raw: Mapping[str, Any], folder: Path | None = None) -> Schem
     method = declared.get("quant_method")
     if method is None:
         raise EngineFault("bad_config", "config.json: quantization_config has no quant_method.", _SUPPORTED)
+    if method == "compressed-tensors" and _is_int4_groups(declared):
+        return "int4_groups"
     if method != "fp8":
         raise _unsupported(f"the weights are quantised with {method!r}{_details(declared)}")
     _check_fp8(declared)
@@ -63,12 +65,13 @@ def packed_refusal(name: str) -> EngineFault:
     return _unsupported(f"the weights are quantised ({name}), though config.json declares nothing about it")
 
 
-def torn_block(name: str, extent: int, ranks: int) -> EngineFault:
+def torn_block(
+    name: str, extent: int, ranks: int, stored: str = f"fp8 in blocks of {FP8_BLOCK} × {FP8_BLOCK}"
+) -> EngineFault:
     """For a cut that goes through a block, whose one scale two ranks would need."""
     return EngineFault(
         "bad_config",
-        f"{name} is fp8 in blocks of {FP8_BLOCK} × {FP8_BLOCK}, and {extent} over {ranks} ranks are {extent // ranks}: "
-        "the cut goes through a block.",
+        f"{name} is {stored}, and {extent} over {ranks} ranks are {extent // ranks}: the cut goes through a block.",
         "Choose a mesh of fewer ranks on that axis.",
     )
 
@@ -109,6 +112,24 @@ def _check_fp8(declared: Mapping[str, Any]) -> None:
         value = declared.get(key)
         if value is not None and value not in known:
             raise _unsupported(f"the weights are fp8 with {key} {value!r}")
+
+
+def _is_int4_groups(declared: Mapping[str, Any]) -> bool:
+    """Whether all that is quantised is weights, as `int4_groups` reads them."""
+    groups = declared.get("config_groups")
+    if declared.get("format") != "pack-quantized" or not isinstance(groups, Mapping) or not groups:
+        return False
+    return declared.get("kv_cache_scheme") is None and all(map(_is_int4_group, groups.values()))
+
+
+def _is_int4_group(group: object) -> bool:
+    weights = group.get("weights") if isinstance(group, Mapping) else None
+    if not isinstance(group, Mapping) or not isinstance(weights, Mapping):
+        return False
+    told = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
+    alone = group.get("input_activations") is None and group.get("output_activations") is None
+    plain = not weights.get("actorder") and not weights.get("dynamic")
+    return alone and plain and all(weights.get(key) == value for key, value in told.items())
 
 
 def _details(declared: Mapping[str, Any]) -> str:

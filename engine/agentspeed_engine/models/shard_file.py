@@ -26,6 +26,8 @@ _KINDS: dict[str, torch.dtype] = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
+    "I32": torch.int32,
+    "I64": torch.int64,
 }
 """By the names of safetensors; tensors of other kinds are known by name alone."""
 
