@@ -7,7 +7,7 @@
 
 Cases: eight turns, decode at 4 k of one and of 16, prefill of 4 k, eight branches at 8 k, 16 agents that pause with
 half the cache they would like, and a recorded coding agent with lengths and tool times scaled by 0.1. In each round
-every engine plays every case, with texts and an order drawn anew; a ratio is taken within a round and told as the
+of a case every engine plays it, with texts and an order drawn anew; a ratio is taken within a round and told as the
 median. A peer that was much slower than the best one plays a case once. Servers are started here and stay until the
 end; none but the one that plays has anything to do. A peer that is not there is named in the JSON, which is the last
 line, with what it needs. What must be reached and is not is printed as MISSED.
@@ -105,11 +105,13 @@ async def compared(options: argparse.Namespace) -> dict[str, Any]:
     sides = seated(options, absent)
     for name, why in absent.items():
         print(f"absent: {name}: {why}", flush=True)
-    chosen = [case for case in cases(options.part, 0) if options.only in case.name]
+    rounds = [[one for one in cases(options.part, turn) if options.only in one.name] for turn in range(options.rounds)]
+    chosen = rounds[0]
     table = Table(sides, absent, options.limit, began + 60 * options.minutes)
     try:
-        for turn in range(options.rounds):
-            for case in (case for case in cases(options.part, turn) if options.only in case.name):
+        # Case by case: where the time ends, what has been played has all of its rounds.
+        for of_case in zip(*rounds, strict=True):
+            for turn, case in enumerate(of_case):
                 await table.round(turn, case)
     finally:
         for side in sides.values():
@@ -139,7 +141,7 @@ class Table:
         found = self.found.setdefault(case.name, {name: {} for name in self._sides})
         names = [name for name in self._sides if turn == 0 or plays_on(case, name, found)]
         left = self._end - time.monotonic()
-        if sum(self._took.get((case.name, name), 0.0) for name in names) > left:
+        if left <= 0 or sum(self._took.get((case.name, name), 0.0) for name in names) > left:
             print(f"{turn} {case.name:22} not played: {left:.0f} s are left", flush=True)
             return
         for name in self._draw.sample(names, len(names)):
@@ -149,12 +151,14 @@ class Table:
         from bench.peers_served import Absent, TooSlow
 
         started = time.monotonic()
+        limit = self._limit
         try:
             await self._sides[name].start(case.pool_tokens)
             started = time.monotonic()
-            figures = case.figures(await self._sides[name].play(case, self._limit))
+            limit = max(0.0, min(limit, self._end - started))
+            figures = case.figures(await self._sides[name].play(case, limit))
         except (Absent, TooSlow) as why:
-            said = f"took more than {self._limit:.0f} s" if isinstance(why, TooSlow) else str(why)
+            said = f"took more than {limit:.0f} s" if isinstance(why, TooSlow) else str(why)
             self._absent[f"{name}: {case.name}"] = said
             print(f"{turn} {case.name:22} {name:14} absent: {said}", flush=True)
             return

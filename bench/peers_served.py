@@ -22,6 +22,8 @@ from bench.peers_workload import Case, Played, Step, Timing
 START_SECONDS = 400
 """For a server to load its model, and to compile it."""
 MOST_TOGETHER = 16
+SLOTS_IN_SMALL = 2
+"""Of llama.cpp in a small cache, which ends with an error where its slots together want more: what surely fits."""
 ROOM_TOKENS = 90_112
 """Of a cache that is not to be small: more than any case holds at once."""
 
@@ -104,14 +106,26 @@ def vllm(home: Path, model: Path, threads: int, *, eager: bool) -> Program:
     start += ["--dtype", "bfloat16", "--served-model-name", "model"]
     start += ["--max-num-seqs", str(MOST_TOGETHER), *(["--enforce-eager"] if eager else [])]
 
+    of_token = token_bytes(json.loads((model / "config.json").read_text()))
+
     def command(port: int, pool_tokens: int | None) -> Sequence[str]:
-        room = pool_tokens or ROOM_TOKENS
-        small = ["--num-gpu-blocks-override", str(-(-room // 16)), "--max-model-len", str(room // 16 * 16 - 16)]
-        return [*start, "--port", str(port), *(small if pool_tokens else [])]
+        # It wants room for the longest context that it takes.
+        small = ["--max-model-len", str(pool_tokens // 128 * 128 - 128)] if pool_tokens else []
+        room = (pool_tokens or ROOM_TOKENS) * of_token
+        return [*start, "--kv-cache-memory-bytes", str(room), "--port", str(port), *small]
 
     cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0))[:threads])
     quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    return Program(Completions(), command, {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": cores, **quiet})
+    return Program(Completions(), command, {"VLLM_CPU_OMP_THREADS_BIND": cores, **quiet})
+
+
+def token_bytes(config: Mapping[str, Any]) -> int:
+    """Of the cache, for a token, in 16 bits."""
+    if "kv_lora_rank" in config:
+        of_layer = config["kv_lora_rank"] + config["qk_rope_head_dim"]
+    else:
+        of_layer = 2 * config["num_key_value_heads"] * config["head_dim"]
+    return 2 * int(of_layer) * int(config["num_hidden_layers"])
 
 
 def llama(home: Path, model: Path, threads: int) -> Program:
@@ -119,12 +133,14 @@ def llama(home: Path, model: Path, threads: int) -> Program:
     binary, weights = home / "build" / "bin" / "llama-server", model / "model.gguf"
     _needed(binary, "make peer-llama")
     _needed(weights, f"python bench/peers_gguf.py {model} {weights}")
-    start = [str(binary), "--model", str(weights), "--threads", str(threads), "--parallel", str(MOST_TOGETHER)]
+    start = [str(binary), "--model", str(weights), "--threads", str(threads), "--kv-unified"]
 
     def command(port: int, pool_tokens: int | None) -> Sequence[str]:
         # The slots share one cache. A small one has no copy beside it in the same memory.
         small = ["--cache-ram", "0"] if pool_tokens else []
-        return [*start, "--kv-unified", "--ctx-size", str(pool_tokens or ROOM_TOKENS), "--port", str(port), *small]
+        slots = SLOTS_IN_SMALL if pool_tokens else MOST_TOGETHER
+        room = str(pool_tokens or ROOM_TOKENS)
+        return [*start, "--parallel", str(slots), "--ctx-size", room, "--port", str(port), *small]
 
     return Program(LlamaCompletion(), command)
 
@@ -139,7 +155,9 @@ class Served:
     """A server that runs already, asked with ids."""
 
     def __init__(self, url: str, dialect: Dialect) -> None:
-        self._client, self._url, self._dialect = httpx.AsyncClient(timeout=None), url.rstrip("/"), dialect
+        # A connection for each request: a server may close one that is kept at any moment.
+        self._client = httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_keepalive_connections=0))
+        self._url, self._dialect = url.rstrip("/"), dialect
 
     async def play(self, case: Case, limit: float) -> Played:
         """Raises `Absent` and `TooSlow`."""
@@ -170,12 +188,15 @@ class Served:
         """Raises `Absent`. Events are read when all have come: what a client does with them is not timed."""
         body = {**self._dialect.body(ids, out), "temperature": 0, "ignore_eos": True, "stream": True}
         first, parts = 0.0, list[bytes]()
-        async with self._client.stream("POST", self._url + self._dialect.path, json=body) as answer:
-            if answer.is_error:
-                raise Absent(f"{self._url} refused: {(await answer.aread()).decode(errors='replace')[:300]}")
-            async for part in answer.aiter_raw():
-                first = first or time.perf_counter()
-                parts.append(part)
+        try:
+            async with self._client.stream("POST", self._url + self._dialect.path, json=body) as answer:
+                if answer.is_error:
+                    raise Absent(f"{self._url} refused: {(await answer.aread()).decode(errors='replace')[:300]}")
+                async for part in answer.aiter_raw():
+                    first = first or time.perf_counter()
+                    parts.append(part)
+        except httpx.HTTPError as error:
+            raise Absent(f"{self._url} did not answer to the end: {error}") from error
         drawn: list[int] = []
         for line in b"".join(parts).splitlines():
             if line.startswith(b"data: {"):

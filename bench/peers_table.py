@@ -10,7 +10,7 @@ from typing import Any, final
 from bench.peers_workload import BEST, MORE_IS_BETTER, Case, Must
 
 OURS = "agentspeed"
-SLOW = 2.5
+SLOW = 2.0
 """A peer that is so many times worse than the best one will not become it: it plays a case once."""
 
 Figures = Mapping[str, float]

@@ -62,6 +62,7 @@ INLINE void load_queries(const step *s, const part *p, long at, int twice, bf16 
    they are values too, half of `far` is fetched while values are summed, so that neither phase waits for memory alone. */
 INLINE void score_group(const step *s, sixteen rows, const bf16 *q, float *to, sixteen far, sixteen near) {
     long steps = s->keys.stride / STEP, many = s->shared ? SHARED_ROWS : 16;
+    TILES;
     TILE_ZERO(0);
     for (long k = 0; k < steps; k++) {
         if (far.at) for (long z = 0; z < many; z++) FAR((const char *)far.at + z * far.bytes + k * 64);
@@ -147,6 +148,7 @@ INLINE void rescale(float *o, long tiles, __m512 keep) {
 
 /* sum (zero at the `first` block) += P . V for `groups` products; P is in tiles 4 to 7. */
 INLINE void add_four(float *sum, int first, long groups, const sixteen *v) {
+    TILES;
     if (first) TILE_ZERO(0);
     else TILE_LOAD_SUM(0, sum, 64);
     TILE_LOAD(1, v[0].at, v[0].bytes);
@@ -158,6 +160,7 @@ INLINE void add_four(float *sum, int first, long groups, const sixteen *v) {
 }
 
 INLINE void load_four(const bf16 *p, long groups) {
+    TILES;
     TILE_LOAD(4, p, 64);
     if (groups > 1) TILE_LOAD(5, p + TILE, 64);
     if (groups > 2) TILE_LOAD(6, p + 2 * TILE, 64);
@@ -246,6 +249,7 @@ INLINE void many_pairs(const step *s, const part *t, char *memory, const int G) 
     bf16 *q = (bf16 *)memory, *p = q + G * steps * TILE, *v = p + G * 4 * TILE, *copies = v + 8 * TILE;
     float *scores = (float *)(copies + MANY_TOKENS * (s->keys.stride + s->held.stride)), *o = scores + MANY_TOKENS * 16;
     int seen[MOST_PAIRS] __attribute__((aligned(64)));
+    TILES;
     softmax of[4];
     for (int g = 0; g < G; g++) {
         load_queries(s, t, g * 16, 0, q + g * steps * TILE);

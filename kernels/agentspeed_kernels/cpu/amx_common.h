@@ -26,6 +26,7 @@ typedef uint16_t bf16;
 #ifdef VECTOR_TILES
 #include "vector_tiles.h"
 #else
+#define TILES /* what a function that uses tiles begins with */
 #define TILE_LOAD(t, p, stride) \
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"((const void *)(p)), "r"((long)(stride)) : "memory")
 #define TILE_LOAD_SUM(t, p, stride) TILE_LOAD(t, p, stride)
@@ -135,6 +136,7 @@ typedef struct {
 
 /* sums[16][16] = (more ? sums : 0) + rows of x times one column of tiles. */
 INLINE void chain(const bf16 *x, long x_bytes, const bf16 *w, long steps, float *sums, int full, int more, int ahead) {
+    TILES;
 #define BODY(sum, left)                                                                \
     if (more) TILE_LOAD_SUM(sum, sums, 64);                                              \
     else TILE_ZERO(sum);                                                               \

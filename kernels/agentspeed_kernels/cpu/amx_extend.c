@@ -132,6 +132,7 @@ static void load_queries(const extend *e, const desk *d, const int *rows, long c
 /* Scores of 16 rows and the tokens of `groups` groups, transposed. */
 static void score(const extend *e, const desk *d, long groups) {
     long width = e->nope_steps * STEP, key_bytes = 2 * width;
+    TILES;
     const bf16 *q = d->queries;
     if (e->nope_steps == 4 && e->rope_steps == 2) { /* the usual widths, 128 and 64: queries stay in registers */
         TILE_LOAD(2, q, 64);
@@ -214,6 +215,7 @@ static void soften(const extend *e, const desk *d, const int *rows, long count, 
 static void add_values(const extend *e, const desk *d, const int *rows, long count, long halves) {
     long width = e->value_tiles * 16, pairs = e->most_tokens / 32;
     int neighbours = count == 16;
+    TILES;
     for (long i = 1; i < count; i++) neighbours &= rows[i] == rows[0] + i;
     float *at = neighbours ? d->sums + rows[0] * width : d->block;
     if (!neighbours)

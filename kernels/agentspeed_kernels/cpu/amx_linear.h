@@ -64,7 +64,7 @@ INLINE void chain_left(const left *a, long block, long from, const bf16 *w, long
     const bf16 *x = a->x + block * a->row_block + from * a->step;
     if (a->step == STEP) chain(x, a->bytes, w, steps, sums, full, more, next != 0);
     else {
-        /* Rows of a copied tile are neighbours. */
+        TILES; /* rows of a copied tile are neighbours */
         if (more) TILE_LOAD_SUM(0, sums, 64);
         else TILE_ZERO(0);
         for (long s = 0; s < steps; s++) {

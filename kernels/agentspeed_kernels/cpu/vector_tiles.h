@@ -12,20 +12,27 @@ typedef struct {
     long bytes; /* between rows */
 } tile_operand;
 
-/* Tiles 0 and 3 are the accumulators; 3 has `tile_tail` rows, like the left operands that meet it. */
-static __thread tile_operand tile_at[8];
-static __thread float tile_sums[2][SUMS] __attribute__((aligned(64)));
-static __thread int tile_tail;
+/* Tiles 0 and 3 are the accumulators; 3 has `tail` rows, like the left operands that meet it. */
+typedef struct {
+    float sums[2][SUMS];
+    tile_operand at[8];
+    int tail;
+} __attribute__((aligned(64))) vector_tiles;
 
-#define SUM_OF(t) tile_sums[(t) == 3]
-#define ROWS_OF(t) ((t) == 3 ? tile_tail : 16)
-#define TILE_LOAD(t, p, stride) (tile_at[t].at = (const char *)(p), tile_at[t].bytes = (long)(stride))
+/* Asked for once in a function (TILES): in a shared library an address of a thread's memory is a call. */
+static __thread vector_tiles tiles_of_thread;
+__attribute__((const, noinline)) static vector_tiles *my_tiles(void) { return &tiles_of_thread; }
+
+#define TILES vector_tiles *tiles = my_tiles()
+#define SUM_OF(t) tiles->sums[(t) == 3]
+#define ROWS_OF(t) ((t) == 3 ? tiles->tail : 16)
+#define TILE_LOAD(t, p, stride) (tiles->at[t].at = (const char *)(p), tiles->at[t].bytes = (long)(stride))
 #define TILE_LOAD_SUM(t, p, stride) copy_sums(SUM_OF(t), 64, (const char *)(p), (long)(stride), ROWS_OF(t))
 #define TILE_STORE(t, p, stride) copy_sums((float *)(p), (long)(stride), (const char *)SUM_OF(t), 64, ROWS_OF(t))
 #define TILE_ZERO(t) memset(SUM_OF(t), 0, sizeof SUM_OF(t))
-#define TILE_DOT(sum, a, b) tile_dot(SUM_OF(sum), ROWS_OF(sum), tile_at[a], tile_at[b])
+#define TILE_DOT(sum, a, b) tile_dot(SUM_OF(sum), ROWS_OF(sum), tiles->at[a], tiles->at[b])
 
-INLINE void tiles_begin(long tail) { tile_tail = tail ? (int)tail : 16; }
+INLINE void tiles_begin(long tail) { my_tiles()->tail = tail ? (int)tail : 16; }
 INLINE void tiles_end(void) {}
 
 INLINE void copy_sums(float *to, long to_bytes, const char *from, long from_bytes, int rows) {

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench.peers_gguf import Inconvertible, converted, write_gguf
-from bench.peers_served import Completions, LlamaCompletion
+from bench.peers_served import Completions, LlamaCompletion, token_bytes
 from bench.peers_table import OURS, lines, plays_on, ratio
 from bench.peers_workload import Case, Must, Played, cases
 from tests.support.random_checkpoint import make_checkpoint, random_weights
@@ -58,7 +58,7 @@ def test_rounds_that_one_of_the_two_sat_out_do_not_count() -> None:
 
 
 def test_a_much_slower_peer_plays_a_case_once() -> None:
-    found = {OURS: walls(1), "best": walls(2), "near": walls(4), "far": walls(6), "absent": walls()}
+    found = {OURS: walls(1), "best": walls(2), "near": walls(4), "far": walls(5), "absent": walls()}
 
     assert [plays_on(CASE, name, found) for name in found] == [True, True, True, False, False]
 
@@ -94,6 +94,13 @@ def test_ids_are_read_as_each_server_says_them() -> None:
     assert Completions().ids_of({"choices": [{"text": "AB", "token_ids": [7, 8]}]}) == [7, 8]
     assert Completions().ids_of({"choices": [{"text": "AB"}]}) == [65, 66]
     assert LlamaCompletion().ids_of({"content": "AB", "tokens": [7, 8]}) == [7, 8]
+
+
+def test_a_small_cache_is_as_small_for_latents_as_for_heads() -> None:
+    grouped = {"num_key_value_heads": 4, "head_dim": 128, "num_hidden_layers": 10}
+
+    assert token_bytes(grouped) == 20_480
+    assert token_bytes({"kv_lora_rank": 512, "qk_rope_head_dim": 64, "num_hidden_layers": 8}) == 9216
 
 
 def test_latents_are_cut_by_head_for_llama_cpp_and_every_other_matrix_keeps_its_bits() -> None:
