@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +12,9 @@ from agentspeed_engine.models.catalog import load
 from tests.support.needs import needed
 from tests.support.paged import CONFIG, Trail, batch
 from tests.support.random_checkpoint import make_checkpoint
+from tests.support.reference_models import reference_logits
 
-transformers = needed("transformers", "transformers is the reference")
+_ = needed("transformers", "transformers is the reference")
 
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1}
 V2 = {
@@ -50,36 +48,6 @@ CASES: dict[str, dict[str, Any]] = {
 }
 NEW = 300
 """Long enough that a prompt at once takes the decompressed path."""
-
-
-@contextmanager
-def all_in_float64(*modules: ModuleType) -> Iterator[None]:
-    """The reference takes norms, scores and softmax in float32 by name; here that name means float64."""
-    proxy = SimpleNamespace(**{name: getattr(torch, name) for name in dir(torch) if not name.startswith("__")})
-    proxy.float32 = proxy.float = torch.float64
-    for module in modules:
-        module.torch = proxy  # type: ignore[attr-defined]
-    plain = torch.Tensor.float
-    torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        torch.Tensor.float = plain  # type: ignore[method-assign]
-        for module in modules:
-            module.torch = torch  # type: ignore[attr-defined]
-
-
-def reference_logits(folder: Path, ids: list[int]) -> torch.Tensor:
-    from transformers.models.deepseek_v2 import modeling_deepseek_v2
-    from transformers.models.deepseek_v3 import modeling_deepseek_v3
-
-    transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
-    )
-    with torch.inference_mode(), all_in_float64(modeling_deepseek_v2, modeling_deepseek_v3):
-        logits: torch.Tensor = model(torch.tensor([ids])).logits[0]
-    return logits
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from agentspeed_engine.models.decoder_shapes import decoder_shapes
 from agentspeed_engine.models.families.deepseek.config import DeepseekConfig, IndexerConfig
 from agentspeed_engine.models.kv_layout import KvLayout, KvPool
-from agentspeed_engine.models.moe_config import expert_cuts, expert_shapes, feed_forward_shapes
+from agentspeed_engine.models.moe_config import expert_cuts
 from agentspeed_engine.models.tensor_shapes import Cut, Shape
 from agentspeed_engine.spmd.placement import Mesh
 
@@ -27,21 +28,13 @@ SPARSE_OPS = (*_SHARED_OPS, "index_append", "index_select", "mla_selected")
 
 def shapes(config: DeepseekConfig) -> Iterator[tuple[str, Shape]]:
     """Names and shapes, in the order of the layers."""
-    yield "model.embed_tokens.weight", (config.vocab_size, config.hidden)
-    for layer in range(config.layers):
-        at = f"model.layers.{layer}."
-        yield at + "input_layernorm.weight", (config.hidden,)
-        yield from _attention(config, at + "self_attn.")
+
+    def attention(layer: int, at: str) -> Iterator[tuple[str, Shape]]:
+        yield from _attention(config, at)
         if config.indexer is not None and layer in config.indexer.layers:
-            yield from _indexer(config, config.indexer, at + "self_attn.indexer.")
-        yield at + "post_attention_layernorm.weight", (config.hidden,)
-        if config.moe is None or config.is_dense(layer):
-            yield from feed_forward_shapes(at + "mlp.", config.hidden, config.inner)
-        else:
-            yield from expert_shapes(config.moe, config.hidden, at + "mlp.")
-    yield "model.norm.weight", (config.hidden,)
-    if not config.tied:
-        yield "lm_head.weight", (config.vocab_size, config.hidden)
+            yield from _indexer(config, config.indexer, at + "indexer.")
+
+    return decoder_shapes(config, attention)
 
 
 def _attention(config: DeepseekConfig, at: str) -> Iterator[tuple[str, Shape]]:

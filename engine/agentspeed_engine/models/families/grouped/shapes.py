@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from agentspeed_engine.models.decoder_shapes import decoder_shapes
 from agentspeed_engine.models.families.grouped.config import GroupedConfig
 from agentspeed_engine.models.kv_layout import KvLayout, KvPool
-from agentspeed_engine.models.moe_config import expert_cuts, expert_shapes, feed_forward_shapes
+from agentspeed_engine.models.moe_config import expert_cuts
 from agentspeed_engine.models.tensor_shapes import Cut, Shape
 from agentspeed_engine.spmd.placement import Mesh
 
@@ -28,19 +29,7 @@ OPS = (
 
 def shapes(config: GroupedConfig) -> Iterator[tuple[str, Shape]]:
     """Names and shapes, in the order of the layers."""
-    yield "model.embed_tokens.weight", (config.vocab_size, config.hidden)
-    for layer in range(config.layers):
-        at = f"model.layers.{layer}."
-        yield at + "input_layernorm.weight", (config.hidden,)
-        yield from _attention(config, at + "self_attn.")
-        yield at + "post_attention_layernorm.weight", (config.hidden,)
-        if config.moe is None or config.is_dense(layer):
-            yield from feed_forward_shapes(at + "mlp.", config.hidden, config.inner)
-        else:
-            yield from expert_shapes(config.moe, config.hidden, at + "mlp.")
-    yield "model.norm.weight", (config.hidden,)
-    if not config.tied:
-        yield "lm_head.weight", (config.vocab_size, config.hidden)
+    return decoder_shapes(config, lambda layer, at: _attention(config, at))
 
 
 def _attention(config: GroupedConfig, at: str) -> Iterator[tuple[str, Shape]]:
