@@ -61,6 +61,8 @@ class Idempotency:
             answer.done.set()
         return answer.value
 
-    def forget(self, tenant: str, key: str) -> None:
-        """What came of this key is no answer: the next request under it is done."""
-        _ = self._answers.pop((tenant, key), None)
+    def forget(self, tenant: str, key: str, value: object) -> None:
+        """`value`, which came of this key, is no answer: the next request under it is done. Another that came since is
+        kept."""
+        if (known := self._answers.get((tenant, key))) is not None and known.done.is_set() and known.value == value:
+            del self._answers[tenant, key]

@@ -134,7 +134,7 @@ def session_routes(sessions: Callable[[], Sessions], route: Callable[..., Route]
 
         after = await once.once(tenant, key, said, begin)
         if key is not None and served.came_to_nothing(after):
-            once.forget(tenant, key)
+            once.forget(tenant, key, after)
             after = await once.once(tenant, key, said, begin)
         if given.stream:
             return _stream(served, after, one_turn=True)
