@@ -12,6 +12,7 @@ import anyio.to_thread
 import msgspec
 
 from agentspeed import errors, snapshot
+from agentspeed._base.completion import run_to_completion
 from agentspeed.engine import Engine
 from agentspeed.history import Conversation, History
 from agentspeed.message_formats.tools import declared
@@ -75,7 +76,7 @@ class SavedSessions:
         """The first of `names` that is saved, claimed and not entered yet; None without one. When the block ends well
         its file is gone; otherwise it is there again. Raises `BrokenSnapshot` for a file that cannot be read, also when
         the block raises `InvalidRequest`: a snapshot of another model does."""
-        claim = await anyio.to_thread.run_sync(self._files.claim, kind, tenant, names)
+        claim = await self._claim(kind, tenant, names)
         if claim is None:
             yield None
             return
@@ -89,11 +90,20 @@ class SavedSessions:
             raise
         await _shielded(claim, restored=True)
 
+    async def _claim(self, kind: Kind, tenant: str, names: Sequence[str]) -> Claim | None:
+        """Nobody is left with a file claimed who was cancelled meanwhile, by `Task.cancel` too."""
+
+        async def undo(claim: Claim | None) -> None:
+            if claim is not None:
+                await anyio.to_thread.run_sync(claim.give_back)
+
+        return await run_to_completion(lambda: anyio.to_thread.run_sync(self._files.claim, kind, tenant, names), undo)
+
     async def taken(self, kind: Kind, tenant: str, name: str, of: type[T]) -> T | None:
         """A value that was saved as msgpack; this server has it from now on. None when it is not there, or cannot be
         read, which the log tells."""
         try:
-            claim = await anyio.to_thread.run_sync(self._files.claim, kind, tenant, [name])
+            claim = await self._claim(kind, tenant, [name])
             if claim is None:
                 return None
             try:
@@ -121,5 +131,4 @@ class SavedSessions:
 
 
 async def _shielded(claim: Claim, *, restored: bool) -> None:
-    with anyio.CancelScope(shield=True):
-        await anyio.to_thread.run_sync(claim.drop if restored else claim.give_back)
+    await run_to_completion(lambda: anyio.to_thread.run_sync(claim.drop if restored else claim.give_back))

@@ -6,6 +6,7 @@ snapshot moves it away first, so it is restored once.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import secrets
@@ -55,8 +56,9 @@ class Claim:
         self.place.unlink(missing_ok=True)
 
     def give_back(self) -> None:
-        """It could not be restored now, and another request may try again."""
-        os.replace(self.place, self.home)
+        """It could not be restored now, and another request may try again; unless it was trimmed meanwhile."""
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(self.place, self.home)
 
 
 @final
@@ -163,10 +165,6 @@ def _read(place: Path, tenant: str, name: str) -> Saved:
     if (saved.tenant, saved.name) != (tenant, name):
         raise BrokenSnapshot("is another session's: it was moved here")
     return saved
-
-
-def _hidden(text: str) -> str:
-    return _digest(text.encode("utf-8", "surrogatepass")).hex()
 
 
 def _digest(data: bytes) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, TypeVar, final
 
 import anyio
@@ -126,7 +127,8 @@ class Responses:
         for tenant, number, response in self.stored.newest(most):
             await _save(saved, "responses", tenant, number, response)
         for tenant, number, conversation in self.conversations.newest(most):
-            await _save(saved, "conversations", tenant, number, conversation)
+            # A response that was broken off may not have ended yet, and holds up nobody at the next server.
+            await _save(saved, "conversations", tenant, number, replace(conversation, busy=False))
 
     async def open(self, body: ResponsesRequest, tenant: str, affinity: str = "") -> OneResponse:
         """Its id begins with `affinity`. Raises `RequestProblem`."""
