@@ -87,6 +87,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     plain: bool = False
     results: list[ToolMessage]
     """Of open calls: those that had arrived and waited for others."""
+    births: int = 0
+    """Children that it had: the next one's number is another than theirs."""
 
 
 def dump(core: SessionCore, tokenizer: str) -> bytes:
@@ -126,6 +128,7 @@ def dump(core: SessionCore, tokenizer: str) -> bytes:
             hidden=log.hidden,
             plain=defaults.plain,
             results=list(core.pending.waiting()),
+            births=core.births,
         )
     )
 
@@ -201,7 +204,7 @@ def fill(core: SessionCore, found: Snapshot) -> None:
     core.defaults = replace(
         core.defaults, plain=found.plain, missing=tuple(name for name in described if name not in given)
     )
-    core.described, core.tokenizer = found.tools, found.tokenizer
+    core.described, core.tokenizer, core.births = found.tools, found.tokenizer, found.births
     log = core.log
     log.ids, log.made = _array("I", found.ids), bytearray(found.made)
     log.logprobs, log.draw_logprobs = _array("d", found.logprobs), _array("d", found.draw_logprobs)

@@ -200,6 +200,17 @@ def test_a_damaged_file_is_refused_by_name_and_the_others_are_served(tmp_path: P
         assert client.get("/v1/sessions/good").status_code == 200
 
 
+def test_children_that_were_saved_keep_their_ids_when_their_parent_has_others(tmp_path: Path) -> None:
+    with server(options=_options(tmp_path)) as url, _client(url) as client:
+        _ = client.post("/v1/sessions", json={"name": "s"})
+        _ = client.post("/v1/sessions/s/fork", json={"n": 1})
+        assert client.post("/v1/sessions/s.1/messages", json=QUESTION).status_code == 200
+    with server(options=_options(tmp_path)) as url, _client(url) as client:
+        (child,) = client.post("/v1/sessions/s/fork", json={"n": 1}).json()["data"]
+        assert child["id"] == "s.2"
+        assert len(client.get("/v1/sessions/s.1").json()["log"]) == 1
+
+
 def test_a_snapshot_that_has_no_room_now_is_not_lost(tmp_path: Path) -> None:
     with server(options=_options(tmp_path)) as url, _client(url) as client:
         for name in ("one", "two"):

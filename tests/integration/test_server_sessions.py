@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -99,6 +100,22 @@ def test_a_request_that_is_sent_again_is_done_once(client: httpx.Client) -> None
     assert len(client.get("/v1/sessions").json()["data"]) == 2
     refusal = client.post(f"{path}/fork", json={"n": 2}, headers=headers)
     assert (refusal.status_code, refusal.json()["error"]["code"]) == (409, "idempotency_key_reused")
+
+
+def test_of_those_who_open_one_name_at_once_one_has_it(client: httpx.Client) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda _: client.post("/v1/sessions", json={"name": "same"}).status_code, range(6)))
+    assert sorted(answers) == [200, *[409] * 5]
+
+
+def test_a_child_takes_no_id_that_another_session_has(client: httpx.Client) -> None:
+    path, other = _open(client, name="s"), _open(client, name="s.1")
+    _ = client.post(f"{other}/messages", json=QUESTION)
+    refusal = client.post(f"{path}/fork", json={"n": 2})
+    assert (refusal.status_code, refusal.json()["error"]["code"]) == (409, "session_exists")
+    assert client.get(other).json()["messages"] == 1
+    assert len(client.get("/v1/sessions").json()["data"]) == 2
+    assert client.post(f"{path}/fork", json={"n": 1}).json()["data"][0]["id"] == "s.3"
 
 
 def test_a_turn_that_is_asked_for_again_is_drawn_once_whether_it_ran_or_had_ended(client: httpx.Client) -> None:

@@ -19,7 +19,7 @@ from anyio.abc import TaskGroup
 
 from agentspeed import errors
 from agentspeed.server.native.bodies import event_json, reply_json
-from agentspeed.server.problems import Problem, problem_of, refused
+from agentspeed.server.problems import Problem, RequestProblem, problem_of, refused
 from agentspeed.server.saved_sessions import SavedSessions
 from agentspeed.server.snapshot_files import BrokenSnapshot
 from agentspeed.session import Session
@@ -133,6 +133,10 @@ class Served:
             await self._more.wait()
 
 
+def _exists(number: str) -> RequestProblem:
+    return refused(f"There is a session {number!r} already.", status=409, code="session_exists")
+
+
 def _error_of(problem: Problem) -> dict[str, Any]:
     return {"status": problem.status, "code": problem.code, "message": problem.message}
 
@@ -157,6 +161,8 @@ class Sessions:
         self._idle_seconds = idle_seconds
         self._grace = grace
         self._served: dict[tuple[str, str], Served] = {}
+        self._coming: set[tuple[str, str]] = set()
+        """Sessions that are being opened: nobody else may have their ids."""
 
     def __len__(self) -> int:
         return len(self._served)
@@ -170,8 +176,9 @@ class Sessions:
         whose file is broken, and what entering a session raises."""
         if (tenant, number) not in self._served and self._saved is not None:
             async with self._restoring:  # whoever asks meanwhile finds it open
-                if (tenant, number) not in self._served:
-                    await self._restore(self._saved, tenant, number)
+                if not self._is_taken(tenant, number):
+                    with self._opening(tenant, number):
+                        await self._restore(self._saved, tenant, number)
         return self.get(tenant, number)
 
     async def _restore(self, among: SavedSessions, tenant: str, number: str) -> None:
@@ -179,7 +186,7 @@ class Sessions:
             async with among.restoring("sessions", tenant, [number]) as found:
                 if found is not None:
                     saved, session = found
-                    self._room(1)
+                    self._room(0)  # it is among those that are opened
                     _ = await session.__aenter__()
                     self._keep(session, tenant).go_on_from(saved.last_event)
         except BrokenSnapshot as error:
@@ -198,16 +205,23 @@ class Sessions:
     async def add(self, session: Session, tenant: str) -> Served:
         """Enters the session. Raises what entering does, and `EngineOverloaded` when there are too many."""
         self._room(1)
-        saved = self._saved is not None and await self._saved.has(tenant, session.id)
-        if saved or (tenant, session.id) in self._served:
-            raise refused(f"There is a session {session.id!r} already.", status=409, code="session_exists")
-        _ = await session.__aenter__()
-        return self._keep(session, tenant)
+        if self._is_taken(tenant, session.id):
+            raise _exists(session.id)
+        with self._opening(tenant, session.id):
+            if self._saved is not None and await self._saved.has(tenant, session.id):
+                raise _exists(session.id)
+            _ = await session.__aenter__()
+            return self._keep(session, tenant)
 
     async def fork(self, served: Served, n: int, at: str | int | None) -> list[Served]:
-        """Children by their own ids; each lives until it is closed, adopted, or its parent ends."""
+        """Children by their own ids; each lives until it is closed, adopted, or its parent ends. Raises
+        `RequestProblem` (409) where a session that is no child of it has the id of one."""
         self._room(n)
-        children = await served.session.fork(n, at=at).__aenter__()
+        fork = served.session.fork(n, at=at)
+        children = await fork.__aenter__()
+        if other := next((child.id for child in children if self._is_taken(served.tenant, child.id)), None):
+            await fork.__aexit__(None, None, None)
+            raise _exists(other)
         return [self._keep(child, served.tenant) for child in children]
 
     async def adopt(self, served: Served, child: Served) -> None:
@@ -260,10 +274,22 @@ class Sessions:
         for served in list(self._served.values()):
             await self.close(served)
 
+    def _is_taken(self, tenant: str, number: str) -> bool:
+        return (tenant, number) in self._served or (tenant, number) in self._coming
+
+    @contextmanager
+    def _opening(self, tenant: str, number: str) -> Iterator[None]:
+        """While a session is opened its id and its place among `most` are its own."""
+        self._coming.add((tenant, number))
+        try:
+            yield
+        finally:
+            self._coming.discard((tenant, number))
+
     def _room(self, wanted: int) -> None:
-        if len(self._served) + wanted > self._most:
+        if (there := len(self._served) + len(self._coming)) + wanted > self._most:
             raise errors.EngineOverloaded(
-                f"{len(self._served)} sessions are open, and the server keeps at most {self._most}.",
+                f"{there} sessions are open, and the server keeps at most {self._most}.",
                 remedy="Close some, or try again later.",
             )
 

@@ -192,6 +192,14 @@ async def test_what_cannot_be_read_says_why(change: Callable[[dict[str, Any]], N
         _ = Session.restore(data)
 
 
+async def test_children_of_a_restored_session_have_other_ids_than_those_that_it_had() -> None:
+    async with ScriptedEngine(lambda asked: "Hello.") as engine:
+        async with engine.session(name="s") as s, s.fork(2) as (_, last):
+            data = await s.snapshot()
+        async with Session.restore(data, s.engine) as again, again.fork(1) as (child,):
+            assert (last.id, child.id) == ("s.2", "s.3")
+
+
 async def test_a_copy_is_a_session_of_its_own_and_outlives_the_first() -> None:
     async with ScriptedEngine(lambda asked: "Hello.") as engine:
         async with engine.session(system="You are brief.", tenant="acme", timeout=9.0) as s:
