@@ -101,6 +101,9 @@ class DpCores:
         return [one for core in self.cores for one in core.events()]
 
     def wake_at(self, now: float) -> float | None:
+        """As `Core.wake_at`; while nothing may be planned the end of a step is what wakes."""
+        if self.full:
+            return None
         return min((wake for core in self.cores if (wake := core.wake_at(now)) is not None), default=None)
 
     @property

@@ -89,6 +89,17 @@ def test_a_step_of_all_has_the_rows_of_those_that_have_any_and_waits_for_its_end
     assert plans is not None and plans[second % 2] is not None
 
 
+def test_while_a_step_of_all_runs_its_end_alone_wakes_who_plans(cores: DpCores) -> None:
+    first, second = opened(cores), opened(cores)
+    prefills(cores, first)
+    plans = cores.plan_together(0.0)
+    assert plans is not None and cores.full
+    assert isinstance(told(cores, wire.Expect(request=3, branch=second, seconds=1.0, keep="firm")), wire.LeaseAnswer)
+    assert cores.wake_at(2.0) is None, "a lease that has ended is told of by the next plan, and none may be made"
+    _ = cores.apply_together([None if plan is None else StepResult(plan.seq) for plan in plans], 2.0)
+    assert cores.wake_at(2.0) == 2.0
+
+
 def test_a_picture_and_counts_are_sums_beside_those_of_each(cores: DpCores) -> None:
     branches = [opened(cores, tenant) for tenant in ("a", "b", "a")]
     for branch in branches:
