@@ -59,7 +59,12 @@ def section_joined(report: Report) -> None:
             i: int, mixed=mixed, out=out, product=product, multiply=multiply, queries=queries, values=values,
             route=route, experts=experts,
         ) -> None:  # fmt: skip
-            multiply(i), queries(i), values(i), product(mixed, o[i], None, out), route(i), experts(i)
+            multiply(i)
+            queries(i)
+            values(i)
+            product(mixed, o[i], None, out)
+            route(i)
+            experts(i)
 
         hit = 2 * (ids.unique().numel() * 3 * INNER * HIDDEN + 3 * SHARED * HIDDEN)
         small = 2 * (qkv[0].numel() + o[0].numel() + key_up[0].numel() + value_up[0].numel()) + 4 * router[0].numel()

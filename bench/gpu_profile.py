@@ -156,7 +156,8 @@ def main() -> None:
     loaded = built.model.loaded  # type: ignore[union-attr]
     inner = next(iter(built.executors), None) or CpuExecutor(built.model, built.vocabulary, depth=built.core.depth)
     watched = Watched(inner, loaded, on_gpu)
-    loop = EngineLoop(built, executor=watched)
+    executor: Any = watched  # it hands on what it does not watch
+    loop = EngineLoop(built, executor=executor)
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/engine.sock"
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
