@@ -70,7 +70,7 @@ AMX = Form(
     flags=(*_AVX512, "-mavx512bf16", "-mavx512vnni"),
     sources="amx_*.c",
     kinds=("bf16",),
-    wants="AMX-BF16, AMX-INT8, AVX512-BF16 and AVX512-VNNI",
+    wants="AMX-BF16 and AMX-INT8",
 )
 AVX512BF16 = Form(
     name="avx512bf16",
