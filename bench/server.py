@@ -1,10 +1,10 @@
 """What HTTP costs over the SDK: 64 streams on an engine whose model does nothing for 2 ms a step, stateless loops.
 
-Run: `python bench/server.py [--streams 64] [--tokens 256] [--rounds 5]`. The load comes from a process of its own that
-reads bytes and parses none, and is bounded.
+Run: `python bench/server.py [--streams 64] [--tokens 256] [--rounds 5] [--api chat]`. The load comes from a process of
+its own that reads bytes and parses none, and is bounded. The bounds are those of `--api chat`.
 
-- `cpu_us_per_token`: CPU time of the server process (not the engine) per drawn token, streams of chat completions, what
-  opening their sessions costs included; median of the rounds;
+- `cpu_us_per_token`: CPU time of the server process (not the engine) per drawn token, streams of `--api`, what opening
+  their sessions costs included; median of the rounds;
 - `ttfb_overhead_ms`: from a whole request to its first token, less the same from asking an open session in process;
 - `throughput_ratio`: tokens per second over HTTP by those of the SDK in process, same engine, same streams, in turn;
   median of the rounds;
@@ -30,6 +30,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +61,46 @@ def body(text: str, tokens: int, *, stream: bool = True) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": text}], "max_tokens": tokens, "stream": stream, "temperature": 0}
 
 
+@dataclass(frozen=True)
+class Api:
+    """How a protocol asks for a stream, and the bytes by which its client knows the first token and the count."""
+
+    path: str
+    prompt: str
+    most: str
+    first: bytes
+    counted: bytes
+    more: dict[str, Any] = field(default_factory=dict)
+
+    def body(self, text: str, tokens: int) -> dict[str, Any]:
+        asked: Any = [{"role": "user", "content": text}]
+        return {self.prompt: asked, self.most: tokens, "stream": True, "temperature": 0, **self.more}
+
+
+APIS = {
+    "chat": Api(
+        "/v1/chat/completions",
+        "messages",
+        "max_tokens",
+        b'"delta":{"content":"',
+        b"completion_tokens",
+        {"stream_options": {"include_usage": True}},
+    ),
+    "responses": Api("/v1/responses", "input", "max_output_tokens", b"output_text.delta", b"output_tokens"),
+    "messages": Api("/v1/messages", "messages", "max_tokens", b"text_delta", b"output_tokens"),
+}
+
+
 # ---- the client, in a process of its own: sockets and bytes, so that it takes little of the machine -----------------
 class Stream:
     """One request on one connection. Nothing is parsed but its end."""
 
-    def __init__(self, address: tuple[str, int], number: int, tokens: int) -> None:
+    def __init__(self, api: Api, address: tuple[str, int], number: int, tokens: int) -> None:
+        self.api = api
         self.peer = socket.create_connection(address)
         self.peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        data = json.dumps({**body(f"go {number}", tokens), "stream_options": {"include_usage": True}}).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: {address[0]}\r\ncontent-type: application/json\r\n"
+        data = json.dumps(api.body(f"go {number}", tokens)).encode()
+        head = f"POST {api.path} HTTP/1.1\r\nhost: {address[0]}\r\ncontent-type: application/json\r\n"
         self.request = f"{head}content-length: {len(data)}\r\nconnection: close\r\n\r\n".encode() + data
         self.tail = b""
         self.chunks = 0
@@ -82,21 +114,21 @@ class Stream:
 
     def drawn(self) -> int:
         """Tokens, as the last chunk counts them."""
-        found = re.search(rb'"completion_tokens":(\d+)', self.tail)
-        assert found is not None and b"[DONE]" in self.tail, self.tail
-        return int(found[1])
+        found = re.findall(rb'"%b":(\d+)' % self.api.counted, self.tail)
+        assert found, self.tail
+        return int(found[-1])
 
 
-def load(url: str, streams: int, tokens: int) -> None:
+def load(api: Api, url: str, streams: int, tokens: int) -> None:
     """Prints the time to the first token, then at each line of input a round of `streams` requests at once."""
     host, _, port = url.removeprefix("http://").partition(":")
     address = (host, int(port))
     firsts = []
     for number in range(21):
-        one = Stream(address, 1000 + number, 16)
+        one = Stream(api, address, 1000 + number, 16)
         start = time.perf_counter()
         one.peer.sendall(one.request)
-        while b'"content":"' not in one.tail.replace(b'"content":""', b""):
+        while api.first not in one.tail:
             assert one.read()
         firsts.append(time.perf_counter() - start)
         while one.read():
@@ -105,7 +137,7 @@ def load(url: str, streams: int, tokens: int) -> None:
     print(json.dumps({"first": statistics.median(firsts[1:])}), flush=True)
     for line in sys.stdin:
         selector = selectors.DefaultSelector()
-        opened = [Stream(address, int(line) * streams + number, tokens) for number in range(streams)]
+        opened = [Stream(api, address, int(line) * streams + number, tokens) for number in range(streams)]
         start = time.perf_counter()
         for one in opened:
             one.peer.sendall(one.request)
@@ -259,11 +291,11 @@ def started(folder: Path, idle: int) -> tuple[subprocess.Popen[str], str]:
             return serve, line.split()[-1]
 
 
-def measured(folder: Path, streams: int, tokens: int, sessions: int, rounds: int) -> dict[str, Any]:
+def measured(api: str, folder: Path, streams: int, tokens: int, sessions: int, rounds: int) -> dict[str, Any]:
     serve, url = started(folder, 4096)
     try:
         client = subprocess.Popen(
-            [sys.executable, __file__, "--url", url, "--streams", str(streams), "--tokens", str(tokens)],
+            [sys.executable, __file__, "--api", api, "--url", url, "--streams", str(streams), "--tokens", str(tokens)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -317,16 +349,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--idle", type=int, default=2000, help="conversations for kb_per_idle_session")
     parser.add_argument("--rounds", type=int, default=5, help="of 64 streams over HTTP and in process, in turn")
+    parser.add_argument("--api", choices=sorted(APIS), default="chat", help="the protocol of the streams")
     parser.add_argument("--url", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.url:
-        load(options.url, options.streams, options.tokens)
+        load(APIS[options.api], options.url, options.streams, options.tokens)
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = make_checkpoint(json.loads((ROOT / "bench/models/tiny.json").read_text()), Path(scratch) / "tiny")
         with engine(Path(scratch), model="noop:512:2", pages=8192, context_limit=4096, max_sessions=8192) as process:
             os.environ["AGENTSPEED_ENGINE"] = str(process.path)
-            figures = measured(folder, options.streams, options.tokens, options.idle, options.rounds)
+            figures = measured(options.api, folder, options.streams, options.tokens, options.idle, options.rounds)
     for name, (sign, bound) in _MUST.items():
         met = figures[name] <= bound if sign == "<=" else figures[name] >= bound
         print(f"{name:22} {figures[name]:>9}   must {sign} {bound}   {'met' if met else 'MISSED'}")
