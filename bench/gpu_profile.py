@@ -147,7 +147,7 @@ def main() -> None:
         launching.early = lambda given: False
     started = time.perf_counter()
     batches = [int(batch) for batch in arguments.batches.split(",")]
-    pages = (max(batches) + 1) * (arguments.context // 64 + 8)
+    pages = (max(batches) + 1) * (arguments.context // 64 + 8) + 32
     options = EngineOptions(
         model=arguments.model, device=arguments.device, dtype="bfloat16" if on_gpu else "float32", pages=pages,
         context_limit=arguments.context + 1024, depth=1, prefill_chunk=2048, extend_tokens=1024, record="off",
