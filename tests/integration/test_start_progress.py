@@ -31,6 +31,13 @@ async def test_an_engine_tells_how_far_it_is(folder: Path) -> None:
     assert len(told) == before
 
 
+async def test_a_model_on_ranks_tells_how_far_its_pieces_are(folder: Path) -> None:
+    told: list[Starting] = []
+    async with Engine(folder, pages=8, tp=2, on_start=told.append):
+        parts = [how.part for how in told if how.part is not None]
+        assert parts == sorted(parts) and parts[0] < 1.0 and parts[-1] == 1.0
+
+
 async def test_a_session_tells_of_the_engine_that_starts_for_it(folder: Path) -> None:
     told: list[Starting] = []
     async with Session(folder, pages=8, on_start=told.append):

@@ -79,11 +79,11 @@ class Checkpoint:
         for name, shape in self._shapes.items():
             self._check(name, shape)
         self._progress, self._taken = progress, 0
-        read = (part for name in self._shapes for part in self._parts_of(name))
-        self._total = sum(self._files[name].bytes(family.prefix + name) for name in read)
+        self._total = self._bytes({})
 
     def expect(self, parts: Mapping[str, Part]) -> None:
         """A piece of fp8 must be whole blocks, each of which has one scale, and so must columns in 4 bits."""
+        self._total = self._bytes(parts)
         for name, part in parts.items():
             extent = self._shapes[name][part.dim]
             if name in self._packed:
@@ -115,6 +115,14 @@ class Checkpoint:
             return file.read(full, rows=mine) if part.dim == 0 else file.read(full, columns=mine)
         except OSError as error:
             raise EngineFault("bad_weights", f"{name} of {self._folder} cannot be read: {error}.", _DOWNLOAD) from error
+
+    def _bytes(self, parts: Mapping[str, Part]) -> int:
+        """What there is to read where tensors are asked for in these pieces."""
+        return sum(
+            self._files[stored].bytes(self._family.prefix + stored) // (parts[name].count if name in parts else 1)
+            for name in self._shapes
+            for stored in self._parts_of(name)
+        )
 
     def _parts_of(self, name: str) -> tuple[str, ...]:
         """What is read of the files for a tensor; the scales of fp8 are few."""

@@ -122,6 +122,8 @@ class LoadedModel:
                 weights=weights,
             )
         chain = source.family.build(source.config, held, self.pools, rank, self._kernels)
+        if progress is not None:  # of experts that live elsewhere nothing was read
+            progress(1.0)
         boundaries = [module.boundary for module in chain]
         # Logits stay cut as the head gives them: what is drawn from them is decided by all ranks together.
         made = plan(boundaries, rank.mesh, start=TOKEN_SHARD, finish=boundaries[-1].output)

@@ -302,8 +302,10 @@ def build(
     )
     texts = folder if folder.is_dir() else folder.parent
     vocabulary = Vocabulary(texts, info.vocab_size, info.eos_ids)
+    read = _steps(say, part or (lambda part: None), folder.name)
     if ranks > 1:
-        return _on_ranks(options, core, vocabulary, str(folder.resolve()), say, lock_step=shares.lock_step)
+        source = str(folder.resolve())
+        return _on_ranks(options, core, vocabulary, source, say, lock_step=shares.lock_step, progress=read)
     with ThreadPoolExecutor(1) as beside:  # it takes the interpreter's lock for long, so no step may run beside it
         unusable = beside.submit(vocabulary.load)
         loaded = aside(
@@ -315,7 +317,7 @@ def build(
                 threads=options.threads,
                 device=device,
                 weights=weights,
-                progress=_steps(say, part or (lambda read: None), folder.name),
+                progress=read,
             )
         )
     if unusable.result():
@@ -395,6 +397,7 @@ def _on_ranks(
     say: Callable[[str], None],
     *,
     lock_step: bool,
+    progress: Callable[[float], None] | None = None,
 ) -> Built:
     assert options.dtype != "auto" and options.device != "auto"
     given = RankOptions(
@@ -413,7 +416,7 @@ def _on_ranks(
         lock_step=lock_step,
         weights=None if options.weights == "dtype" else options.weights,
     )
-    made = started(given, core, vocabulary, say, loads=bool(source))
+    made = started(given, core, vocabulary, say, loads=bool(source), progress=progress)
     return Built(made.core, made.model, vocabulary, source, made.executors, made.lock_step, made.ranks)
 
 

@@ -100,8 +100,9 @@ def opened_group(options: RankOptions, memory: Files | None, arrived: Callable[[
         raise EngineFault("rank_lost", f"The ranks did not meet: {error}.", "Start the engine again.") from error
 
 
-def loaded_shard(options: RankOptions, group: Group) -> ShardModel:
-    """This rank's piece of the model, with its pool and its host slots. Raises `EngineFault`."""
+def loaded_shard(options: RankOptions, group: Group, progress: Callable[[float], None] | None = None) -> ShardModel:
+    """This rank's piece of the model, with its pool and its host slots. `progress` is told what part of its weights was
+    read. Raises `EngineFault`."""
     rank = options.place
     if options.model.startswith(NOOP):
         vocabulary, seconds = noop_sizes(options.model)
@@ -120,6 +121,7 @@ def loaded_shard(options: RankOptions, group: Group) -> ShardModel:
         rank=rank,
         comm=group.comm,
         recordable=group.recordable,
+        progress=progress,
     )
     model = TorchModel(loaded)
     if options.host_slots:

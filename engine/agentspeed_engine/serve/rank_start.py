@@ -39,10 +39,17 @@ class Started:
 
 
 def started(
-    options: RankOptions, core: CoreConfig, vocabulary: Vocabulary, say: Callable[[str], None], *, loads: bool
+    options: RankOptions,
+    core: CoreConfig,
+    vocabulary: Vocabulary,
+    say: Callable[[str], None],
+    *,
+    loads: bool,
+    progress: Callable[[float], None] | None = None,
 ) -> Started:
-    """`options` are those of rank 0, perhaps without threads. `loads`: the vocabulary has files. Raises
-    `EngineFault`; then no rank is left."""
+    """`options` are those of rank 0, perhaps without threads. `loads`: the vocabulary has files. `progress` is told
+    what part of rank 0's weights was read: the others read theirs meanwhile. Raises `EngineFault`; then no rank is
+    left."""
     if options.threads is None and options.device == "cpu":
         options = replace(options, threads=max(1, _cores() // (options.dp * options.tp)))
     _gpu_for_each(options)
@@ -56,7 +63,7 @@ def started(
         with ThreadPoolExecutor(1) as beside:  # it takes the interpreter's lock for long
             unusable = beside.submit(vocabulary.load) if loads else None
             group = ranks.group()
-            model = aside(lambda: loaded_shard(options, group))
+            model = aside(lambda: loaded_shard(options, group, progress))
         if unusable is not None and unusable.result():
             say(f"turns with stop strings or a grammar will be refused: {unusable.result()}")
         ranks.await_readiness()
