@@ -28,7 +28,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Literal, final
 
-from agentspeed.errors import SessionBusy
+from agentspeed.errors import SessionBusy, SessionClosed
 from agentspeed.messages import Assistant, Message, System, ToolMessage, User
 from agentspeed.session import Session
 from agentspeed.tools import Tool
@@ -409,7 +409,7 @@ class History:
                 continue
             try:
                 kept = Kept(name=session.id, tenant=entry.tenant, state=state, data=await session.snapshot())
-            except SessionBusy:
+            except (SessionBusy, SessionClosed):  # one with an idle_timeout may have closed itself
                 continue
             yield kept
 

@@ -223,6 +223,16 @@ async def test_idle_sessions_go_out_as_bytes_and_come_back_with_their_ids() -> N
             assert (taken.verb, taken.shared, taken.session.ids) == ("continue", 2, ids)
 
 
+async def test_one_that_has_closed_itself_does_not_keep_the_others_from_going_out() -> None:
+    async with _history() as history:
+        async with history.take(_asked(User("Say hi."), hint="a")) as first:
+            pass
+        async with history.take(_asked(User("Say ho."), hint="b")) as second:
+            pass
+        await first.session.close()
+        assert [one.name async for one in history.kept(lambda hint: True, {})] == [second.session.id]
+
+
 async def test_a_session_that_is_in_use_is_not_among_those_that_go_out() -> None:
     async with _history() as history, history.take(_asked(User("Say hi."), hint="a")):
         assert [one async for one in history.kept(lambda hint: True, {})] == []
