@@ -18,7 +18,7 @@ from agentspeed.errors import InvalidRequest
 from agentspeed.messages import Assistant, System, ToolMessage, User
 from agentspeed.sampling import Sampling
 
-VERSION: Final = 3
+VERSION: Final = 4
 _NOTES: Final = ("description", "title", "examples", "$comment")
 """Keywords of a schema that only say something to a reader."""
 
@@ -58,8 +58,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     version: int
     name: str
     system: str | None
-    tools: list[dict[str, Any]]
-    """The definitions that the log's first message holds."""
+    tools: str
+    """The definitions that the log's first message holds, as JSON: their bounds may be numbers of any length."""
     sampling: _Sampling
     max_tokens: int | None = None
     timeout: float | None
@@ -90,6 +90,14 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     births: int = 0
     """Children that it had: the next one's number is another than theirs."""
 
+    @property
+    def definitions(self) -> list[dict[str, Any]]:
+        """Of the tools. Raises `ValueError` where they are none."""
+        found = json.loads(self.tools)
+        if not (isinstance(found, list) and all(isinstance(one, dict) for one in found)):
+            raise ValueError("its tools are no list of definitions")
+        return found
+
 
 def dump(core: SessionCore, tokenizer: str) -> bytes:
     """msgpack; read by `load` of the same version. `tokenizer`: the fingerprint of the engine's."""
@@ -100,7 +108,7 @@ def dump(core: SessionCore, tokenizer: str) -> bytes:
             version=VERSION,
             name=core.id,
             system=core.system,
-            tools=core.described,
+            tools=json.dumps(core.described),
             sampling=_Sampling(**{name: getattr(sampling, name) for name in _Sampling.__struct_fields__}),
             max_tokens=defaults.max_tokens,
             timeout=defaults.timeout,
@@ -145,6 +153,7 @@ def load(data: bytes) -> Snapshot:
         found = msgspec.msgpack.decode(data, type=Snapshot)
         tokens = len(_array("I", found.ids))
         logprobs = {len(_array("d", found.logprobs)), len(_array("d", found.draw_logprobs))}
+        _ = found.definitions
         if not isinstance(json.loads(found.template_variables), dict):
             raise ValueError("its template variables are no object")
     except InvalidRequest:
@@ -189,7 +198,7 @@ def options_of(found: Snapshot, given: SessionOptions) -> SessionOptions:
 def fill(core: SessionCore, found: Snapshot) -> None:
     """Makes a session that was not entered yet go on where the snapshot was taken. Raises `InvalidRequest` for tools
     that the log does not describe so."""
-    described = {str(definition.get("name")): definition for definition in found.tools}
+    described = {str(definition.get("name")): definition for definition in found.definitions}
     given = {tool.name: tool.schema for tool in core.defaults.tools}
     if unknown := [name for name in given if name not in described]:
         raise InvalidRequest(
@@ -204,7 +213,7 @@ def fill(core: SessionCore, found: Snapshot) -> None:
     core.defaults = replace(
         core.defaults, plain=found.plain, missing=tuple(name for name in described if name not in given)
     )
-    core.described, core.tokenizer, core.births = found.tools, found.tokenizer, found.births
+    core.described, core.tokenizer, core.births = found.definitions, found.tokenizer, found.births
     log = core.log
     log.ids, log.made = _array("I", found.ids), bytearray(found.made)
     log.logprobs, log.draw_logprobs = _array("d", found.logprobs), _array("d", found.draw_logprobs)

@@ -279,7 +279,7 @@ class _OfLoop:
 
     async def _put(self, data: bytes, thread: str) -> None:
         found = snapshot.load(data)
-        tools = declared(found.tools)
+        tools = declared(found.definitions)
         session = Session.restore(data, self.engine, tools=tools)
         conversation = Conversation(
             messages=session.messages,

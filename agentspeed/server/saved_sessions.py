@@ -26,7 +26,7 @@ T = TypeVar("T")
 def session_of(data: bytes, engine: Engine, tenant: str) -> Session:
     """A session that was not entered yet; its tools are the ones it had, which its client runs. Raises
     `InvalidRequest`."""
-    tools = declared(snapshot.load(data).tools)
+    tools = declared(snapshot.load(data).definitions)
     return Session.restore(data, engine, tenant=tenant or None, tools=tools)
 
 
@@ -100,14 +100,14 @@ class SavedSessions:
         return await run_to_completion(lambda: anyio.to_thread.run_sync(self._files.claim, kind, tenant, names), undo)
 
     async def taken(self, kind: Kind, tenant: str, name: str, of: type[T]) -> T | None:
-        """A value that was saved as msgpack; this server has it from now on. None when it is not there, or cannot be
+        """A value that was saved as JSON; this server has it from now on. None when it is not there, or cannot be
         read, which the log tells."""
         try:
             claim = await self._claim(kind, tenant, [name])
             if claim is None:
                 return None
             try:
-                found = msgspec.msgpack.decode(claim.saved.data, type=of)
+                found = msgspec.json.decode(claim.saved.data, type=of)
             except msgspec.DecodeError as error:
                 await _shielded(claim, restored=False)
                 raise BrokenSnapshot(f"{claim.home.relative_to(self._files.folder)} is damaged: {error}") from error

@@ -162,7 +162,8 @@ class Responses:
 
 
 async def _save(among: SavedSessions, kind: Kind, tenant: str, number: str, value: object) -> None:
-    await among.save(kind, Saved(tenant=tenant, name=number, data=msgspec.msgpack.encode(value)))
+    """As JSON: what clients sent may hold numbers of any length, and none of them costs others what is saved after."""
+    await among.save(kind, Saved(tenant=tenant, name=number, data=msgspec.json.encode(value)))
 
 
 @final

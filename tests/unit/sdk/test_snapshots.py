@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import msgspec
 import pytest
+from annotated_types import Ge, Le
 
 from agentspeed import Sampling, Session, Tool, errors, tool
 from agentspeed.engine import NANO
@@ -178,6 +179,7 @@ async def damaged(change: Callable[[dict[str, Any]], None]) -> bytes:
         (lambda found: found.update(version=VERSION + 1), f"has version {VERSION + 1}; this agentspeed reads version"),
         (lambda found: found.update(version=1), "has version 1;"),
         (lambda found: found.pop("version"), "no session snapshot"),
+        (lambda found: found.update(tools="{}"), "no session snapshot"),
         (lambda found: found.pop("ids"), "no session snapshot"),
         (lambda found: found.update(ids=found["ids"][:-4]), "different lengths"),
         (lambda found: found.update(ids=found["ids"][:-1]), "no session snapshot"),
@@ -190,6 +192,16 @@ async def test_what_cannot_be_read_says_why(change: Callable[[dict[str, Any]], N
     data = await damaged(change)
     with pytest.raises(errors.InvalidRequest, match=why):
         _ = Session.restore(data)
+
+
+async def test_bounds_of_tools_may_be_numbers_of_any_length() -> None:
+    def far(steps: Annotated[int, Ge(-(10**30)), Le(10**30)]) -> int:
+        return steps
+
+    async with ScriptedEngine(lambda asked: "Hello.") as engine, engine.session(tools=[far]) as s:
+        _ = await s.generate("Hi.")
+        async with Session.restore(await s.snapshot(), s.engine, tools=[far]) as again:
+            assert (again.messages, again.tools[0].schema) == (s.messages, s.tools[0].schema)
 
 
 async def test_children_of_a_restored_session_have_other_ids_than_those_that_it_had() -> None:

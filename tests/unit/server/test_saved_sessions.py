@@ -10,8 +10,9 @@ from typing import Any, cast
 
 import pytest
 
+from agentspeed.messages import Assistant, User
 from agentspeed.server.openai.responses import Responses
-from agentspeed.server.openai.stored import StoredConversation
+from agentspeed.server.openai.stored import StoredConversation, StoredResponse
 from agentspeed.server.options import ServerOptions
 from agentspeed.server.saved_sessions import SavedSessions
 from agentspeed.server.snapshot_files import Claim, Saved, SnapshotFiles
@@ -68,6 +69,23 @@ def test_what_was_trimmed_while_it_was_claimed_is_given_back_without_an_error(tm
     assert claim is not None
     claim.give_back()
     assert files.claim("sessions", "a", ["s"]) is None and files.has("sessions", "a", "newer")
+
+
+def test_a_response_with_a_number_of_any_length_is_saved_and_so_are_those_after_it(tmp_path: Path) -> None:
+    stored = {
+        number: StoredResponse({"metadata": {"n": n}}, (User("Hi."), Assistant("Hello.")), None)
+        for number, n in (("resp_1", 10**30), ("resp_2", 1))
+    }
+
+    async def main() -> dict[str, StoredResponse | None]:
+        service: Any = SimpleNamespace(saved=SavedSessions(_files(tmp_path), NO_ENGINE), options=ServerOptions(port=0))
+        first, second = Responses(service), Responses(service)
+        for number, response in stored.items():
+            first.stored.put("a", number, response)
+        await first.save()
+        return {number: await second.find("a", number) for number in stored}
+
+    assert asyncio.run(main()) == stored
 
 
 def test_a_conversation_whose_response_was_broken_off_is_not_locked_at_the_next_server(tmp_path: Path) -> None:
