@@ -132,6 +132,7 @@ class Front:
         self._options = options
         self._answered: OrderedDict[str, str] = OrderedDict()
         self._moved: dict[str, float] = {}
+        """Of keys among them whose replica has gone: since when they are looked for at another."""
 
     async def __call__(self, request: Request) -> Response:
         """The replica's answer, piece by piece. A client that goes away ends its turn."""
@@ -180,7 +181,8 @@ class Front:
         self._answered.move_to_end(key)
         self._moved.pop(key, None)
         while len(self._answered) > MOST_KEYS:
-            _ = self._answered.popitem(last=False)
+            oldest, _ = self._answered.popitem(last=False)
+            self._moved.pop(oldest, None)
 
 
 def replicated(
