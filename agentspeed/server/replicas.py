@@ -82,13 +82,14 @@ class Replica:
         self, where: Destination, head: dict[str, Any], body: bytes
     ) -> AsyncIterator[tuple[str, int, Headers] | bytes]:
         """This replica's name with status and headers, then the body in the pieces that there are at once."""
-        sent: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        sent: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         given = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive() -> dict[str, Any]:
             return given.pop() if given else await asyncio.Future()  # whoever goes away cancels this call
 
         task = asyncio.create_task(self._gate({"type": "http", "asgi": {"version": "3.0"}, **head}, receive, sent.put))  # type: ignore[arg-type]
+        task.add_done_callback(lambda _: sent.put_nowait(None))
         try:
             first = await _next(sent, task)
             yield self._name, first["status"], list(first["headers"])
@@ -97,7 +98,7 @@ class Replica:
                 message = await _next(sent, task)
                 pieces, more = [message.get("body", b"")], message.get("more_body", False)
                 while more and not sent.empty():
-                    message = sent.get_nowait()
+                    message = await _next(sent, task)
                     pieces.append(message.get("body", b""))
                     more = message.get("more_body", False)
                 yield b"".join(pieces)
@@ -111,16 +112,13 @@ class Replica:
         _ = await asyncio.wait([self._running])
 
 
-async def _next(sent: asyncio.Queue[dict[str, Any]], task: asyncio.Task[None]) -> dict[str, Any]:
-    """The next message of the application. Raises what ended it before that."""
-    if sent.empty():
-        coming = asyncio.ensure_future(sent.get())
-        _ = await asyncio.wait([coming, task], return_when=asyncio.FIRST_COMPLETED)
-        if coming.done():
-            return coming.result()
-        coming.cancel()
+async def _next(sent: asyncio.Queue[dict[str, Any] | None], task: asyncio.Task[None]) -> dict[str, Any]:
+    """The next message of the application, whose end is the None. Raises what ended it before that."""
+    message = await sent.get()
+    if message is None:
         task.result()
-    return sent.get_nowait()
+        raise errors.InternalError("The application ended before its answer.")
+    return message
 
 
 @final
@@ -136,7 +134,7 @@ class Front:
 
     async def __call__(self, request: Request) -> Response:
         """The replica's answer, piece by piece. A client that goes away ends its turn."""
-        path = request.url.path
+        path = request.scope["path"]  # decoded, as the replica reads it: a name may hold a question mark
         if path.startswith("/v1/links"):
             return _refused(404, "no_links", "Session('http://...') needs one server; replicas answer all other paths.")
         body = await _body(request, self._options.max_body)
