@@ -8,7 +8,7 @@ import os
 os.environ.setdefault("TRITON_INTERPRET", "1")
 # As engines have it (serve/tuning.py): workers that share two cores would burn them in barriers. Read with torch.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-# Some hundred processes of this checkout start in a run; without bytecode each compiles the same modules again.
+# Many processes of this checkout start in a run; without bytecode each compiles the same modules again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import gc
