@@ -12,8 +12,9 @@ from agentspeed import events
 from agentspeed.history import Conversation
 from agentspeed.message_formats.openai import conversation_parts, tool_definitions
 from agentspeed.message_formats.tools import declared
+from agentspeed.server.finish_reasons import FINISH
 from agentspeed.server.openai.logprobs import token_logprobs
-from agentspeed.server.openai.parameters import FINISH, bounded_tokens, choice_of, output_of, sampling_of, stops_of
+from agentspeed.server.openai.parameters import bounded_tokens, choice_of, output_of, sampling_of, stops_of
 from agentspeed.server.problems import refused
 from agentspeed.server.streaming import Emitter, encoded, framed
 from agentspeed.server.turns import Answer, Request, Service

@@ -12,7 +12,8 @@ import anyio
 import msgspec
 
 from agentspeed import errors, events
-from agentspeed.server.openai.parameters import FINISH, bounded_tokens, sampling_of, stops_of
+from agentspeed.server.finish_reasons import FINISH
+from agentspeed.server.openai.parameters import bounded_tokens, sampling_of, stops_of
 from agentspeed.server.problems import refused
 from agentspeed.server.streaming import Emitter, encoded
 from agentspeed.server.texts import TokenId

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 from agentspeed import errors
 from agentspeed.chat.output import Schema
@@ -104,13 +104,3 @@ def bounded_tokens(asked: int | None, default: int | None, most: int | None, par
         raise refused(f"{param} is {asked}; this server gives at most {most}.", param=param)
     wanted = asked if asked is not None else default if default is not None else most
     return {} if wanted is None else {"max_tokens": wanted}
-
-
-FINISH: Final = {
-    "stop_id": "stop",
-    "grammar_end": "stop",
-    "stop_string": "stop",
-    "max_tokens": "length",
-    "tool_calls": "tool_calls",
-}
-"""The SDK's reasons as OpenAI's."""
