@@ -28,6 +28,7 @@ OPTIONS: dict[str, Any] = {
     "firm_pages": 10,
     "check_every_step": True,
 }
+SLOW = "noop:512:250"
 COMMAND = [sys.executable, "-c", "from agentspeed.cli import main; main()", "top"]
 
 
@@ -47,8 +48,9 @@ def running(tmp_path: Path, place: Path) -> Iterator[EngineProcess]:
 
 @pytest.fixture
 def slow(tmp_path: Path, place: Path) -> Iterator[EngineProcess]:
-    """A turn of 90 tokens runs for nine seconds: longer than any machine takes to start the command."""
-    with engine(tmp_path, **OPTIONS | {"model": "noop:512:100"}) as process:
+    """A turn of 90 tokens runs for 22 seconds, and needs no page more in the first nine: longer than any machine takes
+    to start the command."""
+    with engine(tmp_path, **OPTIONS | {"model": SLOW}) as process:
         yield process
 
 
@@ -93,7 +95,7 @@ def busy(front: Front) -> dict[str, int]:
 def test_sessions_forks_a_lease_and_a_waiting_turn_are_seen(slow: EngineProcess) -> None:
     names = busy(slow.connect())
     seen = shown()
-    assert (seen["pid"], seen["model"]) == (slow.pid, "noop:512:100")
+    assert (seen["pid"], seen["model"]) == (slow.pid, SLOW)
     branches = {one["branch"]: one for session in seen["sessions"] for one in session["branches"]}
     assert branches[names["child"]]["parent"] == names["trunk"]
     assert branches[names["grandchild"]]["parent"] == names["child"]
