@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import anyio
@@ -111,7 +112,8 @@ async def main(model: str | Engine | None = None) -> list[dict[str, Any]]:
         file = Path(folder) / "rollouts.jsonl"
         _ = file.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in found))
         print(
-            f"{len(found)} rollouts in {file.stat().st_size} bytes of {file.name}; the best of the last group: {answer}"
+            f"{len(found)} rollouts in {file.stat().st_size} bytes of {file.name}; "
+            f"the best of the last group: {shorten(answer, 30)}"
         )
     shape = for_trl(found)
     print(f"for TRL: {', '.join(shape)}, {sum(map(sum, shape['env_mask']))} ids of the model's")

@@ -16,8 +16,11 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from tools.nano.format import render
+from tools.nano.format import ASSISTANT, END, render
 from tools.nano.tasks import Task, training_task
+
+MULTIPLE = 16
+"""Positions of a batch, which a model reads to write the next ones: matrix units like even numbers of them."""
 
 
 @dataclass(frozen=True)
@@ -29,19 +32,20 @@ class Row:
 
 
 def row_of(task: Task, tokenizer: Tokenizer) -> Row:
-    ids: list[int] = []
+    """All in one call of the tokenizer: control tokens part the text, so it gives what the pieces alone would."""
+    ids: list[int] = tokenizer.encode(
+        "".join(text for text, _ in render(task.messages, task.tools)), add_special_tokens=False
+    ).ids
     replies = []
-    for text, made in render(task.messages, task.tools):
-        start = len(ids)
-        ids += tokenizer.encode(text, add_special_tokens=False).ids
-        if made:
-            replies.append((start, len(ids)))
+    for start, number in enumerate(ids, 1):
+        if number == ASSISTANT:
+            replies.append((start, ids.index(END, start) + 1))
     return Row(ids, replies)
 
 
-def collate(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-    """Ids padded at the right, and which of them the model writes."""
-    length = max(len(row.ids) for row in rows)
+def collate(rows: Sequence[Row], multiple: int = 1) -> tuple[Tensor, Tensor]:
+    """Ids padded at the right, and which of them the model writes. All but the last id are a multiple of `multiple`."""
+    length = -(-max(len(row.ids) - 1 for row in rows) // multiple) * multiple + 1
     ids, made = torch.zeros(len(rows), length, dtype=torch.long), torch.zeros(len(rows), length, dtype=torch.bool)
     for index, row in enumerate(rows):
         ids[index, : len(row.ids)] = torch.tensor(row.ids)
@@ -54,7 +58,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 def batches(
-    tokenizer: Tokenizer, seed: int, progress: float, *, rows: int, budget: int, longest: int = 512
+    tokenizer: Tokenizer, seed: int, progress: float, *, rows: int, budget: int, longest: int = 640
 ) -> list[Batch]:
     """One round of training data: `rows` conversations in batches of at most `budget` ids."""
     rng = Random(f"training {seed}")
@@ -62,11 +66,11 @@ def batches(
     kept = sorted((row for row in made if len(row.ids) <= longest), key=lambda row: len(row.ids))
     groups: list[list[Row]] = [[]]
     for row in kept:
-        if (len(groups[-1]) + 1) * len(row.ids) > budget:
+        if (len(groups[-1]) + 1) * (len(row.ids) + MULTIPLE) > budget:
             groups.append([])
         groups[-1].append(row)
     rng.shuffle(groups)
-    return [collate(group) for group in groups]
+    return [collate(group, MULTIPLE) for group in groups]
 
 
 class Rounds:

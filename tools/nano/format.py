@@ -25,6 +25,7 @@ SPECIALS = (
     "</think>",
 )
 """Ids 0, 1, 2, ...: padding is 0, bos is 1, the end of a message (and of a turn) is 2."""
+END, ASSISTANT = SPECIALS.index("<|end|>"), SPECIALS.index("<|assistant|>")
 
 CHAT_TEMPLATE = """{%- set ns = namespace(system='', rest=messages) -%}
 {%- if messages and messages[0].role == 'system' -%}

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from random import Random
 
+from tools.nano.puzzles import HELD_ASKING
 from tools.nano.spoken import SpokenTool
 from tools.nano.words import FILLERS, Pool, made_up
 
@@ -29,7 +30,17 @@ ARGUMENTS = (
     *("with {k} {v}", "{k} {v}", "{k}: {v}", "where {k} is {v}", "with {v} as {k}", "{v} as the {k}", "{k}={v}"),
     *("using {k} {v}", "for {k} {v}", "set {k} to {v}", "{v} for the {k}", "the {k} is {v}", '{k} "{v}"'),
     *("its {k} is {v}", "whose {k} is {v}", "having {v} as {k}", "the {k} being {v}", "{k} should be {v}"),
-    *("{k} - {v}", "{k} : {v}", "{k} -> {v}", "({k} {v})"),
+    *(
+        "{k} - {v}",
+        "{k} : {v}",
+        "{k} -> {v}",
+        "({k} {v})",
+        "{k} == {v}",
+        "{k} => {v}",
+        "{k} ~ {v}",
+        "{k} / {v}",
+        "{k} | {v}",
+    ),
 )
 HEADS = (
     *("{v} a {n}", "{v} the {n}", "{v} {n}", "{v} one {n}", "{v} this {n}", "{v} our {n}", "{v} some {n}"),
@@ -38,6 +49,42 @@ HEADS = (
 _NAMELESS = (
     *("show me the {n}", "use {n}", "I need the {n}", "run {n}", "the {n}", "let me have the {n}", "go for the {n}"),
     *("do {n}", "give {n} to me"),
+)
+_PUZZLES = (
+    *("Reach {t} from {spaced}.", "Make {t} with {listed}.", "Reach {t} from {spaced} using + - *."),
+    *("Use {listed} to get {t}.", "Numbers: {spaced}. Target: {t}."),
+)
+_REACH = (
+    *(
+        "reach",
+        "make",
+        "hit",
+        "obtain",
+        "build",
+        "get",
+        "find",
+        "come to",
+        "arrive at",
+        "the target is",
+        "target",
+        "goal:",
+    ),
+    *(
+        "we want",
+        "aim for",
+        "produce",
+        "the goal is",
+        "I need",
+        "give me",
+        "now make",
+        "try to reach",
+        "go for",
+        "solve",
+    ),
+)
+_FROM = (
+    *("from", "with", "using", "by", "out of", "numbers:", "use", "take", "given", "your numbers:", "there are", "of"),
+    *("here are", "you have", "with the numbers", "from the numbers", "I have", "these numbers:", "combine", "digits"),
 )
 _USUAL_VERBS = "get get get list list find search fetch check read create make set open count tell".split()
 """What tools are called by most often, whatever verb the request has."""
@@ -110,6 +157,25 @@ def _argument(rng: Random) -> str:
     return " ".join(part for part in (before, "{k}", between, "{v}") if part)
 
 
+def puzzle_form(rng: Random) -> str:
+    """A form with a slot {t} for the target and one for the numbers: {spaced}, {listed} or {joined}."""
+    return rng.choice(_PUZZLES) if rng.random() < 0.3 else _unlike(rng, _puzzle_form, HELD_ASKING)
+
+
+def _puzzle_form(rng: Random) -> str:
+    """Whatever the words and their order: the number that stands alone is the target."""
+    numbers = rng.choice(("{spaced}", "{spaced}", "{listed}", "{joined}"))
+    wanted = f"{rng.choice(_REACH)} {{t}}" if rng.random() < 0.6 else f"{_fillers(rng, 1, 2)} {{t}}"
+    given = f"{rng.choice(_FROM)} {numbers}" if rng.random() < 0.6 else f"{_fillers(rng, 0, 3)} {numbers}".lstrip()
+    parts = [wanted, given]
+    if rng.random() < 0.5:
+        parts.reverse()
+    text = rng.choice((" ", " ", ", ", ". ", ": ", "; ")).join(parts) + rng.choice(
+        (".", ".", "", "!", "?", ", please.")
+    )
+    return text[0].upper() + text[1:]
+
+
 def joint(rng: Random, plain: tuple[str, ...]) -> str:
     """What stands between two wishes or two arguments."""
     if rng.random() < 0.75:
@@ -130,7 +196,7 @@ def invented_operator(rng: Random, verb: str) -> SpokenTool:
         f"How much is {{{one}}} {verb} {{{two}}}",
     )
     said = f"{verb[0].upper()}{verb[1:]} two {rng.choice(('numbers', 'values', 'things'))}."
-    return SpokenTool(verb, verb, said, {one: {"type": kind}, two: {"type": kind}}, forms)
+    return SpokenTool(verb, verb, said, {one: {"type": kind}, two: {"type": kind}}, forms, about="the result")
 
 
 def invented_tool(rng: Random, words: Pool, verb: str, noun: str, parameters: list[tuple[str, str]]) -> SpokenTool:
@@ -163,4 +229,5 @@ def invented_tool(rng: Random, words: Pool, verb: str, noun: str, parameters: li
         properties,
         tuple(one + tail for one in starts),
         lists=len(parameters) == 1,
+        about=f"the {noun}{tail}",
     )

@@ -26,17 +26,17 @@ class Shape:
     """The numbers that end up in config.json."""
 
     vocab: int = VOCAB_SIZE
-    hidden: int = 192
-    layers: int = 6
+    hidden: int = 256
+    layers: int = 7
     heads: int = 6
     kv_rank: int = 96
     nope: int = 32
     rope: int = 16
     value: int = 48
-    inner: int = 256
+    inner: int = 384
     experts: int = 4
     top: int = 2
-    expert_inner: int = 64
+    expert_inner: int = 80
     first_dense: int = 1
     scale: float = 1.0
     theta: float = 10000.0
@@ -239,7 +239,7 @@ def config_of(shape: Shape) -> dict[str, Any]:
         "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": 2,
-        "dtype": "float32",
+        "dtype": "float32",  # to compute in, so that it says the same on every machine
     }
 
 
@@ -256,7 +256,12 @@ def folder_weights(model: Nano) -> dict[str, Tensor]:
                 found[at + name] = weight
         if isinstance(layer.mlp, Experts):
             found |= {at + "mlp." + name: weight for name, weight in _expert_weights(layer.mlp, shape).items()}
-    return {name: weight.detach().float().contiguous().clone() for name, weight in found.items()}
+    return {name: weight.detach().to(_stored(name)).contiguous().clone() for name, weight in found.items()}
+
+
+def _stored(name: str) -> torch.dtype:
+    """Half the bytes for what is large. Norms and routing stay whole: they are few, and routing is a choice."""
+    return torch.float32 if "norm" in name or ".mlp.gate." in name else torch.bfloat16
 
 
 def _expert_weights(mlp: Experts, shape: Shape) -> dict[str, Tensor]:
@@ -271,7 +276,7 @@ def _expert_weights(mlp: Experts, shape: Shape) -> dict[str, Tensor]:
 
 
 def write_model(model: Nano, out: Path) -> None:
-    """config.json, generation_config.json and model.safetensors."""
+    """config.json, generation_config.json and model.safetensors, matrices in bfloat16."""
     out.mkdir(parents=True, exist_ok=True)
     ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     (out / "config.json").write_text(json.dumps(config_of(model.shape), indent=2) + "\n", encoding="utf-8")
@@ -299,7 +304,7 @@ def read_model(folder: Path) -> Nano:
     model = Nano(shape)
     state = {}
     for name in model.state_dict():
-        state[name] = _read_weight(weights, f"model.{name}", shape)
+        state[name] = _read_weight(weights, f"model.{name}", shape).float()
     model.load_state_dict(state)
     return model.eval()
 

@@ -9,6 +9,7 @@ from random import Random
 
 _STEP = re.compile(r"(\d+)([-+*])(\d+)=(\d+)")
 LARGEST = 99
+HELD_ASKING = ("Get to {t} from {spaced}.", "The numbers are {spaced}. Reach {t}.")
 
 
 @dataclass(frozen=True)

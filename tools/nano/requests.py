@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+from tools.nano.answers import answer
 from tools.nano.forms import (
     HELD_ARGUMENTS,
     HELD_CLOSINGS,
@@ -53,10 +54,20 @@ class ToolPool:
 
 @dataclass(frozen=True)
 class Call:
-    """What a request asks for."""
+    """What a request asks for. `subject`: what the answer is about; `form`: the same with slots for the values."""
 
     name: str
     values: dict[str, Any]
+    form: str
+
+    @property
+    def subject(self) -> str:
+        return self.form.format(**self.values)
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The call as it stands in a conversation."""
+        return {"name": self.name, "arguments": self.values}
 
 
 _STRINGS: dict[str, Callable[[Random, Pool], str]] = {
@@ -219,20 +230,22 @@ def _number_name(rng: Random, words: Pool, names: tuple[str, ...], held: bool) -
 def request_for(rng: Random, words: Pool, tool: NamedTool, *, held: bool) -> tuple[str, Call]:
     """A sentence that asks for `tool`, and the call it asks for."""
     said, call = _asked(rng, words, tool, held)
-    return _polite(rng, words, said, held), call
+    return polite(rng, words, said, held), call
 
 
 def _asked(rng: Random, words: Pool, tool: NamedTool, held: bool) -> tuple[str, Call]:
     if tool.spoken is not None:
-        values = {key: _value(rng, words, key, shape) for key, shape in tool.properties.items()}
-        return rng.choice(tool.spoken.forms).format(**values), Call(tool.name, values)
+        values = {key: value_for(rng, words, key, shape) for key, shape in tool.properties.items()}
+        form = rng.choice(tool.spoken.forms)
+        return form.format(**values), Call(tool.name, values, tool.spoken.subject(form))
     required = tool.definition["parameters"]["required"]
     values = {
-        key: _value(rng, words, key, shape)
+        key: value_for(rng, words, key, shape)
         for key, shape in tool.properties.items()
         if key in required or rng.random() < 0.5
     }
-    return f"{_head(rng, tool, held)}{_arguments(rng, words, values, held)}", Call(tool.name, values)
+    said, tail = _arguments(rng, words, values, held)
+    return f"{_head(rng, tool, held)}{said}", Call(tool.name, values, f"the {tool.noun}{tail}")
 
 
 def _head(rng: Random, tool: NamedTool, held: bool) -> str:
@@ -241,7 +254,8 @@ def _head(rng: Random, tool: NamedTool, held: bool) -> str:
     return rng.choice(HELD_HEADS if tool.verb else HELD_NAMELESS).format(v=tool.verb, n=tool.noun)
 
 
-def _value(rng: Random, words: Pool, key: str, shape: dict[str, Any]) -> Any:
+def value_for(rng: Random, words: Pool, key: str, shape: dict[str, Any]) -> Any:
+    """A value of a parameter."""
     if "enum" in shape:
         return rng.choice(shape["enum"])
     if shape["type"] == "integer":
@@ -254,24 +268,24 @@ def _value(rng: Random, words: Pool, key: str, shape: dict[str, Any]) -> Any:
     return (named or phrase)(rng, words)
 
 
-def _arguments(rng: Random, words: Pool, values: dict[str, Any], held: bool) -> str:
-    """ " with city Oslo and days 3", in one of many forms."""
+def _arguments(rng: Random, words: Pool, values: dict[str, Any], held: bool) -> tuple[str, str]:
+    """ " with city Oslo and days 3", in one of many forms; and what an answer says of it: " for {city}"."""
     if not values:
-        return ""
+        return "", ""
     items = list(values.items())
     if rng.random() < 0.4:
         rng.shuffle(items)
     if len(items) == 1 and not held and rng.random() < 0.35:
-        return rng.choice((" for {}", " in {}", " {}", ": {}", " at {}", " of {}", " called {}", " from {}")).format(
-            items[0][1]
-        )
+        link = rng.choice((" for", " in", "", ":", " at", " of", " called", " from"))
+        return f"{link} {items[0][1]}", f"{link or ' for'} {{{items[0][0]}}}".replace(":", " for")
     form, other = (rng.choice(HELD_ARGUMENTS) if held else argument(rng) for _ in range(2))
     between = rng.choice((" and ", ", ")) if held else joint(rng, (", ", " and ", ", and "))
     parts = [(form if rng.random() < 0.8 else other).format(k=key, v=value) for key, value in items]
-    return rng.choice((" ", " ", ", ")) + between.join(parts)
+    return rng.choice((" ", " ", ", ")) + between.join(parts), f" for {{{next(iter(values))}}}"
 
 
-def _polite(rng: Random, words: Pool, said: str, held: bool) -> str:
+def polite(rng: Random, words: Pool, said: str, held: bool) -> str:
+    """A wish or a question as a sentence, with what people say around it."""
     if said.startswith(_QUESTIONS):
         return said + ("?" if held else rng.choice(("?", "?", "")))
     before = rng.choice(HELD_OPENINGS) if held else opening(rng, words)
@@ -280,9 +294,7 @@ def _polite(rng: Random, words: Pool, said: str, held: bool) -> str:
     return f"{text[0].upper()}{text[1:]}{after}"
 
 
-def join_requests(
-    rng: Random, words: Pool, pool: ToolPool, many: int, *, held: bool
-) -> tuple[str, list[dict[str, Any]]]:
+def join_requests(rng: Random, words: Pool, pool: ToolPool, many: int, *, held: bool) -> tuple[str, list[Call]]:
     """One request for several calls: of one tool with different values, or of different tools."""
     single = [
         tool for tool in pool.tools if tool.spoken is not None and tool.spoken.lists and len(tool.properties) == 1
@@ -293,17 +305,26 @@ def join_requests(
     asked = [_asked(rng, words, tool, held) for tool in tools]
     plain = (" and ", ", then ", "; ", ". Also ", " and then ", ", and ", ". And ")
     between = rng.choice((" and also ", ". Then ")) if held else joint(rng, plain)
-    text = _polite(rng, words, between.join(said[0].lower() + said[1:] for said, _ in asked), held)
-    return text, [{"name": call.name, "arguments": call.values} for _, call in asked]
+    text = polite(rng, words, between.join(said[0].lower() + said[1:] for said, _ in asked), held)
+    return text, [call for _, call in asked]
 
 
-def _listed(rng: Random, words: Pool, tool: NamedTool, many: int, held: bool) -> tuple[str, list[dict[str, Any]]]:
+def _listed(rng: Random, words: Pool, tool: NamedTool, many: int, held: bool) -> tuple[str, list[Call]]:
     """ "the weather in Oslo, Lima and Rome": one call for each."""
     if tool.spoken is None:
         raise ValueError(f"{tool.name} has no spoken form.")
     ((key, shape),) = tool.properties.items()
-    values = [_value(rng, words, key, shape) for _ in range(many)]
+    values = [value_for(rng, words, key, shape) for _ in range(many)]
     listed = ", ".join(str(value) for value in values[:-1]) + f" and {values[-1]}"
-    said = rng.choice(tool.spoken.forms).format(**{key: listed})
-    text = _polite(rng, words, said, held)
-    return text, [{"name": tool.name, "arguments": {key: value}} for value in values]
+    form = rng.choice(tool.spoken.forms)
+    text = polite(rng, words, form.format(**{key: listed}), held)
+    return text, [Call(tool.name, {key: value}, tool.spoken.subject(form)) for value in values]
+
+
+def called(calls: list[Call], results: list[str]) -> list[dict[str, Any]]:
+    """Calls, their results, and the answer that follows."""
+    return [
+        {"role": "assistant", "content": "", "tool_calls": [call.message for call in calls]},
+        *({"role": "tool", "content": result} for result in results),
+        {"role": "assistant", "content": answer([call.subject for call in calls], results)},
+    ]

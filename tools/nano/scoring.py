@@ -13,10 +13,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from tools.nano.data import Row, collate, row_of
+from tools.nano.format import END
 from tools.nano.model import Nano
 from tools.nano.tasks import Task, check_puzzle, held_out
 
-END = 2
 SELECTING, UNSEEN = 2, 11
 """Seeds of held-out tasks: training keeps its best state by the first; no weights were ever chosen by the second, so it
 is reported. The weights that are shipped were kept and averaged by seed 1."""
@@ -28,11 +28,11 @@ class HeldOut:
 
     def __init__(self, tokenizer: Tokenizer, count: int, seed: int = SELECTING) -> None:
         self.tokenizer = tokenizer
-        kinds = ("tool", "refuse", "json")
+        kinds = ("tool", "refuse", "json", "structured", "chain", "follow")
         self.rows: dict[str, list[Row]] = {
             kind: [row_of(task, tokenizer) for task in held_out(kind, count, seed)] for kind in kinds
         }
-        self.puzzles = held_out("puzzle", count, seed)
+        self.puzzles = {kind: held_out(kind, count, seed) for kind in ("puzzle", "hard puzzle")}
 
     def scores(self, model: Nano) -> Scores:
         """Shares from 0 to 1."""
@@ -40,11 +40,15 @@ class HeldOut:
         found: Scores = {}
         for kind, rows in self.rows.items():
             exact = exact_replies(model, rows)
-            found[kind if kind != "tool" else "tool_call"] = _share([replies[0] for replies in exact])
             if kind == "tool":
+                found["tool_call"] = _share([replies[0] for replies in exact])
                 found["tool_answer"] = _share([replies[1] for replies in exact])
-        replies = decode(model, self.tokenizer, self.puzzles)
-        found["puzzle_greedy"] = _share([solved(task, text) for task, text in zip(self.puzzles, replies, strict=True)])
+            else:
+                found[kind] = _share([all(replies) for replies in exact])
+        for kind, tasks in self.puzzles.items():
+            replies = decode(model, self.tokenizer, tasks, longest=48)
+            hits = [solved(task, text) for task, text in zip(tasks, replies, strict=True)]
+            found[f"{kind.replace(' ', '_')}_greedy"] = _share(hits)
         return found
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from tools.nano.answers import subject_of
+
 
 @dataclass(frozen=True)
 class SpokenTool:
-    """`forms` have a slot for each parameter. `lists`: several values may stand in the slot of the only parameter."""
+    """`forms` have a slot for each parameter. `lists`: several values may stand in the slot of the only parameter.
+    `about`: what the answer is about where the request does not have it in its own words."""
 
     name: str
     noun: str
@@ -16,6 +19,11 @@ class SpokenTool:
     properties: dict[str, Any]
     forms: tuple[str, ...]
     lists: bool = False
+    about: str = ""
+
+    def subject(self, form: str) -> str:
+        """What the answer to a request of this form is about, with slots."""
+        return subject_of(form, self.noun, self.about or f"the {self.noun}")
 
     def definition(self) -> dict[str, Any]:
         shape = {"properties": self.properties, "required": list(self.properties), "type": "object"}
@@ -38,6 +46,7 @@ TRAIN_TOOLS = (
             "check the weather of {city}",
         ),
         True,
+        about="the weather in {city}",
     ),
     SpokenTool(
         "weather",
@@ -46,6 +55,7 @@ TRAIN_TOOLS = (
         {"city": _S},
         ("What is the weather in {city}", "weather in {city}", "weather for {city}"),
         True,
+        about="the weather in {city}",
     ),
     SpokenTool(
         "get_time",
@@ -54,6 +64,7 @@ TRAIN_TOOLS = (
         {"city": _S},
         ("What time is it in {city}", "What is the time in {city}", "tell me the time in {city}"),
         True,
+        about="the time in {city}",
     ),
     SpokenTool(
         "get_population",
@@ -62,13 +73,31 @@ TRAIN_TOOLS = (
         {"city": _S},
         ("What is the population of {city}", "How many people live in {city}", "find the population of {city}"),
         True,
+        about="the population of {city}",
     ),
     SpokenTool(
         "add",
         "add",
         "Add two numbers.",
         {"a": _I, "b": _I},
-        ("What is {a} plus {b}", "add {a} and {b}", "What is {a} + {b}", "sum {a} and {b}"),
+        ("What is {a} plus {b}", "add {a} and {b}", "What is {a} + {b}", "sum {a} and {b}", "How much is {a} plus {b}"),
+        about="the result",
+    ),
+    SpokenTool(
+        "sum",
+        "sum",
+        "Adds two numbers.",
+        {"x": _I, "y": _I},
+        ("What is {x} plus {y}", "add {x} and {y}", "add {y} to {x}", "What is {x} + {y}"),
+        about="the result",
+    ),
+    SpokenTool(
+        "times",
+        "times",
+        "Multiplies two numbers.",
+        {"x": _N, "y": _N},
+        ("What is {x} times {y}", "multiply {x} by {y}", "What is {x} * {y}"),
+        about="the result",
     ),
     SpokenTool(
         "multiply",
@@ -76,6 +105,7 @@ TRAIN_TOOLS = (
         "Multiply two numbers.",
         {"a": _I, "b": _I},
         ("What is {a} times {b}", "multiply {a} by {b}", "What is {a} * {b}", "multiply {a} and {b}"),
+        about="the result",
     ),
     SpokenTool(
         "subtract",
@@ -83,6 +113,7 @@ TRAIN_TOOLS = (
         "Subtract b from a.",
         {"a": _I, "b": _I},
         ("What is {a} minus {b}", "subtract {b} from {a}", "What is {a} - {b}"),
+        about="the result",
     ),
     SpokenTool(
         "search",
@@ -91,6 +122,7 @@ TRAIN_TOOLS = (
         {"query": _S},
         ("search for {query}", "search the web for {query}", "look up {query}", "find out about {query}"),
         True,
+        about="the search for {query}",
     ),
     SpokenTool(
         "search_docs",
@@ -99,6 +131,7 @@ TRAIN_TOOLS = (
         {"query": _S},
         ("search the docs for {query}", "look in the docs for {query}", "What do the docs say about {query}"),
         True,
+        about="the docs on {query}",
     ),
     SpokenTool(
         "read_file",
@@ -107,6 +140,7 @@ TRAIN_TOOLS = (
         {"name": _S},
         ("read the file {name}", "open the file {name}", "show me the file {name}"),
         True,
+        about="the file {name}",
     ),
     SpokenTool(
         "send_email",
@@ -118,6 +152,7 @@ TRAIN_TOOLS = (
             "email {person} about {subject}",
             "write {person} an email on {subject}",
         ),
+        about="the email to {person} about {subject}",
     ),
     SpokenTool(
         "book_hotel",
@@ -125,6 +160,7 @@ TRAIN_TOOLS = (
         "Book a hotel.",
         {"city": _S, "nights": _I},
         ("book a hotel in {city} for {nights} nights", "find me a hotel in {city}, {nights} nights"),
+        about="the hotel in {city} for {nights} nights",
     ),
     SpokenTool(
         "book_flight",
@@ -136,6 +172,7 @@ TRAIN_TOOLS = (
             "fly me from {origin} to {city}",
             "get a flight to {city} from {origin}",
         ),
+        about="the flight from {origin} to {city}",
     ),
     SpokenTool(
         "lookup_order",
@@ -144,6 +181,7 @@ TRAIN_TOOLS = (
         {"id": _S},
         ("Where is my order {id}", "look up order {id}", "What is the status of order {id}"),
         True,
+        about="the order {id}",
     ),
     SpokenTool(
         "get_price",
@@ -152,6 +190,7 @@ TRAIN_TOOLS = (
         {"product": _S},
         ("What is the price of {product}", "How much is {product}", "What does {product} cost"),
         True,
+        about="the price of {product}",
     ),
     SpokenTool(
         "set_timer",
@@ -159,6 +198,7 @@ TRAIN_TOOLS = (
         "Set a timer.",
         {"minutes": _I},
         ("set a timer for {minutes} minutes", "start a {minutes} minute timer", "wake me in {minutes} minutes"),
+        about="the timer for {minutes} minutes",
     ),
     SpokenTool(
         "convert",
@@ -166,6 +206,7 @@ TRAIN_TOOLS = (
         "Convert an amount to a currency.",
         {"amount": _N, "currency": _S},
         ("convert {amount} to {currency}", "What is {amount} in {currency}", "change {amount} into {currency}"),
+        about="{amount} in {currency}",
     ),
     SpokenTool(
         "translate",
@@ -173,6 +214,7 @@ TRAIN_TOOLS = (
         "Translate a text.",
         {"text": _S, "language": _S},
         ("translate {text} into {language}", "translate {text} to {language}", "How do you say {text} in {language}"),
+        about="{text} in {language}",
     ),
     SpokenTool(
         "play_song",
@@ -181,12 +223,41 @@ TRAIN_TOOLS = (
         {"title": _S},
         ("play {title}", "play the song {title}", "I want to hear {title}"),
         True,
+        about="the song {title}",
     ),
     SpokenTool(
-        "list_files", "files", "List the files.", {}, ("list the files", "show all files", "What files are there")
+        "list_files",
+        "files",
+        "List the files.",
+        {},
+        ("list the files", "show all files", "What files are there"),
+        about="the files",
     ),
     SpokenTool(
-        "get_date", "date", "Today's date.", {}, ("What is the date", "tell me the date", "What day is it today")
+        "get_date",
+        "date",
+        "Today's date.",
+        {},
+        ("What is the date", "tell me the date", "What day is it today"),
+        about="the date",
+    ),
+    SpokenTool(
+        "write_file",
+        "file",
+        "Write a file.",
+        {"name": _S, "text": _S},
+        ("write {text} to the file {name}", "write the file {name} with {text}", "save {text} as {name}"),
+        about="the file {name}",
+    ),
+    SpokenTool("run_tests", "tests", "Run the tests.", {}, ("run the tests", "test it", "are the tests fine")),
+    SpokenTool(
+        "delete_file",
+        "file",
+        "Delete a file.",
+        {"path": _S},
+        ("delete the file {path}", "remove {path}"),
+        True,
+        about="the file {path}",
     ),
 )
 
@@ -221,6 +292,7 @@ HELD_TOOLS = (
         "Reserve a table.",
         {"name": _S, "seats": _I},
         ("reserve a table for {name} with {seats} seats", "reserve a table, name {name}, seats {seats}"),
+        about="the table for {name}",
     ),
     SpokenTool(
         "call_taxi", "taxi", "Call a taxi.", {"origin": _S, "place": _S}, ("call a taxi from {origin} to {place}",)
@@ -240,5 +312,6 @@ HELD_TOOLS = (
         "Divide two numbers.",
         {"a": _I, "b": _I},
         ("divide {a} by {b}", "What is {a} divided by {b}"),
+        about="the result",
     ),
 )

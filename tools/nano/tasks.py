@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from tools.nano.forms import argument, filler, opening
-from tools.nano.puzzles import Puzzle, check_puzzle, make_puzzle
-from tools.nano.requests import ToolPool, join_requests, make_pool, request_for, stranger_to
+from tools.nano.answers import listed, refusal
+from tools.nano.chains import chain
+from tools.nano.followups import again, another, round_of, sums_that_go_on
+from tools.nano.forms import argument, filler, opening, puzzle_form
+from tools.nano.puzzles import HELD_ASKING, Puzzle, check_puzzle, make_puzzle
+from tools.nano.requests import Call, ToolPool, join_requests, make_pool, request_for, stranger_to
 from tools.nano.words import HELD_OUT, TRAIN, Pool, code, made_up, narrowed, noun, person, phrase, place
 
-NO_TOOL = "I have no tool for that."
 Message = dict[str, Any]
 
 
@@ -40,24 +42,22 @@ class Task:
 
 
 # ---- tools --------------------------------------------------------------------------------------------------------
-def tool_task(rng: Random, *, held: bool, rounds: int = 1, most_tools: int = 4, unfit: float = 0.18) -> Task:
-    """One to four tools, and `rounds` requests, each with its calls, results and answer."""
+def tool_task(
+    rng: Random, *, held: bool, rounds: int = 1, most_tools: int = 4, unfit: float = 0.18, structured: float = 0.0
+) -> Task:
+    """One to four tools, and `rounds` requests, each with its calls, results and answer; `unfit`: share of requests for
+    which there is no tool, `structured`: share of results that are lists and objects."""
     words = _words(rng, held)
     pool = make_pool(rng, words, held=held, count=min(most_tools, rng.choice((1, 2, 2, 3, 4))))
-    messages: list[Message] = []
-    if rng.random() < 0.25:
-        messages.append({"role": "system", "content": _system(rng, held)})
+    messages = _system_message(rng, held)
     for _ in range(rounds):
         if rng.random() < unfit:
-            stranger = stranger_to(rng, words, pool, held=held)
-            messages += [
-                _user(request_for(rng, words, stranger, held=held)[0]),
-                {"role": "assistant", "content": NO_TOOL},
-            ]
+            messages += _refused(rng, words, pool, held)
         elif not held and rng.random() < 0.06:
             messages += _chat(rng)
         else:
-            messages += _tool_round(rng, words, pool, held)
+            text, calls = _requests(rng, words, pool, held)
+            messages += round_of(rng, words, text, calls, held=held, structured=structured)
     return Task("tool", messages, [tool.definition for tool in pool.tools])
 
 
@@ -67,90 +67,57 @@ def _words(rng: Random, held: bool) -> Pool:
     return narrowed(rng, TRAIN) if rng.random() < 0.3 else TRAIN
 
 
-def _tool_round(rng: Random, words: Pool, pool: ToolPool, held: bool) -> list[Message]:
-    text, calls = _requests(rng, words, pool, held)
-    messages = [_user(text), {"role": "assistant", "content": "", "tool_calls": calls}]
-    results = [_result(rng, words, call, held) for call in calls]
-    messages += [{"role": "tool", "content": result} for result in results]
-    messages.append({"role": "assistant", "content": answer(calls, results)})
-    return messages
+def _system_message(rng: Random, held: bool) -> list[Message]:
+    return [{"role": "system", "content": _system(rng, held)}] if rng.random() < 0.25 else []
 
 
-def _requests(rng: Random, words: Pool, pool: ToolPool, held: bool) -> tuple[str, list[Message]]:
+def _refused(rng: Random, words: Pool, pool: ToolPool, held: bool) -> list[Message]:
+    """A request that none of the tools is for."""
+    stranger = stranger_to(rng, words, pool, held=held)
+    said = refusal([tool.name for tool in pool.tools])
+    return [_user(request_for(rng, words, stranger, held=held)[0]), {"role": "assistant", "content": said}]
+
+
+def _requests(rng: Random, words: Pool, pool: ToolPool, held: bool) -> tuple[str, list[Call]]:
     """A request for one call, or for two or three in parallel."""
     many = rng.choice((1, 1, 1, 2, 2, 3)) if rng.random() < 0.6 else 1
     if many == 1:
         text, call = request_for(rng, words, rng.choice(pool.tools), held=held)
-        return text, [{"name": call.name, "arguments": call.values}]
+        return text, [call]
     return join_requests(rng, words, pool, many, held=held)
 
 
-def answer(calls: list[Message], results: list[str]) -> str:
-    """The final answer: each result under the first argument of its call, in call order."""
-    parts = []
-    for call, result in zip(calls, results, strict=True):
-        first = next(iter(call["arguments"].values()), None)
-        label = "Result" if first is None else f"For {first}"
-        parts.append(f"{label}: {_flat(result)}.")
-    return " ".join(parts)
+def chain_task(rng: Random, *, held: bool) -> Task:
+    """A request of two to three steps, each of which needs a result of the one before."""
+    made = chain(rng, _words(rng, held), held=held)
+    messages = [*_system_message(rng, held), *made.messages]
+    if not held and rng.random() < 0.1:
+        messages += again(rng, messages[-1]["content"], held=held)
+    return Task("chain", messages, made.tools)
 
 
-def _flat(result: str) -> str:
-    """A JSON object as "key value, key value"; other text as it is, without its last full stop."""
-    if result.startswith("{"):
-        return ", ".join(f"{key} {value}" for key, value in json.loads(result).items())
-    return result.rstrip(".")
-
-
-def _result(rng: Random, words: Pool, call: Message, held: bool) -> str:
-    kind = rng.random()
-    unusual = 1.0 if held else rng.random()
-    if unusual < 0.12:
-        return f"error: {call['name']}: {_complaint(rng, words)}"
-    if unusual < 0.2:
-        return _answer_of_an_agent(rng, words, call)
-    if kind < 0.2:
-        return str(rng.randint(0, 10 ** rng.randint(1, 4)))
-    if kind < 0.4:
-        keys = rng.sample(
-            ("status", "count", "temp", "sky", "price", "code", "id", "time", "seats", "name"), rng.choice((1, 2, 2, 3))
-        )
-        return json.dumps(
-            {key: rng.choice((rng.randint(0, 500), phrase(rng, words))) for key in keys},
-            ensure_ascii=False,
-            separators=(",", ":"),
-        )
-    if kind < 0.5:
-        return "error: " + rng.choice(
-            ("not found", "no result after 5 s", f"unknown {noun(rng, words)}", "out of stock")
-        )
-    if kind < 0.6:
-        return rng.choice(("done", "ok", "saved", "booked", "sent", code(rng, words)))
-    if kind < 0.8:
-        return f"{rng.randint(-9, 40)} {noun(rng, words)}s and {phrase(rng, words)}"
-    return " ".join(phrase(rng, words) for _ in range(rng.choice((1, 2, 3)))) + rng.choice(("", "", "."))
-
-
-def _answer_of_an_agent(rng: Random, words: Pool, call: Message) -> str:
-    """What a tool gives back that is an agent itself: an answer inside the answer."""
-    values = list(call["arguments"].values())
-    about = rng.choice(values) if values and rng.random() < 0.7 else place(rng, words)
-    said = f"{rng.randint(0, 99)} {noun(rng, words)}s" if rng.random() < 0.5 else phrase(rng, words)
-    return f"For {about}: {said}."
-
-
-def _complaint(rng: Random, words: Pool) -> str:
-    """What the runtime says of a tool that failed, in its own forms."""
-    kind = rng.random()
-    if kind < 0.55:
-        error = rng.choice(("Value", "Lookup", "Key", "Type", "Runtime", "Connection", "Permission", "Timeout", "OS"))
-        said = " ".join(
-            f"{rng.choice(('no', 'bad', 'unknown', 'not'))} {phrase(rng, words)}" for _ in range(rng.randint(1, 2))
-        )
-        return f"{error}Error: {said}"
-    if kind < 0.75:
-        return f"no result after {rng.choice((0.05, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0))} s"
-    return rng.choice(("not approved by the user", "not approved: the approver failed", "cancelled before it finished"))
+def follow_task(rng: Random, *, held: bool) -> Task:
+    """A request, then one to three that lean on what was said."""
+    if rng.random() < 0.3:
+        offered, messages = sums_that_go_on(rng, held=held)
+        return Task("follow", [*_system_message(rng, held), *messages], offered)
+    words = _words(rng, held)
+    pool = make_pool(rng, words, held=held, count=rng.choice((1, 2, 2, 3)))
+    text, call = request_for(rng, words, rng.choice(pool.tools), held=held)
+    messages = [*_system_message(rng, held), *round_of(rng, words, text, [call], held=held, structured=0.15)]
+    for _ in range(rng.choice((1, 1, 2) if held else (1, 1, 2, 3))):
+        kind, asked = rng.random(), another(rng, words, pool, call, held=held)
+        if kind < 0.2 or asked is None:
+            messages += again(rng, messages[-1]["content"], held=held)
+        elif kind < 0.85 or held:
+            text, call = asked
+            messages += round_of(rng, words, text, [call], held=held, structured=0.15)
+        elif kind < 0.92:
+            messages += _chat(rng)
+        else:
+            messages += _refused(rng, words, pool, held)
+            break
+    return Task("follow", messages, [tool.definition for tool in pool.tools])
 
 
 def check_calls(calls: list[Message], task: Task, reply: int = 0) -> bool:
@@ -221,7 +188,19 @@ def _facts(rng: Random, words: Pool, facts: list[tuple[str, str]], held: bool) -
     simple = (
         ("{k} should be {v}", "{k} = {v}")
         if held
-        else ("{k} is {v}", "{k}: {v}", "{k} {v}", "the {k} is {v}", "{v} as {k}")
+        else (
+            *(
+                "{k} is {v}",
+                "{k}: {v}",
+                "{k} {v}",
+                "the {k} is {v}",
+                "{v} as {k}",
+                "{k} -> {v}",
+                "{k} == {v}",
+                "{k} / {v}",
+            ),
+            *("{k} must be {v}", "{k} : {v}", "{k} => {v}", "{k} - {v}", "{k} ~ {v}", "{k} will be {v}", "{k}={v}"),
+        )
     )
     form = rng.choice(simple) if held or rng.random() < 0.5 else argument(rng)
     text = rng.choice((", ", ". ") if held else (", ", " and ", "; ", ". ")).join(
@@ -241,21 +220,11 @@ def check_json(text: str, task: Task) -> bool:
 # ---- puzzles and talk ---------------------------------------------------------------------------------------------
 def puzzle_task(rng: Random, *, held: bool, size: int | None = None) -> Task:
     """A target to reach from given numbers."""
-    puzzle = make_puzzle(rng, held=held, size=size or rng.choice((2, 3, 3, 3, 4, 4)))
+    puzzle = make_puzzle(rng, held=held, size=size or rng.choice((2, 3, 3, 4, 4, 5)))
+    asked = rng.choice(HELD_ASKING) if held else puzzle_form(rng)
     numbers = [str(number) for number in puzzle.numbers]
-    spaced, listed = " ".join(numbers), ", ".join(numbers)
-    forms = (
-        (f"Get to {puzzle.target} from {spaced}.", f"The numbers are {spaced}. Reach {puzzle.target}.")
-        if held
-        else (
-            f"Reach {puzzle.target} from {spaced}.",
-            f"Make {puzzle.target} with {listed}.",
-            f"Reach {puzzle.target} from {spaced} using + - *.",
-            f"Use {listed} to get {puzzle.target}.",
-            f"Numbers: {spaced}. Target: {puzzle.target}.",
-        )
-    )
-    return Task("puzzle", [_user(rng.choice(forms)), {"role": "assistant", "content": puzzle.solution}], puzzle=puzzle)
+    said = asked.format(t=puzzle.target, spaced=" ".join(numbers), listed=", ".join(numbers), joined=listed(numbers))
+    return Task("puzzle", [_user(said), {"role": "assistant", "content": puzzle.solution}], puzzle=puzzle)
 
 
 TALK = (
@@ -294,12 +263,12 @@ def copy_task(rng: Random) -> Task:
 
 
 def chat_task(rng: Random) -> Task:
-    """One to three turns of small talk."""
+    """One to three turns of small talk, and of requests that would need a tool."""
     messages: list[Message] = []
     if rng.random() < 0.3:
         messages.append({"role": "system", "content": _system(rng, False)})
     for _ in range(rng.choice((1, 1, 2, 3))):
-        messages += _chat(rng)
+        messages += _chat(rng) if rng.random() < 0.7 else _refused(rng, _words(rng, False), ToolPool([]), False)
     return Task("chat", messages)
 
 
@@ -340,22 +309,34 @@ def training_task(rng: Random, progress: float = 1.0) -> Task:
 def skill_task(rng: Random, progress: float = 1.0) -> Task:
     """One conversation of those that nano is for."""
     kind = rng.random()
-    if kind < 0.55:
-        early = rng.random() > 1.6 * progress + 0.1
-        return tool_task(rng, held=False, rounds=1 if early else rng.choice((1, 1, 1, 2)), most_tools=2 if early else 4)
-    if kind < 0.66:
+    early = rng.random() > 1.6 * progress + 0.1
+    if kind < 0.42:
+        rounds = 1 if early else rng.choice((1, 1, 1, 2))
+        structured = rng.choice((0.0, 0.0, 0.8))
+        return tool_task(rng, held=False, rounds=rounds, most_tools=2 if early else 4, structured=structured)
+    if kind < 0.58:
+        return chain_task(rng, held=False)
+    if kind < 0.65:
+        return follow_task(rng, held=False)
+    if kind < 0.74:
         return json_task(rng, held=False)
     return puzzle_task(rng, held=False) if kind < 0.97 else chat_task(rng)
 
 
 def held_out(kind: str, count: int, seed: int = 1) -> list[Task]:
-    """The held-out set of one kind: `tool` (a call is always right), `refuse`, `json` or `puzzle`."""
+    """The held-out set of one kind: `tool` (a call is always right), `refuse`, `structured` (as `tool`, the results
+    being lists and objects), `chain`, `follow`, `json`, `puzzle` (of three numbers)
+    or `hard puzzle` (of five)."""
     rng = Random(f"held-out {kind} {seed}")
     makers = {
         "tool": lambda: tool_task(rng, held=True, unfit=0.0),
         "refuse": lambda: tool_task(rng, held=True, unfit=1.0),
+        "structured": lambda: tool_task(rng, held=True, unfit=0.0, structured=1.0),
+        "chain": lambda: chain_task(rng, held=True),
+        "follow": lambda: follow_task(rng, held=True),
         "json": lambda: json_task(rng, held=True),
         "puzzle": lambda: puzzle_task(rng, held=True, size=3),
+        "hard puzzle": lambda: puzzle_task(rng, held=True, size=5),
     }
     if kind not in makers:
         raise ValueError(f"no held-out set {kind!r}; there are {', '.join(makers)}.")
@@ -363,15 +344,15 @@ def held_out(kind: str, count: int, seed: int = 1) -> list[Task]:
 
 
 __all__ = [
-    "NO_TOOL",
     "Task",
-    "answer",
+    "chain_task",
     "chat_task",
     "check_answer",
     "check_calls",
     "check_json",
     "check_puzzle",
     "copy_task",
+    "follow_task",
     "held_out",
     "json_task",
     "puzzle_task",

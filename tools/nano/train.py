@@ -1,13 +1,16 @@
 """Trains nano from tasks it generates and writes the model folder; can be stopped and resumed at any time.
 
     python tools/nano/train.py --minutes 120 --processes 2
-    python tools/nano/train.py --minutes 8 --processes 1 --device cuda --workers 12 --budget 98304
+    python tools/nano/train.py --seconds 580 --processes 1 --device cuda --workers 15 --budget 98304 --compile \\
+        --grow agentspeed/models/nano --rate 0.8 --cooldown 0.5
     python tools/nano/train.py --minutes 60 --start agentspeed/models/nano --rate 0.05 --cooldown 0.85 --budget 8192
     python tools/nano/train.py --score agentspeed/models/nano
     python tools/nano/train.py --export FOLDER      (the state of the checkpoint, also while a run goes on)
 
-Progress, checkpoints each minute and the best model by held-out score. The same command resumes where it stopped; one
-with another start, length or shape is refused while the checkpoint is there.
+Progress, checkpoints each minute and the best model by held-out score; what is scored and written is the mean of the
+last states. The same command resumes where it stopped; one with another start, length or shape is refused while the
+checkpoint is there. `--seconds`: this command ends within so long, with what it needs besides learning; with
+`--minutes` beside it, it is one piece of a longer run.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
@@ -28,6 +32,7 @@ from torch.nn import functional as F
 
 from tools.nano.data import Rounds
 from tools.nano.format import render, train_tokenizer, write_tokenizer
+from tools.nano.grow import grown
 from tools.nano.model import Nano, Shape, averaged, read_model, write_model
 from tools.nano.optim import Muon
 from tools.nano.peers import Peers
@@ -39,6 +44,11 @@ HOME = Path(__file__).resolve().parents[2]
 TOKENIZER_ROWS = 6000
 SAMPLED_PUZZLES = 50
 STATE = "state.pt"
+KNOWS = 0.45
+"""Where in the course of tasks a model starts that has learnt already."""
+BEGAN = time.monotonic()
+AROUND_LEARNING, AFTER_LEARNING = 30.0, 15.0
+"""Seconds that a command of `--seconds` keeps for starting and for the last scores and files."""
 
 
 class OtherRun(ValueError):
@@ -68,6 +78,15 @@ class Plan:
     most_steps: int | None = None
     start: Path | None = None
     """A finished model to go on from, with its tokenizer; the optimisers begin anew."""
+    grow: bool = False
+    """Whether the model to go on from becomes one of `shape`."""
+    deadline: float | None = None
+    """By `time.monotonic()`: learning stops then, whatever is left to learn."""
+    whole: bool = False
+    """Whether all there is to learn has to be done by the deadline."""
+    keep: float = 0.998
+    """What the mean of the last states keeps of itself in a step."""
+    compile: bool = False
     device: str = "cpu"
     workers: int = 0
     """Processes that make data ahead of time; 0: the learner makes it."""
@@ -75,7 +94,7 @@ class Plan:
     def started(self) -> dict[str, Any]:
         """What makes a run this one; rates, budgets, processes and the device may change when it is resumed. Its data
         are always the same rounds."""
-        shape = self.shape if self.start is None else read_model(self.start).shape
+        shape = self.shape if self.start is None or self.grow else read_model(self.start).shape
         start = None if self.start is None else str(self.start.resolve())
         return {"start": start, "minutes": self.minutes, "shape": asdict(shape)}
 
@@ -101,7 +120,10 @@ class Training:
         else:
             self.tokenizer = Tokenizer.from_file(str(plan.start / "tokenizer.json"))
             self.model = read_model(plan.start)
+            if plan.grow:
+                self.model = grown(self.model, plan.shape)
         self.model.to(plan.device)
+        self.mean = deepcopy(self.model)
         hidden = [weight for name, weight in self.model.named_parameters() if weight.ndim == 2 and _is_hidden(name)]
         others = [weight for name, weight in self.model.named_parameters() if weight.ndim != 2 or not _is_hidden(name)]
         self.optimisers: list[torch.optim.Optimizer] = [
@@ -109,6 +131,10 @@ class Training:
             torch.optim.AdamW(others, plan.adam_rate, betas=(0.9, 0.98), weight_decay=0.0),
         ]
         self.step, self.round, self.tokens, self.seconds, self.best = 0, self.peers.rank << 32, 0, 0.0, -1.0
+        if plan.compile:
+            for layer in self.model.layers:
+                layer.compile(dynamic=True)  # alike as they are, one stands for all
+        self._states = [list(model.state_dict().values()) for model in (self.mean, self.model)]
         self._file = plan.checkpoints / STATE
         self._started = plan.started()  # now: a start folder may be gone, or written over, before the run ends
         if self._file.is_file():
@@ -117,7 +143,11 @@ class Training:
     # ---- steps ----------------------------------------------------------------------------------------------------
     @property
     def progress(self) -> float:
-        return min(1.0, self.seconds / (60 * self.plan.minutes))
+        all_seconds = 60 * self.plan.minutes
+        share = self.seconds / all_seconds
+        if self.plan.whole and self.plan.deadline is not None:
+            share = max(share, 1 - (self.plan.deadline - time.monotonic()) / all_seconds)
+        return min(1.0, share)
 
     def rate(self) -> float:
         """The learning rate as a share of its highest."""
@@ -132,8 +162,8 @@ class Training:
         clock = saved = said = time.monotonic()
         scored = self.seconds
         try:
-            while not self._over():
-                made = rounds.next(self.progress)
+            while not self.over:
+                made = rounds.next(self.progress if self.plan.start is None else max(KNOWS, self.progress))
                 self.round = rounds.number
                 for batch in made:
                     loss = self._learn(*batch)
@@ -141,7 +171,7 @@ class Training:
                     self.seconds, clock = self.peers.agreed(self.seconds + now - clock), now
                     if now - said > 20:
                         said = now
-                        self._say(f"loss {loss.item():.3f} rate {self.rate():.2f} replayed {rounds.replayed}")
+                        self._say(f"loss {loss.item():.4f} rate {self.rate():.2f} replayed {rounds.replayed}")
                     if now - saved > self.plan.save_seconds:
                         saved = now
                         self.save()
@@ -149,27 +179,31 @@ class Training:
                         scored = self.seconds
                         self._score(held)
                         clock = time.monotonic()
-                    if self._over():
+                    if self.over:
                         break
         finally:
             rounds.close()
         self.save()
         self._score(held)
 
-    def _over(self) -> bool:
-        return self.progress >= 1.0 or self.step == self.plan.most_steps
+    @property
+    def over(self) -> bool:
+        """Whether the time or the steps are up."""
+        late = self.plan.deadline is not None and time.monotonic() >= self.plan.deadline
+        return late or self.progress >= 1.0 or self.step == self.plan.most_steps
 
     def _learn(self, ids: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
         self.model.train()
         self.tokens += ids.numel() * self.peers.count
-        ids, made = ids.to(self.plan.device).long(), made.to(self.plan.device)
+        ids, places = self._moved(ids), self._moved(made[:, 1:].flatten().nonzero()[:, 0])
+        ids = ids.long()
         for optimiser, highest in zip(self.optimisers, (self.plan.muon_rate, self.plan.adam_rate), strict=True):
             for group in optimiser.param_groups:
                 group["lr"] = highest * self.rate()
         with torch.autocast(self.plan.device, torch.bfloat16, enabled=self.plan.device != "cpu"):
-            features = self.model.features(ids[:, :-1])[made[:, 1:]]
+            features = self.model.features(ids[:, :-1]).flatten(0, 1)[places]
             logits = F.linear(features, self.model.embed_tokens.weight)
-        loss = F.cross_entropy(logits.float(), ids[:, 1:][made[:, 1:]])
+        loss = F.cross_entropy(logits.float(), ids[:, 1:].flatten()[places])
         loss.backward()  # type: ignore[no-untyped-call]
         self.peers.average(
             [weight.grad for weight in self.model.parameters() if weight.grad is not None]
@@ -182,18 +216,30 @@ class Training:
         for experts in self.model.experts():
             experts.even_out()
         self.step += 1
+        self._remember()
         return loss.detach()
+
+    def _moved(self, values: torch.Tensor) -> torch.Tensor:
+        """To the device, without waiting for what it has to do first."""
+        if self.plan.device == "cpu":
+            return values
+        return values.pin_memory().to(self.plan.device, non_blocking=True)
+
+    @torch.no_grad()
+    def _remember(self) -> None:
+        """The mean of the last states, of fewer of them at the start."""
+        torch._foreach_lerp_(self._states[0], self._states[1], 1 - min(self.plan.keep, self.step / (self.step + 10)))
 
     # ---- scores and files -----------------------------------------------------------------------------------------
     def _score(self, held: HeldOut) -> None:
         if not self.peers.leads:
             return
-        scores = held.scores(self.model)
+        scores = held.scores(self.mean)
         self._say(line(scores))
-        total = sum(scores[key] for key in ("tool_call", "tool_answer", "refuse", "json"))
+        total = sum(score for name, score in scores.items() if "puzzle" not in name)
         if total >= self.best:
             self.best = total
-            write_model(self.model, self.plan.out)
+            write_model(self.mean, self.plan.out)
 
     def _say(self, text: str) -> None:
         if not self.peers.leads:
@@ -213,6 +259,7 @@ class Training:
         torch.save(
             {
                 "model": self.model.state_dict(),
+                "mean": self.mean.state_dict(),
                 "optimisers": [one.state_dict() for one in self.optimisers],
                 "tokenizer": self.tokenizer.to_str(),
                 "step": self.step,
@@ -229,6 +276,7 @@ class Training:
     def _load(self) -> None:
         state = resumable(self.plan)
         self.model.load_state_dict(state["model"])
+        self.mean.load_state_dict(state["mean"])
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
         self.tokenizer = Tokenizer.from_str(state["tokenizer"])  # the tasks it was made from may have changed since
@@ -264,7 +312,7 @@ def export(checkpoints: Path, out: Path) -> None:
             f"{checkpoints / STATE} does not say how its run was started: train anew, or take its best model."
         )
     model = Nano(Shape(**state["started"]["shape"]))
-    model.load_state_dict(state["model"])
+    model.load_state_dict(state["mean"])
     write_tokenizer(Tokenizer.from_str(state["tokenizer"]), out)
     write_model(model, out)
 
@@ -277,9 +325,9 @@ def line(scores: Scores) -> str:
     return " ".join(f"{key} {value:.3f}" for key, value in scores.items())
 
 
-def score_folder(folder: Path, count: int, seed: int) -> Scores:
+def score_folder(folder: Path, count: int, seed: int, device: str = "cpu") -> Scores:
     """The scores of a finished folder, with puzzles also sampled sixteen times."""
-    model = read_model(folder)
+    model = read_model(folder).to(device)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     scores = HeldOut(tokenizer, count, seed).scores(model)
     puzzles = held_out("puzzle", min(count, SAMPLED_PUZZLES), seed)
@@ -293,13 +341,16 @@ def score_folder(folder: Path, count: int, seed: int) -> Scores:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--minutes", type=float, default=120.0, help="time to learn, over all resumed runs")
+    parser.add_argument("--minutes", type=float, help="time to learn, over all resumed runs; 120, or by --seconds")
+    parser.add_argument("--seconds", type=float, help="wall time of this command, all included")
     parser.add_argument("--processes", type=int, default=2, help="each learns with one thread")
     parser.add_argument("--device", default="cpu", help="cpu or cuda; with cuda one process")
     parser.add_argument("--workers", type=int, default=0, help="processes that make data ahead of time")
     parser.add_argument("--rate", type=float, default=1.0, help="share of the usual learning rate")
     parser.add_argument("--cooldown", type=float, default=Plan.cooldown, help="share of the time in which it falls")
     parser.add_argument("--start", type=Path, metavar="FOLDER", help="go on from this finished model")
+    parser.add_argument("--grow", type=Path, metavar="FOLDER", help="the same, made as large as a new one is")
+    parser.add_argument("--compile", action="store_true", help="compile the layers; pays on a GPU")
     parser.add_argument("--budget", type=int, default=3072, help="ids in one step")
     parser.add_argument("--out", type=Path, default=HOME / "agentspeed" / "models" / "nano")
     parser.add_argument("--checkpoints", type=Path, default=HOME / ".checkpoints" / "nano")
@@ -308,11 +359,12 @@ def main() -> None:
     )
     parser.add_argument("--share", type=float, default=0.5, help="the second model's share of an average")
     parser.add_argument("--export", type=Path, metavar="FOLDER", help="only write the checkpoint's model there")
-    parser.add_argument("--score", type=Path, help="only score this folder on 200 held-out tasks of each kind")
+    parser.add_argument("--score", type=Path, help="only score this folder on held-out tasks of each kind")
+    parser.add_argument("--held-out", type=int, default=Plan.held_out, help="how many tasks of each kind are scored")
     parser.add_argument("--seed", type=int, default=UNSEEN, help="tasks of --score; 2 to choose a state by")
     options = parser.parse_args()
     if options.score is not None:
-        print(line(score_folder(options.score, 200, options.seed)))
+        print(line(score_folder(options.score, options.held_out, options.seed, options.device)))
         return
     if options.export is not None:
         if not (options.checkpoints / STATE).is_file():
@@ -324,16 +376,28 @@ def main() -> None:
         return
     if options.average is not None:
         write_tokenizer(Tokenizer.from_file(str(options.average[0] / "tokenizer.json")), options.out)
-        write_model(averaged(*map(read_model, options.average), options.share), options.out)
+        write_model(
+            averaged(read_model(options.average[0]), read_model(options.average[1]), options.share), options.out
+        )
         return
+    if options.start is not None and options.grow is not None:
+        parser.error("give --start or --grow, not both.")
+    minutes = options.minutes
+    if minutes is None:
+        minutes = 120.0 if options.seconds is None else max(1.0, options.seconds - AROUND_LEARNING) / 60
     plan = Plan(
-        minutes=options.minutes,
+        minutes=minutes,
         out=options.out,
         checkpoints=options.checkpoints,
         rate=options.rate,
         cooldown=options.cooldown,
-        score_seconds=max(Plan.score_seconds, 5 * options.minutes),
-        start=options.start,
+        score_seconds=max(Plan.score_seconds, 5 * minutes),
+        start=options.grow or options.start,
+        grow=options.grow is not None,
+        held_out=options.held_out,
+        deadline=None if options.seconds is None else BEGAN + options.seconds - AFTER_LEARNING,
+        whole=options.minutes is None,
+        compile=options.compile,
         device=options.device,
         workers=options.workers,
         budget=options.budget,
@@ -356,6 +420,7 @@ def main() -> None:
 def learn(rank: int, plan: Plan, count: int, meeting: Path | None) -> None:
     """One process of a training run."""
     torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("high")
     training = Training(plan, Peers(rank, count, meeting))
     if training.peers.leads:
         write_tokenizer(training.tokenizer, plan.out)

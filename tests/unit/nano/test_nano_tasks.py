@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from random import Random
 
 import pytest
 
+from tools.nano.answers import answer, refusal, sentence, subject_of
+from tools.nano.chains import next_sum, sum_request
+from tools.nano.followups import again
 from tools.nano.forms import (
     ARGUMENTS,
     HEADS,
@@ -18,10 +22,11 @@ from tools.nano.forms import (
     argument,
     head,
     opening,
+    puzzle_form,
 )
-from tools.nano.puzzles import check_puzzle, is_held_out, make_puzzle
+from tools.nano.puzzles import HELD_ASKING, check_puzzle, is_held_out, make_puzzle
 from tools.nano.spoken import HELD_TOOLS, TRAIN_TOOLS
-from tools.nano.tasks import TALK, Task, answer, check_answer, check_calls, check_json, held_out, training_task
+from tools.nano.tasks import TALK, Task, chain_task, check_answer, check_calls, check_json, held_out, training_task
 from tools.nano.words import FILLERS, HELD_OUT, TRAIN, made_up
 
 
@@ -86,9 +91,91 @@ def test_a_wrong_name_argument_order_or_answer_is_seen() -> None:
     assert not check_json("{", json_task)
 
 
+@pytest.mark.parametrize(
+    ("subject", "result", "said"),
+    [
+        ("17 plus 25", "42", "17 plus 25 is 42."),
+        ("the weather in Oslo", "14 degrees", "The weather in Oslo is 14 degrees."),
+        ("the weather in Oslo", '{"temp":3,"sky":"grey"}', "The weather in Oslo: temp 3, sky grey."),
+        ("the files", '["a.txt","b.py","c.md"]', "The files are a.txt, b.py and c.md."),
+        ("the files", '["a.txt"]', "The files is a.txt."),
+        ("the files", "[]", "The files: none."),
+        (
+            "the users",
+            '[{"name":"Anna","on":true},{"name":"Ben","on":false}]',
+            "The users: name Anna, on true; name Ben, on false.",
+        ),
+        ("the order KB-4", '{"items":["tea","milk"],"paid":null}', "The order KB-4: items tea and milk, paid null."),
+        ("the email to Anna", "null", "Done."),
+        ("the email to Anna", "error: no such person.", "The email to Anna failed: no such person."),
+        ("the weather in Oslo", "It rains.", "It rains."),
+    ],
+)
+def test_an_answer_is_a_plain_sentence_of_what_was_asked_and_what_came_out(
+    subject: str, result: str, said: str
+) -> None:
+    assert sentence(subject, result) == said
+
+
 def test_an_answer_states_each_result_in_call_order() -> None:
-    calls = [{"name": "f", "arguments": {"city": "Oslo"}}, {"name": "g", "arguments": {}}]
-    assert answer(calls, ['{"temp":3,"sky":"grey"}', "done."]) == "For Oslo: temp 3, sky grey. Result: done."
+    assert answer(["the tide at Bari", "3 plus 4"], ["low", "7"]) == "The tide at Bari is low. 3 plus 4 is 7."
+
+
+@pytest.mark.parametrize(
+    ("form", "noun", "subject"),
+    [
+        ("What is {a} plus {b}", "add", "{a} plus {b}"),
+        ("What is the tide at {port}", "tide", "the tide at {port}"),
+        ("tell me the tide at {port}", "tide", "the tide at {port}"),
+        ("Where is my parcel {code}", "parcel", "the parcel {code}"),
+        ("list the users", "users", "the users"),
+        ("add {a} and {b}", "add", "the result"),
+    ],
+)
+def test_an_answer_has_the_words_of_its_request(form: str, noun: str, subject: str) -> None:
+    assert subject_of(form, noun, "the result") == subject
+
+
+def test_a_refusal_names_the_tools_there_are() -> None:
+    assert refusal(["add"]) == "I have no tool for that. I can use add."
+    assert refusal(["add", "search", "get_tide"]) == "I have no tool for that. I can use add, search and get_tide."
+    assert refusal([]) == "I have no tools."
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_in_a_chain_each_call_needs_a_result_of_the_one_before(held: bool) -> None:
+    rng, lengths = Random(5), set()
+    for _ in range(200):
+        task = chain_task(rng, held=held)
+        steps = [message for message in task.messages if message.get("tool_calls")]
+        lengths.add(len(steps))
+        asked = next(message["content"] for message in task.messages if message["role"] == "user")
+        for before, step in pairwise(steps):
+            results = task.messages[task.messages.index(before) + 1]["content"]
+            for call in step["tool_calls"]:
+                values = [str(value) for value in call["arguments"].values()]
+                assert any(value in results for value in values)
+                assert all(value in results or value in asked for value in values)
+        assert not {call["name"] for step in steps for call in step["tool_calls"]} - {
+            tool["name"] for tool in task.tools
+        }
+    assert lengths >= {2, 3}
+
+
+def test_a_sum_in_steps_is_reckoned_rightly() -> None:
+    assert sum_request(Random(1), ["add", "multiply"], [3, 4, 5], held=True).count("and that times 5") == 1
+    for seed in range(50):
+        text, call, result = next_sum(Random(seed), 42, held=False)
+        sign = {"add": 1, "subtract": -1}.get(call.name)
+        number = call.values["b"]
+        assert call.values["a"] == 42 and str(number) in text
+        assert int(result) == (42 * number if sign is None else 42 + sign * number)
+
+
+def test_an_answer_is_given_again_without_a_call() -> None:
+    for held in (True, False):
+        _, said = again(Random(2), "The tide is low.", held=held)
+        assert said == {"role": "assistant", "content": "The tide is low."}
 
 
 def test_prompts_end_before_the_reply_they_ask_for() -> None:
@@ -123,12 +210,13 @@ def test_training_never_words_a_request_as_the_held_out_set_does() -> None:
         assert head(rng, "{v}", "{n}") not in HELD_HEADS
         assert head(rng, "", "{n}") not in HELD_NAMELESS
         assert opening(rng, TRAIN) not in HELD_OPENINGS[:-1]
+        assert puzzle_form(rng) not in HELD_ASKING
 
 
 def test_worded_requests_of_the_two_sets_have_no_sentence_in_common() -> None:
     rng = Random(3)
     seen = {_form(training_task(rng)) for _ in range(2000)}
-    assert not seen & {_form(task) for kind in ("json", "puzzle") for task in held_out(kind, 100)}
+    assert not seen & {_form(task) for kind in ("json", "puzzle", "chain") for task in held_out(kind, 100)}
 
 
 def _form(task: Task) -> str:
