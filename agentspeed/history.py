@@ -293,8 +293,8 @@ class History:
     def _choice(self, chain: Sequence[bytes], conversation: Conversation) -> Reuse | None:
         def holders(shared: int) -> list[Candidate]:
             entries = [self._entries[number] for number in self._by_key.get(chain[shared], ())]
-            # One with an idle_timeout may have closed itself.
-            return [self._candidate(entry) for entry in entries if entry.session.state != "closed"]
+            # One with an idle_timeout may have closed itself, and one that is being entered cannot be copied yet.
+            return [self._candidate(entry) for entry in entries if entry.session.state == "open"]
 
         for shared in range(len(chain) - 1, 0, -1):
             if candidates := holders(shared):

@@ -240,6 +240,27 @@ async def test_a_session_that_is_in_use_is_not_among_those_that_go_out() -> None
         assert history.open == 1
 
 
+async def test_a_conversation_that_comes_while_its_session_is_opened_again_does_not_wait_for_it() -> None:
+    async with _history() as history:
+        first = User("Say hi.")
+        async with history.take(_asked(first)) as taken:
+            reply = await taken.session.generate(taken.messages, max_tokens=8)
+        data = await taken.session.snapshot()
+        await history.forget(lambda hint: True)
+        restored = Session.restore(data, taken.session.engine, tools=[add])
+        asked = _asked(first, Assistant(reply.text), User("Again."))
+
+        async def ask() -> None:
+            async with history.take(asked) as taken:
+                _ = await taken.session.generate(taken.messages, max_tokens=2)
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(history.put, restored, asked)
+            await anyio.sleep(0)
+            await ask()
+        assert history.open == 2
+
+
 async def test_a_restored_session_that_cannot_be_entered_is_not_in_the_pool() -> None:
     async with _history() as history, Engine.shared(None, {"pages": 256}) as engine:
         closed = engine.session()
