@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from agentspeed import Engine, Session, errors
@@ -256,7 +257,7 @@ async def test_a_conversation_that_comes_while_its_session_is_opened_again_does_
 
         async with anyio.create_task_group() as group:
             group.start_soon(history.put, restored, asked)
-            await anyio.sleep(0)
+            await anyio.lowlevel.checkpoint()
             await ask()
         assert history.open == 2
 

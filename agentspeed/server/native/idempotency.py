@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, final
@@ -13,6 +13,7 @@ import anyio
 from agentspeed.server.problems import refused
 
 MOST_KEYS: Final = 4096
+"""Of one tenant: no other's requests make a server forget them."""
 
 
 @final
@@ -26,10 +27,10 @@ class _Answer:
 
 @final
 class Idempotency:
-    """The answers to the last requests that had a key; a request that failed may be sent again under its key."""
+    """The answers to each tenant's last requests that had a key; one that failed may be sent again under its key."""
 
     def __init__(self) -> None:
-        self._answers: OrderedDict[tuple[str, str], _Answer] = OrderedDict()
+        self._answers: defaultdict[str, OrderedDict[str, _Answer]] = defaultdict(OrderedDict)
 
     async def once(self, tenant: str, key: str | None, request: bytes, do: Callable[[], Awaitable[Any]]) -> Any:
         """What `do` gives, from the first call with this key.
@@ -37,8 +38,8 @@ class Idempotency:
         Raises `RequestProblem` (409) where the same key came with another request."""
         if key is None:
             return await do()
-        digest = hashlib.sha256(request).digest()
-        while (known := self._answers.get((tenant, key))) is not None:
+        digest, answers = hashlib.sha256(request).digest(), self._answers[tenant]
+        while (known := answers.get(key)) is not None:
             if known.digest != digest:
                 raise refused(
                     f"The idempotency key {key!r} was used for another request.",
@@ -48,14 +49,14 @@ class Idempotency:
             await known.done.wait()
             if not known.failed:
                 return known.value
-        answer = self._answers[tenant, key] = _Answer(digest)
-        while len(self._answers) > MOST_KEYS:
-            _ = self._answers.popitem(last=False)
+        answer = answers[key] = _Answer(digest)
+        while len(answers) > MOST_KEYS:
+            _ = answers.popitem(last=False)
         try:
             answer.value = await do()
         except BaseException:
             answer.failed = True
-            _ = self._answers.pop((tenant, key), None)
+            _ = answers.pop(key, None)
             raise
         finally:
             answer.done.set()
@@ -64,5 +65,6 @@ class Idempotency:
     def forget(self, tenant: str, key: str, value: object) -> None:
         """`value`, which came of this key, is no answer: the next request under it is done. Another that came since is
         kept."""
-        if (known := self._answers.get((tenant, key))) is not None and known.done.is_set() and known.value == value:
-            del self._answers[tenant, key]
+        answers = self._answers[tenant]
+        if (known := answers.get(key)) is not None and known.done.is_set() and known.value == value:
+            del answers[key]

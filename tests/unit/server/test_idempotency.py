@@ -5,7 +5,7 @@ from __future__ import annotations
 import anyio
 import pytest
 
-from agentspeed.server.native.idempotency import Idempotency
+from agentspeed.server.native.idempotency import MOST_KEYS, Idempotency
 
 pytestmark = pytest.mark.anyio
 
@@ -32,3 +32,18 @@ async def test_of_two_that_come_again_at_once_after_a_failure_one_is_done_and_bo
         group.start_soon(again)
         group.start_soon(again)
     assert begun == [0, 1] and answers == [1, 1]
+
+
+async def test_requests_of_other_tenants_make_nobodys_keys_forgotten() -> None:
+    once = Idempotency()
+    begun: list[str] = []
+
+    async def begin() -> int:
+        begun.append("done")
+        return len(begun)
+
+    first = await once.once("a", "key", b"body", begin)
+    for number in range(MOST_KEYS + 1):
+        _ = await once.once("b", str(number), b"body", begin)
+    assert await once.once("a", "key", b"body", begin) == first
+    assert await once.once("b", "0", b"body", begin) > MOST_KEYS + 1, "those of one tenant are bounded"
