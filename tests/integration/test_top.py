@@ -92,8 +92,15 @@ def busy(front: Front) -> dict[str, int]:
     return {"trunk": trunk, "child": child, "grandchild": grandchild, "runs": runs, "waits": waits}
 
 
+def busy_for_long(front: Front) -> dict[str, int]:
+    """The same, once the scheduler has seen why the last turn waits."""
+    names = busy(front)
+    until("the turn waits for a lease", lambda: front.inspect(names["waits"]).waiting_for == "firm leases")
+    return names
+
+
 def test_sessions_forks_a_lease_and_a_waiting_turn_are_seen(slow: EngineProcess) -> None:
-    names = busy(slow.connect())
+    names = busy_for_long(slow.connect())
     seen = shown()
     assert (seen["pid"], seen["model"]) == (slow.pid, SLOW)
     branches = {one["branch"]: one for session in seen["sessions"] for one in session["branches"]}
@@ -109,7 +116,7 @@ def test_sessions_forks_a_lease_and_a_waiting_turn_are_seen(slow: EngineProcess)
 
 
 def test_a_frame_for_people_names_the_same_within_100_columns(slow: EngineProcess) -> None:
-    names = busy(slow.connect())
+    names = busy_for_long(slow.connect())
     done = top("--once")
     assert done.returncode == 0, done.stderr
     assert all(len(line) <= 100 for line in done.stdout.splitlines())
@@ -127,7 +134,9 @@ def test_a_frame_for_people_names_the_same_within_100_columns(slow: EngineProces
 def test_of_many_branches_the_busy_ones_are_shown_and_the_rest_counted(slow: EngineProcess) -> None:
     front = slow.connect()
     _ = front.fork(front.open([1, 2, 3]), 50)
-    turn = front.start(front.open([4, 5]), max_tokens=300)
+    draws = front.open([4, 5])
+    turn = front.start(draws, max_tokens=300)
+    until("the turn draws", lambda: front.inspect(draws).state == "Decoding")
     done = top("--once", "--branches", "5")
     assert "+ 47 more" in done.stdout and "Decoding" in done.stdout
     assert turn.ended is None
