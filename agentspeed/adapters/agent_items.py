@@ -72,7 +72,13 @@ class ItemsInFile:
     """In a file, from the first item on. Every call raises `InvalidRequest` for a file that cannot be used."""
 
     def __init__(self, path: str | os.PathLike[str], session_id: str) -> None:
+        """Raises `InvalidRequest` for what SQLite takes for no file."""
         self._path = os.fspath(path)
+        if self._path in ("", ":memory:"):
+            raise InvalidRequest(
+                f"path is {self._path!r}, which is no file: what is written there ends with each call.",
+                remedy="Leave path out to keep the items in memory.",
+            )
         self._session_id = session_id
 
     def latest(self, most: int | None) -> list[Any]:

@@ -284,3 +284,5 @@ async def test_a_file_that_cannot_hold_items_is_refused(tmp_path: Path) -> None:
     for broken in (path, tmp_path / "missing" / "conversations.db"):
         with pytest.raises(InvalidRequest, match="cannot hold the items"):
             await AgentSpeedSession("mine", broken).add_items([{"role": "user", "content": "Hi."}])
+    with pytest.raises(InvalidRequest, match="which is no file"):
+        _ = AgentSpeedSession("mine", ":memory:")
