@@ -26,6 +26,7 @@ typedef uint16_t bf16;
 #ifdef VECTOR_TILES
 #include "vector_tiles.h"
 #else
+#define ROWS_TOGETHER 0
 #define TILES /* what a function that uses tiles begins with */
 #define TILE_LOAD(t, p, stride) \
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"((const void *)(p)), "r"((long)(stride)) : "memory")

@@ -122,7 +122,7 @@ static void multiply(const product *p, long low, long high) {
         long count = at_most(p->rows - first, BLOCK_ROWS);
         int cut = steps > LONG_STEPS && count > 16;
         /* Rows that are a multiple of 4 KB apart fall on the same lines of the first cache, cut or strided. */
-        int copy = p->k % STEP != 0 || cut;
+        int copy = p->k % STEP != 0 || cut || (ROWS_TOGETHER && count > 16);
         left a = left_of(p, first, count, copy);
         if (cut) multiply_cut(p, &a, first, count, low, high);
         else multiply_block(p, &a, first, count, low, high);
