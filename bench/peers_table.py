@@ -34,13 +34,15 @@ def better(figure: str, one: float, other: float) -> bool:
 
 
 def plays_on(case: Case, name: str, found: Mapping[str, Rounds]) -> bool:
-    """A peer does while it is within `SLOW` of the best peer in some figure, or a bound of the case names it. One that
-    has had a round and brought nothing does not."""
-    peers = {side: rounds for side, rounds in found.items() if side != OURS and rounds}
-    if name == OURS or not peers or name in {must.against for must in case.must}:
+    """Behind the first round. A peer does while it is within `SLOW` of the best peer in some figure, or a bound of the
+    case names it. One that brought nothing does not."""
+    if name == OURS:
         return True
+    peers = {side: rounds for side, rounds in found.items() if side != OURS and rounds}
     if name not in peers:
         return False
+    if name in {must.against for must in case.must}:
+        return True
     first = peers[name][min(peers[name])]
     for figure, value in first.items():
         all_of_it = [rounds[min(rounds)][figure] for rounds in peers.values()]

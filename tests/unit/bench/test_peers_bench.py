@@ -63,6 +63,12 @@ def test_a_much_slower_peer_plays_a_case_once() -> None:
     assert [plays_on(CASE, name, found) for name in found] == [True, True, True, False, False]
 
 
+def test_where_no_peer_brought_anything_ours_plays_alone() -> None:
+    found = {OURS: walls(1), "one": walls(), "other": walls()}
+
+    assert [plays_on(CASE, name, found) for name in found] == [True, False, False]
+
+
 def test_a_peer_that_a_bound_names_plays_on_however_slow_it_is() -> None:
     found = {OURS: walls(1), "best": walls(2), "far": walls(60)}
 
