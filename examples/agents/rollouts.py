@@ -89,7 +89,7 @@ async def group(s: Session, one: int, other: int) -> list[dict[str, Any]]:
         drawn, computed = (sum(getattr(one.usage, name) for one in branches) for name in ("drawn", "computed"))
         print(
             f"{prompt:24} rewards {' '.join(f'{reward:g}' for reward in rewards)}; "
-            f"{drawn} tokens drawn, {computed} computed by the group"
+            f"{drawn} tokens drawn, {computed} computed by all"
         )
         await s.adopt(branches[rewards.index(max(rewards))])
     return found
