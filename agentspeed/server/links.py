@@ -3,7 +3,8 @@
 A link is one of the engine's links, made by the server for a client, as two byte streams that survive a connection.
 What the engine sends is read from any offset that was not acknowledged yet; what the client sends says at which offset
 it begins, so a request that is sent again changes nothing. `Open` is changed: a client has the tenant of its key
-and no other; what passes tells whether a link is used, for one that rests holds up no server that is about to end.
+and no other; so is `Look`, which would show the sessions of all (`GET /ui` shows a tenant its own). What passes tells
+whether a link is used, for one that rests holds up no server that is about to end.
 """
 
 from __future__ import annotations
@@ -108,7 +109,13 @@ class ServedLink:
 
     def _of_tenant(self, command: wire.Command) -> wire.Command:
         self._use.told(command)
-        return msgspec.structs.replace(command, tenant=self.tenant) if isinstance(command, wire.Open) else command
+        match command:
+            case wire.Open():
+                return msgspec.structs.replace(command, tenant=self.tenant)
+            case wire.Look():
+                return msgspec.structs.replace(command, branches=0)
+            case _:
+                return command
 
     async def read(self, after: int, emit: Emitter) -> None:
         """Sends everything from offset `after` until the link ends. Raises `RequestProblem` for bytes that were

@@ -7,10 +7,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import anyio
 import httpx
 import pytest
 
+from agentspeed import Engine
 from agentspeed.server.options import ApiKey, ServerOptions
+from agentspeed.transport.base import wire
 from tests.support.server_run import server
 
 QUESTION: Any = {"messages": [{"type": "user", "text": "What is 17 plus 25?"}]}
@@ -100,6 +103,18 @@ def test_a_request_that_is_sent_again_is_done_once(client: httpx.Client) -> None
     assert len(client.get("/v1/sessions").json()["data"]) == 2
     refusal = client.post(f"{path}/fork", json={"n": 2}, headers=headers)
     assert (refusal.status_code, refusal.json()["error"]["code"]) == (409, "idempotency_key_reused")
+
+
+def test_a_link_shows_no_tenant_the_sessions_of_another(client: httpx.Client, url: str) -> None:
+    _ = _open(client, name="mine")
+
+    async def look() -> wire.Reply:
+        async with Engine(url, api_key="two") as engine:
+            return await (await engine.link()).call(lambda number: wire.Look(request=number))
+
+    seen = anyio.run(look)
+    assert isinstance(seen, wire.Picture) and seen.counts["sessions"] == 1
+    assert (seen.sessions, seen.tenants) == ((), {})
 
 
 def test_of_those_who_open_one_name_at_once_one_has_it(client: httpx.Client) -> None:
