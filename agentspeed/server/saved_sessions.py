@@ -69,6 +69,10 @@ class SavedSessions:
         """Whether a session of `/v1/sessions` of this id is saved."""
         return await anyio.to_thread.run_sync(self._files.has, "sessions", tenant, number)
 
+    async def remove(self, tenant: str, number: str) -> bool:
+        """Forgets a session of `/v1/sessions` that is saved, whole or broken; whether it was. Raises `OSError`."""
+        return await anyio.to_thread.run_sync(self._files.remove, "sessions", tenant, number)
+
     @asynccontextmanager
     async def restoring(
         self, kind: Kind, tenant: str, names: Sequence[str]
@@ -84,7 +88,8 @@ class SavedSessions:
             yield claim.saved, session_of(claim.saved.data, self._engine, tenant)
         except errors.InvalidRequest as error:
             await _shielded(claim, restored=False)
-            raise BrokenSnapshot(f"{claim.home.relative_to(self._files.folder)} cannot be restored: {error}") from error
+            place, name = claim.home.relative_to(self._files.folder), claim.saved.name
+            raise BrokenSnapshot(f"{place} cannot be restored: {error}", name) from error
         except BaseException:
             await _shielded(claim, restored=False)
             raise
@@ -110,7 +115,7 @@ class SavedSessions:
                 found = msgspec.json.decode(claim.saved.data, type=of)
             except msgspec.DecodeError as error:
                 await _shielded(claim, restored=False)
-                raise BrokenSnapshot(f"{claim.home.relative_to(self._files.folder)} is damaged: {error}") from error
+                raise BrokenSnapshot(f"{claim.home.relative_to(self._files.folder)} is damaged: {error}", name) from error
             await _shielded(claim, restored=True)
             return found
         except (BrokenSnapshot, OSError) as error:
@@ -118,16 +123,21 @@ class SavedSessions:
             return None
 
     async def recall(self, history: History, conversation: Conversation, states: Sequence[str]) -> None:
-        """Puts the saved session of the longest of these states into the pool; see `History`. Without one that can be
-        restored, the conversation is computed anew."""
-        wanted = [state for state in states if state not in self._refused]
-        try:
-            async with self.restoring("history", conversation.tenant, wanted) as found:
-                if found is not None:
-                    await history.put(found[1], conversation)
-        except (BrokenSnapshot, OSError) as error:
-            self._refused.update(wanted)
-            _LOG.warning("a conversation is computed anew: %s", error)
+        """Puts the saved session of the longest of these states that can be restored into the pool; see `History`.
+        Without one the conversation is computed anew."""
+        while True:
+            wanted = [state for state in states if state not in self._refused]
+            try:
+                async with self.restoring("history", conversation.tenant, wanted) as found:
+                    if found is not None:
+                        await history.put(found[1], conversation)
+                return
+            except BrokenSnapshot as error:
+                self._refused.add(error.name)
+                _LOG.warning("a state of a conversation is not restored: %s", error)
+            except OSError as error:
+                _LOG.warning("a conversation is computed anew, the folder of snapshots cannot be read: %s", error)
+                return
 
 
 async def _shielded(claim: Claim, *, restored: bool) -> None:

@@ -39,7 +39,11 @@ class Saved(msgspec.Struct, frozen=True, kw_only=True):
 
 @final
 class BrokenSnapshot(Exception):
-    """A file that cannot be read, or holds what cannot be restored. It stays where it is."""
+    """A file that cannot be read, or holds what cannot be restored. It stays where it is. `name`: of what is in it."""
+
+    def __init__(self, reason: str, name: str) -> None:
+        super().__init__(reason)
+        self.name = name
 
 
 @final
@@ -109,6 +113,14 @@ class SnapshotFiles:
         """Whether `claim` would find it."""
         return self._place(kind, tenant, name).exists()
 
+    def remove(self, kind: Kind, tenant: str, name: str) -> bool:
+        """Whether it was there, whole or broken. Raises `OSError`."""
+        try:
+            self._place(kind, tenant, name).unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
     def claim(self, kind: Kind, tenant: str, names: Iterable[str]) -> Claim | None:
         """The first of `names` that is there. Raises `BrokenSnapshot`, and `OSError` for a folder that went away."""
         for name in names:
@@ -122,7 +134,7 @@ class SnapshotFiles:
                 return Claim(_read(place, tenant, name), home, place)
             except (OSError, BrokenSnapshot) as error:
                 os.replace(place, home)
-                raise BrokenSnapshot(f"{home.relative_to(self.folder)} {error}") from error
+                raise BrokenSnapshot(f"{home.relative_to(self.folder)} {error}", name) from error
         return None
 
     def trim(self) -> None:
@@ -154,16 +166,16 @@ class SnapshotFiles:
 def _read(place: Path, tenant: str, name: str) -> Saved:
     data = place.read_bytes()
     if not data.startswith(_MAGIC):
-        raise BrokenSnapshot("is no snapshot, or has a version that this agentspeed does not read")
+        raise BrokenSnapshot("is no snapshot, or has a version that this agentspeed does not read", name)
     digest, payload = data[len(_MAGIC) :][:_DIGEST_BYTES], data[len(_MAGIC) + _DIGEST_BYTES :]
     if digest != _digest(payload):
-        raise BrokenSnapshot("is damaged: its checksum is another")
+        raise BrokenSnapshot("is damaged: its checksum is another", name)
     try:
         saved = msgspec.msgpack.decode(payload, type=Saved)
     except msgspec.DecodeError as error:
-        raise BrokenSnapshot(f"is damaged: {error}") from error
+        raise BrokenSnapshot(f"is damaged: {error}", name) from error
     if (saved.tenant, saved.name) != (tenant, name):
-        raise BrokenSnapshot("is another session's: it was moved here")
+        raise BrokenSnapshot("is another session's: it was moved here", name)
     return saved
 
 

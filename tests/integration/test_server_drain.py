@@ -198,6 +198,9 @@ def test_a_damaged_file_is_refused_by_name_and_the_others_are_served(tmp_path: P
         assert client.get(f"/v1/responses/{response}").status_code == 404
         assert client.post("/v1/sessions", json={"name": "bad"}).json()["error"]["code"] == "session_exists"
         assert client.get("/v1/sessions/good").status_code == 200
+        assert client.delete("/v1/sessions/bad").json() == {"id": "bad", "object": "session", "closed": True}
+        assert client.get("/v1/sessions/bad").status_code == 404
+        assert client.post("/v1/sessions", json={"name": "bad"}).status_code == 200
 
 
 def test_children_that_were_saved_keep_their_ids_when_their_parent_has_others(tmp_path: Path) -> None:

@@ -181,6 +181,14 @@ class Sessions:
                         await self._restore(self._saved, tenant, number)
         return self.get(tenant, number)
 
+    async def forget_saved(self, tenant: str, number: str) -> bool:
+        """Whether an earlier server had saved this session and it was not opened again: then it is gone, its file too,
+        which may be broken."""
+        async with self._restoring:
+            if self._saved is None or self._is_taken(tenant, number):
+                return False
+            return await self._saved.remove(tenant, number)
+
     async def _restore(self, among: SavedSessions, tenant: str, number: str) -> None:
         try:
             async with among.restoring("sessions", tenant, [number]) as found:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Final, Generic, TypeVar, final
@@ -11,7 +11,8 @@ from agentspeed.messages import Message
 
 T = TypeVar("T")
 MOST_STORED: Final = 4096
-"""Older ones are forgotten: a client that comes back then sends its history, and finds its session by that."""
+"""Of one tenant. Older ones are forgotten: a client that comes back then sends its history, and finds its session by
+that."""
 
 
 @final
@@ -39,28 +40,32 @@ class StoredConversation:
 
 @final
 class Store(Generic[T]):
-    """The last `most` values that were put in, by tenant and id."""
+    """The last `most` values that were put in of each tenant, by id: no other tenant's push them out."""
 
     def __init__(self, most: int = MOST_STORED) -> None:
         self._most = most
-        self._values: OrderedDict[tuple[str, str], T] = OrderedDict()
+        self._values: defaultdict[str, OrderedDict[str, T]] = defaultdict(OrderedDict)
 
     def put(self, tenant: str, number: str, value: T) -> None:
-        """Kept until `most` others came."""
-        self._values[tenant, number] = value
-        self._values.move_to_end((tenant, number))
-        while len(self._values) > self._most:
-            _ = self._values.popitem(last=False)
+        """Kept until `most` others of the tenant came."""
+        values = self._values[tenant]
+        values[number] = value
+        values.move_to_end(number)
+        while len(values) > self._most:
+            _ = values.popitem(last=False)
 
     def get(self, tenant: str, number: str) -> T | None:
         """None for what is not there, or is another tenant's."""
-        return self._values.get((tenant, number))
+        return self._values[tenant].get(number)
 
     def pop(self, tenant: str, number: str) -> T | None:
         """What is not there any more."""
-        return self._values.pop((tenant, number), None)
+        return self._values[tenant].pop(number, None)
 
     def newest(self, most: int) -> list[tuple[str, str, T]]:
-        """Tenant, id and value of the last `most`, oldest first."""
-        first = max(0, len(self._values) - most)
-        return [(tenant, number, value) for (tenant, number), value in islice(self._values.items(), first, None)]
+        """Tenant, id and value of the last `most` of each tenant, its oldest first."""
+        return [
+            (tenant, number, value)
+            for tenant, values in self._values.items()
+            for number, value in islice(values.items(), max(0, len(values) - most), None)
+        ]

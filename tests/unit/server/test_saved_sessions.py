@@ -12,7 +12,7 @@ import pytest
 
 from agentspeed.messages import Assistant, User
 from agentspeed.server.openai.responses import Responses
-from agentspeed.server.openai.stored import StoredConversation, StoredResponse
+from agentspeed.server.openai.stored import Store, StoredConversation, StoredResponse
 from agentspeed.server.options import ServerOptions
 from agentspeed.server.saved_sessions import SavedSessions
 from agentspeed.server.snapshot_files import Claim, Saved, SnapshotFiles
@@ -98,3 +98,38 @@ def test_a_conversation_whose_response_was_broken_off_is_not_locked_at_the_next_
 
     found = asyncio.run(main())
     assert found is not None and not found.busy
+
+
+def test_a_broken_state_of_a_conversation_does_not_keep_a_shorter_one_from_going_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = _files(tmp_path)
+    for name in ("long", "short"):
+        files.save("history", Saved(tenant="a", name=name, data=name.encode()))
+    (broken,) = (path for path in tmp_path.glob("*/history/*") if b"long" in path.read_bytes())
+    _ = broken.write_bytes(b"nothing")
+    put: list[str] = []
+
+    async def keep(session: Any, conversation: Any) -> None:
+        put.append(session)
+
+    def whole(data: bytes, engine: Any, tenant: str) -> Any:
+        return data.decode()
+
+    monkeypatch.setattr("agentspeed.server.saved_sessions.session_of", whole)
+    saved = SavedSessions(files, NO_ENGINE)
+    conversation = cast(Any, SimpleNamespace(tenant="a"))
+    asyncio.run(saved.recall(cast(Any, SimpleNamespace(put=keep)), conversation, ["long", "short"]))
+    assert put == ["short"]
+    assert broken.exists() and not files.has("history", "a", "short")
+
+
+def test_stored_values_of_one_tenant_push_out_none_of_another() -> None:
+    store = Store[int](2)
+    store.put("a", "1", 1)
+    for number in range(5):
+        store.put("b", str(number), number)
+    assert store.get("a", "1") == 1
+    assert [store.get("b", str(number)) for number in range(5)] == [None, None, None, 3, 4]
+    assert store.newest(1) == [("a", "1", 1), ("b", "4", 4)]
+    assert store.pop("b", "4") == 4 and store.get("b", "4") is None
