@@ -201,7 +201,7 @@ def test_ranks_end_with_an_engine_that_cannot_begin(
     options = options_from({"model": "noop:64:0", "record": str(tmp_path / "file" / "records")})
     (tmp_path / "file").write_text("no folder")
     built = dataclasses.replace(build(options), ranks=ranks)
-    monkeypatch.setattr(engine_process, "build", lambda options, say: built)
+    monkeypatch.setattr(engine_process, "build", lambda options, say, share: built)
     with pytest.raises(EngineFault):
         _ = engine_process.serve(
             tmp_path / "socket", options, engine_process._Status(None), stay=True, own_folder=False
