@@ -115,7 +115,8 @@ class SavedSessions:
                 found = msgspec.json.decode(claim.saved.data, type=of)
             except msgspec.DecodeError as error:
                 await _shielded(claim, restored=False)
-                raise BrokenSnapshot(f"{claim.home.relative_to(self._files.folder)} is damaged: {error}", name) from error
+                place = claim.home.relative_to(self._files.folder)
+                raise BrokenSnapshot(f"{place} is damaged: {error}", name) from error
             await _shielded(claim, restored=True)
             return found
         except (BrokenSnapshot, OSError) as error:
