@@ -17,10 +17,10 @@ transformers, logit by logit in float64, on random small configurations
 
 {table}
 {notices}
-Weights are safetensors in bfloat16, float16, float32 or float64, fp8 e4m3 with one scale for each block of 128 ×
-128, or compressed-tensors in 4 bits (packed, symmetric, in groups, as Kimi-K2-Thinking has its experts), which are kept
-in memory as `dtype` or `weights` say. Every other quantisation is refused by its name, before any weight is read or
-fetched.
+Weights are safetensors in bfloat16, float16, float32 or float64, in fp8 e4m3 with one scale for each block of 128 ×
+128, or in compressed-tensors' 4 bits (packed, symmetric, in groups, as Kimi-K2-Thinking has its experts). Whatever the
+files hold, the options `dtype` and `weights` say what is kept in memory. Every other quantisation is refused by its
+name, before any weight is read or fetched.
 
 ## From the hub
 

@@ -1,4 +1,4 @@
-"""Writes the generated pages of docs/: API, command line, state diagrams and tables, modules, errors, engine options.
+"""Writes the generated pages of docs/: API, command line, state diagrams and tables, modules, errors, options, decisions.
 
 python tools/docs/reference.py          # write
 python tools/docs/reference.py --check  # exit 1 when a page would change (a test does this)
@@ -143,6 +143,23 @@ def models() -> str:
     return f"{NOTE}{model_pages.page()}"
 
 
+def decisions() -> str:
+    """Every decision by its title."""
+    lines = [
+        NOTE + "# Decisions",
+        "",
+        "Why the design is as it is: context, choice, price, and what would change our mind. A decision says what was so",
+        "when it was taken; names in it may have changed since. A number that is missing was never used.",
+        "",
+    ]
+    for path in sorted((ROOT / "docs" / "decisions").glob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        number, _, title = text.splitlines()[0].removeprefix("# ").partition(" ")
+        superseded = " (superseded)" if "**Superseded**" in text else ""
+        lines.append(f"- [{number}](../decisions/{path.name}) {title}{superseded}")
+    return "\n".join(lines) + "\n"
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "states.md": states,
     "modules.md": modules,
@@ -150,6 +167,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "engine-options.md": options,
     "cli.md": cli,
     "models.md": models,
+    "decisions.md": decisions,
 }
 PAGES |= {name: partial(api, module) for module, name in API.items()}
 
