@@ -1,4 +1,4 @@
-"""Writes the generated pages of docs/: API, command line, state diagrams and tables, modules, errors, options, decisions.
+"""Writes the generated pages of docs/: API, command line, states, modules, errors, options, models, decisions.
 
 python tools/docs/reference.py          # write
 python tools/docs/reference.py --check  # exit 1 when a page would change (a test does this)
@@ -148,8 +148,8 @@ def decisions() -> str:
     lines = [
         NOTE + "# Decisions",
         "",
-        "Why the design is as it is: context, choice, price, and what would change our mind. A decision says what was so",
-        "when it was taken; names in it may have changed since. A number that is missing was never used.",
+        "Why the design is as it is: context, choice, price, and what would change our mind. A decision says what was",
+        "so when it was taken; names in it may have changed since. A number that is missing was never used.",
         "",
     ]
     for path in sorted((ROOT / "docs" / "decisions").glob("*.md")):
