@@ -17,6 +17,7 @@ import pytest
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
+from agentspeed_kernels.triton.compiled import out_of_turn
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHARED = {"cuda:90": 232448, "cuda:100": 232448, "hip:gfx950": 163840}
@@ -38,6 +39,13 @@ MATRIX = {
 """The matrix instructions a kernel must use there: without them it runs on a slower path."""
 SPILLS = {"rows-hopper-large": 160, "rows-hopper-small": 80}
 """Bytes a thread may keep in local memory, outside the loops of these two. All others: none."""
+
+
+EARLY = {
+    "rows-16", "rows-16-edge", "rows-32", "rows-64", "merge", "add_norm_linear", "queries_few", "choose", "scores",
+    "gate_up_few", "down_few",
+}  # fmt: skip
+"""Those that begin while the kernel before them runs."""
 
 
 def compiled(target: str) -> dict[str, dict[str, Any]]:
@@ -62,6 +70,9 @@ def check(target: str) -> None:
     assert not missing
     spilled = {name: fact["spilled"] for name, fact in facts.items() if fact["spilled"] > SPILLS.get(name, 0)}
     assert not spilled
+    early = {name for name, fact in facts.items() if fact["waits"]}
+    assert early == (EARLY & set(facts) if target.startswith("cuda") else set())
+    assert not {name: fact["out_of_turn"] for name, fact in facts.items() if fact["out_of_turn"]}
     if target == "cuda:90":
         # Latents come through bulk copies, not through registers.
         assert all(facts[name]["bulk_copies"] for name in ("rows-16", "rows-16-edge", "rows-64", "extend-wide"))
@@ -77,3 +88,22 @@ def test_kernels_compile_for_hopper_with_its_matrix_instructions_and_no_spill_in
 @pytest.mark.parametrize("target", ["cuda:100", "hip:gfx950"])
 def test_kernels_compile_for_chips_that_were_never_run(target: str) -> None:
     check(target)
+
+
+@pytest.mark.parametrize(
+    ("order", "faults"),
+    [
+        ("ld wait next st", 0),
+        ("ld wait st", 0),
+        ("wait next st wait next st", 0),
+        ("st wait next", 1),
+        ("next wait st", 1),
+        ("wait next next", 1),
+        ("next st", 2),
+        ("ld st", 0),
+    ],
+)
+def test_a_kernel_waits_before_it_writes_and_before_it_lets_the_next_one_begin(order: str, faults: int) -> None:
+    words = {"ld": "ld.global.b32", "st": "st.global.b32", "wait": "griddepcontrol.wait;"}
+    words["next"] = "griddepcontrol.launch_dependents;"
+    assert out_of_turn("\n".join(words[word] for word in order.split())) == faults

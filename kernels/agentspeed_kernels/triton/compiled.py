@@ -16,12 +16,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, final
 
 from agentspeed_kernels.triton.device_code import device_code
 
 BF16, FP32, INT32, INT64, FP64 = "*bf16", "*fp32", "*i32", "*i64", "*fp64"
+_WAIT, _NEXT = "griddepcontrol.wait", "griddepcontrol.launch_dependents"
 
 
 @final
@@ -52,6 +54,10 @@ class CompiledFacts:
     matrix: dict[str, int]
     """Matrix instructions by kind: wgmma, mma, tcgen05, mfma."""
     bulk_copies: int
+    waits: int
+    """Places where a launch that began early waits for the one before it."""
+    out_of_turn: int
+    """Writes, and permissions for the next launch to begin, that stand before a wait."""
     seconds: float
 
 
@@ -326,8 +332,19 @@ def compile_one(build: Build, target: str) -> CompiledFacts:
         shared=int(made.metadata.shared),
         matrix={kind: count for kind, count in counts.items() if count},
         bulk_copies=len(re.findall(r"cp\.async\.bulk\.tensor", text)),
+        waits=text.count(_WAIT),
+        out_of_turn=out_of_turn(text),
         seconds=round(time.perf_counter() - started, 1),
     )
+
+
+def out_of_turn(text: str) -> int:
+    """Of PTX that waits: stores before its first wait, and permissions whose last wait belongs to another one."""
+    if _WAIT not in text and _NEXT not in text:
+        return 0
+    stores = len(re.findall(r"\bst\.global", text.split(_WAIT, 1)[0]))
+    order: list[str] = re.findall("|".join(map(re.escape, (_WAIT, _NEXT))), text)
+    return stores + sum(before != _WAIT for before, this in pairwise([_NEXT, *order]) if this == _NEXT)
 
 
 def _resources(binary: bytes) -> tuple[int, int]:

@@ -184,7 +184,8 @@ def down_few(
     i = tl.arange(0, BI)
     own = act + token * (TOP * I + S)
     sums = tl.zeros((BN, BI), tl.float32)
-    first = tl.load(ids + token * TOP).to(tl.int64)
+    # From L2: this load is before the wait, and the chip's first cache may hold a line of an earlier layer.
+    first = tl.load(ids + token * TOP, cache_modifier=".cg").to(tl.int64)
     ahead = _down_tile(down, first, n, 0, i, D, I, E)
     if EARLY:
         gdc_wait()
