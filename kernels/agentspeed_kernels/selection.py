@@ -107,6 +107,11 @@ class Preferences:
         """What the variable `SWITCH` asks for; nothing when it is not set. Raises `WrongPreference`."""
         return Preferences.parse(os.environ.get(SWITCH, ""))
 
+    @property
+    def joins(self) -> bool:
+        """Whether steps may call ops that join others."""
+        return JOINED not in self.excluded
+
     def objection(self, spec: KernelSpec) -> str | None:
         if spec.name in self.excluded or f"{spec.op}/{spec.name}" in self.excluded:
             return "excluded by option"
@@ -115,6 +120,8 @@ class Preferences:
 
 SWITCH = "AGENTSPEED_KERNELS"
 """The option `Preferences.parse` reads, as an environment variable of the engine's process."""
+JOINED = "joined"
+"""The name by which a user excludes the ops that join others, all together (`-joined`)."""
 
 
 def select(

@@ -15,6 +15,7 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 import tests.triton_interpreter  # noqa: F401 - must come before the first kernel
+from agentspeed_engine.models import graphs
 from agentspeed_engine.models.catalog import read_source
 from agentspeed_engine.models.inputs import FlatBatch
 from agentspeed_engine.models.joined import joined
@@ -26,7 +27,7 @@ from agentspeed_engine.models.state import StepState
 from agentspeed_engine.models.weights import RandomWeights
 from agentspeed_engine.spmd.lower import run
 from agentspeed_engine.spmd.placement import ONE
-from agentspeed_kernels.attention import AttentionStep
+from agentspeed_kernels.attention import AttentionBackend, AttentionStep
 from agentspeed_kernels.platform import detect, named
 from agentspeed_kernels.registry import standard
 from agentspeed_kernels.selection import Kernels
@@ -34,6 +35,7 @@ from agentspeed_kernels.triton.backend import TritonAttention, shape_of
 from agentspeed_kernels.triton.padded import PlanMemory, padded, shape_for
 from agentspeed_kernels.workspace import Workspace
 from tests.support.paged import CONFIG, Trail, batch
+from tests.support.recorder import CallsAgain
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered.*:RuntimeWarning")
 """Before scratch memory is cleared, rows that pad a step hold what was there."""
@@ -84,9 +86,9 @@ def step_of(module: Any) -> Any:
     return lambda x, residual, state, _: module(x, residual, state)
 
 
-def whole(steps: Sequence[Any], given: FlatBatch, rope: Rope) -> torch.Tensor:
+def whole(steps: Sequence[Any], given: FlatBatch, rope: Rope, backend: AttentionBackend | None = None) -> torch.Tensor:
     with torch.inference_mode():
-        ids, state = step_state(given, rope, PAGE, Workspace())
+        ids, state = step_state(given, rope, PAGE, Workspace(), backend)
         return run(steps, ids, state, (len(given.ids),)).clone()
 
 
@@ -113,3 +115,32 @@ def padded_step(source: ModelSource, chain: Any, given: FlatBatch, rope: Rope, q
         run(joined(chain), ids, state, (queries,))
         workspace.clear()
         return run(joined(chain), ids, state, (queries,)).clone()
+
+
+def test_graphs_of_joined_steps_pass_the_check_of_an_engines_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "BUCKETS", (4,))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | SIZES | {"num_hidden_layers": 2}))
+    source = read_source(f"random:{tmp_path / 'config.json'}")
+    config, family = source.config, source.family
+    pools = KvPools(family.kv_layout(config, "float32", ONE.mesh), PAGES, PAGE)
+    rope = Rope(config.rope, config.context_limit, torch.float32)
+    sizes = family.sizes(config, ONE.mesh)
+    attention = TritonAttention(shape=shape_of(sizes["H"], sizes["R"], sizes["rope"], PAGE, CPU, 4), device=CPU)
+    chain = chain_of(source, pools, on_gpu=True)
+    plain = [step_of(module) for module in chain]
+    held = graphs.Graphs(
+        joined(chain),
+        plain,
+        lambda given: whole(plain, given, rope, attention),
+        pools,
+        config.vocab_size,
+        rope,
+        attention,
+        CPU,
+        recorder=CallsAgain(),
+    )
+    with torch.inference_mode():
+        assert held.capture(128, PAGES * PAGE, lambda _: None)
+    assert held.joins and held.count

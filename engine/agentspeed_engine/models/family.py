@@ -97,6 +97,6 @@ class Family(Generic[ConfigT]):
     """What of the model does not run, as a sentence for the user who loads one; mostly empty."""
     capabilities: frozenset[Capability] = frozenset({"rewind_to_any_token"})
 
-    def ops_on(self, device: Device) -> tuple[str, ...]:
-        """The ops that it calls there."""
-        return (*self.ops, *self.joined_ops) if device == "cuda" else self.ops
+    def ops_on(self, device: Device, *, joins: bool = True) -> tuple[str, ...]:
+        """The ops that it calls there; `joins`: those that join others among them."""
+        return (*self.ops, *self.joined_ops) if device == "cuda" and joins else self.ops

@@ -3,6 +3,9 @@
 A graph is captured for a padded number of rows and a padded shape of the attention's plan: for the usual steps before
 the first turn, for others once they are met again. Rows that pad a step write
 no latent (their slot is -1), are read by nobody, and what attention leaves of them is finite.
+
+The chain of a graph is the joined one. The first graph of each form is repeated beside the modules themselves; where it
+gives something else all graphs are made of the modules from then on, and where these cannot be captured there are none.
 """
 
 from __future__ import annotations
@@ -10,21 +13,27 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from agentspeed_engine.models.graph_recorder import CudaRecorder, Recorder
 from agentspeed_engine.models.inputs import FlatBatch
 from agentspeed_engine.models.inputs_on_device import unwaited
+from agentspeed_engine.models.joined_check import objection
+from agentspeed_engine.models.kv_pools import KvPools
 from agentspeed_engine.models.rope import Rope
 from agentspeed_engine.models.state import StepState
-from agentspeed_engine.models.usual_steps import usual_steps
+from agentspeed_engine.models.usual_steps import first_page, usual_steps, written
 from agentspeed_engine.spmd.lower import Compiled, run
 from agentspeed_kernels.attention import AttentionStep
+from agentspeed_kernels.selection import JOINED, SWITCH
+from agentspeed_kernels.triton.attention import Form
 from agentspeed_kernels.triton.backend import TritonAttention
 from agentspeed_kernels.triton.padded import PaddedShape, PlanMemory, padded, shape_for
+from agentspeed_kernels.triton.plan import RowsPlan
 from agentspeed_kernels.workspace import Workspace
 
 log = logging.getLogger("agentspeed.engine")
@@ -34,10 +43,10 @@ BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 AFTER = 2
 """Steps of a shape that run kernel by kernel before a graph is captured; they also compile what it is made of."""
 MOST_GRAPHS = 192
-SPARE_PART = 20
-"""Of the GPU's memory one part in so many stays free of graphs."""
-_cuda: Any = torch.cuda
-"""torch gives these no types."""
+CHECKED_ROWS = 4
+"""Rows at the least that a form is checked with before the first turn: a near tie of the router is one row's."""
+MOST_SAID = 500
+"""Characters of what a compiler says about a step."""
 _ROWS = ("ids", "positions", "slots")
 
 
@@ -49,7 +58,7 @@ class _Graph:
     """[3, rows] int64: ids, positions, slots."""
     held: tuple[Workspace, Tensor]
     """Scratch memory and selected rows: the graph has their addresses."""
-    graph: Any
+    replay: Callable[[], None]
     logits: Tensor
 
 
@@ -57,19 +66,56 @@ class _Graph:
 class Graphs:
     """Not thread-safe: one worker thread drives it."""
 
-    def __init__(self, steps: Sequence[Compiled], rope: Rope, attention: TritonAttention, device: torch.device) -> None:
-        self._steps, self._rope, self._attention, self._device = tuple(steps), rope, attention, device
+    def __init__(
+        self,
+        joined: Sequence[Compiled] | None,
+        plain: Sequence[Compiled],
+        modules: Callable[[FlatBatch], Tensor],
+        pools: KvPools,
+        vocabulary: int,
+        rope: Rope,
+        attention: TritonAttention,
+        device: torch.device,
+        recorder: Recorder | None = None,
+    ) -> None:
+        """`joined` and `plain` are the chain in two ways, None: the first is not wanted; `modules` gives the logits of
+        the selected rows of a step, kernel by kernel. `recorder`: None for CUDA graphs."""
+        self._joined, self._modules = joined, modules
+        self._plain: Sequence[Compiled] | None = plain
+        self._pools, self._vocabulary = pools, vocabulary
+        self._rope, self._attention, self._device = rope, attention, device
+        self._recorder = recorder or CudaRecorder(device)
         self._graphs: dict[PaddedShape, _Graph] = {}
         self._seen: dict[PaddedShape, int] = {}
-        self._pool: Any = None
+        self._checked: set[tuple[int, Form]] = set()
+        self._turns = 0
 
     @property
     def count(self) -> int:
         return len(self._graphs)
 
+    @property
+    def joins(self) -> bool:
+        """Whether graphs are of joined steps."""
+        return self._joined is not None
+
     def capture(self, context_limit: int, pool_tokens: int, progress: Callable[[int], None]) -> bool:
         """Graphs of the usual steps of a pool of `pool_tokens`, as far as there is memory (False: not of all).
-        `progress` is told how many there are."""
+        `progress` is told how many there are. Nobody has rows in the pool yet."""
+        page_tokens = self._attention.shape.page_tokens
+        if not self.joins:
+            return self._usual(context_limit, pool_tokens, progress)
+        self._modules(first_page(min(page_tokens, context_limit), self._vocabulary))
+        whole = self._usual(context_limit, pool_tokens, progress)
+        for pool in self._pools.tensors:
+            pool[:, : -(-BUCKETS[-1] // page_tokens)] = 0
+        if self.joins:
+            log.info("joined steps give what the modules give, in %d forms", len(self._checked))
+        return whole
+
+    def _usual(self, context_limit: int, pool_tokens: int, progress: Callable[[int], None]) -> bool:
+        if self._plain is None:
+            return True
         for batch in usual_steps(BUCKETS, context_limit, pool_tokens, self._attention.shape.page_tokens):
             plan, form = self._attention.rows(batch.runs, batch.positions)
             shape = shape_for(plan, form, _bucket(len(batch.ids)), self._attention.shape)
@@ -77,48 +123,134 @@ class Graphs:
                 continue
             if not self._room():
                 return False
-            self._capture(shape, batch, padded(plan, shape))
+            if self._capture(shape, batch, padded(plan, shape), self._trials(batch)) is None:
+                return self._usual(context_limit, pool_tokens, progress)
             progress(len(self._graphs))
         return True
+
+    def _trials(self, batch: FlatBatch) -> list[FlatBatch]:
+        first, self._turns = self._turns + 1, self._turns + -(-CHECKED_ROWS // len(batch.ids))
+        return [written(batch, self._vocabulary, turn) for turn in range(first, self._turns + 1)]
 
     def run(self, batch: FlatBatch, name: Callable[[Tensor], None] | None) -> Tensor | None:
         """Logits of the selected rows as the chain gives them, valid until the next call; None: the step is not one of
         those that are repeated."""
         rows = len(batch.ids)
-        if not rows or rows > BUCKETS[-1] or not len(batch.select):
+        if self._plain is None or not rows or rows > BUCKETS[-1] or not len(batch.select):
             return None
-        queries = _bucket(rows)
         plan, form = self._attention.rows(batch.runs, batch.positions)
-        shape = shape_for(plan, form, queries, self._attention.shape)
+        shape = shape_for(plan, form, _bucket(rows), self._attention.shape)
         if shape is None:
             return None
         held = self._graphs.get(shape)
-        if held is None:
-            seen = self._seen[shape] = self._seen.get(shape, 0) + 1
-            if seen <= AFTER or not self._room():
-                return None
-        plan = padded(plan, shape)
-        if held is None:
-            held = self._capture(shape, batch, plan)
-        else:
-            held.plans.load(plan)
-        held.inputs.copy_(_padded_inputs(batch, queries), non_blocking=True)
+        if held is not None:
+            held.plans.load(padded(plan, shape))
+            return self._replay(held, batch, name)
+        seen = self._seen[shape] = self._seen.get(shape, 0) + 1
+        if seen <= AFTER or not self._room():
+            return None
+        held = self._capture(shape, batch, padded(plan, shape), [batch])
+        return None if held is None else self._replay(held, batch, name)
+
+    def _replay(self, held: _Graph, batch: FlatBatch, name: Callable[[Tensor], None] | None) -> Tensor:
+        """Of a step whose plan is loaded."""
+        queries, rows = held.inputs.shape[1], len(batch.ids)
+        held.inputs.copy_(_padded_inputs(batch, queries, self._device), non_blocking=True)
         if name is not None:
             name(held.inputs[0])
-        held.graph.replay()
+        held.replay()
         if len(batch.select) == rows:
             return held.logits[:rows]
         return held.logits[unwaited(batch.select, self._device)]
 
     def _room(self) -> bool:
-        free, total = _cuda.mem_get_info(self._device)
-        return bool(len(self._graphs) < MOST_GRAPHS and free >= total // SPARE_PART)
+        return len(self._graphs) < MOST_GRAPHS and self._recorder.room()
 
-    def _capture(self, shape: PaddedShape, batch: FlatBatch, plan: Any) -> _Graph:
+    def _capture(
+        self, shape: PaddedShape, batch: FlatBatch, plan: RowsPlan, trials: Sequence[FlatBatch]
+    ) -> _Graph | None:
+        """None where a chain was found wanting just now: there are no graphs any more. `trials`: steps of the same plan
+        that a form of joined steps is checked with."""
+        steps = self._plain if self._joined is None else self._joined
+        if steps is None:
+            return None
+        made = self._tried(steps, shape, batch, plan, trials)
+        if isinstance(made, str):
+            self._leave_out(shape, made)
+            return None
+        self._graphs[shape] = made
+        log.debug("steps of up to %d rows are one graph (%d graphs)", shape.queries, len(self._graphs))
+        return made
+
+    def _tried(
+        self,
+        steps: Sequence[Compiled],
+        shape: PaddedShape,
+        batch: FlatBatch,
+        plan: RowsPlan,
+        trials: Sequence[FlatBatch],
+    ) -> _Graph | str:
+        """The graph, or what is wrong with its chain."""
+        try:
+            made = self._made(steps, shape, batch, plan)
+            return (self._objection(made, trials) if self.joins else None) or made
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a compiler and a driver may raise anything; the warning says it
+            return f"it raised {type(error).__name__}: {' '.join(str(error).split())[:MOST_SAID]}"
+
+    def _objection(self, held: _Graph, trials: Sequence[FlatBatch]) -> str | None:
+        """What is wrong with the first graph of a form: logits and rows of the cache beside those of the modules."""
+        form = held.plans.shape.queries, held.plans.shape.form
+        if form in self._checked:
+            return None
+        got: list[tuple[Tensor, Tensor]] = []
+        wanted: list[tuple[Tensor, Tensor]] = []
+        for batch in trials:
+            live = torch.from_numpy(batch.slots[batch.select] >= 0).to(self._device)
+            got.append((self._replay(held, batch, None)[live], self._rows(batch)))
+            wanted.append((self._modules(batch)[live], self._rows(batch)))
+        both = zip(zip(*got, strict=True), zip(*wanted, strict=True), strict=True)
+        for what, (ours, theirs) in zip(("logits", "rows of the cache"), both, strict=True):
+            why = objection(what, torch.cat(ours), torch.cat(theirs))
+            if why is not None:
+                return why
+        self._checked.add(form)
+        return None
+
+    def _rows(self, batch: FlatBatch) -> Tensor:
+        """[T, layers * width of all pools] of what a step has written."""
+        slots = unwaited(batch.slots[batch.slots >= 0], self._device)
+        return torch.cat([pool.flatten(1, 2)[:, slots].transpose(0, 1).flatten(1) for pool in self._pools.tensors], 1)
+
+    def _leave_out(self, shape: PaddedShape, why: str) -> None:
+        """Joined steps for those of the modules; these for no graphs at all."""
+        if self._joined is not None:
+            self._joined = None
+            log.warning(
+                "joined steps are left out, found by one of up to %d rows: %s. Steps call their modules one by one, "
+                "which is slower (%s=-%s asks for that from the start)",
+                shape.queries,
+                why,
+                SWITCH,
+                JOINED,
+            )
+        else:
+            self._plain = None
+            log.warning(
+                "steps are not captured, found by one of up to %d rows: %s. They are launched kernel by kernel, which "
+                "is much slower",
+                shape.queries,
+                why,
+            )
+        self._graphs.clear()
+        self._recorder.forget()
+
+    def _made(self, steps: Sequence[Compiled], shape: PaddedShape, batch: FlatBatch, plan: RowsPlan) -> _Graph:
         """Runs once beside the capture, which writes what the step itself writes again."""
         plans = PlanMemory(shape, self._device)
         inputs = torch.empty(len(_ROWS), shape.queries, dtype=torch.int64, device=self._device)
-        inputs.copy_(_padded_inputs(batch, shape.queries))
+        inputs.copy_(_padded_inputs(batch, shape.queries, self._device))
         workspace = Workspace(self._device)
         select = torch.arange(shape.queries, device=self._device)
         few = plans.load(plan)
@@ -129,32 +261,21 @@ class Graphs:
             state = StepState(
                 cos=cos, sin=sin, slots=inputs[2], attention=attention, select=select, workspace=workspace
             )
-            logits: Tensor = run(self._steps, inputs[0], state, (shape.queries,))
+            logits: Tensor = run(steps, inputs[0], state, (shape.queries,))
             return logits
 
         # Buffers of a workspace grow, and move, until the largest call of a step has been made.
-        side = _cuda.Stream(self._device)
-        side.wait_stream(_cuda.current_stream(self._device))
-        with _cuda.stream(side):
-            chain()
-        _cuda.current_stream(self._device).wait_stream(side)
-        workspace.clear()
-        graph = _cuda.CUDAGraph()
-        with _cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            logits = chain()
-        self._pool = self._pool or graph.pool()
-        held = self._graphs[shape] = _Graph(plans, inputs, (workspace, select), graph, logits)
-        log.debug("steps of up to %d rows are one graph (%d graphs)", shape.queries, len(self._graphs))
-        return held
+        replay, logits = self._recorder.record(chain, workspace.clear)
+        return _Graph(plans, inputs, (workspace, select), replay, logits)
 
 
 def _bucket(rows: int) -> int:
     return next(size for size in BUCKETS if size >= rows)
 
 
-def _padded_inputs(batch: FlatBatch, queries: int) -> Tensor:
-    """[3, queries] in pinned memory: ids, positions, slots."""
-    given = torch.empty(len(_ROWS), queries, dtype=torch.int64, pin_memory=True)
+def _padded_inputs(batch: FlatBatch, queries: int, device: torch.device) -> Tensor:
+    """[3, queries] in pinned memory for a GPU: ids, positions, slots."""
+    given = torch.empty(len(_ROWS), queries, dtype=torch.int64, pin_memory=device.type == "cuda")
     view = given.numpy()
     rows = len(batch.ids)
     view[0, :rows], view[1, :rows], view[2, :rows] = batch.ids, batch.positions, batch.slots

@@ -67,14 +67,15 @@ def kernel_choices(
     with kernels_chosen():
         place = detect() if platform is None else named(platform)
         chosen, why = choose(source.raw, place) if dtype == "auto" else (dtype, "")
-        ops = family.ops_on(place.device)
+        preferences = Preferences.from_environment()
+        ops = family.ops_on(place.device, joins=preferences.joins)
         kernels = Kernels(
             standard(),
             place,
             chosen,
             ops,
             sizes={"page_tokens": page_tokens, **family.sizes(source.config, Mesh())},
-            preferences=Preferences.from_environment(),
+            preferences=preferences,
             # A kernel from outside can be run where it would run, and nowhere else.
             check=conformance.objection if platform is None else None,
             weights=weights,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, final
 
 import torch
@@ -23,7 +24,7 @@ from agentspeed_engine.models.source import Dtype, ModelInfo, ModelSource
 from agentspeed_engine.models.state import StepState
 from agentspeed_engine.models.weight_formats import WeightFormat
 from agentspeed_engine.models.weights import OnDevice, RandomWeights, WeightSource
-from agentspeed_engine.spmd.lower import Comm, lower, run
+from agentspeed_engine.spmd.lower import Comm, Compiled, lower, run
 from agentspeed_engine.spmd.placement import ONE, Rank
 from agentspeed_engine.spmd.plan import Plan, fuse, plan
 from agentspeed_engine.spmd.spec import TOKEN_SHARD
@@ -111,13 +112,14 @@ class LoadedModel:
         self.pools = KvPools(info.kv, pages, page_tokens, self.device)
         sizes = {"page_tokens": page_tokens, **source.family.sizes(source.config, rank.mesh)}
         with kernels_chosen():
+            preferences = Preferences.from_environment()
             self._kernels = Kernels(
                 standard(),
                 detect(device),
                 dtype,
-                source.family.ops_on(device),
+                source.family.ops_on(device, joins=preferences.joins),
                 sizes=sizes,
-                preferences=Preferences.from_environment(),
+                preferences=preferences,
                 check=conformance.objection,
                 weights=weights,
             )
@@ -141,7 +143,16 @@ class LoadedModel:
             # Imported late: only a GPU's kernels need it.
             from agentspeed_engine.models.graphs import Graphs
 
-            self._graphs = Graphs(joined(chain), self._rope, self._attention, self.device)
+            self._graphs = Graphs(
+                joined(chain) if preferences.joins and source.family.joined_ops else None,
+                self._steps,
+                partial(_by_modules, self._steps, self._rope, page_tokens, self._workspace, self._attention),
+                self.pools,
+                info.vocab_size,
+                self._rope,
+                self._attention,
+                self.device,
+            )
 
     @property
     def repeats(self) -> bool:
@@ -157,6 +168,11 @@ class LoadedModel:
     def graphs(self) -> int:
         """CUDA graphs that were captured."""
         return 0 if self._graphs is None else self._graphs.count
+
+    @property
+    def joins(self) -> bool:
+        """Whether the graphs are of joined steps: those are wanted, and no check has found them wrong."""
+        return self._graphs is not None and self._graphs.joins
 
     @torch.inference_mode()
     def capture(self, context_limit: int, progress: Callable[[int], None]) -> bool:
@@ -187,6 +203,20 @@ class LoadedModel:
     def copy_rows(self, src_page: int, dst_page: int, rows: int) -> None:
         """The first `rows` rows of a page, in every layer."""
         self.pools.copy_rows(src_page, dst_page, rows)
+
+
+def _by_modules(
+    steps: Sequence[Compiled],
+    rope: Rope,
+    page_tokens: int,
+    workspace: Workspace,
+    backend: AttentionBackend,
+    batch: FlatBatch,
+) -> Tensor:
+    """Logits of the selected rows, kernel by kernel."""
+    ids, state = step_state(batch, rope, page_tokens, workspace, backend)
+    logits: Tensor = run(steps, ids, state, (len(batch.ids),))
+    return logits
 
 
 def step_state(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -30,6 +31,26 @@ def usual_steps(rows: Sequence[int], most_context: int, most_tokens: int, page_t
                 yield _forks(count, context, page_tokens)
                 yield _extend(count, context, page_tokens)
             context *= 2
+
+
+def first_page(page_tokens: int, vocabulary: int) -> FlatBatch:
+    """A step that fills page 0 with rows of tokens by chance: what usual steps read once they are checked."""
+    positions = np.arange(page_tokens)
+    run = _run(positions, 0, page_tokens, page_tokens, causal=True)
+    step = _step([run], positions)
+    return replace(step, ids=_ids(page_tokens, 0, vocabulary), slots=positions.astype(np.int64))
+
+
+def written(step: FlatBatch, vocabulary: int, turn: int) -> FlatBatch:
+    """`step` with other tokens each `turn` (from 1 on), whose rows go to the first ones of the pool; each third, as one
+    that pads a step, to none."""
+    slots = np.arange(len(step.ids), dtype=np.int64)
+    slots[1::3] = -1
+    return replace(step, ids=_ids(slots.size, turn, vocabulary), slots=slots)
+
+
+def _ids(count: int, turn: int, vocabulary: int) -> Int64s:
+    return (np.arange(count, dtype=np.int64) * 31 + 7919 * turn + 11) % vocabulary
 
 
 def _forks(count: int, context: int, page_tokens: int) -> FlatBatch:

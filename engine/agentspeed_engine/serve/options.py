@@ -361,7 +361,10 @@ def _captured(model: LoadedModel, context_limit: int, say: Callable[[str], None]
         if count % _GRAPHS_SAID == 0:
             say(f"capturing steps: {count} graphs")
 
-    if not model.capture(context_limit, told):
+    whole = model.capture(context_limit, told)
+    if model.graphs and not model.joins:
+        say(f"{model.graphs} graphs of steps call modules one by one: joined steps are left out")
+    if not whole:
         say(f"memory for {model.graphs} graphs of steps and no more: give fewer pages if steps shall be faster")
 
 

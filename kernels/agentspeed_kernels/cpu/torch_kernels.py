@@ -52,7 +52,13 @@ def latent_append(
     row = raw.clone()
     rms_norm(raw[:, :rank], weight, eps, out=row[:, :rank])
     rope(row[:, None, rank:], cos, sin)
-    pool.index_copy_(0, slots, row)
+    # A negative slot writes nothing: such a row does again what the first one with a slot does, or leaves row 0 as it
+    # is where there is none. Nothing here waits for a device.
+    live = slots >= 0
+    first = live.int().argmax(0, keepdim=True)
+    slot = slots[first].clamp(min=0)
+    value = torch.where(live[first].unsqueeze(1), row[first], pool[slot])
+    pool.index_copy_(0, torch.where(live, slots, slot), torch.where(live.unsqueeze(1), row, value))
 
 
 def route(x: Tensor, weight: Tensor, bias: Tensor | None, rule: RouteRule) -> tuple[Tensor, Tensor]:

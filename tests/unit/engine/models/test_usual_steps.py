@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from agentspeed_engine.models.usual_steps import usual_steps
+from agentspeed_engine.models.usual_steps import first_page, usual_steps, written
 from agentspeed_kernels.triton.attention import AttentionShape, plan_step
 from agentspeed_kernels.triton.padded import PaddedShape, shape_for
 
@@ -39,3 +39,19 @@ def test_the_usual_steps_of_a_large_model_share_few_graphs(heads: int) -> None:
         assert padded is not None
         found.add(padded)
     assert len(found) <= 120
+
+
+@pytest.mark.parametrize("rows", [1, 4, 64])
+def test_a_step_that_is_checked_has_other_tokens_each_turn_and_writes_rows_of_its_own(rows: int) -> None:
+    usual = next(step for step in STEPS if len(step.ids) == rows)
+    turns = [written(usual, 50, turn) for turn in range(1, 4)]
+    assert len({tuple(step.ids.tolist()) for step in turns}) == 3
+    for step in turns:
+        slots = step.slots[step.slots >= 0].tolist()
+        assert slots[0] == 0 and len(set(slots)) == len(slots) and max(slots) < rows
+        assert (step.slots < 0).any() == (rows > 1) and step.ids.max() < 50 and step.runs is usual.runs
+
+
+def test_the_page_that_checked_steps_read_is_written_by_one_step() -> None:
+    step = first_page(16, 50)
+    assert step.slots.tolist() == step.positions.tolist() == list(range(16)) and len(set(step.ids.tolist())) > 8
