@@ -121,6 +121,8 @@ class _Carrier:
         self._grace = grace
         self._far = far
         self._received = 0
+        self._reached_at = 0.0
+        """When the server last began to send what it has: from its end on it waits for the next reader."""
         self._over = threading.Event()
 
     def start(self) -> None:
@@ -142,6 +144,7 @@ class _Carrier:
             if response.status_code != 200:
                 _LOG.info("a link to %s ended: %s", self._client.base_url, response.status_code)
                 return True
+            self._reached_at = time.monotonic()
             for data in response.iter_raw():
                 self._received += len(data)
                 self._far.sendall(data)
@@ -182,7 +185,8 @@ class _Carrier:
                     return
             except httpx.HTTPError as error:
                 now = time.monotonic()
-                since = now if since is None else since
+                if since is None or self._reached_at > since:  # it was there again since the break before this one
+                    tries, since = 0, now
                 if now - since > self._grace:
                     _LOG.warning("a link to %s is given up: %s", self._client.base_url, error)
                     raise _LinkLost from error
