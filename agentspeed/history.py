@@ -462,7 +462,9 @@ class History:
         """Closes what has been idle for `idle_seconds`; to be called now and then."""
         late = self._clock() - self._limits.idle_seconds
         for number in list(self._idle):
-            entry = self._entries[number]
+            entry = self._entries.get(number)
+            if entry is None or not entry.idle:  # another call took or closed it while one before it was closed here
+                continue
             if entry.used_at > late:
                 return
             await self._drop(entry)
