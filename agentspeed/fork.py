@@ -12,6 +12,7 @@ from agentspeed import errors
 from agentspeed._base.completion import run_to_completion
 from agentspeed._base.validate import shown
 from agentspeed._core.session_core import TOO_OLD, SessionCore
+from agentspeed.chat.token_log import Checkpoint
 
 S = TypeVar("S")
 
@@ -20,7 +21,7 @@ S = TypeVar("S")
 class Forks(Generic[S]):
     """Made by `Session.fork`; entering it forks."""
 
-    def __init__(self, parent: SessionCore, n: int, at: int | None, face: Callable[[SessionCore], S]) -> None:
+    def __init__(self, parent: SessionCore, n: int, at: Checkpoint | None, face: Callable[[SessionCore], S]) -> None:
         """`face` makes a session of a child's core."""
         self._parent = parent
         self._n = n
@@ -46,8 +47,8 @@ class Forks(Generic[S]):
             await child.close()
 
 
-async def fork(parent: SessionCore, n: int, at: int | None) -> tuple[SessionCore, ...]:
-    """`n` open children of an open session, at its end or at a token position."""
+async def fork(parent: SessionCore, n: int, at: Checkpoint | None) -> tuple[SessionCore, ...]:
+    """`n` open children of an open session, at its end or at a place before it."""
     parent.must_be_open()
     if at is not None:
         parent.must_be_idle()
@@ -69,6 +70,7 @@ async def fork(parent: SessionCore, n: int, at: int | None) -> tuple[SessionCore
         child.parent, child.path = parent, f"{parent.path}→b{number}"
         # A turn that runs goes on after the fork: what it had said by then is what the children begin with.
         child.forked_at = (moves, child.tokens if at is None else parent.tokens)
+        parent.record_unread(child.log)
         child.pending = parent.pending.forked(child.open_calls())
         child.rested_at = parent.rested_at
         parent.children.append(child)
@@ -76,14 +78,16 @@ async def fork(parent: SessionCore, n: int, at: int | None) -> tuple[SessionCore
     return tuple(children)
 
 
-def copy(core: SessionCore, tokens: int) -> SessionCore:
-    """A session of its own, not entered yet, over the first `tokens` of another's log, with its options."""
+def copy(core: SessionCore, point: Checkpoint) -> SessionCore:
+    """A session of its own, not entered yet, over another's log up to `point`, with its options."""
     opening = replace(core.branch.opening, label=secrets.token_hex(4), seed=secrets.randbits(62))
     other = SessionCore(
         engine=core.engine, owns_engine=False, system=core.system, defaults=core.defaults, opening=opening
     )
-    other.branch.mirror = core.log.copy(tokens)
+    other.branch.mirror = core.log.copy(point.tokens, point)
     other.described, other.tokenizer, other.idle_timeout = core.described, core.tokenizer, core.idle_timeout
+    other.pending = core.pending.forked(other.open_calls())
+    other.pending.leave(other.log)
     return other
 
 
@@ -106,9 +110,9 @@ async def adopt(trunk: SessionCore, child: object) -> None:
 
 
 async def _adopt(trunk: SessionCore, child: SessionCore) -> None:
-    marks, told = trunk.log.marks, (child.moves, child.tokens)
+    before, told = trunk.log, (child.moves, child.tokens)
     await trunk.branch.adopt(child.branch)
-    trunk.log.marks = marks | trunk.log.marks
+    trunk.log.marks = before.marks_in(trunk.log) | trunk.log.marks  # a child may have gone back to before some of them
     child.state = "closed"
     trunk.children.remove(child)
     trunk.usage = trunk.usage + child.usage

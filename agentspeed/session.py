@@ -310,7 +310,7 @@ class Session(SessionValues):
         They are closed at the end of the block, unless adopted."""
         self._core.must_be_open()
         check_count("n", n)
-        return Forks(self._core, n, None if at is None else self._core.point(at).tokens, Session._of)
+        return Forks(self._core, n, None if at is None else self._core.point(at), Session._of)
 
     def copy(self, *, at: Mark | str | int | None = None) -> Session:
         """A session of its own over this one's log (or its beginning, up to `at`) and with its options; enter it like
@@ -321,7 +321,7 @@ class Session(SessionValues):
             self._core.must_be_idle()
         else:
             self._core.must_be_open()
-        return Session._of(copy(self._core, self.tokens if at is None else self._core.point(at).tokens))
+        return Session._of(copy(self._core, self._core.log.checkpoint() if at is None else self._core.point(at)))
 
     async def adopt(self, child: Session) -> None:
         """The child's context becomes this session's; the child is closed.

@@ -272,23 +272,25 @@ class Branch:
 
         await self._again(once)
 
-    async def fork(self, n: int, at: int | None) -> list[Branch]:
+    async def fork(self, n: int, at: Checkpoint | None) -> list[Branch]:
         """Children of what is committed when the engine forks, which a running turn goes on beyond."""
 
         def forked(reply: wire.Reply) -> None:
             if isinstance(reply, wire.Forked) and self._link is not None:
                 for number in reply.branches:
-                    child = Branch(self.engine, self.opening.of_child(number), self.mirror.copy(reply.known))
+                    child = Branch(self.engine, self.opening.of_child(number), self.mirror.copy(reply.known, at))
                     child._settle(self._link, number)
                     child._opened = 1
                     child._born = (self._link, self._number)
                     child.residence = self.residence
                     born.append(child)
 
+        tokens = None if at is None else at.tokens
+
         async def bear(link: Connection) -> list[Branch]:
             born.clear()
             _ = await self._call(
-                link, lambda request: wire.Fork(request=request, branch=self._number, n=n, at=at), forked
+                link, lambda request: wire.Fork(request=request, branch=self._number, n=n, at=tokens), forked
             )
             return born
 
@@ -319,6 +321,7 @@ class Branch:
         else:  # a child of an adopted child, or an engine that was started anew: it does not know the kinship
             await self.close()
             self._settle(link, ended)
+            self._born = None  # to the engine this is the child's branch, and no child of whose this one was
         child._link = None
 
     async def expect(self, seconds: float | None, keep: wire.Keep, tool: str) -> Lease:

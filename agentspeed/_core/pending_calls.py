@@ -32,9 +32,9 @@ class PendingCalls:
         self._ended = False
 
     def forked(self, calls: Iterable[ToolCall]) -> PendingCalls:
-        """What a child begins with, whose open calls are `calls`: the results are its own to wait for, the pause is
-        not. A call that is being served stays its parent's: served by the child as well, a tool that runs a fork of
-        its session would call itself without end."""
+        """What a child or a copy begins with, whose open calls are `calls`: the results are its own to wait for, the
+        pause is not. A call that is being served stays its parent's: served by the child as well, a tool that runs a
+        fork of its session would call itself without end."""
         child = PendingCalls()
         child._results = dict(self._results)
         for call in calls:
@@ -50,9 +50,10 @@ class PendingCalls:
     def arrived(self, result: ToolMessage) -> None:
         self._results[result.call_id] = result
 
-    def take(self, calls: Iterable[ToolCall]) -> tuple[ToolMessage, ...]:
-        """The results of `calls`, all of which have arrived, in call order: they wait no more."""
-        return tuple(self._results.pop(call.id) for call in calls)
+    def of(self, calls: Iterable[ToolCall]) -> tuple[ToolMessage, ...]:
+        """The results of `calls`, all of which have arrived, in call order. They wait until they are in the log
+        (`leave`): a tool whose result cannot be written now is not called again for it."""
+        return tuple(self._results[call.id] for call in calls)
 
     def due(self, mirror: TokenLog) -> list[ToolMessage]:
         """Results of calls that are open, in call order."""

@@ -324,6 +324,11 @@ class SessionCore:
         finally:
             self._rest(turn)
 
+    def record_unread(self, log: TokenLog) -> None:
+        """In a fork's log: the message of a turn of this session that has ended and was not read to its end yet."""
+        if not self.defaults.plain:
+            transcript.record_unread(log, self.codec, self._reply_at)
+
     def turn_died(self, turn: TurnRecord) -> errors.AgentspeedError:
         """The engine or the session went during a turn; the log is as it was before it. Gives what to raise."""
         self._rest(turn)
@@ -410,7 +415,7 @@ class SessionCore:
     async def resume(self, calls: Sequence[ToolCall]) -> tuple[ToolMessage, ...]:
         """The results of `calls`, all of which have arrived, enter the log whatever ended the tools: a call without one
         could not be rendered. Gives them as the model reads them. The caller has made the session busy."""
-        results = self.pending.take(calls)
+        results = self.pending.of(calls)
         if (seconds := self.pending.end()) is not None:
             self.usage = self.usage + Usage(pauses=1, pause_seconds=seconds)
         return await run_to_completion(lambda: self._write(results)) if self.state == "open" else results
@@ -438,6 +443,7 @@ class SessionCore:
                 text = f"error: {name}: its result of {size} characters does not fit into the context"
                 told[index] = msgspec.structs.replace(told[index], text=text, ok=False)
             else:
+                self.pending.leave(self.log)
                 return tuple(told)
 
     def open_calls(self) -> tuple[ToolCall, ...]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
-from agentspeed.messages import Message
+from agentspeed.messages import Assistant, Message
 
 
 @final
@@ -104,7 +104,8 @@ class TokenLog:
         self.computed = min(self.computed, point.tokens)
 
     def at(self, tokens: int) -> Checkpoint:
-        """The checkpoint for any token position: a message cut in its middle is no message, an assistant's is open."""
+        """The checkpoint for any token position: a message cut in its middle is no message, an assistant's is open; one
+        that ends there owes the template ids that closed it."""
         if self.plain:
             return Checkpoint(tokens, (), min(self.open_at or 0, tokens), ())
         whole = [span for span in self.spans if span.end <= tokens]
@@ -114,11 +115,25 @@ class TokenLog:
         if cut is not None and tokens > start:
             drawn = self.made.find(1, max(cut.start, start), cut.end)
             open_at = drawn if 0 <= drawn <= tokens else None
-        return Checkpoint(tokens, tuple(whole), open_at, () if tokens < len(self.ids) else self.owed)
+        owed: tuple[int, ...] = ()
+        if tokens == len(self.ids):
+            owed = self.owed
+        elif cut is not None and whole and isinstance(whole[-1].message, Assistant):
+            owed = tuple(self.ids[tokens : cut.start])
+        return Checkpoint(tokens, tuple(whole), open_at, owed)
 
-    def copy(self, tokens: int) -> TokenLog:
-        """The first `tokens` of this mirror, sharing nothing."""
-        point = self.at(tokens) if tokens < len(self.ids) else self.checkpoint()
+    def marks_in(self, other: TokenLog) -> dict[str, Checkpoint]:
+        """The named marks up to which another log has the same ids."""
+        return {
+            name: point
+            for name, point in self.marks.items()
+            if point.tokens <= len(other) and self.digest(point.tokens) == other.digest(point.tokens)
+        }
+
+    def copy(self, tokens: int, point: Checkpoint | None = None) -> TokenLog:
+        """The first `tokens` of this mirror, sharing nothing. `point`: what a mark knows of that place."""
+        if point is None:
+            point = self.at(tokens) if tokens < len(self.ids) else self.checkpoint()
         other = TokenLog()
         other.plain = self.plain
         other.ids = self.ids[:tokens]

@@ -174,9 +174,11 @@ class OpenMessage:
 
 def open_message(mirror: TokenLog) -> OpenMessage | None:
     """The message that the model would go on with; None when all are closed."""
-    start = mirror.open_at
-    if start is None:
-        return None
+    return None if mirror.open_at is None else _message_since(mirror, mirror.open_at)
+
+
+def _message_since(mirror: TokenLog, start: int) -> OpenMessage:
+    """The log's last message, whose text begins at `start`."""
     last = mirror.spans[-1] if mirror.spans else None
     said = last.message if last is not None and last.end > start else None
     return OpenMessage(
@@ -283,6 +285,17 @@ def record(mirror: TokenLog, message: Assistant, open_at: int) -> None:
         _ = mirror.spans.pop()
     start = mirror.spans[-1].end if mirror.spans else 0
     mirror.spans.append(Span(message, start, len(mirror)))
+
+
+def record_unread(mirror: TokenLog, codec: ChatCodec, open_at: int) -> None:
+    """In a copy that was made after the model had ended its message and before anybody had read the turn to its end:
+    what there is of the message, as plain text. `open_at`: where that begins."""
+    start = mirror.spans[-1].end if mirror.spans else 0
+    if mirror.open_at is not None or mirror.made.find(1, start) < 0:
+        return
+    message = _message_since(mirror, open_at)
+    said = "".join(message.read(codec.tokenizer.decoder(), codec.stop_ids))
+    record(mirror, Assistant(said, raw=said), open_at)
 
 
 def unanswered(mirror: TokenLog) -> tuple[ToolCall, ...]:

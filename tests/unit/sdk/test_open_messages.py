@@ -53,6 +53,19 @@ async def test_a_message_that_was_gone_on_with_is_one_message() -> None:
         assert [type(message) for message in s.messages] == [User, Assistant, User, Assistant]
 
 
+async def test_an_answer_that_ended_before_anybody_read_it_is_a_message_of_a_fork() -> None:
+    async with ScriptedEngine(["Hello there."]) as engine, engine.session() as s:
+        async with s.stream("Hi.") as turn:
+            _ = await anext(turn)  # the first event, and all others have come with it
+            async with s.fork() as (child,):
+                _ = await child.add("And?")
+                told, ids = child.messages, child.ids
+            assert (await turn.reply()).text == "Hello there."
+        _ = await s.add("And?")
+        assert [message.text for message in told] == ["Hi.", "Hello there.", "And?"]
+        assert ids == s.ids
+
+
 @pytest.mark.parametrize("script", ["Hello.", 5])
 def test_a_script_is_a_list_of_texts_or_a_function(script: object) -> None:
     with pytest.raises(TypeError, match="script is"):
