@@ -250,7 +250,6 @@ class Run:
     async def _use_tools(self, calls: tuple[ToolCall, ...], tools: tuple[Tool, ...]) -> agent_loop.Answer:
         """One result for each call: of `tools`, or what a `tool_call` block left that ended during the turn."""
         core = self._core
-        left = self._within_limit(core.pending.waits(calls))
         failures: list[Exception] = []
 
         def tell(event: events.AnyEvent) -> None:
@@ -259,7 +258,10 @@ class Run:
             except Exception as error:  # noqa: BLE001 - raised below: here it would cancel the other tools
                 failures.append(error)
 
+        left = self._within_limit(core.pending.waits(calls), tell)
         scope = anyio.CancelScope()
+        if failures:
+            scope.cancel()
 
         def started(call: ToolCall) -> None:
             tell(events.ToolStarted(call=call))
@@ -338,7 +340,9 @@ class Run:
             )
         return tuple(known[name] for name in tool.hands_over)
 
-    def _within_limit(self, calls: tuple[ToolCall, ...]) -> tuple[ToolCall, ...]:
+    def _within_limit(
+        self, calls: tuple[ToolCall, ...], tell: Callable[[events.AnyEvent], None]
+    ) -> tuple[ToolCall, ...]:
         """The calls among `calls` that may still be run; the others have a result that says why they were not."""
         bound = self._account.calls_left()
         most = len(calls) if bound is None else max(0, bound[0])
@@ -347,7 +351,7 @@ class Run:
         for call in beyond:
             told = f"error: {call.name}: not run, because all calls are used: {self._calls_used_up()}"
             self._core.pending.arrived(ToolMessage(call_id=call.id, name=call.name, text=told, ok=False))
-            self._tell(self._core.stamp(events.ToolFinished(call=call, content=told, ok=False, seconds=0.0)))
+            tell(events.ToolFinished(call=call, content=told, ok=False, seconds=0.0))
         return run
 
     def _tell(self, event: events.AnyEvent) -> None:

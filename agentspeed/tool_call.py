@@ -66,8 +66,12 @@ async def tool_call(
                     raise errors.ToolTimeout(f"{call.name}: no result after {timeout} s", tool=call.name)
                 outcome = ToolResult(content=_content(pending), ok=True)
             except Exception as error:
-                told = error if isinstance(error, errors.ToolError) else f"{call.name}: {told_of(error)}"
-                outcome = ToolResult(content=f"error: {told}", ok=False)
+                failed = (
+                    error
+                    if isinstance(error, errors.ToolError)
+                    else errors.ToolFailed(f"{call.name}: {told_of(error)}", tool=call.name)
+                )
+                outcome = ToolResult(content=f"error: {failed}", ok=False, error=failed)
                 _LOG.info("tool call %s failed", call.name, exc_info=error)
                 if on_error == "raise":
                     raise

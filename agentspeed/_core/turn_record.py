@@ -192,10 +192,12 @@ class TurnRecord:
                     self._say(f"{opened}{raw}{'' if cut else tags.call_close}")
 
     def _call(self, name: str, arguments: str, own: str | None) -> ToolCall:
-        """`own`: the id that the model wrote, in families whose models do."""
+        """`own`: the id that the model wrote, in families whose models do; one that it wrote twice names one call."""
         if self._earlier_calls:
             return self._earlier_calls.popleft()
-        return ToolCall(id=own or f"call_{secrets.token_hex(4)}", name=name, arguments=arguments)
+        if own is None or any(call.id == own for call in self.calls):
+            own = f"call_{secrets.token_hex(4)}"
+        return ToolCall(id=own, name=name, arguments=arguments)
 
     def _say(self, text: str) -> None:
         self._texts.append(text)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from agentspeed import Assistant, Session, ToolCall, ToolContext, ToolMessage
-from agentspeed.errors import InvalidRequest
+from agentspeed.errors import ContextOverflow, InvalidRequest
 from agentspeed.testing import ScriptedEngine, tool_call
+from tests.support.chat_templates import FAMILIES
+from tests.support.conversations import folder_of
 
 pytestmark = pytest.mark.anyio
 
@@ -111,3 +115,57 @@ async def test_beside_a_result_that_is_too_long_the_others_stay_whole() -> None:
             ("3", True),
             ("error: long_text: its result of 100000 characters does not fit into the context", False),
         ]
+
+
+async def test_a_tool_whose_result_could_not_be_written_is_not_called_again() -> None:
+    paid: list[int] = []
+
+    def pay(amount: int) -> str:
+        """Pay an amount."""
+        paid.append(amount)
+        return "paid"
+
+    script = [tool_call("pay", amount=3)]
+    async with ScriptedEngine(script) as engine, engine.session(tools=[pay]) as s:
+        _ = await s.generate("Pay.")
+        full = s.tokens
+    async with ScriptedEngine(script, context_limit=full) as engine, engine.session(tools=[pay]) as s:
+        with pytest.raises(ContextOverflow):
+            _ = await s.run("Pay.")
+        with pytest.raises(ContextOverflow):
+            _ = await s.run()
+        assert paid == [3]
+
+
+async def test_a_copy_has_the_results_that_wait_for_others() -> None:
+    added: list[int] = []
+
+    def add_up(a: int) -> int:
+        """Add up."""
+        added.append(a)
+        return a
+
+    script = [tool_call("add_up", a=1) + tool_call("add_up", a=2), "3."]
+    async with ScriptedEngine(script) as engine, engine.session(tools=[add_up]) as s:
+        first, _ = (await s.generate("Add.")).tool_calls
+        async with s.tool_call(first) as pending:
+            pending.result = "by hand"
+        async with s.copy() as other:
+            result = await other.run()
+    assert added == [2]
+    assert [message.text for message in result.tools] == ["by hand", "2"]
+
+
+async def test_two_calls_that_a_model_gave_one_id_are_two_calls(tmp_path: Path) -> None:
+    kimi = FAMILIES["kimi k2"]
+    one = '<|tool_call_begin|>functions.echo:0<|tool_call_argument_begin|>{"word": "%s"}<|tool_call_end|>'
+    calls = f"<|tool_calls_section_begin|>{one % 'a'}{one % 'b'}<|tool_calls_section_end|>"
+
+    def echo(word: str) -> str:
+        """Say it again."""
+        return word
+
+    folder = folder_of(tmp_path / "m", kimi.template, kimi.controls)
+    async with ScriptedEngine([calls, "Done."], model=folder) as engine, engine.session(tools=[echo]) as s:
+        result = await s.run("Go.")
+    assert [message.text for message in result.tools] == ["a", "b"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import anyio
 import pytest
 
-from agentspeed import errors
+from agentspeed import errors, tool
 from agentspeed._core.session_core import SessionCore
 from agentspeed.observing import Began, Ending
-from agentspeed.testing import ScriptedEngine, say
+from agentspeed.testing import ScriptedEngine, say, tool_call
 
 pytestmark = pytest.mark.anyio
 
@@ -51,3 +51,18 @@ async def test_a_turn_that_cannot_be_stopped_ends_for_who_watches_all_the_same(
                     _ = await anext(turn)
         (how,) = seen.told
         assert isinstance(how.error, errors.InternalError)
+
+
+async def test_a_call_that_is_served_by_hand_and_fails_says_by_what() -> None:
+    @tool
+    def look() -> str:
+        """Look."""
+        return "seen"
+
+    seen = Ends()
+    async with ScriptedEngine([tool_call("look")]) as engine, engine.session(tools=[look], observer=seen) as s:
+        (call,) = (await s.generate("Go.")).tool_calls
+        async with s.tool_call(call):
+            raise ValueError("dark")
+        assert s.messages[-1].text == "error: look: ValueError: dark"
+    assert isinstance(seen.told[-1].error, errors.ToolFailed) and "dark" in str(seen.told[-1].error)

@@ -133,3 +133,14 @@ async def test_a_streamed_run_has_them_too() -> None:
         async with s.stream_run("Go.", limits=Limits(tool_calls=1)) as run:
             _ = [event async for event in run]
         assert (run.result().text, run.result().limit) == ("Enough.", "tool_calls")
+
+
+async def test_who_raises_at_a_call_beyond_the_limit_leaves_no_call_without_its_result() -> None:
+    def hear(event: events.AnyEvent) -> None:
+        if isinstance(event, events.ToolFinished):
+            raise KeyError("not wanted")
+
+    async with ScriptedEngine([ADD + ADD]) as engine, engine.session(tools=[add]) as s:
+        with pytest.raises(KeyError, match="not wanted"):
+            _ = await s.run("Go.", limits=Limits(tool_calls=1), on_event=hear)
+        assert s.open_calls == ()
