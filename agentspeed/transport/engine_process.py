@@ -353,6 +353,8 @@ class EngineSlot:
 _processes: WeakSet[EngineProcess] = WeakSet()
 _shared: dict[str, EngineSlot] = {}
 _shared_lock = threading.Lock()
+_next_look: float | None = None
+"""When the thread that ends idle engines looks next; None where none waits."""
 
 
 def acquire(options: Mapping[str, Any], files: str = "") -> EngineSlot:
@@ -381,12 +383,21 @@ def release(slot: EngineSlot) -> None:
         slot.users -= 1
         if slot.users == 0:
             slot.idle_since = time.monotonic()
-            timer = threading.Timer(_IDLE_SECONDS, _end_idle)
-            timer.daemon = True
-            timer.start()
+            _look_at(slot.idle_since + _IDLE_SECONDS)
+
+
+def _look_at(when: float) -> None:
+    """One thread waits for all engines that are idle, however often they were used. To be called under the lock."""
+    global _next_look
+    if _next_look is None or when < _next_look:
+        timer = threading.Timer(max(0.0, when - time.monotonic()), _end_idle)
+        timer.daemon = True
+        timer.start()
+        _next_look = when
 
 
 def _end_idle() -> None:
+    global _next_look
     now = time.monotonic()
     with _shared_lock:
         idle = [
@@ -395,6 +406,9 @@ def _end_idle() -> None:
             if slot.idle_since is not None and now - slot.idle_since >= _IDLE_SECONDS - 0.5
         ]
         slots = [_shared.pop(key) for key in idle]
+        _next_look = None
+        if waiting := [slot.idle_since for slot in _shared.values() if slot.idle_since is not None]:
+            _look_at(min(waiting) + _IDLE_SECONDS)
     for slot in slots:
         slot.end()
 
@@ -410,8 +424,8 @@ def _end_all() -> None:
 
 def _forked() -> None:
     """A process that is forked off begins with no engine: those here are its parent's, which goes on using them."""
-    global _shared_lock
-    _shared_lock = threading.Lock()
+    global _shared_lock, _next_look
+    _shared_lock, _next_look = threading.Lock(), None
     for process in list(_processes):
         process.let_go()
     _processes.clear()
