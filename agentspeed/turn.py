@@ -119,7 +119,7 @@ class Turn(Generic[T]):
                 self._catch_up()
                 raise
         if scope.cancelled_caught:
-            while self._take():
+            while told is None and self._take():  # with `told` the end is not taken: it would stay in the log, unheard
                 pass
             if told is None and self._finished:
                 return

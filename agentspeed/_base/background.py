@@ -32,6 +32,8 @@ class Background:
             task = asyncio.create_task(self._run())
             _running.add(task)
             task.add_done_callback(_running.discard)
+            # A loop that ends cancels all tasks: one that has not begun yet ends without having run at all.
+            task.add_done_callback(lambda _: self._ended.set())
         else:
             import trio
 

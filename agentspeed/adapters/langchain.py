@@ -278,12 +278,12 @@ class ChatAgentSpeed(BaseChatModel):
         )
 
     def _options(self, stop: list[str] | None, kwargs: Mapping[str, Any]) -> TurnOptions:
-        heat = kwargs.get("temperature", self.temperature)
+        heat, top_p = kwargs.get("temperature", self.temperature), kwargs.get("top_p", self.top_p)
         options: TurnOptions = {
             "sampling": Sampling(
                 temperature=0.0 if heat is None else heat,
                 top_k=kwargs.get("top_k", self.top_k),
-                top_p=kwargs.get("top_p", self.top_p) or 1.0,
+                top_p=1.0 if top_p is None else top_p,
             ),
             "stop": tuple(stop or kwargs.get("stop_sequences") or self.stop or ()),
             "tool_choice": kwargs.get("tool_choice") or "auto",

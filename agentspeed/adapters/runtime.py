@@ -95,8 +95,15 @@ class Runtime:
             own = self._histories[loop] = _OfLoop(
                 self._make_engine(), self._limits, reasoning=self._reasoning, owned=owned
             )
+            await self._let_go_of_ended()
         await own.ready()
         return own
+
+    async def _let_go_of_ended(self) -> None:
+        """Nothing can be awaited on a loop that has ended; its link is closed, and with it the engine's sessions."""
+        for loop in [one for one in list(self._histories) if one.is_closed()]:
+            if (left := self._histories.pop(loop, None)) is not None:
+                await left.let_go()
 
     def _make_engine(self) -> EngineHandle:
         match self._engine:
@@ -305,6 +312,10 @@ class _OfLoop:
     async def close(self) -> None:
         """Closes the sessions, and lets go of the engine."""
         await self.history.close()
+        await self.let_go()
+
+    async def let_go(self) -> None:
+        """Of the engine, if it is this one's own."""
         if self._owned and self._running:
             self._running = False
             await self.engine.close()
