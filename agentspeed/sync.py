@@ -207,7 +207,7 @@ class Session:
     def close(self) -> None:
         """Calling it again does nothing."""
         portal, self._portal = self._portal, None
-        if portal is not None:
+        if portal is not None and (self._holds_loop or self.session.state != "closed"):
             try:
                 _carry_out(portal, self.session.close)
             finally:
@@ -226,7 +226,7 @@ class Session:
         return _carry_out(self._running(), work)
 
     def _running(self) -> BlockingPortal:
-        if self._portal is None:
+        if self._portal is None or (self.session.state == "closed" and not self._holds_loop):
             raise errors.SessionClosed(
                 "The session is not open.", remedy="Use it in `with Session(...) as s:`, or call open() first."
             )

@@ -155,14 +155,15 @@ class SessionCore:
             if self._owns_engine:
                 _ = await self.engine.start()
             await self._check_tokenizer()
-            self.state = "open"
+            self.state = "open" if self.state == "new" else self.state  # closed by another task: said below
             if not self.tokens:
                 self.log.append(self._begin())
             _ = await self.branch.attach()
+            self.must_be_open()  # another task may have closed it meanwhile, when there was no branch to close
         except BaseException:
-            await self.close()
+            self.state = "closed"
+            await run_to_completion(self._close)
             raise
-        self._used_at = time.monotonic()
         if self.idle_timeout is not None:
             self._watch = IdleWatch(self.idle_timeout, self._last_used, self._close_idle)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from agentspeed import Session
@@ -107,3 +108,22 @@ async def test_a_fork_is_entered_once_and_closes_its_children_all_the_same() -> 
         with pytest.raises(SessionError, match="entered once"):
             async with forks:
                 raise AssertionError("entered again")
+
+
+async def test_a_session_that_is_closed_while_it_opens_is_closed_and_leaves_no_branch() -> None:
+    async with ScriptedEngine([]) as engine:
+
+        async def opened(session: Session) -> None:
+            try:
+                _ = await session.open()
+            except SessionClosed:
+                assert session.state == "closed"
+
+        for steps in range(20):
+            s = engine.session()
+            async with anyio.create_task_group() as group:
+                group.start_soon(opened, s)
+                for _ in range(steps):
+                    await anyio.lowlevel.checkpoint()
+                await s.close()
+            assert (s.state, engine.live_branches) == ("closed", 0)

@@ -190,3 +190,11 @@ def test_calls_are_served_sessions_scored_and_copied_from_plain_code() -> None:
         assert "We added." in s.messages[0].text
         with Session.from_messages(s.to_messages(), engine.engine, tools=[add]) as again:
             assert again.messages == s.messages and again.position(1) == s.position(1)
+
+
+def test_a_child_that_is_used_when_everything_is_closed_says_so() -> None:
+    with entered(ScriptedEngine([])) as engine, Session(engine.engine) as s, s.fork() as (child,):
+        pass
+    with pytest.raises(errors.SessionClosed):
+        _ = child.generate("Hi")
+    child.close()
