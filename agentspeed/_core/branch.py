@@ -438,7 +438,8 @@ class Branch:
         except BaseException:
             _ = await self.stop(keep=True)
             raise
-        self.ended()
+        if self.attached:
+            self.ended()
 
     def ended(self) -> None:
         """The turn's last event was read: what it drew is committed."""
