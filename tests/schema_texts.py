@@ -64,9 +64,9 @@ def random_text(reader: LLMatcher, draw: random.Random, most: int = 20_000) -> s
 
 
 def is_instance(schema: Mapping[str, Any], text: str) -> bool:
-    """The judge's verdict, over exact decimals: of as many digits as a text has."""
+    """The judge's verdict, over exact decimals: as many digits as a text has, or its exponents ask for."""
     exact = json.loads(json.dumps(schema), parse_float=Decimal)
     judge: Any = validator_for(exact)
     with localcontext() as context:
-        context.prec = 2 * len(text) + 100
+        context.prec = 2 * len(text) + 2000  # 1e308 by 1e-308 has 617 digits
         return bool(judge(exact).is_valid(json.loads(text, parse_float=Decimal)))
