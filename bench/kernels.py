@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "engine"), str(ROOT / "kernels")]
@@ -32,11 +32,10 @@ import torch
 from agentspeed_engine.models.inputs import Run
 from agentspeed_kernels.cpu import native
 from agentspeed_kernels.ops import OPS
-from agentspeed_kernels.packing import Weight, pack
+from agentspeed_kernels.packing import Weight, in_bytes, pack
 from agentspeed_kernels.platform import detect
-from agentspeed_kernels.quantised import GROUPS, WeightFormat, quantise
 from agentspeed_kernels.registry import standard
-from agentspeed_kernels.signature import DTYPE_BYTES, Dtype, KernelSpec
+from agentspeed_kernels.signature import DTYPE_BYTES, Dtype, KernelSpec, WeightFormat
 from agentspeed_kernels.tiles import plan_tiles
 from agentspeed_kernels.workspace import Workspace
 
@@ -55,7 +54,7 @@ MUST = {
 TILES = ("amx-bf16", "avx512bf16-bf16")
 """The kernels that bounds are about: the best ones where they run."""
 
-MUST_INT8: dict[WeightFormat, float] = {"int8": 1.3, "int8-32": 1.15}
+MUST_BYTES: dict[WeightFormat, float] = {"int8": 1.3, "int8-32": 1.15, "fp8": 1.3}
 """One row of a linear on the best form, of the same form with weights in bfloat16."""
 
 Step = Callable[[int], None]
@@ -71,7 +70,11 @@ class Runs:
 
     @property
     def name(self) -> str:
-        return self.spec.name if self.weights is None else f"{self.spec.name.removesuffix('-int8')}-{self.weights}"
+        return (
+            self.spec.name
+            if self.weights is None
+            else f"{self.spec.name.removesuffix('-int8').removesuffix('-fp8')}-{self.weights}"
+        )
 
     def call(self, *given: Any) -> None:
         self.spec.call(*given)
@@ -120,13 +123,13 @@ def measured(case: Case, dtype: Dtype, rounds: int, threads: int) -> dict[str, d
         low, middle, high = np.percentile(of_read, (25, 50, 75))
         must = MUST.get((case.name, rows)) if dtype == "bfloat16" and name in TILES else None
         verdict = "" if must is None else f"  must {must}: {'reached' if middle >= must else 'MISSED'}"
-        own = next((name.removesuffix(f"-{kind}") for kind in MUST_INT8 if name.endswith(f"-{kind}")), None)
+        own = next((name.removesuffix(f"-{kind}") for kind in MUST_BYTES if name.endswith(f"-{kind}")), None)
         by = 0.0
         if own in seconds:
             by = float(np.median(seconds[own] / seconds[name]))
             verdict = f"  x {own} {by:.2f}"
             if name.startswith("amx") and case.op == "linear" and rows == 1:
-                bound = MUST_INT8["int8-32" if name.endswith("-32") else "int8"]
+                bound = next(bound for kind, bound in MUST_BYTES.items() if name.endswith(f"-{kind}"))
                 verdict += f"  must {bound}: {'reached' if by >= bound else 'MISSED'}"
         print(
             f"{case.name:28} {dtype:8} rows {rows:4} {name:12} {taken * 1e6:9.1f} us  of read {middle:5.2f} "
@@ -153,8 +156,11 @@ def runnable(op: str, dtype: Dtype, rows: int) -> list[Runs]:
         # torch takes weights in 8 bits back to the format of the case in every call: nothing to measure.
         and not (spec.weights and spec.name.startswith("torch"))
     ]
-    formats: tuple[WeightFormat, ...] = ("int8", "int8-32")
-    return [Runs(spec, kind) for spec in fitting for kind in (formats if spec.weights else (None,))]
+    return [
+        Runs(spec, kind)
+        for spec in fitting
+        for kind in ([kind for kind in get_args(WeightFormat) if kind in spec.weights] if spec.weights else (None,))
+    ]
 
 
 def interleaved(contestants: dict[str, Step], copies: int, rounds: int) -> dict[str, np.ndarray[Any, Any]]:
@@ -187,7 +193,7 @@ def reader(size: int, copies: int, threads: int) -> Step:
 
 def laid(runs: Runs, weights: list[torch.Tensor], parts: int = 1) -> list[Weight]:
     if runs.weights is not None:
-        return [quantise(weight, GROUPS[runs.weights], parts) for weight in weights]
+        return [in_bytes(weight, runs.weights, parts) for weight in weights]
     return [pack(weight, parts) if runs.spec.layout == "tiles" else weight for weight in weights]
 
 

@@ -16,7 +16,7 @@ class EngineOptions(TypedDict, total=False):
     what each one means and what it is by default."""
 
     dtype: Literal["auto", "float32", "float64", "bfloat16"]
-    weights: Literal["dtype", "int8", "int8-32"]
+    weights: Literal["dtype", "int8", "int8-32", "fp8"]
     device: Literal["auto", "cpu", "cuda"]
     context_limit: int | None
     pages: int | None

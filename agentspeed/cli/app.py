@@ -142,7 +142,7 @@ def serve(
     ] = None,
     pages: Annotated[int | None, typer.Option(min=1, help="Pages of the KV pool.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float64.")] = None,
-    weights: Annotated[str | None, typer.Option(help="int8 or int8-32: matrices in 8 bits, on a CPU.")] = None,
+    weights: Annotated[str | None, typer.Option(help="int8, int8-32 or fp8: matrices in 8 bits, on a CPU.")] = None,
     context: Annotated[int | None, typer.Option(min=1, help="Context limit in tokens.")] = None,
     host_slots: Annotated[int | None, typer.Option(min=0, help="Pages of host memory for paused sessions.")] = None,
     tp: Tp = 1,
@@ -249,7 +249,7 @@ def kernels(
         typer.Option(help="Another than this CPU: cuda, cpu:avx512, cpu:avx2, cpu:torch, cuda:90, cuda:100."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float64.")] = "auto",
-    weights: Annotated[str | None, typer.Option(help="int8 or int8-32.")] = None,
+    weights: Annotated[str | None, typer.Option(help="int8, int8-32 or fp8.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
 ) -> None:
     """Which kernel runs each op of a model here, for how many rows, and why the others do not. No weights are read.

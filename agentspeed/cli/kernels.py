@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from agentspeed.transport.kernel_choices import KernelBand, KernelChoices
 
 _DTYPES = ("auto", "float32", "bfloat16", "float64")
-_WEIGHTS = ("int8", "int8-32")
+_WEIGHTS = ("int8", "int8-32", "fp8")
 
 
 def described(

@@ -20,7 +20,7 @@ def chosen_kernels(
     *,
     platform: str | None,
     dtype: Literal["auto", "float32", "float64", "bfloat16"],
-    weights: Literal["int8", "int8-32"] | None,
+    weights: Literal["int8", "int8-32", "fp8"] | None,
 ) -> KernelChoices:
     """`model`: a model folder or a config.json; weights are not read, and need not be there.
 

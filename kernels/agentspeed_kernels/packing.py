@@ -9,7 +9,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from agentspeed_kernels.quantised import Quantised
+from agentspeed_kernels.fp8_blocks import Fp8Blocks, Stored, in_blocks
+from agentspeed_kernels.quantised import GROUPS, Quantised, quantise, stacked
+from agentspeed_kernels.signature import WeightFormat
 
 TILE_OUTPUTS, TILE_INPUTS = 16, 32
 """A tile holds 32 inputs of 16 outputs: 1 KB of bfloat16."""
@@ -38,8 +40,23 @@ class Packed:
         return found.reshape(ids.shape[0], -1)[:, : self.shape[-1]].contiguous()
 
 
-Weight = Tensor | Packed | Quantised
+Weight = Tensor | Packed | Quantised | Fp8Blocks
 """What an op with weights is given: the layout its kernel asks for."""
+
+
+def in_bytes(stored: Stored, kind: WeightFormat, parts: int = 1) -> Quantised | Fp8Blocks:
+    """A matrix in 8 bits. `parts` as in `pack`."""
+    if kind == "fp8":
+        return in_blocks(stored, parts)
+    assert isinstance(stored, Tensor), "only an engine of fp8 is given fp8"
+    return quantise(stored, GROUPS[kind], parts)
+
+
+def in_bytes_each(
+    count: int, made: Callable[[int], Stored], kind: WeightFormat, parts: int = 1
+) -> Quantised | Fp8Blocks:
+    """As `in_bytes` gives [count, N, K] of what is made for each, one at a time."""
+    return stacked(count, lambda i: in_bytes(made(i), kind, parts))
 
 
 def side_by_side(count: int, parts: Sequence[Callable[[int], Tensor]]) -> Tensor:

@@ -1,17 +1,18 @@
-"""Weights in 8 bits: symmetric, with a scale for each output, or for each group of 32 inputs of an output."""
+"""Weights in int8: symmetric, with a scale for each output, or for each group of 32 inputs of an output."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import ClassVar, Protocol, TypeVar, final
 
 import torch
 from torch import Tensor
 
-WeightFormat = Literal["int8", "int8-32"]
+from agentspeed_kernels.signature import WeightFormat
+
 GROUPS: dict[WeightFormat, int] = {"int8": 0, "int8-32": 32}
-"""Inputs that share a scale; 0: all of an output."""
+"""Of formats in int8: inputs that share a scale; 0: all of an output."""
 OUTPUTS, INPUTS, DEEP = 16, 64, 4
 """Of a tile: 1 KB. DEEP inputs of an output are neighbours, as instructions that multiply bytes want them."""
 MIDDLE = 128
@@ -34,12 +35,19 @@ class Quantised:
     dtype: torch.dtype
     """Of the weight before, in which `rows` gives it back."""
 
+    together: ClassVar[int] = OUTPUTS
+    """A part of the outputs begins at a multiple of this."""
+
     def data_ptr(self) -> int:
         return self.data.data_ptr()
 
     @property
     def nbytes(self) -> int:
         return self.data.nbytes + self.scales.nbytes
+
+    def stacked(self, data: Tensor, scales: Tensor) -> Quantised:
+        """Such matrices, which `data` and `scales` have one after the other."""
+        return Quantised(data, scales, self.group, (len(data), *self.shape), self.dtype)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows `ids` [T] of a weight [N, K], as [T, K]: a tied embedding is looked up in the head's own weight."""
@@ -71,14 +79,27 @@ class Quantised:
         return (held[..., : self.shape[-1]].float() - MIDDLE) * scales[..., : self.shape[-1]]
 
 
-def stacked(count: int, made: Callable[[int], Quantised]) -> Quantised:
+B = TypeVar("B", bound="_Bytes")
+
+
+class _Bytes(Protocol):
+    """A matrix in 8 bits, whatever their format."""
+
+    @property
+    def data(self) -> Tensor: ...
+    @property
+    def scales(self) -> Tensor: ...
+    def stacked(self: B, data: Tensor, scales: Tensor) -> B: ...
+
+
+def stacked(count: int, made: Callable[[int], B]) -> B:
     """[count, ...] of what is made for each, all of one shape: one at a time is in memory beside the whole."""
     first = made(0)
     data, scales = (held.new_empty(count, *held.shape) for held in (first.data, first.scales))
     for i in range(count):
         one = made(i) if i else first
         data[i], scales[i] = one.data, one.scales
-    return Quantised(data, scales, first.group, (count, *first.shape), first.dtype)
+    return first.stacked(data, scales)
 
 
 def quantise(weight: Tensor, group: int = 0, parts: int = 1) -> Quantised:

@@ -62,13 +62,21 @@ def standard() -> Registry:
 
     A package that fails to load, or whose kernel cannot be registered, is left out with a warning that names it: it
     must not take the engine with it. `select.Kernels` checks what its kernels compute when one is first chosen."""
-    from agentspeed_kernels.cpu import amx_kernels, int8_kernels, native_kernels, torch_fused, torch_kernels
+    from agentspeed_kernels.cpu import (
+        amx_kernels,
+        int8_kernels,
+        native_kernels,
+        torch_bytes,
+        torch_fused,
+        torch_kernels,
+    )
     from agentspeed_kernels.triton import portable, specs
 
     registry = Registry(
         (
             *torch_kernels.SPECS,
             *torch_fused.SPECS,
+            *torch_bytes.SPECS,
             *native_kernels.SPECS,
             *amx_kernels.SPECS,
             *int8_kernels.SPECS,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from agentspeed_kernels.cpu.native_kernels import moves
+from agentspeed_kernels.fp8_blocks import Stored, joined
 from agentspeed_kernels.ops import (
     BYTE_OPS,
     OPS,
@@ -38,11 +39,10 @@ from agentspeed_kernels.ops import (
     Route,
     TurnRope,
 )
-from agentspeed_kernels.packing import Weight, gathered, pack, pack_each
+from agentspeed_kernels.packing import Weight, gathered, in_bytes, in_bytes_each, pack, pack_each
 from agentspeed_kernels.platform import Platform
-from agentspeed_kernels.quantised import GROUPS, WeightFormat, quantise, stacked
 from agentspeed_kernels.registry import Registry
-from agentspeed_kernels.signature import OWN, Dtype, KernelSpec, Layout, Need
+from agentspeed_kernels.signature import OWN, Dtype, KernelSpec, Layout, Need, WeightFormat
 
 log = logging.getLogger("agentspeed.kernels")
 
@@ -120,6 +120,8 @@ class Preferences:
 
 SWITCH = "AGENTSPEED_KERNELS"
 """The option `Preferences.parse` reads, as an environment variable of the engine's process."""
+HEAD = "head"
+"""Stands for the op of `Kernels.head` where its weight is laid out."""
 JOINED = "joined"
 """The name by which a user excludes the ops that join others, all together (`-joined`)."""
 
@@ -217,7 +219,7 @@ class Kernels:
     A kernel from outside is checked when it would be chosen for the first time; one that fails, or raises, is left out
     with a warning that names it, and the next best is taken."""
 
-    __slots__ = ("_ladders", "_moves", "dtype", "layout", "weights")
+    __slots__ = ("_head", "_ladders", "_moves", "dtype", "layout", "weights")
 
     def __init__(
         self,
@@ -239,6 +241,8 @@ class Kernels:
         self.layout: Layout = chooser.layout
         """Of weights in `dtype`: that of the best kernel for single rows, where weights are what a step waits for."""
         self._ladders: dict[str, Ladder[Any]] = {op: chooser.ladder(op) for op in ops}
+        apart = weights == "fp8" and "linear" in ops
+        self._head: Ladder[Linear] | None = chooser.ladder("linear", wide=True) if apart else None
         self._moves = moves(platform.features, dtype)
         for feature, why in platform.absent.items():
             log.warning("slower kernels run because %s is absent: %s", feature, why)
@@ -290,28 +294,39 @@ class Kernels:
     def __getitem__(self, op: str) -> Ladder[Any]:
         return self._ladders[op]
 
+    @property
+    def head(self) -> Ladder[Linear]:
+        """`linear` for the model's head, which those who publish in fp8 leave as it is."""
+        return self["linear"] if self._head is None else self._head
+
     def has(self, op: str) -> bool:
         """Whether it was asked for."""
         return op in self._ladders
 
-    def weight(self, held: Tensor, parts: int = 1, op: str = "linear") -> Weight:
-        """`held` [..., N, K] as the kernels of `op` want it (`parts` as in `pack`). Keep the result and drop `held`:
-        then there is no second copy."""
-        if self.weights is not None and op in BYTE_OPS:
-            return quantise(held, GROUPS[self.weights], parts)
+    def weight(self, held: Stored, parts: int = 1, op: str = "linear") -> Weight:
+        """`held` [..., N, K] as the kernels of `op` want it (`parts` as in `pack`); `HEAD` for those of `head`. Keep
+        the result and drop `held`: then there is no second copy."""
+        if self.weights is not None and (op in BYTE_OPS or (op == HEAD and self._head is None)):
+            return in_bytes(held, self.weights, parts)
+        assert isinstance(held, Tensor)
         return held if self.layout == "rows" else pack(held, parts)
 
-    def experts(self, count: int, *parts: Callable[[int], Tensor]) -> Weight:
+    def experts(self, count: int, *parts: Callable[[int], Stored]) -> Weight:
         """What each part gives of the experts 0 to `count`, as `weight` gives [count, N of all parts, K]. The matrices
         of one expert at a time are in memory beside what is made of them, not those of all."""
 
-        def joined(i: int) -> Tensor:
-            return parts[0](i) if len(parts) == 1 else torch.cat([part(i) for part in parts])
+        def whole(i: int) -> Stored:
+            return parts[0](i) if len(parts) == 1 else joined([part(i) for part in parts])
 
         if self.weights is not None:
-            group = GROUPS[self.weights]
-            return stacked(count, lambda i: quantise(joined(i), group, len(parts)))
-        return gathered(count, joined) if self.layout == "rows" else pack_each(count, joined, len(parts))
+            return in_bytes_each(count, whole, self.weights, len(parts))
+
+        def floats(i: int) -> Tensor:
+            found = whole(i)
+            assert isinstance(found, Tensor)
+            return found
+
+        return gathered(count, floats) if self.layout == "rows" else pack_each(count, floats, len(parts))
 
     def copy(self, x: Tensor, out: Tensor) -> None:
         """out[T, H, N] = x; both may be strided. Like `add`, what lies between ops: part of a recorded step."""
@@ -340,7 +355,8 @@ class Kernels:
 
     def recordable(self, ops: Iterable[str], rows: int) -> bool:
         """A step of these ops and `rows` tokens is nothing but calls of the C library."""
-        return all(self._ladders[op].choice(rows).kernel.recordable for op in ops)
+        ladders = [self._ladders[op] for op in ops] + ([] if self._head is None else [self._head])
+        return all(ladder.choice(rows).kernel.recordable for ladder in ladders)
 
 
 @final
@@ -364,9 +380,10 @@ class _Chooser:
         self._sound: set[str] = set()
         self.layout: Layout = self._select("linear", 1, self._candidates("linear"), None).kernel.layout
 
-    def ladder(self, op: str) -> Ladder[Any]:
+    def ladder(self, op: str, *, wide: bool = False) -> Ladder[Any]:
+        """`wide`: for weights in `dtype` whatever the engine's are in."""
         candidates = self._candidates(op)
-        weights = self._weights if op in BYTE_OPS else None
+        weights = self._weights if op in BYTE_OPS and not wide else None
         layout = self.layout if op in WEIGHT_OPS and weights is None else None
         while True:
             edges = sorted({spec.most_rows for spec in candidates if spec.most_rows is not None})

@@ -8,8 +8,11 @@ from typing import Any, Literal, final
 
 Dtype = Literal["float32", "float64", "bfloat16"]
 Device = Literal["cpu", "cuda"]
-Layout = Literal["rows", "tiles", "bytes"]
-"""Of weights: as the checkpoint has them, in the order of matrix tiles (`packing`), or in 8 bits (`quantised`)."""
+WeightFormat = Literal["int8", "int8-32", "fp8"]
+"""Of weights that are kept in 8 bits: `quantised` says how the first two are, `fp8_blocks` the last."""
+Layout = Literal["rows", "tiles", "bytes", "blocks"]
+"""Of weights: as the checkpoint has them, in the order of matrix tiles (`packing`), in int8 (`quantised`), or in fp8
+(`fp8_blocks`)."""
 DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "float64": 8, "bfloat16": 2}
 
 

@@ -21,6 +21,7 @@ from agentspeed_engine.models.shard_file import ShardFile
 from agentspeed_engine.models.shards import shard_paths
 from agentspeed_engine.models.tensor_shapes import Shape
 from agentspeed_engine.models.weights import Part
+from agentspeed_kernels.fp8_blocks import Fp8Rows, Stored
 
 _SCALE = "_scale_inv"
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -47,6 +48,7 @@ class Checkpoint:
         "_family",
         "_files",
         "_folder",
+        "_keeps_fp8",
         "_packed",
         "_progress",
         "_readers",
@@ -63,10 +65,12 @@ class Checkpoint:
         dtype: torch.dtype,
         progress: Callable[[float], None] | None = None,
         scheme: Scheme = "none",
+        keeps_fp8: bool = False,
     ) -> None:
         """Opens every shard and checks every name, shape and format. `progress` is told what part of the bytes was
-        read; `scheme` is what the configuration declares. Raises `EngineFault`: bad_weights, or
-        unsupported_model where the tensors are quantised in a way that is not implemented."""
+        read; `scheme` is what the configuration declares; `keeps_fp8`: `matrix` gives fp8 as it is. Raises
+        `EngineFault`: bad_weights, or unsupported_model where the tensors are quantised in a way that is not
+        implemented."""
         self._folder, self._family, self._dtype = folder, family, dtype
         self._shapes: dict[str, Shape] = dict(family.shapes(config))
         self._drafts = range(config.layers, config.layers + config.draft_layers)
@@ -78,7 +82,7 @@ class Checkpoint:
         self._check_names()
         for name, shape in self._shapes.items():
             self._check(name, shape)
-        self._progress, self._taken = progress, 0
+        self._keeps_fp8, self._progress, self._taken = keeps_fp8, progress, 0
         self._total = self._bytes({})
 
     def expect(self, parts: Mapping[str, Part]) -> None:
@@ -96,12 +100,22 @@ class Checkpoint:
     def tensor(self, name: str, dtype: torch.dtype | None = None, part: Part | None = None) -> Tensor:
         """One tensor or a piece of it, contiguous; blocks of fp8 and groups of int4 are multiplied by their scales."""
         if name in self._packed:
-            held = int4_groups.unpacked(*(self._read(stored, part) for stored in self._parts_of(name)))
-            return held.to(dtype or self._dtype)
+            unpacked = int4_groups.unpacked(*(self._read(stored, part) for stored in self._parts_of(name)))
+            return unpacked.to(dtype or self._dtype)
+        held = self._stored(name, part)
+        return (held.float() if isinstance(held, Fp8Rows) else held).to(dtype or self._dtype).contiguous()
+
+    def matrix(self, name: str, part: Part | None = None) -> Stored:
+        """As `tensor`, or fp8 with its scales where that is stored and kept."""
+        if self._keeps_fp8 and name not in self._packed and self._kind(name) == _FP8:
+            return self._stored(name, part)
+        return self.tensor(name, part=part)
+
+    def _stored(self, name: str, part: Part | None) -> Stored:
         held = self._read(name, part)
-        if held.dtype == torch.float8_e4m3fn:
-            held = _unblock(held, self._read(name + _SCALE, part))
-        return held.to(dtype or self._dtype).contiguous()
+        if held.dtype != torch.float8_e4m3fn:
+            return held
+        return Fp8Rows.of(held, self._read(name + _SCALE, part))
 
     def _read(self, name: str, part: Part | None) -> Tensor:
         file, full = self._files[name], self._family.prefix + name
@@ -250,12 +264,6 @@ class Checkpoint:
                 f"{full}{_SCALE} is stored as {self._kind(scales)}.",
                 f"Scales must be {', '.join(_FLOATS)}.",
             )
-
-
-def _unblock(weight: Tensor, scales: Tensor) -> Tensor:
-    rows, columns = weight.shape
-    wide = scales.float().repeat_interleave(FP8_BLOCK, 0)[:rows].repeat_interleave(FP8_BLOCK, 1)[:, :columns]
-    return weight.float() * wide
 
 
 def _open(path: Path, readers: Executor) -> ShardFile:

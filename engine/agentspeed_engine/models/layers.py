@@ -10,6 +10,7 @@ from torch import Tensor
 from agentspeed_engine.models import boundaries
 from agentspeed_engine.models.state import StepState
 from agentspeed_engine.spmd.placement import Rank
+from agentspeed_kernels.fp8_blocks import Fp8Blocks
 from agentspeed_kernels.packing import Weight
 from agentspeed_kernels.selection import Kernels
 
@@ -22,6 +23,7 @@ class Embed:
 
     def __init__(self, name: str, table: Weight, rank: Rank) -> None:
         """`table` is this rank's piece: the head's own weight where both are tied."""
+        assert not isinstance(table, Fp8Blocks), "neither embeddings nor heads are kept so"
         self._table = table
         self._first = rank.tp * self._table.shape[0] if rank.mesh.tp > 1 else None
         self.boundary = boundaries.embedding(name, table.shape[1])
@@ -95,7 +97,7 @@ class Head:
         # A fresh tensor: logits leave the step, scratch memory does not.
         out = torch.empty(rows.shape[0], self._table.shape[0], dtype=x.dtype, device=x.device)
         if rows.shape[0]:
-            self._kernels["linear"].at(rows.shape[0])(rows, self._table, None, out)
+            self._kernels.head.at(rows.shape[0])(rows, self._table, None, out)
         return out, residual
 
 

@@ -19,6 +19,7 @@ from agentspeed_engine.spmd.experts import copies_of, deal
 from agentspeed_engine.spmd.lower import Module
 from agentspeed_engine.spmd.placement import Rank
 from agentspeed_engine.spmd.spec import Boundary
+from agentspeed_kernels.fp8_blocks import Stored
 from agentspeed_kernels.packing import Weight
 from agentspeed_kernels.routing import RouteRule
 from agentspeed_kernels.selection import Kernels
@@ -231,8 +232,8 @@ def feed_forward(
 def _stacked(experts: Sequence[str], weights: RankWeights, kernels: Kernels) -> Matrices:
     """Of all. A matrix is read when it is asked for: a layer's are large."""
 
-    def of(matrix: str) -> Callable[[int], Tensor]:
-        return lambda expert: weights.tensor(f"{experts[expert]}.{matrix}_proj.weight")
+    def of(matrix: str) -> Callable[[int], Stored]:
+        return lambda expert: weights.matrix(f"{experts[expert]}.{matrix}_proj.weight")
 
     return kernels.experts(len(experts), of("gate"), of("up")), kernels.experts(len(experts), of("down"))
 

@@ -13,6 +13,7 @@ from agentspeed_engine.models.tensor_shapes import Shape
 from agentspeed_engine.models.weights import Part, WeightSource
 from agentspeed_engine.spmd.experts import deal
 from agentspeed_engine.spmd.placement import Rank
+from agentspeed_kernels.fp8_blocks import Stored
 
 _RULES: tuple[tuple[re.Pattern[str], int], ...] = (
     (re.compile(r"(?:^model\.embed_tokens|^lm_head|\.self_attn\.(?:q|k|v|q_b|kv_b)_proj)\.(?:weight|bias)$"), 0),
@@ -72,3 +73,7 @@ class RankWeights:
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """This rank's piece, as `WeightSource.tensor` gives it."""
         return self._source.tensor(name, dtype, self._parts.get(name))
+
+    def matrix(self, name: str) -> Stored:
+        """This rank's piece, as `WeightSource.matrix` gives it: for what `Kernels` lays out."""
+        return self._source.matrix(name, self._parts.get(name))

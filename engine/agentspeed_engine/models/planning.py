@@ -219,6 +219,10 @@ class _NoKernels:
     def __getitem__(self, op: str) -> _Op:
         return self._ops.get(op, _NOTHING)
 
+    @property
+    def head(self) -> _Op:
+        return _NOTHING
+
     def has(self, op: str) -> bool:
         del op
         return False

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from agentspeed_engine.models.tensor_shapes import Shape
+from agentspeed_kernels.fp8_blocks import Stored
 
 
 @final
@@ -49,6 +50,10 @@ class WeightSource(Protocol):
         """
         ...
 
+    def matrix(self, name: str, part: Part | None = None) -> Stored:
+        """As `tensor` in the source's own dtype; of a source that was told to keep fp8 what is stored so, as it is."""
+        ...
+
 
 @final
 class MetaWeights:
@@ -66,6 +71,10 @@ class MetaWeights:
         """On torch's meta device."""
         shape = self._shapes[name]
         return torch.empty(part.shape(shape) if part else shape, dtype=dtype or self._dtype, device="meta")
+
+    def matrix(self, name: str, part: Part | None = None) -> Stored:
+        """As `tensor`: nothing is stored."""
+        return self.tensor(name, part=part)
 
 
 @final
@@ -89,6 +98,10 @@ class RandomWeights:
         drawn = random_tensor(name, self._shapes[name], noise)
         return (part.of(drawn) if part else drawn).to(dtype or self._dtype)
 
+    def matrix(self, name: str, part: Part | None = None) -> Stored:
+        """As `tensor`: nothing is stored."""
+        return self.tensor(name, part=part)
+
 
 @final
 class OnDevice:
@@ -104,6 +117,9 @@ class OnDevice:
 
     def tensor(self, name: str, dtype: torch.dtype | None = None, part: Part | None = None) -> Tensor:
         return self._source.tensor(name, dtype, part).to(self._device)
+
+    def matrix(self, name: str, part: Part | None = None) -> Stored:
+        return self._source.matrix(name, part).to(self._device)
 
 
 def random_tensor(name: str, shape: Shape, noise: torch.Generator) -> Tensor:

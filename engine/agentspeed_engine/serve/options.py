@@ -56,9 +56,10 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Of weights, activations and cache. auto: bfloat16 where the checkpoint is in 16 bits or fewer and the processor
     has matrix units for it or multiplies pairs of it (AVX512-BF16), else float32; the engine says at its start which
     and why."""
-    weights: Literal["dtype", "int8", "int8-32"] = "dtype"
+    weights: Literal["dtype", "int8", "int8-32", "fp8"] = "dtype"
     """Format of the matrices alone. int8: 8 bits and a scale for each output, half of what bfloat16 reads; int8-32: a
-    scale for each 32 inputs, nearer to the checkpoint (docs/how-to/kernels.md). On a CPU."""
+    scale for each 32 inputs, nearer to the checkpoint; fp8: e4m3 and a scale for each block of 128 × 128, the bytes of
+    a checkpoint that is published so (docs/how-to/kernels.md). On a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where weights, cache and steps are. auto: the first GPU where one can be used, has kernels for the model's
     attention and room for its weights, else the CPU; the engine says at its start which GPU, or why none."""

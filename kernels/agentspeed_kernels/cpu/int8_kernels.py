@@ -1,4 +1,4 @@
-"""Products with weights in 8 bits as entries of the registry: a form for each class of processors, and torch's.
+"""Products with weights in int8 as entries of the registry, a form for each class of processors (torch's: torch_bytes).
 
 Activations stay in their own format, and so does what comes out. Every kernel takes a scale for each output as well as
 one for each group of 32 inputs.
@@ -6,13 +6,12 @@ one for each group of 32 inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
 
-from agentspeed_kernels.cpu import native, torch_kernels
+from agentspeed_kernels.cpu import native
 from agentspeed_kernels.cpu.amx_kernels import PRIORITY as TILE_PRIORITY
 from agentspeed_kernels.cpu.native_kernels import (
     DTYPES,
@@ -23,13 +22,11 @@ from agentspeed_kernels.cpu.native_kernels import (
 )
 from agentspeed_kernels.cpu.recording import call
 from agentspeed_kernels.quantised import GROUPS, INPUTS, OUTPUTS, Quantised
-from agentspeed_kernels.signature import Dtype, KernelSpec
+from agentspeed_kernels.signature import KernelSpec
 from agentspeed_kernels.workspace import Workspace
 
 _BLOCK = 16
 """Rows that are prepared together (amx_int8.h)."""
-AT_ONCE = 1 << 21
-"""Elements of a weight that torch's products take back from bytes together: some 30 MB while it is done."""
 
 
 @final
@@ -113,76 +110,30 @@ class Int8Kernels(OpenedFunctions):
         return 2 * (1024 * steps + 64 + 64 * 2 * steps)
 
 
-def torch_linear(x: Tensor, weight: Quantised, bias: Tensor | None, out: Tensor) -> None:
-    """Takes the weight back to the format of x in each call, some outputs at a time: right for any number of rows, slow
-    for a few."""
-    outputs, inputs = weight.shape
-    many = max(AT_ONCE // inputs // OUTPUTS, 1) * OUTPUTS
-    for low in range(0, outputs, many):
-        high = min(low + many, outputs)
-        some = weight.outputs(low, high).whole(x.dtype)
-        torch_kernels.linear(x, some, None if bias is None else bias[low:high], out[:, low:high])
-
-
-def torch_experts(
-    x: Tensor, gate_up: Quantised, down: Quantised, ids: Tensor, weights: Tensor, workspace: Workspace, out: Tensor
-) -> None:
-    """Of each expert that is chosen, one matrix after the other."""
-
-    def run(rows: Tensor, expert: int) -> Tensor:
-        gate, up = (_product(rows, gate_up.part(expert, side)) for side in (0, 1))
-        return _product(torch.nn.functional.silu(gate).mul_(up), down.part(expert))
-
-    torch_kernels.each_expert(x, down.shape[0], run, ids, weights, out)
-
-
-def _product(x: Tensor, weight: Quantised) -> Tensor:
-    out = x.new_empty(x.shape[0], weight.shape[0])
-    torch_linear(x, weight, None, out)
-    return out
-
-
-def _spec(
-    op: str, name: str, dtypes: frozenset[Dtype], run: Callable[..., Any], priority: int, **more: Any
-) -> KernelSpec:
-    return KernelSpec(
-        op=op,
-        name=name,
-        dtypes=dtypes,
-        device="cpu",
-        call=run,
-        priority=priority,
-        weights=frozenset(GROUPS),
-        layout="bytes",
-        **more,
-    )
-
-
 def _specs(form: native.Form, kind: native.Kind) -> tuple[KernelSpec, ...]:
     kernels, amx = Int8Kernels(form, kind), form is native.AMX
     return tuple(
-        _spec(
-            op,
-            f"{form.name}-{kind}-int8",
-            frozenset({DTYPES[kind]}),
-            run,
-            TILE_PRIORITY[form] if amx else FORM_PRIORITY[form],
+        KernelSpec(
+            op=op,
+            name=f"{form.name}-{kind}-int8",
+            dtypes=frozenset({DTYPES[kind]}),
+            device="cpu",
+            call=run,
+            priority=TILE_PRIORITY[form] if amx else FORM_PRIORITY[form],
             features=frozenset({form.feature}),
             most_rows=None if amx else MOST_PRODUCT_ROWS,
             recordable=True,
+            weights=frozenset(GROUPS),
+            layout="bytes",
         )
         for op, run in (("linear", kernels.linear), ("experts", kernels.experts))
     )
 
 
-_FORMATS: frozenset[Dtype] = frozenset({"float32", "float64", "bfloat16"})
-SPECS: tuple[KernelSpec, ...] = (
-    *(_spec(op, "torch-int8", _FORMATS, run, 0) for op, run in (("linear", torch_linear), ("experts", torch_experts))),
-    *(
-        spec
-        for form in native.forms_here()
-        if form is not native.AVX512BF16
-        for kind in form.kinds
-        for spec in _specs(form, kind)
-    ),
+SPECS: tuple[KernelSpec, ...] = tuple(
+    spec
+    for form in native.forms_here()
+    if form is not native.AVX512BF16
+    for kind in form.kinds
+    for spec in _specs(form, kind)
 )

@@ -9,17 +9,18 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import Any, Literal, final, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from agentspeed_kernels.packing import Weight, pack
-from agentspeed_kernels.quantised import GROUPS, Quantised, WeightFormat, quantise
+from agentspeed_kernels.fp8_blocks import Fp8Blocks
+from agentspeed_kernels.packing import Weight, in_bytes, pack
+from agentspeed_kernels.quantised import Quantised
 from agentspeed_kernels.reference import definitions
 from agentspeed_kernels.routing import RouteRule
-from agentspeed_kernels.signature import Dtype, KernelSpec, Layout
+from agentspeed_kernels.signature import Dtype, KernelSpec, Layout, WeightFormat
 from agentspeed_kernels.testing import fused_cases, grouped_cases, sparse_cases
 from agentspeed_kernels.testing.tolerance import KIND_OF, UNDEFINED, tolerance
 from agentspeed_kernels.tiles import Int32s, Int64s, Piece, TilePlan, plan_tiles
@@ -58,7 +59,7 @@ def cases(spec: KernelSpec, most: int = 70) -> Iterator[Case]:
 
     `most` bounds the rows, for kernels that an interpreter runs."""
     most = min(most, spec.most_rows) if spec.most_rows is not None else most
-    formats: list[WeightFormat | None] = [kind for kind in GROUPS if kind in (spec.weights or ())]
+    formats: list[WeightFormat | None] = [kind for kind in get_args(WeightFormat) if kind in (spec.weights or ())]
     for dtype, weights in itertools.product(sorted(spec.dtypes), formats or [None]):
         for manner in MANNERS:
             if (KIND_OF[spec.op], dtype, manner) in UNDEFINED or (weights == "int8-32" and manner != "random"):
@@ -162,7 +163,7 @@ class _Draw:
     def laid(self, weight: Tensor, parts: int = 1) -> Weight:
         """In the layout of the kernel that is checked."""
         if self.case.weights is not None:
-            return quantise(weight, GROUPS[self.case.weights], parts)
+            return in_bytes(weight, self.case.weights, parts)
         return weight if self.layout == "rows" else pack(weight, parts)
 
     def gain(self, width: int) -> Tensor:
@@ -183,7 +184,7 @@ Pairs = list[tuple[Tensor, Tensor]]
 
 def _meant(weight: Tensor, laid: Weight) -> Tensor:
     """What a kernel is measured against: of a weight in 8 bits what the bytes stand for."""
-    return laid.whole(torch.float64).reshape(weight.shape) if isinstance(laid, Quantised) else weight
+    return laid.whole(torch.float64).reshape(weight.shape) if isinstance(laid, Quantised | Fp8Blocks) else weight
 
 
 def _linear(call: Call, draw: _Draw) -> Pairs:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from agentspeed_kernels.cpu import int8_kernels
+from agentspeed_kernels.cpu import torch_bytes
 from agentspeed_kernels.quantised import quantise
 from agentspeed_kernels.reference import definitions as define
 from agentspeed_kernels.testing.tolerance import tolerance
@@ -38,7 +38,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8_kernels, "AT_ONCE", AT_ONCE)
+    monkeypatch.setattr(torch_bytes, "AT_ONCE", AT_ONCE)
 
 
 def drawn(*shape: int) -> Tensor:
@@ -54,7 +54,7 @@ def test_a_product_takes_back_a_part_of_the_weight_at_a_time(group: int) -> None
     x, weight, bias = drawn(20, 150), quantise(drawn(701, 150), group), drawn(701)
     out = torch.full((20, 701), float("nan"))
     with Largest() as largest:
-        int8_kernels.torch_linear(x, weight, bias, out)
+        torch_bytes.linear(x, weight, bias, out)
     assert largest.elements <= 2 * AT_ONCE < 701 * 150
     assert error(out, define.linear(x, weight.whole(torch.float64), bias)) <= tolerance("linear", "float32")
 
@@ -66,7 +66,7 @@ def test_experts_take_back_a_part_of_one_matrix_at_a_time(experts: int) -> None:
     ids = torch.arange(40).view(20, 2) % min(experts, 4)
     shares = torch.rand(20, 2, generator=torch.Generator().manual_seed(1))
     with Largest() as largest:
-        int8_kernels.torch_experts(x, gate_up, down, ids, shares, Workspace(), out)
+        torch_bytes.experts(x, gate_up, down, ids, shares, Workspace(), out)
     assert largest.elements <= 2 * AT_ONCE < 203 * 150
     joined = gate_up.whole(torch.float64).flatten(-3, -2)
     assert error(out, define.experts(x, joined, down.whole(torch.float64), ids, shares)) <= tolerance(

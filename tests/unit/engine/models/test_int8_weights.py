@@ -25,6 +25,7 @@ from agentspeed_engine.serve.rank_shares import shares_of
 from agentspeed_engine.spmd.placement import Mesh
 from agentspeed_engine.spmd.plan import Collective
 from agentspeed_kernels.cpu import native
+from agentspeed_kernels.fp8_blocks import Fp8Blocks
 from agentspeed_kernels.quantised import Quantised, quantise
 from tests.support.paged import CONFIG, Trail, batch
 from tests.support.random_checkpoint import make_checkpoint
@@ -38,9 +39,9 @@ GROUPED: dict[str, Any] = {
     "max_position_embeddings": 4096, "rope_theta": 5000.0, "attention_bias": False, "tie_word_embeddings": True,
     "bos_token_id": 256, "eos_token_id": 257,
 }  # fmt: skip
-WORST: dict[WeightFormat, float] = {"int8": 0.02, "int8-32": 0.017}
-"""Of logits, norm over norm, median over positions. On these models: 0.012 to 0.014, and 0.010 to 0.013; bfloat16 alone
-0.005 to 0.006."""
+WORST: dict[WeightFormat, float] = {"int8": 0.02, "int8-32": 0.017, "fp8": 0.06}
+"""Of logits, norm over norm, median over positions. On these models: 0.012 to 0.014, 0.010 to 0.013, 0.033 to 0.046;
+bfloat16 alone 0.005 to 0.006."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,7 +75,7 @@ def test_logits_stay_near_those_of_the_checkpoint(folder: Path, dtype: Any, weig
     exact = logits(load(folder, dtype="float64", pages=6, page_tokens=PAGE))
     model = load(folder, dtype=dtype, pages=6, page_tokens=PAGE, weights=weights)
     assert apart(logits(model), exact) < WORST[weights]
-    if isinstance(native.library(), native.Library):
+    if isinstance(native.library(), native.Library) and weights != "fp8":
         assert [program.proven for program in model._programs._programs.values()] == [True]
 
 
@@ -85,11 +86,11 @@ def held(model: LoadedModel) -> int:
         for cell in step.__closure__ or ():
             for name in getattr(type(cell.cell_contents), "__slots__", ()):
                 value = getattr(cell.cell_contents, name, None)
-                data = value.data if isinstance(value, Quantised) else getattr(value, "data", value)
+                data = value.data if isinstance(value, Quantised | Fp8Blocks) else getattr(value, "data", value)
                 if isinstance(data, torch.Tensor) and not any(
                     pool.data_ptr() <= data.data_ptr() < pool.data_ptr() + pool.nbytes for pool in model.pools.tensors
                 ):
-                    scales = value.scales.nbytes if isinstance(value, Quantised) else 0
+                    scales = value.scales.nbytes if isinstance(value, Quantised | Fp8Blocks) else 0
                     found[data.untyped_storage().data_ptr()] = data.untyped_storage().nbytes() + scales
     return sum(found.values())
 
@@ -144,16 +145,16 @@ def test_of_experts_in_8_bits_one_at_a_time_is_in_the_format_of_the_rest(
 ) -> None:
     wide: list[weakref.ref[torch.Tensor]] = []
     at_once: list[int] = []
-    plain = RankWeights.tensor
+    plain = RankWeights.matrix
 
-    def tensor(self: RankWeights, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        found = plain(self, name, dtype)
-        if ".experts." in name:
+    def matrix(self: RankWeights, name: str) -> Any:
+        found = plain(self, name)
+        if ".experts." in name and isinstance(found, torch.Tensor):
             wide.append(weakref.ref(found))
             at_once.append(sum(one() is not None for one in wide))
         return found
 
-    monkeypatch.setattr(RankWeights, "tensor", tensor)
+    monkeypatch.setattr(RankWeights, "matrix", matrix)
     load(make_checkpoint(LATENT, tmp_path, seed=8), dtype="float32", pages=2, weights="int8")
     assert len(wide) >= 3 * LATENT["n_routed_experts"]
     assert max(at_once) <= 3

@@ -17,7 +17,7 @@ from agentspeed_engine.models.state import StepState
 from agentspeed_engine.models.weights import WeightSource
 from agentspeed_engine.spmd.lower import Module
 from agentspeed_engine.spmd.placement import Rank
-from agentspeed_kernels.selection import Kernels
+from agentspeed_kernels.selection import HEAD, Kernels
 
 Chain = list[Module[StepState]]
 
@@ -31,7 +31,7 @@ def build(config: DeepseekConfig, weights: WeightSource, pools: KvPools, rank: R
     latents, own = pools[LATENT], RankWeights(weights, shapes(config), rank)
     chosen = None if config.indexer is None else Chosen()
     embedding = own.tensor("model.embed_tokens.weight")
-    head = kernels.weight(embedding if config.tied else own.tensor("lm_head.weight"))
+    head = kernels.weight(embedding if config.tied else own.tensor("lm_head.weight"), op=HEAD)
     chain: Chain = [Embed("embed", head if config.tied else embedding, rank)]
     for layer in range(config.layers):
         at = f"model.layers.{layer}."
@@ -60,8 +60,8 @@ def _indexer(
     at = f"model.layers.{layer}.self_attn.indexer."
     wide = torch.float64 if kernels.dtype == "float64" else torch.float32
     held = IndexerWeights(
-        q=weights.tensor(at + "wq_b.weight"),
-        k=weights.tensor(at + "wk.weight"),
+        q=weights.matrix(at + "wq_b.weight"),
+        k=weights.matrix(at + "wk.weight"),
         k_gain=weights.tensor(at + "k_norm.weight"),
         k_shift=weights.tensor(at + "k_norm.bias"),
         shares=weights.tensor(at + "weights_proj.weight", wide),
@@ -74,14 +74,14 @@ def _mla_weights(config: DeepseekConfig, weights: RankWeights, layer_at: str) ->
     at = layer_at + "self_attn."
     low, bias = config.q_rank is not None, config.attention_bias
     return MlaWeights(
-        q_a=weights.tensor(at + "q_a_proj.weight") if low else None,
+        q_a=weights.matrix(at + "q_a_proj.weight") if low else None,
         q_a_bias=weights.tensor(at + "q_a_proj.bias") if low and bias else None,
         q_a_norm=weights.tensor(at + "q_a_layernorm.weight") if low else None,
-        q=weights.tensor(at + ("q_b_proj.weight" if low else "q_proj.weight")),
-        kv_a=weights.tensor(at + "kv_a_proj_with_mqa.weight"),
+        q=weights.matrix(at + ("q_b_proj.weight" if low else "q_proj.weight")),
+        kv_a=weights.matrix(at + "kv_a_proj_with_mqa.weight"),
         kv_a_bias=weights.tensor(at + "kv_a_proj_with_mqa.bias") if bias else None,
         kv_a_norm=weights.tensor(at + "kv_a_layernorm.weight"),
         kv_b=weights.tensor(at + "kv_b_proj.weight"),
-        o=weights.tensor(at + "o_proj.weight"),
+        o=weights.matrix(at + "o_proj.weight"),
         o_bias=weights.tensor(at + "o_proj.bias") if bias else None,
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 from agentspeed_engine.models.families.deepseek.config import IndexerConfig
 from agentspeed_engine.models.rope import half_order
 from agentspeed_engine.models.state import StepState
+from agentspeed_kernels.fp8_blocks import Stored
 from agentspeed_kernels.selection import Kernels
 
 _NORM_EPS = 1e-6
@@ -22,8 +23,8 @@ _NORM_EPS = 1e-6
 class IndexerWeights:
     """As the checkpoint names them."""
 
-    q: Tensor
-    k: Tensor
+    q: Stored
+    k: Stored
     k_gain: Tensor
     k_shift: Tensor
     shares: Tensor
@@ -56,8 +57,8 @@ class Indexer:
         order = torch.arange(config.width)
         if config.interleaved:  # pairs are always (i, i + turned / 2) at run time
             order[:turned] = torch.tensor(half_order(turned))
-        q = weights.q.view(config.heads, config.width, -1)[:, order].reshape(weights.q.shape)
-        self._q, self._k = kernels.weight(q), kernels.weight(weights.k[order].contiguous())
+        rows = (torch.arange(config.heads)[:, None] * config.width + order).flatten()
+        self._q, self._k = kernels.weight(weights.q[rows]), kernels.weight(weights.k[order])
         self._k_gain, self._k_shift = weights.k_gain[order].contiguous(), weights.k_shift[order].contiguous()
         self._shares = weights.shares
 

@@ -15,6 +15,7 @@ from agentspeed_engine.models.layers import AddNorm
 from agentspeed_engine.models.rope import half_order, yarn_scale
 from agentspeed_engine.models.state import StepState, other_sum
 from agentspeed_engine.spmd.placement import Rank
+from agentspeed_kernels.fp8_blocks import Stored, joined
 from agentspeed_kernels.packing import Weight
 from agentspeed_kernels.selection import Kernels
 
@@ -24,16 +25,16 @@ from agentspeed_kernels.selection import Kernels
 class MlaWeights:
     """Of one rank, as the checkpoint names them: its heads' piece of q, kv_b and o."""
 
-    q_a: Tensor | None
+    q_a: Stored | None
     q_a_bias: Tensor | None
     q_a_norm: Tensor | None
-    q: Tensor
+    q: Stored
     """q_b_proj, or q_proj when queries have no low rank."""
-    kv_a: Tensor
+    kv_a: Stored
     kv_a_bias: Tensor | None
     kv_a_norm: Tensor
     kv_b: Tensor
-    o: Tensor
+    o: Stored
     o_bias: Tensor | None
 
 
@@ -87,9 +88,11 @@ class Mla:
         self._down: Weight
         self._first: Weight | None = None
         """What joined steps multiply the norm with: all that reads it."""
-        if kernels.has("mla_queries") and weights.q_a is None and self._down_bias is None:
-            rows = torch.cat([weights.q, down])
-            self._first, self._q, self._down = rows, rows[: len(weights.q)], rows[len(weights.q) :]
+        alone = kernels.has("mla_queries") and weights.q_a is None and self._down_bias is None
+        if alone and kernels.weights is None:
+            rows, heads = joined([weights.q, down]), weights.q.shape[0]
+            assert isinstance(rows, Tensor)
+            self._first, self._q, self._down = rows, rows[:heads], rows[heads:]
         else:
             self._q, self._down = kernels.weight(weights.q), kernels.weight(down)
             if kernels.has("mla_queries") and weights.q_a is not None:
@@ -225,28 +228,28 @@ def _score_scale(config: DeepseekConfig) -> float:
     return scale
 
 
-def _joined_down(weights: MlaWeights) -> tuple[Tensor, Tensor | None]:
+def _joined_down(weights: MlaWeights) -> tuple[Stored, Tensor | None]:
     """Both down-projections as one matrix: one product reads the hidden rows once."""
     if weights.q_a is None:
         return weights.kv_a, weights.kv_a_bias
-    joined = torch.cat([weights.q_a, weights.kv_a])
+    both = joined([weights.q_a, weights.kv_a])
     if weights.q_a_bias is None or weights.kv_a_bias is None:
-        return joined, None
-    return joined, torch.cat([weights.q_a_bias, weights.kv_a_bias])
+        return both, None
+    return both, torch.cat([weights.q_a_bias, weights.kv_a_bias])
 
 
 def _half_layout(config: DeepseekConfig, heads: int, weights: MlaWeights) -> MlaWeights:
     """Reorders the rotary rows of both sides once, so that at run time pairs are always (i, i + rope / 2)."""
     order = torch.tensor(half_order(config.rope.width))
-    q = weights.q.view(heads, config.nope + config.rope.width, -1).clone()
-    q[:, config.nope :] = q[:, config.nope + order]
+    head = torch.cat([torch.arange(config.nope), config.nope + order])
+    q_order = (torch.arange(heads)[:, None] * len(head) + head).flatten()
     kv_order = torch.cat([torch.arange(config.kv_rank), config.kv_rank + order])
     return MlaWeights(
         q_a=weights.q_a,
         q_a_bias=weights.q_a_bias,
         q_a_norm=weights.q_a_norm,
-        q=q.view(weights.q.shape),
-        kv_a=weights.kv_a[kv_order].contiguous(),
+        q=weights.q[q_order],
+        kv_a=weights.kv_a[kv_order],
         kv_a_bias=None if weights.kv_a_bias is None else weights.kv_a_bias[kv_order].contiguous(),
         kv_a_norm=weights.kv_a_norm,
         kv_b=weights.kv_b,

@@ -12,6 +12,7 @@ from agentspeed_engine.models import boundaries
 from agentspeed_engine.models.families.grouped.config import GroupedConfig
 from agentspeed_engine.models.state import StepState
 from agentspeed_engine.spmd.placement import Rank
+from agentspeed_kernels.fp8_blocks import Stored, joined
 from agentspeed_kernels.selection import Kernels
 
 
@@ -20,15 +21,15 @@ from agentspeed_kernels.selection import Kernels
 class GroupedWeights:
     """Of one rank, as the checkpoint names them; a bias or norm that a family lacks is None."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
+    q: Stored
+    k: Stored
+    v: Stored
     q_bias: Tensor | None
     k_bias: Tensor | None
     v_bias: Tensor | None
     q_norm: Tensor | None
     k_norm: Tensor | None
-    o: Tensor
+    o: Stored
     o_bias: Tensor | None
 
 
@@ -67,7 +68,7 @@ class GroupedAttention:
         self._heads = config.heads // rank.mesh.tp
         self._scale = float(config.head**-0.5)
         # One product reads the hidden rows once for queries, keys and values.
-        self._joined = kernels.weight(torch.cat([weights.q, weights.k, weights.v]))
+        self._joined = kernels.weight(joined([weights.q, weights.k, weights.v]))
         biases = (weights.q_bias, weights.k_bias, weights.v_bias)
         given = [bias for bias in biases if bias is not None]
         self._bias = torch.cat(given) if given else None

@@ -14,7 +14,7 @@ from agentspeed_engine.models.state import StepState
 from agentspeed_engine.models.weights import WeightSource
 from agentspeed_engine.spmd.lower import Module
 from agentspeed_engine.spmd.placement import Rank
-from agentspeed_kernels.selection import Kernels
+from agentspeed_kernels.selection import HEAD, Kernels
 
 Chain = list[Module[StepState]]
 
@@ -27,7 +27,7 @@ def build(config: GroupedConfig, weights: WeightSource, pools: KvPools, rank: Ra
     check_cuts(cuts(config, rank.mesh))
     keys, values, own = pools[KEYS], pools[VALUES], RankWeights(weights, shapes(config), rank)
     embedding = own.tensor("model.embed_tokens.weight")
-    head = kernels.weight(embedding if config.tied else own.tensor("lm_head.weight"))
+    head = kernels.weight(embedding if config.tied else own.tensor("lm_head.weight"), op=HEAD)
     chain: Chain = [Embed("embed", head if config.tied else embedding, rank)]
     for layer in range(config.layers):
         at = f"model.layers.{layer}."
@@ -50,14 +50,14 @@ def _norm(config: GroupedConfig, weights: RankWeights, name: str, kernels: Kerne
 def _attention_weights(config: GroupedConfig, weights: RankWeights, at: str) -> GroupedWeights:
     bias = config.attention_bias
     return GroupedWeights(
-        q=weights.tensor(at + "q_proj.weight"),
-        k=weights.tensor(at + "k_proj.weight"),
-        v=weights.tensor(at + "v_proj.weight"),
+        q=weights.matrix(at + "q_proj.weight"),
+        k=weights.matrix(at + "k_proj.weight"),
+        v=weights.matrix(at + "v_proj.weight"),
         q_bias=weights.tensor(at + "q_proj.bias") if bias else None,
         k_bias=weights.tensor(at + "k_proj.bias") if bias else None,
         v_bias=weights.tensor(at + "v_proj.bias") if bias else None,
         q_norm=weights.tensor(at + "q_norm.weight") if config.head_norm else None,
         k_norm=weights.tensor(at + "k_norm.weight") if config.head_norm else None,
-        o=weights.tensor(at + "o_proj.weight"),
+        o=weights.matrix(at + "o_proj.weight"),
         o_bias=weights.tensor(at + "o_proj.bias") if config.output_bias else None,
     )
