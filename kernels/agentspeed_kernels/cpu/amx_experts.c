@@ -30,6 +30,10 @@ INLINE __m512 silu(__m512 g) {
     return _mm512_div_ps(g, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
 }
 
+#ifdef VECTOR_TILES
+#include "vector_experts.h"
+#endif
+
 /* act = silu(x . gate) * (x . up), tiles [low, high) of the inner width; padding columns become 0 by zero weights. */
 static void inner_part(const feed *f, long low, long high) {
     float gate[SUMS] __attribute__((aligned(64))), up[SUMS] __attribute__((aligned(64)));
@@ -37,6 +41,12 @@ static void inner_part(const feed *f, long low, long high) {
     for (long e = 0; e < f->experts; e++) {
         long count = f->start[e + 1] - f->start[e];
         if (!count) continue;
+#ifdef VECTOR_TILES
+        if (count > FEW_ROWS) {
+            inner_many(f, e, low, high);
+            continue;
+        }
+#endif
         const bf16 *x = f->x + f->start[e] * f->x_stride;
         const bf16 *w = f->gate_up + e * 2 * columns * steps * TILE;
         bf16 *act = f->act + f->start[e] * width;
@@ -62,6 +72,12 @@ static void outer_part(const feed *f, long low, long high) {
     for (long e = 0; e < f->experts; e++) {
         long count = f->start[e + 1] - f->start[e];
         if (!count) continue;
+#ifdef VECTOR_TILES
+        if (count > FEW_ROWS) {
+            outer_many(f, e, low, high);
+            continue;
+        }
+#endif
         const bf16 *act = f->act + f->start[e] * width, *w = f->down + e * columns * steps * TILE;
         tiles_begin(count % 16);
         for (long b = 0; b < count; b += BLOCK)
@@ -120,6 +136,13 @@ EXPORT void NAME(experts)(const bf16 *x, const bf16 *gate_up, const bf16 *down, 
     if (tokens == 1) f.x_stride = 0;
     if (copied) f.x = gathered, f.x_stride = whole_steps(hidden) * STEP;
     if (3 * tokens * top * inner * hidden < WORTH_A_TEAM) threads = 1;
+#ifdef VECTOR_TILES
+    if (alone && tokens > FEW_ROWS && in_blocks(&f, threads)) {
+        f.x = x, f.x_stride = hidden; /* packing pads rows */
+        dense_blocks(&f, threads);
+        return;
+    }
+#endif
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         long low, high;

@@ -91,3 +91,46 @@ def test_an_expert_that_most_tokens_choose_and_one_that_none_does(spec: KernelSp
         wanted = define.experts(x, meant, meant_back, ids, weights)
         error = float((out.double() - wanted).abs().max() / wanted.abs().max())
         assert error <= tolerance("experts", next(iter(spec.dtypes)))
+
+
+@pytest.mark.parametrize("shape", [(130, 40, 72), (200, 56, 100), (17, 1000, 64)])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("spec", kernels("experts"), ids=str)
+def test_a_dense_layer_is_an_expert_that_all_rows_choose(
+    spec: KernelSpec, threads: int, shape: tuple[int, int, int]
+) -> None:
+    rows, inner, hidden = shape
+    kind = fitting(spec, rows)
+    torch.set_num_threads(threads)
+    noise = torch.Generator().manual_seed(3)
+    x = torch.randn(rows, hidden, generator=noise).to(kind)
+    gate_up = (torch.randn(1, 2 * inner, hidden, generator=noise) * hidden**-0.5).to(kind)
+    down = (torch.randn(1, hidden, inner, generator=noise) * inner**-0.5).to(kind)
+    ids, weights = torch.zeros(rows, 1, dtype=torch.int64), torch.ones(rows, 1)
+    for group in groups(spec):
+        (both, meant), (back, meant_back) = laid(spec, gate_up, group, 2), laid(spec, down, group)
+        out = torch.full((rows, hidden), float("nan"), dtype=kind)
+        spec.call(x, both, back, ids, weights, Workspace(), out)
+        wanted = define.experts(x, meant, meant_back, ids, weights)
+        error = float((out.double() - wanted).abs().max() / wanted.abs().max())
+        assert error <= tolerance("experts", next(iter(spec.dtypes)))
+
+
+@pytest.mark.parametrize("shape", [(100, 3, 40, 70), (200, 2, 83, 64)])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("spec", kernels("heads_linear"), ids=str)
+def test_heads_of_many_rows_by_one_thread_and_by_two(
+    spec: KernelSpec, threads: int, shape: tuple[int, int, int, int]
+) -> None:
+    rows, heads, outputs, inputs = shape
+    kind = fitting(spec, rows)
+    torch.set_num_threads(threads)
+    noise = torch.Generator().manual_seed(4)
+    x = torch.randn(rows, heads, inputs, generator=noise).to(kind)
+    weight = (torch.randn(heads, outputs, inputs, generator=noise) * inputs**-0.5).to(kind)
+    out = torch.full((rows, heads, outputs), float("nan"), dtype=kind)
+    given, meant = laid(spec, weight, 0)
+    spec.call(x, given, out)
+    wanted = define.heads_linear(x, meant)
+    error = float((out.double() - wanted).abs().max() / wanted.abs().max())
+    assert error <= tolerance("heads_linear", next(iter(spec.dtypes)))
