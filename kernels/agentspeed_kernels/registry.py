@@ -64,6 +64,7 @@ def standard() -> Registry:
     must not take the engine with it. `select.Kernels` checks what its kernels compute when one is first chosen."""
     from agentspeed_kernels.cpu import (
         amx_kernels,
+        fp8_kernels,
         int8_kernels,
         native_kernels,
         torch_bytes,
@@ -80,6 +81,7 @@ def standard() -> Registry:
             *native_kernels.SPECS,
             *amx_kernels.SPECS,
             *int8_kernels.SPECS,
+            *fp8_kernels.SPECS,
             *portable.SPECS,
             *specs.SPECS,
         )

@@ -36,7 +36,7 @@ FLAGS = (
     "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
     "-fopenmp", "-fPIC", "-fvisibility=hidden", "-Wno-psabi",
 )  # fmt: skip
-_AVX2 = ("-mavx2", "-mfma")
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
 
 Kind = Literal["f32", "bf16"]
@@ -92,7 +92,13 @@ AVX512 = Form(
     wants="AVX-512 F, BW, DQ and VL",
 )
 AVX2 = Form(
-    name="avx2", bit=1, machines=_X86, flags=_AVX2, sources="native_*.c", kinds=("f32", "bf16"), wants="AVX2 and FMA"
+    name="avx2",
+    bit=1,
+    machines=_X86,
+    flags=_AVX2,
+    sources="native_*.c",
+    kinds=("f32", "bf16"),
+    wants="AVX2, FMA and F16C",
 )
 NEON = Form(
     name="neon", bit=8, machines=_ARM, flags=(), sources="native_*.c", kinds=("f32", "bf16"), wants="a 64-bit ARM"
@@ -109,7 +115,11 @@ _BYTES: Arguments = {
     "linear_bytes": (P, L, P, P, L, P, P, L, P, L, L, L, N),
     "experts_bytes": (P, P, P, P, P, L, P, P, P, P, P, P, P, L, L, L, L, L, N),
 }
-"""Of weights in 8 bits."""
+"""Of weights in int8."""
+_FP8: Arguments = {
+    "linear_fp8": (P, L, P, P, P, P, L, L, L, L, N),
+    "experts_fp8": (P, P, P, P, P, P, P, P, P, P, P, L, L, L, L, L, N),
+}
 _ROWS: Arguments = {
     "copy": (P, L, L, P, L, L, L, L, L),
     "add": (P, P, L),
@@ -129,7 +139,7 @@ _ATTENTION: Arguments = {
 }
 _PRODUCTS: Arguments = {"linear": (P, L, P, P, P, L, L, L, L, N), "heads_linear": (P, L, L, P, P, L, L, L, L, L, L, N)}
 _PLAIN: Arguments = (
-    _BYTES | _ROWS | _ATTENTION | _PRODUCTS | {"experts": (P, P, P, P, P, P, P, P, P, P, L, L, L, L, L, N)}
+    _BYTES | _FP8 | _ROWS | _ATTENTION | _PRODUCTS | {"experts": (P, P, P, P, P, P, P, P, P, P, L, L, L, L, L, N)}
 )
 _EXTEND: Arguments = {
     "soften": (P, P, F, P, P, L, L, L, N),
