@@ -6,6 +6,8 @@ STAMP := $(VENV)/.installed
 # Three workers, for two cores: while one waits, for a timeout or an engine, another computes. A file's tests are one worker's, so
 # that they share its engines; files begin in their order, for the longest are not the last then. One process: make test PARALLEL=
 PARALLEL ?= -n 3 --dist loadfile --no-loadscope-reorder
+# Cores for the exhaustive search.
+JOBS := $(shell nproc)
 # What `make bench` runs, in this order; the options keep each below ten minutes. One alone: make bench BENCHES=fork
 BENCHES := sched fork resume cold_siblings sdk server turns agents adapters busy nano load kernels int8 peers_cpu spmd step retention \
 	"pauses --seeds 6" models deadlock_race recorder host_copies "cancel --events 2000 --kills 10"
@@ -99,13 +101,14 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 model: $(STAMP)
-	PYTHONPATH=engine:kernels $(BIN)/python -m tests.modelcheck --bounds small
+	PYTHONPATH=engine:kernels $(BIN)/python -m tests.modelcheck --bounds small --jobs $(JOBS)
 
+# Where a run is cut off, the same command with --skip-done .model-large.json goes on with what had not ended.
 model-large: $(STAMP)
-	PYTHONPATH=engine:kernels $(BIN)/python -m tests.modelcheck --bounds large
+	PYTHONPATH=engine:kernels $(BIN)/python -m tests.modelcheck --bounds large --jobs $(JOBS) --json .model-large.json
 
 simulate: $(STAMP)
 	PYTHONPATH=engine:kernels $(BIN)/python -m tests.simulation --seeds 25 --marks
 
 clean:
-	rm -rf $(VENV) .venv-langchain .venv-server .venv-ray .checkpoints .peers
+	rm -rf $(VENV) .venv-langchain .venv-server .venv-ray .checkpoints .peers .model-large.json

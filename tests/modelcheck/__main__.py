@@ -1,16 +1,22 @@
-"""`python -m tests.modelcheck --bounds small|large`: explores, then requires that every mutant is caught."""
+"""`python -m tests.modelcheck --bounds small|large --jobs N`: explores, then requires that every mutant is caught.
+
+What has ended is told at once, and with `--json` written down: `--skip-done` goes on where a run was cut off."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Collection
 from dataclasses import fields, replace
+from pathlib import Path
+
+import msgspec
 
 from agentspeed_engine.kv.transitions import BRANCHES, NODES
-from tests.modelcheck.explorer import Bounds, Explored, explore, pairs
+from tests.modelcheck.explorer import Bounds, pairs
 from tests.modelcheck.mutants import AHEAD, AHEAD_FAR, AHEAD_TWO, HOST, LOADED, MUTANTS, PREPARED, QUOTA
+from tests.modelcheck.runs import Ended, Job, run
 
 SMALL = (
     Bounds(verbs=4),
@@ -59,24 +65,6 @@ ENDS = {"Closed"}
 """What is in no table any more."""
 
 
-def search(bounds: Bounds) -> Explored:
-    """Says how far it is once a minute."""
-    started = said = time.monotonic()
-
-    def progress(states: int, waiting: int) -> None:
-        nonlocal said
-        now = time.monotonic()
-        if now - said >= 60:
-            said = now
-            print(
-                f"  ... {states} states, {waiting} of them to be explored, {states / (now - started):.0f} a second: "
-                f"{told(bounds)}",
-                flush=True,
-            )
-
-    return explore(bounds, progress)
-
-
 def told(bounds: Bounds) -> str:
     """What is not as usual."""
     usual = Bounds()
@@ -87,61 +75,94 @@ def told(bounds: Bounds) -> str:
     )
 
 
-def catch(index: int) -> tuple[str, Explored]:
-    mutant = MUTANTS[index]
-    with mutant.applied():
-        return mutant.name, explore(mutant.bounds)
+def jobs_of(bounds: str) -> tuple[list[Job], list[Job], list[Job]]:
+    """The searches, those counted apart, and the mutants. Names are unique; those of searches say the bounds."""
+    plain, later = (SMALL, SMALL_LATER) if bounds == "small" else (LARGE, LARGE_LATER)
+    return (
+        [Job(told(one), bounds=one) for one in plain],
+        [Job(told(one), bounds=one) for one in later],
+        [Job(mutant.name, mutant=place) for place, mutant in enumerate(MUTANTS)],
+    )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+def line(ended: Ended, mutant: bool) -> str:
+    """One result."""
+    if mutant:
+        length = f", {ended.steps} steps" if ended.rule else ""
+        return f"  mutant {ended.name:26} {(ended.rule or 'NOT CAUGHT')[:80]} ({ended.states} states{length})"
+    verdict = "complete" if ended.complete else "CUT SHORT"
+    counts = f"{ended.states:>9} states {ended.transitions:>10} transitions  {verdict}"
+    return f"{counts}  {ended.seconds:7.1f} s  {ended.name}" + (f"\nVIOLATION: {ended.finding}" if ended.rule else "")
+
+
+def summary(what: str, jobs: Collection[Job], done: dict[str, Ended], seconds: float) -> bool:
+    """Prints what searches came to; whether it is what it must be."""
+    ended = [done[job.name] for job in jobs if job.name in done]
+    sound = all(one.complete and not one.rule for one in ended)
+    partly = "" if len(ended) == len(jobs) else f" ({len(ended)} of {len(jobs)} searches)"
+    states = sum(one.states for one in ended)
+    print(
+        f"{states:>9} states{what}{partly} in {seconds:.0f} s: {'safe, and every turn ends' if sound else 'FAILED'}",
+        flush=True,
+    )
+    return sound
+
+
+def reached_all(done: Collection[Ended]) -> bool:
+    """Prints how much of both machines the searches came to; whether it is all."""
+    reached = set[str]().union(*(one.reached for one in done))
+    missing = (set(BRANCHES) | set(NODES) | pairs()) - reached - ENDS
+    print(
+        f"{len((set(BRANCHES) | set(NODES)) & reached)} states of branches and nodes reached, "
+        f"{len(pairs() & reached)} of {len(pairs())} pairs of a command and the state it met"
+        f"{'; NEVER REACHED: ' + ', '.join(sorted(missing)) if missing else ''}",
+        flush=True,
+    )
+    return not missing
+
+
+def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bounds", choices=("small", "large"), default="small")
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=2, help="cores that it computes on")
+    parser.add_argument("--searches", type=int, help="searches at once: each keeps its states in memory")
+    parser.add_argument("--json", type=Path, help="a file for the results, written whenever one is there")
+    parser.add_argument("--skip-done", type=Path, help="such a file: what is in it is not done again")
+    parser.add_argument("--only", help="names or parts of names, with semicolons between them")
     parser.add_argument("--skip-mutants", action="store_true")
-    options = parser.parse_args()
-    failed = False
-    reached: set[str] = set()
-    with ProcessPoolExecutor(options.processes) as pool:
-        small = options.bounds == "small"
-        for what, bounds in (
-            ("", SMALL if small else LARGE),
-            (" with rows for tokens in flight or turns to prepare", SMALL_LATER if small else LARGE_LATER),
-        ):
-            started, states, unsafe = time.monotonic(), 0, False
-            for one, found in zip(bounds, pool.map(search, bounds), strict=True):
-                states += found.states
-                reached |= found.reached
-                verdict = "complete" if found.complete else "CUT SHORT"
-                print(
-                    f"{found.states:>9} states {found.transitions:>10} transitions  {verdict}  {told(one)}", flush=True
-                )
-                if found.finding is not None or not found.complete:
-                    print(f"VIOLATION: {found.finding}")
-                    unsafe = True
-            print(
-                f"{states:>9} states{what} in {time.monotonic() - started:.0f} s: "
-                f"{'FAILED' if unsafe else 'safe, and every turn ends'}",
-                flush=True,
-            )
-            failed |= unsafe
-        missing = (set(BRANCHES) | set(NODES) | pairs()) - reached - ENDS
-        print(
-            f"{len((set(BRANCHES) | set(NODES)) & reached)} states of branches and nodes reached, "
-            f"{len(pairs() & reached)} of {len(pairs())} pairs of a command and the state it met"
-            f"{'; NEVER REACHED: ' + ', '.join(sorted(missing)) if missing else ''}",
-            flush=True,
-        )
-        failed |= bool(missing)
-        if not options.skip_mutants:
-            caught = 0
-            for name, found in pool.map(catch, range(len(MUTANTS))):
-                caught += found.finding is not None
-                what = found.finding.rule if found.finding else "NOT CAUGHT"
-                length = f", {len(found.finding.trace)} steps" if found.finding else ""
-                print(f"  mutant {name:26} {what[:80]} ({found.states} states{length})", flush=True)
-            print(f"{caught} of {len(MUTANTS)} mutants caught")
-            failed |= caught < len(MUTANTS)
-    return 1 if failed else 0
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0: everything that was asked for ended as it must."""
+    options = options_of(arguments)
+    plain, later, mutants = jobs_of(options.bounds)
+    done: dict[str, Ended] = {}
+    if options.skip_done is not None and options.skip_done.exists():
+        done = {one.name: one for one in msgspec.json.decode(options.skip_done.read_bytes(), type=list[Ended])}
+    asked = [*plain, *later, *([] if options.skip_mutants else mutants)]
+    if options.only:
+        asked = [job for job in asked if any(part.strip() in job.name for part in options.only.split(";"))]
+    started = time.monotonic()
+    for ended in run([job for job in asked if job.name not in done], options.jobs, options.searches):
+        done[ended.name] = ended
+        print(line(ended, any(job.name == ended.name for job in mutants)), flush=True)
+        if options.json is not None:
+            written = options.json.with_suffix(".part")
+            written.write_bytes(msgspec.json.encode(list(done.values())))
+            written.replace(options.json)
+    seconds = time.monotonic() - started
+    sound = summary("", plain, done, seconds)
+    sound &= summary(" with rows for tokens in flight or turns to prepare", later, done, seconds)
+    searches = [done[job.name] for job in (*plain, *later) if job.name in done]
+    if len(searches) == len(plain) + len(later):
+        sound &= reached_all(searches)
+    if not options.skip_mutants:
+        tried = [done[job.name] for job in mutants if job.name in done]
+        caught = sum(bool(one.rule) for one in tried)
+        print(f"{caught} of {len(tried)} mutants caught")
+        sound &= caught == len(tried)
+    return 0 if sound else 1
 
 
 if __name__ == "__main__":

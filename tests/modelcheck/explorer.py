@@ -7,11 +7,12 @@ graph with one edge a state, and one pass over it proves or refutes liveness for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections import deque
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from sys import intern
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 from agentspeed_engine.errors import BrokenInvariant
 from agentspeed_engine.ids import LinkId, StepSeq
@@ -116,55 +117,127 @@ class _State:
     silent: int = -1
     """Where the machine alone goes from here; -1: nowhere, it is quiet."""
     busy: bool = False
-    world: SchedulerState | None = field(default=None)
 
 
-def explore(bounds: Bounds, progress: Callable[[int, int], None] = lambda states, waiting: None) -> Explored:
-    """Every state within the bounds, or the first finding. `progress` hears of states found and not yet explored."""
+class Found(NamedTuple):
+    """A state that was not known when it was come to."""
+
+    verbs: int
+    busy: bool
+    world: Any
+    """As the search keeps it: a `SchedulerState`, or one packed."""
+
+
+class Move(NamedTuple):
+    """One transition."""
+
+    action: str
+    machine: bool
+    """No user did anything."""
+    key: bytes
+    found: Found | None
+
+
+class Expanded(NamedTuple):
+    """All that can happen in one state."""
+
+    moves: list[Move]
+    reached: set[str]
+    broken: tuple[str, str] | None
+    """A rule that does not hold, and the action after which it does not. No further action was tried."""
+
+
+Expand: TypeAlias = Callable[[Container[bytes], deque[tuple[Any, int]]], Iterable[Expanded]]
+"""Takes worlds, each with the verbs in its history, and expands them in their order. Of states whose key is known it
+tells the key alone."""
+
+
+def in_turn(bounds: Bounds) -> Expand:
+    """One state after the other, as they are asked for."""
+    core = begin(bounds)
+
+    def expanding(known: Container[bytes], level: deque[tuple[Any, int]]) -> Iterator[Expanded]:
+        while level:
+            yield expand(core, bounds, lambda key: key not in known, *level.popleft())
+
+    return expanding
+
+
+def explore(
+    bounds: Bounds,
+    progress: Callable[[int, int], None] = lambda states, waiting: None,
+    expanding: Expand | None = None,
+    kept: Callable[[SchedulerState], Any] = lambda world: world,
+) -> Explored:
+    """Every state within the bounds, or the first finding. `progress` hears of states found and not yet explored.
+    `expanding` (`in_turn` when left out) gets worlds in the form that `kept` gives the first. Which one it is changes
+    nothing that is found, for its answers are taken in the order of the states."""
     core = begin(bounds)
     found = Explored()
-    states: list[_State] = [_State(-1, "", 0, world=core.snapshot())]
+    states: list[_State] = [_State(-1, "", 0)]
     index: dict[bytes, int] = {digest(core.key(), 0): 0}
-    cursor = 0
-    while cursor < len(states):
-        here = states[cursor]
-        world, here.world = here.world, None
-        assert world is not None
-        for action in actions(world, bounds, here.verbs):
-            core.restore(world)
-            try:
-                oldest = _oldest(core.world)
-                carry_out(core, action)
-                core.check()
-                _check_oldest(core.world, oldest)
-            except (BrokenInvariant, LookupError, ValueError) as broken:
-                rule = str(broken) if isinstance(broken, BrokenInvariant) else f"crash: {broken!r}"
-                found.finding = Finding(rule, [*_trace(states, cursor), _name(action)])
+    level: deque[tuple[Any, int]] = deque([(kept(core.world), 0)])
+    cursor, expanding = 0, expanding or in_turn(bounds)
+    while level:
+        following: deque[tuple[Any, int]] = deque()
+        for expanded in expanding(index, level):
+            here = states[cursor]
+            found.reached |= expanded.reached
+            for move in expanded.moves:
+                found.transitions += 1
+                number = index.get(move.key)
+                if number is None:
+                    if len(states) >= bounds.max_states or move.found is None:
+                        found.complete = False
+                        continue
+                    number = index[move.key] = len(states)
+                    states.append(_State(cursor, move.action, move.found.verbs, busy=move.found.busy))
+                    following.append((move.found.world, move.found.verbs))
+                if move.machine and here.silent < 0 and number != cursor:
+                    here.silent = number
+            if expanded.broken is not None:
+                rule, action = expanded.broken
+                found.finding = Finding(rule, [*_trace(states, cursor), action])
                 found.states = len(states)
                 return found
-            found.transitions += 1
-            if not isinstance(action, str):
-                found.reached.add(_met(world, action))
-            verbs = here.verbs + (0 if isinstance(action, str) else 1)
-            key = digest(core.key(), verbs)
-            number = index.get(key)
-            if number is None:
-                if len(states) >= bounds.max_states:
-                    found.complete = False
-                    continue
-                number = index[key] = len(states)
-                # Not copied: `restore` gives the core another world before anything happens to this one.
-                found.reached |= _kinds(core.world)
-                states.append(_State(cursor, _name(action), verbs, world=core.world, busy=_busy(core.world)))
-            if isinstance(action, str) and here.silent < 0 and number != cursor:
-                here.silent = number
-        cursor += 1
-        if cursor % 1000 == 0:
-            progress(len(states), len(states) - cursor)
+            cursor += 1
+            if cursor % 1000 == 0:
+                progress(len(states), len(states) - cursor)
+        level = following
     found.states = len(states)
     if found.complete:
         found.finding = _not_live(states)
     return found
+
+
+def expand(core: Core, bounds: Bounds, is_new: Callable[[bytes], bool], world: SchedulerState, verbs: int) -> Expanded:
+    """Does each action in `world`, which is used up. The worlds it finds are not copied."""
+    moves, reached = list[Move](), set[str]()
+    following = list(actions(world, bounds, verbs))
+    for place, action in enumerate(following, 1):
+        machine = isinstance(action, str)
+        if not machine:
+            reached.add(_met(world, action))
+        if place < len(following):
+            core.restore(world)
+        else:
+            core.world = world
+        try:
+            oldest = _oldest(core.world)
+            carry_out(core, action)
+            core.check()
+            _check_oldest(core.world, oldest)
+        except (BrokenInvariant, LookupError, ValueError) as broken:
+            rule = str(broken) if isinstance(broken, BrokenInvariant) else f"crash: {broken!r}"
+            return Expanded(moves, reached, (rule, _name(action)))
+        spent = verbs if machine else verbs + 1
+        key = digest(core.key(), spent)
+        found = None
+        if is_new(key):
+            reached |= _kinds(core.world)
+            found = Found(spent, _busy(core.world), core.world)
+        moves.append(Move(_name(action), machine, key, found))
+    return Expanded(moves, reached, None)
 
 
 def begin(bounds: Bounds) -> Core:

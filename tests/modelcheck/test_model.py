@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from agentspeed_engine.kv.transitions import BRANCHES, NODES
+from tests.modelcheck.__main__ import main
 from tests.modelcheck.explorer import Bounds, explore, pairs
 from tests.modelcheck.mutants import AHEAD, AHEAD_FAR, HOST, LOADED, MUTANTS, PREPARED, QUOTA, Mutant
+from tests.modelcheck.packing import packed
+from tests.modelcheck.split import split
 from tests.modelcheck.successors import unlike
 
 
@@ -50,6 +54,33 @@ def test_worlds_that_the_search_takes_for_one_go_on_alike(bounds: Bounds) -> Non
     merged, found = unlike(bounds)
     assert merged > 100
     assert found == []
+
+
+@pytest.mark.parametrize("bounds", [Bounds(verbs=3, depth=1), HOST, AHEAD, replace(PREPARED, verbs=3)])
+def test_a_search_that_is_split_over_processes_finds_the_same(bounds: Bounds) -> None:
+    assert explore(bounds, expanding=split(bounds, 2, few=64), kept=packed) == explore(bounds)
+
+
+def test_a_search_that_is_split_finds_a_fault_by_the_same_history() -> None:
+    mutant = next(mutant for mutant in MUTANTS if mutant.name == "preempt-anyone")
+    with mutant.applied():
+        beside = explore(mutant.bounds, expanding=split(mutant.bounds, 2, few=16), kept=packed)
+        assert beside == explore(mutant.bounds)
+    assert beside.finding is not None
+
+
+def test_what_a_run_wrote_down_is_not_done_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "ended.json"
+    asked = ["--only", "branches=3 verbs=3;held-with-rows", "--json", str(file)]
+    assert main(asked) == 0
+    first = capsys.readouterr().out
+    assert "476 states        996 transitions  complete" in first
+    assert "1 of 1 mutants caught" in first
+    assert main([*asked, "--skip-done", str(file)]) == 0
+    again = capsys.readouterr().out
+    assert "complete" not in again  # nothing ended, for nothing was begun
+    assert "476 states (1 of 8 searches)" in again
+    assert "1 of 1 mutants caught" in again
 
 
 def test_the_search_comes_to_every_state_of_both_machines() -> None:

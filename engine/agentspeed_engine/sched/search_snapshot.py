@@ -7,7 +7,7 @@ field by field, with identity kept inside one copy.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from typing import Any, TypeAlias, cast
 
 from agentspeed_engine.ids import BranchId, NodeId
@@ -19,7 +19,6 @@ from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.sched.plan import HostCopy, Row, StepPlan, TokenOf
 from agentspeed_engine.sched.state import SchedulerState, Ticket, Waiting
 
-_PLAIN: frozenset[type[Any]] = frozenset({int, float, str, bytes, bool, type(None)})
 _FROZEN: frozenset[type[Any]] = frozenset(
     {
         NodeRun,
@@ -38,44 +37,51 @@ _FROZEN: frozenset[type[Any]] = frozenset(
         Ticket,
     }
 )
-_UNSET = object()
+_SAME: frozenset[type[Any]] = _FROZEN | {int, float, str, bytes, bool, type(None), frozenset}
+"""Values that never change."""
 _Memo: TypeAlias = dict[int, Any]
 _Copier: TypeAlias = Callable[[Any, _Memo], Any]
 
 
 def copied(world: SchedulerState) -> SchedulerState:
     """A world that shares nothing changeable with `world`."""
-    copy: SchedulerState = _copy(world, {})
+    copy: SchedulerState = _COPIERS[SchedulerState](world, {})
     return copy
 
 
-def _copy(value: object, memo: _Memo) -> Any:
-    copier = _COPIERS.get(type(value))
-    if copier is None:
-        copier = _COPIERS[type(value)] = _copier(type(value))
-    return copier(value, memo)
+class _Copiers(dict[type[Any], _Copier]):
+    """How values of a class are copied. Of classes that are none of the built-in ones it is found out once."""
+
+    def __missing__(self, kind: type[Any]) -> _Copier:
+        if kind in _FROZEN or not kind.__module__.startswith("agentspeed_engine."):
+            self[kind] = _same  # also an immutable struct of the wire
+        else:
+            self[kind] = _field_by_field(kind)
+        return self[kind]
 
 
-def _copier(kind: type[Any]) -> _Copier:
-    """How values of a class are copied that is none of the built-in ones."""
-    if kind in _FROZEN or not kind.__module__.startswith("agentspeed_engine."):
-        return _same  # also an immutable struct of the wire
-    slots = tuple(
-        name for one in reversed(kind.__mro__) for name in one.__dict__.get("__slots__", ()) if name != "__weakref__"
-    )
+def _field_by_field(kind: type[Any]) -> _Copier:
+    """A function whose text names every field: a search copies ten million worlds, and most of its time was the loop
+    over the names."""
+    slots = [name for one in kind.__mro__ for name in one.__dict__.get("__slots__", ()) if name != "__weakref__"]
+    lines = [
+        "def copy(value, memo):",
+        "    made = memo.get(id(value))",
+        "    if made is not None:",
+        "        return made",
+        "    made = memo[id(value)] = new(kind)",
+    ]
+    if slots:
+        for name in slots:
+            lines += [f"    item = value.{name}", f"    made.{name} = {_COPY_OF_ITEM}"]
+    else:
+        lines += [f"    made.__dict__ = {{name: {_COPY_OF_ITEM} for name, item in value.__dict__.items()}}"]
+    scope: dict[str, Any] = {"new": object.__new__, "kind": kind, "same": _SAME, "copiers": _COPIERS}
+    exec("\n".join([*lines, "    return made"]), scope)
+    return cast(_Copier, scope["copy"])
 
-    def copy_object(value: Any, memo: _Memo) -> Any:
-        known = memo.get(id(value))
-        if known is not None:
-            return known
-        made = memo[id(value)] = object.__new__(kind)
-        for name in slots or list(cast(dict[str, Any], vars(value))):
-            item = getattr(value, name, _UNSET)
-            if item is not _UNSET:
-                object.__setattr__(made, name, item if type(item) in _PLAIN else _copy(item, memo))
-        return made
 
-    return copy_object
+_COPY_OF_ITEM = "item if type(item) in same else copiers[type(item)](item, memo)"
 
 
 def _same(value: Any, memo: _Memo) -> Any:
@@ -83,25 +89,28 @@ def _same(value: Any, memo: _Memo) -> Any:
 
 
 def _copy_tuple(value: tuple[Any, ...], memo: _Memo) -> Any:
-    return value if _plain(value) else tuple([_copy(item, memo) for item in value])
+    if _SAME.issuperset(map(type, value)):
+        return value
+    return tuple([item if type(item) in _SAME else _COPIERS[type(item)](item, memo) for item in value])
 
 
 def _copy_list(value: list[Any], memo: _Memo) -> Any:
     made: list[Any] | None = memo.get(id(value))
     if made is None:
-        made = memo[id(value)] = []
-        made.extend(value if _plain(value) else [_copy(item, memo) for item in value])
+        made = memo[id(value)] = value[:]
+        if value and type(value[0]) is not float and not _SAME.issuperset(map(type, value)):
+            made[:] = [item if type(item) in _SAME else _COPIERS[type(item)](item, memo) for item in value]
     return made
 
 
 def _copy_dict(value: dict[Any, Any], memo: _Memo) -> Any:
     made: dict[Any, Any] | None = memo.get(id(value))
     if made is None:
-        made = memo[id(value)] = {}
-        if _plain(value):
-            made.update(value if _plain(value.values()) else {key: _copy(item, memo) for key, item in value.items()})
-        else:
-            made.update({_copy(key, memo): _copy(item, memo) for key, item in value.items()})
+        made = memo[id(value)] = value.copy()
+        if not _SAME.issuperset(map(type, value.values())):
+            for name, item in value.items():
+                if type(item) not in _SAME:
+                    made[name] = _COPIERS[type(item)](item, memo)
     return made
 
 
@@ -113,20 +122,17 @@ def _copy_ids(value: set[Any] | array[Any] | bytearray, memo: _Memo) -> Any:
     return made
 
 
-def _plain(values: Iterable[Any]) -> bool:
-    """Whether nothing in it can change: one pass without a call for each item."""
-    return _PLAIN.issuperset(map(type, values))
-
-
-_COPIERS: dict[type[Any], _Copier] = {
-    **dict.fromkeys((*_PLAIN, frozenset), _same),
-    tuple: _copy_tuple,
-    list: _copy_list,
-    dict: _copy_dict,
-    set: _copy_ids,
-    array: _copy_ids,
-    bytearray: _copy_ids,
-}
+_COPIERS = _Copiers(
+    dict.fromkeys(_SAME, _same)
+    | {
+        tuple: _copy_tuple,
+        list: _copy_list,
+        dict: _copy_dict,
+        set: _copy_ids,
+        array: _copy_ids,
+        bytearray: _copy_ids,
+    }
+)
 
 
 def key(world: SchedulerState) -> Hashable:
