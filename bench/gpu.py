@@ -57,6 +57,7 @@ def main() -> int:
         "joined": lambda: gpu_joined.section_joined(report),
         "extend": lambda: gpu_layers.section_extend(report, pool),
         "graphs": lambda: gpu_graphs.section_graphs(report),
+        "mixed": lambda: gpu_graphs.section_mixed(report),
         "engine": lambda: gpu_engine.section_engine(report),
         "agents": lambda: gpu_agents.section_agents(report),
     }

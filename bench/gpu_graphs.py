@@ -1,4 +1,5 @@
-"""What CUDA graphs save: decode steps of branches with and without a shared trunk, captured and kernel by kernel."""
+"""What CUDA graphs save: decode steps of branches with and without a shared trunk, and steps that extend some branches
+while others decode, captured and kernel by kernel."""
 
 from __future__ import annotations
 
@@ -73,6 +74,56 @@ LATENT: dict[str, Branches] = {
 GROUPED: dict[str, Branches] = {"1 branch at 4 k": Branches(1, 4096, forked=False), "8 forks at 4 k": Branches(8, 4096)}
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class Mixed:
+    """`decoding` branches of `context` tokens that are fed one more, and one of `context` for each number of
+    `extends`, which is fed so many."""
+
+    decoding: int
+    context: int
+    extends: tuple[int, ...]
+
+    @property
+    def pages(self) -> int:
+        return sum(self._pages(new) for new in self._new)
+
+    @property
+    def _new(self) -> tuple[int, ...]:
+        return (*[1] * self.decoding, *self.extends)
+
+    def _pages(self, new: int) -> int:
+        return -(-(self.context + new) // PAGE)
+
+    def step(self, at: int) -> FlatBatch:
+        """The same rows each time, with other ids."""
+        runs, slots, positions, page, rows = [], [], [], 0, 0
+        for new in self._new:
+            held = np.arange(page, page + self._pages(new), dtype=np.int32)
+            mine = self.context + np.arange(new)
+            queries = np.arange(rows, rows + new, dtype=np.int32)
+            runs.append(Run(pages=held, start=0, tokens=self.context + new, queries=queries, causal=True))
+            slots.append(held[mine // PAGE].astype(np.int64) * PAGE + mine % PAGE)
+            positions.append(mine)
+            page, rows = page + held.size, rows + new
+        ids = (np.arange(rows, dtype=np.int64) * 31 + 7 * at) % 99_000 + 3
+        select = np.cumsum(self._new) - 1
+        return FlatBatch(ids=ids, positions=np.concatenate(positions), slots=np.concatenate(slots), runs=tuple(runs),
+                         select=select)  # fmt: skip
+
+
+MIXED: dict[str, Mixed] = {
+    "32 decode, 40 more at 3 k": Mixed(32, 3072, (40,)),
+    "32 decode, 4 extends of 27 at 3 k": Mixed(32, 3072, (27,) * 4),
+    "40 decode, 27 and 180 more at 3 k": Mixed(40, 3072, (27, 180)),
+    "40 decode, 80 and 390 more at 3 k": Mixed(40, 3072, (80, 390)),
+    "40 decode, 1000 more at 3 k": Mixed(40, 3072, (1000,)),
+    "2048 of a prompt": Mixed(0, 0, (2048,)),
+}
+"""As agents with tools have them (`bench/gpu_agents.py`); the last two have no graph."""
+MOST_HOST_MS = 8.0
+
+
 def section_graphs(report: Report) -> None:
     """Of models with weights by chance: milliseconds of a step, launches by the host included, and how far logits of a
     captured step lie from those of the same step kernel by kernel: joined kernels round elsewhere, and a near tie of
@@ -107,7 +158,7 @@ def _fill(model: LoadedModel) -> None:
         pool.normal_(generator=noise)
 
 
-def _paired(model: LoadedModel, case: Branches) -> float:
+def _paired(model: LoadedModel, case: Branches | Mixed) -> float:
     """How far the logits of a step that is repeated lie from those of the same step kernel by kernel."""
     for at in range(SETTLE):
         _ = model.forward(case.step(at))
@@ -118,7 +169,7 @@ def _paired(model: LoadedModel, case: Branches) -> float:
     return relative(graph, eager)
 
 
-def _step_ms(model: LoadedModel, case: Branches) -> float:
+def _step_ms(model: LoadedModel, case: Branches | Mixed) -> float:
     for at in range(SETTLE):
         _ = model.forward(case.step(at))
     torch.cuda.synchronize()
@@ -127,3 +178,35 @@ def _step_ms(model: LoadedModel, case: Branches) -> float:
         _ = model.forward(case.step(at))
     torch.cuda.synchronize()
     return 1e3 * (time.perf_counter() - started) / STEPS
+
+
+def section_mixed(report: Report) -> None:
+    """Steps of V2-Lite's shapes that extend branches beside others that decode: milliseconds of a step as it runs and
+    kernel by kernel, what the host takes to launch it kernel by kernel, and how far the logits of both lie apart."""
+    config = ROOT / "bench/models/v2-lite.json"
+    pages = max(case.pages for case in MIXED.values())
+    model = load(f"random:{config}", dtype="bfloat16", pages=pages, page_tokens=PAGE, device=DEVICE)
+    _fill(model)
+    for label, case in MIXED.items():
+        before = model.graphs
+        apart = _paired(model, case)
+        captured = model.graphs - before
+        ms = _step_ms(model, case)
+        model.repeats = False
+        eager, host = _step_ms(model, case), _host_ms(model, case)
+        model.repeats = True
+        report.add("mixed", label, rows=len(case.step(0).ids), ms=ms, kernel_by_kernel_ms=eager, host_ms=host,
+                   apart=apart, captured=captured, must=MOST_HOST_MS,
+                   met=host <= MOST_HOST_MS and apart < 0.1)  # fmt: skip
+
+
+def _host_ms(model: LoadedModel, case: Mixed) -> float:
+    """Of one step, nothing before which the device still has to do."""
+    taken = []
+    for at in range(SETTLE):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        _ = model.forward(case.step(at))
+        taken.append(time.perf_counter() - started)
+    torch.cuda.synchronize()
+    return 1e3 * min(taken)

@@ -8,6 +8,7 @@ from typing import Any, Protocol, final
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from agentspeed_kernels.tiles import Int32s, Int64s, Piece
 
@@ -21,8 +22,8 @@ class AttentionStep:
     """For `mla_rows`: decode rows and short extends."""
     many: Any | None
     """For `mla_extend`: the rows of long extends."""
-    many_rows: Int64s
-    """Rows of the step that `many` writes, ascending."""
+    many_rows: Tensor
+    """Rows of the step that `many` writes, ascending: int64, on the kernels' device."""
 
 
 NEVER = 1 << 62
@@ -54,18 +55,26 @@ class Part:
     causal: bool
 
 
-def split_long(pieces: Sequence[Piece], count: int, extend_from: int) -> tuple[list[Piece], list[Piece], Int64s]:
+def split_long(
+    pieces: Sequence[Piece], count: int, extend_from: int, least_pairs: int = 0
+) -> tuple[list[Piece], list[Piece], Int64s]:
     """(pieces of the other rows, pieces of rows of long extends, those rows).
 
-    A row belongs to a long extend when its own causal piece has `extend_from` queries or more."""
+    A row belongs to a long extend when its own causal piece has `extend_from` queries or more and there are more than
+    `least_pairs` pairs of one of them and a token of its context."""
     long = np.zeros(count, dtype=bool)
     for piece in pieces:
-        if piece.causal and piece.queries.size >= extend_from:
+        if piece.causal and piece.queries.size >= extend_from and pairs_of(piece) > least_pairs:
             long[piece.queries] = True
     rows = np.flatnonzero(long).astype(np.int64)
     if not rows.size:
         return list(pieces), [], rows
     return _kept(pieces, ~long), _kept(pieces, long), rows
+
+
+def pairs_of(piece: Piece) -> int:
+    """Of the queries of a causal piece and the tokens of their context, as if each saw all of them."""
+    return piece.queries.size * (piece.start + piece.tokens)
 
 
 def _kept(pieces: Sequence[Piece], kept: NDArray[np.bool_]) -> list[Piece]:

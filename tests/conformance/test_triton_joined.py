@@ -31,6 +31,7 @@ from agentspeed_kernels.attention import AttentionBackend, AttentionStep
 from agentspeed_kernels.platform import detect, named
 from agentspeed_kernels.registry import standard
 from agentspeed_kernels.selection import Kernels
+from agentspeed_kernels.triton import padded as padded_module
 from agentspeed_kernels.triton.backend import TritonAttention, shape_of
 from agentspeed_kernels.triton.padded import PlanMemory, padded, shape_for
 from agentspeed_kernels.workspace import Workspace
@@ -58,11 +59,18 @@ def chain_of(source: ModelSource, pools: KvPools, on_gpu: bool) -> Any:
     return family.build(config, weights, pools, ONE, kernels)
 
 
-@pytest.mark.parametrize(("rows", "queries"), [(1, 1), (3, 4), (6, 8)])
+@pytest.mark.parametrize(("rows", "queries", "extended"), [(1, 1, 1), (3, 4, 1), (6, 8, 1), (3, 12, 7)])
 @pytest.mark.parametrize("changes", [{}, SOFTMAX], ids=["sigmoid, low rank", "softmax"])
 def test_a_joined_step_on_a_padded_plan_gives_what_the_modules_give(
-    changes: dict[str, Any], rows: int, queries: int, tmp_path: Path
+    changes: dict[str, Any],
+    rows: int,
+    queries: int,
+    extended: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """`extended`: tokens that the first branch is fed; the others are fed one."""
+    monkeypatch.setattr(padded_module, "MANY_QUERIES", 8)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | SIZES | changes))
     source = read_source(f"random:{tmp_path / 'config.json'}")
     config, family = source.config, source.family
@@ -73,10 +81,10 @@ def test_a_joined_step_on_a_padded_plan_gives_what_the_modules_give(
     whole(plain, batch(PAGE, [(trail, list(range(5, 25 + 3 * row))) for row, trail in enumerate(trails)]), rope)
     for pool, other in zip(here.tensors, there.tensors, strict=True):
         other.copy_(pool)
-    given = batch(PAGE, [(trail, [30 + row]) for row, trail in enumerate(trails)])
+    given = batch(PAGE, [(trail, [30 + row] * (1 if row else extended)) for row, trail in enumerate(trails)])
     wanted = whole(plain, given, rope)
     got = padded_step(source, chain_of(source, there, on_gpu=True), given, rope, queries)
-    assert torch.allclose(got[:rows], wanted, rtol=1e-3, atol=1e-4)
+    assert torch.allclose(got[: len(given.ids)], wanted, rtol=1e-3, atol=1e-4)
     assert torch.isfinite(got).all(), "rows that pad a step are read by later kernels"
     for pool, other in zip(here.tensors, there.tensors, strict=True):
         assert torch.allclose(pool, other, rtol=1e-4, atol=1e-5)
@@ -106,7 +114,7 @@ def padded_step(source: ModelSource, chain: Any, given: FlatBatch, rope: Rope, q
         for part, fill in ((given.ids, 0), (given.positions, 0), (given.slots, -1))
     )
     cos, sin = rope.at(positions)
-    step = AttentionStep(few=few, many=None, many_rows=np.zeros(0, np.int64))
+    step = AttentionStep(few=few, many=None, many_rows=torch.zeros(0, dtype=torch.int64))
     workspace = Workspace()
     state = StepState(
         cos=cos, sin=sin, slots=slots, attention=step, select=torch.arange(queries), workspace=workspace

@@ -22,9 +22,9 @@ from agentspeed_engine.exec.step_input import Sample, StepInput
 from agentspeed_engine.exec.torch_model import TorchModel
 from agentspeed_engine.exec.turns_on_host import TurnsOnHost
 from agentspeed_engine.exec.vocabulary import Vocabulary
-from agentspeed_engine.models.inputs_on_device import unwaited
 from agentspeed_engine.models.loaded import out_of_memory
 from agentspeed_kernels.triton.sampling import sample
+from agentspeed_kernels.uploads import unwaited
 from agentspeed_kernels.workspace import Workspace
 
 _cuda: Any = torch.cuda

@@ -1,8 +1,11 @@
-"""Steps of few rows on a GPU as one CUDA graph: launched from Python, a step is mostly the time between its kernels.
+"""Most steps on a GPU as one CUDA graph: launched from Python, a step is mostly the time between its kernels.
 
 A graph is captured for a padded number of rows and a padded shape of the attention's plan: for the usual steps before
 the first turn, for others once they are met again. Rows that pad a step write
-no latent (their slot is -1), are read by nobody, and what attention leaves of them is finite.
+no latent (their slot is -1), are read by nobody, and what attention leaves of them is finite. Scratch memory is one for
+all graphs: they run one after the other, and none reads what another has left.
+
+Long extends run as other rows do, where that costs little more than their own kernels (`TritonAttention.absorbs`).
 
 The chain of a graph is the joined one. The first graph of each form is repeated beside the modules themselves; where it
 gives something else all graphs are made of the modules from then on, and where these cannot be captured there are none.
@@ -13,20 +16,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import TypeAlias, final
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from agentspeed_engine.models.graph_recorder import CudaRecorder, Recorder
 from agentspeed_engine.models.inputs import FlatBatch
-from agentspeed_engine.models.inputs_on_device import unwaited
 from agentspeed_engine.models.joined_check import objection
 from agentspeed_engine.models.kv_pools import KvPools
 from agentspeed_engine.models.rope import Rope
 from agentspeed_engine.models.state import StepState
-from agentspeed_engine.models.usual_steps import first_page, usual_steps, written
+from agentspeed_engine.models.usual_steps import first_page, long_steps, usual_steps, written
 from agentspeed_engine.spmd.lower import Compiled, run
 from agentspeed_kernels.attention import AttentionStep
 from agentspeed_kernels.selection import JOINED, SWITCH
@@ -34,20 +35,27 @@ from agentspeed_kernels.triton.attention import Form
 from agentspeed_kernels.triton.backend import TritonAttention
 from agentspeed_kernels.triton.padded import PaddedShape, PlanMemory, padded, shape_for
 from agentspeed_kernels.triton.plan import RowsPlan
+from agentspeed_kernels.uploads import unwaited
 from agentspeed_kernels.workspace import Workspace
 
 log = logging.getLogger("agentspeed.engine")
 
-BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Rows that steps are padded to."""
+DRAWN = 64
+"""A step of more rows gives logits of so many, of all where that is not enough: most of its rows belong to prompts."""
 AFTER = 2
 """Steps of a shape that run kernel by kernel before a graph is captured; they also compile what it is made of."""
-MOST_GRAPHS = 192
+MOST_GRAPHS = 256
 CHECKED_ROWS = 4
 """Rows at the least that a form is checked with before the first turn: a near tie of the router is one row's."""
 MOST_SAID = 500
 """Characters of what a compiler says about a step."""
-_ROWS = ("ids", "positions", "slots")
+_ROWS = ("ids", "positions", "slots", "select")
+
+
+_Form: TypeAlias = tuple[PaddedShape, int]
+"""Of a graph: what its plans have in common, and rows of logits."""
 
 
 @final
@@ -55,9 +63,9 @@ _ROWS = ("ids", "positions", "slots")
 class _Graph:
     plans: PlanMemory
     inputs: Tensor
-    """[3, rows] int64: ids, positions, slots."""
-    held: tuple[Workspace, Tensor]
-    """Scratch memory and selected rows: the graph has their addresses."""
+    """[4, rows] int64: ids, positions, slots, and the rows that logits are of."""
+    held: tuple[Tensor, ...]
+    """Scratch memory: the graph has its addresses."""
     replay: Callable[[], None]
     logits: Tensor
 
@@ -85,8 +93,9 @@ class Graphs:
         self._pools, self._vocabulary = pools, vocabulary
         self._rope, self._attention, self._device = rope, attention, device
         self._recorder = recorder or CudaRecorder(device)
-        self._graphs: dict[PaddedShape, _Graph] = {}
-        self._seen: dict[PaddedShape, int] = {}
+        self._workspace = Workspace(device)
+        self._graphs: dict[_Form, _Graph] = {}
+        self._seen: dict[_Form, int] = {}
         self._checked: set[tuple[int, Form]] = set()
         self._turns = 0
 
@@ -100,9 +109,12 @@ class Graphs:
         return self._joined is not None
 
     def capture(self, context_limit: int, pool_tokens: int, progress: Callable[[int], None]) -> bool:
-        """Graphs of the usual steps of a pool of `pool_tokens`, as far as there is memory (False: not of all).
-        `progress` is told how many there are. Nobody has rows in the pool yet."""
+        """Compiles what long prompts take, and makes graphs of the usual steps of a pool of `pool_tokens`, as far as
+        there is memory (False: not of all). `progress` is told how many there are. Nobody has rows in the pool yet."""
         page_tokens = self._attention.shape.page_tokens
+        for step in long_steps(context_limit, pool_tokens, page_tokens):
+            if self._recorder.room():
+                self._modules(step)
         if not self.joins:
             return self._usual(context_limit, pool_tokens, progress)
         self._modules(first_page(min(page_tokens, context_limit), self._vocabulary))
@@ -119,7 +131,7 @@ class Graphs:
         for batch in usual_steps(BUCKETS, context_limit, pool_tokens, self._attention.shape.page_tokens):
             plan, form = self._attention.rows(batch.runs, batch.positions)
             shape = shape_for(plan, form, _bucket(len(batch.ids)), self._attention.shape)
-            if shape is None or shape in self._graphs:
+            if shape is None or (shape, _drawn(batch, shape)) in self._graphs:
                 continue
             if not self._room():
                 return False
@@ -136,17 +148,18 @@ class Graphs:
         """Logits of the selected rows as the chain gives them, valid until the next call; None: the step is not one of
         those that are repeated."""
         rows = len(batch.ids)
-        if self._plain is None or not rows or rows > BUCKETS[-1] or not len(batch.select):
+        if self._plain is None or not rows or rows > BUCKETS[-1] or not self._attention.absorbs(batch.runs):
             return None
         plan, form = self._attention.rows(batch.runs, batch.positions)
         shape = shape_for(plan, form, _bucket(rows), self._attention.shape)
         if shape is None:
             return None
-        held = self._graphs.get(shape)
+        key = shape, _drawn(batch, shape)
+        held = self._graphs.get(key)
         if held is not None:
             held.plans.load(padded(plan, shape))
             return self._replay(held, batch, name)
-        seen = self._seen[shape] = self._seen.get(shape, 0) + 1
+        seen = self._seen[key] = self._seen.get(key, 0) + 1
         if seen <= AFTER or not self._room():
             return None
         held = self._capture(shape, batch, padded(plan, shape), [batch])
@@ -154,14 +167,11 @@ class Graphs:
 
     def _replay(self, held: _Graph, batch: FlatBatch, name: Callable[[Tensor], None] | None) -> Tensor:
         """Of a step whose plan is loaded."""
-        queries, rows = held.inputs.shape[1], len(batch.ids)
-        held.inputs.copy_(_padded_inputs(batch, queries, self._device), non_blocking=True)
+        held.inputs.copy_(_padded_inputs(batch, held.inputs.shape[1], self._device), non_blocking=True)
         if name is not None:
             name(held.inputs[0])
         held.replay()
-        if len(batch.select) == rows:
-            return held.logits[:rows]
-        return held.logits[unwaited(batch.select, self._device)]
+        return held.logits[: len(batch.select)]
 
     def _room(self) -> bool:
         return len(self._graphs) < MOST_GRAPHS and self._recorder.room()
@@ -178,7 +188,7 @@ class Graphs:
         if isinstance(made, str):
             self._leave_out(shape, made)
             return None
-        self._graphs[shape] = made
+        self._graphs[shape, _drawn(batch, shape)] = made
         log.debug("steps of up to %d rows are one graph (%d graphs)", shape.queries, len(self._graphs))
         return made
 
@@ -251,10 +261,9 @@ class Graphs:
         plans = PlanMemory(shape, self._device)
         inputs = torch.empty(len(_ROWS), shape.queries, dtype=torch.int64, device=self._device)
         inputs.copy_(_padded_inputs(batch, shape.queries, self._device))
-        workspace = Workspace(self._device)
-        select = torch.arange(shape.queries, device=self._device)
-        few = plans.load(plan)
-        attention = AttentionStep(few=few, many=None, many_rows=np.zeros(0, np.int64))
+        workspace, select = self._workspace, inputs[3, : _drawn(batch, shape)]
+        none = torch.zeros(0, dtype=torch.int64, device=self._device)
+        attention = AttentionStep(few=plans.load(plan), many=None, many_rows=none)
 
         def chain() -> Tensor:
             cos, sin = self._rope.at(inputs[1])
@@ -266,18 +275,24 @@ class Graphs:
 
         # Buffers of a workspace grow, and move, until the largest call of a step has been made.
         replay, logits = self._recorder.record(chain, workspace.clear)
-        return _Graph(plans, inputs, (workspace, select), replay, logits)
+        return _Graph(plans, inputs, workspace.buffers, replay, logits)
 
 
 def _bucket(rows: int) -> int:
     return next(size for size in BUCKETS if size >= rows)
 
 
+def _drawn(batch: FlatBatch, shape: PaddedShape) -> int:
+    """How many rows of logits a graph for this step gives."""
+    return DRAWN if len(batch.select) <= DRAWN < shape.queries else shape.queries
+
+
 def _padded_inputs(batch: FlatBatch, queries: int, device: torch.device) -> Tensor:
-    """[3, queries] in pinned memory for a GPU: ids, positions, slots."""
+    """[4, queries] in pinned memory for a GPU: ids, positions, slots, selected rows."""
     given = torch.empty(len(_ROWS), queries, dtype=torch.int64, pin_memory=device.type == "cuda")
     view = given.numpy()
     rows = len(batch.ids)
     view[0, :rows], view[1, :rows], view[2, :rows] = batch.ids, batch.positions, batch.slots
     view[0, rows:], view[1, rows:], view[2, rows:] = 0, 0, -1
+    view[3, : len(batch.select)], view[3, len(batch.select) :] = batch.select, 0
     return given

@@ -4,20 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from agentspeed_engine.models.inputs import FlatBatch
-
-
-def unwaited(numbers: NDArray[np.int64], device: torch.device) -> Tensor:
-    """`numbers` on the device, by a copy that the host does not wait for: one from ordinary memory would make it wait
-    until the device has done all it was given before."""
-    if device.type == "cpu":
-        return torch.from_numpy(numbers)
-    flat = torch.empty(numbers.shape, dtype=torch.int64, pin_memory=True)
-    flat.numpy()[...] = numbers
-    return flat.to(device, non_blocking=True)
 
 
 def upload(batch: FlatBatch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast, final
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -162,7 +161,7 @@ def _workspace_bytes(
         cos=angles,
         sin=angles,
         slots=torch.empty(rows, dtype=torch.int64, device="meta"),
-        attention=AttentionStep(few=object(), many=None, many_rows=np.empty(0, np.int64)),
+        attention=AttentionStep(few=object(), many=None, many_rows=torch.empty(0, dtype=torch.int64)),
         select=torch.arange(rows),
         workspace=cast(Workspace, workspace),
     )

@@ -12,25 +12,39 @@ from agentspeed_engine.models.inputs import FlatBatch, Int64s, Run
 
 SHORT = 64
 """Tokens of a branch beside a long one, and of a fork below its trunk."""
+LONG = (256, 512, 1024, 2048)
+"""Tokens of extends that take all the forms there are of kernels for long ones."""
 
 
 def usual_steps(rows: Sequence[int], most_context: int, most_tokens: int, page_tokens: int) -> Iterator[FlatBatch]:
-    """For each count of rows, at contexts that double up to `most_context`: branches of one length, one long branch
-    among short ones, forks of one trunk, and a short extend; none reads more than `most_tokens` of cache in all. Every
-    page they name is page 0, and their rows are written nowhere."""
+    """For each count of rows, at contexts that double up to `most_context`: branches of one length and an extend, and
+    for up to `SHORT` rows one long branch among short ones and forks of one trunk; none reads more than `most_tokens`
+    of cache in all. Every page they name is page 0, and their rows are written nowhere."""
     for count in rows:
         context = SHORT
         while context + max(count, SHORT) <= min(most_context, most_tokens):
             if count * context <= most_tokens:
                 yield _step([_own(row, 0, context, page_tokens) for row in range(count)], np.full(count, context - 1))
-            if count > 1:
+            if 1 < count <= SHORT:
                 lengths = [context, *[SHORT] * (count - 1)]
                 yield _step(
                     [_own(row, 0, tokens, page_tokens) for row, tokens in enumerate(lengths)], np.array(lengths) - 1
                 )
                 yield _forks(count, context, page_tokens)
+            if count > 1:
                 yield _extend(count, context, page_tokens)
             context *= 2
+
+
+def long_steps(most_context: int, most_tokens: int, page_tokens: int) -> Iterator[FlatBatch]:
+    """Extends that have kernels of their own, beside a branch that decodes, as deep in a context
+    as they may lie."""
+    for count in LONG:
+        context = min(most_context, most_tokens) - count - SHORT
+        if context >= 0:
+            extend = _run(np.arange(count), 0, context + count, page_tokens, causal=True)
+            positions = np.append(context + np.arange(count), SHORT - 1)
+            yield replace(_step([extend, _own(count, 0, SHORT, page_tokens)], positions), select=np.array([count]))
 
 
 def first_page(page_tokens: int, vocabulary: int) -> FlatBatch:
@@ -60,8 +74,10 @@ def _forks(count: int, context: int, page_tokens: int) -> FlatBatch:
 
 
 def _extend(count: int, context: int, page_tokens: int) -> FlatBatch:
+    """Few of many rows draw."""
     rows = np.arange(count)
-    return _step([_run(rows, 0, context + count, page_tokens, causal=True)], context + rows)
+    step = _step([_run(rows, 0, context + count, page_tokens, causal=True)], context + rows)
+    return replace(step, select=rows[-SHORT:])
 
 
 def _own(row: int, start: int, tokens: int, page_tokens: int) -> Run:

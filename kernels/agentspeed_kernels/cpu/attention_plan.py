@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
+import torch
+
 from agentspeed_kernels.attention import AttentionStep, split_long
 from agentspeed_kernels.tiles import Int64s, Piece, plan_tiles
 
@@ -36,4 +38,6 @@ class CpuAttention:
             block_rows=MANY_BLOCK,
             align="query",
         )
-        return AttentionStep(few=few if few.count else None, many=many if many.count else None, many_rows=rows)
+        return AttentionStep(
+            few=few if few.count else None, many=many if many.count else None, many_rows=torch.from_numpy(rows)
+        )

@@ -10,17 +10,23 @@ from typing import final
 import numpy as np
 import torch
 
-from agentspeed_kernels.attention import AttentionStep, split_long
+from agentspeed_kernels.attention import AttentionStep, pairs_of, split_long
 from agentspeed_kernels.tiles import Int64s, Piece
-from agentspeed_kernels.triton.attention import AttentionShape, Form, plan_step, prepare
+from agentspeed_kernels.triton.attention import AttentionShape, Form, plan_step, upload
 from agentspeed_kernels.triton.extend import NotOneBranch, prepare_extend
+from agentspeed_kernels.triton.padded import general
 from agentspeed_kernels.triton.plan import Cut, RowsPlan
+from agentspeed_kernels.uploads import unwaited
 
 log = logging.getLogger("agentspeed.kernels")
 
 EXTEND_FROM = 256
 """From this many new tokens of one branch on, decompressing the context costs less than absorbed attention (measured on
 an H200 at 32 768 cached tokens, docs/performance.md)."""
+ABSORBED, ABSORBED_EACH = 1 << 25, 1 << 24
+"""Pairs of a query's head and a token of its context up to which long extends run absorbed all the same: those of a
+step together, where it is a graph then (512 tokens of 16 heads at 4096), and those of one. What they compute more costs
+less than the launches of their own kernels."""
 
 
 @final
@@ -33,9 +39,10 @@ class TritonAttention:
     invariant: bool = False
     """Every segment is cut at fixed places: a row's attention is then bit-equal in any batch of the same form."""
     extend_from: int = EXTEND_FROM
+    absorbed_each: int = ABSORBED_EACH
 
     def prepare(self, pieces: Sequence[Piece], positions: Int64s) -> AttentionStep:
-        few, many, rows = split_long(pieces, positions.size, self.extend_from)
+        few, many, rows = split_long(pieces, positions.size, self.extend_from, self.absorbed_each // self.shape.heads)
         extended = None
         if many:
             try:
@@ -43,11 +50,19 @@ class TritonAttention:
             except NotOneBranch as error:
                 log.info("a long extend runs absorbed: %s", error)
                 few, rows = list(pieces), np.zeros(0, np.int64)
-        absorbed = prepare(few, positions, self.shape, self.device, cut=self._cut) if few else None
-        return AttentionStep(few=absorbed, many=extended, many_rows=rows)
+        absorbed = None
+        if few:
+            plan, form = self.rows(few, positions)
+            absorbed = upload(general(plan), form, self.device)
+        return AttentionStep(few=absorbed, many=extended, many_rows=unwaited(rows, self.device))
+
+    def absorbs(self, pieces: Sequence[Piece]) -> bool:
+        """Whether a step's long extends may be rows like others: they compute more then, but not much."""
+        long = (piece for piece in pieces if piece.causal and piece.queries.size >= self.extend_from)
+        return self.shape.heads * sum(map(pairs_of, long)) <= ABSORBED
 
     def rows(self, pieces: Sequence[Piece], positions: Int64s) -> tuple[RowsPlan, Form]:
-        """The plan for a step without long extends, not uploaded yet."""
+        """The plan for a step whose rows are all absorbed, not uploaded yet."""
         return plan_step(pieces, positions, self.shape, cut=self._cut)
 
     @property

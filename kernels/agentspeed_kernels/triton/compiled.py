@@ -20,7 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, final
 
-from agentspeed_kernels.triton.device_code import device_code
+from agentspeed_kernels.triton.device_code import device_module
 
 BF16, FP32, INT32, INT64, FP64 = "*bf16", "*fp32", "*i32", "*i64", "*fp64"
 _WAIT, _NEXT = "griddepcontrol.wait", "griddepcontrol.launch_dependents"
@@ -73,7 +73,7 @@ def builds(target: str) -> Iterator[Build]:
 def _rows(target: str) -> Iterator[Build]:
     from agentspeed_kernels.triton import attention
 
-    rows = device_code("rows")
+    rows = device_module("rows")
 
     shapes = [("16", attention.ROWS_16, False), ("16-edge", attention.ROWS_16, True), ("32", attention.ROWS_32, True)]
     if target == "cuda:90":
@@ -111,7 +111,7 @@ def _gluon() -> Iterator[Build]:
 
     from agentspeed_kernels.triton import attention
 
-    rows_hopper = device_code("rows_hopper")
+    rows_hopper = device_module("rows_hopper")
 
     layout = repr(gl.NVMMASharedLayout(128, 16))
     for name, form in (("large", attention.HOPPER_LARGE), ("small", attention.HOPPER_SMALL)):
@@ -136,11 +136,11 @@ def _rows_signature() -> dict[str, str]:
 
 
 def _layers(early: bool) -> Iterator[Build]:
-    elementwise = device_code("elementwise")
-    experts = device_code("experts")
-    products = device_code("products")
-    queries = device_code("queries")
-    sample = device_code("sample")
+    elementwise = device_module("elementwise")
+    experts = device_module("experts")
+    products = device_module("products")
+    queries = device_module("queries")
+    sample = device_module("sample")
 
     yield Build(
         name="latent_append",
@@ -274,7 +274,7 @@ def _layers(early: bool) -> Iterator[Build]:
 def _extend(target: str) -> Iterator[Build]:
     from agentspeed_kernels.triton import extend
 
-    device = device_code("extend")
+    device = device_module("extend")
 
     forms = {"wide": extend.WIDE, "narrow": extend.NARROW}
     if target.startswith("hip"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, final
 
 import numpy as np
@@ -19,6 +19,7 @@ from agentspeed_kernels.attention import paths
 from agentspeed_kernels.tiles import Int64s, Piece
 from agentspeed_kernels.triton.device_code import device_code
 from agentspeed_kernels.triton.plan import merge_shape, segments
+from agentspeed_kernels.uploads import unwaited
 from agentspeed_kernels.workspace import Workspace
 
 CHUNK_BYTES = 512 << 20
@@ -57,6 +58,8 @@ class ExtendedBranch:
     """Tokens its first query sees; each next one sees one more."""
     unit_row: Tensor
     """[count] int32: rows of `merge`."""
+    tables: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+    """Of `merge`, by the number of parts: the first layer of a step makes them for all."""
 
 
 class NotOneBranch(ValueError):
@@ -81,10 +84,10 @@ def prepare_extend(
             ExtendedBranch(
                 first=first,
                 count=count,
-                pages=torch.from_numpy(np.ascontiguousarray(pages)).to(device),
+                pages=unwaited(pages, device),
                 tokens=int(held.tokens[0]),
                 seen_first=int(held.visible[0]),
-                unit_row=torch.from_numpy(units).to(device),
+                unit_row=unwaited(units, device),
             )
         )
     return tuple(branches)
@@ -193,8 +196,11 @@ def _merge(part: Tensor, weight: Tensor, out: Tensor, branch: ExtendedBranch, pa
     columns, take, warps = merge_shape(parts)
     columns = min(columns, _above(value))
     padded = -(-parts // take) * take
-    z = torch.arange(padded, device=out.device, dtype=torch.int32)
-    table = torch.where(z < parts, (z * count * heads)[None, :] + branch.unit_row[:, None], -1).contiguous()
+    table = branch.tables.get(parts)
+    if table is None:
+        z = torch.arange(padded, device=out.device, dtype=torch.int32)
+        table = torch.where(z < parts, (z * count * heads)[None, :] + branch.unit_row[:, None], -1).contiguous()
+        branch.tables[parts] = table
     rows.merge[(count * heads, -(-value // columns))](
         part, weight, out, branch.unit_row, table, padded, UNIT=heads, RANK=value, COLUMNS=columns, TAKE=take,
         SHOT=padded <= take, EARLY=False, num_warps=warps,

@@ -6,7 +6,7 @@ programs without items, units without a row and room in every array; the kernels
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import numpy as np
@@ -22,6 +22,9 @@ PAGES = 1 << 16
 PARTS = (4, 16, 64, 128, 256)
 """Partials of a row that shapes have room for. Few sizes, so that steps share graphs; those that are not there cost the
 merge a load that is masked."""
+MANY_QUERIES, MANY_PARTS, MANY_BRANCHES = 64, (16, 256), 128
+"""Above so many queries there are fewer shapes, which compute edges whether there are any or not, and room for blocks
+as where most queries belong to extends: those of some branches fill them, of each other one two are taken."""
 ORDER = ("items", "bounds", "rows", "visible", "unit_row", "table", "pages")
 """Of sections in memory; the last is copied as far as it is used."""
 
@@ -42,8 +45,11 @@ class PaddedShape:
 
     @property
     def blocks(self) -> int:
-        """Twice those of a step whose rows share nothing."""
-        return 2 * self.queries * max(1, -(-self.heads // self.form.block_rows))
+        """Twice those of a step whose rows share nothing, or fewer (`MANY_BRANCHES`)."""
+        most = 2 * self.queries * max(1, -(-self.heads // self.form.block_rows))
+        if self.queries <= MANY_QUERIES or self.heads >= self.form.block_rows:
+            return most
+        return min(most, -(-self.queries * self.heads // self.form.block_rows) + 2 * MANY_BRANCHES)
 
     @property
     def items(self) -> int:
@@ -58,17 +64,26 @@ def shape_for(plan: RowsPlan, form: Form, queries: int, shape: AttentionShape) -
     """The smallest padded shape that takes `plan`; None where there is none."""
     if plan.pages.size > PAGES:
         return None
-    parts = next((most for most in PARTS if most >= plan.table.shape[1]), 0)
+    many = queries > MANY_QUERIES
+    parts = next((most for most in (MANY_PARTS if many else PARTS) if most >= plan.table.shape[1]), 0)
     found = PaddedShape(
         form=form,
         heads=shape.heads,
         queries=queries,
         programs=max(shape.processors, plan.programs),
         parts=parts,
-        edge=plan.edge,
+        edge=plan.edge or many,
     )
     fits = plan.rows.shape[0] <= found.blocks and plan.items.shape[0] <= found.items and parts > 0
     return found if fits and plan.unit_row.size <= found.units else None
+
+
+def general(plan: RowsPlan) -> RowsPlan:
+    """`plan` as one of few forms, which are compiled before the first turn (of a padded plan they are the same)."""
+    units, parts = plan.table.shape
+    table = np.full((units, next((most for most in PARTS if most >= parts), parts)), -1, np.int32)
+    table[:, :parts] = plan.table
+    return replace(plan, one=False, run=False, edge=True, table=table)
 
 
 def padded(plan: RowsPlan, shape: PaddedShape) -> RowsPlan:
@@ -90,7 +105,7 @@ def padded(plan: RowsPlan, shape: PaddedShape) -> RowsPlan:
         table=table,
         one=False,
         run=False,
-        edge=plan.edge,
+        edge=shape.edge,
         tokens_read=plan.tokens_read,
         tails=plan.tails,
     )

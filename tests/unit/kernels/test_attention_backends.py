@@ -57,7 +57,7 @@ def test_every_row_is_planned_once_by_the_backend_of_the_cpu() -> None:
 
 def test_every_row_is_planned_once_by_the_backend_of_the_gpu() -> None:
     cpu = torch.device("cpu")
-    backend = TritonAttention(shape=shape_of(4, 32, 16, 16, cpu), device=cpu, extend_from=8)
+    backend = TritonAttention(shape=shape_of(4, 32, 16, 16, cpu), device=cpu, extend_from=8, absorbed_each=0)
     pieces, positions = step(1, 9, 3)
     planned = backend.prepare(pieces, positions)
     assert planned.many_rows.tolist() == list(range(1, 10))
@@ -70,9 +70,9 @@ def test_every_row_is_planned_once_by_the_backend_of_the_gpu() -> None:
 
 def test_a_long_extend_that_is_no_single_path_of_full_pages_runs_absorbed() -> None:
     cpu = torch.device("cpu")
-    backend = TritonAttention(shape=shape_of(4, 32, 16, 16, cpu), device=cpu, extend_from=8)
+    backend = TritonAttention(shape=shape_of(4, 32, 16, 16, cpu), device=cpu, extend_from=8, absorbed_each=0)
     rows = np.arange(9, dtype=np.int32)
     ragged: list[Piece] = [Part(TRUNK, 0, 63, rows, False), Part(TRUNK + 9, 63, 9, rows, True)]
     planned = backend.prepare(ragged, np.arange(63, 72, dtype=np.int64))
-    assert planned.many is None and not planned.many_rows.size
+    assert planned.many is None and not planned.many_rows.numel()
     assert planned.few is not None and planned.few.plan.rows.max() == 35

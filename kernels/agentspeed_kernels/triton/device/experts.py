@@ -244,7 +244,7 @@ def combine(
     tl.store(out + token * D + d, held.to(out.dtype.element_ty), mask=d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["PAIRS"])
 def arrange(ids, order, starts, PAIRS, E: tl.constexpr, BLOCK: tl.constexpr):
     """order: pairs sorted by expert, stable, without nobody's (the id E); starts[e]: where expert e begins, starts[E]
     the end. Grid: experts."""

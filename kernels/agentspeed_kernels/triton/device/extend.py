@@ -28,7 +28,8 @@ def _tile(
     return higher, mass, held
 
 
-@triton.jit
+# What changes from step to step is no form of its own: each would be compiled in the middle of a turn.
+@triton.jit(do_not_specialize=["T", "tokens", "rows_of_head", "before", "seen_first"])
 def attend_chunk(
     q, keys, turned, values, part, part_weight, out, q_token, q_head, out_token, out_head, T, tokens, rows_of_head,
     before, seen_first, scale2,

@@ -73,7 +73,7 @@ def heads_few(
     tl.store(out + token * out_token + head * out_head + n, result.to(out.dtype.element_ty), mask=n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def heads_many(
     x, weight, out, x_token, x_head, out_token, out_head, T,
     N: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,

@@ -127,7 +127,7 @@ def attend_rows(
             tl.store(out + row[:, None] * RANK + c[None, :], result, mask=kept & live[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["PARTS"])
 def merge(
     part,
     part_weight,

@@ -24,6 +24,8 @@ from agentspeed_engine.models.kv_layout import KvLayout, KvPool
 from agentspeed_engine.models.kv_pools import KvPools
 from agentspeed_engine.spmd.lower import Compiled
 from agentspeed_kernels.cpu.torch_kernels import latent_append
+from agentspeed_kernels.triton import backend as backend_module
+from agentspeed_kernels.triton import padded as padded_module
 from agentspeed_kernels.triton.backend import TritonAttention, shape_of
 from tests.conformance.family_configs import random_config
 from tests.support.paged import Trail, batch
@@ -63,15 +65,15 @@ class Toy:
 
     def chain(self, manner: str = "as it is") -> Sequence[Compiled]:
         def step(x: Tensor, residual: Tensor, state: Any, _: Sequence[int]) -> tuple[Tensor, Tensor]:
-            return self.logits(x, state.slots, manner), residual
+            return self.logits(x, state.slots, manner)[state.select], residual
 
         return [step]
 
     def modules(self, given: FlatBatch) -> Tensor:
         return self.logits(torch.from_numpy(given.ids), torch.from_numpy(given.slots))[torch.from_numpy(given.select)]
 
-    def graphs(self, joined: str | None, plain: str = "as it is") -> Graphs:
-        attention = TritonAttention(shape=shape_of(4, 16, 16, PAGE, CPU, 4), device=CPU)
+    def graphs(self, joined: str | None, plain: str = "as it is", extend_from: int = 256) -> Graphs:
+        attention = TritonAttention(shape=shape_of(4, 16, 16, PAGE, CPU, 4), device=CPU, extend_from=extend_from)
         rope = cast(Any, SimpleNamespace(at=lambda positions: (positions, positions)))
         chain = None if joined is None else self.chain(joined)
         return Graphs(
@@ -98,6 +100,46 @@ def next_step() -> FlatBatch:
 def from_a_graph(graphs: Graphs) -> Tensor:
     """Of a step whose shape may have to be met some times."""
     return next(found for _ in range(5) if (found := graphs.run(next_step(), None)) is not None)
+
+
+@pytest.fixture
+def many(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> Toy:
+    """With graphs for more rows than give logits."""
+    monkeypatch.setattr(graphs_module, "BUCKETS", (4, 12))
+    monkeypatch.setattr(graphs_module, "DRAWN", 4)
+    monkeypatch.setattr(padded_module, "MANY_QUERIES", 4)
+    return toy
+
+
+def mixed_step(at: int = 0, extended: int = 7) -> FlatBatch:
+    """A branch of `at` tokens is fed more beside two that decode; all three draw."""
+    long = Trail(PAGE, [4, 5, 6, 7], known=at)
+    rows: list[tuple[Trail, list[int]]] = [(Trail(PAGE, [row]), [5 + row]) for row in range(2)]
+    return batch(PAGE, [*rows, (long, list(range(9, 9 + extended)))], "last")
+
+
+@pytest.mark.parametrize("joined", ["rounds elsewhere", None])
+def test_a_step_that_extends_a_branch_is_one_graph_and_gives_logits_of_the_rows_that_draw(
+    many: Toy, joined: str | None
+) -> None:
+    graphs = many.graphs(joined)
+    captured(graphs)
+    before = graphs.count
+    for at, extended in ((0, 7), (20, 9), (3, 10)):
+        step = mixed_step(at, extended)
+        found = next(found for _ in range(5) if (found := graphs.run(step, None)) is not None)
+        assert found.shape == (3, VOCABULARY) and torch.allclose(found, many.modules(step), rtol=1e-3)
+    assert graphs.count <= before + 1, "steps of as many rows share a graph"
+    assert graphs.run(mixed_step(0, 11), None) is None, "it has more rows than any graph"
+
+
+def test_a_step_whose_long_extend_would_cost_much_as_rows_is_no_graph(
+    many: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs = many.graphs("as it is", extend_from=6)
+    monkeypatch.setattr(backend_module, "ABSORBED", 4 * 7 * 30)
+    assert [graphs.run(mixed_step(40), None) for _ in range(5)] == [None] * 5
+    assert any(graphs.run(mixed_step(20), None) is not None for _ in range(5))
 
 
 def test_joined_steps_that_round_elsewhere_are_what_graphs_are_made_of(

@@ -216,7 +216,7 @@ class Mla:
         attend = self._kernels["mla_extend"].at(q.shape[0])
         attend(q, self._pool, self._absorb, self._value_up, state.attention.many, self._scale, state.workspace, out)
         if not alone:
-            rows = torch.from_numpy(state.attention.many_rows).to(q.device)
+            rows = state.attention.many_rows
             mixed[rows] = out[rows]
 
 
