@@ -2,7 +2,7 @@
 
    A head's keys are rows, left operands of transposed scores as in amx_attention.c; its values are written as pairs of
    tokens. Latents are decompressed to both first: two neighbouring rows of a product's result are such a pair already. */
-#include "amx_pages.h"
+#include "amx_latents.h"
 
 typedef struct {
     const bf16 *q;
@@ -26,33 +26,6 @@ typedef struct {
     float *scores, *sums, *most, *weight, *block;
     sixteen *groups;
 } desk;
-
-/* key_up of a head, [rank][nope] in tile order, as right operands of latents x key_up: [nope / 16][rank / 32]. Turning
-   them here, 2 us a head, saves a second copy of the weights. */
-static void turn_key_up(const extend *e, long head, bf16 *to) {
-    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
-                                         36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-    long tiles = whole_tiles(e->rank);
-    const bf16 *from = e->key_up + head * tiles * e->nope_steps * TILE;
-    for (long rank = 0; rank < e->rank_steps; rank++)
-        for (long nope = 0; nope < e->nope_steps; nope++) {
-            __m512i rows[2][16];
-            for (long half = 0; half < 2; half++) {
-                long tile = 2 * rank + half;
-                for (int i = 0; i < 16; i++)
-                    rows[half][i] = tile < tiles ? _mm512_loadu_si512(from + (tile * e->nope_steps + nope) * TILE + i * STEP)
-                                                 : _mm512_setzero_si512();
-                transpose16(rows[half]); /* row r: 32 numbers of output r */
-            }
-            bf16 *even = to + (2 * nope * e->rank_steps + rank) * TILE, *odd = even + e->rank_steps * TILE;
-            for (int i = 0; i < 16; i++) {
-                __m512i first = rows[i / 8][i % 8 * 2], second = rows[i / 8][i % 8 * 2 + 1];
-                _mm512_store_si512(even + i * STEP, _mm512_permutex2var_epi16(first, low, second));
-                _mm512_store_si512(odd + i * STEP, _mm512_permutex2var_epi16(first, high, second));
-            }
-        }
-}
 
 /* The groups of 16 tokens of a tile, the last one padded with zeros. */
 static void find_groups(const extend *e, const desk *d, const cache *rows, long tile) {
@@ -299,7 +272,7 @@ static void attend(extend e, long tiles, long merges, const int *merge_rows, int
             memset(d.sums, 0, e.all_rows * values * sizeof(float));
             memset(d.block, 0, 16 * values * sizeof(float));
             for (long r = 0; r < e.all_rows; r++) d.most[r] = NEVER, d.weight[r] = 0;
-            if (e.key_up) turn_key_up(&e, head, d.key_tiles);
+            if (e.key_up) turn_key_up(e.key_up, e.rank, e.nope, head, d.key_tiles);
             for (long tile = 0; tile < tiles; tile++) attend_tile(&e, &d, tile, head);
             for (long i = 0; i < merges; i++) {
                 long r = merge_rows[i];

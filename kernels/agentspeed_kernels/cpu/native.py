@@ -52,8 +52,8 @@ class Form:
     """In the answer of `agentspeed_forms` (native_forms.c); 0: any processor."""
     machines: tuple[str, ...]
     flags: tuple[str, ...]
-    sources: str
-    """Files that are compiled for it, once a kind."""
+    sources: tuple[str, ...]
+    """Patterns of the files that are compiled for it, once a kind."""
     kinds: tuple[Kind, ...]
     wants: str
 
@@ -68,7 +68,7 @@ AMX = Form(
     bit=4,
     machines=_X86,
     flags=(*_AVX512, "-mavx512bf16", "-mavx512vnni"),
-    sources="amx_*.c",
+    sources=("amx_*.c",),
     kinds=("bf16",),
     wants="AMX-BF16 and AMX-INT8",
 )
@@ -77,17 +77,17 @@ AVX512BF16 = Form(
     bit=32,
     machines=_X86,
     flags=(*_AVX512, "-mavx512bf16", "-DVECTOR_TILES"),
-    sources="amx_*.c",
+    sources=("amx_linear.c", "amx_experts.c", "amx_attention.c", "vector_*.c"),
     kinds=("bf16",),
     wants="AVX512-BF16",
 )
-"""The kernels for tiles, on vectors (vector_tiles.h)."""
+"""The kernels for tiles, on vectors: vector_tiles.h for a few rows, vector_products.h for many."""
 AVX512 = Form(
     name="avx512",
     bit=2,
     machines=_X86,
     flags=_AVX512,
-    sources="native_*.c",
+    sources=("native_*.c",),
     kinds=("f32", "bf16"),
     wants="AVX-512 F, BW, DQ and VL",
 )
@@ -96,12 +96,12 @@ AVX2 = Form(
     bit=1,
     machines=_X86,
     flags=_AVX2,
-    sources="native_*.c",
+    sources=("native_*.c",),
     kinds=("f32", "bf16"),
     wants="AVX2, FMA and F16C",
 )
 NEON = Form(
-    name="neon", bit=8, machines=_ARM, flags=(), sources="native_*.c", kinds=("f32", "bf16"), wants="a 64-bit ARM"
+    name="neon", bit=8, machines=_ARM, flags=(), sources=("native_*.c",), kinds=("f32", "bf16"), wants="a 64-bit ARM"
 )
 FORMS = (AMX, AVX512BF16, AVX512, AVX2, NEON)
 """From the fastest on; of two that run, the first is preferred."""
@@ -331,7 +331,7 @@ def _compiled(compiler: str, sources: Sequence[Path], scratch: Path) -> list[Pat
                 start(source, f"{source.stem}-{form.name}-{kind}", *form.flags, *_kind_flags(form, kind))
                 for kind in form.kinds
                 for source in sources
-                if source.match(form.sources) and source not in always
+                if any(source.match(pattern) for pattern in form.sources) and source not in always
             ]
             for form in forms_here()
         }

@@ -66,13 +66,14 @@ static void times_panel(long rows, const bf16 *panel, const bf16 *first, const b
 INLINE long panels_of(long rows) { return (rows + PANEL - 1) / PANEL; }
 INLINE long panel_at(long rows, long i) { return rows * i / panels_of(rows); }
 
-/* Up to 12 rows of k numbers, padded with zeros to whole steps; 64 bytes past the panel are written too. */
+/* Rows of k numbers, padded with zeros to whole steps; a row of 0 is zeros. Of up to 12 it is a panel, and 64 bytes past it
+   are written too; of 16 it is a column of tiles. */
 INLINE void pack_panel(const bf16 *const *rows, long count, long k, bf16 *to) {
     for (long s = 0; s < whole_steps(k); s++) {
         __mmask32 lanes = first_halves(k - s * STEP);
         __m512i r[16];
         for (int i = 0; i < 16; i++)
-            r[i] = i < count ? _mm512_maskz_loadu_epi16(lanes, rows[i] + s * STEP) : _mm512_setzero_si512();
+            r[i] = i < count && rows[i] ? _mm512_maskz_loadu_epi16(lanes, rows[i] + s * STEP) : _mm512_setzero_si512();
         transpose16(r);
         for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + (s * 16 + i) * 2 * count, r[i]);
     }
