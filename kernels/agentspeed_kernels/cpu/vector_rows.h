@@ -1,0 +1,270 @@
+/* Passes over a tile on vectors, for processors with AVX512-BF16 and no AMX.
+
+   Cached rows are read where they lie. Scores: 32 numbers of a row meet 32 of a query, so that 16 sums of pairs x tokens are
+   folded together once their rows have ended. Values: the rows of two tokens are interleaved in registers, 32 columns at a
+   time, for up to 8 pairs, whose shares lie two by two as the product wants them. A pass takes all heads of the pools where
+   pairs are few: it then reads whole rows, a stream that memory is fast at, and fetches the next block meanwhile. */
+#ifndef AGENTSPEED_VECTOR_ROWS_H
+#define AGENTSPEED_VECTOR_ROWS_H
+#include "amx_step.h"
+
+#define BLOCK 32           /* tokens scored at a time, a vector of shares */
+#define SET 8              /* pairs that share what is in registers */
+#define MOST_TOGETHER 128  /* pairs of all heads of a pass */
+
+/* Pairs are taken in sets of 8, and what is left over in one of 1, 2, 4 or 8. */
+INLINE long padded_pairs(long pairs) {
+    long rest = pairs % SET;
+    return pairs - rest + (rest > 4 ? 8 : rest > 2 ? 4 : rest);
+}
+
+/* Heads of the pools that one pass takes. */
+INLINE long heads_together(const step *s, long rows) {
+    long pairs = padded_pairs(rows * s->heads / s->groups), together = pairs ? MOST_TOGETHER / pairs : 1;
+    return together < 1 ? 1 : at_most(together, s->groups);
+}
+
+static size_t scratch_bytes(const step *s) {
+    return MOST_TOGETHER * (s->keys.stride * 2 + s->values * STEP * 4 + BLOCK * 2) + 4096;
+}
+
+/* Rows of BLOCK tokens, counted in numbers from the start of a pool; past the end of a tile its last one again, whose
+   shares are 0. */
+typedef struct {
+    long at[BLOCK];
+} block_rows;
+
+INLINE void locate(const part *p, const cache *c, long at, block_rows *to) {
+    long place = p->offset + at_most(at, p->tokens - 1), page = place / c->page_tokens, in_page = place % c->page_tokens;
+    long left = p->tokens - 1 - at;
+    for (int b = 0; b < BLOCK; b++, left--) {
+        to->at[b] = ((long)p->pages[page] * c->page_tokens + in_page) * c->row;
+        if (left > 0 && ++in_page == c->page_tokens) in_page = 0, page++;
+    }
+}
+
+/* Lines of the next block that are still to be fetched. */
+typedef struct {
+    const bf16 *keys, *values; /* values: 0 where they are part of the keys */
+    const block_rows *rows;
+    long numbers, row, at;     /* numbers of a row; the row and the number that come next */
+} ahead;
+
+INLINE void fetch(ahead *a, long lines) {
+    for (; lines > 0 && a->row < BLOCK; lines--) {
+        FAR(a->keys + a->rows->at[a->row] + a->at);
+        if (a->values) FAR(a->values + a->rows->at[a->row] + a->at);
+        if ((a->at += STEP) >= a->numbers) a->at = 0, a->row++;
+    }
+}
+
+/* scores[pair][token] for P pairs x T tokens, P * T = 16; q is [steps][P][32], rows of scores are BLOCK apart. */
+INLINE void score(const bf16 *q, const bf16 *pool, const long *rows, long width, float *scores, const int P, const int T) {
+    __m512 sums[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) sums[i] = _mm512_setzero_ps();
+#define MEET(row_at)                                                                                            \
+    if (P < T) {                                                                                                \
+        _Pragma("GCC unroll 16") for (int t = 0; t < T; t++) {                                                  \
+            __m512bh key = (__m512bh)(row_at);                                                                  \
+            _Pragma("GCC unroll 16") for (int i = 0; i < P; i++)                                                \
+                sums[i * T + t] = _mm512_dpbf16_ps(sums[i * T + t], (__m512bh)_mm512_load_si512(q + i * STEP), key); \
+        }                                                                                                       \
+    } else {                                                                                                    \
+        __m512bh keys[8];                                                                                       \
+        _Pragma("GCC unroll 16") for (int t = 0; t < T; t++) keys[t] = (__m512bh)(row_at);                      \
+        _Pragma("GCC unroll 16") for (int i = 0; i < P; i++) {                                                  \
+            __m512bh query = (__m512bh)_mm512_load_si512(q + i * STEP);                                         \
+            _Pragma("GCC unroll 16") for (int t = 0; t < T; t++)                                                \
+                sums[i * T + t] = _mm512_dpbf16_ps(sums[i * T + t], query, keys[t]);                            \
+        }                                                                                                       \
+    }
+    long k = 0;
+    for (; k + STEP <= width; k += STEP, q += P * STEP) { MEET(_mm512_loadu_si512(pool + rows[t] + k)) }
+    if (k < width) {
+        __mmask32 some = first_halves(width - k);
+        MEET(_mm512_maskz_loadu_epi16(some, pool + rows[t] + k))
+    }
+#undef MEET
+    float folded[16] __attribute__((aligned(64)));
+    store(folded, totals((const vec *)sums));
+#pragma GCC unroll 16
+    for (int i = 0; i < P; i++) memcpy(scores + i * BLOCK, folded + i * T, T * sizeof(float));
+}
+
+/* o[pair][steps][32] += shares . values for P pairs, `steps` (up to S) steps of 32 columns from `column`. Unpacking leaves
+   columns in the order that `give` undoes. */
+INLINE void add_values(float *o, long o_stride, const bf16 *pool, const long *rows, const bf16 *shares, long tokens,
+                       __mmask32 some, const int P, const int S) {
+    __m512 sums[SET][8];
+#pragma GCC unroll 8
+    for (int i = 0; i < P; i++)
+#pragma GCC unroll 8
+        for (int c = 0; c < 2 * S; c++) sums[i][c] = _mm512_load_ps(o + i * o_stride + c * 16);
+    for (long b = 0; b < tokens; b += 2) {
+        const bf16 *x = pool + rows[b], *y = pool + rows[b + 1];
+        __m512bh columns[8];
+#pragma GCC unroll 8
+        for (int c = 0; c < S; c++) {
+            __m512i one = S > 1 ? _mm512_loadu_si512(x + c * STEP) : _mm512_maskz_loadu_epi16(some, x);
+            __m512i two = S > 1 ? _mm512_loadu_si512(y + c * STEP) : _mm512_maskz_loadu_epi16(some, y);
+            columns[2 * c] = (__m512bh)_mm512_unpacklo_epi16(one, two);
+            columns[2 * c + 1] = (__m512bh)_mm512_unpackhi_epi16(one, two);
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < P; i++) {
+            int pair;
+            memcpy(&pair, shares + i * BLOCK + b, sizeof pair);
+            __m512bh by = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 8
+            for (int c = 0; c < 2 * S; c++) sums[i][c] = _mm512_dpbf16_ps(sums[i][c], by, columns[c]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < P; i++)
+#pragma GCC unroll 8
+        for (int c = 0; c < 2 * S; c++) _mm512_store_ps(o + i * o_stride + c * 16, sums[i][c]);
+}
+
+/* Columns [from, to) in steps, 16 sums or as many as are left; the last step may be less than whole. */
+INLINE void add_steps(const step *s, float *o, const bf16 *pool, const long *rows, const bf16 *shares, long tokens, long from,
+                      long to, const int P) {
+    const int S = P >= 8 ? 1 : P == 4 ? 2 : 4;
+    long stride = s->values * STEP, whole = s->rank / STEP, j = from;
+    if (S > 1)
+        for (; j + S <= at_most(to, whole); j += S)
+            add_values(o + j * STEP, stride, pool + j * STEP, rows, shares, tokens, 0, P, S);
+    for (; j < to; j++)
+        add_values(o + j * STEP, stride, pool + j * STEP, rows, shares, tokens, first_halves(s->rank - j * STEP), P, 1);
+}
+
+/* One pair's softmax so far. */
+typedef struct {
+    float most;
+    __m512 sum;
+} softmax;
+
+/* Scores of a pair that sees `seen` of the tokens become shares. Earlier sums at `o` are rescaled when the peak has grown. */
+INLINE void soften(const float *scores, long seen, float scale, softmax *of, float *o, long columns, bf16 *shares) {
+    __m512i none = _mm512_setzero_si512();
+    if (seen <= 0) {
+        _mm512_storeu_si512(shares, none);
+        return;
+    }
+    __mmask16 low = first_lanes(seen), high = first_lanes(seen - 16);
+    const __m512 never = _mm512_set1_ps(NEVER), by = _mm512_set1_ps(scale);
+    __m512 x = _mm512_mask_mul_ps(never, low, _mm512_load_ps(scores), by);
+    __m512 y = _mm512_mask_mul_ps(never, high, _mm512_load_ps(scores + 16), by);
+    float here = _mm512_reduce_max_ps(_mm512_max_ps(x, y));
+    if (here > of->most + GROWTH) {
+        float keep[16];
+        _mm512_storeu_ps(keep, exp2_16(_mm512_set1_ps(of->most - here)));
+        of->sum = _mm512_mul_ps(of->sum, _mm512_set1_ps(keep[0])), of->most = here;
+        for (long c = 0; c < columns; c += 16)
+            _mm512_store_ps(o + c, _mm512_mul_ps(_mm512_load_ps(o + c), _mm512_set1_ps(keep[0])));
+    }
+    const __m512 most = _mm512_set1_ps(of->most);
+    x = _mm512_maskz_mov_ps(low, exp2_16(_mm512_sub_ps(x, most)));
+    y = _mm512_maskz_mov_ps(high, exp2_16(_mm512_sub_ps(y, most)));
+    of->sum = _mm512_add_ps(of->sum, _mm512_add_ps(x, y));
+    _mm512_storeu_si512(shares, (__m512i)_mm512_cvtne2ps_pbh(y, x));
+}
+
+/* Pairs as right operands, sets one after the other: [steps][pairs of the set][32]. */
+INLINE void load_set(const step *s, const part *p, long g, long first, const int P, bf16 *to) {
+    for (int i = 0; i < P; i++)
+        for (long k = 0; k < s->keys.stride; k += STEP) {
+            __m512i x = _mm512_setzero_si512();
+            if (first + i < p->pairs) x = _mm512_maskz_loadu_epi16(first_halves(s->keys.width - k), query_of(s, p, g, first + i) + k);
+            _mm512_store_si512(to + k * P + i * STEP, x);
+        }
+}
+
+typedef struct {
+    bf16 *q, *shares; /* [sets][steps][P][32]; [pairs][BLOCK] */
+    float *o;         /* [pairs][steps of values][32] */
+    softmax *of;
+    long seen[SET];
+} set;
+
+/* Scores and shares of one set in one block of tokens. */
+INLINE void score_set(const step *s, const set *of, const bf16 *pool, const long *rows, long at, ahead *next, long lines,
+                      const int P) {
+    float scores[SET * BLOCK] __attribute__((aligned(64)));
+    const int T = 16 / P;
+    for (int b = 0; b < BLOCK; b += T) {
+        fetch(next, lines * T / 2);
+        score(of->q, pool, rows + b, s->keys.width, scores + b, P, T);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < P; i++)
+        soften(scores + i * BLOCK, of->seen[i] - at, s->scale * LOG2E, of->of + i, of->o + i * s->values * STEP,
+               s->values * STEP, of->shares + i * BLOCK);
+}
+
+#define BY_SIZE(size, call)           \
+    switch (size) {                   \
+    case 1: { enum { P = 1 }; call; break; } \
+    case 2: { enum { P = 2 }; call; break; } \
+    case 4: { enum { P = 4 }; call; break; } \
+    default: { enum { P = 8 }; call; } \
+    }
+
+INLINE long size_at(long padded, long first) { return at_most(padded - first, SET); }
+
+/* The partial sums of a pair in the order of their columns. */
+INLINE void give(const step *s, long slot, const float *o, const softmax *of) {
+    const __m512i left = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i right = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+    s->peaks[slot] = of->most * (1 / LOG2E), s->weights[slot] = _mm512_reduce_add_ps(of->sum);
+    float *to = s->sums + slot * s->values * STEP;
+    for (long c = 0; c < s->values * STEP; c += STEP) {
+        __m512 x = _mm512_load_ps(o + c), y = _mm512_load_ps(o + c + 16);
+        _mm512_storeu_ps(to + c, _mm512_permutex2var_ps(x, left, y));
+        _mm512_storeu_ps(to + c + 16, _mm512_permutex2var_ps(x, right, y));
+    }
+}
+
+static void run_part(const step *s, const part *t, char *memory) {
+    long padded = padded_pairs(t->pairs), columns = s->values * STEP, all = padded * t->count;
+    bf16 *q = (bf16 *)memory, *shares = q + all * s->keys.stride;
+    float *o = (float *)(shares + all * BLOCK);
+    softmax of[MOST_TOGETHER];
+    for (long i = 0; i < all; i++) of[i].most = NEVER, of[i].sum = _mm512_setzero_ps();
+    memset(o, 0, all * columns * sizeof(float));
+    for (long g = 0; g < t->count; g++)
+        for (long i = 0; i < padded; i += SET)
+            BY_SIZE(size_at(padded, i), load_set(s, t, g, i, P, q + (g * padded + i) * s->keys.stride))
+    block_rows rows[2];
+    int side = 0;
+    locate(t, &s->keys, 0, rows);
+    /* Each of the calls below fetches as many lines of the next block, so that memory is busy in all of them. */
+    long whole = t->count * (s->shared ? s->keys.stride : s->held.stride), turns = (padded + SET - 1) / SET * t->count;
+    long calls = turns * (BLOCK / 2 + s->values), lines = (BLOCK * whole / STEP + calls - 1) / calls;
+    for (long at = 0; at < t->tokens; at += BLOCK, side ^= 1) {
+        const long *here = rows[side].at;
+        long tokens = at_most(t->tokens - at, BLOCK);
+        locate(t, &s->keys, at + BLOCK, rows + (side ^ 1));
+        ahead next = {t->keys.pool, s->shared ? 0 : t->held.pool, rows + (side ^ 1), whole, at + BLOCK < t->tokens ? 0 : BLOCK, 0};
+        for (long g = 0; g < t->count; g++) {
+            long first = g * padded;
+            for (long i = 0; i < padded; i += SET) {
+                set one = {q + (first + i) * s->keys.stride, shares + (first + i) * BLOCK, o + (first + i) * columns,
+                           of + first + i, {0}};
+                for (long j = 0; j < SET && i + j < t->pairs; j++) one.seen[j] = seen_by(s, t, i + j);
+                BY_SIZE(size_at(padded, i), score_set(s, &one, t->keys.pool + g * s->keys.width, here, at, &next, lines, P))
+            }
+            /* Columns by columns: the strip of the rows that one set has brought into the first cache serves all sets. */
+            for (long j = 0; j < s->values; j += 4)
+                for (long i = 0; i < padded; i += SET) {
+                    long to = at_most(j + 4, s->values);
+                    fetch(&next, lines * (to - j));
+                    BY_SIZE(size_at(padded, i), add_steps(s, o + (first + i) * columns, t->held.pool + g * s->held.width, here,
+                                                          shares + (first + i) * BLOCK, tokens, j, to, P))
+                }
+        }
+    }
+    for (long g = 0; g < t->count; g++)
+        for (long i = 0; i < t->pairs; i++) give(s, slot_of(s, t, g, i), o + (g * padded + i) * columns, of + g * padded + i);
+}
+#endif
