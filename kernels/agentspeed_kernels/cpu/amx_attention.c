@@ -35,6 +35,15 @@ static void merge_row(const step *s, const int *entries, long count, long head, 
     }
 }
 
+INLINE part part_of(const step *s, long job, long spans, long parts, long together) {
+    long tile = job / (spans * parts), group = job / parts % spans * together, low = job % parts * MOST_PAIRS;
+    long each = s->heads / s->groups, pairs = (s->plan.row_at[tile + 1] - s->plan.row_at[tile]) * each - low;
+    part one = {s->plan.row_at[tile], s->plan.offset[tile], s->plan.tokens[tile], s->plan.pages + s->plan.page_at[tile],
+                group, at_most(s->groups - group, together), each, low, at_most(pairs, MOST_PAIRS),
+                head_of(&s->keys, group), head_of(&s->held, group)};
+    return one;
+}
+
 static void attend(const step *s, long tiles, long merges, const int *merge_rows, const int *merge_at, const int *merge,
                    bf16 *out, int threads) {
     long each = s->heads / s->groups, most_rows = 0, work = 0;
@@ -54,13 +63,10 @@ static void attend(const step *s, long tiles, long merges, const int *merge_rows
         tiles_begin(0);
 #pragma omp for schedule(dynamic, chunk)
         for (long job = 0; job < tiles * spans * parts; job++) {
-            long tile = job / (spans * parts), group = job / parts % spans * together, low = job % parts * MOST_PAIRS;
-            long pairs = (s->plan.row_at[tile + 1] - s->plan.row_at[tile]) * each - low;
-            part one = {s->plan.row_at[tile], s->plan.offset[tile], s->plan.tokens[tile],
-                        s->plan.pages + s->plan.page_at[tile], group, at_most(s->groups - group, together),
-                        each, low, at_most(pairs, MOST_PAIRS), head_of(&s->keys, group),
-                        head_of(&s->held, group)};
-            if (pairs > 0) run_part(s, &one, memory);
+            part one = part_of(s, job, spans, parts, together), after = one;
+            int more = job + threads < tiles * spans * parts;
+            if (more) after = part_of(s, job + threads, spans, parts, together);
+            if (one.pairs > 0) run_part(s, &one, more ? &after : 0, memory);
         }
         tiles_end();
 #pragma omp for schedule(static)

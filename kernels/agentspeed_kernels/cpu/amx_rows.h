@@ -303,7 +303,8 @@ static void pairs_16(const step *s, const part *t, char *memory) { many_pairs(s,
 static void pairs_32(const step *s, const part *t, char *memory) { many_pairs(s, t, memory, 2); }
 static void pairs_64(const step *s, const part *t, char *memory) { many_pairs(s, t, memory, 4); }
 
-static void run_part(const step *s, const part *t, char *memory) {
+static void run_part(const step *s, const part *t, const part *after, char *memory) {
+    (void)after;
     if (t->low == 0 && t->pairs <= FEW_PAIRS) few_pairs(s, t, memory);
     else if (t->pairs <= 16) pairs_16(s, t, memory);
     else if (t->pairs <= 32) pairs_32(s, t, memory);

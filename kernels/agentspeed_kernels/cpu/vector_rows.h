@@ -43,23 +43,46 @@ INLINE void locate(const part *p, const cache *c, long at, block_rows *to) {
     }
 }
 
-/* Lines of the next block that are still to be fetched. */
+/* The rows that the block after this one reads, fetched line by line between the products: many at once would wait for each
+   other, and the products behind them with them. */
 typedef struct {
-    const bf16 *keys, *values; /* values: 0 where they are part of the keys */
-    const block_rows *rows;
-    long numbers, row, at;     /* numbers of a row; the row and the number that come next */
+    const char *now, *stop; /* the next line, and the end of its run */
+} line;
+
+typedef struct {
+    const char *run[2 * BLOCK];
+    line at;
+    long bytes;     /* of a run */
+    int next, last; /* runs; the last one is fetched again when all are */
+    int each, more; /* lines for each turn of an inner loop, and before it */
 } ahead;
 
-INLINE void fetch(ahead *a, long lines) {
-    for (; lines > 0 && a->row < BLOCK; lines--) {
-        FAR(a->keys + a->rows->at[a->row] + a->at);
-        if (a->values) FAR(a->values + a->rows->at[a->row] + a->at);
-        if ((a->at += STEP) >= a->numbers) a->at = 0, a->row++;
+/* The line is a variable of the loop's own: in memory it would be the loop's longest chain. */
+INLINE line fetch(ahead *a, line at, int lines) {
+    for (; lines > 0; lines--) {
+        NEAR(at.now);
+        if ((at.now += 64) >= at.stop) {
+            at.now = a->run[a->next], at.stop = at.now + a->bytes;
+            a->next += a->next < a->last;
+        }
     }
+    return at;
+}
+
+/* Whole rows, of keys and of values unless they are part of the keys. */
+INLINE void look_ahead(const step *s, const part *p, const block_rows *rows, ahead *a) {
+    int many = 0;
+    for (int b = 0; b < BLOCK; b++) {
+        a->run[many++] = (const char *)(p->keys.pool + rows->at[b]);
+        if (!s->shared) a->run[many++] = (const char *)(p->held.pool + rows->at[b]);
+    }
+    a->bytes = 2 * p->count * s->keys.width, a->next = 1, a->last = many - 1;
+    a->at.now = a->run[0], a->at.stop = a->at.now + a->bytes;
 }
 
 /* scores[pair][token] for P pairs x T tokens, P * T = 16; q is [steps][P][32], rows of scores are BLOCK apart. */
-INLINE void score(const bf16 *q, const bf16 *pool, const long *rows, long width, float *scores, const int P, const int T) {
+INLINE void score(const bf16 *q, const bf16 *pool, const long *rows, long width, float *scores, ahead *next,
+                  const int P, const int T) {
     __m512 sums[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++) sums[i] = _mm512_setzero_ps();
@@ -80,12 +103,18 @@ INLINE void score(const bf16 *q, const bf16 *pool, const long *rows, long width,
         }                                                                                                       \
     }
     long k = 0;
-    for (; k + STEP <= width; k += STEP, q += P * STEP) { MEET(_mm512_loadu_si512(pool + rows[t] + k)) }
+    line at = fetch(next, next->at, next->more);
+    const int each = next->each;
+    for (; k + STEP <= width; k += STEP, q += P * STEP) {
+        at = fetch(next, at, each);
+        MEET(_mm512_loadu_si512(pool + rows[t] + k))
+    }
     if (k < width) {
         __mmask32 some = first_halves(width - k);
         MEET(_mm512_maskz_loadu_epi16(some, pool + rows[t] + k))
     }
 #undef MEET
+    next->at = at;
     float folded[16] __attribute__((aligned(64)));
     store(folded, totals((const vec *)sums));
 #pragma GCC unroll 16
@@ -95,13 +124,16 @@ INLINE void score(const bf16 *q, const bf16 *pool, const long *rows, long width,
 /* o[pair][steps][32] += shares . values for P pairs, `steps` (up to S) steps of 32 columns from `column`. Unpacking leaves
    columns in the order that `give` undoes. */
 INLINE void add_values(float *o, long o_stride, const bf16 *pool, const long *rows, const bf16 *shares, long tokens,
-                       __mmask32 some, const int P, const int S) {
+                       __mmask32 some, ahead *next, const int P, const int S) {
     __m512 sums[SET][8];
 #pragma GCC unroll 8
     for (int i = 0; i < P; i++)
 #pragma GCC unroll 8
         for (int c = 0; c < 2 * S; c++) sums[i][c] = _mm512_load_ps(o + i * o_stride + c * 16);
+    line at = fetch(next, next->at, next->more);
+    const int each = next->each;
     for (long b = 0; b < tokens; b += 2) {
+        at = fetch(next, at, each);
         const bf16 *x = pool + rows[b], *y = pool + rows[b + 1];
         __m512bh columns[8];
 #pragma GCC unroll 8
@@ -120,6 +152,7 @@ INLINE void add_values(float *o, long o_stride, const bf16 *pool, const long *ro
             for (int c = 0; c < 2 * S; c++) sums[i][c] = _mm512_dpbf16_ps(sums[i][c], by, columns[c]);
         }
     }
+    next->at = at;
 #pragma GCC unroll 8
     for (int i = 0; i < P; i++)
 #pragma GCC unroll 8
@@ -128,14 +161,15 @@ INLINE void add_values(float *o, long o_stride, const bf16 *pool, const long *ro
 
 /* Columns [from, to) in steps, 16 sums or as many as are left; the last step may be less than whole. */
 INLINE void add_steps(const step *s, float *o, const bf16 *pool, const long *rows, const bf16 *shares, long tokens, long from,
-                      long to, const int P) {
+                      long to, ahead *next, const int P) {
     const int S = P >= 8 ? 1 : P == 4 ? 2 : 4;
     long stride = s->values * STEP, whole = s->rank / STEP, j = from;
     if (S > 1)
         for (; j + S <= at_most(to, whole); j += S)
-            add_values(o + j * STEP, stride, pool + j * STEP, rows, shares, tokens, 0, P, S);
+            add_values(o + j * STEP, stride, pool + j * STEP, rows, shares, tokens, 0, next, P, S);
     for (; j < to; j++)
-        add_values(o + j * STEP, stride, pool + j * STEP, rows, shares, tokens, first_halves(s->rank - j * STEP), P, 1);
+        add_values(o + j * STEP, stride, pool + j * STEP, rows, shares, tokens, first_halves(s->rank - j * STEP),
+                   next, P, 1);
 }
 
 /* One pair's softmax so far. */
@@ -188,14 +222,11 @@ typedef struct {
 } set;
 
 /* Scores and shares of one set in one block of tokens. */
-INLINE void score_set(const step *s, const set *of, const bf16 *pool, const long *rows, long at, ahead *next, long lines,
+INLINE void score_set(const step *s, const set *of, const bf16 *pool, const long *rows, long at, ahead *next,
                       const int P) {
     float scores[SET * BLOCK] __attribute__((aligned(64)));
     const int T = 16 / P;
-    for (int b = 0; b < BLOCK; b += T) {
-        fetch(next, lines * T / 2);
-        score(of->q, pool, rows + b, s->keys.width, scores + b, P, T);
-    }
+    for (int b = 0; b < BLOCK; b += T) score(of->q, pool, rows + b, s->keys.width, scores + b, next, P, T);
 #pragma GCC unroll 8
     for (int i = 0; i < P; i++)
         soften(scores + i * BLOCK, of->seen[i] - at, s->scale * LOG2E, of->of + i, of->o + i * s->values * STEP,
@@ -225,7 +256,19 @@ INLINE void give(const step *s, long slot, const float *o, const softmax *of) {
     }
 }
 
-static void run_part(const step *s, const part *t, char *memory) {
+/* Lines for every turn, so that memory is busy in all of them and nowhere waited for. */
+INLINE void pace(const step *s, const part *t, long padded, ahead *a) {
+    long calls = 0, turns = 0, lines = BLOCK * (s->shared ? 1 : 2) * ((2 * t->count * s->keys.width + 63) / 64);
+    for (long i = 0; i < padded; i += SET) {
+        long size = size_at(padded, i), scores = BLOCK * size / 16, values = (s->values + 8 / size - 1) * at_most(size, 8) / 8;
+        calls += t->count * (scores + values);
+        turns += t->count * (scores * (s->keys.width / STEP) + values * BLOCK / 2);
+    }
+    a->each = (int)(lines / turns), a->more = (int)((lines - a->each * turns + calls - 1) / calls);
+}
+
+/* `after`: the tile that is likely next, or 0. */
+static void run_part(const step *s, const part *t, const part *after, char *memory) {
     long padded = padded_pairs(t->pairs), columns = s->values * STEP, all = padded * t->count;
     bf16 *q = (bf16 *)memory, *shares = q + all * s->keys.stride;
     float *o = (float *)(shares + all * BLOCK);
@@ -236,31 +279,35 @@ static void run_part(const step *s, const part *t, char *memory) {
         for (long i = 0; i < padded; i += SET)
             BY_SIZE(size_at(padded, i), load_set(s, t, g, i, P, q + (g * padded + i) * s->keys.stride))
     block_rows rows[2];
+    ahead next;
+    pace(s, t, padded, &next);
     int side = 0;
     locate(t, &s->keys, 0, rows);
-    /* Each of the calls below fetches as many lines of the next block, so that memory is busy in all of them. */
-    long whole = t->count * (s->shared ? s->keys.stride : s->held.stride), turns = (padded + SET - 1) / SET * t->count;
-    long calls = turns * (BLOCK / 2 + s->values), lines = (BLOCK * whole / STEP + calls - 1) / calls;
     for (long at = 0; at < t->tokens; at += BLOCK, side ^= 1) {
         const long *here = rows[side].at;
         long tokens = at_most(t->tokens - at, BLOCK);
-        locate(t, &s->keys, at + BLOCK, rows + (side ^ 1));
-        ahead next = {t->keys.pool, s->shared ? 0 : t->held.pool, rows + (side ^ 1), whole, at + BLOCK < t->tokens ? 0 : BLOCK, 0};
+        if (at + BLOCK < t->tokens) {
+            locate(t, &s->keys, at + BLOCK, rows + (side ^ 1));
+            look_ahead(s, t, rows + (side ^ 1), &next);
+        } else {
+            const part *then = after ? after : t;
+            locate(then, &s->keys, 0, rows + (side ^ 1));
+            look_ahead(s, then, rows + (side ^ 1), &next);
+        }
         for (long g = 0; g < t->count; g++) {
             long first = g * padded;
             for (long i = 0; i < padded; i += SET) {
                 set one = {q + (first + i) * s->keys.stride, shares + (first + i) * BLOCK, o + (first + i) * columns,
                            of + first + i, {0}};
                 for (long j = 0; j < SET && i + j < t->pairs; j++) one.seen[j] = seen_by(s, t, i + j);
-                BY_SIZE(size_at(padded, i), score_set(s, &one, t->keys.pool + g * s->keys.width, here, at, &next, lines, P))
+                BY_SIZE(size_at(padded, i), score_set(s, &one, t->keys.pool + g * s->keys.width, here, at, &next, P))
             }
             /* Columns by columns: the strip of the rows that one set has brought into the first cache serves all sets. */
             for (long j = 0; j < s->values; j += 4)
                 for (long i = 0; i < padded; i += SET) {
                     long to = at_most(j + 4, s->values);
-                    fetch(&next, lines * (to - j));
                     BY_SIZE(size_at(padded, i), add_steps(s, o + (first + i) * columns, t->held.pool + g * s->held.width, here,
-                                                          shares + (first + i) * BLOCK, tokens, j, to, P))
+                                                          shares + (first + i) * BLOCK, tokens, j, to, &next, P))
                 }
         }
     }
