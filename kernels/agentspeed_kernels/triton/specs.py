@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from agentspeed_kernels.signature import Dtype, KernelSpec, Widths
-from agentspeed_kernels.triton import attention, extend, kernels
+from agentspeed_kernels.triton import attention, extend, fp8_kernels, kernels
 
 FEATURE = "triton"
 _FORMATS: frozenset[Dtype] = frozenset({"float32", "bfloat16"})
@@ -11,7 +11,7 @@ _POOL = {"page_tokens": Widths(multiple=16), "R": Widths(multiple=16), "rope": W
 """Tiles are read by descriptors: rows are multiples of 16 bytes, and a tile of at least 16 tokens lies in one page."""
 _EXTEND = _POOL | {"nope": Widths(multiple=8), "value": Widths(multiple=8)}
 
-SPECS: tuple[KernelSpec, ...] = tuple(
+_IN_DTYPE: tuple[KernelSpec, ...] = tuple(
     KernelSpec(
         op=op,
         name="triton",
@@ -44,3 +44,23 @@ SPECS: tuple[KernelSpec, ...] = tuple(
         ("mla_extend", extend.mla_extend, None, _EXTEND),
     )
 )
+_IN_FP8: tuple[KernelSpec, ...] = tuple(
+    KernelSpec(
+        op=op,
+        name="triton-fp8",
+        dtypes=_FORMATS,
+        device="cuda",
+        call=call,
+        priority=10,
+        features=frozenset({FEATURE, "fp8"}),
+        layout="blocks",
+        weights=frozenset({"fp8"}),
+    )
+    for op, call in (
+        ("linear", fp8_kernels.linear),
+        ("add_norm_linear", fp8_kernels.add_norm_linear),
+        ("experts", fp8_kernels.experts),
+        ("experts_and_shared", fp8_kernels.experts_and_shared),
+    )
+)
+SPECS: tuple[KernelSpec, ...] = (*_IN_DTYPE, *_IN_FP8)
