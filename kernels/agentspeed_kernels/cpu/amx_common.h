@@ -124,6 +124,21 @@ INLINE __m512 exp2_16(__m512 x) {
     return _mm512_scalef_ps(p, n);
 }
 
+INLINE __m512 silu(__m512 g) {
+    __m512 e = exp2_16(_mm512_min_ps(_mm512_mul_ps(g, _mm512_set1_ps(-LOG2E)), _mm512_set1_ps(120.0f)));
+    return _mm512_div_ps(g, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
+}
+
+/* Pairs (token, choice) in order of expert, those of one expert in order of token. */
+static inline void pairs_by_expert(const int64_t *ids, long pairs, long experts, int *order, int *start) {
+    for (long e = 0; e <= experts; e++) start[e] = 0;
+    for (long p = 0; p < pairs; p++) start[ids[p] + 1]++;
+    for (long e = 0; e < experts; e++) start[e + 1] += start[e];
+    for (long p = 0; p < pairs; p++) order[start[ids[p]]++] = (int)p;
+    for (long e = experts; e > 0; e--) start[e] = start[e - 1];
+    start[0] = 0;
+}
+
 /* ---- products with weights in tile order, amx_linear.c ---- */
 /* A weight [n][k] in tile order is [tiles of 16 n][steps of 32 k], each a tile of 16 rows: row i holds numbers 2i and
    2i + 1 of 16 outputs. n and k are padded with zeros. */

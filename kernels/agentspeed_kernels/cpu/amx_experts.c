@@ -15,21 +15,6 @@ typedef struct {
     int alone; /* rows are tokens, and nothing is summed */
 } feed;
 
-/* Pairs (token, choice) in order of expert, those of one expert in order of token. */
-static void sort_pairs(const int64_t *ids, long pairs, long experts, int *order, int *start) {
-    for (long e = 0; e <= experts; e++) start[e] = 0;
-    for (long p = 0; p < pairs; p++) start[ids[p] + 1]++;
-    for (long e = 0; e < experts; e++) start[e + 1] += start[e];
-    for (long p = 0; p < pairs; p++) order[start[ids[p]]++] = (int)p;
-    for (long e = experts; e > 0; e--) start[e] = start[e - 1];
-    start[0] = 0;
-}
-
-INLINE __m512 silu(__m512 g) {
-    __m512 e = exp2_16(_mm512_min_ps(_mm512_mul_ps(g, _mm512_set1_ps(-LOG2E)), _mm512_set1_ps(120.0f)));
-    return _mm512_div_ps(g, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
-}
-
 #ifdef VECTOR_TILES
 #include "vector_experts.h"
 #endif
@@ -128,7 +113,7 @@ EXPORT void NAME(experts)(const bf16 *x, const bf16 *gate_up, const bf16 *down, 
                                         long hidden, int threads) {
     int alone = dense(weights, tokens, top, experts);
     if (alone) start[0] = 0, start[1] = (int)tokens;
-    else sort_pairs(ids, tokens * top, experts, order, start);
+    else pairs_by_expert(ids, tokens * top, experts, order, start);
     feed f = {x, hidden, gate_up, down, weights, order, start, act, out, sums, tokens, top, experts, inner, hidden, alone};
     long columns = whole_tiles(hidden), width = whole_steps(inner) * STEP;
     int copied = hidden % STEP != 0 || (!alone && tokens > 1);

@@ -73,11 +73,6 @@ INLINE long count_of(const sorted *s, long block) {
     return at_most(s->start[s->expert[block] + 1] - first_of(s, block), 16);
 }
 
-INLINE __m512 silu(__m512 g) {
-    __m512 e = exp2_16(_mm512_min_ps(_mm512_mul_ps(g, _mm512_set1_ps(-LOG2E)), _mm512_set1_ps(120.0f)));
-    return _mm512_div_ps(g, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
-}
-
 /* gate_up is [experts][2][inner][hidden], down [experts][hidden][inner]. Scratch: left, block_bytes of the wider for each
    block; act[pairs][inner in whole tiles]; sums[tokens][hidden in whole tiles]; order[2 * pairs + 2 * experts + 2]. */
 EXPORT void NAME(experts_bytes)(const bf16 *x, const uint8_t *gate_up, const float *gate_up_scales, const uint8_t *down,

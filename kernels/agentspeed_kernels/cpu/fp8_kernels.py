@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from agentspeed_kernels.cpu import native
+from agentspeed_kernels.cpu.amx_kernels import PRIORITY as TILE_PRIORITY
 from agentspeed_kernels.cpu.native_kernels import (
     DTYPES,
     FORM_PRIORITY,
@@ -22,6 +23,10 @@ from agentspeed_kernels.workspace import Workspace
 
 _ROW = 32
 """Inputs that become floats together: rows between two products are whole ones."""
+
+_FEW_ROWS = 4
+"""Up to so many rows of bfloat16 floats in registers are faster than tiles of bfloat16."""
+_BEFORE_TILES = max(TILE_PRIORITY.values()) + 1
 
 
 @final
@@ -91,7 +96,8 @@ class Fp8Kernels(OpenedFunctions):
 
 
 def _specs(form: native.Form, kind: native.Kind) -> tuple[KernelSpec, ...]:
-    kernels = Fp8Kernels(form, kind)
+    kernels, tiles = Fp8Kernels(form, kind), form in TILE_PRIORITY
+    pairs = kind == "bf16" and form is native.AVX512  # where there may be tiles too
     return tuple(
         KernelSpec(
             op=op,
@@ -99,9 +105,9 @@ def _specs(form: native.Form, kind: native.Kind) -> tuple[KernelSpec, ...]:
             dtypes=frozenset({DTYPES[kind]}),
             device="cpu",
             call=run,
-            priority=FORM_PRIORITY[form],
+            priority=TILE_PRIORITY[form] if tiles else _BEFORE_TILES if pairs else FORM_PRIORITY[form],
             features=frozenset({form.feature}),
-            most_rows=MOST_PRODUCT_ROWS,
+            most_rows=None if tiles else _FEW_ROWS if pairs else MOST_PRODUCT_ROWS,
             recordable=True,
             weights=frozenset({"fp8"}),
             layout="blocks",
@@ -111,5 +117,5 @@ def _specs(form: native.Form, kind: native.Kind) -> tuple[KernelSpec, ...]:
 
 
 SPECS: tuple[KernelSpec, ...] = tuple(
-    spec for form in FORM_PRIORITY if form in native.forms_here() for kind in form.kinds for spec in _specs(form, kind)
+    spec for form in native.forms_here() for kind in form.kinds for spec in _specs(form, kind)
 )

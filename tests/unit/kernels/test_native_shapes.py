@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import get_args
 
 import pytest
 import torch
 
-from agentspeed_kernels.packing import Weight, pack
+from agentspeed_kernels.packing import Weight, in_bytes, pack
 from agentspeed_kernels.platform import detect
-from agentspeed_kernels.quantised import Quantised, quantise
 from agentspeed_kernels.reference import definitions as define
 from agentspeed_kernels.registry import standard
-from agentspeed_kernels.signature import KernelSpec
+from agentspeed_kernels.signature import KernelSpec, WeightFormat
 from agentspeed_kernels.testing.conformance import KINDS
 from agentspeed_kernels.testing.tolerance import tolerance
 from agentspeed_kernels.workspace import Workspace
@@ -30,16 +30,18 @@ def kernels(op: str) -> list[KernelSpec]:
     return [spec for spec in standard().candidates(op) if spec.features]
 
 
-def laid(spec: KernelSpec, weight: torch.Tensor, group: int, parts: int = 1) -> tuple[Weight, torch.Tensor]:
+def laid(
+    spec: KernelSpec, weight: torch.Tensor, kind: WeightFormat | None, parts: int = 1
+) -> tuple[Weight, torch.Tensor]:
     """(what the kernel takes, what it stands for)"""
-    if spec.layout == "bytes":
-        made: Quantised = quantise(weight, group, parts)
+    if kind is not None:
+        made = in_bytes(weight, kind, parts)
         return made, made.whole(torch.float64).reshape(weight.shape)
     return (pack(weight, parts) if spec.layout == "tiles" else weight), weight
 
 
-def groups(spec: KernelSpec) -> tuple[int, ...]:
-    return (0, 32) if spec.layout == "bytes" else (0,)
+def formats(spec: KernelSpec) -> list[WeightFormat | None]:
+    return [kind for kind in get_args(WeightFormat) if kind in (spec.weights or ())] or [None]
 
 
 def fitting(spec: KernelSpec, rows: int) -> torch.dtype:
@@ -65,8 +67,8 @@ def test_long_chains_and_blocks_of_rows(spec: KernelSpec, shape: tuple[int, int,
     x, out = held[:, 3 : 3 + inputs], around[:, 20 : 20 + outputs]
     weight = (torch.randn(outputs, inputs, generator=noise) * inputs**-0.5).to(kind)
     bias = torch.randn(outputs, generator=noise).to(kind)
-    for group in groups(spec):
-        given, meant = laid(spec, weight, group)
+    for form in formats(spec):
+        given, meant = laid(spec, weight, form)
         spec.call(x, given, bias, out)
         wanted = define.linear(x, meant, bias)
         error = float((out.double() - wanted).abs().max() / wanted.abs().max())
@@ -85,8 +87,8 @@ def test_an_expert_that_most_tokens_choose_and_one_that_none_does(spec: KernelSp
     down = (torch.randn(count, hidden, inner, generator=noise) * inner**-0.5).to(kind)
     ids = torch.stack([torch.zeros(rows, dtype=torch.int64), torch.randint(1, 5, (rows,), generator=noise)], 1)
     weights, out = torch.rand(rows, 2, generator=noise), torch.full((rows, hidden), float("nan"), dtype=kind)
-    for group in groups(spec):
-        (both, meant), (back, meant_back) = laid(spec, gate_up, group, 2), laid(spec, down, group)
+    for form in formats(spec):
+        (both, meant), (back, meant_back) = laid(spec, gate_up, form, 2), laid(spec, down, form)
         spec.call(x, both, back, ids, weights, Workspace(), out)
         wanted = define.experts(x, meant, meant_back, ids, weights)
         error = float((out.double() - wanted).abs().max() / wanted.abs().max())
@@ -107,8 +109,8 @@ def test_a_dense_layer_is_an_expert_that_all_rows_choose(
     gate_up = (torch.randn(1, 2 * inner, hidden, generator=noise) * hidden**-0.5).to(kind)
     down = (torch.randn(1, hidden, inner, generator=noise) * inner**-0.5).to(kind)
     ids, weights = torch.zeros(rows, 1, dtype=torch.int64), torch.ones(rows, 1)
-    for group in groups(spec):
-        (both, meant), (back, meant_back) = laid(spec, gate_up, group, 2), laid(spec, down, group)
+    for form in formats(spec):
+        (both, meant), (back, meant_back) = laid(spec, gate_up, form, 2), laid(spec, down, form)
         out = torch.full((rows, hidden), float("nan"), dtype=kind)
         spec.call(x, both, back, ids, weights, Workspace(), out)
         wanted = define.experts(x, meant, meant_back, ids, weights)
@@ -129,7 +131,7 @@ def test_heads_of_many_rows_by_one_thread_and_by_two(
     x = torch.randn(rows, heads, inputs, generator=noise).to(kind)
     weight = (torch.randn(heads, outputs, inputs, generator=noise) * inputs**-0.5).to(kind)
     out = torch.full((rows, heads, outputs), float("nan"), dtype=kind)
-    given, meant = laid(spec, weight, 0)
+    given, meant = laid(spec, weight, None)
     spec.call(x, given, out)
     wanted = define.heads_linear(x, meant)
     error = float((out.double() - wanted).abs().max() / wanted.abs().max())
