@@ -24,6 +24,7 @@ import gpu_agents
 import gpu_attention
 import gpu_engine
 import gpu_graphs
+import gpu_invariant
 import gpu_joined
 import gpu_layers
 import torch
@@ -58,6 +59,7 @@ def main() -> int:
         "extend": lambda: gpu_layers.section_extend(report, pool),
         "graphs": lambda: gpu_graphs.section_graphs(report),
         "mixed": lambda: gpu_graphs.section_mixed(report),
+        "invariant": lambda: gpu_invariant.section_invariant(report),
         "engine": lambda: gpu_engine.section_engine(report),
         "agents": lambda: gpu_agents.section_agents(report),
     }

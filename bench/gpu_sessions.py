@@ -34,6 +34,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "engine, depth 0": (ENGINE, "-k", "depth0"),
     "engine, depth 1": (ENGINE, "-k", "depth1"),
     "engine, sessions": (ENGINE, "-k", "not depth"),
+    "batch invariance": ("tests/integration/test_cuda_invariance.py",),
     "sessions, asyncio": (SESSIONS, "-k", f"asyncio and not {ALONE}"),
     "sessions, trio": (SESSIONS, "-k", f"trio and not {ALONE}"),
 }

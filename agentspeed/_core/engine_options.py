@@ -18,6 +18,7 @@ class EngineOptions(TypedDict, total=False):
     dtype: Literal["auto", "float32", "float64", "bfloat16"]
     weights: Literal["dtype", "int8", "int8-32", "fp8"]
     device: Literal["auto", "cpu", "cuda"]
+    batch_invariant: bool
     context_limit: int | None
     pages: int | None
     page_tokens: int

@@ -25,6 +25,9 @@ app = typer.Typer(
     "Examples:  agentspeed chat  ·  agentspeed chat ./model --tools tools.py  ·  agentspeed top",
 )
 Model = Annotated[str | None, typer.Argument(help="A model folder or repository id; nothing: the shipped model.")]
+BatchInvariant = Annotated[
+    bool, typer.Option("--batch-invariant", help="Equal bits whatever else is in a step; slower.")
+]
 
 
 def _show_version(asked: bool) -> None:
@@ -142,7 +145,8 @@ def serve(
     ] = None,
     pages: Annotated[int | None, typer.Option(min=1, help="Pages of the KV pool.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float64.")] = None,
-    weights: Annotated[str | None, typer.Option(help="int8, int8-32 or fp8: matrices in 8 bits; on a GPU fp8.")] = None,
+    weights: Annotated[str | None, typer.Option(help="int8, int8-32 or fp8: matrices in 8 bits, on a CPU.")] = None,
+    batch_invariant: BatchInvariant = False,
     context: Annotated[int | None, typer.Option(min=1, help="Context limit in tokens.")] = None,
     host_slots: Annotated[int | None, typer.Option(min=0, help="Pages of host memory for paused sessions.")] = None,
     tp: Tp = 1,
@@ -162,6 +166,7 @@ def serve(
         "pages": pages,
         "dtype": dtype,
         "weights": weights,
+        "batch_invariant": batch_invariant or None,
         "context_limit": context,
         "host_slots": host_slots,
         **cut(tp, dp, ep),
@@ -189,6 +194,7 @@ def engine(
     socket: Annotated[Path | None, typer.Option(help="Where to be found; nothing: a private place.")] = None,
     pages: Annotated[int | None, typer.Option(min=1, help="Pages of the KV pool.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float64.")] = None,
+    batch_invariant: BatchInvariant = False,
     context: Annotated[int | None, typer.Option(min=1, help="Context limit in tokens.")] = None,
     host_slots: Annotated[int | None, typer.Option(min=0, help="Pages of host memory for paused sessions.")] = None,
     tp: Tp = 1,
@@ -206,7 +212,14 @@ def engine(
     Ends at Ctrl-C or SIGTERM with status 0; with 2 when the engine cannot start, or ended by itself."""
     from agentspeed.cli.engine import engine as started
 
-    named = {"pages": pages, "dtype": dtype, "context_limit": context, "host_slots": host_slots, **cut(tp, dp, ep)}
+    named = {
+        "pages": pages,
+        "dtype": dtype,
+        "batch_invariant": batch_invariant or None,
+        "context_limit": context,
+        "host_slots": host_slots,
+        **cut(tp, dp, ep),
+    }
     with reported():
         started(model, socket=socket, named=named, settings=settings or [])
 
@@ -250,6 +263,7 @@ def kernels(
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float64.")] = "auto",
     weights: Annotated[str | None, typer.Option(help="int8, int8-32 or fp8.")] = None,
+    batch_invariant: BatchInvariant = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
 ) -> None:
     """Which kernel runs each op of a model here, for how many rows, and why the others do not. No weights are read.
@@ -261,7 +275,15 @@ def kernels(
 
     with reported():
         typer.echo(
-            described(model, explain=explain or [], platform=platform, dtype=dtype, weights=weights, as_json=as_json)
+            described(
+                model,
+                explain=explain or [],
+                platform=platform,
+                dtype=dtype,
+                weights=weights,
+                batch_invariant=batch_invariant,
+                as_json=as_json,
+            )
         )
 
 

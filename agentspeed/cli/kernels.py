@@ -27,6 +27,7 @@ def described(
     platform: str | None,
     dtype: str,
     weights: str | None,
+    batch_invariant: bool,
     as_json: bool,
 ) -> str:
     """Text for people, or one JSON object. Raises what `chosen_kernels` raises, and `InvalidRequest` for a wrong
@@ -35,7 +36,13 @@ def described(
         if value not in known:
             raise errors.InvalidRequest(f"{what} {value!r} is unknown.", remedy=f"Known: {', '.join(known)}.")
     place = NANO if model is None else Path(model) if Path(model).is_file() else resolve(model)
-    found = chosen_kernels(place, platform=platform, dtype=cast(Any, dtype), weights=cast(Any, weights))
+    found = chosen_kernels(
+        place,
+        platform=platform,
+        dtype=cast(Any, dtype),
+        weights=cast(Any, weights),
+        batch_invariant=batch_invariant,
+    )
     unknown = [op for op in explain if op not in found.ops and op != "all"]
     if unknown:
         raise errors.InvalidRequest(

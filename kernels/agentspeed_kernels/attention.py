@@ -99,3 +99,20 @@ def paths(pieces: Sequence[Piece]) -> list[list[Piece]]:
         alone = [Part(piece.pages, piece.start, piece.tokens, tail.queries, piece.causal) for piece in chain]
         found.append([*alone, tail])
     return found
+
+
+def whole_paths(pieces: Sequence[Piece], page_tokens: int) -> list[Piece]:
+    """`paths` with one piece for each, from the first token on: nothing is shared, and where a piece is cut depends on
+    positions alone. Pieces that others follow end with a page; where one does not, it stays a piece of its own."""
+    found: list[Piece] = []
+    for path in paths(pieces):
+        whole = path[0]
+        for piece in path[1:]:
+            if whole.tokens % page_tokens or piece.start != whole.start + whole.tokens:
+                found.append(whole)
+                whole = piece
+            else:
+                pages = np.concatenate([whole.pages[: whole.tokens // page_tokens], piece.pages])
+                whole = Part(pages, whole.start, whole.tokens + piece.tokens, piece.queries, piece.causal)
+        found.append(whole)
+    return found

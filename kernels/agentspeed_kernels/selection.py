@@ -140,7 +140,8 @@ def select(
     fitting = sorted((spec for spec in candidates if id(spec) not in unfit), key=lambda spec: -spec.priority)
     if not fitting:
         reasons = "; ".join(f"{spec.name}: {why}" for spec, why in reasons_of) or "none is registered"
-        raise NoKernel(f"no kernel for {need.op} in {need.dtype} with {need.rows} rows on {platform.device}: {reasons}")
+        kind = "batch-invariant kernel" if need.invariant else "kernel"
+        raise NoKernel(f"no {kind} for {need.op} in {need.dtype} with {need.rows} rows on {platform.device}: {reasons}")
     wanted = preferences.forced.get(need.op)
     best = next((spec for spec in fitting if spec.name == wanted), fitting[0])
     forced = best.name == wanted
@@ -156,6 +157,8 @@ def misfit(spec: KernelSpec, need: Need, platform: Platform) -> str | None:
     """Why a kernel cannot serve a need there; None when it can."""
     if spec.device != platform.device:
         return f"runs on {spec.device}"
+    if need.invariant and not spec.invariant:
+        return "is not batch-invariant"
     if need.dtype not in spec.dtypes:
         return f"formats are {', '.join(sorted(spec.dtypes))}"
     for role, asked, taken in (("weights", need.weights, spec.weights), ("cache", need.cache, spec.cache)):
@@ -219,7 +222,7 @@ class Kernels:
     A kernel from outside is checked when it would be chosen for the first time; one that fails, or raises, is left out
     with a warning that names it, and the next best is taken."""
 
-    __slots__ = ("_head", "_ladders", "_moves", "dtype", "layout", "weights")
+    __slots__ = ("_head", "_ladders", "_moves", "dtype", "invariant", "layout", "weights")
 
     def __init__(
         self,
@@ -232,12 +235,16 @@ class Kernels:
         preferences: Preferences | None = None,
         check: Check | None = None,
         weights: WeightFormat | None = None,
+        invariant: bool = False,
     ) -> None:
         """`sizes`: what is known of the model's axes and its page size, for kernels that do not take any. `weights`:
-        of the ops in `BYTE_OPS`; None: `dtype`. Raises `NoKernel` where an op has no kernel for that."""
+        of the ops in `BYTE_OPS`; None: `dtype`. `invariant`: batch-invariant kernels alone. Raises `NoKernel` where an
+        op has no kernel for that."""
         self.dtype: Dtype = dtype
         self.weights: WeightFormat | None = weights
-        chooser = _Chooser(registry, platform, dtype, dict(sizes or {}), preferences or Preferences(), check, weights)
+        self.invariant = invariant
+        chooser = _Chooser(registry, platform, dtype, dict(sizes or {}), preferences or Preferences(), check, weights,
+                           invariant)  # fmt: skip
         self.layout: Layout = chooser.layout
         """Of weights in `dtype`: that of the best kernel for single rows, where weights are what a step waits for."""
         self._ladders: dict[str, Ladder[Any]] = {op: chooser.ladder(op) for op in ops}
@@ -372,8 +379,9 @@ class _Chooser:
         preferences: Preferences,
         check: Check | None,
         weights: WeightFormat | None = None,
+        invariant: bool = False,
     ) -> None:
-        self._registry, self._platform = registry, platform
+        self._registry, self._platform, self._invariant = registry, platform, invariant
         self._dtype: Dtype = dtype
         self._weights: WeightFormat | None = weights
         self._sizes, self._preferences, self._check = sizes, preferences, check
@@ -411,7 +419,15 @@ class _Chooser:
         layout: Layout | None,
         weights: WeightFormat | None = None,
     ) -> Choice:
-        need = Need(op=op, dtype=self._dtype, rows=rows, layout=layout, weights=weights, sizes=self._sizes)
+        need = Need(
+            op=op,
+            dtype=self._dtype,
+            rows=rows,
+            layout=layout,
+            weights=weights,
+            invariant=self._invariant,
+            sizes=self._sizes,
+        )
         return select(need, candidates, self._platform, self._preferences)
 
     def _unsound(self, chosen: dict[str, KernelSpec]) -> KernelSpec | None:

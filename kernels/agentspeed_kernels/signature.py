@@ -81,6 +81,9 @@ class KernelSpec:
     """Limits on axes; an axis that is not named may have any size."""
     rope_order: Literal["half"] = "half"
     """Coordinate i turns with coordinate i + rope / 2; models of the interleaved order are reordered when loaded."""
+    invariant: bool = False
+    """A row of its output has the same bits whatever other rows are in the call and however many they are; of
+    attention, where the plan is cut at fixed places (`AttentionBackend`)."""
     plans: Literal["tiles", "triton"] = "tiles"
     """Of attention: whose plan it takes, that of `cpu.attention_plan` or of `triton.backend`."""
     origin: str = OWN
@@ -108,5 +111,7 @@ class Need:
     weights: str | None = None
     cache: str | None = None
     """None: the format of the activations."""
+    invariant: bool = False
+    """Only kernels that are batch-invariant serve it."""
     sizes: Mapping[str, int] = field(default_factory=dict)
     """Axes that are known; a limit on an axis that is not named here objects to nothing."""

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agentspeed_kernels.attention import Part
 from agentspeed_kernels.tiles import Piece
+from agentspeed_kernels.triton import plan as plan_module
 from agentspeed_kernels.triton.plan import (
     BEFORE,
     BLOCK,
@@ -21,6 +22,7 @@ from agentspeed_kernels.triton.plan import (
     TOKENS,
     Cut,
     RowsPlan,
+    fixed_starts,
     plan_rows,
     segments,
     unit_rows,
@@ -66,7 +68,14 @@ def check_merges(plan: RowsPlan, layout: Layout) -> None:
     assert all(count == 1 for count in direct.values()) and not direct.keys() & merged.keys()
 
 
-@settings(max_examples=120, deadline=None)
+@pytest.fixture
+def short_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fixed cut of contexts as short as those here."""
+    monkeypatch.setattr(plan_module, "FIXED_STEPS", ((16, 4), (32, 8), (None, 12)))
+
+
+@pytest.mark.usefixtures("short_steps")
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     step=steps(),
     heads=st.sampled_from([1, 3, 4, 6]),
@@ -78,7 +87,7 @@ def test_every_pair_of_row_and_visible_token_is_in_exactly_one_item(
     step: Step, heads: int, block_rows: int, programs: int, cut: Cut | None
 ) -> None:
     layout = Layout(block_rows, heads, step.page_tokens, programs)
-    plan = plan_rows(segments(step.pieces, step.positions, step.page_tokens), layout, cut=cut, fixed_pages=2)
+    plan = plan_rows(segments(step.pieces, step.positions, step.page_tokens), layout, cut=cut)
     wanted = Counter(
         {
             (row * heads + head, page, offset): count
@@ -89,7 +98,7 @@ def test_every_pair_of_row_and_visible_token_is_in_exactly_one_item(
     assert planned(plan, layout) == wanted
     check_merges(plan, layout)
     assert plan.programs <= max(programs, 1) and plan.bounds[-1] == len(plan.items)
-    assert plan.one == all(np.diff(plan.bounds) == 1)
+    assert plan.one == (cut != "fixed" and all(np.diff(plan.bounds) == 1))
 
 
 @settings(max_examples=60, deadline=None)
@@ -147,3 +156,12 @@ def test_branches_that_share_no_rows_but_follow_one_another_are_one_segment() ->
     pieces = [Part(np.array([3, 4], np.int32), 0, 8, rows, False), Part(np.array([9], np.int32), 8, 3, rows, True)]
     held = segments(pieces, np.array([10], np.int64), 4)
     assert (held.tokens.tolist(), held.held.tolist(), held.visible.tolist()) == ([11], [3], [11])
+
+
+@pytest.mark.parametrize("page_tokens", [16, 48, 64, 512])
+def test_the_fixed_cut_of_a_long_context_begins_with_that_of_a_short_one(page_tokens: int) -> None:
+    longest = fixed_starts(max(131_072 // page_tokens, 700), page_tokens)
+    assert longest[0] == 0 and (np.diff(longest) > 0).all() and longest.size <= 140
+    for pages in (1, 5, 60, 64, 65, 500, 700):
+        starts = fixed_starts(pages, page_tokens)
+        assert (starts == longest[: starts.size]).all() and (longest[starts.size :] >= pages).all()

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from agentspeed_kernels.selection import Kernels
     from agentspeed_kernels.signature import Device
 
+LONG_OPS = frozenset({"mla_extend", "gqa_extend"})
+"""Of long extends alone."""
 Capability = Literal["rewind_to_any_token"]
 """`rewind_to_any_token`: a cut at any token leaves rows that need no computing again. Families with recurrent state or
 sliding windows lack it, and the engine, which promises it, refuses them."""
@@ -97,6 +99,8 @@ class Family(Generic[ConfigT]):
     """What of the model does not run, as a sentence for the user who loads one; mostly empty."""
     capabilities: frozenset[Capability] = frozenset({"rewind_to_any_token"})
 
-    def ops_on(self, device: Device, *, joins: bool = True) -> tuple[str, ...]:
-        """The ops that it calls there; `joins`: those that join others among them."""
-        return (*self.ops, *self.joined_ops) if device == "cuda" and joins else self.ops
+    def ops_on(self, device: Device, *, joins: bool = True, invariant: bool = False) -> tuple[str, ...]:
+        """The ops that it calls there; `joins`: those that join others among them; `invariant`: without those of long
+        extends, which have other sums than those of rows."""
+        ops = tuple(op for op in self.ops if op not in LONG_OPS) if invariant else self.ops
+        return (*ops, *self.joined_ops) if device == "cuda" and joins else ops

@@ -57,6 +57,7 @@ def kernel_choices(
     dtype: Literal["auto"] | Dtype,
     weights: WeightFormat | None,
     page_tokens: int = 64,
+    batch_invariant: bool = False,
 ) -> KernelChoices:
     """`platform`: None for where an engine would run on this machine's CPU, else what `platform.named` takes.
 
@@ -64,11 +65,11 @@ def kernel_choices(
     for a wish in `AGENTSPEED_KERNELS` that names none.
     """
     family = source.family
-    with kernels_chosen():
+    with kernels_chosen(batch_invariant=batch_invariant):
         place = detect() if platform is None else named(platform)
         chosen, why = choose(source.raw, place) if dtype == "auto" else (dtype, "")
         preferences = Preferences.from_environment()
-        ops = family.ops_on(place.device, joins=preferences.joins)
+        ops = family.ops_on(place.device, joins=preferences.joins and not batch_invariant, invariant=batch_invariant)
         kernels = Kernels(
             standard(),
             place,
@@ -79,6 +80,7 @@ def kernel_choices(
             # A kernel from outside can be run where it would run, and nowhere else.
             check=conformance.objection if platform is None else None,
             weights=weights,
+            invariant=batch_invariant,
         )
     return KernelChoices(
         model_type=source.config.model_type,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, final
 
@@ -98,12 +99,13 @@ class LoadedModel:
         rank: Rank = ONE,
         comm: Comm | None = None,
         recordable: bool = True,
+        batch_invariant: bool = False,
         progress: Callable[[float], None] | None = None,
     ) -> None:
         """`info.kv` is that of the rank. `comm`: its collectives, where there are several; `recordable`: whether steps
-        that have them may be repeated. Raises `EngineFault` for weights that have gone bad, bad_config for a mesh that
-        does not divide the model, bad_options for kernels that cannot be chosen, and out_of_memory where a GPU has no
-        room."""
+        that have them may be repeated. `batch_invariant`: logits of a row have the same bits in any step. Raises
+        `EngineFault` for weights that have gone bad, bad_config for a mesh that does not divide the model,
+        bad_options for kernels that cannot be chosen, and out_of_memory where a GPU has no room."""
         if threads is not None:
             torch.set_num_threads(threads)
         self.info = info
@@ -113,17 +115,19 @@ class LoadedModel:
         held = weight_source(source, dtype, self.device, progress, keeps_fp8=weights == "fp8")
         self.pools = KvPools(info.kv, pages, page_tokens, self.device)
         sizes = {"page_tokens": page_tokens, **source.family.sizes(source.config, rank.mesh)}
-        with kernels_chosen():
+        with kernels_chosen(batch_invariant=batch_invariant):
             preferences = Preferences.from_environment()
+            joins = preferences.joins and not batch_invariant
             self._kernels = Kernels(
                 standard(),
                 detect(device),
                 dtype,
-                source.family.ops_on(device, joins=preferences.joins),
+                source.family.ops_on(device, joins=joins, invariant=batch_invariant),
                 sizes=sizes,
                 preferences=preferences,
                 check=conformance.objection,
                 weights=weights,
+                invariant=batch_invariant,
             )
         chain = source.family.build(source.config, held, self.pools, rank, self._kernels)
         if progress is not None:  # of experts that live elsewhere nothing was read
@@ -146,7 +150,7 @@ class LoadedModel:
             from agentspeed_engine.models.graphs import Graphs
 
             self._graphs = Graphs(
-                joined(chain) if preferences.joins and source.family.joined_ops else None,
+                joined(chain) if joins and source.family.joined_ops else None,
                 self._steps,
                 partial(_by_modules, self._steps, self._rope, page_tokens, self._workspace, self._attention),
                 self.pools,
@@ -241,18 +245,20 @@ def _attention(
 ) -> CpuAttention | TritonAttention:
     """The backend that prepares what the chosen kernels of attention take.
 
-    Where those of rows and of long extends want different plans, every row runs as one of the former; where an indexer
-    chooses what is read, there are no long extends."""
+    Where those of rows and of long extends want different plans, every row runs as one of the former, as in a
+    batch-invariant model; where an indexer chooses what is read, there are no long extends."""
     if "index_select" in ops:
         return CpuAttention(sizes["page_tokens"], NEVER)
     rows, extend = ("mla_rows", "mla_extend") if "mla_rows" in ops else ("gqa_rows", "gqa_extend")
-    wanted = {kernels[rows].choice(1).kernel.plans, kernels[extend].choice(UNBOUNDED).kernel.plans}
     plans = kernels[rows].choice(1).kernel.plans
+    extends = kernels.has(extend) and kernels[extend].choice(UNBOUNDED).kernel.plans == plans
     if plans == "tiles":
-        return CpuAttention(sizes["page_tokens"], *([NEVER] if len(wanted) > 1 else []))
+        cpu = CpuAttention(sizes["page_tokens"], invariant=kernels.invariant)
+        return cpu if extends else replace(cpu, extend_from=NEVER)
     # Imported late: only a GPU's kernels need it.
     from agentspeed_kernels.triton.backend import EXTEND_FROM, TritonAttention, shape_of
 
     item = DTYPE_BYTES[kernels.dtype]
     shape = shape_of(sizes["H"], sizes["R"], sizes["rope"], sizes["page_tokens"], device, item)
-    return TritonAttention(shape=shape, device=device, extend_from=NEVER if len(wanted) > 1 else EXTEND_FROM)
+    extend_from = EXTEND_FROM if extends else NEVER
+    return TritonAttention(shape=shape, device=device, invariant=kernels.invariant, extend_from=extend_from)

@@ -16,6 +16,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from agentspeed_engine.models.family import LONG_OPS
 from agentspeed_engine.models.state import StepState
 from agentspeed_engine.spmd.lower import Compiled
 from agentspeed_kernels.cpu.recording import Tape, recording
@@ -28,8 +29,6 @@ MOST_ROWS = 32
 """Above this what lies between the kernels is a small share of a step."""
 MOST_PROGRAMS = 16
 """Each has scratch memory of its own, so that its addresses last."""
-LONG_OPS = frozenset({"mla_extend", "gqa_extend"})
-"""Of long extends, which are not repeated."""
 AFTER = 3
 """Steps of as many rows before a record is made: it costs two of them, and checking it one more."""
 
@@ -62,7 +61,7 @@ class Programs:
 
     def __init__(self, steps: Sequence[Compiled], kernels: Kernels, ops: Sequence[str]) -> None:
         """`steps` is the chain of one rank: its first embeds, its last is the head. `ops`: those it calls."""
-        self._ops = tuple(op for op in ops if op not in LONG_OPS)
+        self._ops = tuple(op for op in ops if op not in LONG_OPS)  # long extends are not repeated
         self._first, *self._middle, self._last = steps
         self._kernels = kernels
         self._programs: dict[int, _Program] = {}

@@ -59,10 +59,14 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     weights: Literal["dtype", "int8", "int8-32", "fp8"] = "dtype"
     """Format of the matrices alone. int8: 8 bits and a scale for each output, half of what bfloat16 reads; int8-32: a
     scale for each 32 inputs, nearer to the checkpoint; fp8: e4m3 and a scale for each block of 128 × 128, the bytes of
-    a checkpoint that is published so (docs/how-to/kernels.md). On a CPU; fp8 on a GPU too."""
+    a checkpoint that is published so (docs/how-to/kernels.md). On a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where weights, cache and steps are. auto: the first GPU where one can be used, has kernels for the model's
     attention and room for its weights, else the CPU; the engine says at its start which GPU, or why none."""
+    batch_invariant: bool = False
+    """The logits of a row are the same bits whatever else is in the step, however its prompt was cut, shared or paged
+    out: an answer does not depend on who else asks. Slower (docs/explanation/equality.md says what it costs). On one
+    rank, in float32 or bfloat16."""
     context_limit: int | None = None
     """None: the model's own, as far as the pool allows it."""
     pages: int | None = None
@@ -223,6 +227,10 @@ def _checked(options: EngineOptions) -> EngineOptions:
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
             raise _wrong(f"{name} is {value}", "Give a finite number of seconds above 0.")
+    if options.batch_invariant and options.tp * options.dp > 1:
+        raise _wrong(
+            f"batch_invariant is asked for on {options.tp * options.dp} ranks", "Leave it out, or give one rank."
+        )
     if options.rank_seconds > _LONGEST_WAIT:
         raise _wrong(f"rank_seconds is {options.rank_seconds:g}", f"Give {_LONGEST_WAIT:g} (a day) or less.")
     if options.record == "":
@@ -318,6 +326,7 @@ def build(
                 threads=options.threads,
                 device=device,
                 weights=weights,
+                batch_invariant=options.batch_invariant,
                 progress=read,
             )
         )

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Literal, Protocol, final
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.models.catalog import read_source
 from agentspeed_engine.models.kv_layout import DTYPE_BYTES
-from agentspeed_engine.models.weight_formats import WeightFormat, weight_bytes
 from agentspeed_engine.serve.memory_limit import MemoryLimit
 
 if TYPE_CHECKING:
@@ -55,10 +54,10 @@ def placed(options: PlaceOptions) -> Place:
         if options.device == "cuda":
             raise EngineFault("bad_options", f"device is 'cuda'. {reason}", "Give device='cpu'.") from reason
         return Place("cpu", detect(), None, "")
-    if options.device == "cuda" and (why := _no_weights(options.weights, platform)) is not None:
+    if options.device == "cuda" and options.weights != "dtype":
         raise EngineFault(
             "bad_options",
-            f"weights is {options.weights!r} and device is 'cuda', but {why}.",
+            f"weights is {options.weights!r}, for which only a CPU has kernels, and device is 'cuda'.",
             "Give device='cpu', or leave `weights` out.",
         )
     memory = _free(platform)
@@ -76,21 +75,20 @@ def objection(options: PlaceOptions, platform: Platform, memory: MemoryLimit) ->
         return f"it has no kernels of its own for {source.family.attention}; device='cuda' runs it on torch, slowly"
     if options.dtype == "float64":
         return "it has no kernels of its own for float64; device='cuda' runs it on torch, slowly"
-    if (why := _no_weights(options.weights, platform)) is not None:
-        return why
+    if options.weights != "dtype":
+        return f"only a CPU has kernels for weights={options.weights!r}"
     item = DTYPE_BYTES["bfloat16" if options.dtype == "auto" else options.dtype]
-    kept: WeightFormat | None = "fp8" if options.weights == "fp8" else None
-    weights = weight_bytes(source.family.shapes(source.config), item, kept)
+    weights = item * sum(_count(shape) for _, shape in source.family.shapes(source.config))
     if weights > memory.bytes:
         return f"the weights take {weights / 1e9:.1f} GB of the {memory.bytes / 1e9:.1f} GB that are free"
     return None
 
 
-def _no_weights(weights: str, platform: Platform) -> str | None:
-    """Why this GPU has no kernels for the format; None where it has."""
-    if weights == "dtype" or (weights == "fp8" and "fp8" in platform.features):
-        return None
-    return platform.lacks["fp8"] if weights == "fp8" else f"only a CPU has kernels for weights={weights!r}"
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for extent in shape:
+        count *= extent
+    return count
 
 
 def _free(platform: Platform) -> MemoryLimit:

@@ -8,7 +8,7 @@ from typing import final
 
 import torch
 
-from agentspeed_kernels.attention import AttentionStep, split_long
+from agentspeed_kernels.attention import NEVER, AttentionStep, split_long, whole_paths
 from agentspeed_kernels.tiles import Int64s, Piece, plan_tiles
 
 EXTEND_FROM = 160
@@ -24,9 +24,13 @@ class CpuAttention:
 
     page_tokens: int
     extend_from: int = EXTEND_FROM
+    invariant: bool = False
+    """Every row reads its branch by itself, cut at fixed positions: the sums of a row are the same in any step."""
 
     def prepare(self, pieces: Sequence[Piece], positions: Int64s) -> AttentionStep:
-        few_pieces, many_pieces, rows = split_long(pieces, positions.size, self.extend_from)
+        pieces = whole_paths(pieces, self.page_tokens) if self.invariant else pieces
+        extend_from = NEVER if self.invariant else self.extend_from
+        few_pieces, many_pieces, rows = split_long(pieces, positions.size, extend_from)
         few = plan_tiles(
             few_pieces, positions, page_tokens=self.page_tokens, chunk_tokens=FEW_CHUNK, block_rows=FEW_BLOCK
         )

@@ -22,6 +22,8 @@ from agentspeed_kernels.workspace import Workspace
 MOST_PRODUCT_ROWS = 8
 """Above this the BLAS of torch is faster; the C code itself takes 16."""
 MOST_ATTENTION_ROWS = 512
+VARIANT = frozenset({"route", "mla_extend"})
+"""Ops whose sums depend on the number of rows: scores of four rows are taken at once, and torch's products."""
 DTYPES: dict[native.Kind, Dtype] = {"f32": "float32", "bf16": "bfloat16"}
 
 
@@ -181,9 +183,16 @@ class NativeKernels(OpenedFunctions):
         )
 
     def route(self, x: Tensor, weight: Tensor, bias: Tensor | None, rule: RouteRule) -> tuple[Tensor, Tensor]:
-        assert x.is_contiguous() and weight.is_contiguous() and weight.dtype == torch.float32
         ids = torch.empty(x.shape[0], rule.top, dtype=torch.int64)
         weights = torch.empty(x.shape[0], rule.top, dtype=torch.float32)
+        self.route_into(x, weight, bias, rule, ids, weights)
+        return ids, weights
+
+    def route_into(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, rule: RouteRule, ids: Tensor, weights: Tensor
+    ) -> None:
+        """`route`, whose results go to `ids` and `weights` [T, top]."""
+        assert x.is_contiguous() and weight.is_contiguous() and weight.dtype == torch.float32
         call(
             self.functions,
             "route",
@@ -204,7 +213,6 @@ class NativeKernels(OpenedFunctions):
             rule.scale,
             torch.get_num_threads(),
         )
-        return ids, weights
 
     def copy(self, x: Tensor, out: Tensor) -> None:
         """[T, H, N]; both may be strided."""
@@ -440,6 +448,7 @@ def _specs(form: native.Form, kind: native.Kind, priority: int) -> tuple[KernelS
             features=frozenset({form.feature}),
             most_rows=most_rows,
             recordable=op != "mla_extend",
+            invariant=op not in VARIANT,
         )
         for op, run, most_rows in calls
     )

@@ -15,7 +15,7 @@ from agentspeed_kernels.attention import paths
 from agentspeed_kernels.tiles import Int32s, Int64s, Piece
 from agentspeed_kernels.triton import launching
 from agentspeed_kernels.triton.device_code import device_code
-from agentspeed_kernels.triton.plan import Cut, RowsPlan, merge_shape, plan_rows, segments
+from agentspeed_kernels.triton.plan import FIXED_TAKE, Cut, RowsPlan, merge_shape, plan_rows, segments
 from agentspeed_kernels.workspace import Workspace
 
 ALIGN = 32
@@ -220,12 +220,14 @@ def launch_merge(step: RowsOnDevice, workspace: Workspace, out: Tensor) -> None:
 
     part, weight = _partials(step, out.shape[-1], workspace)
     units, parts = step.plan.table.shape
-    columns, take, warps = merge_shape(parts)
+    fixed = step.plan.fixed
+    columns, take, warps = merge_shape(FIXED_TAKE if fixed else parts)
     rank = out.shape[-1]
     columns, early = min(columns, 1 << (rank - 1).bit_length()), launching.early(out)
     rows.merge[(units * step.plan.unit, -(-rank // columns))](
         part, weight, out, step.arrays["unit_row"], step.arrays["table"], parts, UNIT=step.plan.unit, RANK=rank,
-        COLUMNS=columns, TAKE=take, SHOT=parts <= take, EARLY=early, num_warps=warps, **launching.options(early),
+        COLUMNS=columns, TAKE=take, SHOT=parts <= take and not fixed, EARLY=early, num_warps=warps,
+        **launching.options(early),
     )  # fmt: skip
 
 

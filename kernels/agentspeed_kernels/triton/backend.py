@@ -10,7 +10,7 @@ from typing import final
 import numpy as np
 import torch
 
-from agentspeed_kernels.attention import AttentionStep, pairs_of, split_long
+from agentspeed_kernels.attention import NEVER, AttentionStep, pairs_of, split_long
 from agentspeed_kernels.tiles import Int64s, Piece
 from agentspeed_kernels.triton.attention import AttentionShape, Form, plan_step, upload
 from agentspeed_kernels.triton.extend import NotOneBranch, prepare_extend
@@ -37,12 +37,13 @@ class TritonAttention:
     shape: AttentionShape
     device: torch.device
     invariant: bool = False
-    """Every segment is cut at fixed places: a row's attention is then bit-equal in any batch of the same form."""
+    """Every row reads its branch by itself, cut at fixed places: its attention has the same bits in any step."""
     extend_from: int = EXTEND_FROM
     absorbed_each: int = ABSORBED_EACH
 
     def prepare(self, pieces: Sequence[Piece], positions: Int64s) -> AttentionStep:
-        few, many, rows = split_long(pieces, positions.size, self.extend_from, self.absorbed_each // self.shape.heads)
+        extend_from = NEVER if self.invariant else self.extend_from
+        few, many, rows = split_long(pieces, positions.size, extend_from, self.absorbed_each // self.shape.heads)
         extended = None
         if many:
             try:

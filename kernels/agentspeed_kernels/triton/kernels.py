@@ -137,15 +137,23 @@ def heads_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
     assert x.stride(2) == 1 and weight.is_contiguous() and out.stride(2) == 1
     tokens, heads, width = x.shape
     count = weight.shape[1]
-    strides = (x.stride(0), x.stride(1), out.stride(0), out.stride(1))
     if tokens <= MOST_HEADS_FEW:
+        strides = (x.stride(0), x.stride(1), out.stride(0), out.stride(1))
         columns, early = _head_columns(count, width), launching.early(x)
         products.heads_few[(-(-count // columns), heads, tokens)](
             x, weight, out, *strides, N=count, K=width, BN=columns, BK=_above(width), EARLY=early, num_warps=4,
             **launching.options(early),
         )  # fmt: skip
         return
-    block_t = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
+    heads_many(x, weight, out, 16 if tokens <= 16 else 32 if tokens <= 32 else 64)
+
+
+def heads_many(x: Tensor, weight: Tensor, out: Tensor, block_t: int) -> None:
+    """`heads_linear` by matrix instructions, in blocks of so many tokens."""
+    products = device_code("products")
+
+    tokens, heads, width = x.shape
+    count = weight.shape[1]
     # Narrow blocks where there are few columns: programs enough to fill the device count for more than reuse.
     block_n = 32 if count <= 128 and tokens <= 64 else min(128, max(16, _above(count)))
     block_k = min(64, max(16, _above(width)))
@@ -153,7 +161,10 @@ def heads_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
         x,
         weight,
         out,
-        *strides,
+        x.stride(0),
+        x.stride(1),
+        out.stride(0),
+        out.stride(1),
         tokens,
         N=count,
         K=width,
@@ -209,9 +220,14 @@ def mla_queries(
 
 def route(x: Tensor, weight: Tensor, bias: Tensor | None, rule: RouteRule) -> tuple[Tensor, Tensor]:
     """Scores in float32; ties go to the lower expert."""
-    tokens, width = x.shape
-    if tokens > MOST_SCORED:
+    if x.shape[0] > MOST_SCORED:
         return _chosen(x.float() @ weight.T, bias, rule, None)
+    return route_by_token(x, weight, bias, rule)
+
+
+def route_by_token(x: Tensor, weight: Tensor, bias: Tensor | None, rule: RouteRule) -> tuple[Tensor, Tensor]:
+    """`route`, whose scores are made for each token by itself."""
+    tokens, width = x.shape
     device, early = device_code("experts"), launching.early(x)
     logits = torch.empty(tokens, weight.shape[0], dtype=torch.float32, device=x.device)
     device.scores[(-(-weight.shape[0] // 4), tokens)](
@@ -309,15 +325,21 @@ def _check_experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weight
 
 def _swiglu(x: Tensor, gate_up: Tensor, down: Tensor, workspace: Workspace) -> Tensor:
     """Of one expert that every row visits: the vendor's products."""
-    device = device_code("experts")
-
     rows, inner = x.shape[0], down.shape[1]
     both = workspace.take("dense_gate_up", (rows, 2 * inner), x.dtype)
-    act = workspace.take("dense_inner", (rows, inner), x.dtype)
     torch.mm(x, gate_up.T, out=both)
+    return torch.mm(activated(both, workspace), down.T, out=workspace.take("dense_out", (rows, x.shape[1]), x.dtype))
+
+
+def activated(both: Tensor, workspace: Workspace) -> Tensor:
+    """silu of the first half of each row [T, 2 I], times the second: [T, I] in scratch memory."""
+    device = device_code("experts")
+
+    rows, inner = both.shape[0], both.shape[1] // 2
+    act = workspace.take("dense_inner", (rows, inner), both.dtype)
     block = min(_above(inner), 1024)
     device.activate[(-(-inner // block), rows)](both, act, I=inner, BLOCK=block, num_warps=4)
-    return torch.mm(act, down.T, out=workspace.take("dense_out", (rows, x.shape[1]), x.dtype))
+    return act
 
 
 def experts_few(
@@ -360,8 +382,9 @@ def experts_grouped(
     shared: Tensor | None,
     workspace: Workspace,
     out: Tensor,
+    most_rows: int | None = None,
 ) -> None:
-    """`shared` [T, D]: what is added to every row."""
+    """`shared` [T, D]: what is added to every row. `most_rows`: of a block; None: what is fastest."""
     device = device_code("experts")
 
     count, width, inner = down.shape
@@ -372,7 +395,7 @@ def experts_grouped(
     device.arrange[(count,)](ids, order, starts, pairs, E=count, BLOCK=min(max(_above(pairs), 16), 1024), num_warps=4)
     act = workspace.take("expert_inner", (pairs, inner), x.dtype)
     part = workspace.take("expert_part", (pairs, width), torch.float32)
-    rows, columns, depth, warps, stages = grouped_shape(pairs / count, x.element_size())
+    rows, columns, depth, warps, stages = grouped_shape(min(pairs / count, most_rows or pairs), x.element_size())
     blocks = -(-tokens // rows)
     device.gate_up_grouped[(-(-inner // columns), blocks, count)](
         x, gate_up, order, starts, act, TOP=top, D=width, I=inner, BM=rows, BI=columns, BD=depth, num_warps=warps,

@@ -19,9 +19,9 @@ from agentspeed_kernels.triton.plan import FIELDS, RowsPlan, unit_rows
 
 PAGES = 1 << 16
 """Entries of the page lists of all segments together."""
-PARTS = (4, 16, 64, 128, 256)
-"""Partials of a row that shapes have room for. Few sizes, so that steps share graphs; those that are not there cost the
-merge a load that is masked."""
+PARTS, FIXED_PARTS = (4, 16, 64, 128, 256), (16, 48, 96)
+"""Partials of a row that shapes have room for, and those of the fixed cut, whose contexts they are. Few sizes, so that
+steps share graphs; those that are not there cost the merge a load that is masked."""
 MANY_QUERIES, MANY_PARTS, MANY_BRANCHES = 64, (16, 256), 128
 """Above so many queries there are fewer shapes, which compute edges whether there are any or not, and room for blocks
 as where most queries belong to extends: those of some branches fill them, of each other one two are taken."""
@@ -42,6 +42,8 @@ class PaddedShape:
     parts: int
     """The most partials that a row is merged of."""
     edge: bool
+    fixed: bool = False
+    """Of plans that are cut at fixed places."""
 
     @property
     def blocks(self) -> int:
@@ -53,7 +55,7 @@ class PaddedShape:
 
     @property
     def items(self) -> int:
-        return self.blocks + self.programs
+        return self.blocks // 2 * self.parts if self.fixed else self.blocks + self.programs
 
     @property
     def units(self) -> int:
@@ -65,7 +67,10 @@ def shape_for(plan: RowsPlan, form: Form, queries: int, shape: AttentionShape) -
     if plan.pages.size > PAGES:
         return None
     many = queries > MANY_QUERIES
-    parts = next((most for most in (MANY_PARTS if many else PARTS) if most >= plan.table.shape[1]), 0)
+    if many and plan.fixed:  # each of its rows has partials of its own: gigabytes of scratch memory for a graph
+        return None
+    room = FIXED_PARTS if plan.fixed else MANY_PARTS if many else PARTS
+    parts = next((most for most in room if most >= plan.table.shape[1]), 0)
     found = PaddedShape(
         form=form,
         heads=shape.heads,
@@ -73,6 +78,7 @@ def shape_for(plan: RowsPlan, form: Form, queries: int, shape: AttentionShape) -
         programs=max(shape.processors, plan.programs),
         parts=parts,
         edge=plan.edge or many,
+        fixed=plan.fixed,
     )
     fits = plan.rows.shape[0] <= found.blocks and plan.items.shape[0] <= found.items and parts > 0
     return found if fits and plan.unit_row.size <= found.units else None
@@ -106,6 +112,7 @@ def padded(plan: RowsPlan, shape: PaddedShape) -> RowsPlan:
         one=False,
         run=False,
         edge=shape.edge,
+        fixed=plan.fixed,
         tokens_read=plan.tokens_read,
         tails=plan.tails,
     )

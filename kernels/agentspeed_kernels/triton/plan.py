@@ -29,6 +29,11 @@ WIDE_ROWS = 33
 STREAM_GAIN = 1.08
 """A stream must be this much shorter than the even cut: its blocks are in more pieces, and of blocks that read the same
 pages at the same time only the first reads memory."""
+FIXED_STEPS = ((4096, 256), (32_768, 1024), (None, 4096))
+"""Tokens of an item of the fixed cut, up to so many tokens of context. Short ones where a step of one row would leave
+most of a device without work, longer ones where each more is a partial more to merge."""
+FIXED_TAKE = 16
+"""Partials that are merged at once under the fixed cut, however many a row has: another number is another order."""
 SPARE_PAGES = 4
 """Room behind the pages of a segment, so that decode steps extend a plan instead of making one."""
 
@@ -74,6 +79,8 @@ class RowsPlan:
     """The rows of every block follow one another."""
     edge: bool
     """Some row sees fewer tokens than its item has."""
+    fixed: bool
+    """The cut depends on positions alone, and so does how partials are merged."""
     tokens_read: int
     """Tokens of all items, each as often as a block reads it."""
     tails: _Tails
@@ -186,10 +193,11 @@ def _own_pages(piece: Piece, page_tokens: int) -> Int32s:
     return piece.pages[: -(-piece.tokens // page_tokens)]
 
 
-def plan_rows(held: Segments, layout: Layout, *, cut: Cut | None = None, fixed_pages: int = 32) -> RowsPlan:
+def plan_rows(held: Segments, layout: Layout, *, cut: Cut | None = None) -> RowsPlan:
     """The cheapest of an even cut (one item a program) and a balanced stream, or the one that `cut` names.
 
-    `cut="fixed"` cuts every segment at multiples of `fixed_pages`, whatever else is in the step."""
+    `cut="fixed"` cuts every segment at the places of `FIXED_STEPS` and never says what the kernel may skip, so that one
+    compiled form runs whatever else is in the step."""
     R, heads, page_tokens = layout.block_rows, layout.heads, layout.page_tokens
     unit = unit_rows(heads, R)
     per_query, per_block = heads // unit, R // unit
@@ -215,7 +223,11 @@ def plan_rows(held: Segments, layout: Layout, *, cut: Cut | None = None, fixed_p
     visible[:, : per_block * unit] = np.repeat(sees, unit, axis=1)
 
     switch = SWITCH_PAGES_WIDE if R >= WIDE_ROWS else SWITCH_PAGES
-    block, low, high, bounds = _cut(pages, segment, layout.programs, cut, fixed_pages, switch)
+    fixed = cut == "fixed"
+    if fixed:
+        block, low, high, bounds = _fixed(pages, segment, layout.programs, page_tokens)
+    else:
+        block, low, high, bounds = _cut(pages, segment, layout.programs, cut, switch)
     items = np.zeros((block.size, FIELDS), np.int32)
     before = low * page_tokens
     items[:, BLOCK] = block
@@ -234,7 +246,7 @@ def plan_rows(held: Segments, layout: Layout, *, cut: Cut | None = None, fixed_p
     split = np.asarray(many)[block]
     slots = int(split.sum())
     items[:, SLOT] = np.where(split, np.cumsum(split) - 1, -1)
-    merged_row, table = _merge_table(written[split], items[split, SLOT], unit, R)
+    merged_row, table = _merge_table(written[split], items[split, SLOT], unit, R, FIXED_TAKE if fixed else None)
     last = np.zeros(segment.size, np.int64)
     np.maximum.at(last, block, np.arange(block.size)) if block.size else None
     return RowsPlan(
@@ -247,8 +259,9 @@ def plan_rows(held: Segments, layout: Layout, *, cut: Cut | None = None, fixed_p
         unit=unit,
         unit_row=merged_row,
         table=table,
-        one=bool((np.diff(bounds) == 1).all()),
-        run=bool(
+        one=not fixed and bool((np.diff(bounds) == 1).all()),
+        run=not fixed
+        and bool(
             (
                 rows[:, : per_block * unit]
                 == np.where(
@@ -256,7 +269,8 @@ def plan_rows(held: Segments, layout: Layout, *, cut: Cut | None = None, fixed_p
                 )
             ).all()
         ),
-        edge=bool((np.where(there, sees, tokens[:, None]) != tokens[:, None]).any()),
+        edge=fixed or bool((np.where(there, sees, tokens[:, None]) != tokens[:, None]).any()),
+        fixed=fixed,
         tokens_read=int(items[:, TOKENS].sum()),
         tails=_Tails(
             item=last,
@@ -277,20 +291,17 @@ def unit_rows(heads: int, block_rows: int) -> int:
 
 
 def _cut(
-    pages: Int64s, segment: Int64s, programs: int, cut: Cut | None, fixed_pages: int, switch: int
+    pages: Int64s, segment: Int64s, programs: int, cut: Cut | None, switch: int
 ) -> tuple[Int64s, Int64s, Int64s, Int64s]:
     """(block, first page, end page) of each item in the order of programs, and the bounds of programs."""
     if not pages.size:
         none = np.zeros(0, np.int64)
         return none, none, none, np.zeros(2, np.int64)
-    if cut == "fixed":
-        block, low, high = _pieces(pages, segment, -(-pages // fixed_pages), fixed_pages)
-        return block, low, high, _even_bounds(block.size, programs)
     step = _least_step(pages, programs)
     stream = -(-int(pages.sum() + switch * pages.size) // programs)
     if cut == "even" or (cut is None and step is not None and step <= STREAM_GAIN * stream):
         step = step or int(pages.max())
-        block, low, high = _pieces(pages, segment, np.maximum(-(-pages // step), 1), None)
+        block, low, high = _pieces(pages, segment, np.maximum(-(-pages // step), 1))
         return block, low, high, _even_bounds(block.size, programs)
     return _stream(pages, stream, switch)
 
@@ -309,16 +320,41 @@ def _least_step(pages: Int64s, programs: int) -> int | None:
     return low
 
 
-def _pieces(pages: Int64s, segment: Int64s, counts: Int64s, size: int | None) -> tuple[Int64s, Int64s, Int64s]:
-    """Every block in `counts` pieces, equal ones or of `size` pages; pieces of the same tokens stand side by side."""
-    block = np.repeat(np.arange(pages.size), counts)
-    nth = np.arange(block.size) - np.repeat(_starts(counts)[:-1], counts)
-    if size is None:
-        low, high = pages[block] * nth // counts[block], pages[block] * (nth + 1) // counts[block]
-    else:
-        low, high = nth * size, np.minimum((nth + 1) * size, pages[block])
+def _fixed(pages: Int64s, segment: Int64s, programs: int, page_tokens: int) -> tuple[Int64s, Int64s, Int64s, Int64s]:
+    """What `_cut` gives, each block cut at fixed places and programs with about as many pages each."""
+    starts = fixed_starts(int(pages.max(initial=0)), page_tokens)
+    block, nth = _numbered(np.searchsorted(starts, pages))
+    low, high = starts[nth], np.minimum(np.append(starts, pages.max(initial=0))[nth + 1], pages[block])
+    order = np.lexsort((block, nth, segment[block]))
+    block, low, high = block[order], low[order], high[order]
+    done = np.cumsum(high - low)
+    shares = np.arange(1, programs) * (int(done[-1]) if done.size else 0) // programs
+    bounds = np.concatenate([np.zeros(1, np.int64), np.searchsorted(done, shares), np.array([done.size])])
+    return block, low, high, bounds
+
+
+def fixed_starts(pages: int, page_tokens: int) -> Int64s:
+    """The first page of every item of the fixed cut below `pages`; fewer pages have the first of them."""
+    found, first = [], 0
+    for until, tokens in FIXED_STEPS:
+        end = pages if until is None else min(pages, until // page_tokens)
+        found.append(np.arange(first, end, max(tokens // page_tokens, 1)))
+        first = end
+    return np.concatenate(found)
+
+
+def _pieces(pages: Int64s, segment: Int64s, counts: Int64s) -> tuple[Int64s, Int64s, Int64s]:
+    """Every block in `counts` equal pieces; pieces of the same tokens stand side by side."""
+    block, nth = _numbered(counts)
+    low, high = pages[block] * nth // counts[block], pages[block] * (nth + 1) // counts[block]
     order = np.lexsort((block, nth, segment[block]))
     return block[order], low[order], high[order]
+
+
+def _numbered(counts: Int64s) -> tuple[Int64s, Int64s]:
+    """(whose it is, which of its own it is) of counts[i] things of each i."""
+    of = np.repeat(np.arange(counts.size), counts)
+    return of, np.arange(of.size) - np.repeat(_starts(counts)[:-1], counts)
 
 
 def _even_bounds(items: int, programs: int) -> Int64s:
@@ -339,8 +375,9 @@ def _stream(pages: Int64s, share: int, switch: int) -> tuple[Int64s, Int64s, Int
     return block, low, high, bounds
 
 
-def _merge_table(written: Int64s, slot: Int32s, unit: int, block_rows: int) -> tuple[Int32s, Int32s]:
-    """(first row, parts) of each unit that `written` [items, units of a block] names, parts in the order of items."""
+def _merge_table(written: Int64s, slot: Int32s, unit: int, block_rows: int, take: int | None) -> tuple[Int32s, Int32s]:
+    """(first row, parts) of each unit that `written` [items, units of a block] names, parts in the order of items;
+    `take`: what is merged at once, None: what is fastest."""
     if not written.size:
         return np.zeros(0, np.int32), np.zeros((0, 1), np.int32)
     at = (slot.astype(np.int64)[:, None] * block_rows + np.arange(written.shape[1]) * unit).reshape(-1)
@@ -350,7 +387,7 @@ def _merge_table(written: Int64s, slot: Int32s, unit: int, block_rows: int) -> t
     numbers, counts = np.unique(flat, return_counts=True)
     index = np.repeat(np.arange(numbers.size), counts)
     nth = np.arange(flat.size) - np.repeat(_starts(counts)[:-1], counts)
-    take = merge_shape(int(counts.max()))[1]
+    take = take or merge_shape(int(counts.max()))[1]
     table = np.full((numbers.size, -(-int(counts.max()) // take) * take), -1, np.int32)
     table[index, nth] = at[order]
     return (numbers * unit).astype(np.int32), table

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from agentspeed_kernels.signature import Dtype, KernelSpec, Widths
-from agentspeed_kernels.triton import attention, extend, fp8_kernels, kernels
+from agentspeed_kernels.triton import attention, extend, invariant, kernels
 
 FEATURE = "triton"
 _FORMATS: frozenset[Dtype] = frozenset({"float32", "bfloat16"})
@@ -11,7 +11,12 @@ _POOL = {"page_tokens": Widths(multiple=16), "R": Widths(multiple=16), "rope": W
 """Tiles are read by descriptors: rows are multiples of 16 bytes, and a tile of at least 16 tokens lies in one page."""
 _EXTEND = _POOL | {"nope": Widths(multiple=8), "value": Widths(multiple=8)}
 
-_IN_DTYPE: tuple[KernelSpec, ...] = tuple(
+_BY_ROW = frozenset({"rms_norm", "add_rms_norm", "rope", "latent_append", "mla_rows"})
+"""Ops whose kernels give each row to programs of its own, or, of attention, whose order of sums is the plan's."""
+_BELOW = -10
+"""Priority of the batch-invariant forms: below that of the vendor's library, which is faster."""
+
+_CHOSEN: tuple[KernelSpec, ...] = tuple(
     KernelSpec(
         op=op,
         name="triton",
@@ -23,6 +28,7 @@ _IN_DTYPE: tuple[KernelSpec, ...] = tuple(
         most_rows=most_rows,
         sizes=sizes,
         plans="triton",
+        invariant=op in _BY_ROW,
     )
     for op, call, most_rows, sizes in (
         ("linear", kernels.linear, kernels.MOST_LINEAR_ROWS, {}),
@@ -44,23 +50,22 @@ _IN_DTYPE: tuple[KernelSpec, ...] = tuple(
         ("mla_extend", extend.mla_extend, None, _EXTEND),
     )
 )
-_IN_FP8: tuple[KernelSpec, ...] = tuple(
+_INVARIANT: tuple[KernelSpec, ...] = tuple(
     KernelSpec(
         op=op,
-        name="triton-fp8",
+        name="triton-blocks",
         dtypes=_FORMATS,
         device="cuda",
         call=call,
-        priority=10,
-        features=frozenset({FEATURE, "fp8"}),
-        layout="blocks",
-        weights=frozenset({"fp8"}),
+        priority=_BELOW,
+        features=frozenset({FEATURE}),
+        invariant=True,
     )
     for op, call in (
-        ("linear", fp8_kernels.linear),
-        ("add_norm_linear", fp8_kernels.add_norm_linear),
-        ("experts", fp8_kernels.experts),
-        ("experts_and_shared", fp8_kernels.experts_and_shared),
+        ("linear", invariant.linear),
+        ("heads_linear", invariant.heads_linear),
+        ("route", invariant.route),
+        ("experts", invariant.experts),
     )
 )
-SPECS: tuple[KernelSpec, ...] = (*_IN_DTYPE, *_IN_FP8)
+SPECS: tuple[KernelSpec, ...] = (*_CHOSEN, *_INVARIANT)

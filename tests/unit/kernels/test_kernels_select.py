@@ -94,6 +94,17 @@ def test_every_other_candidate_is_explained() -> None:
     }
 
 
+def test_a_batch_invariant_need_takes_no_other_kernel_whatever_its_priority() -> None:
+    fast, by_row = spec("fast", 10), spec("by row", -5, invariant=True)
+    assert select(Need(op="rope", dtype="float32", rows=1), (fast, by_row), FULL).kernel is fast
+    asked = Need(op="rope", dtype="float32", rows=1, invariant=True)
+    assert select(asked, (fast, by_row), FULL).kernel is by_row
+    with pytest.raises(
+        NoKernel, match=r"no batch-invariant kernel for rope in float32 .*: fast: is not batch-invariant"
+    ):
+        select(asked, (fast,), FULL)
+
+
 def test_nothing_that_fits_is_an_error_with_all_reasons() -> None:
     with pytest.raises(NoKernel, match=r"no kernel for rope in float64 with 1 rows on cpu: a: formats are float32"):
         select(Need(op="rope", dtype="float64", rows=1), (spec("a", 0),), FULL)

@@ -96,3 +96,29 @@ def heads_many(
         sums = tl.dot(value, tl.trans(w), sums, input_precision="ieee")
     at_out = out + tokens * out_token + head * out_head + n[None, :]
     tl.store(at_out, sums.to(out.dtype.element_ty), mask=(t < T)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def linear_blocks(
+    x, weight, bias, out, x_stride, out_stride, T, N,
+    K: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """out = x @ weight[N, K]^T (+ bias) by matrix instructions, whose sums go along K from the first to the last,
+    whatever the blocks; grid (ceil(N / BN), ceil(T / BT))."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    t = tl.program_id(1) * BT + tl.arange(0, BT)
+    k = tl.arange(0, BK)
+    tokens = t.to(tl.int64)[:, None]
+    there, rows = (t < T)[:, None], (n < N)[:, None]
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    sums = tl.zeros((BT, BN), tl.float32)
+    for at in range(0, K, BK):
+        inside = (at + k < K)[None, :]
+        value = tl.load(x + tokens * x_stride + (at + k)[None, :], mask=there & inside, other=0.0)
+        w = tl.load(weight + n[:, None].to(tl.int64) * K + (at + k)[None, :], mask=rows & inside, other=0.0)
+        sums = tl.dot(value, tl.trans(w), sums, input_precision="ieee")
+    if BIAS:
+        sums += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    tl.store(out + tokens * out_stride + n[None, :], sums.to(out.dtype.element_ty), mask=there & (n < N)[None, :])

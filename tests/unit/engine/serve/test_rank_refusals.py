@@ -42,6 +42,7 @@ def test_a_number_of_ranks_that_does_not_divide_the_model_is_refused_with_those_
 def test_what_is_not_there_is_refused_by_its_name(folder: Path) -> None:
     assert "dp is 40 and tp 2" in refusal("noop:64:0", dp=40, tp=2).message
     assert "dp is 3 and tp 1, and n_routed_experts 8 does not divide by 3" in refusal(folder, dp=3).message
+    assert "batch_invariant is asked for on 2 ranks" in refusal(folder, tp=2, batch_invariant=True).message
     assert "Give ep as one of 1, 2, 4" in refusal(folder, tp=4, ep=3).remedy
 
 

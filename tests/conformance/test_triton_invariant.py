@@ -1,0 +1,115 @@
+"""Batch-invariant steps of a GPU's kernels, through the interpreter: bits of rows alone, in graphs and in any steps.
+
+The interpreter shows that plans, masks, padding and the order of sums do not depend on a step. That a chip's matrix
+instructions add alike in all blocks is shown on a chip (tests/integration/test_cuda_invariance.py)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+from triton.runtime import interpreter
+
+import tests.triton_interpreter  # noqa: F401 - must come before the first kernel
+from agentspeed_engine.models.catalog import read_source
+from agentspeed_engine.models.graphs import Graphs
+from agentspeed_engine.models.inputs import FlatBatch
+from agentspeed_engine.models.kv_pools import KvPools
+from agentspeed_engine.models.loaded import step_state
+from agentspeed_engine.models.rope import Rope
+from agentspeed_engine.models.weights import RandomWeights
+from agentspeed_engine.spmd.lower import run
+from agentspeed_engine.spmd.placement import ONE
+from agentspeed_kernels.platform import named
+from agentspeed_kernels.registry import standard
+from agentspeed_kernels.selection import Kernels
+from agentspeed_kernels.triton import plan as plan_module
+from agentspeed_kernels.triton.backend import TritonAttention, shape_of
+from agentspeed_kernels.workspace import Workspace
+from tests.support.paged import CONFIG, Trail, batch
+from tests.support.recorder import CallsAgain
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered.*:RuntimeWarning")
+
+PAGE, PAGES = 16, 160
+CPU = torch.device("cpu")
+SIZES = {"kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "hidden_size": 64,
+         "num_hidden_layers": 2}  # fmt: skip
+IDS = np.random.default_rng(5).integers(0, 300, 400).tolist()
+
+
+class OnTriton:
+    """A model of random weights whose steps run on the kernels of a GPU, as the interpreter has them."""
+
+    def __init__(self, folder: Path) -> None:
+        (folder / "config.json").write_text(json.dumps(CONFIG | SIZES))
+        source = read_source(f"random:{folder / 'config.json'}")
+        family, config = source.family, source.config
+        sizes = {"page_tokens": PAGE, **family.sizes(config, ONE.mesh)}
+        ops = family.ops_on("cuda", joins=False, invariant=True)
+        kernels = Kernels(standard(), named("cuda:90"), "float32", ops, sizes=sizes, invariant=True)
+        self._pools = KvPools(family.kv_layout(config, "float32", ONE.mesh), PAGES, PAGE)
+        weights = RandomWeights(dict(family.shapes(config)), torch.float32)
+        self._steps: list[Any] = [
+            lambda x, residual, state, _, module=module: module(x, residual, state)
+            for module in family.build(config, weights, self._pools, ONE, kernels)
+        ]
+        self._rope = Rope(config.rope, config.context_limit, torch.float32)
+        shape = shape_of(sizes["H"], sizes["R"], sizes["rope"], PAGE, CPU, 4)
+        self._attention = TritonAttention(shape=shape, device=CPU, invariant=True)
+        self._graphs = Graphs(None, self._steps, self.forward, self._pools, config.vocab_size, self._rope,
+                              self._attention, CPU, recorder=CallsAgain())  # fmt: skip
+
+    @torch.inference_mode()
+    def forward(self, given: FlatBatch) -> Tensor:
+        ids, state = step_state(given, self._rope, PAGE, Workspace(), self._attention)
+        logits: Tensor = run(self._steps, ids, state, (len(given.ids),))
+        return logits.clone()
+
+    @torch.inference_mode()
+    def from_a_graph(self, given: FlatBatch) -> Tensor:
+        """Of a step that is met as often as it takes."""
+        return next(found for _ in range(5) if (found := self._graphs.run(given, None)) is not None).clone()
+
+
+def in_order(self: Any, a: Any, b: Any, held: Any, *_: Any) -> Any:
+    """A product as matrix instructions add it: along the inputs, to what the block holds. The interpreter's own is
+    BLAS, which has another order for every shape."""
+    del self
+    sums = held.data.copy()
+    for k in range(a.data.shape[1]):
+        sums += a.data[:, k : k + 1] * b.data[k : k + 1]
+    return interpreter.TensorHandle(sums, held.dtype.scalar)
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OnTriton:
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", in_order)
+    monkeypatch.setattr(plan_module, "FIXED_STEPS", ((32, 16), (None, 32)))
+    return OnTriton(tmp_path)
+
+
+def test_rows_of_chunks_forks_batches_and_graphs_have_the_bits_of_rows_alone(model: OnTriton) -> None:
+    """A fork whose prompt is cut once, among others, against a branch that has every token in a step of its own."""
+    prefix = Trail(PAGE, list(range(3)))
+    model.forward(batch(PAGE, [(prefix, IDS[:32])], select="none"))
+    prompt, cut = IDS[60:64], 2
+    alone = Trail(PAGE, list(range(100, 110)))
+    model.forward(batch(PAGE, [(alone, IDS[:17])], select="none"))
+    model.forward(batch(PAGE, [(alone, IDS[17:32])], select="none"))
+    wanted = torch.cat([model.forward(batch(PAGE, [(alone, [one])])) for one in prompt])
+    forks = [Trail(PAGE, [0, 1, *range(10 + 10 * i, 20 + 10 * i)], shared=32, known=32) for i in range(3)]
+    # More rows than the smaller blocks of the kernels have.
+    first = [(forks[0], IDS[100:115]), (forks[1], prompt[:cut]), (forks[2], IDS[200:203])]
+    assert torch.equal(model.forward(batch(PAGE, first))[15 : 15 + cut], wanted[:cut])
+    then = batch(PAGE, [(forks[0], [7]), (forks[1], prompt[cut:]), (forks[2], [8])])
+    assert torch.equal(model.from_a_graph(then)[1 : 1 + len(prompt) - cut], wanted[cut:])

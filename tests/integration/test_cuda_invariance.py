@@ -1,0 +1,104 @@
+"""batch_invariant on a GPU: equal tokens, equal log-probabilities and equal bits, whatever shares a step."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from agentspeed.engine import NANO
+from agentspeed_engine.models.catalog import load
+from agentspeed_engine.models.loaded import LoadedModel
+from agentspeed_engine.protocol import messages as wire
+from tests.devices import needs_gpu
+from tests.support.engine_client import Front, TurnRecord, engine
+from tests.support.paged import CONFIG, Trail, batch
+from tests.support.random_checkpoint import make_checkpoint
+
+pytestmark = [needs_gpu, pytest.mark.timeout(300)]
+
+PAGE = 64
+IDS = np.random.default_rng(5).integers(0, 300, 2600).tolist()
+V2_LITE = CONFIG | {
+    "hidden_size": 512, "intermediate_size": 1408, "moe_intermediate_size": 352, "num_hidden_layers": 3,
+    "num_attention_heads": 16, "num_key_value_heads": 16, "n_routed_experts": 16, "kv_lora_rank": 512,
+    "q_lora_rank": None, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
+}  # fmt: skip
+WIDE = V2_LITE | {"num_attention_heads": 64, "num_key_value_heads": 64, "q_lora_rank": 256}
+"""Heads that have the kernel of 64 rows."""
+HOT = wire.Sampling(temperature=1.1, top_k=200, top_p=0.98, min_p=0.001, logprobs=2)
+GREEDY = wire.Sampling(logprobs=2)
+
+
+@pytest.fixture(scope="module", params=["nano", "16 heads", "64 heads"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    configs: dict[str, dict[str, Any]] = {"16 heads": V2_LITE, "64 heads": WIDE}
+    if request.param == "nano":
+        folder: Path = NANO
+    else:
+        folder = make_checkpoint(configs[request.param], tmp_path_factory.mktemp("model"), seed=6, dtype="float32")
+    return load(folder, dtype="bfloat16", pages=240, page_tokens=PAGE, device="cuda", batch_invariant=True)
+
+
+def test_chunks_of_any_size_have_the_bits_of_one_chunk(model: LoadedModel) -> None:
+    ids = IDS[:2048]
+    held = []
+    for first, chunk in ((0, 2048), (40, 64), (80, 700)):
+        trail = Trail(PAGE, list(range(first, first + 40)))
+        rows = [model.forward(batch(PAGE, [(trail, ids[at : at + chunk])])).clone() for at in range(0, 2048, chunk)]
+        held.append((torch.cat(rows), [pool[:, first : first + 32].clone() for pool in model.pools.tensors]))
+    for logits, pools in held[1:]:
+        assert torch.equal(logits, held[0][0])
+        assert all(torch.equal(pool, one) for pool, one in zip(pools, held[0][1], strict=True))
+
+
+def test_rows_below_a_shared_trunk_have_the_bits_of_rows_alone_in_graphs_and_out_of_them(model: LoadedModel) -> None:
+    trunk = Trail(PAGE, list(range(30)))
+    model.forward(batch(PAGE, [(trunk, IDS[:1920])], select="none"))
+    shared = list(range(30))
+    forks = [Trail(PAGE, [*shared, 100 + i], shared=1920, known=1920) for i in range(9)]
+    steps = [model.forward(batch(PAGE, [(fork, [7 * i + at]) for i, fork in enumerate(forks)])).clone()
+             for at in range(6)]  # fmt: skip
+    for i in (0, 4, 8):
+        alone = Trail(PAGE, list(range(120, 160)))
+        model.forward(batch(PAGE, [(alone, IDS[:1920])], select="none"))
+        model.repeats = bool(i % 8)
+        for at, rows in enumerate(steps):
+            assert torch.equal(model.forward(batch(PAGE, [(alone, [7 * i + at])]))[0], rows[i])
+        model.repeats = True
+
+
+@pytest.fixture(scope="module")
+def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
+    options: dict[str, Any] = {"pages": 400, "context_limit": 2048, "prefill_chunk": 384, "check_every_step": True}
+    with engine(tmp_path_factory.mktemp("cuda"), model=str(NANO), device="cuda", dtype="bfloat16",
+                batch_invariant=True, **options) as process:  # fmt: skip
+        front = process.connect()
+        front.socket.settimeout(120.0)
+        yield front
+
+
+def told(turn: TurnRecord) -> tuple[Any, ...]:
+    return turn.ids, turn.logprobs, turn.draw_logprobs, turn.top
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, HOT], ids=["greedy", "sampled"])
+def test_turns_that_run_together_say_what_each_says_alone(front: Front, sampling: wire.Sampling) -> None:
+    draw = random.Random(6)
+    trunk_ids = [draw.randrange(3, 1024) for _ in range(300)]
+    trunk = front.open(trunk_ids)
+    children = front.fork(trunk, 9)
+    asked = [[5 + index, *(draw.randrange(3, 1024) for _ in range(40 * index))] for index in range(len(children))]
+    turns = [front.start(child, ids, max_tokens=16, sampling=sampling, seed=index)
+             for index, (child, ids) in enumerate(zip(children, asked, strict=True))]  # fmt: skip
+    front.finish(*turns)
+    for index, (turn, ids) in enumerate(zip(turns, asked, strict=True)):
+        fresh = front.open(private=True)
+        alone = front.generate(fresh, [*trunk_ids, *ids], max_tokens=16, sampling=sampling, seed=index)
+        front.end(fresh)
+        assert told(turn) == told(alone)
