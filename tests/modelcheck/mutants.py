@@ -166,8 +166,8 @@ def _two_unknown(branch: Any, room: Any, tokens: int, unknown: int = 0) -> None:
     room.flight += 1
 
 
-def _dead_rows_count(branch: Any, room: Any, tokens: int) -> int:
-    return int(room.done + tokens)
+def _dead_rows_count(branch: Any, room: Any) -> int:
+    return int(room.done)
 
 
 def _ahead_of_the_last(state: Any) -> bool:
@@ -333,7 +333,7 @@ MUTANTS = (
     Mutant(
         "dead-rows-count",
         "a row counts as done whose token the log never took",
-        ((branch_states, "_done", _dead_rows_count),),
+        ((branch_states, "_without_dead_row", _dead_rows_count),),
         AHEAD,
     ),
     Mutant(

@@ -47,7 +47,7 @@ class Branch:
 
     @property
     def known(self) -> int:
-        return len(self.log)
+        return self.log.length
 
     @property
     def resident(self) -> int:

@@ -37,13 +37,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TypeAlias, final
+from typing import TYPE_CHECKING, TypeAlias, final
 
 from agentspeed_engine.errors import BrokenInvariant
 from agentspeed_engine.ids import BranchId
 from agentspeed_engine.kv.branch import Branch, Room
 from agentspeed_engine.kv.kv_cache import KvCache
-from agentspeed_engine.kv.linear import Linear
+from agentspeed_engine.kv.linear import HELD, Linear
 from agentspeed_engine.kv.turn import Turn
 
 
@@ -82,9 +82,13 @@ class _OfBranch(Linear[Branch]):
 
     __slots__ = ()
 
-    @property
-    def branch(self) -> Branch:
-        return self._look()
+    if TYPE_CHECKING:
+
+        @property
+        def branch(self) -> Branch: ...
+
+    else:
+        branch = HELD
 
 
 class _WithTurn(_OfBranch):
@@ -235,7 +239,8 @@ class Decoding(_Active):
 
     def issue(self, tokens: int) -> None:
         """While the newest token is in flight, one row more may be issued than ids are known: the one it is fed to."""
-        _issue(self.branch, self.room, tokens, unknown=1 if self.room.flight else 0)
+        room = self.room
+        _issue(self.branch, room, tokens, 1 if room.flight else 0)
 
     def commit(self, kv: KvCache, tokens: int) -> None:
         _commit(kv, self.branch, self.room, tokens)
@@ -295,13 +300,16 @@ def _commit(kv: KvCache, branch: Branch, room: Room, tokens: int) -> None:
     if room.flight == 0 or room.done + tokens > room.issued:
         raise BrokenInvariant(f"branch {branch.id} acknowledged rows that were not in flight")
     room.flight -= 1
-    room.done = _done(branch, room, tokens)
+    room.done += tokens
+    if room.done > branch.known:
+        room.done = _without_dead_row(branch, room)
     if room.copy is not None:
         kv.copied(branch, room)
 
 
-def _done(branch: Branch, room: Room, tokens: int) -> int:
-    return min(room.done + tokens, branch.known)
+def _without_dead_row(branch: Branch, room: Room) -> int:
+    """The rows that came back, but for the one of a token that the log never took."""
+    return branch.known
 
 
 def _leave(kv: KvCache, branch: Branch, turn: Turn, room: Room, then: Then, now: float) -> Settling | AtRest:

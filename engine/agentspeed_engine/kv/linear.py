@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Generic, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, NoReturn, TypeVar
 
 from agentspeed_engine.errors import BrokenInvariant
 
@@ -29,15 +29,25 @@ class Linear(Generic[T]):
     __copy__ = __deepcopy__ = __reduce__ = refuse_copy
 
     def __init__(self, held: T) -> None:
-        self._held: T | None = held
-
-    def _look(self) -> T:
-        """The value, which stays. Raises `UseAfterMove`."""
-        if self._held is None:
-            raise UseAfterMove(type(self).__name__)
-        return self._held
+        self._held = held
 
     def _take(self) -> T:
         """The value, moved out. Raises `UseAfterMove`."""
-        held, self._held = self._look(), None
+        held = self._held
+        del self._held
         return held
+
+    if not TYPE_CHECKING:  # a checker would take every name for an attribute
+
+        def __getattr__(self, name: str) -> NoReturn:
+            """Python asks here for what is not there: the value that was moved out, or an attribute that never was."""
+            try:
+                HELD.__get__(self)
+            except AttributeError:
+                raise UseAfterMove(type(self).__name__) from None
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+
+
+HELD: Final[Any] = Linear.__dict__["_held"]
+"""The slot itself, which subclasses give a name of their own: what they own is looked at several times for every row of
+every step, and a property would be a call each time. After a move it raises `UseAfterMove`, as `_take` does."""

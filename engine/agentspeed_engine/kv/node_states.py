@@ -9,10 +9,10 @@ pools.
 
 from __future__ import annotations
 
-from typing import TypeAlias, final
+from typing import TYPE_CHECKING, TypeAlias, final
 
 from agentspeed_engine.ids import PageId, SlotId, TicketId
-from agentspeed_engine.kv.linear import Linear
+from agentspeed_engine.kv.linear import HELD, Linear
 
 Pages: TypeAlias = tuple[PageId, ...]
 Slots: TypeAlias = tuple[SlotId, ...]
@@ -34,9 +34,13 @@ class _OnDevice(Linear[Pages]):
 
     __slots__ = ()
 
-    @property
-    def pages(self) -> Pages:
-        return self._look()
+    if TYPE_CHECKING:
+
+        @property
+        def pages(self) -> Pages: ...
+
+    else:
+        pages = HELD
 
 
 class _InCopy(_OnDevice):
@@ -139,9 +143,13 @@ class Host(Linear[Slots]):
 
     __slots__ = ()
 
-    @property
-    def slots(self) -> Slots:
-        return self._look()
+    if TYPE_CHECKING:
+
+        @property
+        def slots(self) -> Slots: ...
+
+    else:
+        slots = HELD
 
     def load(self, pages: Pages, ticket: TicketId) -> Loading:
         return Loading(pages, self._take(), ticket)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from typing import final
+from typing import TYPE_CHECKING, final
 
 _MAX_DEPTH = 24
 """Parts a log may chain before those below are made one: forks of forks must not make reading slow."""
@@ -36,6 +36,13 @@ class Log:
     def __init__(self) -> None:
         self._part = Part(None, 0, array("I"))
         self._length = 0
+
+    if TYPE_CHECKING:
+
+        @property
+        def length(self) -> int:
+            """`len` of it, without the call that a row of every step would make."""
+            ...
 
     def __len__(self) -> int:
         return self._length
@@ -69,6 +76,10 @@ class Log:
     def packed(self, start: int, stop: int) -> bytes:
         """Ids [start, stop) as little-endian uint32, the form the tree compares."""
         return self.ids(start, stop).tobytes()
+
+
+if not TYPE_CHECKING:
+    Log.length = Log.__dict__["_length"]
 
 
 def _read(part: Part, start: int, stop: int) -> array[int]:

@@ -18,6 +18,11 @@ def pack_ids(ids: Sequence[int]) -> bytes:
     return packed.tobytes()
 
 
+def pack_id(number: int) -> bytes:
+    """`pack_ids` of one, as a drawn token needs it. Raises `OverflowError` likewise."""
+    return number.to_bytes(4, "little")
+
+
 def unpack_ids(data: bytes) -> array[int]:
     """The inverse of `pack_ids`. Raises `ValueError` when `data` is not a whole number of ids."""
     ids = array("I")

@@ -18,7 +18,7 @@ from agentspeed_engine.kv.branch_states import (
     Then,
 )
 from agentspeed_engine.protocol.messages import FinishReason, Tokens, TopLogprob
-from agentspeed_engine.protocol.token_ids import pack_ids
+from agentspeed_engine.protocol.token_ids import pack_id
 from agentspeed_engine.sched.admission import target
 from agentspeed_engine.sched.plan import Drawn, Row, StepResult
 from agentspeed_engine.sched.state import SchedulerState
@@ -61,10 +61,12 @@ def _row_came_back(world: SchedulerState, row: Row, token: Drawn | None, refusal
         world.ignored += 1
         return
     count = row.tokens
-    if isinstance(state, Prefilling | Settling) and state.turn.filled_at is None:
-        state.turn.computed(row.position, row.position + count, state.branch.computed)
-    match state:
+    match state:  # the most usual first
+        case Decoding():
+            state.commit(world.kv, count)
+            _draw(world, state, token, refusal, now)
         case Settling():
+            _computed(state, row)
             turn = state.turn
             match state.ack(world.kv, count, now):
                 case Settling() as settling:
@@ -72,19 +74,23 @@ def _row_came_back(world: SchedulerState, row: Row, token: Drawn | None, refusal
                 case AtRest() as landed:
                     world.land(row.branch, turn, landed, now)
         case Prefilling():
+            _computed(state, row)
             state.commit(world.kv, count)
             if row.sample is not None:
                 _filled(world, state, token, refusal, now)
             elif state.turn.max_tokens == 0 and state.room.done >= target(state.turn, state.branch):
                 state.turn.filled_at = now
                 _end(world, state, "max_tokens", now)
-        case Decoding():
-            state.commit(world.kv, count)
-            _draw(world, state, token, refusal, now)
         case Held() | Queued() | Promoting():
             world.ignored += 1
         case _:
             assert_never(state)
+
+
+def _computed(state: Prefilling | Settling, row: Row) -> None:
+    """Counts rows of a prompt."""
+    if state.turn.filled_at is None:
+        state.turn.computed(row.position, row.end, state.branch.computed)
 
 
 def _filled(world: SchedulerState, state: Prefilling, token: Drawn | None, refusal: str | None, now: float) -> None:
@@ -111,7 +117,7 @@ def _draw(world: SchedulerState, state: Decoding, token: Drawn | None, refusal: 
         branch,
         Tokens(
             branch=branch.id,
-            ids=pack_ids((token.id,)),
+            ids=pack_id(token.id),
             logprobs=() if token.logprob is None else (token.logprob,),
             top=(tuple(TopLogprob(id=other, logprob=logprob) for other, logprob in token.top),) if token.top else (),
             draw_logprobs=() if token.draw_logprob is None else (token.draw_logprob,),

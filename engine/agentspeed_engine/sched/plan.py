@@ -5,14 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, final
+from typing import Literal, TypeAlias, TypeVar, dataclass_transform, final
 
 from agentspeed_engine.ids import BranchId, PageId, SlotId, StepSeq, TicketId
 from agentspeed_engine.kv.views import NodeRun as NodeRun
 from agentspeed_engine.kv.views import PageCopy as PageCopy
 from agentspeed_engine.kv.views import TurnSpec as TurnSpec
 
+T = TypeVar("T")
 DrawnEnd: TypeAlias = Literal["stop_id", "stop_string", "grammar_end"]
+
+
+@dataclass_transform(frozen_default=True)
+def _hot_value(kind: type[T]) -> type[T]:
+    """A frozen dataclass for the type checkers, and a plain one when it runs. A step makes one of each branch, and the
+    `__init__` of a frozen one takes four times as long, for it calls a function for each field."""
+    return dataclass(slots=True)(kind)
 
 
 @final
@@ -26,7 +34,7 @@ class TokenOf:
 
 
 @final
-@dataclass(frozen=True, slots=True)
+@_hot_value
 class Row:
     """Consecutive tokens of one branch in one step."""
 
@@ -94,7 +102,7 @@ class StepPlan:
 
 
 @final
-@dataclass(frozen=True, slots=True)
+@_hot_value
 class Drawn:
     """The token drawn for one row with `sample`."""
 

@@ -263,7 +263,8 @@ def _row(
     room, branch, turn = state.room, state.branch, state.turn
     if tokens <= 0:
         raise BrokenInvariant(f"branch {branch.id} was given a row of {tokens} tokens")
-    world.kv.refresh(branch, room)
+    if room.stale or world.kv.tree.reshaped:
+        world.kv.refresh(branch, room)
     position = room.issued
     if room.copy is not None and room.flight == 0:
         run.copies.append(room.copy)
