@@ -145,7 +145,7 @@ def serve(
     ] = None,
     pages: Annotated[int | None, typer.Option(min=1, help="Pages of the KV pool.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float64.")] = None,
-    weights: Annotated[str | None, typer.Option(help="int8, int8-32 or fp8: matrices in 8 bits, on a CPU.")] = None,
+    weights: Annotated[str | None, typer.Option(help="int8, int8-32 or fp8: matrices in 8 bits; on a GPU fp8.")] = None,
     batch_invariant: BatchInvariant = False,
     context: Annotated[int | None, typer.Option(min=1, help="Context limit in tokens.")] = None,
     host_slots: Annotated[int | None, typer.Option(min=0, help="Pages of host memory for paused sessions.")] = None,

@@ -108,7 +108,7 @@ WEIGHT_OPS = frozenset(
     {"linear", "heads_linear", "experts", "mla_extend", "add_norm_linear", "mla_queries", "experts_and_shared"}
 )
 """Ops whose weights may be packed. A model's weights have one layout, so these kernels are chosen together."""
-BYTE_OPS = frozenset({"linear", "experts"})
+BYTE_OPS = frozenset({"linear", "experts", "add_norm_linear", "experts_and_shared"})
 """Those whose weights may be kept in 8 bits. The weights of the others are a small part, and read by two ops each."""
 
 

@@ -61,8 +61,9 @@ def named(text: str) -> Platform:
         lacks = {form.feature: f"the platform is {text}" for form in forms.values() if form not in held}
         return Platform(device="cpu", arch=host.machine(), features=features, lacks=lacks)
     if device == "cuda" and kind.isdecimal():
-        features = frozenset({"cuda", "triton", *(("hopper",) if kind == "90" else ())})
-        return Platform(device="cuda", arch=f"sm_{kind}", features=features)
+        capability = divmod(int(kind), 10)
+        features = frozenset({"cuda", "triton", *_of_capability(capability)})
+        return Platform(device="cuda", arch=f"sm_{kind}", features=features, lacks=_lacks(features))
     known = ", ".join(("cpu", "cuda", "cpu:torch", *(f"cpu:{name}" for name in forms), "cuda:90", "cuda:100"))
     raise UnknownPlatform(f"{text!r} is no platform. Some that are: {known}.")
 
@@ -106,14 +107,23 @@ def _cuda(index: int) -> Platform:
         features.add("triton")
     else:
         absent["triton"] = "the package triton is not installed (pip install 'agentspeed[gpu]')"
-    if properties.major == 9:
-        features.add("hopper")
+    features.update(_of_capability((properties.major, properties.minor)))
     return Platform(
         device="cuda",
         arch=f"sm_{properties.major}{properties.minor}",
         features=frozenset(features),
         absent=absent,
+        lacks=_lacks(frozenset(features)),
         processors=properties.multi_processor_count,
         memory_bytes=properties.total_memory,
         model=properties.name,
     )
+
+
+def _of_capability(capability: tuple[int, int]) -> tuple[str, ...]:
+    """`hopper` has its matrix units; `fp8` converts e4m3 by instructions."""
+    return (("hopper",) if capability[0] == 9 else ()) + (("fp8",) if capability >= (8, 9) else ())
+
+
+def _lacks(features: frozenset[str]) -> dict[str, str]:
+    return {} if "fp8" in features else {"fp8": "the GPU does not convert e4m3; compute capability 8.9 and above do"}

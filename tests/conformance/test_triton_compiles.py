@@ -35,6 +35,9 @@ MATRIX = {
         "linear-blocks-decode": "mma",
         "linear-blocks-many": "mma",
         "extend-wide": "wgmma",
+        "linear_many-fp8": "mma",
+        "gate_up_grouped-fp8": "mma",
+        "down_grouped-fp8": "mma",
     },
     "cuda:100": {
         "linear-blocks-few": "mma",
@@ -43,8 +46,15 @@ MATRIX = {
         "rows-32": "mma",
         "gate_up_grouped": "mma",
         "extend-wide": "tcgen05",
+        "gate_up_grouped-fp8": "mma",
     },
-    "hip:gfx950": {"linear-blocks-few": "mfma", "rows-16": "mfma", "gate_up_grouped": "mfma", "extend-narrow": "mfma"},
+    "hip:gfx950": {
+        "linear-blocks-few": "mfma",
+        "rows-16": "mfma",
+        "gate_up_grouped": "mfma",
+        "extend-narrow": "mfma",
+        "gate_up_grouped-fp8": "mfma",
+    },
 }
 """The matrix instructions a kernel must use there: without them it runs on a slower path."""
 SPILLS = {"rows-hopper-large": 160, "rows-hopper-small": 80}
@@ -53,7 +63,8 @@ SPILLS = {"rows-hopper-large": 160, "rows-hopper-small": 80}
 
 EARLY = {
     "rows-16", "rows-16-edge", "rows-32", "rows-64", "merge", "add_norm_linear", "queries_few", "choose", "scores",
-    "gate_up_few", "down_few", "linear-blocks-few", "linear-blocks-decode",
+    "gate_up_few", "down_few", "add_norm_linear-fp8", "gate_up_few-fp8", "down_few-fp8", "linear-blocks-few",
+    "linear-blocks-decode",
 }  # fmt: skip
 """Those that begin while the kernel before them runs."""
 

@@ -39,7 +39,7 @@ QUICK_OF = {
 
 
 def names(spec: KernelSpec) -> str:
-    return spec.op
+    return f"{spec.op} {spec.name}"
 
 
 def over_tolerance(spec: KernelSpec, cases: list[conformance.Case]) -> dict[str, float]:

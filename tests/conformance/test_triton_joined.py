@@ -31,6 +31,7 @@ from agentspeed_kernels.attention import AttentionBackend, AttentionStep
 from agentspeed_kernels.platform import detect, named
 from agentspeed_kernels.registry import standard
 from agentspeed_kernels.selection import Kernels
+from agentspeed_kernels.signature import WeightFormat
 from agentspeed_kernels.triton import padded as padded_module
 from agentspeed_kernels.triton.backend import TritonAttention, shape_of
 from agentspeed_kernels.triton.padded import PlanMemory, padded, shape_for
@@ -50,22 +51,35 @@ SOFTMAX: dict[str, Any] = {
 }  # fmt: skip
 
 
-def chain_of(source: ModelSource, pools: KvPools, on_gpu: bool) -> Any:
+def chain_of(source: ModelSource, pools: KvPools, on_gpu: bool, kept: WeightFormat | None = None) -> Any:
     family, config = source.family, source.config
     sizes = {"page_tokens": PAGE, **family.sizes(config, ONE.mesh)}
     place, ops = (named("cuda:90"), family.ops_on("cuda")) if on_gpu else (detect(), family.ops)
-    kernels = Kernels(standard(), place, "float32", ops, sizes=sizes)
+    kernels = Kernels(standard(), place, "float32", ops, sizes=sizes, weights=kept)
     weights = RandomWeights(dict(family.shapes(config)), torch.float32)
     return family.build(config, weights, pools, ONE, kernels)
 
 
-@pytest.mark.parametrize(("rows", "queries", "extended"), [(1, 1, 1), (3, 4, 1), (6, 8, 1), (3, 12, 7)])
-@pytest.mark.parametrize("changes", [{}, SOFTMAX], ids=["sigmoid, low rank", "softmax"])
+STEPS = ((1, 1, 1), (3, 4, 1), (6, 8, 1), (3, 12, 7))
+"""Branches, rows that the step is padded to, and tokens that the first branch is fed."""
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows", "queries", "extended", "kept"),
+    [
+        *((changes, *step, None) for changes in ({}, SOFTMAX) for step in STEPS),
+        ({}, 1, 1, 1, "fp8"),
+        (SOFTMAX, 1, 1, 1, "fp8"),
+        (SOFTMAX, 6, 8, 1, "fp8"),
+    ],
+    ids=lambda given: ("softmax" if given else "sigmoid, low rank") if isinstance(given, dict) else None,
+)
 def test_a_joined_step_on_a_padded_plan_gives_what_the_modules_give(
     changes: dict[str, Any],
     rows: int,
     queries: int,
     extended: int,
+    kept: WeightFormat | None,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -75,7 +89,7 @@ def test_a_joined_step_on_a_padded_plan_gives_what_the_modules_give(
     source = read_source(f"random:{tmp_path / 'config.json'}")
     config, family = source.config, source.family
     here, there = (KvPools(family.kv_layout(config, "float32", ONE.mesh), PAGES, PAGE) for _ in range(2))
-    plain = [step_of(module) for module in chain_of(source, here, on_gpu=False)]
+    plain = [step_of(module) for module in chain_of(source, here, on_gpu=False, kept=kept)]
     rope = Rope(config.rope, config.context_limit, torch.float32)
     trails = [Trail(PAGE, list(range(4 * row, 4 * row + 4))) for row in range(rows)]
     whole(plain, batch(PAGE, [(trail, list(range(5, 25 + 3 * row))) for row, trail in enumerate(trails)]), rope)
@@ -83,7 +97,7 @@ def test_a_joined_step_on_a_padded_plan_gives_what_the_modules_give(
         other.copy_(pool)
     given = batch(PAGE, [(trail, [30 + row] * (1 if row else extended)) for row, trail in enumerate(trails)])
     wanted = whole(plain, given, rope)
-    got = padded_step(source, chain_of(source, there, on_gpu=True), given, rope, queries)
+    got = padded_step(source, chain_of(source, there, on_gpu=True, kept=kept), given, rope, queries)
     assert torch.allclose(got[: len(given.ids)], wanted, rtol=1e-3, atol=1e-4)
     assert torch.isfinite(got).all(), "rows that pad a step are read by later kernels"
     for pool, other in zip(here.tensors, there.tensors, strict=True):

@@ -59,7 +59,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     weights: Literal["dtype", "int8", "int8-32", "fp8"] = "dtype"
     """Format of the matrices alone. int8: 8 bits and a scale for each output, half of what bfloat16 reads; int8-32: a
     scale for each 32 inputs, nearer to the checkpoint; fp8: e4m3 and a scale for each block of 128 × 128, the bytes of
-    a checkpoint that is published so (docs/how-to/kernels.md). On a CPU."""
+    a checkpoint that is published so (docs/how-to/kernels.md). On a CPU; fp8 on a GPU too."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where weights, cache and steps are. auto: the first GPU where one can be used, has kernels for the model's
     attention and room for its weights, else the CPU; the engine says at its start which GPU, or why none."""

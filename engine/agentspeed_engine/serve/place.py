@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, final
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.models.catalog import read_source
 from agentspeed_engine.models.kv_layout import DTYPE_BYTES
+from agentspeed_engine.models.weight_formats import WeightFormat, weight_bytes
 from agentspeed_engine.serve.memory_limit import MemoryLimit
 
 if TYPE_CHECKING:
@@ -54,10 +55,10 @@ def placed(options: PlaceOptions) -> Place:
         if options.device == "cuda":
             raise EngineFault("bad_options", f"device is 'cuda'. {reason}", "Give device='cpu'.") from reason
         return Place("cpu", detect(), None, "")
-    if options.device == "cuda" and options.weights != "dtype":
+    if options.device == "cuda" and (why := _no_weights(options.weights, platform)) is not None:
         raise EngineFault(
             "bad_options",
-            f"weights is {options.weights!r}, for which only a CPU has kernels, and device is 'cuda'.",
+            f"weights is {options.weights!r} and device is 'cuda', but {why}.",
             "Give device='cpu', or leave `weights` out.",
         )
     memory = _free(platform)
@@ -75,20 +76,21 @@ def objection(options: PlaceOptions, platform: Platform, memory: MemoryLimit) ->
         return f"it has no kernels of its own for {source.family.attention}; device='cuda' runs it on torch, slowly"
     if options.dtype == "float64":
         return "it has no kernels of its own for float64; device='cuda' runs it on torch, slowly"
-    if options.weights != "dtype":
-        return f"only a CPU has kernels for weights={options.weights!r}"
+    if (why := _no_weights(options.weights, platform)) is not None:
+        return why
     item = DTYPE_BYTES["bfloat16" if options.dtype == "auto" else options.dtype]
-    weights = item * sum(_count(shape) for _, shape in source.family.shapes(source.config))
+    kept: WeightFormat | None = "fp8" if options.weights == "fp8" else None
+    weights = weight_bytes(source.family.shapes(source.config), item, kept)
     if weights > memory.bytes:
         return f"the weights take {weights / 1e9:.1f} GB of the {memory.bytes / 1e9:.1f} GB that are free"
     return None
 
 
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for extent in shape:
-        count *= extent
-    return count
+def _no_weights(weights: str, platform: Platform) -> str | None:
+    """Why this GPU has no kernels for the format; None where it has."""
+    if weights == "dtype" or (weights == "fp8" and "fp8" in platform.features):
+        return None
+    return platform.lacks["fp8"] if weights == "fp8" else f"only a CPU has kernels for weights={weights!r}"
 
 
 def _free(platform: Platform) -> MemoryLimit:

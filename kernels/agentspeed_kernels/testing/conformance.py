@@ -15,9 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agentspeed_kernels.fp8_blocks import Fp8Blocks
 from agentspeed_kernels.packing import Weight, in_bytes, pack
-from agentspeed_kernels.quantised import Quantised
 from agentspeed_kernels.reference import definitions
 from agentspeed_kernels.routing import RouteRule
 from agentspeed_kernels.signature import Dtype, KernelSpec, Layout, WeightFormat
@@ -182,11 +180,6 @@ Call = Callable[..., Any]
 Pairs = list[tuple[Tensor, Tensor]]
 
 
-def _meant(weight: Tensor, laid: Weight) -> Tensor:
-    """What a kernel is measured against: of a weight in 8 bits what the bytes stand for."""
-    return laid.whole(torch.float64).reshape(weight.shape) if isinstance(laid, Quantised | Fp8Blocks) else weight
-
-
 def _linear(call: Call, draw: _Draw) -> Pairs:
     x, weight = draw.tensor(draw.rows, draw.hidden + 3)[:, : draw.hidden], draw.weight(draw.rank + 5, draw.hidden)
     laid = draw.laid(weight)
@@ -194,7 +187,7 @@ def _linear(call: Call, draw: _Draw) -> Pairs:
     for bias in (None, draw.gain(draw.rank + 5)):
         out = draw.empty(draw.rows, draw.rank + 5)
         call(x, laid, bias, out)
-        pairs.append((out, define.linear(x, _meant(weight, laid), bias)))
+        pairs.append((out, define.linear(x, fused_cases.meant(weight, laid), bias)))
     return pairs
 
 
@@ -439,7 +432,7 @@ def _experts(call: Call, draw: _Draw) -> Pairs:
         out = draw.empty(draw.rows, hidden)
         laid = (draw.laid(gate_up, 2), draw.laid(down))
         call(x, *laid, ids, weights, Workspace(draw.device), out)
-        meant = (_meant(gate_up, laid[0]), _meant(down, laid[1]))
+        meant = (fused_cases.meant(gate_up, laid[0]), fused_cases.meant(down, laid[1]))
         pairs.append((out, define.experts(x, *meant, ids, weights)))
     return pairs
 

@@ -8,7 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from agentspeed_kernels.fp8_blocks import Fp8Blocks
 from agentspeed_kernels.packing import Weight
+from agentspeed_kernels.quantised import Quantised
 from agentspeed_kernels.reference import definitions, fused
 from agentspeed_kernels.routing import RouteRule
 from agentspeed_kernels.workspace import Workspace
@@ -36,6 +38,11 @@ class Draws(Protocol):
     def empty(self, *shape: int) -> Tensor: ...
 
 
+def meant(weight: Tensor, laid: Weight) -> Tensor:
+    """What a kernel is measured against: of a weight in 8 bits what the bytes stand for."""
+    return laid.whole(torch.float64).reshape(weight.shape) if isinstance(laid, Quantised | Fp8Blocks) else weight
+
+
 def _meant(definition: Callable[..., Any], *given: Any) -> Any:
     """Definitions compute on the CPU."""
     return definition(*(one.cpu() if isinstance(one, Tensor) else one for one in given))
@@ -47,8 +54,9 @@ def add_norm_linear(call: Call, draw: Draws) -> Pairs:
     pairs: Pairs = []
     for bias in (None, draw.gain(draw.rank + 5)):
         out, total = draw.empty(draw.rows, draw.rank + 5), draw.empty(draw.rows, draw.hidden)
-        wanted, added = _meant(definitions.add_norm_linear, x, residual, gain, 1e-6, weight, bias)
-        call(x, residual, gain, 1e-6, weight, bias, out, total)
+        laid = draw.laid(weight)
+        wanted, added = _meant(definitions.add_norm_linear, x, residual, gain, 1e-6, meant(weight, laid), bias)
+        call(x, residual, gain, 1e-6, laid, bias, out, total)
         pairs += [(out, wanted), (total, added.to(draw.kind).double())]
     return pairs
 
@@ -109,8 +117,10 @@ def experts_and_shared(call: Call, draw: Draws) -> Pairs:
         wide = torch.float64 if draw.kind == torch.float64 else torch.float32
         weights = torch.rand(draw.rows, top, generator=noise).to(wide).to(draw.device)
         ids[1::3], weights[1::3] = count, 0.0  # nobody
-        laid = (draw.laid(gate_up, 2), draw.laid(down), ids, weights, draw.laid(shared_gate_up, 2))
-        call(x, *laid, draw.laid(shared_down), Workspace(draw.device), out)
-        given = (x, gate_up, down, ids, weights, shared_gate_up, shared_down)
+        matrices = (gate_up, down, shared_gate_up, shared_down)
+        laid = [draw.laid(one, parts) for one, parts in zip(matrices, (2, 1, 2, 1), strict=True)]
+        call(x, *laid[:2], ids, weights, *laid[2:], Workspace(draw.device), out)
+        stand_for = [meant(one, its) for one, its in zip(matrices, laid, strict=True)]
+        given = (x, *stand_for[:2], ids, weights, *stand_for[2:])
         pairs.append((out, _meant(fused.experts_and_shared, *given)))
     return pairs

@@ -23,7 +23,7 @@ from typing import Any, final
 from agentspeed_kernels.triton.device_code import device_module
 from agentspeed_kernels.triton.invariant import linear_shape
 
-BF16, FP32, INT32, INT64, FP64 = "*bf16", "*fp32", "*i32", "*i64", "*fp64"
+BF16, FP32, INT32, INT64, FP64, FP8 = "*bf16", "*fp32", "*i32", "*i64", "*fp64", "*fp8e4nv"
 _WAIT, _NEXT = "griddepcontrol.wait", "griddepcontrol.launch_dependents"
 
 
@@ -66,6 +66,7 @@ def builds(target: str) -> Iterator[Build]:
     """All kernels that would run on `cuda:90`, `cuda:100` or `hip:gfx950`."""
     yield from _rows(target)
     yield from _layers(early=target.startswith("cuda"))
+    yield from _fp8(early=target.startswith("cuda"))
     yield from _extend(target)
     if target == "cuda:90":
         yield from _gluon()
@@ -284,6 +285,65 @@ def _layers(early: bool) -> Iterator[Build]:
         constants={"PARTS": 16, "BLOCK": 2048, "MOST": 20, "CHANGED": False},
         options={"num_warps": 16},
     )  # fmt: skip
+
+
+def _fp8(early: bool) -> Iterator[Build]:
+    """Of weights in e4m3 as the Open Compute Project has it (`fn`): gfx942 knows another one and is no target."""
+    from agentspeed_kernels.triton import fp8_kernels
+
+    experts = device_module("experts_fp8")
+    products = device_module("products_fp8")
+
+    x = {"x": BF16, "weight": FP8, "scales": FP32, "bias": BF16, "out": BF16, "x_stride": "i32", "out_stride": "i32"}
+    yield Build(
+        name="add_norm_linear-fp8",
+        function=products.linear,
+        signature=x | {"residual": BF16, "gain": BF16, "total": BF16, "eps": "fp32", "N": "i32"},
+        constants={
+            "K": 2048, "BN": fp8_kernels.LINEAR_ROWS, "CUTS": 4, "NORM": True, "BIAS": False, "EARLY": early,
+        },
+        options={"num_warps": fp8_kernels.LINEAR_WARPS},
+    )  # fmt: skip
+    rows, columns, warps, stages = fp8_kernels.tiled_shape(32, 2048)
+    yield Build(
+        name="linear_many-fp8",
+        function=products.linear_many,
+        signature=x | {"T": "i32", "N": "i32"},
+        constants={"K": 2048, "BN": columns, "BM": rows, "BIAS": False},
+        options={"num_warps": warps, "num_stages": stages},
+    )
+    routed = {"gate_up": FP8, "down": FP8, "scales": FP32, "order": INT32, "starts": INT32, "weights": FP32}
+    few = {"shared_gate_up": FP8, "shared_down": FP8, "shared_scales": FP32, "ids": INT64, "act": BF16, "out": BF16}
+    sizes = {"E": 64, "TOP": 6, "D": 2048, "I": 1408, "S": 2816, "EARLY": early}
+    yield Build(
+        name="gate_up_few-fp8",
+        function=experts.gate_up_few,
+        signature=routed | few | {"x": BF16},
+        constants=sizes | {"BI": fp8_kernels.GATE_UP_ROWS, "CUTS": 4},
+        options={"num_warps": fp8_kernels.GATE_UP_WARPS},
+    )
+    yield Build(
+        name="down_few-fp8",
+        function=experts.down_few,
+        signature=routed | few,
+        constants=sizes | {"BN": fp8_kernels.DOWN_ROWS, "CUTS": fp8_kernels.DOWN_CUTS},
+        options={"num_warps": fp8_kernels.DOWN_WARPS},
+    )
+    rows, columns, warps, stages = fp8_kernels.grouped_shape(3)
+    yield Build(
+        name="gate_up_grouped-fp8",
+        function=experts.gate_up_grouped,
+        signature=routed | {"x": BF16, "act": BF16},
+        constants={"TOP": 6, "D": 2048, "I": 1408, "BM": rows, "BI": columns},
+        options={"num_warps": warps, "num_stages": stages},
+    )
+    yield Build(
+        name="down_grouped-fp8",
+        function=experts.down_grouped,
+        signature=routed | {"act": BF16, "part": FP32},
+        constants={"D": 2048, "I": 1408, "BM": rows, "BN": columns},
+        options={"num_warps": warps, "num_stages": stages},
+    )
 
 
 def _extend(target: str) -> Iterator[Build]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from agentspeed_kernels.signature import Dtype, KernelSpec, Widths
-from agentspeed_kernels.triton import attention, extend, invariant, kernels
+from agentspeed_kernels.triton import attention, extend, fp8_kernels, invariant, kernels
 
 FEATURE = "triton"
 _FORMATS: frozenset[Dtype] = frozenset({"float32", "bfloat16"})
@@ -16,7 +16,7 @@ _BY_ROW = frozenset({"rms_norm", "add_rms_norm", "rope", "latent_append", "mla_r
 _BELOW = -10
 """Priority of the batch-invariant forms: below that of the vendor's library, which is faster."""
 
-_CHOSEN: tuple[KernelSpec, ...] = tuple(
+_IN_DTYPE: tuple[KernelSpec, ...] = tuple(
     KernelSpec(
         op=op,
         name="triton",
@@ -50,6 +50,25 @@ _CHOSEN: tuple[KernelSpec, ...] = tuple(
         ("mla_extend", extend.mla_extend, None, _EXTEND),
     )
 )
+_IN_FP8: tuple[KernelSpec, ...] = tuple(
+    KernelSpec(
+        op=op,
+        name="triton-fp8",
+        dtypes=_FORMATS,
+        device="cuda",
+        call=call,
+        priority=10,
+        features=frozenset({FEATURE, "fp8"}),
+        layout="blocks",
+        weights=frozenset({"fp8"}),
+    )
+    for op, call in (
+        ("linear", fp8_kernels.linear),
+        ("add_norm_linear", fp8_kernels.add_norm_linear),
+        ("experts", fp8_kernels.experts),
+        ("experts_and_shared", fp8_kernels.experts_and_shared),
+    )
+)
 _INVARIANT: tuple[KernelSpec, ...] = tuple(
     KernelSpec(
         op=op,
@@ -68,4 +87,4 @@ _INVARIANT: tuple[KernelSpec, ...] = tuple(
         ("experts", invariant.experts),
     )
 )
-SPECS: tuple[KernelSpec, ...] = (*_CHOSEN, *_INVARIANT)
+SPECS: tuple[KernelSpec, ...] = (*_IN_DTYPE, *_IN_FP8, *_INVARIANT)

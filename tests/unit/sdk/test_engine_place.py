@@ -14,13 +14,14 @@ from agentspeed_engine.exec.sampling_rows import on_device
 from agentspeed_engine.exec.step_input import Sample
 from agentspeed_engine.ids import BranchId
 from agentspeed_engine.kv.views import TurnSpec
+from agentspeed_engine.models.catalog import describe
 from agentspeed_engine.models.loaded import out_of_memory
 from agentspeed_engine.protocol.messages import Sampling
 from agentspeed_engine.serve.memory_limit import MemoryLimit
 from agentspeed_engine.serve.options import EngineOptions
 from agentspeed_engine.serve.place import objection, placed
 from agentspeed_engine.serve.sizing import sizes
-from agentspeed_kernels.platform import Platform
+from agentspeed_kernels.platform import Platform, named
 
 BENCH = Path(__file__).parents[3] / "bench/models"
 LATENT, GROUPED = f"random:{BENCH / 'tiny.json'}", f"random:{BENCH / 'tiny-qwen3-moe.json'}"
@@ -54,6 +55,19 @@ def test_a_gpu_is_left_alone_that_does_not_serve_the_model_well() -> None:
     assert "the weights take" in str(objection(EngineOptions(model=LATENT), GPU, small))
     bare = Platform(device="cuda", arch="sm_90", features=frozenset({"cuda"}), absent={"triton": "not installed"})
     assert "not installed" in str(objection(EngineOptions(model=LATENT), bare, ROOM))
+
+
+def test_a_gpu_serves_weights_in_fp8_where_it_converts_them_and_no_others_in_8_bits() -> None:
+    assert objection(EngineOptions(model=LATENT, weights="fp8"), named("cuda:90"), ROOM) is None
+    assert "does not convert e4m3" in str(objection(EngineOptions(model=LATENT, weights="fp8"), named("cuda:80"), ROOM))
+    assert "only a CPU" in str(objection(EngineOptions(model=LATENT, weights="int8"), named("cuda:90"), ROOM))
+
+
+def test_weights_in_fp8_need_half_the_room_of_a_gpu() -> None:
+    taken = describe(LATENT, dtype="bfloat16").weight_bytes
+    room = MemoryLimit(int(0.9 * taken), "the GPU (A GPU)", idle=True)
+    assert "the weights take" in str(objection(EngineOptions(model=LATENT), named("cuda:90"), room))
+    assert objection(EngineOptions(model=LATENT, weights="fp8"), named("cuda:90"), room) is None
 
 
 def test_a_pool_takes_most_of_what_weights_leave_of_a_gpu() -> None:

@@ -16,7 +16,7 @@ from agentspeed_engine.models.rope import half_order, yarn_scale
 from agentspeed_engine.models.state import StepState, other_sum
 from agentspeed_engine.spmd.placement import Rank
 from agentspeed_kernels.fp8_blocks import Stored, joined
-from agentspeed_kernels.packing import Weight
+from agentspeed_kernels.packing import Packed, Weight
 from agentspeed_kernels.selection import Kernels
 
 
@@ -89,10 +89,9 @@ class Mla:
         self._first: Weight | None = None
         """What joined steps multiply the norm with: all that reads it."""
         alone = kernels.has("mla_queries") and weights.q_a is None and self._down_bias is None
-        if alone and kernels.weights is None:
-            rows, heads = joined([weights.q, down]), weights.q.shape[0]
-            assert isinstance(rows, Tensor)
-            self._first, self._q, self._down = rows, rows[:heads], rows[heads:]
+        parted = parts_of(joined([weights.q, down]), weights.q.shape[0], kernels) if alone else None
+        if parted is not None:
+            self._first, self._q, self._down = parted
         else:
             self._q, self._down = kernels.weight(weights.q), kernels.weight(down)
             if kernels.has("mla_queries") and weights.q_a is not None:
@@ -218,6 +217,17 @@ class Mla:
         if not alone:
             rows = state.attention.many_rows
             mixed[rows] = out[rows]
+
+
+def parts_of(rows: Stored, first: int, kernels: Kernels) -> tuple[Weight, Weight, Weight] | None:
+    """A weight as kernels want it, its first rows and the others, in the same memory; None where a part would begin
+    within what is kept together."""
+    whole = kernels.weight(rows)
+    if isinstance(whole, Tensor):
+        return whole, whole[:first], whole[first:]
+    if isinstance(whole, Packed) or first % whole.together:
+        return None
+    return whole, whole.outputs(0, first), whole.outputs(first, whole.shape[0])
 
 
 def _score_scale(config: DeepseekConfig) -> float:
