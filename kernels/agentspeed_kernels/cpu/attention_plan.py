@@ -41,7 +41,9 @@ class CpuAttention:
             chunk_tokens=MANY_CHUNK,
             block_rows=MANY_BLOCK,
             align="query",
-        )
+        ) if many_pieces else None  # fmt: skip
         return AttentionStep(
-            few=few if few.count else None, many=many if many.count else None, many_rows=torch.from_numpy(rows)
+            few=few if few.count else None,
+            many=many if many is not None and many.count else None,
+            many_rows=torch.from_numpy(rows),
         )
