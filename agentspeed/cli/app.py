@@ -349,6 +349,7 @@ def plan(
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float64.")] = "bfloat16",
+    weights: Annotated[str | None, typer.Option(help="fp8: matrices in 8 bits; nothing: in --dtype.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Tokens of a dp rank in the step that is shown.")] = 512,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object with every step, for programs.")] = False,
 ) -> None:
@@ -374,6 +375,7 @@ def plan(
                 gpus=gpus,
                 sessions=sessions,
                 dtype=dtype,
+                weights=weights,
                 rows=rows,
                 memory=memory,
                 context=context,

@@ -113,9 +113,10 @@ def _numbers(folder: Path, model: ModelDescription) -> Iterator[str]:
     yield f"vocabulary     {model.vocab_size:,} ids"
     here = f"{model.memory_owner} has {_size(model.memory_bytes)}"
     yield f"context        {model.context_limit:,} tokens by the model; {here}"
-    for dtype, held in model.in_dtype.items():
+    beside = {f"weights={kind}": held for kind, held in model.in_bytes.items()}
+    for dtype, held in {**model.in_dtype, **beside}.items():
         yield (
-            f"  {dtype:13}{_size(held.weight_bytes)} of weights, {held.cache_bytes_per_token:,} B of cache a token"
+            f"  {dtype:14}{_size(held.weight_bytes)} of weights, {held.cache_bytes_per_token:,} B of cache a token"
             + (f", contexts of {held.context:,} in a pool of {held.pool_tokens:,} tokens" if held.context else "")
         )
         if held.refused:

@@ -16,19 +16,26 @@ from agentspeed.transport.model_plans import Candidate, MeshChoice, ModelPlan, P
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
 _EXCHANGES = ("auto", "sum", "all_to_all")
 _DTYPES = ("bfloat16", "float32", "float64")
+_WEIGHTS = ("fp8",)
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
-def described(model: Path, *, dtype: str, exchange: str, memory: str | None, as_json: bool, **given: Any) -> str:
+def described(
+    model: Path, *, dtype: str, weights: str | None, exchange: str, memory: str | None, as_json: bool, **given: Any
+) -> str:
     """Text for people, or one JSON object; `given` are fields of `PlanRequest`. Raises what `planned` raises, and
     `InvalidRequest` for a wrong option."""
     if exchange not in _EXCHANGES:
         raise errors.InvalidRequest(f"exchange {exchange!r} is unknown.", remedy=f"Known: {', '.join(_EXCHANGES)}.")
     if dtype not in _DTYPES:
         raise errors.InvalidRequest(f"dtype {dtype!r} is unknown.", remedy=f"Known: {', '.join(_DTYPES)}.")
+    if weights is not None and weights not in _WEIGHTS:
+        raise errors.InvalidRequest(f"weights {weights!r} is unknown.", remedy=f"Known: {', '.join(_WEIGHTS)}.")
     size = None if memory is None else memory_bytes(memory)
     way = None if exchange == "auto" else exchange
-    request = PlanRequest(dtype=cast(Any, dtype), exchange=cast(Any, way), memory=size, **given)
+    request = PlanRequest(
+        dtype=cast(Any, dtype), weights=cast(Any, weights), exchange=cast(Any, way), memory=size, **given
+    )
     plan = planned(model, request)
     return json.dumps(dataclasses.asdict(plan)) if as_json else text(plan)
 
@@ -50,7 +57,8 @@ def text(plan: ModelPlan) -> str:
     """One fact a line; layers that are alike are shown once."""
     ranks = plan.tp * plan.dp
     lines = [
-        f"{plan.model_type} on {ranks} ranks: tp {plan.tp}, dp {plan.dp}, {plan.dtype}",
+        f"{plan.model_type} on {ranks} ranks: tp {plan.tp}, dp {plan.dp}, {plan.dtype}"
+        + (f", matrices in {plan.weights}" if plan.weights else ""),
         *_experts(plan),
         f"parameters     {plan.parameters / 1e9:.1f} B, of which a token is multiplied with "
         f"{plan.active_parameters / 1e9:.1f} B",

@@ -11,6 +11,8 @@ from agentspeed.transport.error_map import converted
 
 Dtype = Literal["bfloat16", "float32", "float64"]
 DTYPES: tuple[Dtype, ...] = ("bfloat16", "float32", "float64")
+WeightFormat = Literal["int8", "fp8"]
+WEIGHTS: tuple[WeightFormat, ...] = ("int8", "fp8")
 
 
 @final
@@ -46,6 +48,8 @@ class ModelDescription:
     memory_bytes: int
     memory_owner: str
     in_dtype: Mapping[str, InDtype]
+    in_bytes: Mapping[str, InDtype]
+    """With `weights` of these formats beside bfloat16."""
 
 
 @final
@@ -86,19 +90,21 @@ def description(folder: Path) -> ModelDescription:
             memory_bytes=memory.bytes,
             memory_owner=memory.owner,
             in_dtype={dtype: _in_dtype(folder, dtype) for dtype in DTYPES},
+            in_bytes={weights: _in_dtype(folder, "bfloat16", weights) for weights in WEIGHTS},
         )
 
 
-def _in_dtype(folder: Path, dtype: Dtype) -> InDtype:
+def _in_dtype(folder: Path, dtype: Dtype, weights: WeightFormat | None = None) -> InDtype:
     from agentspeed_engine.errors import EngineFault
     from agentspeed_engine.models.catalog import describe
     from agentspeed_engine.serve.options import EngineOptions
     from agentspeed_engine.serve.sizing import sizes
 
     options = EngineOptions(model=str(folder), dtype=dtype)
-    info = describe(folder, dtype=dtype, page_tokens=options.page_tokens)
+    info = describe(folder, dtype=dtype, page_tokens=options.page_tokens, weights=weights)
+    held = None if weights is None else info.weight_bytes
     try:
-        pages, context = sizes(options, info.context_limit, info.bytes_per_page, info.parameters)
+        pages, context = sizes(options, info.context_limit, info.bytes_per_page, info.parameters, weight_bytes=held)
         refused = ""
     except EngineFault as fault:
         pages, context, refused = 0, 0, f"{fault.message} {fault.remedy}"

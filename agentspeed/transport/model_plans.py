@@ -33,6 +33,8 @@ class PlanRequest:
     """None: the one that costs less."""
     spare_experts: int = 0
     dtype: Literal["float32", "float64", "bfloat16"] = "bfloat16"
+    weights: Literal["fp8"] | None = None
+    """Format of the matrices; None: `dtype`."""
     rows: int = 512
     memory: int | None = None
     """Bytes of a GPU; None: the machine's."""
@@ -77,6 +79,7 @@ def planned(model: Path, request: PlanRequest) -> ModelPlan:
                 context=request.context or min(_SHORT, source.config.context_limit),
                 sessions=request.sessions,
                 spread=spread,
+                kept=request.weights,
             )
         if request.tp is None and request.dp is None and choice is not None:
             best = _best(choice)
@@ -95,6 +98,7 @@ def planned(model: Path, request: PlanRequest) -> ModelPlan:
             memory=request.memory or (machine.memory if machine is not None else None),
             session_tokens=request.context,
             choice=choice,
+            weights=request.weights,
         )
 
 

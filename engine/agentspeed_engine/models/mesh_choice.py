@@ -13,6 +13,8 @@ from agentspeed_engine.models.kv_layout import DTYPE_BYTES
 from agentspeed_engine.models.mesh_fit import check_mesh
 from agentspeed_engine.models.pieces import part_of
 from agentspeed_engine.models.source import Dtype, ModelSource
+from agentspeed_engine.models.tensor_shapes import Shape
+from agentspeed_engine.models.weight_formats import WeightFormat, tensor_bytes
 from agentspeed_engine.spmd.experts import Exchange, ExpertSpread
 from agentspeed_engine.spmd.machine import Candidate, Machine, MeshChoice
 from agentspeed_engine.spmd.placement import Mesh
@@ -31,14 +33,18 @@ EXCHANGES: tuple[Exchange, ...] = ("sum", "all_to_all")
 class Weights:
     """The elements of all tensors by kind: those of other layers and other experts are of one kind."""
 
-    __slots__ = ("_kinds", "_source")
+    __slots__ = ("_kinds", "_shapes", "_source", "_tied", "_weights")
 
-    def __init__(self, source: ModelSource) -> None:
-        self._source = source
+    def __init__(self, source: ModelSource, weights: WeightFormat | None = None) -> None:
+        """`weights`: the matrices' format; None: that of all."""
+        self._source, self._weights = source, weights
         self._kinds: dict[str, int] = {}
+        self._shapes: dict[str, Shape] = {}
         for name, shape in source.family.shapes(source.config):
             kind = _NUMBER.sub("0", name)
             self._kinds[kind] = self._kinds.get(kind, 0) + math.prod(shape)
+            self._shapes[kind] = shape  # those of a kind are alike
+        self._tied = "lm_head.weight" not in self._kinds
 
     def routed(self, mesh: Mesh) -> int:
         """Elements of routed experts on one rank, spare copies with them."""
@@ -60,10 +66,22 @@ class Weights:
 
     def bytes(self, mesh: Mesh, dtype: Dtype) -> int:
         """Of one rank."""
-        item = DTYPE_BYTES[dtype]
-        wide = max(4, item)
-        others = sum(count * (wide if _WIDE.search(kind) else item) for kind, count in self.others(mesh).items())
-        return others + self.routed(mesh) * item
+        others = self.others(mesh)
+        return sum(self.taken(kind, count, mesh, dtype) for kind, count in others.items()) + self.experts(mesh, dtype)
+
+    def experts(self, mesh: Mesh, dtype: Dtype) -> int:
+        """Bytes of the routed experts of one rank."""
+        kinds = [kind for kind in self._kinds if _ROUTED.search(kind)]
+        return sum(self.taken(kind, self.routed(mesh) // len(kinds), mesh, dtype) for kind in kinds)
+
+    def taken(self, kind: str, count: int, mesh: Mesh, dtype: Dtype) -> int:
+        """Bytes of `count` elements of a kind, in whole pieces as one rank has them."""
+        item = max(4, DTYPE_BYTES[dtype]) if _WIDE.search(kind) else DTYPE_BYTES[dtype]
+        part, shape = part_of(kind, mesh.rank(0)), self._shapes[kind]
+        piece = tuple(
+            extent // part.count if part is not None and dim == part.dim else extent for dim, extent in enumerate(shape)
+        )
+        return count // math.prod(piece) * tensor_bytes(kind, piece, item, self._weights, tied=self._tied)
 
 
 def choose_mesh(
@@ -75,11 +93,13 @@ def choose_mesh(
     sessions: int,
     page_tokens: int = 64,
     spread: ExpertSpread | None = None,
+    kept: WeightFormat | None = None,
 ) -> MeshChoice:
     """Every mesh of all GPUs, and both ways to the experts where there are two. The best answers most tokens a second
-    with `sessions` sessions of `context` tokens, or as many of them as fit. `spread`: groups and spare copies."""
+    with `sessions` sessions of `context` tokens, or as many of them as fit. `spread`: groups and spare copies; `kept`:
+    the matrices' format, None: `dtype`."""
     spread = spread or ExpertSpread()
-    weights = Weights(source)
+    weights = Weights(source, kept)
     found: list[Candidate] = []
     for tp in range(1, machine.gpus + 1):
         if machine.gpus % tp:
@@ -169,10 +189,10 @@ def _work(source: ModelSource, weights: Weights, mesh: Mesh, dtype: Dtype, rows:
     moe, others = source.config.moe, weights.others(mesh)
     if "lm_head.weight" in others:  # else the table of embeddings is the head as well
         others["model.embed_tokens.weight"] = 0
-    fixed, item = sum(others.values()), DTYPE_BYTES[dtype]
+    fixed, read = sum(others.values()), sum(weights.taken(*one, mesh, dtype) for one in others.items())
     if moe is None:
-        return fixed * item, 2.0 * fixed * rows
+        return read, 2.0 * fixed * rows
     visited = moe.top / moe.experts
     routed, everybody = weights.routed(mesh), rows * mesh.dp
     touched = 1 - (1 - visited) ** everybody
-    return (fixed + routed * touched) * item, 2.0 * (fixed * rows + routed * visited * everybody)
+    return read + weights.experts(mesh, dtype) * touched, 2.0 * (fixed * rows + routed * visited * everybody)

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast, final
+from typing import Any, Literal, cast, final
 
 import torch
 from torch import Tensor
@@ -27,7 +27,9 @@ from agentspeed_engine.spmd.plan import Plan, PlanError, fuse, plan
 from agentspeed_engine.spmd.report import AxisLimit, ModelPlan, Room, StepLine, room_in, step_lines
 from agentspeed_engine.spmd.spec import TOKEN_SHARD
 from agentspeed_kernels.attention import AttentionStep
-from agentspeed_kernels.packing import side_by_side
+from agentspeed_kernels.fp8_blocks import BLOCK, Fp8Blocks
+from agentspeed_kernels.ops import BYTE_OPS
+from agentspeed_kernels.packing import Weight, side_by_side
 from agentspeed_kernels.routing import RouteRule
 from agentspeed_kernels.selection import Kernels
 from agentspeed_kernels.workspace import Workspace
@@ -48,9 +50,10 @@ def plan_model(
     memory: int | None = None,
     session_tokens: int | None = None,
     choice: MeshChoice | None = None,
+    weights: Literal["fp8"] | None = None,
 ) -> ModelPlan:
     """No weight is read. `rows`: tokens of each dp rank in the step that is described. `memory`: bytes of one GPU.
-    `choice` is handed on as it is.
+    `choice` is handed on as it is. `weights`: format of the matrices; None: `dtype`.
 
     Raises `EngineFault`: bad_config for a mesh that does not divide the model, bad_options for a context above the
     model's, unsupported_model for sparse attention.
@@ -65,7 +68,7 @@ def plan_model(
     check_mesh(source, mesh)
     shapes = dict(family.shapes(config))
     kv = family.kv_layout(config, dtype, mesh)
-    kernels = cast(Kernels, _NoKernels(dtype))
+    kernels = cast(Kernels, _NoKernels(dtype, weights))
     weights_by_name = MetaWeights(shapes, TORCH_DTYPES[dtype])
     chain = family.build(config, weights_by_name, KvPools(kv, 1, page_tokens), mesh.rank(0), kernels)
     boundaries = [module.boundary for module in chain]
@@ -76,12 +79,12 @@ def plan_model(
         raise EngineFault("bad_config", str(error), "") from error
     item = DTYPE_BYTES[dtype]
     lines = step_lines(made, boundaries, rows=rows, start=TOKEN_SHARD, item_bytes=item)
-    weights, workspace = _weight_bytes(chain), _workspace_bytes(made, chain, lines, TORCH_DTYPES[dtype])
+    held, workspace = _weight_bytes(chain), _workspace_bytes(made, chain, lines, TORCH_DTYPES[dtype])
     room: Room | None = None
     if memory is not None:
         room = room_in(
             memory,
-            weights=weights,
+            weights=held,
             workspace=workspace,
             bytes_per_token=kv.bytes_per_token,
             page_tokens=page_tokens,
@@ -93,6 +96,7 @@ def plan_model(
     return ModelPlan(
         model_type=config.model_type,
         dtype=dtype,
+        weights=weights,
         tp=mesh.tp,
         dp=mesh.dp,
         experts=config.moe.experts if config.moe is not None else 0,
@@ -103,7 +107,7 @@ def plan_model(
         parameters=parameters,
         active_parameters=_active(source, shapes),
         context_limit=config.context_limit,
-        weight_bytes=weights,
+        weight_bytes=held,
         cache_bytes_per_token=kv.bytes_per_token,
         workspace_bytes=workspace,
         steps=lines,
@@ -140,13 +144,13 @@ def _limit(source: ModelSource, mesh: Mesh, axis: Axis) -> AxisLimit:
 
 def _weight_bytes(chain: list[Module[StepState]]) -> int:
     """Of what the modules hold, each tensor once: a tied head is the embedding."""
-    held: dict[int, Tensor] = {}
+    held: dict[int, int] = {}
     for module in chain:
         for name in getattr(type(module), "__slots__", ()):
             value = getattr(module, name)
-            if isinstance(value, Tensor) and value.is_meta:
-                held[id(value)] = value
-    return sum(tensor.nbytes for tensor in held.values())
+            if isinstance(value, Fp8Blocks) or (isinstance(value, Tensor) and value.is_meta):
+                held[id(value)] = value.nbytes
+    return sum(held.values())
 
 
 def _workspace_bytes(
@@ -211,8 +215,8 @@ class _Measured:
 class _NoKernels:
     """Stands in for `Kernels`: weights stay rows, and nothing is computed."""
 
-    def __init__(self, dtype: Dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype: Dtype, weights: Literal["fp8"] | None) -> None:
+        self.dtype, self.weights = dtype, weights
         self._ops = {"route": _Op(_route), "experts": _Op(_experts)}
 
     def __getitem__(self, op: str) -> _Op:
@@ -226,12 +230,12 @@ class _NoKernels:
         del op
         return False
 
-    def weight(self, held: Tensor, parts: int = 1, op: str = "linear") -> Tensor:
-        del parts, op
-        return held
+    def weight(self, held: Tensor, parts: int = 1, op: str = "linear") -> Tensor | Fp8Blocks:
+        return _in_blocks(held, parts) if self.weights is not None and op in BYTE_OPS else held
 
-    def experts(self, count: int, *parts: Callable[[int], Tensor]) -> Tensor:
-        return side_by_side(count, parts)
+    def experts(self, count: int, *parts: Callable[[int], Tensor]) -> Tensor | Fp8Blocks:
+        whole = side_by_side(count, parts)
+        return whole if self.weights is None else _in_blocks(whole, len(parts))
 
     def copy(self, x: Tensor, out: Tensor) -> None:
         del x, out
@@ -264,12 +268,21 @@ def _route(x: Tensor, router: Tensor, bias: Tensor | None, rule: RouteRule) -> t
     return torch.arange(rows * rule.top).view(rows, rule.top) % experts, torch.ones(rows, rule.top)
 
 
+def _in_blocks(held: Tensor, parts: int) -> Fp8Blocks:
+    """As `fp8_blocks.in_blocks`, without looking at anything."""
+    *front, outputs, inputs = held.shape
+    front, outputs = (front, outputs) if parts == 1 else ([*front, parts], outputs // parts)
+    data = torch.empty(*front, outputs, inputs, dtype=torch.float8_e4m3fn, device=held.device)
+    return Fp8Blocks(data, torch.empty(*front, -(-outputs // BLOCK), -(-inputs // BLOCK), device=held.device))
+
+
 def _experts(
-    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, workspace: _Measured, out: Tensor
+    x: Tensor, gate_up: Weight, down: Weight, ids: Tensor, weights: Tensor, workspace: _Measured, out: Tensor
 ) -> None:
     """What lies between its two products is taken by every form of the op, at most one row for each choice."""
     del down, weights, out
-    workspace.take("planned_gate_up", (ids.numel(), gate_up.shape[-2]), x.dtype)
+    inner = gate_up.shape[1] if isinstance(gate_up, Tensor) else 2 * gate_up.shape[-2]
+    workspace.take("planned_gate_up", (ids.numel(), inner), x.dtype)
 
 
 _NOTHING = _Op(_nothing)

@@ -22,8 +22,13 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 def weight_bytes(shapes: Iterable[tuple[str, Shape]], item: int, weights: WeightFormat | None) -> int:
     """Of a model with these tensors. `item`: bytes of an element of those that are not kept in `weights`."""
     held = dict(shapes)
-    head = _HEAD if _HEAD in held else _EMBEDDING
-    return sum(_bytes(shape, item, weights if _in_bytes(name, head, weights) else None) for name, shape in held.items())
+    tied = _HEAD not in held
+    return sum(tensor_bytes(name, shape, item, weights, tied=tied) for name, shape in held.items())
+
+
+def tensor_bytes(name: str, shape: Shape, item: int, weights: WeightFormat | None, *, tied: bool) -> int:
+    """Of one tensor. `tied`: the embedding is the head as well."""
+    return _bytes(shape, item, weights if _in_bytes(name, _EMBEDDING if tied else _HEAD, weights) else None)
 
 
 def _in_bytes(name: str, head: str, weights: WeightFormat | None) -> bool:

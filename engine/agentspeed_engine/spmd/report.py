@@ -154,6 +154,8 @@ class ModelPlan:
 
     model_type: str
     dtype: str
+    weights: str | None
+    """Format of the matrices; None: `dtype`."""
     tp: int
     dp: int
     experts: int

@@ -41,6 +41,8 @@ def test_a_model_is_told_by_what_it_is_and_what_it_needs_here() -> None:
     assert told["model_type"] == "deepseek_v3" and told["context_limit"] == 4096
     assert told["in_dtype"]["bfloat16"]["weight_bytes"] == 2 * told["parameters"]
     assert told["in_dtype"]["float32"]["context"] == 4096
+    assert told["parameters"] < told["in_bytes"]["int8"]["weight_bytes"] < told["in_bytes"]["fp8"]["weight_bytes"]
+    assert told["in_bytes"]["fp8"]["weight_bytes"] < told["in_dtype"]["bfloat16"]["weight_bytes"]
     assert "<tool_call>" in told["template"]["a call"]
 
 

@@ -15,6 +15,7 @@ from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.models.catalog import read_source
 from agentspeed_engine.models.kv_pools import KvPools
 from agentspeed_engine.models.loaded import weight_source
+from agentspeed_engine.models.mesh_choice import Weights
 from agentspeed_engine.models.planning import plan_model
 from agentspeed_engine.spmd.placement import Mesh
 from agentspeed_engine.spmd.report import ModelPlan, room_in
@@ -127,6 +128,15 @@ def test_planned_weights_are_the_bytes_that_a_rank_holds(tmp_path: Path, config:
             if isinstance(value, torch.Tensor) and (at := value.untyped_storage().data_ptr()) not in theirs:
                 held[at] = value.untyped_storage().nbytes()
     assert plan_model(source, mesh, dtype="float32", rows=3).weight_bytes == sum(held.values())
+
+
+@pytest.mark.parametrize("mesh", [Mesh(), Mesh(tp=16), Mesh(dp=4, tp=4)], ids=str)
+def test_v3_in_fp8_is_half_of_v3_in_bfloat16_but_for_what_stays(mesh: Mesh) -> None:
+    """The embedding, the head, the router and the matrices that attention absorbs stay, and scales come on top."""
+    source = read_source(f"random:{V3}")
+    wide, kept = v3(mesh).weight_bytes, v3(mesh, weights="fp8").weight_bytes
+    assert 0.5 < kept / wide < 0.515
+    assert Weights(source, "fp8").bytes(mesh, "bfloat16") == kept
 
 
 def test_v3_is_planned_within_ten_seconds_and_two_gigabytes() -> None:
