@@ -23,6 +23,7 @@ sys.path[:0] = [str(ROOT / "engine"), str(ROOT / "kernels"), str(ROOT / "bench")
 import gpu_agents
 import gpu_attention
 import gpu_engine
+import gpu_fp8
 import gpu_graphs
 import gpu_invariant
 import gpu_joined
@@ -60,7 +61,9 @@ def main() -> int:
         "graphs": lambda: gpu_graphs.section_graphs(report),
         "mixed": lambda: gpu_graphs.section_mixed(report),
         "invariant": lambda: gpu_invariant.section_invariant(report),
+        "fp8": lambda: gpu_fp8.section_fp8(report),
         "engine": lambda: gpu_engine.section_engine(report),
+        "engine-fp8": lambda: gpu_engine.section_engine_fp8(report),
         "agents": lambda: gpu_agents.section_agents(report),
     }
     wanted = [name for name in arguments.sections.split(",") if name] or list(sections)

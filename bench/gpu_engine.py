@@ -8,7 +8,10 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from gpu_timing import READ_BYTES, Report
 
@@ -29,23 +32,43 @@ RESUME_MUST = 8.0
 def section_engine(report: Report, *, depth: int = 1) -> None:
     """Tokens/s at batch 1 and 32, and what a resume saves; figures are those of a client of the engine's socket."""
     draw = random.Random(0)
+    with _started(depth=depth) as front:
+        for batch in (1, 32):
+            share, figures = _decoded(front, draw, batch, "dtype")
+            report.add("engine", f"decode, batch {batch} at {CONTEXT}", **figures, share=share,
+                       must=MUST[f"batch {batch}"], met=share >= MUST[f"batch {batch}"])  # fmt: skip
+        resumed, whole = resume(front, draw)
+        report.add("engine", f"+{MORE} on {LONG} against all anew", resumed_ms=1e3 * resumed, anew_ms=1e3 * whole,
+                   times=whole / resumed, must=RESUME_MUST, met=whole / resumed >= RESUME_MUST)  # fmt: skip
+
+
+def section_engine_fp8(report: Report) -> None:
+    """Tokens/s with weights in fp8, of which the limit counts the bytes that are kept."""
+    draw = random.Random(0)
+    with _started(weights="fp8") as front:
+        for batch in (1, 32):
+            share, figures = _decoded(front, draw, batch, "fp8")
+            report.add("engine", f"fp8, decode, batch {batch} at {CONTEXT}", **figures, share=share)
+
+
+@contextmanager
+def _started(**options: Any) -> Iterator[Front]:
     with tempfile.TemporaryDirectory() as folder, engine(
-        Path(folder), model=MODEL, device="cuda", dtype="bfloat16", pages=6000, context_limit=36_864, depth=depth,
-        prefill_chunk=2048, extend_tokens=1024, record="off",
+        Path(folder), model=MODEL, device="cuda", dtype="bfloat16", pages=6000, context_limit=36_864,
+        prefill_chunk=2048, extend_tokens=1024, record="off", **options,
     ) as process:  # fmt: skip
         for line in process.progress:
             print(f"          {line}")
         front = process.connect()
         front.socket.settimeout(30.0)
-        for batch in (1, 32):
-            seconds, steps = decode(front, draw, batch)
-            figures = {"tokens/s": batch * DRAWN / seconds, "ms a step": 1e3 * seconds / DRAWN}
-            share = limit_seconds(batch) * DRAWN / seconds
-            report.add("engine", f"decode, batch {batch} at {CONTEXT}", **figures, share=share,
-                       steps=steps, must=MUST[f"batch {batch}"], met=share >= MUST[f"batch {batch}"])  # fmt: skip
-        resumed, whole = resume(front, draw)
-        report.add("engine", f"+{MORE} on {LONG} against all anew", resumed_ms=1e3 * resumed, anew_ms=1e3 * whole,
-                   times=whole / resumed, must=RESUME_MUST, met=whole / resumed >= RESUME_MUST)  # fmt: skip
+        yield front
+
+
+def _decoded(front: Front, draw: random.Random, batch: int, kept: str) -> tuple[float, dict[str, Any]]:
+    """(Share of the limit, figures to print.)"""
+    seconds, steps = decode(front, draw, batch)
+    figures = {"tokens/s": batch * DRAWN / seconds, "ms a step": 1e3 * seconds / DRAWN, "steps": steps}
+    return limit_seconds(batch, kept) * DRAWN / seconds, figures
 
 
 def decode(front: Front, draw: random.Random, batch: int) -> tuple[float, int]:
@@ -88,17 +111,17 @@ def resume(front: Front, draw: random.Random) -> tuple[float, float]:
     return statistics.median(resumed), statistics.median(whole)
 
 
-def limit_seconds(batch: int) -> float:
+def limit_seconds(batch: int, kept: str = "dtype") -> float:
     """Of one step: what must be read of the weights (each expert that any token visits once) and of the cache."""
     config = read_source(MODEL).config
     moe = config.moe  # type: ignore[attr-defined]
-    info = describe(MODEL, dtype="bfloat16")
-    expert = 3 * moe.inner * config.hidden
+    info = describe(MODEL, dtype="bfloat16", weights="fp8" if kept == "fp8" else None)
+    expert = 3 * moe.inner * config.hidden * (1 if kept == "fp8" else 2)
     layers = config.layers - 1
     hit = moe.experts * (1 - (1 - moe.top / moe.experts) ** batch)
-    embedded = config.vocab_size * config.hidden
-    weights = info.parameters - embedded - layers * (moe.experts - hit) * expert
-    return float((2 * weights + batch * CONTEXT * info.kv.bytes_per_token) / READ_BYTES)
+    embedded = 2 * config.vocab_size * config.hidden
+    weights = info.weight_bytes - embedded - layers * (moe.experts - hit) * expert
+    return float((weights + batch * CONTEXT * info.kv.bytes_per_token) / READ_BYTES)
 
 
 def ids(draw: random.Random, count: int) -> list[int]:

@@ -63,8 +63,8 @@ SPILLS = {"rows-hopper-large": 160, "rows-hopper-small": 80}
 
 EARLY = {
     "rows-16", "rows-16-edge", "rows-32", "rows-64", "merge", "add_norm_linear", "queries_few", "choose", "scores",
-    "gate_up_few", "down_few", "add_norm_linear-fp8", "gate_up_few-fp8", "down_few-fp8", "linear-blocks-few",
-    "linear-blocks-decode",
+    "gate_up_few", "down_few", "add_norm_linear-fp8", "linear_many-fp8", "gate_up_few-fp8", "down_few-fp8",
+    "gate_up_grouped-fp8", "down_grouped-fp8", "linear-blocks-few", "linear-blocks-decode",
 }  # fmt: skip
 """Those that begin while the kernel before them runs."""
 

@@ -309,7 +309,7 @@ def _fp8(early: bool) -> Iterator[Build]:
         name="linear_many-fp8",
         function=products.linear_many,
         signature=x | {"T": "i32", "N": "i32"},
-        constants={"K": 2048, "BN": columns, "BM": rows, "BIAS": False},
+        constants={"K": 2048, "BN": columns, "BM": rows, "BIAS": False, "EARLY": early},
         options={"num_warps": warps, "num_stages": stages},
     )
     routed = {"gate_up": FP8, "down": FP8, "scales": FP32, "order": INT32, "starts": INT32, "weights": FP32}
@@ -330,18 +330,19 @@ def _fp8(early: bool) -> Iterator[Build]:
         options={"num_warps": fp8_kernels.DOWN_WARPS},
     )
     rows, columns, warps, stages = fp8_kernels.grouped_shape(3)
+    grouped = {"D": 2048, "I": 1408, "S": 2816, "BM": rows, "EARLY": early}
     yield Build(
         name="gate_up_grouped-fp8",
         function=experts.gate_up_grouped,
-        signature=routed | {"x": BF16, "act": BF16},
-        constants={"TOP": 6, "D": 2048, "I": 1408, "BM": rows, "BI": columns},
+        signature=routed | few | {"x": BF16, "shared_act": BF16, "T": "i32"},
+        constants=grouped | {"TOP": 6, "BI": columns},
         options={"num_warps": warps, "num_stages": stages},
     )
     yield Build(
         name="down_grouped-fp8",
         function=experts.down_grouped,
-        signature=routed | {"act": BF16, "part": FP32},
-        constants={"D": 2048, "I": 1408, "BM": rows, "BN": columns},
+        signature=routed | few | {"shared_act": BF16, "part": FP32, "T": "i32", "PAIRS": "i32"},
+        constants=grouped | {"BN": columns},
         options={"num_warps": warps, "num_stages": stages},
     )
 

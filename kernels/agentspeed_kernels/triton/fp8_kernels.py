@@ -11,7 +11,7 @@ from agentspeed_kernels.triton.device_code import device_code
 from agentspeed_kernels.triton.kernels import add_norm
 from agentspeed_kernels.workspace import Workspace
 
-MOST_FEW_ROWS = 1
+MOST_FEW_ROWS = 4
 """Up to this many rows each reads the weights by itself."""
 MOST_TILED_ROWS = 256
 """Above this, weights are widened first and the vendor's products are faster."""
@@ -78,12 +78,13 @@ def _cuts(width: int) -> int:
 
 
 def _tiled(x: Tensor, weight: Fp8Blocks, bias: Tensor | None, out: Tensor) -> None:
-    products = device_code("products_fp8")
+    products, early = device_code("products_fp8"), launching.early(x)
     rows, (count, width) = x.shape[0], weight.shape
     block_rows, columns, warps, stages = tiled_shape(rows, count, x.element_size())
     products.linear_many[(-(-count // columns), -(-rows // block_rows))](
         x, weight.data, weight.scales, bias if bias is not None else x, out, x.stride(0), out.stride(0), rows, count,
-        K=width, BN=columns, BM=block_rows, BIAS=bias is not None, num_warps=warps, num_stages=stages,
+        K=width, BN=columns, BM=block_rows, BIAS=bias is not None, EARLY=early, num_warps=warps,
+        num_stages=stages, **launching.options(early),
     )  # fmt: skip
 
 
@@ -93,7 +94,7 @@ def tiled_shape(rows: int, count: int, element_bytes: int = 2) -> tuple[int, int
     if element_bytes > 2:  # shared memory has no room for larger ones
         return min(block_rows, 32), 32, 4, 2
     # Narrow blocks where there are few outputs: programs enough to fill the device count for more than reuse.
-    return block_rows, 32 if count <= 8192 else 64, 4, 4 if block_rows <= 32 else 3
+    return block_rows, 32 if count <= 8192 else 64, 4, {16: 8, 32: 6, 64: 3}[block_rows]
 
 
 def _widened(x: Tensor, weight: Fp8Blocks, bias: Tensor | None, out: Tensor) -> None:
@@ -141,8 +142,7 @@ def experts_and_shared(
     if x.shape[0] <= MOST_FEW_TOKENS:
         _experts_few(x, gate_up, down, ids, weights, (shared_gate_up, shared_down), workspace, out)
     else:
-        shared = _swiglu(x, shared_gate_up, shared_down, workspace)
-        _experts_grouped(x, gate_up, down, ids, weights, shared, workspace, out)
+        _experts_grouped(x, gate_up, down, ids, weights, (shared_gate_up, shared_down), workspace, out)
 
 
 def _swiglu(x: Tensor, gate_up: Fp8Blocks, down: Fp8Blocks, workspace: Workspace) -> Tensor:
@@ -195,34 +195,40 @@ def _experts_grouped(
     down: Fp8Blocks,
     ids: Tensor,
     weights: Tensor,
-    shared: Tensor | None,
+    shared: tuple[Fp8Blocks, Fp8Blocks] | None,
     workspace: Workspace,
     out: Tensor,
 ) -> None:
-    """`shared` [T, D]: what is added to every row."""
-    device, ordering = device_code("experts_fp8"), device_code("experts")
+    """`shared`: the weights of the expert that every row visits; of few rows it is in the launches of the others."""
+    device, ordering, early = device_code("experts_fp8"), device_code("experts"), launching.early(x)
     count, width, inner = down.shape
     tokens, top = ids.shape
     pairs = tokens * top
+    apart = shared is not None and tokens > MOST_TILED_ROWS
+    shared_gate_up, shared_down = (gate_up, down) if shared is None or apart else shared
+    beside = 0 if shared is None or apart else shared_down.shape[2]
     order = workspace.take("expert_order", (pairs,), torch.int32)
     starts = workspace.take("expert_starts", (count + 1,), torch.int32)
     ordering.arrange[(count,)](ids, order, starts, pairs, E=count, BLOCK=min(max(_above(pairs), 16), 1024), num_warps=4)
     act = workspace.take("expert_inner", (pairs, inner), x.dtype)
-    part = workspace.take("expert_part", (pairs, width), torch.float32)
+    shared_act = workspace.take("shared_inner", (tokens, beside), x.dtype) if beside else act
+    part = workspace.take("expert_part", (pairs + (tokens if beside else 0), width), torch.float32)
     rows, columns, warps, stages = grouped_shape(pairs / count, x.element_size())
-    blocks = -(-tokens // rows)
-    device.gate_up_grouped[(-(-inner // columns), blocks, count)](
-        x, gate_up.data, gate_up.scales, order, starts, act, TOP=top, D=width, I=inner, BM=rows, BI=columns,
-        num_warps=warps, num_stages=stages,
+    blocks, tiles = -(-tokens // rows), -(-inner // columns)
+    shape = {"num_warps": warps, "num_stages": stages, **launching.options(early)}
+    device.gate_up_grouped[(tiles, blocks, count + -(-beside // (tiles * columns)))](
+        x, gate_up.data, gate_up.scales, shared_gate_up.data, shared_gate_up.scales, order, starts, act, shared_act,
+        tokens, TOP=top, D=width, I=inner, S=beside, BM=rows, BI=columns, EARLY=early, **shape,
     )  # fmt: skip
-    device.down_grouped[(-(-width // columns), blocks, count)](
-        act, down.data, down.scales, order, starts, weights, part, D=width, I=inner, BM=rows, BN=columns,
-        num_warps=warps, num_stages=stages,
+    device.down_grouped[(-(-width // columns), blocks, count + (1 if beside else 0))](
+        act, shared_act, down.data, down.scales, shared_down.data, shared_down.scales, order, starts, weights, part,
+        tokens, pairs, D=width, I=inner, S=beside, BM=rows, BN=columns, EARLY=early, **shape,
     )  # fmt: skip
+    added = part[pairs:] if beside else _swiglu(x, *shared, workspace) if shared is not None else None
     block = min(_above(width), 1024)
     ordering.combine[(-(-width // block), tokens)](
-        part, ids, shared if shared is not None else part, out, E=count, TOP=top, D=width, BLOCK=block,
-        SHARED=shared is not None, num_warps=4,
+        part, ids, added if added is not None else part, out, E=count, TOP=top, D=width, BLOCK=block,
+        SHARED=added is not None, num_warps=4,
     )  # fmt: skip
 
 

@@ -166,72 +166,96 @@ def down_few(
     tl.store(out + token * D + n, result.to(out.dtype.element_ty), mask=n < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def gate_up_grouped(
-    x, gate_up, scales, order, starts, act,
-    TOP: tl.constexpr, D: tl.constexpr, I: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr,
+    x, gate_up, scales, shared_gate_up, shared_scales, order, starts, act, shared_act, T,
+    TOP: tl.constexpr, D: tl.constexpr, I: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    """`experts.gate_up_grouped`; grid (ceil(I / BI), blocks of rows, experts). BI divides 128."""
+    """`experts.gate_up_grouped`, and shared_act[t] likewise of the shared expert, whose inner rows are S (0: there is
+    none); grid (ceil(I / BI), blocks of rows, experts after as many as the shared one's rows fill). BI divides 128."""
     BLOCKS: tl.constexpr = (D + 127) // 128
-    HIGH: tl.constexpr = (I + 127) // 128
-    expert = tl.program_id(2).to(tl.int64)
-    begin = tl.load(starts + expert) + tl.program_id(1) * BM
-    last = tl.load(starts + expert + 1)
-    i = tl.program_id(0) * BI + tl.arange(0, BI)
+    TILES: tl.constexpr = (I + BI - 1) // BI
+    SHARED: tl.constexpr = (S + TILES * BI - 1) // (TILES * BI)
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    # Those of the shared expert have the most rows: they begin first.
+    routed = tl.program_id(2) >= SHARED
+    expert = tl.maximum(tl.program_id(2).to(tl.int64) - SHARED, 0)
+    width = tl.where(routed, I, S)
+    high = (width + 127) // 128
+    row = (tl.program_id(0) + tl.where(routed, 0, tl.program_id(2) * TILES)) * BI
+    begin = tl.where(routed, tl.load(starts + expert), 0) + tl.program_id(1) * BM
+    last = tl.where(routed, tl.load(starts + expert + 1), T)
+    i = row + tl.arange(0, BI)
     d = tl.arange(0, 128)
-    base = gate_up + expert * (2 * I * D) + i[:, None] * D + d[None, :]
-    gate_scales = scales + (expert * (2 * HIGH) + tl.program_id(0) * BI // 128) * BLOCKS
+    base = tl.where(routed, gate_up + expert * (2 * I * D), shared_gate_up) + i[:, None].to(tl.int64) * D + d[None, :]
+    up_base = base + width.to(tl.int64) * D
+    gate_scales = tl.where(routed, scales + expert * (2 * high * BLOCKS), shared_scales) + row // 128 * BLOCKS
+    up_scales = gate_scales + high * BLOCKS
+    to = tl.where(routed, act, shared_act)
     for first in range(begin, last, tl.num_programs(1) * BM):
         r = first + tl.arange(0, BM)
         live = r < last
-        pair = tl.load(order + r, mask=live, other=0).to(tl.int64)
-        tokens = x + (pair // TOP)[:, None] * D + d[None, :]
+        pair = tl.load(order + r, mask=live & routed, other=0)
+        token = tl.where(routed, pair // TOP, r).to(tl.int64)
+        tokens = x + token[:, None] * D + d[None, :]
         gate = tl.zeros((BM, BI), tl.float32)
         up = tl.zeros((BM, BI), tl.float32)
         for block in range(BLOCKS):
             inside = block * 128 + d < D
             value = tl.load(tokens + block * 128, mask=live[:, None] & inside[None, :], other=0.0)
-            mask = (i < I)[:, None] & inside[None, :]
+            mask = (i < width)[:, None] & inside[None, :]
             g = tl.load(base + block * 128, mask=mask, other=0.0).to(tl.float32).to(x.dtype.element_ty)
-            u = tl.load(base + I * D + block * 128, mask=mask, other=0.0).to(tl.float32).to(x.dtype.element_ty)
-            gate_scale = tl.load(gate_scales + block)
-            up_scale = tl.load(gate_scales + HIGH * BLOCKS + block)
+            u = tl.load(up_base + block * 128, mask=mask, other=0.0).to(tl.float32).to(x.dtype.element_ty)
+            there = row < width
+            gate_scale = tl.load(gate_scales + block, mask=there, other=0.0)
+            up_scale = tl.load(up_scales + block, mask=there, other=0.0)
             gate += tl.dot(value, tl.trans(g), input_precision="ieee") * gate_scale
             up += tl.dot(value, tl.trans(u), input_precision="ieee") * up_scale
         result = gate / (1.0 + tl.exp(-gate)) * up
-        at_act = act + pair[:, None] * I + i[None, :]
-        tl.store(at_act, result.to(act.dtype.element_ty), mask=live[:, None] & (i < I)[None, :])
+        at_act = to + tl.where(routed, pair, r).to(tl.int64)[:, None] * width + i[None, :]
+        tl.store(at_act, result.to(act.dtype.element_ty), mask=live[:, None] & (i < width)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "PAIRS"])
 def down_grouped(
-    act, down, scales, order, starts, weights, part,
-    D: tl.constexpr, I: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    act, shared_act, down, scales, shared_down, shared_scales, order, starts, weights, part, T, PAIRS,
+    D: tl.constexpr, I: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """`experts.down_grouped`; grid (ceil(D / BN), blocks of rows, experts). BN divides 128."""
-    BLOCKS: tl.constexpr = (I + 127) // 128
-    HIGH: tl.constexpr = (D + 127) // 128
-    expert = tl.program_id(2).to(tl.int64)
-    begin = tl.load(starts + expert) + tl.program_id(1) * BM
-    last = tl.load(starts + expert + 1)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    """`experts.down_grouped`, and behind the PAIRS rows of `part` one a token of the shared expert, whose inner rows
+    are S (0: there is none); grid (ceil(D / BN), blocks of rows, experts after the shared one). BN divides 128."""
+    SHARED: tl.constexpr = 1 if S > 0 else 0
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    routed = tl.program_id(2) >= SHARED
+    expert = tl.maximum(tl.program_id(2).to(tl.int64) - SHARED, 0)
+    width = tl.where(routed, I, S)
+    cuts = (width + 127) // 128
+    begin = tl.where(routed, tl.load(starts + expert), 0) + tl.program_id(1) * BM
+    last = tl.where(routed, tl.load(starts + expert + 1), T)
+    row = tl.program_id(0) * BN
+    n = row + tl.arange(0, BN)
     k = tl.arange(0, 128)
-    base = down + expert * (D * I) + n[:, None] * I + k[None, :]
-    own_scales = scales + (expert * HIGH + tl.program_id(0) * BN // 128) * BLOCKS
+    base = tl.where(routed, down + expert * (D * I), shared_down) + n[:, None] * width + k[None, :]
+    HIGH: tl.constexpr = (D + 127) // 128
+    own_scales = tl.where(routed, scales + expert * (HIGH * cuts), shared_scales) + row // 128 * cuts
+    source = tl.where(routed, act, shared_act)
     for first in range(begin, last, tl.num_programs(1) * BM):
         r = first + tl.arange(0, BM)
         live = r < last
-        pair = tl.load(order + r, mask=live, other=0).to(tl.int64)
+        pair = tl.where(routed, tl.load(order + r, mask=live & routed, other=0), r).to(tl.int64)
+        rows = source + pair[:, None] * width + k[None, :]
         sums = tl.zeros((BM, BN), tl.float32)
-        for block in range(BLOCKS):
-            inside = block * 128 + k < I
-            value = tl.load(
-                act + pair[:, None] * I + (block * 128 + k)[None, :], mask=live[:, None] & inside[None, :], other=0.0
-            )
+        for block in range(cuts):
+            inside = block * 128 + k < width
+            value = tl.load(rows + block * 128, mask=live[:, None] & inside[None, :], other=0.0)
             w = tl.load(base + block * 128, mask=(n < D)[:, None] & inside[None, :], other=0.0)
             scale = tl.load(own_scales + block)
             product = tl.dot(value, tl.trans(w.to(tl.float32).to(act.dtype.element_ty)), input_precision="ieee")
             sums += product * scale
-        share = tl.load(weights + pair, mask=live, other=0.0)
-        at_part = part + pair[:, None] * D + n[None, :]
+        share = tl.where(routed, tl.load(weights + pair, mask=live & routed, other=0.0), 1.0)
+        at_part = part + (pair + tl.where(routed, 0, PAIRS))[:, None] * D + n[None, :]
         tl.store(at_part, sums * share[:, None], mask=live[:, None] & (n < D)[None, :])

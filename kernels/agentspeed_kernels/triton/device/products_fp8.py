@@ -83,12 +83,15 @@ def linear(
 @triton.jit(do_not_specialize=["T"])
 def linear_many(
     x, weight, scales, bias, out, x_stride, out_stride, T, N,
-    K: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BIAS: tl.constexpr,
+    K: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """out[t] = x[t] @ weight[N, K]^T (+ bias) with matrix instructions; grid (ceil(N / BN), ceil(T / BM)).
 
     Weights become the format of x, which holds each exactly; the scale of a block goes to its sums in float32."""
     CUTS: tl.constexpr = (K + 127) // 128
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     first_row = tl.program_id(0) * BN
     n = first_row + tl.arange(0, BN)
     t = tl.program_id(1) * BM + tl.arange(0, BM)
