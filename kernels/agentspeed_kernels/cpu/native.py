@@ -77,7 +77,7 @@ AVX512BF16 = Form(
     bit=32,
     machines=_X86,
     flags=(*_AVX512, "-mavx512bf16", "-DVECTOR_TILES"),
-    sources=("amx_linear.c", "amx_experts.c", "amx_attention.c", "vector_*.c"),
+    sources=("amx_linear.c", "amx_experts.c", "amx_fp8.c", "amx_attention.c", "vector_*.c"),
     kinds=("bf16",),
     wants="AVX512-BF16",
 )
@@ -367,7 +367,7 @@ def _key(compiler: str, sources: list[Path]) -> str:
     for source in sources:
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=30).stdout
-    flags = [text for form in FORMS for text in (form.name, *form.flags, entries_source(form))]
+    flags = [text for form in FORMS for text in (form.name, *form.flags, *form.sources, entries_source(form))]
     digest.update("\0".join((compiler, version, platform.machine(), *FLAGS, *flags)).encode())
     return digest.hexdigest()[:20]
 
