@@ -25,6 +25,7 @@ import gpu_attention
 import gpu_engine
 import gpu_fp8
 import gpu_graphs
+import gpu_grouped
 import gpu_invariant
 import gpu_joined
 import gpu_layers
@@ -58,12 +59,19 @@ def main() -> int:
         "small": lambda: gpu_layers.section_small(report),
         "joined": lambda: gpu_joined.section_joined(report),
         "extend": lambda: gpu_layers.section_extend(report, pool),
+        "grouped-check": lambda: gpu_grouped.section_check(report),
+        "grouped-rows": lambda: gpu_grouped.section_rows(report),
+        "grouped-extend": lambda: gpu_grouped.section_extend(report),
+        "grouped-append": lambda: gpu_grouped.section_append(report),
+        "grouped-products": lambda: gpu_grouped.section_products(report),
         "graphs": lambda: gpu_graphs.section_graphs(report),
+        "graphs-gqa": lambda: gpu_graphs.section_graphs(report, "qwen3-8b", gpu_graphs.GROUPED),
         "mixed": lambda: gpu_graphs.section_mixed(report),
         "invariant": lambda: gpu_invariant.section_invariant(report),
         "fp8": lambda: gpu_fp8.section_fp8(report),
         "engine": lambda: gpu_engine.section_engine(report),
         "engine-fp8": lambda: gpu_engine.section_engine_fp8(report),
+        "engine-gqa": lambda: gpu_engine.section_engine(report, gpu_engine.GROUPED),
         "agents": lambda: gpu_agents.section_agents(report),
     }
     wanted = [name for name in arguments.sections.split(",") if name] or list(sections)

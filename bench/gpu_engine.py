@@ -1,4 +1,5 @@
-"""The whole engine on a GPU: a model of DeepSeek-V2-Lite's shapes with weights by chance, in a process of its own."""
+"""The whole engine on a GPU, in a process of its own: models of DeepSeek-V2-Lite's and of Qwen3-8B's shapes, with
+weights by chance."""
 
 from __future__ import annotations
 
@@ -22,39 +23,40 @@ os.environ.setdefault("TRITON_INTERPRET", "0")
 from agentspeed_engine.models.catalog import describe, read_source
 from tests.support.engine_client import Front, engine
 
-MODEL = f"random:{ROOT / 'bench/models/v2-lite.json'}"
+LATENT, GROUPED = (f"random:{ROOT / f'bench/models/{name}.json'}" for name in ("v2-lite", "qwen3-8b"))
+SECTIONS = {LATENT: "engine", GROUPED: "engine-gqa"}
 CONTEXT, DRAWN = 4096, 128
 LONG, MORE = 32_768, 512
 MUST = {"batch 1": 0.42, "batch 32": 0.45}
 RESUME_MUST = 8.0
 
 
-def section_engine(report: Report, *, depth: int = 1) -> None:
+def section_engine(report: Report, model: str = LATENT, *, depth: int = 1) -> None:
     """Tokens/s at batch 1 and 32, and what a resume saves; figures are those of a client of the engine's socket."""
-    draw = random.Random(0)
-    with _started(depth=depth) as front:
+    draw, section = random.Random(0), SECTIONS[model]
+    with _started(model, depth=depth) as front:
         for batch in (1, 32):
-            share, figures = _decoded(front, draw, batch, "dtype")
-            report.add("engine", f"decode, batch {batch} at {CONTEXT}", **figures, share=share,
+            share, figures = _decoded(front, draw, batch, model)
+            report.add(section, f"decode, batch {batch} at {CONTEXT}", **figures, share=share,
                        must=MUST[f"batch {batch}"], met=share >= MUST[f"batch {batch}"])  # fmt: skip
         resumed, whole = resume(front, draw)
-        report.add("engine", f"+{MORE} on {LONG} against all anew", resumed_ms=1e3 * resumed, anew_ms=1e3 * whole,
+        report.add(section, f"+{MORE} on {LONG} against all anew", resumed_ms=1e3 * resumed, anew_ms=1e3 * whole,
                    times=whole / resumed, must=RESUME_MUST, met=whole / resumed >= RESUME_MUST)  # fmt: skip
 
 
 def section_engine_fp8(report: Report) -> None:
     """Tokens/s with weights in fp8, of which the limit counts the bytes that are kept."""
     draw = random.Random(0)
-    with _started(weights="fp8") as front:
+    with _started(LATENT, weights="fp8") as front:
         for batch in (1, 32):
-            share, figures = _decoded(front, draw, batch, "fp8")
+            share, figures = _decoded(front, draw, batch, LATENT, "fp8")
             report.add("engine", f"fp8, decode, batch {batch} at {CONTEXT}", **figures, share=share)
 
 
 @contextmanager
-def _started(**options: Any) -> Iterator[Front]:
+def _started(model: str, **options: Any) -> Iterator[Front]:
     with tempfile.TemporaryDirectory() as folder, engine(
-        Path(folder), model=MODEL, device="cuda", dtype="bfloat16", pages=6000, context_limit=36_864,
+        Path(folder), model=model, device="cuda", dtype="bfloat16", pages=6000, context_limit=36_864,
         prefill_chunk=2048, extend_tokens=1024, record="off", **options,
     ) as process:  # fmt: skip
         for line in process.progress:
@@ -64,11 +66,13 @@ def _started(**options: Any) -> Iterator[Front]:
         yield front
 
 
-def _decoded(front: Front, draw: random.Random, batch: int, kept: str) -> tuple[float, dict[str, Any]]:
+def _decoded(
+    front: Front, draw: random.Random, batch: int, model: str, kept: str = "dtype"
+) -> tuple[float, dict[str, Any]]:
     """(Share of the limit, figures to print.)"""
     seconds, steps = decode(front, draw, batch)
     figures = {"tokens/s": batch * DRAWN / seconds, "ms a step": 1e3 * seconds / DRAWN, "steps": steps}
-    return limit_seconds(batch, kept) * DRAWN / seconds, figures
+    return limit_seconds(batch, model, kept) * DRAWN / seconds, figures
 
 
 def decode(front: Front, draw: random.Random, batch: int) -> tuple[float, int]:
@@ -111,17 +115,17 @@ def resume(front: Front, draw: random.Random) -> tuple[float, float]:
     return statistics.median(resumed), statistics.median(whole)
 
 
-def limit_seconds(batch: int, kept: str = "dtype") -> float:
+def limit_seconds(batch: int, model: str = LATENT, kept: str = "dtype") -> float:
     """Of one step: what must be read of the weights (each expert that any token visits once) and of the cache."""
-    config = read_source(MODEL).config
-    moe = config.moe  # type: ignore[attr-defined]
-    info = describe(MODEL, dtype="bfloat16", weights="fp8" if kept == "fp8" else None)
-    expert = 3 * moe.inner * config.hidden * (1 if kept == "fp8" else 2)
-    layers = config.layers - 1
-    hit = moe.experts * (1 - (1 - moe.top / moe.experts) ** batch)
-    embedded = 2 * config.vocab_size * config.hidden
-    weights = info.weight_bytes - embedded - layers * (moe.experts - hit) * expert
-    return float((weights + batch * CONTEXT * info.kv.bytes_per_token) / READ_BYTES)
+    config = read_source(model).config
+    info = describe(model, dtype="bfloat16", weights="fp8" if kept == "fp8" else None)
+    read: float = info.weight_bytes - 2 * config.vocab_size * config.hidden
+    if config.moe is not None:
+        moe = config.moe
+        expert = 3 * moe.inner * config.hidden * (1 if kept == "fp8" else 2)
+        hit = moe.experts * (1 - (1 - moe.top / moe.experts) ** batch)
+        read -= (config.layers - 1) * (moe.experts - hit) * expert
+    return float((read + batch * CONTEXT * info.kv.bytes_per_token) / READ_BYTES)
 
 
 def ids(draw: random.Random, count: int) -> list[int]:

@@ -71,7 +71,13 @@ LATENT: dict[str, Branches] = {
     "8 forks at 32 k": Branches(8, 32_768),
     "32 forks at 8 k": Branches(32, 8192),
 }
-GROUPED: dict[str, Branches] = {"1 branch at 4 k": Branches(1, 4096, forked=False), "8 forks at 4 k": Branches(8, 4096)}
+GROUPED: dict[str, Branches] = {
+    "1 branch at 4 k": Branches(1, 4096, forked=False),
+    "8 branches at 4 k": Branches(8, 4096, forked=False),
+    "8 forks at 4 k": Branches(8, 4096),
+    "8 forks at 32 k": Branches(8, 32_768),
+    "32 branches at 4 k": Branches(32, 4096, forked=False),
+}
 
 
 @final
@@ -124,13 +130,12 @@ MIXED: dict[str, Mixed] = {
 MOST_HOST_MS = 8.0
 
 
-def section_graphs(report: Report) -> None:
-    """Of models with weights by chance: milliseconds of a step, launches by the host included, and how far logits of a
+def section_graphs(report: Report, config: str = "v2-lite", cases: dict[str, Branches] = LATENT) -> None:
+    """Of a model with weights by chance: milliseconds of a step, launches by the host included, and how far logits of a
     captured step lie from those of the same step kernel by kernel: joined kernels round elsewhere, and a near tie of
     the router may fall otherwise."""
-    for config, cases in (("v2-lite", LATENT), ("qwen3-8b", GROUPED)):
-        compare(report, ROOT / f"bench/models/{config}.json", cases)
-        torch.cuda.empty_cache()
+    compare(report, ROOT / f"bench/models/{config}.json", cases)
+    torch.cuda.empty_cache()
 
 
 def compare(report: Report, config: Path, cases: dict[str, Branches]) -> None:
@@ -147,8 +152,18 @@ def compare(report: Report, config: Path, cases: dict[str, Branches]) -> None:
         model.repeats = True
         tokens = case.count * OWN_PAGES * PAGE / 2 + case.shared * (1 if case.forked else case.count)
         cache = tokens * model.info.kv.bytes_per_token / READ_BYTES * 1e3
+        weights = _read_ms(model)
+        share = {} if weights is None else {"weights_ms": weights, "share": (weights + cache) / graph}
         report.add("graphs", f"{config.stem}, {label}", ms=graph, kernel_by_kernel_ms=eager, times=eager / graph,
-                   cache_ms=cache, apart=apart, captured=captured, met=apart < 0.1)  # fmt: skip
+                   cache_ms=cache, **share, apart=apart, captured=captured, met=apart < 0.1)  # fmt: skip
+
+
+def _read_ms(model: LoadedModel) -> float | None:
+    """Of all weights but the embedding; None where a step reads some experts of many."""
+    info = model.info
+    if {"num_experts", "n_routed_experts"} & set(info.config):
+        return None
+    return 2e3 * (info.parameters - info.vocab_size * int(info.config["hidden_size"])) / READ_BYTES
 
 
 def _fill(model: LoadedModel) -> None:

@@ -38,6 +38,9 @@ MATRIX = {
         "linear_many-fp8": "mma",
         "gate_up_grouped-fp8": "mma",
         "down_grouped-fp8": "mma",
+        "groups-16": "mma",
+        "groups-64": "wgmma",
+        "groups-extend-wide": "wgmma",
     },
     "cuda:100": {
         "linear-blocks-few": "mma",
@@ -47,6 +50,8 @@ MATRIX = {
         "gate_up_grouped": "mma",
         "extend-wide": "tcgen05",
         "gate_up_grouped-fp8": "mma",
+        "groups-16": "mma",
+        "groups-extend-wide": "tcgen05",
     },
     "hip:gfx950": {
         "linear-blocks-few": "mfma",
@@ -54,6 +59,7 @@ MATRIX = {
         "gate_up_grouped": "mfma",
         "extend-narrow": "mfma",
         "gate_up_grouped-fp8": "mfma",
+        "groups-16": "mfma",
     },
 }
 """The matrix instructions a kernel must use there: without them it runs on a slower path."""
@@ -64,7 +70,8 @@ SPILLS = {"rows-hopper-large": 160, "rows-hopper-small": 80}
 EARLY = {
     "rows-16", "rows-16-edge", "rows-32", "rows-64", "merge", "add_norm_linear", "queries_few", "choose", "scores",
     "gate_up_few", "down_few", "add_norm_linear-fp8", "linear_many-fp8", "gate_up_few-fp8", "down_few-fp8",
-    "gate_up_grouped-fp8", "down_grouped-fp8", "linear-blocks-few", "linear-blocks-decode",
+    "gate_up_grouped-fp8", "down_grouped-fp8", "linear-blocks-few", "linear-blocks-decode", "groups-16",
+    "groups-16-edge", "groups-32", "groups-64", "groups-merge", "qkv_append",
 }  # fmt: skip
 """Those that begin while the kernel before them runs."""
 
@@ -99,7 +106,8 @@ def check(target: str) -> None:
     assert not {name: fact["out_of_turn"] for name, fact in facts.items() if fact["out_of_turn"]}
     if target == "cuda:90":
         # Latents come through bulk copies, not through registers.
-        assert all(facts[name]["bulk_copies"] for name in ("rows-16", "rows-16-edge", "rows-64", "extend-wide"))
+        bulk = ("rows-16", "rows-16-edge", "rows-64", "extend-wide", "groups-16", "groups-extend-wide")
+        assert all(facts[name]["bulk_copies"] for name in bulk)
 
 
 @pytest.mark.timeout(300)

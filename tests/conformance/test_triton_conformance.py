@@ -21,6 +21,7 @@ from agentspeed_kernels.testing.tolerance import tolerance
 from agentspeed_kernels.triton import attention, backend, extend, sampling, specs
 from agentspeed_kernels.triton.plan import Cut
 from agentspeed_kernels.workspace import Workspace
+from tests.support.forked_pieces import fork
 from tests.support.sampled_rows import disagreements, sampling_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
@@ -34,6 +35,9 @@ QUICK_OF = {
     "add_norm_route": (3,),
     "mla_extend": (3,),
     "mla_rows": (1, 3),
+    "qkv_append": (3,),
+    "gqa_rows": (1, 3),
+    "gqa_extend": (3,),
 }
 """Ops whose programs are many: fewer cases. More than four tokens take the grouped form of `experts`."""
 
@@ -80,19 +84,6 @@ def test_attention_that_forgets_the_causal_edge_is_caught() -> None:
     )
     assert conformance.worst_error(honest, case) <= tolerance("mla_rows", "float32")
     assert conformance.worst_error(lazy, case) > tolerance("mla_rows", "float32")
-
-
-def fork(branches: int, new: int) -> tuple[list[conformance.Piece], np.ndarray]:
-    """Branches with `new` tokens each below one trunk, and tails of their own lengths."""
-    rows = np.arange(branches * new, dtype=np.int32)
-    trunk = conformance.piece(np.array([7, 3, 1, 30], np.int32), 0, 64, rows, False)
-    pieces, positions = [trunk], []
-    for i in range(branches):
-        own = new + 5 * i
-        pages = np.array([8 + 3 * i, 9 + 3 * i, 10 + 3 * i], np.int32)
-        pieces.append(conformance.piece(pages, 64, own, rows[i * new : (i + 1) * new], True))
-        positions += range(64 + own - new, 64 + own)
-    return pieces, np.array(positions, np.int64)
 
 
 @pytest.mark.parametrize("cut", ["even", "stream", "fixed", None])

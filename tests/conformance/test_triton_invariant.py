@@ -33,7 +33,7 @@ from agentspeed_kernels.platform import named
 from agentspeed_kernels.registry import standard
 from agentspeed_kernels.selection import Kernels
 from agentspeed_kernels.triton import plan as plan_module
-from agentspeed_kernels.triton.backend import TritonAttention, shape_of
+from agentspeed_kernels.triton.backend import attention_of
 from agentspeed_kernels.workspace import Workspace
 from tests.support.paged import CONFIG, Trail, batch
 from tests.support.recorder import CallsAgain
@@ -44,14 +44,18 @@ PAGE, PAGES = 16, 160
 CPU = torch.device("cpu")
 SIZES = {"kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "hidden_size": 64,
          "num_hidden_layers": 2}  # fmt: skip
+GROUPED: dict[str, Any] = {
+    "model_type": "qwen3", "vocab_size": 300, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 4096,
+}  # fmt: skip
 IDS = np.random.default_rng(5).integers(0, 300, 400).tolist()
 
 
 class OnTriton:
     """A model of random weights whose steps run on the kernels of a GPU, as the interpreter has them."""
 
-    def __init__(self, folder: Path) -> None:
-        (folder / "config.json").write_text(json.dumps(CONFIG | SIZES))
+    def __init__(self, folder: Path, model: dict[str, Any]) -> None:
+        (folder / "config.json").write_text(json.dumps(model))
         source = read_source(f"random:{folder / 'config.json'}")
         family, config = source.family, source.config
         sizes = {"page_tokens": PAGE, **family.sizes(config, ONE.mesh)}
@@ -64,8 +68,7 @@ class OnTriton:
             for module in family.build(config, weights, self._pools, ONE, kernels)
         ]
         self._rope = Rope(config.rope, config.context_limit, torch.float32)
-        shape = shape_of(sizes["H"], sizes["R"], sizes["rope"], PAGE, CPU, 4)
-        self._attention = TritonAttention(shape=shape, device=CPU, invariant=True)
+        self._attention = attention_of(sizes, CPU, 4, invariant=True)
         self._graphs = Graphs(None, self._steps, self.forward, self._pools, config.vocab_size, self._rope,
                               self._attention, CPU, recorder=CallsAgain())  # fmt: skip
 
@@ -91,11 +94,11 @@ def in_order(self: Any, a: Any, b: Any, held: Any, *_: Any) -> Any:
     return interpreter.TensorHandle(sums, held.dtype.scalar)
 
 
-@pytest.fixture
-def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OnTriton:
+@pytest.fixture(params=["latent", "grouped"])
+def model(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OnTriton:
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", in_order)
     monkeypatch.setattr(plan_module, "FIXED_STEPS", ((32, 16), (None, 32)))
-    return OnTriton(tmp_path)
+    return OnTriton(tmp_path, CONFIG | SIZES if request.param == "latent" else GROUPED)
 
 
 def test_rows_of_chunks_forks_batches_and_graphs_have_the_bits_of_rows_alone(model: OnTriton) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from agentspeed_kernels.registry import standard
 from agentspeed_kernels.selection import Kernels
 from agentspeed_kernels.signature import WeightFormat
 from agentspeed_kernels.triton import padded as padded_module
-from agentspeed_kernels.triton.backend import TritonAttention, shape_of
+from agentspeed_kernels.triton.backend import TritonAttention, attention_of
 from agentspeed_kernels.triton.padded import PlanMemory, padded, shape_for
 from agentspeed_kernels.workspace import Workspace
 from tests.support.paged import CONFIG, Trail, batch
@@ -49,6 +50,24 @@ SOFTMAX: dict[str, Any] = {
     "model_type": "deepseek_v2", "q_lora_rank": None, "scoring_func": "softmax", "topk_method": "greedy", "n_group": 1,
     "topk_group": 1, "norm_topk_prob": False, "n_shared_experts": 2, "routed_scaling_factor": 1.0,
 }  # fmt: skip
+GROUPED: dict[str, Any] = {
+    "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 6, "head_dim": 16,
+    "num_key_value_heads": 2, "vocab_size": 300, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+    "rope_theta": 5000.0, "tie_word_embeddings": False, "hidden_act": "silu", "attention_bias": False,
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "latent, sigmoid, low rank": CONFIG | SIZES,
+    "latent, softmax": CONFIG | SIZES | SOFTMAX,
+    "qwen2": GROUPED | {"model_type": "qwen2"},
+    "qwen3_moe": GROUPED
+    | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+       "decoder_sparse_step": 1, "mlp_only_layers": [0], "norm_topk_prob": True},
+}  # fmt: skip
+
+
+def backend_of(source: ModelSource) -> TritonAttention:
+    sizes = {"page_tokens": PAGE, **source.family.sizes(source.config, ONE.mesh)}
+    return attention_of(sizes, CPU, 4)
 
 
 def chain_of(source: ModelSource, pools: KvPools, on_gpu: bool, kept: WeightFormat | None = None) -> Any:
@@ -60,22 +79,19 @@ def chain_of(source: ModelSource, pools: KvPools, on_gpu: bool, kept: WeightForm
     return family.build(config, weights, pools, ONE, kernels)
 
 
-STEPS = ((1, 1, 1), (3, 4, 1), (6, 8, 1), (3, 12, 7))
-"""Branches, rows that the step is padded to, and tokens that the first branch is fed."""
-
-
 @pytest.mark.parametrize(
-    ("changes", "rows", "queries", "extended", "kept"),
+    ("model", "rows", "queries", "extended", "kept"),
     [
-        *((changes, *step, None) for changes in ({}, SOFTMAX) for step in STEPS),
-        ({}, 1, 1, 1, "fp8"),
-        (SOFTMAX, 1, 1, 1, "fp8"),
-        (SOFTMAX, 6, 8, 1, "fp8"),
+        *product(list(MODELS)[:2], [1], [1], [1], [None, "fp8"]),
+        *product(list(MODELS), [3], [4], [1], [None]),
+        *product(list(MODELS)[:2], [6], [8], [1], [None]),
+        *product(list(MODELS)[::3], [3], [12], [7], [None]),
+        ("latent, softmax", 6, 8, 1, "fp8"),
+        ("qwen3_moe", 3, 4, 1, "fp8"),
     ],
-    ids=lambda given: ("softmax" if given else "sigmoid, low rank") if isinstance(given, dict) else None,
 )
 def test_a_joined_step_on_a_padded_plan_gives_what_the_modules_give(
-    changes: dict[str, Any],
+    model: str,
     rows: int,
     queries: int,
     extended: int,
@@ -85,7 +101,7 @@ def test_a_joined_step_on_a_padded_plan_gives_what_the_modules_give(
 ) -> None:
     """`extended`: tokens that the first branch is fed; the others are fed one."""
     monkeypatch.setattr(padded_module, "MANY_QUERIES", 8)
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG | SIZES | changes))
+    (tmp_path / "config.json").write_text(json.dumps(MODELS[model]))
     source = read_source(f"random:{tmp_path / 'config.json'}")
     config, family = source.config, source.family
     here, there = (KvPools(family.kv_layout(config, "float32", ONE.mesh), PAGES, PAGE) for _ in range(2))
@@ -116,8 +132,7 @@ def whole(steps: Sequence[Any], given: FlatBatch, rope: Rope, backend: Attention
 
 def padded_step(source: ModelSource, chain: Any, given: FlatBatch, rope: Rope, queries: int) -> torch.Tensor:
     """As `models.graphs` lays a step out."""
-    sizes = source.family.sizes(source.config, ONE.mesh)
-    attention = TritonAttention(shape=shape_of(sizes["H"], sizes["R"], sizes["rope"], PAGE, CPU, 4), device=CPU)
+    attention = backend_of(source)
     plan, form = attention.rows(given.runs, given.positions)
     shape = shape_for(plan, form, queries, attention.shape)
     assert shape is not None
@@ -139,17 +154,17 @@ def padded_step(source: ModelSource, chain: Any, given: FlatBatch, rope: Rope, q
         return run(joined(chain), ids, state, (queries,)).clone()
 
 
+@pytest.mark.parametrize(("model", "layers"), [("latent, sigmoid, low rank", 2), ("qwen2", 1)])
 def test_graphs_of_joined_steps_pass_the_check_of_an_engines_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str, layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graphs, "BUCKETS", (4,))
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG | SIZES | {"num_hidden_layers": 2}))
+    (tmp_path / "config.json").write_text(json.dumps(MODELS[model] | {"num_hidden_layers": layers}))
     source = read_source(f"random:{tmp_path / 'config.json'}")
     config, family = source.config, source.family
     pools = KvPools(family.kv_layout(config, "float32", ONE.mesh), PAGES, PAGE)
     rope = Rope(config.rope, config.context_limit, torch.float32)
-    sizes = family.sizes(config, ONE.mesh)
-    attention = TritonAttention(shape=shape_of(sizes["H"], sizes["R"], sizes["rope"], PAGE, CPU, 4), device=CPU)
+    attention = backend_of(source)
     chain = chain_of(source, pools, on_gpu=True)
     plain = [step_of(module) for module in chain]
     held = graphs.Graphs(

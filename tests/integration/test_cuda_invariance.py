@@ -31,13 +31,19 @@ V2_LITE = CONFIG | {
 }  # fmt: skip
 WIDE = V2_LITE | {"num_attention_heads": 64, "num_key_value_heads": 64, "q_lora_rank": 256}
 """Heads that have the kernel of 64 rows."""
+GROUPED = {
+    "model_type": "qwen3_moe", "vocab_size": 300, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 3,
+    "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128, "max_position_embeddings": 4096,
+    "num_experts": 16, "num_experts_per_tok": 3, "moe_intermediate_size": 352, "mlp_only_layers": [0],
+    "rope_theta": 5000.0, "norm_topk_prob": True, "bos_token_id": 256, "eos_token_id": 257,
+}  # fmt: skip
 HOT = wire.Sampling(temperature=1.1, top_k=200, top_p=0.98, min_p=0.001, logprobs=2)
 GREEDY = wire.Sampling(logprobs=2)
 
 
-@pytest.fixture(scope="module", params=["nano", "16 heads", "64 heads"])
+@pytest.fixture(scope="module", params=["nano", "16 heads", "64 heads", "grouped"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    configs: dict[str, dict[str, Any]] = {"16 heads": V2_LITE, "64 heads": WIDE}
+    configs: dict[str, dict[str, Any]] = {"16 heads": V2_LITE, "64 heads": WIDE, "grouped": GROUPED}
     if request.param == "nano":
         folder: Path = NANO
     else:

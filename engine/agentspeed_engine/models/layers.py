@@ -75,8 +75,8 @@ class Dense:
         if not x.shape[0]:  # a dp rank whose branches all rest
             return x, residual
         out = state.workspace.take("fed", (x.shape[0], x.shape[1]), x.dtype)
-        ids = state.workspace.take("dense_ids", (x.shape[0], 1), torch.int64).zero_()
-        weights = state.workspace.take("dense_weights", (x.shape[0], 1), _wide(x.dtype)).fill_(1)
+        ids = state.workspace.constant(0, (x.shape[0], 1), torch.int64)
+        weights = state.workspace.constant(1, (x.shape[0], 1), _wide(x.dtype))
         self._kernels["experts"].at(x.shape[0])(x, self._gate_up, self._down, ids, weights, state.workspace, out)
         return out, residual
 

@@ -256,9 +256,7 @@ def _attention(
         cpu = CpuAttention(sizes["page_tokens"], invariant=kernels.invariant)
         return cpu if extends else replace(cpu, extend_from=NEVER)
     # Imported late: only a GPU's kernels need it.
-    from agentspeed_kernels.triton.backend import EXTEND_FROM, TritonAttention, shape_of
+    from agentspeed_kernels.triton.backend import attention_of
 
-    item = DTYPE_BYTES[kernels.dtype]
-    shape = shape_of(sizes["H"], sizes["R"], sizes["rope"], sizes["page_tokens"], device, item)
-    extend_from = EXTEND_FROM if extends else NEVER
-    return TritonAttention(shape=shape, device=device, invariant=kernels.invariant, extend_from=extend_from)
+    found = attention_of(sizes, device, DTYPE_BYTES[kernels.dtype], invariant=kernels.invariant)
+    return found if extends else replace(found, extend_from=NEVER)

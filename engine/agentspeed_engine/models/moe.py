@@ -250,8 +250,8 @@ def _always(
         return None
     rows, take = x.shape[0], state.workspace.take
     out = take("shared", (rows, x.shape[1]), x.dtype)
-    ids = take("dense_ids", (rows, 1), torch.int64).zero_()
-    ones = take("dense_weights", (rows, 1), wide).fill_(1)
+    ids = state.workspace.constant(0, (rows, 1), torch.int64)
+    ones = state.workspace.constant(1, (rows, 1), wide)
     kernels["experts"].at(rows)(x, gate_up, down, ids, ones, state.workspace, out)
     return out
 

@@ -72,7 +72,7 @@ def objection(options: PlaceOptions, platform: Platform, memory: MemoryLimit) ->
     if "triton" not in platform.features:
         return f"its kernels cannot run: {platform.absent.get('triton', 'triton is absent')}"
     source = read_source(options.model)
-    if "mla_rows" not in source.family.ops:
+    if not {"mla_rows", "gqa_rows"} & set(source.family.ops):
         return f"it has no kernels of its own for {source.family.attention}; device='cuda' runs it on torch, slowly"
     if options.dtype == "float64":
         return "it has no kernels of its own for float64; device='cuda' runs it on torch, slowly"

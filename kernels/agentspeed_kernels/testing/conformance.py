@@ -71,7 +71,7 @@ def cases(spec: KernelSpec, most: int = 70) -> Iterator[Case]:
 
 def fits(spec: KernelSpec, size: Literal["small", "odd", "wide"]) -> bool:
     """Whether the kernel takes the widths that cases of a size have."""
-    widths = {"R": RANKS[size], "rope": ROPES[size], "nope": ROPES[size]}
+    widths = {"R": RANKS[size], "rope": ROPES[size], "nope": ROPES[size], "W": 2 * ROPES[size]}
     return all(spec.sizes[axis].objection(axis, width) is None for axis, width in widths.items() if axis in spec.sizes)
 
 
@@ -115,12 +115,20 @@ def _relative(got: Tensor, wanted: Tensor) -> float:
 
 def _plans_of_triton(
     pieces: list[Piece], path: list[Piece], positions: Int64s, draw: _Draw, page_tokens: int
-) -> tuple[Any, Any]:
+) -> Callable[[int, int | None, int], tuple[Any, Any]]:
+    """(Heads, groups or None for latents, width of a head) to the plans of rows and of an extend."""
     from agentspeed_kernels.triton import attention, backend, extend
 
-    shape = backend.shape_of(draw.heads, draw.rank, draw.rope, page_tokens, draw.device)
-    few = attention.prepare(pieces, positions, shape, draw.device)
-    return few, extend.prepare_extend(path, positions, page_tokens, draw.heads, draw.device)
+    def planned(heads: int, groups: int | None, width: int) -> tuple[Any, Any]:
+        given = (page_tokens, draw.device, draw.kind.itemsize)
+        if groups is None:
+            shape = backend.shape_of(heads, draw.rank, draw.rope, *given)
+        else:
+            shape = backend.grouped_shape_of(heads, groups, width, *given)
+        few = attention.prepare(pieces, positions, shape, draw.device)
+        return few, extend.prepare_extend(path, positions, page_tokens, heads, draw.device)
+
+    return planned
 
 
 @final
@@ -239,12 +247,10 @@ class _Attention:
 
     pool: Tensor
     tiles: TilePlan
-    rows: Any
-    """For `mla_rows`."""
-    extend: Any
-    """For `mla_extend`."""
+    planned: Callable[[int, int | None, int], tuple[Any, Any]]
+    """(Heads, groups or None for latents, width of a head) to what is for rows and for an extend."""
     path: TilePlan
-    """What `extend` computes."""
+    """What an extend computes."""
 
 
 def _attentions(draw: _Draw) -> Iterator[_Attention]:
@@ -261,7 +267,7 @@ def _attentions(draw: _Draw) -> Iterator[_Attention]:
 
 
 def _on_cpu(pool: Tensor, tiles: TilePlan) -> _Attention:
-    return _Attention(pool=pool, tiles=tiles, rows=tiles, extend=tiles, path=tiles)
+    return _Attention(pool=pool, tiles=tiles, planned=lambda *_: (tiles, tiles), path=tiles)
 
 
 def _long_pages(draw: _Draw, page_tokens: int, chunk: int, block: int) -> _Attention:
@@ -302,9 +308,9 @@ def _small_pages(draw: _Draw) -> _Attention:
     ]
     if not draw.paged:
         return _on_cpu(pool, tiles)
-    few, many = _plans_of_triton(pieces, path, positions, draw, page_tokens)
+    planned = _plans_of_triton(pieces, path, positions, draw, page_tokens)
     path_tiles = plan_tiles(path, positions, page_tokens=page_tokens, chunk_tokens=2 * page_tokens, block_rows=5)
-    return _Attention(pool=pool, tiles=tiles, rows=few, extend=many, path=path_tiles)
+    return _Attention(pool=pool, tiles=tiles, planned=planned, path=path_tiles)
 
 
 def _unwritten(draw: _Draw, case: _Attention, width: int) -> Tensor:
@@ -318,7 +324,8 @@ def _mla_rows(call: Call, draw: _Draw) -> Pairs:
     for case in _attentions(draw):
         q = draw.tensor(draw.rows, draw.heads, draw.rank + draw.rope)
         out, scale = _unwritten(draw, case, draw.rank), (draw.rank + draw.rope) ** -0.5
-        call(q, case.pool, case.rows, scale, Workspace(draw.device), out)
+        rows, _ = case.planned(draw.heads, None, draw.rank)
+        call(q, case.pool, rows, scale, Workspace(draw.device), out)
         pairs.append((out, define.mla_rows(q, case.pool, case.tiles, scale, draw.rank)))
     return pairs
 
@@ -335,13 +342,20 @@ def _mla_extend(call: Call, draw: _Draw) -> Pairs:
         key_up, value_up = draw.weight(draw.heads, draw.rank, nope), draw.weight(draw.heads, value, draw.rank)
         out, scale = _unwritten(draw, case, value), (nope + draw.rope) ** -0.5
         laid = (draw.laid(key_up), draw.laid(value_up))
-        call(q, case.pool, *laid, case.extend, scale, Workspace(draw.device), out)
+        _, step = case.planned(draw.heads, None, draw.rank)
+        call(q, case.pool, *laid, step, scale, Workspace(draw.device), out)
         pairs.append((out, define.mla_extend(q, case.pool, key_up, value_up, case.path, scale)))
     return pairs
 
 
 def _gqa(call: Call, draw: _Draw) -> Pairs:
-    return grouped_cases.gqa(call, draw, [(case.pool, case.tiles) for case in _attentions(draw)])
+    long = draw.case.op == "gqa_extend"
+
+    def planned(case: _Attention) -> grouped_cases.Planned:
+        return lambda heads, groups, width: case.planned(heads, groups, width)[long]
+
+    found = [(case.pool, case.path if long else case.tiles, planned(case)) for case in _attentions(draw)]
+    return grouped_cases.gqa(call, draw, found)
 
 
 def _index_select(call: Call, draw: _Draw) -> Pairs:

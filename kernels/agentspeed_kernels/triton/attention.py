@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
 import numpy as np
@@ -20,6 +20,7 @@ from agentspeed_kernels.workspace import Workspace
 
 ALIGN = 32
 """Sections of the uploaded array begin at multiples of this many int32: compiled code relies on 16 bytes."""
+Chip = Literal["sm_90", "cuda", "hip"]
 SECTIONS = ("items", "bounds", "rows", "visible", "pages", "unit_row", "table")
 
 
@@ -47,6 +48,13 @@ ROWS_WIDE_FORMAT = Form(block_rows=16, tile=16, warps=4, stages=2)
 """For formats wider than 2 bytes: shared memory has no room for larger tiles."""
 HOPPER_LARGE = Form(block_rows=64, tile=64, warps=4, stages=2, hopper=True)
 HOPPER_SMALL = Form(block_rows=64, tile=32, warps=4, stages=4, hopper=True)
+GROUP_16 = Form(block_rows=16, tile=64, warps=4, stages=3)
+GROUP_32 = Form(block_rows=32, tile=64, warps=4, stages=3)
+GROUP_64 = Form(block_rows=64, tile=64, warps=4, stages=3)
+GROUP_HIP = Form(block_rows=16, tile=32, warps=4, stages=1)
+"""Of grouped-query attention."""
+GROUP_WIDE = 128
+"""Wider heads take tiles of half as many tokens, and no blocks of 64 rows: registers have no room for them."""
 SMALL_PAGES, SMALL_PAGES_SHARED = 48, 24
 """Up to this many pages a program the form with smaller tiles is faster: with one block of rows on a page, and with
 several (measured, docs/performance.md)."""
@@ -58,17 +66,26 @@ class AttentionShape:
     """What of a model and a device the choice of forms depends on."""
 
     heads: int
+    """Heads of queries that read the same rows of the cache."""
     rank: int
+    """Of latents, or the width of a head of keys and values."""
     rope: int
     page_tokens: int
     processors: int
-    """Multiprocessors of the device."""
+    """Programs among which a plan is cut: multiprocessors of the device, or what of them falls to a group."""
     hopper: bool
     """The Gluon kernel can run: compute capability 9, and `plain` is not asked for."""
     element_bytes: int = 2
     """Of the pool's format."""
-    chip: Literal["sm_90", "cuda", "hip"] = "sm_90"
+    chip: Chip = "sm_90"
     """Whose plain forms to take: a Hopper's, another NVIDIA chip's, an AMD one's."""
+    groups: int | None = None
+    """Heads of keys and values; a plan is that of each. None: latents, of which there is one for all heads."""
+
+    @property
+    def all_heads(self) -> int:
+        """Of queries."""
+        return self.heads * (self.groups or 1)
 
 
 @final
@@ -140,6 +157,8 @@ def choose(rows: int, pages: int, shape: AttentionShape) -> Form:
     limit, because several blocks read the same pages, larger tiles pay earlier."""
     if shape.element_bytes > 2:
         return fitted(ROWS_WIDE_FORMAT, shape)
+    if shape.groups is not None:
+        return _choose_grouped(rows, shape)
     fits = shape.rank == 512 and shape.rope == 64 and shape.page_tokens % 64 == 0
     if shape.chip == "hip":
         return fitted(ROWS_16_HIP, shape)
@@ -151,10 +170,19 @@ def choose(rows: int, pages: int, shape: AttentionShape) -> Form:
     return fitted(ROWS_64 if rows > 32 and shape.chip == "sm_90" else ROWS_32, shape)
 
 
+def _choose_grouped(rows: int, shape: AttentionShape) -> Form:
+    if shape.chip == "hip":
+        form = GROUP_HIP
+    elif rows <= 16:
+        form = GROUP_16
+    else:
+        form = GROUP_64 if rows > 32 and shape.chip == "sm_90" and shape.rank <= GROUP_WIDE else GROUP_32
+    return fitted(form if shape.rank <= GROUP_WIDE else replace(form, tile=form.tile // 2), shape)
+
+
 def fitted(form: Form, shape: AttentionShape) -> Form:
     """The form with tiles that divide the page."""
-    tile = math.gcd(form.tile, shape.page_tokens)
-    return Form(block_rows=form.block_rows, tile=tile, warps=form.warps, stages=form.stages, hopper=form.hopper)
+    return replace(form, tile=math.gcd(form.tile, shape.page_tokens))
 
 
 def upload(plan: RowsPlan, form: Form, device: torch.device) -> RowsOnDevice:
@@ -189,7 +217,7 @@ def launch_rows(q: Tensor, pool: Tensor, step: RowsOnDevice, scale: float, works
     plan, form, arrays = step.plan, step.form, step.arrays
     rank, page_tokens = out.shape[-1], pool.shape[1]
     rope = q.shape[-1] - rank
-    part, weight = _partials(step, rank, workspace)
+    part, weight = partials(step, rank, workspace)
     fixed = (arrays["rows"], arrays["visible"], arrays["pages"], arrays["items"], arrays["bounds"])
     rest = (part, weight, out, scale * math.log2(math.e))
     if form.hopper:
@@ -214,25 +242,27 @@ def launch_rows(q: Tensor, pool: Tensor, step: RowsOnDevice, scale: float, works
     )  # fmt: skip
 
 
-def launch_merge(step: RowsOnDevice, workspace: Workspace, out: Tensor) -> None:
-    """The second launch: joins the partials of all rows that have several."""
+def launch_merge(step: RowsOnDevice, workspace: Workspace, out: Tensor, groups: int = 1) -> None:
+    """The second launch: joins the partials of all rows that have several; with `groups` of them the plan is that of
+    each."""
     rows = device_code("rows")
 
-    part, weight = _partials(step, out.shape[-1], workspace)
+    part, weight = partials(step, out.shape[-1], workspace, groups)
     units, parts = step.plan.table.shape
     fixed = step.plan.fixed
     columns, take, warps = merge_shape(FIXED_TAKE if fixed else parts)
     rank = out.shape[-1]
     columns, early = min(columns, 1 << (rank - 1).bit_length()), launching.early(out)
-    rows.merge[(units * step.plan.unit, -(-rank // columns))](
-        part, weight, out, step.arrays["unit_row"], step.arrays["table"], parts, UNIT=step.plan.unit, RANK=rank,
-        COLUMNS=columns, TAKE=take, SHOT=parts <= take and not fixed, EARLY=early, num_warps=warps,
-        **launching.options(early),
+    rows.merge[(units * step.plan.unit, -(-rank // columns), groups)](
+        part, weight, out, step.arrays["unit_row"], step.arrays["table"], parts, out.shape[1] // groups,
+        part.shape[0] // groups, UNIT=step.plan.unit, RANK=rank, COLUMNS=columns, TAKE=take,
+        SHOT=parts <= take and not fixed, GROUPS=groups, EARLY=early, num_warps=warps, **launching.options(early),
     )  # fmt: skip
 
 
-def _partials(step: RowsOnDevice, rank: int, workspace: Workspace) -> tuple[Tensor, Tensor]:
-    count = max(step.plan.slots, 1) * step.form.block_rows
+def partials(step: RowsOnDevice, rank: int, workspace: Workspace, groups: int = 1) -> tuple[Tensor, Tensor]:
+    """What of each row the first launch leaves for the second, one group's slots after another's, and its weight."""
+    count = groups * max(step.plan.slots, 1) * step.form.block_rows
     part = workspace.take("mla_part", (count, rank), torch.float32)
     return part, workspace.take("mla_weight", (count,), torch.float32)
 

@@ -135,7 +135,7 @@ def _extend(
             last=at + chunk >= branch.pages.shape[0],
         )  # fmt: skip
     if parts > 1:
-        _merge(part, weight, mine, branch, parts)
+        merge_parts(part, weight, mine, branch, parts)
 
 
 def _decompress(
@@ -188,8 +188,10 @@ def _attend(
     )  # fmt: skip
 
 
-def _merge(part: Tensor, weight: Tensor, out: Tensor, branch: ExtendedBranch, parts: int) -> None:
-    """Part z of query t begins at row (z * count + t) * heads."""
+def merge_parts(part: Tensor, weight: Tensor, out: Tensor, branch: ExtendedBranch, parts: int) -> None:
+    """Joins the partials of several parts of the context in `out` [count, heads, value], the branch's own rows.
+
+    Part z of query t begins at row (z * count + t) * heads."""
     rows = device_code("rows")
 
     count, heads, value = out.shape
@@ -202,8 +204,8 @@ def _merge(part: Tensor, weight: Tensor, out: Tensor, branch: ExtendedBranch, pa
         table = torch.where(z < parts, (z * count * heads)[None, :] + branch.unit_row[:, None], -1).contiguous()
         branch.tables[parts] = table
     rows.merge[(count * heads, -(-value // columns))](
-        part, weight, out, branch.unit_row, table, padded, UNIT=heads, RANK=value, COLUMNS=columns, TAKE=take,
-        SHOT=padded <= take, EARLY=False, num_warps=warps,
+        part, weight, out, branch.unit_row, table, padded, heads, 0, UNIT=heads, RANK=value, COLUMNS=columns, TAKE=take,
+        SHOT=padded <= take, GROUPS=1, EARLY=False, num_warps=warps,
     )  # fmt: skip
 
 

@@ -289,10 +289,11 @@ def experts(
 ) -> None:
     """The few-token form, the grouped form, or, for one expert and many tokens, the vendor's products."""
     _check_experts(x, gate_up, down, ids, weights, out)
-    if x.shape[0] <= MOST_FEW_TOKENS:
-        experts_few(x, gate_up, down, ids, weights, None, workspace, out)
-    elif gate_up.shape[0] == 1 and x.is_cuda and ids.shape[1] == 1:
+    dense = gate_up.shape[0] == 1 and ids.shape[1] == 1 and x.is_cuda
+    if dense and x.shape[0] > MOST_LINEAR_ROWS:
         torch.mul(_swiglu(x, gate_up[0], down[0], workspace), weights.to(x.dtype), out=out)
+    elif x.shape[0] <= MOST_FEW_TOKENS:
+        experts_few(x, gate_up, down, ids, weights, None, workspace, out)
     else:
         experts_grouped(x, gate_up, down, ids, weights, None, workspace, out)
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from agentspeed_kernels.signature import Dtype, KernelSpec, Widths
-from agentspeed_kernels.triton import attention, extend, fp8_kernels, invariant, kernels
+from agentspeed_kernels.triton import attention, extend, fp8_kernels, grouped, invariant, kernels
 
 FEATURE = "triton"
 _FORMATS: frozenset[Dtype] = frozenset({"float32", "bfloat16"})
 _POOL = {"page_tokens": Widths(multiple=16), "R": Widths(multiple=16), "rope": Widths(multiple=16)}
 """Tiles are read by descriptors: rows are multiples of 16 bytes, and a tile of at least 16 tokens lies in one page."""
 _EXTEND = _POOL | {"nope": Widths(multiple=8), "value": Widths(multiple=8)}
+_GROUPED = {"page_tokens": Widths(multiple=16), "W": Widths(multiple=8, most=256)}
+"""Likewise; wider heads have no room for their tiles."""
 
-_BY_ROW = frozenset({"rms_norm", "add_rms_norm", "rope", "latent_append", "mla_rows"})
+_BY_ROW = frozenset({"rms_norm", "add_rms_norm", "rope", "latent_append", "mla_rows", "gqa_rows"})
 """Ops whose kernels give each row to programs of its own, or, of attention, whose order of sums is the plan's."""
 _BELOW = -10
 """Priority of the batch-invariant forms: below that of the vendor's library, which is faster."""
@@ -48,6 +50,9 @@ _IN_DTYPE: tuple[KernelSpec, ...] = tuple(
         ("scatter_pages", kernels.scatter_pages, None, {}),
         ("mla_rows", attention.mla_rows, None, _POOL),
         ("mla_extend", extend.mla_extend, None, _EXTEND),
+        ("qkv_append", grouped.qkv_append, None, {}),
+        ("gqa_rows", grouped.gqa_rows, None, _GROUPED),
+        ("gqa_extend", grouped.gqa_extend, None, _GROUPED),
     )
 )
 _IN_FP8: tuple[KernelSpec, ...] = tuple(
@@ -85,6 +90,7 @@ _INVARIANT: tuple[KernelSpec, ...] = tuple(
         ("heads_linear", invariant.heads_linear),
         ("route", invariant.route),
         ("experts", invariant.experts),
+        ("qkv_append", grouped.qkv_append_by_head),
     )
 )
 SPECS: tuple[KernelSpec, ...] = (*_IN_DTYPE, *_IN_FP8, *_INVARIANT)

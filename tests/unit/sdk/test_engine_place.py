@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from agentspeed_engine.serve.options import EngineOptions
 from agentspeed_engine.serve.place import objection, placed
 from agentspeed_engine.serve.sizing import sizes
 from agentspeed_kernels.platform import Platform, named
+from tests.conformance.family_configs import random_config
 
 BENCH = Path(__file__).parents[3] / "bench/models"
 LATENT, GROUPED = f"random:{BENCH / 'tiny.json'}", f"random:{BENCH / 'tiny-qwen3-moe.json'}"
@@ -49,7 +51,7 @@ def test_without_a_gpu_an_engine_is_on_the_cpu_and_says_nothing(monkeypatch: pyt
 
 def test_a_gpu_is_left_alone_that_does_not_serve_the_model_well() -> None:
     assert objection(EngineOptions(model=LATENT), GPU, ROOM) is None
-    assert "grouped-query" in str(objection(EngineOptions(model=GROUPED), GPU, ROOM))
+    assert objection(EngineOptions(model=GROUPED), GPU, ROOM) is None
     assert "float64" in str(objection(EngineOptions(model=LATENT, dtype="float64"), GPU, ROOM))
     small = MemoryLimit(1000, "the GPU (A GPU)", idle=True)
     assert "the weights take" in str(objection(EngineOptions(model=LATENT), GPU, small))
@@ -68,6 +70,11 @@ def test_weights_in_fp8_need_half_the_room_of_a_gpu() -> None:
     room = MemoryLimit(int(0.9 * taken), "the GPU (A GPU)", idle=True)
     assert "the weights take" in str(objection(EngineOptions(model=LATENT), named("cuda:90"), room))
     assert objection(EngineOptions(model=LATENT, weights="fp8"), named("cuda:90"), room) is None
+
+
+def test_a_gpu_is_left_alone_by_models_with_sparse_attention(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(random_config("deepseek_v32", 0)))
+    assert "sparse" in str(objection(EngineOptions(model=f"random:{tmp_path / 'config.json'}"), GPU, ROOM))
 
 
 def test_a_pool_takes_most_of_what_weights_leave_of_a_gpu() -> None:

@@ -127,7 +127,7 @@ def attend_rows(
             tl.store(out + row[:, None] * RANK + c[None, :], result, mask=kept & live[:, None])
 
 
-@triton.jit(do_not_specialize=["PARTS"])
+@triton.jit(do_not_specialize=["PARTS", "slots"])
 def merge(
     part,
     part_weight,
@@ -135,17 +135,21 @@ def merge(
     unit_row,
     table,
     PARTS,
+    heads,
+    slots,
     UNIT: tl.constexpr,
     RANK: tl.constexpr,
     COLUMNS: tl.constexpr,
     TAKE: tl.constexpr,
     SHOT: tl.constexpr,
+    GROUPS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Joins the partials of each row by their log2-sum-exp2. Grid: (units * UNIT, ceil(RANK / COLUMNS)).
+    """Joins the partials of each row by their log2-sum-exp2. Grid: (units * UNIT, ceil(RANK / COLUMNS), GROUPS).
 
     A unit is UNIT neighbouring rows of one query. `unit_row[u]` is the first row of a unit, or -1; `table[u, PARTS]`
     its first partial rows, padded with -1; PARTS is a multiple of TAKE. A row whose partials are empty becomes zeros.
+    With several groups all are one group's, which has `heads` rows of each query and `slots` partial rows.
     """
     i = tl.program_id(0)
     unit = i // UNIT
@@ -153,6 +157,14 @@ def merge(
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = d < RANK
     row = tl.load(unit_row + unit)
+    if GROUPS > 1:
+        group = tl.program_id(2)
+        own = row + within
+        to = (own // heads * GROUPS + group) * heads + own % heads
+        before = group * slots + within
+    else:
+        to = row + within
+        before = within
     take = tl.arange(0, TAKE)
     peak = NEVER
     mass = 0.0
@@ -160,7 +172,7 @@ def merge(
     if SHOT:
         at = tl.load(table + unit * PARTS + take)
         there = at >= 0
-        at = tl.where(there, at + within, 0)
+        at = tl.where(there, at + before, 0)
         if EARLY:
             gdc_wait()
             gdc_launch_dependents()
@@ -177,7 +189,7 @@ def merge(
         for j in range(0, PARTS, TAKE):
             at = tl.load(table + unit * PARTS + j + take)
             there = at >= 0
-            at = tl.where(there, at + within, 0)
+            at = tl.where(there, at + before, 0)
             w = tl.load(part_weight + at, mask=there, other=-float("inf"))
             x = tl.load(part + at[:, None] * RANK + d[None, :], mask=there[:, None] & inside[None, :], other=0.0)
             higher = tl.maximum(peak, tl.max(w, 0))
@@ -187,4 +199,4 @@ def merge(
             mass = mass * shrink + tl.sum(share, 0)
             peak = higher
     whole = tl.where(mass > 0, 1.0 / mass, 0.0)
-    tl.store(out + (row + within) * RANK + d, (held * whole).to(out.dtype.element_ty), mask=inside & (row >= 0))
+    tl.store(out + to * RANK + d, (held * whole).to(out.dtype.element_ty), mask=inside & (row >= 0))

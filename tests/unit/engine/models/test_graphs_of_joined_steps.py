@@ -24,7 +24,6 @@ from agentspeed_engine.models.kv_layout import KvLayout, KvPool
 from agentspeed_engine.models.kv_pools import KvPools
 from agentspeed_engine.spmd.lower import Compiled
 from agentspeed_kernels.cpu.torch_kernels import latent_append
-from agentspeed_kernels.triton import backend as backend_module
 from agentspeed_kernels.triton import padded as padded_module
 from agentspeed_kernels.triton.backend import TritonAttention, shape_of
 from tests.conformance.family_configs import random_config
@@ -72,8 +71,9 @@ class Toy:
     def modules(self, given: FlatBatch) -> Tensor:
         return self.logits(torch.from_numpy(given.ids), torch.from_numpy(given.slots))[torch.from_numpy(given.select)]
 
-    def graphs(self, joined: str | None, plain: str = "as it is", extend_from: int = 256) -> Graphs:
-        attention = TritonAttention(shape=shape_of(4, 16, 16, PAGE, CPU, 4), device=CPU, extend_from=extend_from)
+    def graphs(self, joined: str | None, plain: str = "as it is", **thresholds: int) -> Graphs:
+        """`thresholds`: of the attention's backend."""
+        attention = TritonAttention(shape=shape_of(4, 16, 16, PAGE, CPU, 4), device=CPU, **thresholds)
         rope = cast(Any, SimpleNamespace(at=lambda positions: (positions, positions)))
         chain = None if joined is None else self.chain(joined)
         return Graphs(
@@ -133,11 +133,8 @@ def test_a_step_that_extends_a_branch_is_one_graph_and_gives_logits_of_the_rows_
     assert graphs.run(mixed_step(0, 11), None) is None, "it has more rows than any graph"
 
 
-def test_a_step_whose_long_extend_would_cost_much_as_rows_is_no_graph(
-    many: Toy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    graphs = many.graphs("as it is", extend_from=6)
-    monkeypatch.setattr(backend_module, "ABSORBED", 4 * 7 * 30)
+def test_a_step_whose_long_extend_would_cost_much_as_rows_is_no_graph(many: Toy) -> None:
+    graphs = many.graphs("as it is", extend_from=6, absorbed=4 * 7 * 30)
     assert [graphs.run(mixed_step(40), None) for _ in range(5)] == [None] * 5
     assert any(graphs.run(mixed_step(20), None) is not None for _ in range(5))
 

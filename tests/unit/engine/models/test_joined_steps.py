@@ -29,7 +29,7 @@ from tests.conformance.family_configs import random_config
 from tests.support.paged import Trail, batch
 
 PAGE, PAGES = 16, 40
-JOINING = ["deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite", "youtu", "qwen3_moe"]
+JOINING = ["deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite", "youtu", "qwen3_moe", "qwen3", "qwen2", "llama"]
 
 
 @pytest.mark.parametrize("seed", range(2))

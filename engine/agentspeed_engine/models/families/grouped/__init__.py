@@ -36,7 +36,7 @@ def _build(
 
 
 def _family(
-    name: str, model_type: str, parse: Callable[[Fields], GroupedConfig], joined_ops: tuple[str, ...] = ()
+    name: str, model_type: str, parse: Callable[[Fields], GroupedConfig], more_joined: tuple[str, ...] = ()
 ) -> Family[GroupedConfig]:
     return Family(
         name=name,
@@ -47,7 +47,7 @@ def _family(
         cuts=cuts,
         kv_layout=kv_layout,
         ops=OPS,
-        joined_ops=joined_ops,
+        joined_ops=("add_norm_linear", *more_joined),
         sizes=sizes,
         build=_build,
     )

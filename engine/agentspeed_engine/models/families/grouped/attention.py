@@ -10,7 +10,8 @@ from torch import Tensor
 
 from agentspeed_engine.models import boundaries
 from agentspeed_engine.models.families.grouped.config import GroupedConfig
-from agentspeed_engine.models.state import StepState
+from agentspeed_engine.models.layers import AddNorm
+from agentspeed_engine.models.state import StepState, other_sum
 from agentspeed_engine.spmd.placement import Rank
 from agentspeed_kernels.fp8_blocks import Stored, joined
 from agentspeed_kernels.selection import Kernels
@@ -82,24 +83,42 @@ class GroupedAttention:
         rows, take, run = x.shape[0], state.workspace.take, self._kernels
         if not rows:  # a dp rank whose branches all rest
             return x, residual
-        q = self._project(x, state)
-        mixed = take("mixed", (rows, self._heads, self._config.head), x.dtype)
+        joined = take("qkv", (rows, self._joined.shape[0]), x.dtype)
+        run["linear"].at(rows)(x, self._joined, self._bias, joined)
+        return self._attend(joined, state), residual
+
+    def after_norm(
+        self, norm: AddNorm, x: Tensor, residual: Tensor | None, state: StepState
+    ) -> tuple[Tensor, Tensor | None]:
+        """`joined.AfterNorm`: the norm with the product of queries, keys and values."""
+        rows, run = x.shape[0], self._kernels
+        if not rows or residual is None or not run.has("add_norm_linear"):
+            return self(*norm(x, residual, state), state)
+        joined = state.workspace.take("qkv", (rows, self._joined.shape[0]), x.dtype)
+        total = other_sum(residual, state)
+        multiply = run["add_norm_linear"].at(rows)
+        multiply(x, residual, norm.gain, norm.eps, self._joined, self._bias, joined, total)
+        return self._attend(joined, state), total
+
+    def _attend(self, joined: Tensor, state: StepState) -> Tensor:
+        """`joined` [T, (H + 2 G) * head]: queries, keys and values as their product gives them."""
+        rows, take, run = joined.shape[0], state.workspace.take, self._kernels
+        q = self._append(joined, state)
+        mixed = take("mixed", (rows, self._heads, self._config.head), joined.dtype)
         given = (q, self._keys, self._values)
         if state.attention.few is not None:
             run["gqa_rows"].at(rows)(*given, state.attention.few, self._scale, state.workspace, mixed)
         if state.attention.many is not None:
             run["gqa_extend"].at(rows)(*given, state.attention.many, self._scale, state.workspace, mixed)
-        out = take("attended", (rows, self._config.hidden), x.dtype)
+        out = take("attended", (rows, self._config.hidden), joined.dtype)
         run["linear"].at(rows)(mixed.view(rows, -1), self._o, self._o_bias, out)
-        return out, residual
+        return out
 
-    def _project(self, x: Tensor, state: StepState) -> Tensor:
+    def _append(self, joined: Tensor, state: StepState) -> Tensor:
         """Normed and turned queries [T, H, head]; keys and values are written to the pools on the way."""
-        rows, take, run, head = x.shape[0], state.workspace.take, self._kernels, self._config.head
-        joined = take("qkv", (rows, self._joined.shape[0]), x.dtype)
-        run["linear"].at(rows)(x, self._joined, self._bias, joined)
-        q = take("q", (rows, self._heads, head), x.dtype)
-        run["qkv_append"].at(rows)(
+        rows, head = joined.shape[0], self._config.head
+        q = state.workspace.take("q", (rows, self._heads, head), joined.dtype)
+        self._kernels["qkv_append"].at(rows)(
             joined.view(rows, -1, head),
             self._q_norm,
             self._k_norm,

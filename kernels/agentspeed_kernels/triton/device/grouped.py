@@ -1,0 +1,229 @@
+"""Grouped-query attention over paged keys and values: the append, blocks of few rows, and the rows of long extends.
+
+A head of the pools is read once for all heads of queries that belong to it: these are the rows of a tile, after each
+other for each token (row i of a group is head i % heads of token i // heads). One axis of the grid is the group.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+ITEM = tl.constexpr(8)
+"""int32 fields of an item; see `plan.FIELDS`."""
+NEVER = tl.constexpr(-1e30)
+"""Where a running maximum starts: finite, so that a row which sees nothing never computes inf - inf."""
+
+
+@triton.jit
+def qkv_append(
+    qkv, q_gain, k_gain, cos, sin, slots, q, keys, values, qkv_token, qkv_head, eps,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, BH: tl.constexpr,
+    Q_NORM: tl.constexpr, K_NORM: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Heads of queries and keys normed and turned, keys and values to the rows of their slots (negative: nowhere).
+
+    Grid (T, ceil((HEADS + 2 * GROUPS) / BH)): a program has BH heads of a token, of whatever kind."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BH + tl.arange(0, BH)
+    i = tl.arange(0, BLOCK)
+    half = i < HALF
+    inside = (head < HEADS + 2 * GROUPS)[:, None] & half[None, :]
+    asks = (head < HEADS)[:, None]
+    turns = (head < HEADS + GROUPS)[:, None]
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    at = qkv + token * qkv_token + head[:, None] * qkv_head + i[None, :]
+    low = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    high = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
+    if Q_NORM or K_NORM:
+        squares = tl.sum(low * low, 1) + tl.sum(high * high, 1)
+        scale = tl.rsqrt(squares / (2 * HALF) + eps)[:, None]
+        if Q_NORM:
+            gain = tl.load(q_gain + i, mask=half, other=0.0).to(tl.float32)[None, :]
+            gain_high = tl.load(q_gain + HALF + i, mask=half, other=0.0).to(tl.float32)[None, :]
+            low = tl.where(asks, low * scale * gain, low)
+            high = tl.where(asks, high * scale * gain_high, high)
+        if K_NORM:
+            gain = tl.load(k_gain + i, mask=half, other=0.0).to(tl.float32)[None, :]
+            gain_high = tl.load(k_gain + HALF + i, mask=half, other=0.0).to(tl.float32)[None, :]
+            low = tl.where(turns & (head >= HEADS)[:, None], low * scale * gain, low)
+            high = tl.where(turns & (head >= HEADS)[:, None], high * scale * gain_high, high)
+    c = tl.load(cos + token * HALF + i, mask=half, other=0.0).to(tl.float32)[None, :]
+    s = tl.load(sin + token * HALF + i, mask=half, other=0.0).to(tl.float32)[None, :]
+    turned = tl.where(turns, low * c - high * s, low)
+    turned_high = tl.where(turns, high * c + low * s, high)
+    to = q + (token * HEADS + head)[:, None] * (2 * HALF) + i[None, :]
+    tl.store(to, turned.to(q.dtype.element_ty), mask=inside & asks)
+    tl.store(to + HALF, turned_high.to(q.dtype.element_ty), mask=inside & asks)
+    slot = tl.load(slots + token).to(tl.int64)
+    live = inside & (slot >= 0)
+    row = slot * (GROUPS * 2 * HALF) + i[None, :]
+    to = keys + row + (head - HEADS)[:, None] * (2 * HALF)
+    key = live & turns & (head >= HEADS)[:, None]
+    tl.store(to, turned.to(keys.dtype.element_ty), mask=key)
+    tl.store(to + HALF, turned_high.to(keys.dtype.element_ty), mask=key)
+    to = values + row + (head - HEADS - GROUPS)[:, None] * (2 * HALF)
+    value = live & (head >= HEADS + GROUPS)[:, None]
+    tl.store(to, low.to(values.dtype.element_ty), mask=value)
+    tl.store(to + HALF, high.to(values.dtype.element_ty), mask=value)
+
+
+@triton.jit(do_not_specialize=["slots"])
+def attend_groups(
+    q, keys, values, rows, visible, pages, items, bounds, part, part_weight, out, q_token, q_head, heads, slots, scale2,
+    R: tl.constexpr, T: tl.constexpr, PAGE: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr, ONE: tl.constexpr,
+    RUN: tl.constexpr, EDGE: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """`rows.attend_rows` for each group of `heads` heads of queries; grid (programs, groups).
+
+    q [T, heads * groups, W] of any strides but the last, out the same contiguous. `keys` and `values` describe the
+    pools as rows of groups * W columns, in tiles of WIDE columns: past W they are another head's, which queries of zero
+    meet. The plan is one group's, and so are its `slots` partial slots, of which each group has as many."""
+    program = tl.program_id(0)
+    group = tl.program_id(1)
+    groups = tl.num_programs(1)
+    TILES: tl.constexpr = PAGE // T
+    if ONE:
+        first = program
+        last = program + 1
+    else:
+        first = tl.load(bounds + program)
+        last = tl.load(bounds + program + 1)
+    r = tl.arange(0, R)
+    t = tl.arange(0, T)
+    c = tl.arange(0, WIDE)
+    column = group * W
+    if EARLY:
+        # As in `attend_rows`: dependents begin when this kernel ends.
+        gdc_wait()
+    for item in range(first, last):
+        block = tl.load(items + item * ITEM)
+        page_at = tl.load(items + item * ITEM + 1)
+        tokens = tl.load(items + item * ITEM + 2)
+        slot = tl.load(items + item * ITEM + 3)
+        page_ahead = tl.load(pages + page_at)
+        if RUN:
+            row = tl.load(items + item * ITEM + 4) + r
+            live = r < tl.load(items + item * ITEM + 5)
+        else:
+            row = tl.load(rows + block * R + r)
+            live = row >= 0
+        row = tl.where(live, row, 0)
+        token = row // heads
+        head = group * heads + row % heads
+        if EDGE:
+            sees = tl.load(visible + block * R + r) - tl.load(items + item * ITEM + 6)
+            sees = tl.minimum(sees, tokens)
+        kept = live[:, None] & (c < W)[None, :]
+        asked = tl.load(q + (token * q_token + head * q_head)[:, None] + c[None, :], mask=kept, other=0.0)
+        peak = tl.full((R,), NEVER, tl.float32)
+        total = tl.zeros((R, T), tl.float32)
+        held = tl.zeros((R, WIDE), tl.float32)
+        for i in tl.range(0, tl.cdiv(tokens, T), num_stages=STAGES):
+            page = page_ahead
+            page_ahead = tl.load(pages + page_at + (i + 1) // TILES)
+            at = page * PAGE + (i % TILES) * T
+            k = keys.load([at, column])
+            s = tl.dot(asked, tl.trans(k), input_precision="ieee")
+            if EDGE:
+                s = tl.where((i * T + t)[None, :] < sees[:, None], s, -float("inf"))
+            else:
+                s = tl.where((i * T + t < tokens)[None, :], s, -float("inf"))
+            higher = tl.maximum(peak, tl.max(s, 1) * scale2)
+            shrink = tl.exp2(peak - higher)
+            p = tl.exp2(s * scale2 - higher[:, None])
+            total = total * shrink[:, None] + p
+            v = values.load([at, column])
+            held = tl.dot(p.to(v.dtype), v, held * shrink[:, None], input_precision="ieee")
+            peak = higher
+        mass = tl.sum(total, 1)
+        share = tl.where(mass > 0, 1.0 / mass, 0.0)
+        if slot >= 0:
+            at_part = (group * slots + slot) * R + r
+            tl.store(part + at_part[:, None].to(tl.int64) * W + c[None, :], held * share[:, None], mask=kept)
+            weight = tl.where(mass > 0, peak + tl.log2(tl.where(mass > 0, mass, 1.0)), -float("inf"))
+            tl.store(part_weight + at_part, weight, mask=live)
+        else:
+            at_out = (token * (heads * groups) + head) * W
+            result = (held * share[:, None]).to(out.dtype.element_ty)
+            tl.store(out + at_out[:, None] + c[None, :], result, mask=kept)
+
+
+@triton.jit
+def _tile(asked, keys, values, at, column, token, sees, peak, mass, held, scale2, BN: tl.constexpr, EDGE: tl.constexpr):
+    """One tile of BN tokens from `token` on, which are rows `at` of the pools; EDGE hides what a row does not see."""
+    k = keys.load([at, column])
+    s = tl.dot(asked, tl.trans(k), input_precision="ieee")
+    if EDGE:
+        t = token + tl.arange(0, BN)
+        s = tl.where(t[None, :] < sees[:, None], s, -float("inf"))
+    higher = tl.maximum(peak, tl.max(s, 1) * scale2)
+    shrink = tl.exp2(peak - higher)
+    p = tl.exp2(s * scale2 - higher[:, None])
+    mass = mass * shrink + tl.sum(p, 1)
+    v = values.load([at, column])
+    held = tl.dot(p.to(v.dtype), v, held * shrink[:, None], input_precision="ieee")
+    return higher, mass, held
+
+
+@triton.jit(do_not_specialize=["T", "tokens", "seen_first"])
+def extend_groups(
+    q, keys, values, pages, part, part_weight, out, q_token, q_head, T, tokens, seen_first, heads, scale2,
+    PAGE: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """T new tokens of one branch; query t sees seen_first + t of its `tokens`. Grid (ceil(T * heads / BM), groups,
+    PARTS): a program reads one part of the context for BM rows of a group, as `attend_groups` has them.
+
+    With PARTS > 1 partials are left, normalised, that of query t and head h in row (part * T + t) * H + h."""
+    # The blocks that see the most come first, so that the last wave is short.
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    group = tl.program_id(1)
+    number = tl.program_id(2)
+    count = T * heads
+    r = block * BM + tl.arange(0, BM)
+    live = r < count
+    mine = tl.where(live, r, 0)
+    query = (mine // heads).to(tl.int64)
+    head = group * heads + mine % heads
+    c = tl.arange(0, WIDE)
+    column = group * W
+    asked = tl.load(
+        q + (query * q_token + head * q_head)[:, None] + c[None, :], mask=live[:, None] & (c < W)[None, :], other=0.0
+    )
+    sees = tl.minimum(seen_first + mine // heads, tokens)
+    peak = tl.full((BM,), NEVER, tl.float32)
+    mass = tl.zeros((BM,), tl.float32)
+    held = tl.zeros((BM, WIDE), tl.float32)
+    end = tl.minimum(tokens, seen_first + (tl.minimum(block * BM + BM, count) - 1) // heads)
+    share = tl.cdiv(tl.cdiv(end, PARTS), BN) * BN
+    low = number * share
+    high = tl.minimum(low + share, end)
+    # Whole tiles below what the block's first row sees need no mask.
+    plain = tl.minimum(seen_first + block * BM // heads, tokens)
+    plain = tl.minimum(tl.maximum(plain // BN * BN, low), tl.maximum(high // BN * BN, low))
+    page_ahead = tl.load(pages + tl.minimum(low, tokens - 1) // PAGE)
+    for token in range(low, plain, BN):
+        at = page_ahead * PAGE + token % PAGE
+        page_ahead = tl.load(pages + tl.minimum(token + BN, tokens - 1) // PAGE)
+        peak, mass, held = _tile(
+            asked, keys, values, at, column, token, sees, peak, mass, held, scale2, BN, False
+        )  # fmt: skip
+    for token in range(plain, high, BN):
+        at = page_ahead * PAGE + token % PAGE
+        page_ahead = tl.load(pages + tl.minimum(token + BN, tokens - 1) // PAGE)
+        peak, mass, held = _tile(
+            asked, keys, values, at, column, token, sees, peak, mass, held, scale2, BN, True
+        )  # fmt: skip
+    held = held * tl.where(mass > 0, 1.0 / mass, 0.0)[:, None]
+    row = query * (heads * tl.num_programs(1)) + head
+    kept = live[:, None] & (c < W)[None, :]
+    if PARTS == 1:
+        tl.store(out + row[:, None] * W + c[None, :], held.to(out.dtype.element_ty), mask=kept)
+    else:
+        row += number.to(tl.int64) * (count * tl.num_programs(1))
+        weight = tl.where(mass > 0, peak + tl.log2(tl.where(mass > 0, mass, 1.0)), -float("inf"))
+        tl.store(part + row[:, None] * W + c[None, :], held, mask=kept)
+        tl.store(part_weight + row, weight, mask=live)
