@@ -24,6 +24,8 @@ _REFERENCED = 0
 _NEEDED = "evicted while at rest: a running turn needed its device pages"
 _SAVE_PAGES = 64
 """Most pages of one save that a turn waits for: room comes back in portions, not after a whole context."""
+_AHEAD = 8
+"""One part in so many of the pool is kept free, or such that nothing is lost with it."""
 
 
 class Grant(Enum):
@@ -215,57 +217,40 @@ def _in_use(world: SchedulerState) -> Iterator[Node]:
 
 
 def save_early(world: SchedulerState, now: float) -> None:
-    """While the link is idle and device pages run short, the next victims are copied, so that evicting them is free."""
+    """Where device pages run short, the rows that would go next are copied, so that evicting them takes no time: a turn
+    that enters would wait for the copies, and the turns behind it for theirs after that."""
     kv, config = world.kv, world.config
-    low = config.pages // 8
-    if not config.host_slots or world.tickets or kv.pages.free >= low or not kv.slots.free:
+    ahead, budget = config.pages // _AHEAD, _SAVE_PAGES - tickets.saving(world)
+    if not config.host_slots or kv.pages.free >= ahead or budget <= 0 or world.early_seen == world.pressure():
         return
     if not worth_saving(config.copy_seconds_per_token, config.recompute_seconds_per_token):
         return
-    if world.early_seen == world.pressure():
-        return
     world.early_seen = world.pressure()
-    savable: list[tuple[Node, Node]] = []
-    clean = kv.pages.free
-    for tip in kv.tree.tips.values():
-        if clean >= low:
-            return
-        if not _evictable(world, tip, now):
-            continue
-        if not _held_below(tip):
-            clean += _unheld_pages(tip)  # no branch has them: dropping them costs nothing either
-            continue
-        node = tip
-        while isinstance(node.state, Both) and not node.pinned_by and node.parent is not None:
-            clean += len(node.state.pages)
-            node = node.parent
-        if isinstance(node.state, Device) and not node.pinned_by and not node.failures and _clean_below(node):
-            savable.append((tip, node))
-    # Not by the ranking of all: it is made for who takes pages, and most that it would rank is saved already.
-    ranked = [(key, -tip.id, node) for tip, node in savable if (key := _key(world, tip, now))[1] > -_NEVER]
-    if not ranked or clean >= low:
-        return
-    best = max(ranked)[2]
-    count = min(len(best.pages), _SAVE_PAGES, kv.slots.free)
-    if count < len(best.pages):
-        _ = kv.tree.split(best, len(best.pages) - count)
-    _ = tickets.save(world, best, now)
-
-
-def _unheld_pages(tip: Node) -> int:
-    """Pages of a tip that no branch would lose, and of the nodes above it that only it holds."""
-    pages = 0
-    for node in upward(tip):
-        if node.leaf_of or node.seed_of or len(node.children) + len(node.stubs) > 1:
+    clean, unsaved = kv.pages.free, list[tuple[Key, Node, int]]()
+    for key, node in _next_to_go(world, now):
+        if clean >= ahead or budget <= 0:
             break
-        pages += len(node.pages)
-    return pages
+        clean += len(node.pages)
+        if isinstance(node.state, Device) and not node.failures and _held_below(node):
+            unsaved.append((key, node, min(len(node.pages), budget)))
+            budget -= len(node.pages)
+    for key, node, count in unsaved:
+        if not _host_room(world, count, key, now):
+            continue
+        if count < len(node.pages):
+            _ = kv.tree.split(node, len(node.pages) - count)
+        _ = tickets.save(world, node, now)
 
 
-def _clean_below(node: Node) -> bool:
-    if not node.children and not node.stubs:
-        return True
-    return all(not isinstance(child.state, Device) for below in (node.children, node.stubs) for child in below.values())
+def _next_to_go(world: SchedulerState, now: float) -> Iterator[tuple[Key, Node]]:
+    """Nodes in the order in which they lose their device pages, each with the key of its tip."""
+    for key, tip in _victims(world, None, now).candidates():
+        gone = 0
+        for node in upward(tip):
+            if node.pages_below > gone or node.pinned_by or not isinstance(node.state, Device | Both):
+                break
+            yield key, node
+            gone = 1
 
 
 def next_use(world: SchedulerState, branch: Branch, now: float) -> float:

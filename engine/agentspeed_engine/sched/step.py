@@ -94,8 +94,7 @@ def _walk(world: SchedulerState, run: _Pass, now: float) -> None:
                 pass  # an older turn took its room in this very pass
     world.over_quota = list(run.full.values())
     world.spent = world.next_age if run.cold <= 0 else 0
-    if not run.refused:
-        save_early(world, now)
+    save_early(world, now)
 
 
 class _Entrants:

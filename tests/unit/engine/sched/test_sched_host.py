@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from agentspeed_engine.protocol import messages as wire
 from tests.support.scheduled import LINK, Scheduled
 
@@ -152,3 +154,34 @@ def test_private_rows_do_not_outlive_their_session() -> None:
     assert world.residence(secret).host > 0
     _ = world.send(wire.Close(request=1, branch=secret))
     assert world.core.counts()["slots_free"] == 16
+
+
+def many_sessions_at_rest() -> Scheduled:
+    """A nearly full pool of sessions that took two turns each: beside the rows of the second lies the old end of the
+    first, which may be on the host alone."""
+    world = Scheduled(pages=64, host_slots=256, context_limit=40)
+    for number in range(10):
+        branch = world.open(range(number + 1, number + 19))
+        for more in ((), (7, 8, 9)):
+            _ = world.turn(branch, more, most=2)
+    assert world.core.counts()["pages_free"] < 8
+    return world
+
+
+def steps_until_all_computed(world: Scheduled, tokens: int, turns: int) -> int:
+    """Of as many turns that begin together with prompts of so many tokens."""
+    branches = [world.open([90 - number, *range(tokens - 1)], private=True) for number in range(turns)]
+    for branch in branches:
+        _ = world.start(branch)
+    before = world.device.tokens_computed
+    for steps in range(1, 40):
+        _ = world.step()
+        world.settle_copies()
+        if world.device.tokens_computed - before >= tokens * turns:
+            return steps
+    raise AssertionError("they wait for ever")
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3, 4])
+def test_turns_that_need_room_do_not_wait_for_copies_one_after_the_other(turns: int) -> None:
+    assert steps_until_all_computed(many_sessions_at_rest(), 18, turns) <= 2, "one that copies, one that computes"
