@@ -17,11 +17,12 @@ from agentspeed_engine.exec.automata import REFUSALS
 from agentspeed_engine.exec.executor import Pending, Refusal, Sampled, Token
 from agentspeed_engine.exec.penalties import Adjustment
 from agentspeed_engine.exec.sampler import not_finite, ruled_out
-from agentspeed_engine.exec.sampling_rows import asked_of, on_device
+from agentspeed_engine.exec.sampling_rows import RepeatedRows, asked_of
 from agentspeed_engine.exec.step_input import Sample, StepInput
 from agentspeed_engine.exec.torch_model import TorchModel
 from agentspeed_engine.exec.turns_on_host import TurnsOnHost
 from agentspeed_engine.exec.vocabulary import Vocabulary
+from agentspeed_engine.models.inputs import Int64s
 from agentspeed_engine.models.loaded import out_of_memory
 from agentspeed_kernels.triton.sampling import sample
 from agentspeed_kernels.uploads import unwaited
@@ -68,6 +69,7 @@ class CudaExecutor(TurnsOnHost):
         self._device = model.loaded.device
         self._depth = depth
         self._workspace = Workspace(self._device)
+        self._rows = RepeatedRows()
         self._tokens: dict[int, Tensor] = {}
         """What the latest steps sampled, on the device: later steps may name it."""
 
@@ -109,12 +111,11 @@ class CudaExecutor(TurnsOnHost):
     def _name(self, step: StepInput, ids: Tensor) -> None:
         """Puts tokens that the host does not know yet into the step's ids."""
         unknown = step.unknown
-        for earlier in np.unique(unknown.step).tolist():
+        for earlier in sorted(set(unknown.step.tolist())):
             if earlier not in self._tokens:
                 raise BrokenInvariant(f"step {step.step} names a token of step {earlier}, which is not kept any more")
             mine = unknown.step == earlier
-            at, place = unwaited(np.stack([unknown.at[mine], unknown.place[mine]]), self._device)
-            ids[at] = self._tokens[earlier][place]
+            put(ids, unknown.at[mine], self._tokens[earlier], unknown.place[mine])
 
     def _sample(self, step: StepInput, logits: Tensor) -> Enqueued:
         started = time.perf_counter()
@@ -131,7 +132,7 @@ class CudaExecutor(TurnsOnHost):
                 refused[place] = str(reason)
         self.sampling_seconds += time.perf_counter() - started
         if step.samples:
-            drawn = sample(logits, on_device(step.samples, masks, adjustments, logits), self._workspace)
+            drawn = sample(logits, self._rows.on_device(step.samples, masks, adjustments, logits), self._workspace)
             ids = torch.where(drawn.faulty == 0, drawn.ids, 0)
             asked = any(asked_of(one) >= 0 for one in step.samples)
             reported = (drawn.logprob, drawn.draw_logprob, drawn.top_ids, drawn.top_logprobs)
@@ -174,6 +175,16 @@ class CudaExecutor(TurnsOnHost):
             return Token(token, None, (), end)
         best = pending.top_ids[place, :asked].tolist(), pending.top_logprobs[place, :asked].tolist()
         return Token(token, logprobs[0], tuple(zip(*best, strict=True)), end, logprobs[1])
+
+
+def put(ids: Tensor, at: Int64s, tokens: Tensor, place: Int64s) -> None:
+    """ids[at] = tokens[place], on the device of both. Where all follow one another, as in most decode steps, no index
+    is copied there."""
+    if (np.diff(at) == 1).all() and (np.diff(place) == 1).all():
+        ids[int(at[0]) : int(at[0]) + at.size] = tokens[int(place[0]) : int(place[0]) + place.size]
+        return
+    where = unwaited(np.stack([at, place]), ids.device)
+    ids[where[0]] = tokens[where[1]]
 
 
 @contextmanager

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from operator import is_not
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -12,14 +14,48 @@ from torch import Tensor
 
 from agentspeed_engine.exec.penalties import Adjustment
 from agentspeed_engine.exec.step_input import Sample
+from agentspeed_engine.kv.views import TurnSpec
 from agentspeed_engine.protocol.sampling import LEAST_TEMPERATURE
 from agentspeed_kernels.triton.sampling import SamplingRows, noise_state
+from agentspeed_kernels.uploads import unwaited
 
 
 def asked_of(sample: Sample) -> int:
     """How many of the likeliest ids the turn wants to hear of; -1: nothing at all."""
     count = sample.spec.sampling.logprobs
     return -1 if count is None else count
+
+
+@final
+class RepeatedRows:
+    """What `on_device` gives, step after step: what turns ask for is copied again only where other turns sample."""
+
+    __slots__ = ("_rows", "_specs")
+
+    def __init__(self) -> None:
+        self._specs: tuple[TurnSpec, ...] = ()
+        self._rows: SamplingRows | None = None
+
+    def on_device(
+        self,
+        samples: Sequence[Sample],
+        masks: Mapping[int, NDArray[np.bool_]],
+        adjustments: Mapping[int, Adjustment],
+        logits: Tensor,
+    ) -> SamplingRows:
+        if masks or adjustments:
+            return on_device(samples, masks, adjustments, logits)
+        specs, rows = tuple(one.spec for one in samples), self._rows
+        if rows is None or len(specs) != len(self._specs) or any(map(is_not, specs, self._specs)):
+            self._specs, self._rows = specs, on_device(samples, masks, adjustments, logits)
+            return self._rows
+        if all(one.sampling.temperature < LEAST_TEMPERATURE for one in specs):
+            return rows  # greedy: no noise is looked at
+        return replace(rows, state=unwaited(_noise(samples), logits.device))
+
+
+def _noise(samples: Sequence[Sample]) -> NDArray[np.int64]:
+    return noise_state([one.spec.draw_key for one in samples], [one.position for one in samples])
 
 
 def on_device(
@@ -47,7 +83,7 @@ def on_device(
         np.array([0 if one.top_k is None else min(one.top_k, vocabulary) for one in given], np.int32),
         np.array([one.top_p for one in given], np.float64),
         np.array([one.min_p for one in given], np.float64),
-        noise_state([one.spec.draw_key for one in samples], [one.position for one in samples]),
+        _noise(samples),
         mask_row,
         np.array([asked_of(one) for one in samples], np.int32),
         bits,

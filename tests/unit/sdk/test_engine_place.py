@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.exec.cuda import put
 from agentspeed_engine.exec.penalties import Adjustment
-from agentspeed_engine.exec.sampling_rows import on_device
+from agentspeed_engine.exec.sampling_rows import RepeatedRows, on_device
 from agentspeed_engine.exec.step_input import Sample
 from agentspeed_engine.ids import BranchId
 from agentspeed_engine.kv.views import TurnSpec
@@ -23,6 +24,7 @@ from agentspeed_engine.serve.options import EngineOptions
 from agentspeed_engine.serve.place import objection, placed
 from agentspeed_engine.serve.sizing import sizes
 from agentspeed_kernels.platform import Platform, named
+from agentspeed_kernels.triton.sampling import SamplingRows
 from tests.conformance.family_configs import random_config
 
 BENCH = Path(__file__).parents[3] / "bench/models"
@@ -118,3 +120,38 @@ def test_samples_reach_the_sampling_kernel_as_they_were_asked_for() -> None:
     assert rows.changed_row.tolist() == [-1, -1, 0] and rows.changed is not None
     assert rows.changed[0].tolist() == [-8.0 if i == 3 else -7.0 if i == 69 else -4.0 for i in range(70)]
     assert len(set(rows.state.tolist())) == 3
+
+
+def turn_of(number: int, asked: Sampling) -> TurnSpec:
+    return TurnSpec(turn=number, branch=BranchId(number), sampling=asked, draw_key=(number, 2, 3),
+                    stop_strings=(), grammar=None, consumed_ids=(), prompt_tokens=1)  # fmt: skip
+
+
+def told(rows: SamplingRows) -> dict[str, object]:
+    names = ("temperature", "top_k", "top_p", "min_p", "asked", "mask_row", "mask_words", "changed_row", "state")
+    return {name: getattr(rows, name).tolist() for name in names}
+
+
+def test_what_is_asked_of_each_step_is_the_same_whoever_was_asked_before() -> None:
+    repeated, logits = RepeatedRows(), torch.zeros(2, 70)
+    one, other, third = (
+        turn_of(1, Sampling(temperature=0.7)),
+        turn_of(2, Sampling()),
+        turn_of(3, Sampling(temperature=0.7, top_k=5)),
+    )
+    allowed = {0: np.arange(70) < 9}
+    steps: list[tuple[list[TurnSpec], int, dict[int, np.ndarray]]] = [
+        ([one, other], 5, {}), ([one, other], 6, {}), ([other, one], 7, {}), ([other, one], 8, allowed),
+        ([other, one], 9, {}), ([one, third], 9, {}), ([third], 10, {}),
+    ]  # fmt: skip
+    for turns, position, masks in steps:
+        samples = [Sample(turn, position + place) for place, turn in enumerate(turns)]
+        assert told(repeated.on_device(samples, masks, {}, logits)) == told(on_device(samples, masks, {}, logits))
+
+
+@pytest.mark.parametrize("at", [[0, 1, 2], [3], [5, 4], [0, 2, 5]])
+@pytest.mark.parametrize("place", [[1, 2, 3], [0, 4, 2]])
+def test_a_token_that_only_the_device_knows_is_fed_where_the_step_wants_it(at: list[int], place: list[int]) -> None:
+    ids, place = torch.full((6,), -1), place[: len(at)]
+    put(ids, np.array(at), torch.arange(10, 15), np.array(place))
+    assert ids.tolist() == [10 + place[at.index(row)] if row in at else -1 for row in range(6)]
