@@ -112,8 +112,7 @@ def make_way(
             break
         free.append(tip)
         for node in upward(tip):
-            shared = node is not tip and len(node.children) + len(node.stubs) > 1
-            if shared or not _goes_without_loss(world, node, own, above, now):
+            if node.pages_below > (node is not tip) or not _goes_without_loss(world, node, own, above, now):
                 break
             spare += len(node.pages)
     if spare < 0:
