@@ -86,6 +86,9 @@ class KernelSpec:
     attention, where the plan is cut at fixed places (`AttentionBackend`)."""
     plans: Literal["tiles", "triton"] = "tiles"
     """Of attention: whose plan it takes, that of `cpu.attention_plan` or of `triton.backend`."""
+    extend_from: int | None = None
+    """Of attention of many new rows: from so many of a branch on it costs less than the kernel of few. None: what the
+    backend takes for granted."""
     origin: str = OWN
 
     def __repr__(self) -> str:

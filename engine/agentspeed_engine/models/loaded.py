@@ -251,10 +251,13 @@ def _attention(
         return CpuAttention(sizes["page_tokens"], NEVER)
     rows, extend = ("mla_rows", "mla_extend") if "mla_rows" in ops else ("gqa_rows", "gqa_extend")
     plans = kernels[rows].choice(1).kernel.plans
-    extends = kernels.has(extend) and kernels[extend].choice(UNBOUNDED).kernel.plans == plans
+    long = kernels[extend].choice(UNBOUNDED).kernel if kernels.has(extend) else None
+    extends = long is not None and long.plans == plans
     if plans == "tiles":
         cpu = CpuAttention(sizes["page_tokens"], invariant=kernels.invariant)
-        return cpu if extends else replace(cpu, extend_from=NEVER)
+        if long is None or not extends:
+            return replace(cpu, extend_from=NEVER)
+        return cpu if long.extend_from is None else replace(cpu, extend_from=long.extend_from)
     # Imported late: only a GPU's kernels need it.
     from agentspeed_kernels.triton.backend import attention_of
 

@@ -12,7 +12,8 @@ from agentspeed_kernels.attention import NEVER, AttentionStep, split_long, whole
 from agentspeed_kernels.tiles import Int64s, Piece, plan_tiles
 
 EXTEND_FROM = 160
-"""From this many new tokens of one branch on, decompressing the context costs less than absorbed attention."""
+"""From this many new tokens of one branch on, decompressing the context costs less than absorbed attention. A kernel
+may say another number of itself."""
 FEW_CHUNK, FEW_BLOCK = 512, 32
 MANY_CHUNK, MANY_BLOCK = 512, 512
 

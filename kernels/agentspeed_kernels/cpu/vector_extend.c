@@ -11,6 +11,7 @@
 #define SHARES (TOKENS + 32)     /* numbers between rows of shares, likewise */
 #define GROWTH 8.0f              /* sums are rescaled only when a peak has grown by more than 2 to this power */
 #define MOST_HEADS 4             /* that share a block in one job: their sums lie beside it */
+#define AHEAD 32                 /* tokens that are fetched while others are packed */
 #define HALF_TILE 8              /* rows of a packed tile that make one product with two columns */
 
 typedef struct {
@@ -61,37 +62,47 @@ static void find_rows(const extend *e, const cache *c, const block *b, const bf1
     }
 }
 
-/* Values as [value / 16][pair of tokens][16], zeros past the last token. */
-static void pair_values(const extend *e, const desk *d, const block *b, long head) {
+/* Values of 16 tokens from t on, as [value / 16][pair of tokens][16]. */
+INLINE void pair_values(const extend *e, const desk *d, const bf16 *const *rows, long t, long column) {
     const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
                                          36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-    const bf16 *rows[TOKENS];
-    find_rows(e, &e->held, b, rows);
-    for (long v = 0; v < e->value_tiles; v += 2) {
-        __mmask32 lanes = first_halves(e->value - v * 16);
-        for (long t = 0; t < b->whole; t += 2) {
-            long from = head * e->value + v * 16;
-            __m512i even = rows[t] ? _mm512_maskz_loadu_epi16(lanes, rows[t] + from) : _mm512_setzero_si512();
-            __m512i odd = rows[t + 1] ? _mm512_maskz_loadu_epi16(lanes, rows[t + 1] + from) : _mm512_setzero_si512();
-            bf16 *to = d->values + (v * TOKENS / 2 + t / 2) * STEP;
+    for (long i = t; i < t + 16; i += 2)
+        for (long v = 0; v < e->value_tiles; v += 2) {
+            __mmask32 lanes = first_halves(e->value - v * 16);
+            long from = column + v * 16;
+            __m512i even = rows[i] ? _mm512_maskz_loadu_epi16(lanes, rows[i] + from) : _mm512_setzero_si512();
+            __m512i odd = rows[i + 1] ? _mm512_maskz_loadu_epi16(lanes, rows[i + 1] + from) : _mm512_setzero_si512();
+            bf16 *to = d->values + (v * TOKENS / 2 + i / 2) * STEP;
             _mm512_store_si512(to, _mm512_permutex2var_epi16(even, low, odd));
             _mm512_store_si512(to + TOKENS / 2 * STEP, _mm512_permutex2var_epi16(even, high, odd));
         }
-    }
+}
+
+/* Pieces of rows are too short for the hardware to run ahead on. */
+INLINE void fetch_rows(const bf16 *const *rows, long count, long column, long width) {
+    for (long i = 0; i < count; i++)
+        for (long k = 0; rows[i] && k < width; k += STEP) NEAR(rows[i] + column + k);
 }
 
 /* What the heads of a job share: keys or the turned part of them, and values or latents. */
 static void pack_block(const extend *e, const desk *d, const block *b, const job *j) {
-    const bf16 *rows[TOKENS];
+    const bf16 *rows[TOKENS], *held[TOKENS];
+    long keys = e->rank + j->group * e->rope, values = j->group * e->value;
     find_rows(e, &e->rows, b, rows);
+    if (e->held.pool) find_rows(e, &e->held, b, held);
     for (long t = 0; t < b->whole; t += 16) {
-        const bf16 *keys[16];
+        const bf16 *turned[16];
+        long next = at_most(b->whole - t - AHEAD, 16);
+        if (next > 0 && e->held.pool) {
+            fetch_rows(rows + t + AHEAD, next, keys, e->rope);
+            fetch_rows(held + t + AHEAD, next, values, e->value);
+        }
         if (!e->held.pool) pack_panel(rows + t, 16, e->rank, d->latents + t / 16 * e->rank_steps * TILE);
-        for (int i = 0; i < 16; i++) keys[i] = rows[t + i] ? rows[t + i] + e->rank + j->group * e->rope : 0;
-        pack_panel(keys, 16, e->rope, d->keys + (t / 16 * e->key_steps + e->nope_steps) * TILE);
+        for (int i = 0; i < 16; i++) turned[i] = rows[t + i] ? rows[t + i] + keys : 0;
+        pack_panel(turned, 16, e->rope, d->keys + (t / 16 * e->key_steps + e->nope_steps) * TILE);
+        if (e->held.pool) pair_values(e, d, held, t, values);
     }
-    if (e->held.pool) pair_values(e, d, b, j->group);
 }
 
 /* made[8][COLUMNS] as 4 rows of pairs, in two columns of tiles. */
