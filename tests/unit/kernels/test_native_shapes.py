@@ -27,7 +27,7 @@ def one_thread() -> Iterator[None]:
 
 
 def kernels(op: str) -> list[KernelSpec]:
-    return [spec for spec in standard().candidates(op) if spec.features]
+    return [spec for spec in standard().candidates(op) if spec.features and spec.layout != "blocks"]
 
 
 def laid(
