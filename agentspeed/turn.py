@@ -33,7 +33,7 @@ class Turn(Generic[T]):
         self._core = core
         self._record = TurnRecord(request, core.codec)
         self._ready: deque[events.AnyEvent] = deque()
-        self._wake = anyio.Event()
+        self._wake: anyio.Event
         self._timeout = request.timeout
         self._deadline = float("inf")
         self._state = "new"
@@ -52,6 +52,7 @@ class Turn(Generic[T]):
         if self._state != "new":
             raise errors.SessionError("A turn is entered once.", remedy="Call stream() again.")
         self._state = "entered"
+        self._wake = anyio.Event()  # of the event loop that runs now
         self._watch = self._core.watch("turn", request=self._record.request.said, content=self._record.request.written)
         try:
             return await self._begun()
@@ -95,8 +96,12 @@ class Turn(Generic[T]):
             if self._finished:
                 raise StopAsyncIteration
             self._check_limits()
-            if not self._take():
-                await self._more()
+            if self._take():
+                continue
+            if self._timeout is None:
+                await self._next_wake().wait()
+            else:
+                await self._in_time()
         return self._ready.popleft()
 
     async def follow(
@@ -132,7 +137,7 @@ class Turn(Generic[T]):
             if not self._finished:
                 self._check_limits()
             if not self._ready and not self._take():
-                await self._woken()
+                await self._next_wake().wait()
             elif self._ready:
                 batch = list(self._ready)
                 self._ready.clear()
@@ -196,7 +201,7 @@ class Turn(Generic[T]):
                 self._core.branch.after(self._flush)
         elif self._watched or not isinstance(event, wire.Tokens) or len(inbox) >= _UNREAD:
             self._wake.set()
-        if self._record.over is not None:
+        if self._record.charge is not None and self._record.over is not None:
             self._wake.set()
 
     def _flush(self) -> None:
@@ -258,7 +263,7 @@ class Turn(Generic[T]):
             )
 
     def _check_limits(self) -> None:
-        if (over := self._record.over) is not None:
+        if self._record.charge is not None and (over := self._record.over) is not None:
             raise over.error()
 
     def _must_be_inside(self) -> None:
@@ -271,19 +276,18 @@ class Turn(Generic[T]):
     def _tell(self, told: Iterable[events.AnyEvent]) -> None:
         self._ready.extend(map(self._core.stamp, told))
 
-    async def _more(self) -> None:
-        """Waits for the engine; with a scope of its own only where there is a deadline, since scopes are not free."""
-        if self._timeout is None:
-            await self._woken()
-            return
+    async def _in_time(self) -> None:
+        """Waits for the engine until the deadline, with a scope of its own: scopes are not free."""
         with anyio.CancelScope(deadline=self._deadline) as scope:
-            await self._woken()
+            await self._next_wake().wait()
         if scope.cancelled_caught and not self._record.inbox:
             raise self._too_late("" if self._record.started else await self._core.branch.waits_for())
 
-    async def _woken(self) -> None:
-        self._wake = anyio.Event()
-        await self._wake.wait()
+    def _next_wake(self) -> anyio.Event:
+        """Is set when the engine says something more. Made by the class of the one before: to find out which event
+        loop runs, as `anyio.Event` does, costs more than the event."""
+        self._wake = type(self._wake)()
+        return self._wake
 
     def _too_late(self, waits_for: str) -> errors.TurnTimeout:
         after = f"{self._timeout} s"

@@ -43,6 +43,7 @@ class TurnRecord:
         self.charge: Charge | None = None
         """What it spends of the run that it belongs to, once it has begun; None outside of every run."""
         self._codec = codec
+        self._stop_ids = frozenset(codec.stop_ids)
         self._decoder: IncrementalText = codec.tokenizer.decoder()
         self._stops = StopFilter(request.stop, include=request.include_stop)
         self._texts: list[str] = []
@@ -96,7 +97,7 @@ class TurnRecord:
                 self.usage = usage_of(event.usage)
                 self._told.append(events.TurnStarted(usage=self.usage))
             case wire.Tokens():
-                self._drew(event)
+                self._drew([event])
             case wire.LeaseChanged():
                 self._told.append(events.LeaseChanged(lease=lease_of(event.lease)))
             case wire.TurnEnded():
@@ -106,7 +107,7 @@ class TurnRecord:
 
     def take_tokens(self, run: Sequence[wire.Tokens]) -> list[events.AnyEvent]:
         """As `take`, for tokens that came one after the other: they are decoded and told of as one."""
-        self._drew(*run)
+        self._drew(run)
         told, self._told = self._told, []
         return told
 
@@ -117,12 +118,12 @@ class TurnRecord:
             if isinstance(event, wire.TurnStarted | wire.TurnEnded):
                 self.usage = usage_of(event.usage)
             elif kept and isinstance(event, wire.Tokens):
-                self._drew(event)
+                self._drew([event])
         self.inbox.clear()
         if kept and self.ended is None:
             self._close_text()
 
-    def _drew(self, *run: wire.Tokens) -> None:
+    def _drew(self, run: Sequence[wire.Tokens]) -> None:
         ids = unpack_ids(run[0].ids if len(run) == 1 else b"".join([event.ids for event in run]))
         self._ids += ids
         for event in run:
@@ -132,8 +133,10 @@ class TurnRecord:
                 self._draw_logprobs += event.draw_logprobs
             if event.top:
                 self._top += [tuple((other.id, other.logprob) for other in top) for top in event.top]
-        stop_ids = self._codec.stop_ids
-        fresh = self._decoder.feed([number for number in ids if number not in stop_ids])
+        written: Sequence[int] = ids
+        if not self._stop_ids.isdisjoint(ids):
+            written = [number for number in ids if number not in self._stop_ids]
+        fresh = self._decoder.feed(written)
         if fresh:
             self._decoded += len(fresh)
             self._absorb(self._stops.feed(fresh))
@@ -149,9 +152,10 @@ class TurnRecord:
 
     def _absorb(self, text: str) -> None:
         """More of the message. What an earlier turn wrote was told then."""
-        old, new = text[: self._shown], text[self._shown :]
-        self._shown -= len(old)
-        if old:
+        new = text
+        if self._shown:
+            old, new = text[: self._shown], text[self._shown :]
+            self._shown -= len(old)
             self._raw.append(old)
             told, added = len(self._told), len(self._new)
             self._pieces(self.request.parser.feed(old))

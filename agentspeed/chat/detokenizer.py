@@ -51,7 +51,8 @@ class IncrementalText:
             return self._by_library(ids)
         data = b"".join([tokens[number] for number in ids if 0 <= number < len(tokens)])
         if not self._waits and data.isascii():  # nearly always: nothing to put together
-            return self._stripped(data.decode("ascii"))
+            text = data.decode("ascii")
+            return self._stripped(text) if self._strip else text
         text = self._characters.decode(data)
         self._waits = bool(self._characters.getstate()[0])
         return self._stripped(text)

@@ -58,7 +58,7 @@ class TurnParser:
         self._fresh = starts_thinking and tags.roomy
         """Ends of lines that come now are the template's."""
         self._done = False
-        self._firsts: dict[tuple[_Mode, bool], str] = {}
+        self._firsts: dict[tuple[_Mode, bool], frozenset[str]] = {}
         """By the two things that decide which marks may come where nothing waits: with what they begin."""
 
     def feed(self, text: str) -> list[Piece]:
@@ -93,8 +93,8 @@ class TurnParser:
         state = self._mode, self._at_start
         firsts = self._firsts.get(state)
         if firsts is None:
-            firsts = self._firsts[state] = "".join({mark[0] for mark in self._marks()})
-        return not any(first in text for first in firsts)
+            firsts = self._firsts[state] = frozenset(mark[0] for mark in self._marks())
+        return firsts.isdisjoint(text)
 
     def _step(self, pieces: list[Piece]) -> bool:
         """Consumes up to the next mark; False when more text is needed."""

@@ -10,9 +10,12 @@ import zlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Final, final
 
 from agentspeed.messages import Assistant, Message
+
+_NOT_ASKED: Final = array("d", [math.nan])
+"""The log-probability of a token where none was asked for."""
 
 
 @final
@@ -78,15 +81,16 @@ class TokenLog:
         """Ids of a template or a message."""
         self.ids.extend(ids)
         self.made.extend(bytes(len(ids)))
-        self.logprobs.extend([math.nan] * len(ids))
-        self.draw_logprobs.extend([math.nan] * len(ids))
+        self.logprobs.extend(_NOT_ASKED * len(ids))
+        self.draw_logprobs.extend(_NOT_ASKED * len(ids))
 
     def drew(self, ids: Sequence[int], logprobs: Sequence[float], draw_logprobs: Sequence[float]) -> None:
         """Ids the model drew; each of the other two is empty or as long."""
+        count = len(ids)
         self.ids.extend(ids)
-        self.made.extend(b"\x01" * len(ids))
-        self.logprobs.extend(logprobs or [math.nan] * len(ids))
-        self.draw_logprobs.extend(draw_logprobs or [math.nan] * len(ids))
+        self.made.extend(b"\x01" * count)
+        self.logprobs.extend(logprobs or _NOT_ASKED * count)
+        self.draw_logprobs.extend(draw_logprobs or _NOT_ASKED * count)
 
     def checkpoint(self) -> Checkpoint:
         return Checkpoint(len(self.ids), tuple(self.spans), self.open_at, self.owed)
