@@ -136,9 +136,13 @@ PROMPTS = [f"{number} " + "a long way to go " * 12 for number in range(6)]
 """About 200 tokens each."""
 
 
-async def test_sessions_that_went_to_the_host_and_back_say_what_undisturbed_ones_say(latent: Path) -> None:
-    small = Engine(latent, pages=14, host_slots=120, context_limit=640, firm_pages=0, **EXACT)
-    async with undisturbed(latent, PROMPTS, 3, 6) as said, small as engine, AsyncExitStack() as held:
+@pytest.mark.parametrize("model", ["latent", "grouped"])
+async def test_sessions_that_went_to_the_host_and_back_say_what_undisturbed_ones_say(
+    model: str, request: pytest.FixtureRequest
+) -> None:
+    folder: Path = request.getfixturevalue(model)
+    small = Engine(folder, pages=14, host_slots=120, context_limit=640, firm_pages=0, **EXACT)
+    async with undisturbed(folder, PROMPTS, 3, 6) as said, small as engine, AsyncExitStack() as held:
         sessions = [await held.enter_async_context(engine.session()) for _ in PROMPTS]
         for turn in range(3):
             for session, prompt in zip(sessions, PROMPTS, strict=True):
