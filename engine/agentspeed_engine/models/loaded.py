@@ -129,6 +129,8 @@ class LoadedModel:
                 weights=weights,
                 invariant=batch_invariant,
             )
+        if batch_invariant and self.device.type == "cuda":
+            _adds_alike(self.device)
         chain = source.family.build(source.config, held, self.pools, rank, self._kernels)
         if progress is not None:  # of experts that live elsewhere nothing was read
             progress(1.0)
@@ -209,6 +211,19 @@ class LoadedModel:
     def copy_rows(self, src_page: int, dst_page: int, rows: int) -> None:
         """The first `rows` rows of a page, in every layer."""
         self.pools.copy_rows(src_page, dst_page, rows)
+
+
+def _adds_alike(device: torch.device) -> None:
+    """Asks a GPU before the first turn, which would wait for compilers. Raises `EngineFault` (bad_options)."""
+    # Imported late: only a GPU's kernels need it.
+    from agentspeed_kernels.triton.invariant import alike
+
+    if alike(device) == "none":
+        raise EngineFault(
+            "bad_options",
+            "batch_invariant is asked for, and the products of this GPU have other bits for 16 rows than for 32.",
+            "Leave batch_invariant out, or give device='cpu'.",
+        )
 
 
 def _by_modules(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from agentspeed_kernels.triton.device_code import device_module
-from agentspeed_kernels.triton.invariant import linear_shape
+from agentspeed_kernels.triton.invariant import WIDE, linear_shape
 
 BF16, FP32, INT32, INT64, FP64, FP8 = "*bf16", "*fp32", "*i32", "*i64", "*fp64", "*fp8e4nv"
 
@@ -153,8 +153,8 @@ def _layers(early: bool) -> Iterator[Build]:
         constants={"N": 512, "K": 128, "BT": 32, "BN": 128, "BK": 64},
         options={"num_warps": 4, "num_stages": 3},
     )  # fmt: skip
-    for name, tokens in (("few", 1), ("decode", 32), ("many", 512)):
-        block, columns, depth, warps, stages = linear_shape(tokens)
+    shapes = {"few": linear_shape(1), "decode": linear_shape(32), "many": linear_shape(512), "wide": WIDE}
+    for name, (block, columns, depth, warps, stages) in shapes.items():
         yield Build(
             name=f"linear-blocks-{name}",
             function=products.linear_blocks,
@@ -163,7 +163,8 @@ def _layers(early: bool) -> Iterator[Build]:
                 "T": "i32", "N": "i32",
             },
             constants={
-                "K": 2048, "BT": block, "BN": columns, "BK": depth, "BIAS": False, "EARLY": early and name != "many",
+                "K": 2048, "BT": block, "BN": columns, "BK": depth, "BIAS": False,
+                "EARLY": early and name in ("few", "decode"),
             },
             options={"num_warps": warps, "num_stages": stages},
         )  # fmt: skip
