@@ -1,11 +1,11 @@
 """How much memory a load takes at its peak, beside what stays, and how fast it reads.
 
     python bench/load.py
-    python bench/load.py --shape experts --dtype bfloat16
+    python bench/load.py --shape experts --as bfloat16
 
-A random checkpoint of some hundred MB in bfloat16 (a dense one; one whose layers are 16 experts) is loaded in a process
-of its own, set up as an engine is. Its footprint is the weights as they are kept; the peak is what the operating system
-counts at most, beyond what the process had before.
+A random checkpoint of some hundred MB in bfloat16 (a dense one; one whose layers are 16 experts), or in fp8, is loaded
+in a process of its own, set up as an engine is: in float32, in bfloat16, and with its matrices in fp8. Its footprint is
+the weights as they are kept; the peak is what the operating system counts at most, beyond what the process had before.
 Read from the page cache: the rate says nothing of disks. The last line is JSON.
 """
 
@@ -18,8 +18,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "kernels")]
@@ -44,52 +45,72 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """How a checkpoint is loaded."""
+
+    dtype: Literal["float32", "bfloat16"]
+    weights: Literal["fp8"] | None = None
+    stored: bool = False
+    """In fp8 already; else in bfloat16."""
+
+
+WAYS = {
+    "float32": Way(dtype="float32"),
+    "bfloat16": Way(dtype="bfloat16"),
+    "quantised to fp8": Way(dtype="bfloat16", weights="fp8"),
+    "fp8 as it is": Way(dtype="bfloat16", weights="fp8", stored=True),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, action="append", help="nothing: all of them")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), action="append", help="in memory; nothing: both")
+    parser.add_argument("--as", dest="ways", choices=WAYS, action="append", help="in memory; nothing: each")
     parser.add_argument("--load", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.load:
-        print(json.dumps(loaded(Path(options.load), options.dtype[0])))
+        print(json.dumps(loaded(Path(options.load), WAYS[options.ways[0]])))
         return
     figures: dict[str, dict[str, float]] = {}
     for shape in options.shape or SHAPES:
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = made(SHAPES[shape], Path(scratch))
-            for dtype in options.dtype or ("float32", "bfloat16"):
-                figures[f"{shape}, {dtype}"] = found = measured(folder, dtype)
-                verdict = "reached" if found["ratio"] <= MUST else "MISSED"
-                print(f"{shape}, {dtype}: peak ÷ footprint {found['ratio']}, at most {MUST}: {verdict}", flush=True)
+        for name in options.ways or WAYS:
+            with tempfile.TemporaryDirectory() as scratch:
+                figures[f"{shape}, {name}"] = found = measured(made(SHAPES[shape], Path(scratch), WAYS[name]), name)
+            verdict = "reached" if found["ratio"] <= MUST else "MISSED"
+            print(f"{shape}, {name}: peak ÷ footprint {found['ratio']}, at most {MUST}: {verdict}", flush=True)
     met = all(found["ratio"] <= MUST for found in figures.values())
     print(json.dumps({"bench": "load", "met": met, **figures}, ensure_ascii=False))
 
 
-def made(config: dict[str, Any], folder: Path) -> Path:
-    """Its checkpoint, in bfloat16."""
+def made(config: dict[str, Any], folder: Path, way: Way) -> Path:
+    """Its checkpoint."""
+    from tests.support.fp8_checkpoint import make_fp8_checkpoint
     from tests.support.random_checkpoint import make_checkpoint
 
-    return make_checkpoint(config, folder, dtype="bfloat16")
+    return make_fp8_checkpoint(config, folder) if way.stored else make_checkpoint(config, folder, dtype="bfloat16")
 
 
-def measured(folder: Path, dtype: str) -> dict[str, float]:
+def measured(folder: Path, name: str) -> dict[str, float]:
     """What a process of its own says of the load."""
     from agentspeed_engine.serve.tuning import tuned
 
-    command = [sys.executable, __file__, "--load", str(folder), "--dtype", dtype]
+    command = [sys.executable, __file__, "--load", str(folder), "--as", name]
     found: dict[str, float] = json.loads(
         subprocess.check_output(command, env={**tuned(os.environ), "OMP_NUM_THREADS": "1"})
     )
     return found
 
 
-def loaded(folder: Path, dtype: Any) -> dict[str, float]:
+def loaded(folder: Path, way: Way) -> dict[str, float]:
     """In this process, which does nothing else."""
     from agentspeed_engine.models.catalog import load
 
-    _ = load(NANO, dtype=dtype, pages=1)  # so that what a first load brings into memory is not counted
+    _ = load(
+        NANO, dtype=way.dtype, pages=1, weights=way.weights
+    )  # so that what a first load brings into memory is not counted
     before, began = resident("VmRSS"), time.perf_counter()
-    model = load(folder, dtype=dtype, pages=1)
+    model = load(folder, dtype=way.dtype, pages=1, weights=way.weights)
     seconds = time.perf_counter() - began
     peak = resident("VmHWM") - before
     stays, file = model.info.weight_bytes, (folder / "model.safetensors").stat().st_size

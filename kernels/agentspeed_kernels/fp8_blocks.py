@@ -16,6 +16,8 @@ BLOCK = 128
 MOST = 448.0
 """The largest number of e4m3."""
 _KIND = torch.float8_e4m3fn
+_AT_ONCE = 1 << 20
+"""Numbers that are taken to fp8 together."""
 _NO_NUMBER = 0x7F
 """The bits of a byte, but for its sign, that are not a number."""
 
@@ -106,6 +108,8 @@ Stored = Tensor | Fp8Rows
 
 def joined(parts: Sequence[Stored]) -> Stored:
     """One under the other. In floats where one of them is."""
+    if len(parts) == 1:
+        return parts[0]
     held = [part for part in parts if isinstance(part, Fp8Rows)]
     if len(held) == len(parts):
         data = torch.cat([part.data.view(torch.uint8) for part in held]).view(_KIND)
@@ -133,15 +137,22 @@ def in_blocks(stored: Stored, parts: int = 1) -> Fp8Blocks:
 
 
 def _nearest(weight: Tensor) -> Fp8Blocks:
-    """[N, K] in any format. A number that is not finite makes its block no number, and no other."""
+    """[N, K] in any format, some rows after the others. A number that is not finite makes its block no number, and no
+    other."""
     outputs, inputs = weight.shape
-    padding = (0, -inputs % BLOCK, 0, -outputs % BLOCK)
-    blocks = torch.nn.functional.pad(weight.float(), padding).view(-(-outputs // BLOCK), BLOCK, -1, BLOCK)
-    scales = blocks.abs().amax((1, 3)) / MOST
-    by = scales.where(scales.isfinite() & (scales > 0), 1)
-    data = (blocks / by[:, None, :, None]).clamp_(-MOST, MOST).nan_to_num_().to(_KIND)
-    whole = data.view(torch.uint8).view(len(scales) * BLOCK, -1)[:outputs, :inputs].contiguous()
-    return Fp8Blocks(whole.view(_KIND), scales.where(scales.isfinite(), float("nan")))
+    data = torch.empty(outputs, inputs, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(-(-outputs // BLOCK), -(-inputs // BLOCK), device=weight.device)
+    rows = max(_AT_ONCE // inputs // BLOCK, 1) * BLOCK
+    for low in range(0, outputs, rows):
+        some = weight[low : low + rows].float()
+        blocks = torch.nn.functional.pad(some, (0, -inputs % BLOCK, 0, -len(some) % BLOCK))
+        blocks = blocks.view(-1, BLOCK, scales.shape[1], BLOCK)
+        most = torch.linalg.vector_norm(blocks, float("inf"), (1, 3)) / MOST
+        by = most.where(most.isfinite() & (most > 0), 1)
+        nearest = (blocks / by[:, None, :, None]).clamp_(-MOST, MOST).nan_to_num_().to(_KIND).view(torch.uint8)
+        data[low : low + rows] = nearest.view(-1, scales.shape[1] * BLOCK)[: len(some), :inputs]
+        scales[low // BLOCK : low // BLOCK + len(most)] = most.where(most.isfinite(), float("nan"))
+    return Fp8Blocks(data.view(_KIND), scales)
 
 
 def _spread(scales: Tensor, dim: int, extent: int) -> Tensor:

@@ -52,11 +52,15 @@ def in_bytes(stored: Stored, kind: WeightFormat, parts: int = 1) -> Quantised | 
     return quantise(stored, GROUPS[kind], parts)
 
 
-def in_bytes_each(
-    count: int, made: Callable[[int], Stored], kind: WeightFormat, parts: int = 1
-) -> Quantised | Fp8Blocks:
-    """As `in_bytes` gives [count, N, K] of what is made for each, one at a time."""
-    return stacked(count, lambda i: in_bytes(made(i), kind, parts))
+def in_bytes_each(count: int, parts: Sequence[Callable[[int], Stored]], kind: WeightFormat) -> Quantised | Fp8Blocks:
+    """As `in_bytes` gives [count, N of all parts, K] of what each part gives, one matrix at a time."""
+
+    def made(i: int) -> Quantised | Fp8Blocks:
+        if len(parts) == 1:
+            return in_bytes(parts[0](i), kind)
+        return stacked(len(parts), lambda part: in_bytes(parts[part](i), kind))
+
+    return stacked(count, made)
 
 
 def side_by_side(count: int, parts: Sequence[Callable[[int], Tensor]]) -> Tensor:

@@ -95,6 +95,8 @@ class _Bytes(Protocol):
 def stacked(count: int, made: Callable[[int], B]) -> B:
     """[count, ...] of what is made for each, all of one shape: one at a time is in memory beside the whole."""
     first = made(0)
+    if count == 1:
+        return first.stacked(first.data[None], first.scales[None])
     data, scales = (held.new_empty(count, *held.shape) for held in (first.data, first.scales))
     for i in range(count):
         one = made(i) if i else first

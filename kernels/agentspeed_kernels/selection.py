@@ -321,15 +321,11 @@ class Kernels:
     def experts(self, count: int, *parts: Callable[[int], Stored]) -> Weight:
         """What each part gives of the experts 0 to `count`, as `weight` gives [count, N of all parts, K]. The matrices
         of one expert at a time are in memory beside what is made of them, not those of all."""
-
-        def whole(i: int) -> Stored:
-            return parts[0](i) if len(parts) == 1 else joined([part(i) for part in parts])
-
         if self.weights is not None:
-            return in_bytes_each(count, whole, self.weights, len(parts))
+            return in_bytes_each(count, parts, self.weights)
 
         def floats(i: int) -> Tensor:
-            found = whole(i)
+            found = joined([part(i) for part in parts])
             assert isinstance(found, Tensor)
             return found
 
