@@ -8,26 +8,11 @@
    - more pairs share rows whose tokens were interleaved two by two, 32 columns at a time, in the first cache. */
 #ifndef AGENTSPEED_AMX_ROWS_H
 #define AGENTSPEED_AMX_ROWS_H
-#include "amx_step.h"
+#include "amx_sixteen.h"
 
 #define FEW_PAIRS 8
 #define FEW_TOKENS 64
 #define MANY_TOKENS 128
-
-/* 16 pairs from `at` on as right operands [steps][16][16 dwords]. With `twice` the pairs 8 to 15 are 0 to 7 again. */
-INLINE void load_queries(const step *s, const part *p, long at, int twice, bf16 *to) {
-    for (long k = 0; k < s->keys.stride / STEP; k++) {
-        __m512i r[16];
-        __mmask32 lanes = first_halves(s->keys.width - k * STEP);
-        for (int i = 0; i < 16; i++) {
-            long pair = at + (twice && i >= FEW_PAIRS ? i - FEW_PAIRS : i);
-            r[i] = _mm512_setzero_si512();
-            if (pair < p->pairs) r[i] = _mm512_maskz_loadu_epi16(lanes, query_of(s, p, 0, pair) + k * STEP);
-        }
-        transpose16(r);
-        for (int i = 0; i < 16; i++) _mm512_store_si512(to + k * TILE + i * STEP, r[i]);
-    }
-}
 
 #define SHARED_ROWS 8 /* of 16 rows, those that are fetched while scores are made, where values are part of them */
 
@@ -70,42 +55,6 @@ INLINE void find_rows(const step *s, const part *p, long at, long groups, long b
         b->next_keys[g] = together(&p->keys, p->pages, p->offset, p->tokens, at + (block + g) * 16);
         b->next_held[g] = s->shared ? b->next_keys[g] : together(&p->held, p->pages, p->offset, p->tokens, at + (block + g) * 16);
     }
-}
-
-typedef struct {
-    __m512 most, sum, keep; /* of 16 pairs; keep: what earlier sums are multiplied by */
-} softmax;
-
-/* Scores of n tokens from `at` become shares, in place. Lane i sees tokens below seen[i]; with `whole` all are seen.
-   Returns whether earlier sums must be multiplied by `keep`. */
-INLINE int soften(float *scores, long n, long at, __m512i seen, int whole, float scale, softmax *of) {
-    const __m512 never = _mm512_set1_ps(NEVER), by = _mm512_set1_ps(scale);
-    __m512 m[4] = {never, never, never, never};
-    if (!whole)
-        for (long t = 0; t < n; t++) {
-            __mmask16 sees = _mm512_cmplt_epi32_mask(_mm512_set1_epi32((int)(at + t)), seen);
-            _mm512_store_ps(scores + t * 16, _mm512_mask_blend_ps(sees, never, _mm512_load_ps(scores + t * 16)));
-        }
-    for (long t = 0; t < n; t += 4)
-        for (int i = 0; i < 4; i++) m[i] = _mm512_max_ps(m[i], _mm512_load_ps(scores + (t + i) * 16));
-    __m512 here = _mm512_mul_ps(_mm512_max_ps(_mm512_max_ps(m[0], m[1]), _mm512_max_ps(m[2], m[3])), by);
-    int grew = _mm512_cmp_ps_mask(here, _mm512_add_ps(of->most, _mm512_set1_ps(GROWTH)), _CMP_GT_OQ) != 0;
-    if (grew) {
-        __m512 now = _mm512_max_ps(of->most, here);
-        of->keep = exp2_16(_mm512_sub_ps(of->most, now));
-        of->sum = _mm512_mul_ps(of->sum, of->keep), of->most = now;
-    }
-    __m512 total[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
-    for (long t = 0; t < n; t += 4)
-        for (int i = 0; i < 4; i++) {
-            __m512 score = _mm512_load_ps(scores + (t + i) * 16);
-            __m512 share = exp2_16(_mm512_fmsub_ps(score, by, of->most));
-            if (!whole) share = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(score, never, _CMP_GT_OQ), share);
-            total[i] = _mm512_add_ps(total[i], share);
-            _mm512_store_ps(scores + (t + i) * 16, share);
-        }
-    of->sum = _mm512_add_ps(of->sum, _mm512_add_ps(_mm512_add_ps(total[0], total[1]), _mm512_add_ps(total[2], total[3])));
-    return grew;
 }
 
 /* Accumulator tiles at `o` multiplied row by row. */
@@ -152,24 +101,14 @@ INLINE void split_shares(const float *shares, bf16 *p) {
     for (int t = 0; t < 16; t++) _mm512_store_si512(p + t * STEP, r[t]);
 }
 
-static long visible_to(const step *s, const part *p, int count, int *seen) {
-    long tile_whole = 1L << 30;
-    for (int i = 0; i < count; i++) {
-        long pair = i < p->pairs ? i : 0;
-        seen[i] = seen_by(s, p, pair);
-        tile_whole = at_most(tile_whole, seen[i]);
-    }
-    return tile_whole; /* tokens that all pairs see */
-}
-
 static void few_pairs(const step *s, const part *t, char *memory) {
     long steps = s->keys.stride / STEP;
     bf16 *q = (bf16 *)memory, *p = q + steps * TILE, *copies = p + 4 * TILE;
     float *scores = (float *)(copies + FEW_TOKENS * (s->keys.stride + s->held.stride)), *o = scores + FEW_TOKENS * 16;
     int seen[16];
     softmax of = {_mm512_set1_ps(NEVER), _mm512_setzero_ps(), _mm512_setzero_ps()};
-    load_queries(s, t, 0, 1, q);
-    long seen_by_all = visible_to(s, t, FEW_PAIRS, seen);
+    load_queries(s, t, 0, 0, FEW_PAIRS, q);
+    long seen_by_all = visible_to(s, t, 0, FEW_PAIRS, seen);
     for (int i = 0; i < FEW_PAIRS; i++) seen[i + FEW_PAIRS] = seen[i];
     __m512i last = _mm512_loadu_si512(seen);
     for (long at = 0; at < t->tokens; at += FEW_TOKENS) {
@@ -225,10 +164,10 @@ INLINE void many_pairs(const step *s, const part *t, char *memory, const int G) 
     TILES;
     softmax of[4];
     for (int g = 0; g < G; g++) {
-        load_queries(s, t, g * 16, 0, q + g * steps * TILE);
+        load_queries(s, t, 0, g * 16, 16, q + g * steps * TILE);
         of[g].most = _mm512_set1_ps(NEVER), of[g].sum = of[g].keep = _mm512_setzero_ps();
     }
-    long seen_by_all = visible_to(s, t, 16 * G, seen);
+    long seen_by_all = visible_to(s, t, 0, 16 * G, seen);
     for (long at = 0; at < t->tokens; at += MANY_TOKENS) {
         long halves = (at_most(t->tokens - at, MANY_TOKENS) + 31) / 32, groups = 2 * halves;
         rows_of_block rows;

@@ -1,22 +1,24 @@
 /* Passes over a tile on vectors, for processors with AVX512-BF16 and no AMX.
 
-   Cached rows are read where they lie. Scores: 32 numbers of a row meet 32 of a query, so that 16 sums of pairs x tokens are
-   folded together once their rows have ended. Values: the rows of two tokens are interleaved in registers, 32 columns at a
+   Cached rows are read where they lie. Scores of up to 8 pairs: 32 numbers of a row meet 32 of a query, so that 16 sums of
+   pairs x tokens are folded together once their rows have ended. Scores of 16 pairs, which are worth packing: two numbers of
+   a row meet those of all 16, and nothing is folded. Values: the rows of two tokens are interleaved in registers, 32 columns at a
    time, for up to 8 pairs, whose shares lie two by two as the product wants them. A pass takes all heads of the pools where
    pairs are few: it then reads whole rows, a stream that memory is fast at, and fetches the next block meanwhile. */
 #ifndef AGENTSPEED_VECTOR_ROWS_H
 #define AGENTSPEED_VECTOR_ROWS_H
-#include "amx_step.h"
+#include "amx_sixteen.h"
 
 #define BLOCK 32           /* tokens scored at a time, a vector of shares */
 #define SET 8              /* pairs that share what is in registers */
 #define MOST_TOGETHER 128  /* pairs of all heads of a pass */
 
-/* Pairs are taken in sets of 8, and what is left over in one of 1, 2, 4 or 8. */
+/* Pairs are taken in sets of 16, and what is left over in one of 1, 2, 4, 8 or 16. */
 INLINE long padded_pairs(long pairs) {
-    long rest = pairs % SET;
-    return pairs - rest + (rest > 4 ? 8 : rest > 2 ? 4 : rest);
+    long rest = pairs % 16;
+    return pairs - rest + (rest > 8 ? 16 : rest > 4 ? 8 : rest > 2 ? 4 : rest);
 }
+INLINE long size_at(long padded, long first) { return at_most(padded - first, 16); }
 
 /* Heads of the pools that one pass takes. */
 INLINE long heads_together(const step *s, long rows) {
@@ -25,7 +27,7 @@ INLINE long heads_together(const step *s, long rows) {
 }
 
 static size_t scratch_bytes(const step *s) {
-    return MOST_TOGETHER * (s->keys.stride * 2 + s->values * STEP * 4 + BLOCK * 2) + 4096;
+    return MOST_TOGETHER * (s->keys.stride * 2 + s->values * STEP * 4 + BLOCK * 2) + BLOCK * s->keys.stride * 2 + 4096;
 }
 
 /* Rows of BLOCK tokens, counted in numbers from the start of a pool; past the end of a tile its last one again, whose
@@ -176,10 +178,10 @@ INLINE void add_steps(const step *s, float *o, const bf16 *pool, const long *row
 typedef struct {
     float most;
     __m512 sum;
-} softmax;
+} alone;
 
 /* Scores of a pair that sees `seen` of the tokens become shares. Earlier sums at `o` are rescaled when the peak has grown. */
-INLINE void soften(const float *scores, long seen, float scale, softmax *of, float *o, long columns, bf16 *shares) {
+INLINE void soften_one(const float *scores, long seen, float scale, alone *of, float *o, long columns, bf16 *shares) {
     __m512i none = _mm512_setzero_si512();
     if (seen <= 0) {
         _mm512_storeu_si512(shares, none);
@@ -217,7 +219,7 @@ INLINE void load_set(const step *s, const part *p, long g, long first, const int
 typedef struct {
     bf16 *q, *shares; /* [sets][steps][P][32]; [pairs][BLOCK] */
     float *o;         /* [pairs][steps of values][32] */
-    softmax *of;
+    alone *of;
     long seen[SET];
 } set;
 
@@ -229,8 +231,58 @@ INLINE void score_set(const step *s, const set *of, const bf16 *pool, const long
     for (int b = 0; b < BLOCK; b += T) score(of->q, pool, rows + b, s->keys.width, scores + b, next, P, T);
 #pragma GCC unroll 8
     for (int i = 0; i < P; i++)
-        soften(scores + i * BLOCK, of->seen[i] - at, s->scale * LOG2E, of->of + i, of->o + i * s->values * STEP,
+        soften_one(scores + i * BLOCK, of->seen[i] - at, s->scale * LOG2E, of->of + i, of->o + i * s->values * STEP,
                s->values * STEP, of->shares + i * BLOCK);
+}
+
+/* scores[token][pair] for 16 tokens x 16 pairs; q is [width / 2][16 dwords]. */
+INLINE void score_sixteen(const bf16 *q, sixteen rows, long width, float *scores, ahead *next) {
+    __m512 sums[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) sums[i] = _mm512_setzero_ps();
+    line at = fetch(next, next->at, next->more);
+    const int each = next->each;
+    const char *four[4];
+    for (int i = 0; i < 4; i++) four[i] = (const char *)rows.at + 4 * i * rows.bytes;
+    for (long k = 0; k < width; k += 2, q += STEP) {
+        at = fetch(next, at, each);
+        __m512bh queries = (__m512bh)_mm512_load_si512(q);
+#pragma GCC unroll 16
+        for (int t = 0; t < 16; t++) {
+            int pair;
+            memcpy(&pair, four[t / 4] + t % 4 * rows.bytes, sizeof pair);
+            sums[t] = _mm512_dpbf16_ps(sums[t], (__m512bh)_mm512_set1_epi32(pair), queries);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) four[i] += 4;
+    }
+    next->at = at;
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) _mm512_store_ps(scores + i * 16, sums[i]);
+}
+
+/* The same as `score_set` for 16 pairs; `copies`: memory for BLOCK rows that do not lie together. */
+INLINE void score_16(const step *s, const part *t, long g, long first, const bf16 *q, long at, softmax *of, float *o,
+                     bf16 *shares, bf16 *copies, ahead *next) {
+    float scores[BLOCK * 16] __attribute__((aligned(64)));
+    int seen[16] __attribute__((aligned(64)));
+    cache keys = t->keys;
+    keys.pool += g * keys.width;
+    for (int b = 0; b < BLOCK; b += 16)
+        score_sixteen(q, group_of(&keys, t->pages, t->offset, t->tokens, at + b, copies + b * keys.stride), keys.width,
+                      scores + b * 16, next);
+    long seen_by_all = visible_to(s, t, first, 16, seen), columns = s->values * STEP;
+    if (soften(scores, BLOCK, at, _mm512_load_si512(seen), at + BLOCK <= seen_by_all, s->scale * LOG2E, of) && at) {
+        float keep[16];
+        _mm512_storeu_ps(keep, of->keep);
+        for (int i = 0; i < 16; i++)
+            for (long c = 0; c < columns; c += 16)
+                _mm512_store_ps(o + i * columns + c, _mm512_mul_ps(_mm512_load_ps(o + i * columns + c), _mm512_set1_ps(keep[i])));
+    }
+    __m512i r[16];
+    for (int i = 0; i < 16; i++) r[i] = paired(_mm512_load_ps(scores + 2 * i * 16), _mm512_load_ps(scores + (2 * i + 1) * 16));
+    transpose16(r);
+    for (int i = 0; i < 16; i++) _mm512_storeu_si512(shares + i * BLOCK, r[i]);
 }
 
 #define BY_SIZE(size, call)           \
@@ -238,16 +290,14 @@ INLINE void score_set(const step *s, const set *of, const bf16 *pool, const long
     case 1: { enum { P = 1 }; call; break; } \
     case 2: { enum { P = 2 }; call; break; } \
     case 4: { enum { P = 4 }; call; break; } \
-    default: { enum { P = 8 }; call; } \
+    case 8: { enum { P = 8 }; call; break; } \
     }
 
-INLINE long size_at(long padded, long first) { return at_most(padded - first, SET); }
-
 /* The partial sums of a pair in the order of their columns. */
-INLINE void give(const step *s, long slot, const float *o, const softmax *of) {
+INLINE void give(const step *s, long slot, const float *o, float most, float sum) {
     const __m512i left = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i right = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-    s->peaks[slot] = of->most * (1 / LOG2E), s->weights[slot] = _mm512_reduce_add_ps(of->sum);
+    s->peaks[slot] = most * (1 / LOG2E), s->weights[slot] = sum;
     float *to = s->sums + slot * s->values * STEP;
     for (long c = 0; c < s->values * STEP; c += STEP) {
         __m512 x = _mm512_load_ps(o + c), y = _mm512_load_ps(o + c + 16);
@@ -259,10 +309,11 @@ INLINE void give(const step *s, long slot, const float *o, const softmax *of) {
 /* Lines for every turn, so that memory is busy in all of them and nowhere waited for. */
 INLINE void pace(const step *s, const part *t, long padded, ahead *a) {
     long calls = 0, turns = 0, lines = BLOCK * (s->shared ? 1 : 2) * ((2 * t->count * s->keys.width + 63) / 64);
-    for (long i = 0; i < padded; i += SET) {
-        long size = size_at(padded, i), scores = BLOCK * size / 16, values = (s->values + 8 / size - 1) * at_most(size, 8) / 8;
+    for (long i = 0; i < padded; i += 16) {
+        long size = size_at(padded, i), sets = size / SET > 1 ? size / SET : 1, steps = size >= SET ? 1 : SET / size;
+        long scores = size == 16 ? BLOCK / 16 : BLOCK * size / 16, values = sets * ((s->values + steps - 1) / steps);
         calls += t->count * (scores + values);
-        turns += t->count * (scores * (s->keys.width / STEP) + values * BLOCK / 2);
+        turns += t->count * (scores * s->keys.width / (size == 16 ? 2 : STEP) + values * BLOCK / 2);
     }
     a->each = (int)(lines / turns), a->more = (int)((lines - a->each * turns + calls - 1) / calls);
 }
@@ -270,14 +321,21 @@ INLINE void pace(const step *s, const part *t, long padded, ahead *a) {
 /* `after`: the tile that is likely next, or 0. */
 static void run_part(const step *s, const part *t, const part *after, char *memory) {
     long padded = padded_pairs(t->pairs), columns = s->values * STEP, all = padded * t->count;
-    bf16 *q = (bf16 *)memory, *shares = q + all * s->keys.stride;
-    float *o = (float *)(shares + all * BLOCK);
-    softmax of[MOST_TOGETHER];
+    bf16 *q = (bf16 *)memory, *shares = q + all * s->keys.stride, *copies = shares + all * BLOCK;
+    float *o = (float *)(copies + BLOCK * s->keys.stride);
+    alone of[MOST_TOGETHER];
+    softmax of_16[MOST_TOGETHER / 16];
     for (long i = 0; i < all; i++) of[i].most = NEVER, of[i].sum = _mm512_setzero_ps();
+    for (long i = 0; i < MOST_TOGETHER / 16; i++)
+        of_16[i].most = _mm512_set1_ps(NEVER), of_16[i].sum = of_16[i].keep = _mm512_setzero_ps();
     memset(o, 0, all * columns * sizeof(float));
     for (long g = 0; g < t->count; g++)
-        for (long i = 0; i < padded; i += SET)
-            BY_SIZE(size_at(padded, i), load_set(s, t, g, i, P, q + (g * padded + i) * s->keys.stride))
+        for (long i = 0; i < padded; i += 16) {
+            bf16 *to = q + (g * padded + i) * s->keys.stride;
+            long size = size_at(padded, i);
+            if (size == 16) load_queries(s, t, g, i, 16, to);
+            else BY_SIZE(size, load_set(s, t, g, i, P, to))
+        }
     block_rows rows[2];
     ahead next;
     pace(s, t, padded, &next);
@@ -295,23 +353,33 @@ static void run_part(const step *s, const part *t, const part *after, char *memo
             look_ahead(s, then, rows + (side ^ 1), &next);
         }
         for (long g = 0; g < t->count; g++) {
-            long first = g * padded;
-            for (long i = 0; i < padded; i += SET) {
-                set one = {q + (first + i) * s->keys.stride, shares + (first + i) * BLOCK, o + (first + i) * columns,
-                           of + first + i, {0}};
-                for (long j = 0; j < SET && i + j < t->pairs; j++) one.seen[j] = seen_by(s, t, i + j);
-                BY_SIZE(size_at(padded, i), score_set(s, &one, t->keys.pool + g * s->keys.width, here, at, &next, P))
+            const bf16 *keys = t->keys.pool + g * s->keys.width, *held = t->held.pool + g * s->held.width;
+            for (long i = 0; i < padded; i += 16) {
+                long first = g * padded + i, size = size_at(padded, i);
+                set one = {q + first * s->keys.stride, shares + first * BLOCK, o + first * columns, of + first, {0}};
+                if (size == 16) {
+                    score_16(s, t, g, i, one.q, at, of_16 + first / 16, one.o, one.shares, copies, &next);
+                    continue;
+                }
+                for (long j = 0; j < size && i + j < t->pairs; j++) one.seen[j] = seen_by(s, t, i + j);
+                BY_SIZE(size, score_set(s, &one, keys, here, at, &next, P))
             }
             /* Columns by columns: the strip of the rows that one set has brought into the first cache serves all sets. */
             for (long j = 0; j < s->values; j += 4)
                 for (long i = 0; i < padded; i += SET) {
-                    long to = at_most(j + 4, s->values);
-                    BY_SIZE(size_at(padded, i), add_steps(s, o + (first + i) * columns, t->held.pool + g * s->held.width, here,
-                                                          shares + (first + i) * BLOCK, tokens, j, to, &next, P))
+                    long first = g * padded + i, to = at_most(j + 4, s->values);
+                    BY_SIZE(at_most(padded - i, SET), add_steps(s, o + first * columns, held, here, shares + first * BLOCK,
+                                                                tokens, j, to, &next, P))
                 }
         }
     }
     for (long g = 0; g < t->count; g++)
-        for (long i = 0; i < t->pairs; i++) give(s, slot_of(s, t, g, i), o + (g * padded + i) * columns, of + g * padded + i);
+        for (long i = 0; i < t->pairs; i++) {
+            long at = g * padded + i, first = at - i % 16;
+            float most[16], sum[16];
+            _mm512_storeu_ps(most, of_16[first / 16].most), _mm512_storeu_ps(sum, of_16[first / 16].sum);
+            if (size_at(padded, i - i % 16) < 16) most[i % 16] = of[at].most, sum[i % 16] = _mm512_reduce_add_ps(of[at].sum);
+            give(s, slot_of(s, t, g, i), o + at * columns, most[i % 16], sum[i % 16]);
+        }
 }
 #endif
