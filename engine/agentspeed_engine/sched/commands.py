@@ -235,7 +235,7 @@ def fork(world: SchedulerState, link: LinkId, command: Fork, now: float) -> None
             f"Cannot fork at token {command.at} of {branch.known}.",
             "`at` is a position of a branch at rest.",
         )
-    children = tuple(world.fresh_branch() for _ in range(command.n))
+    children = tuple([world.fresh_branch() for _ in range(command.n)])
     match state:
         case Held():
             state, born = state.fork(world.kv, children)
@@ -421,6 +421,8 @@ def _overflow(world: SchedulerState, tokens: int) -> EngineFault:
 
 
 def _unborn(world: SchedulerState, branch: Branch) -> int:
+    if not world.waiting:
+        return 0
     return sum(
         len(wait.children)
         for number in world.sessions[branch.session].branches

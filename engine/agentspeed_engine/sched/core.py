@@ -63,11 +63,22 @@ class Core:
     def handle(self, link: LinkId, command: Command, now: float) -> Out:
         """Carries out one command. What it refuses, it refuses whole."""
         world = self.world
-        if isinstance(command, GetStats):
+        verb = _VERBS.get(type(command))
+        if verb is not None:
+            world.lapse(now)
+            try:
+                verb(world, link, command, now)
+            except EngineFault as fault:
+                world.out.append(
+                    (link, Failed(request=command.request, code=fault.code, message=fault.message, remedy=fault.remedy))
+                )
+            world.tell_leases()
+        elif isinstance(command, GetStats):
             world.out.append((link, Stats(request=command.request, counts=self.counts(now), seconds={})))
         elif isinstance(command, Look):
             world.out.append((link, self.picture(command, now)))
-        elif isinstance(command, Hello):
+        else:
+            assert isinstance(command, Hello)
             world.out.append(
                 (
                     link,
@@ -76,15 +87,6 @@ class Core:
                     ),
                 )
             )
-        else:
-            world.lapse(now)
-            try:
-                _VERBS[type(command)](world, link, command, now)
-            except EngineFault as fault:
-                world.out.append(
-                    (link, Failed(request=command.request, code=fault.code, message=fault.message, remedy=fault.remedy))
-                )
-            world.tell_leases()
         return self._taken()
 
     def drop_link(self, link: LinkId, now: float) -> Out:
