@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, Final, TypeAlias, final
 
 from agentspeed.chat import provenance
@@ -28,6 +29,7 @@ _TOOL: Final[dict[str, Any]] = {
 }
 """A definition whose name no template writes by itself."""
 _SPACED: Final = ("\n x \n", " x\n", "\n\nx", "x  ")
+_KEPT: Final = 16
 _Shape: TypeAlias = Callable[[dict[str, Any]], dict[str, Any]]
 _SHAPES: Final[tuple[_Shape, ...]] = (
     lambda definition: {"type": "function", "function": definition},
@@ -49,9 +51,23 @@ class Opening:
         self._tokenizer = tokenizer
         self._variables = variables
         self._shape: _Shape | None = None
+        self._cached = lru_cache(maxsize=_KEPT)(self._timeless)
+        """Agents of one kind begin alike, and an opening takes a dozen renders."""
 
     def ids(self, system: str | None, tools: list[dict[str, Any]], *, now: datetime) -> list[int]:
         """Raises `InvalidRequest` for a system text or tools that the template does not show to the model."""
+        if self._template.tells_time:
+            return self._ids(system, tools, now)
+        try:
+            written = json.dumps(tools)
+        except (TypeError, ValueError):  # no JSON: what the template makes of it is not looked up
+            return self._ids(system, tools, now)
+        return list(self._cached(system, written))
+
+    def _timeless(self, system: str | None, written: str) -> tuple[int, ...]:
+        return tuple(self._ids(system, json.loads(written), self._template.loaded))
+
+    def _ids(self, system: str | None, tools: list[dict[str, Any]], now: datetime) -> list[int]:
         system, tools = self.described(system, tools)
         messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": _SLOT}]
         shape = self.shape() if tools else None

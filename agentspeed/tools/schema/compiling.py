@@ -6,6 +6,7 @@ An object can also be compiled entry by entry, for a format of calls that writes
 from __future__ import annotations
 
 import json
+import marshal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -113,7 +114,18 @@ def _source(schema: Mapping[str, Json], bounds: Bounds) -> str:
             f"The schema is {str(schema)[:200]}, which is not a JSON schema.",
             remedy='Pass a dict such as {"type": "integer"}.',
         )
-    return json.dumps(Document(dict(schema)).root)
+    try:
+        held = marshal.dumps(dict(schema), 2)
+    except ValueError:  # what holds something else than JSON: the document says what
+        return json.dumps(Document(dict(schema)).root)
+    return _checked(held)
+
+
+@lru_cache(maxsize=256)
+def _checked(held: bytes) -> str:
+    """Of a schema by its bytes, which tell 1 from "1" and from True: a turn asks for the schemas of all its tools, and
+    to check one takes a hundred times as long as to write it so."""
+    return json.dumps(Document(marshal.loads(held)).root)
 
 
 @lru_cache(maxsize=256)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -102,3 +103,36 @@ def test_a_rehearsal_tells_of_each_kind_of_session_what_it_holds_and_why_not(tmp
     ]  # fmt: skip
     assert [one.holds for one in told] == [True, True, False, False]
     assert "begins with" in told[2].refused and told[0].equal == told[0].conversations == 2
+
+
+class _Days:
+    """A clock whose days the test gives."""
+
+    today = datetime(2026, 1, 31, tzinfo=UTC)
+
+    @classmethod
+    def now(cls) -> datetime:
+        return cls.today
+
+
+def test_an_opening_is_had_again_and_tells_the_day_it_is_asked_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agentspeed.chat.codec.datetime", _Days)
+    dated, timeless = (
+        log_of(
+            folder_of(tmp_path / name, FAMILIES[name].template, FAMILIES[name].controls),
+            reasoning=False,
+            system=None,
+            tools=False,
+        )
+        for name in ("llama 3", "kimi k2")
+    )
+    first = [log.codec.opening("Be brief.", []) for log in (dated, timeless)]
+    _Days.today = datetime(2026, 2, 1, tzinfo=UTC)
+    second = [log.codec.opening("Be brief.", []) for log in (dated, timeless)]
+    assert "31 Jan 2026" in dated.codec.tokenizer.text(first[0])
+    assert "01 Feb 2026" in dated.codec.tokenizer.text(second[0])
+    second[1].append(0)  # a caller's own list
+    assert timeless.codec.opening("Be brief.", []) == first[1]
+    assert timeless.codec.opening("Be long.", []) != first[1]

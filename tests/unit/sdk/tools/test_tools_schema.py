@@ -172,3 +172,12 @@ def test_compiling_does_not_modify_its_argument() -> None:
     schema: Any = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
     _ = compile_schema(schema)
     assert schema == {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
+
+
+def test_a_schema_that_was_read_once_does_not_speak_for_one_that_is_no_json() -> None:
+    sound: dict[Any, Any] = {"type": "object", "properties": {"1": {"type": "integer"}}, "required": ["1"]}
+    assert compile_schema(sound) == compile_schema(sound)
+    with pytest.raises(SchemaUnsupported, match="a key that is not a text"):
+        _ = compile_schema({**sound, "properties": {1: {"type": "integer"}}})  # type: ignore[dict-item]
+    with pytest.raises(SchemaUnsupported, match="a set, which is not JSON"):
+        _ = compile_schema({**sound, "required": {"1"}})  # type: ignore[dict-item]
