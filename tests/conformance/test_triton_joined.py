@@ -179,5 +179,5 @@ def test_graphs_of_joined_steps_pass_the_check_of_an_engines_start(
         recorder=CallsAgain(),
     )
     with torch.inference_mode():
-        assert held.capture(128, PAGES * PAGE, lambda _: None)
+        assert held.capture(128, PAGES * PAGE, 64, lambda _: None)
     assert held.joins and held.count

@@ -108,11 +108,12 @@ class Graphs:
         """Whether graphs are of joined steps."""
         return self._joined is not None
 
-    def capture(self, context_limit: int, pool_tokens: int, progress: Callable[[int], None]) -> bool:
-        """Compiles what long prompts take, and makes graphs of the usual steps of a pool of `pool_tokens`, as far as
-        there is memory (False: not of all). `progress` is told how many there are. Nobody has rows in the pool yet."""
+    def capture(self, context_limit: int, pool_tokens: int, most_new: int, progress: Callable[[int], None]) -> bool:
+        """Compiles what long prompts take, of which up to `most_new` tokens are in a step, and makes graphs of the
+        usual steps of a pool of `pool_tokens`, as far as there is memory (False: not of all). `progress` is told how
+        many there are. Nobody has rows in the pool yet."""
         page_tokens = self._attention.shape.page_tokens
-        for step in long_steps(context_limit, pool_tokens, page_tokens):
+        for step in long_steps(context_limit, pool_tokens, page_tokens, most_new):
             if self._recorder.room():
                 self._modules(step)
         if not self.joins:

@@ -183,13 +183,14 @@ class LoadedModel:
         return self._graphs is not None and self._graphs.joins
 
     @torch.inference_mode()
-    def capture(self, context_limit: int, progress: Callable[[int], None]) -> bool:
-        """Captures graphs of the usual steps on a GPU, in contexts of up to `context_limit` tokens, so that no turn
-        waits for it; False where memory ended before the list did. Call it before the first step."""
+    def capture(self, context_limit: int, most_new: int, progress: Callable[[int], None]) -> bool:
+        """Captures graphs of the usual steps on a GPU, in contexts of up to `context_limit` tokens and with up to
+        `most_new` of a prompt, so that no turn waits for it; False where memory ended before the list did. Call it
+        before the first step."""
         if self._graphs is None:
             return True
         pool_tokens = self.pools.tensors[0].shape[1] * self.page_tokens
-        return self._graphs.capture(context_limit, pool_tokens, progress)
+        return self._graphs.capture(context_limit, pool_tokens, most_new, progress)
 
     @torch.inference_mode()
     def forward(self, batch: FlatBatch, name: Callable[[Tensor], None] | None = None) -> Tensor:

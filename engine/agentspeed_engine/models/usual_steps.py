@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -36,12 +37,12 @@ def usual_steps(rows: Sequence[int], most_context: int, most_tokens: int, page_t
             context *= 2
 
 
-def long_steps(most_context: int, most_tokens: int, page_tokens: int) -> Iterator[FlatBatch]:
-    """Extends that have kernels of their own, beside a branch that decodes, as deep in a context
-    as they may lie."""
-    for count in LONG:
+def long_steps(most_context: int, most_tokens: int, page_tokens: int, most_new: int) -> Iterator[FlatBatch]:
+    """Extends that have kernels of their own, beside a branch that decodes, as deep in a context as they may lie: in
+    the forms that extends of up to `most_new` tokens take."""
+    for shorter, count in pairwise((0, *LONG)):
         context = min(most_context, most_tokens) - count - SHORT
-        if context >= 0:
+        if context >= 0 and shorter < most_new:
             extend = _run(np.arange(count), 0, context + count, page_tokens, causal=True)
             positions = np.append(context + np.arange(count), SHORT - 1)
             yield replace(_step([extend, _own(count, 0, SHORT, page_tokens)], positions), select=np.array([count]))

@@ -335,7 +335,7 @@ def build(
     # Imported late: a no-op engine starts without torch.
     from agentspeed_engine.exec.torch_model import TorchModel
 
-    aside(partial(_captured, loaded, core.context_limit, say))
+    aside(partial(_captured, loaded, core, say))
     model = TorchModel(loaded)
     if options.host_slots:
         model.reserve_host(options.host_slots)
@@ -364,14 +364,14 @@ def _steps(say: Callable[[str], None], part: Callable[[float], None], name: str)
     return told
 
 
-def _captured(model: LoadedModel, context_limit: int, say: Callable[[str], None]) -> None:
+def _captured(model: LoadedModel, core: CoreConfig, say: Callable[[str], None]) -> None:
     """Graphs of steps on a GPU, before anybody waits for one."""
 
     def told(count: int) -> None:
         if count % _GRAPHS_SAID == 0:
             say(f"capturing steps: {count} graphs")
 
-    whole = model.capture(context_limit, told)
+    whole = model.capture(core.context_limit, core.prefill_chunk + core.extend_tokens, told)
     if model.graphs and not model.joins:
         say(f"{model.graphs} graphs of steps call modules one by one: joined steps are left out")
     if not whole:

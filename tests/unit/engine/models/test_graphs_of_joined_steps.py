@@ -89,7 +89,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Toy:
 
 def captured(graphs: Graphs) -> list[int]:
     counts: list[int] = []
-    assert graphs.capture(CONTEXT, PAGES * PAGE, counts.append)
+    assert graphs.capture(CONTEXT, PAGES * PAGE, 64, counts.append)
     return counts
 
 

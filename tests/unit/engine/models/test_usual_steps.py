@@ -66,14 +66,19 @@ def test_the_page_that_checked_steps_read_is_written_by_one_step() -> None:
 def test_steps_of_long_prompts_take_every_form_of_their_kernels_and_stay_within_the_pool() -> None:
     shape = shape_of(16, 512, 64, 64, CPU)
     backend = TritonAttention(shape=shape, device=CPU)
-    steps = list(long_steps(8192, 100_000, 64))
+    steps = list(long_steps(8192, 100_000, 64, 3072))
     found = [backend.prepare(step.runs, step.positions) for step in steps]
     assert [one.many_rows.numel() for one in found] == [256, 512, 1024, 2048]
     assert all(one.few is not None and one.many is not None for one in found)
     for step in steps:
         assert (step.slots == -1).all() and step.positions.max() < 8192
         assert sum(run.tokens for run in step.runs) <= 8192
-    assert [len(step.ids) for step in long_steps(700, 100_000, 64)] == [257, 513]
+    assert [len(step.ids) for step in long_steps(700, 100_000, 64, 3072)] == [257, 513]
+
+
+@pytest.mark.parametrize(("most", "lengths"), [(200, [257]), (513, [257, 513, 1025]), (768, [257, 513, 1025])])
+def test_forms_that_no_step_of_an_engine_can_have_are_not_compiled(most: int, lengths: list[int]) -> None:
+    assert [len(step.ids) for step in long_steps(8192, 100_000, 64, most)] == lengths
 
 
 def test_what_long_prompts_leave_to_other_kernels_is_of_forms_that_graphs_have() -> None:
