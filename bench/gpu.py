@@ -69,6 +69,7 @@ def main() -> int:
         "mixed": lambda: gpu_graphs.section_mixed(report),
         "invariant": lambda: gpu_invariant.section_invariant(report),
         "fp8": lambda: gpu_fp8.section_fp8(report),
+        "steps-fp8": lambda: gpu_fp8.section_steps(report),
         "engine": lambda: gpu_engine.section_engine(report),
         "engine-fp8": lambda: gpu_engine.section_engine_fp8(report),
         "engine-gqa": lambda: gpu_engine.section_engine(report, gpu_engine.GROUPED),

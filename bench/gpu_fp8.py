@@ -1,14 +1,19 @@
-"""Section of bench/gpu.py: products and experts with weights in fp8 blocks, each beside its kernel for bfloat16."""
+"""Sections of bench/gpu.py: weights in fp8 blocks beside bfloat16, in products, experts and whole steps of a model."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from gpu_engine import CONTEXT, LATENT, limit_seconds
+from gpu_graphs import PAGE, Branches
 from gpu_layers import EXPERTS, HEADS, HIDDEN, INNER, NOPE, ROPE, TOP, VALUE, WIDTH, bf16, weights
 from gpu_timing import DEVICE, Report, limit_us, relative, rotated
 
+from agentspeed_engine.models.catalog import load
+from agentspeed_engine.models.loaded import LoadedModel
 from agentspeed_kernels.fp8_blocks import Fp8Blocks, in_blocks
 from agentspeed_kernels.triton import fp8_kernels, kernels
 from agentspeed_kernels.workspace import Workspace
@@ -17,6 +22,9 @@ LAYERS, COPIES = 4, 16
 """Sets of experts and of the smaller weights: more than the L2 holds."""
 SHARED = 2 * INNER
 WIDE = HEADS * (NOPE + ROPE) + WIDTH
+SETTLED, STEPS = 6, 40
+"""Steps before the clock runs, of which some are captured, and while it does."""
+MOST_APART = 0.1
 
 
 def section_fp8(report: Report) -> None:
@@ -87,3 +95,40 @@ def _beside(
     limit = limit_us(moved, flops)
     taken, wide = (rotated(one, COPIES, 5.0, budget_us=200) for one in (call, other))
     report.add("fp8", name, us=taken, bf16_us=wide, times=wide / taken, limit_us=limit, share=limit / taken, **more)
+
+
+def section_steps(report: Report) -> None:
+    """Decode steps as a model makes them, captured and joined, without an engine around it. `apart`: their logits
+    beside those of the modules, where a near tie of the router may fall otherwise."""
+    cases = {rows: Branches(rows, CONTEXT, forked=False) for rows in (1, 32)}
+    pages = max(case.pages for case in cases.values())
+    for kept in ("fp8", "dtype"):
+        model = load(
+            LATENT, dtype="bfloat16", pages=pages, page_tokens=PAGE, device="cuda",
+            weights="fp8" if kept == "fp8" else None,
+        )  # fmt: skip
+        for pool in model.pools.tensors:
+            pool.normal_()
+        for rows, case in cases.items():
+            apart, seconds = _stepped(model, case)
+            share = limit_seconds(rows, kept=kept) / seconds
+            report.add("steps-fp8", f"weights in {kept}, batch {rows} at {CONTEXT}", ms=1e3 * seconds, share=share,
+                       joins=model.joins, apart=apart, met=model.joins and apart < MOST_APART)  # fmt: skip
+        del model
+        torch.cuda.empty_cache()
+
+
+def _stepped(model: LoadedModel, case: Branches) -> tuple[float, float]:
+    """(How far a captured step is from the same one by modules, seconds of a step.)"""
+    for at in range(SETTLED - 1):
+        _ = model.forward(case.step(at))
+    model.repeats = False
+    wanted = model.forward(case.step(SETTLED - 1)).clone()
+    model.repeats = True
+    apart = relative(model.forward(case.step(SETTLED - 1)), wanted)
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for at in range(SETTLED, SETTLED + STEPS):
+        _ = model.forward(case.step(at))
+    torch.cuda.synchronize()
+    return apart, (time.perf_counter() - started) / STEPS

@@ -116,11 +116,11 @@ def _widened(x: Tensor, weight: Fp8Blocks, bias: Tensor | None, out: Tensor) -> 
 def experts(
     x: Tensor, gate_up: Fp8Blocks, down: Fp8Blocks, ids: Tensor, weights: Tensor, workspace: Workspace, out: Tensor
 ) -> None:
-    """The few-token form, the grouped form, or, for one expert and many tokens, two products."""
+    """The few-token form, the grouped form, or, for one expert and many tokens, products of widened weights."""
     assert x.is_contiguous() and out.is_contiguous() and ids.is_contiguous() and weights.is_contiguous()
     if x.shape[0] <= MOST_FEW_TOKENS:
         _experts_few(x, gate_up, down, ids, weights, None, workspace, out)
-    elif down.shape[0] == 1 and ids.shape[1] == 1:
+    elif down.shape[0] == 1 and ids.shape[1] == 1 and x.shape[0] > MOST_TILED_ROWS:
         torch.mul(_swiglu(x, gate_up, down, workspace), weights.to(x.dtype), out=out)
     else:
         _experts_grouped(x, gate_up, down, ids, weights, None, workspace, out)

@@ -112,12 +112,6 @@ def test_a_weight_that_is_not_a_number_makes_its_block_none_and_no_other(odd: fl
         assert bool((whole[128:] == 1).all()) and bool((whole[:, :128] == 1).all())
 
 
-def test_a_gpu_is_refused_by_name(tmp_path: Path) -> None:
-    folder = make_fp8_checkpoint(LATENT, tmp_path, seed=3)
-    with pytest.raises(EngineFault, match=r"device is 'cuda'"):
-        build(options_from({"model": str(folder), "pages": 8, "weights": "fp8", "device": "cuda"}))
-
-
 def test_ranks_that_would_tear_a_block_are_refused_by_name(tmp_path: Path) -> None:
     folder = make_fp8_checkpoint(LATENT, tmp_path, seed=3)
     with pytest.raises(EngineFault, match="the cut goes through a block"):
