@@ -32,6 +32,7 @@ from agentspeed_engine.spmd.placement import ONE
 from agentspeed_kernels.platform import named
 from agentspeed_kernels.registry import standard
 from agentspeed_kernels.selection import Kernels
+from agentspeed_kernels.triton import backend
 from agentspeed_kernels.triton import plan as plan_module
 from agentspeed_kernels.triton.backend import attention_of
 from agentspeed_kernels.workspace import Workspace
@@ -43,12 +44,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered.*:RuntimeWarning")
 PAGE, PAGES = 16, 160
 CPU = torch.device("cpu")
 SIZES = {"kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "hidden_size": 64,
-         "num_hidden_layers": 2}  # fmt: skip
+         "num_hidden_layers": 2, "vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 GROUPED: dict[str, Any] = {
-    "model_type": "qwen3", "vocab_size": 300, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 4096,
+    "model_type": "qwen3", "vocab_size": 40, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 4096,
 }  # fmt: skip
-IDS = np.random.default_rng(5).integers(0, 300, 400).tolist()
+IDS = np.random.default_rng(5).integers(3, 40, 400).tolist()
 
 
 class OnTriton:
@@ -69,6 +70,7 @@ class OnTriton:
         ]
         self._rope = Rope(config.rope, config.context_limit, torch.float32)
         self._attention = attention_of(sizes, CPU, 4, invariant=True)
+        self.shape = self._attention.shape
         self._graphs = Graphs(None, self._steps, self.forward, self._pools, config.vocab_size, self._rope,
                               self._attention, CPU, recorder=CallsAgain())  # fmt: skip
 
@@ -88,9 +90,8 @@ def in_order(self: Any, a: Any, b: Any, held: Any, *_: Any) -> Any:
     """A product as matrix instructions add it: along the inputs, to what the block holds. The interpreter's own is
     BLAS, which has another order for every shape."""
     del self
-    sums = held.data.copy()
-    for k in range(a.data.shape[1]):
-        sums += a.data[:, k : k + 1] * b.data[k : k + 1]
+    terms = a.data.T[:, :, None] * b.data[:, None, :]
+    sums = np.add.accumulate(np.concatenate([held.data[None], terms]))[-1]
     return interpreter.TensorHandle(sums, held.dtype.scalar)
 
 
@@ -116,3 +117,15 @@ def test_rows_of_chunks_forks_batches_and_graphs_have_the_bits_of_rows_alone(mod
     assert torch.equal(model.forward(batch(PAGE, first))[15 : 15 + cut], wanted[:cut])
     then = batch(PAGE, [(forks[0], [7]), (forks[1], prompt[cut:]), (forks[2], [8])])
     assert torch.equal(model.from_a_graph(then)[1 : 1 + len(prompt) - cut], wanted[cut:])
+
+
+@pytest.mark.parametrize("model", ["latent"], indirect=True)
+def test_rows_whose_partials_have_no_room_together_run_one_after_the_other(
+    model: OnTriton, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = IDS[:19]
+    together = model.forward(batch(PAGE, [(Trail(PAGE, [0, 1]), prompt), (Trail(PAGE, [2]), IDS[40:43])]))
+    monkeypatch.setattr(backend, "PARTIAL_BYTES", 9000)
+    step = batch(PAGE, [(Trail(PAGE, [3, 4]), prompt), (Trail(PAGE, [5]), IDS[40:43])])
+    assert len(backend.split_rows(step.runs, model.shape, 9000)) > 1
+    assert torch.equal(model.forward(step), together)

@@ -109,6 +109,8 @@ class RowsOnDevice:
     arrays: dict[str, Tensor]
     block: Tensor
     """The one allocation the arrays are views of."""
+    others: tuple[RowsOnDevice, ...] = ()
+    """Plans of other rows of the step, which run behind this one in the same scratch memory."""
 
 
 def prepare(
@@ -206,9 +208,10 @@ def mla_rows(q: Tensor, pool: Tensor, step: RowsOnDevice, scale: float, workspac
 
     All three are contiguous and of one format. The pool must hold finite numbers everywhere: hidden rows of a page are
     multiplied by zero."""
-    launch_rows(q, pool, step, scale, workspace, out)
-    if step.plan.unit_row.size:
-        launch_merge(step, workspace, out)
+    for some in (step, *step.others):
+        launch_rows(q, pool, some, scale, workspace, out)
+        if some.plan.unit_row.size:
+            launch_merge(some, workspace, out)
 
 
 def launch_rows(q: Tensor, pool: Tensor, step: RowsOnDevice, scale: float, workspace: Workspace, out: Tensor) -> None:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import numpy as np
 import torch
 
-from agentspeed_kernels.attention import NEVER, AttentionStep, pairs_of, split_long
+from agentspeed_kernels.attention import NEVER, AttentionStep, Part, pairs_of, split_long, whole_paths
 from agentspeed_kernels.tiles import Int64s, Piece
 from agentspeed_kernels.triton.attention import AttentionShape, Chip, Form, plan_step, upload
 from agentspeed_kernels.triton.extend import NotOneBranch, prepare_extend
 from agentspeed_kernels.triton.padded import general
-from agentspeed_kernels.triton.plan import Cut, RowsPlan
+from agentspeed_kernels.triton.plan import Cut, RowsPlan, fixed_starts
 from agentspeed_kernels.uploads import unwaited
 
 log = logging.getLogger("agentspeed.kernels")
@@ -33,6 +33,11 @@ EXTEND_GROUPED_FROM, ABSORBED_GROUPED, ABSORBED_GROUPED_EACH = 512, 1 << 27, 1 <
 pairs that cost a quarter (one head is 128 numbers wide, a latent 512)."""
 GROUPED_PROGRAMS = 2
 """Programs of grouped-query attention that a multiprocessor has room for."""
+
+
+PARTIAL_ITEM, PARTIAL_BYTES = 4, 1 << 30
+"""Of a number of a partial, and of all those of rows that run at once under the fixed cut, where every row has one for
+each part of its context."""
 
 
 @final
@@ -61,8 +66,11 @@ class TritonAttention:
                 few, rows = list(pieces), np.zeros(0, np.int64)
         absorbed = None
         if few:
-            plan, form = self.rows(few, positions)
-            absorbed = upload(general(plan), form, self.device)
+            first, *others = [
+                upload(general(plan), form, self.device)
+                for plan, form in (self.rows(some, positions) for some in self._bounded(few))
+            ]
+            absorbed = replace(first, others=tuple(others)) if others else first
         return AttentionStep(few=absorbed, many=extended, many_rows=unwaited(rows, self.device))
 
     def absorbs(self, pieces: Sequence[Piece]) -> bool:
@@ -74,9 +82,35 @@ class TritonAttention:
         """The plan for a step whose rows are all absorbed, not uploaded yet."""
         return plan_step(pieces, positions, self.shape, cut=self._cut)
 
+    def _bounded(self, pieces: Sequence[Piece]) -> list[Sequence[Piece]]:
+        """The pieces as they are or, of a batch-invariant step, by rows whose partials have room together."""
+        return split_rows(pieces, self.shape, PARTIAL_BYTES) if self.invariant else [pieces]
+
     @property
     def _cut(self) -> Cut | None:
         return "fixed" if self.invariant else None
+
+
+def split_rows(pieces: Sequence[Piece], shape: AttentionShape, most_bytes: int) -> list[Sequence[Piece]]:
+    """Lists of pieces for some queries each, whose partials under the fixed cut take up to `most_bytes`, or for one."""
+    whole = whole_paths(pieces, shape.page_tokens)
+    if not all(piece.causal for piece in whole):  # a path of several pieces must stay in one list
+        return [pieces]
+    found: list[list[Piece]] = [[]]
+    left = most_bytes
+    for piece in whole:
+        parts = fixed_starts(-(-piece.tokens // shape.page_tokens), shape.page_tokens).size
+        each = parts * shape.all_heads * shape.rank * PARTIAL_ITEM
+        at = 0
+        while at < piece.queries.size:
+            if left < each and found[-1]:
+                found.append([])
+                left = most_bytes
+            count = max(1, min(left // each, piece.queries.size - at))
+            queries = piece.queries[at : at + count]
+            found[-1].append(Part(piece.pages, piece.start, piece.tokens, queries, piece.causal))
+            at, left = at + count, left - count * each
+    return list(found)
 
 
 def attention_of(

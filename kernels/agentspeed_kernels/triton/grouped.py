@@ -82,9 +82,10 @@ def gqa_rows(
 
     Pools and `out` are contiguous. The pools must hold finite numbers everywhere: hidden rows of a page are multiplied
     by zero."""
-    launch_rows(q, key_pool, value_pool, step, scale, workspace, out)
-    if step.plan.unit_row.size:
-        launch_merge(step, workspace, out, key_pool.shape[2] // q.shape[2])
+    for some in (step, *step.others):
+        launch_rows(q, key_pool, value_pool, some, scale, workspace, out)
+        if some.plan.unit_row.size:
+            launch_merge(some, workspace, out, key_pool.shape[2] // q.shape[2])
 
 
 def launch_rows(
