@@ -15,6 +15,7 @@ from agentspeed.engine import NANO
 from agentspeed_engine.models.catalog import load
 from agentspeed_engine.models.loaded import LoadedModel
 from agentspeed_engine.protocol import messages as wire
+from agentspeed_kernels.triton.invariant import alike
 from tests.devices import needs_gpu
 from tests.support.engine_client import Front, TurnRecord, engine
 from tests.support.paged import CONFIG, Trail, batch
@@ -49,6 +50,10 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     else:
         folder = make_checkpoint(configs[request.param], tmp_path_factory.mktemp("model"), seed=6, dtype="float32")
     return load(folder, dtype="bfloat16", pages=240, page_tokens=PAGE, device="cuda", batch_invariant=True)
+
+
+def test_blocks_of_16_and_of_32_rows_add_alike_here() -> None:
+    assert alike(torch.device("cuda")) in ("narrow", "all")
 
 
 def test_chunks_of_any_size_have_the_bits_of_one_chunk(model: LoadedModel) -> None:

@@ -74,13 +74,18 @@ def wide_blocks(device: torch.device) -> bool:
     return alike(device) == "all"
 
 
-@cache
 def alike(device: torch.device) -> Literal["all", "narrow", "none"]:
     """Which blocks add with the bits of those of 16 rows: those of 128 as well, for which compilers take other
     instructions, those of 32 alone, or no others. Tried once, on bfloat16 by chance with float32 sums; not to be asked
     first while a graph is captured."""
     if device.type != "cuda":
         return "narrow"
+    return _alike(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _alike(index: int) -> Literal["all", "narrow", "none"]:
+    device = torch.device("cuda", index)
     noise = torch.Generator(device).manual_seed(0)
     x, weight = (
         torch.randn(rows, CHECKED_INPUTS, generator=noise, device=device).to(torch.bfloat16)
