@@ -8,18 +8,27 @@ through Triton, which compiles it, checks where its tensors lie, and gives the k
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, TypeAlias, final
+from typing import Any, Protocol, TypeAlias, final
 
 from torch import Tensor
+
+log = logging.getLogger("agentspeed.kernels")
 
 Grid: TypeAlias = tuple[int, ...]
 _LAUNCHER = "iiiKKppOOOOOO"
 """What the launchers of Triton that are known here take before a kernel's own arguments."""
 _INT32 = 1 << 31
 _INT64 = 1 << 63
+
+
+class Watched(Protocol):
+    """Hooks of launches, true while there are any."""
+
+    def __bool__(self) -> bool: ...
 
 
 @final
@@ -45,7 +54,7 @@ class DirectKernel:
     __slots__ = ("_kernel", "_readied", "_ready", "_watched")
 
     def __init__(
-        self, kernel: Any, readied: Callable[[Any, Any, int, int, dict[str, Any]], Ready | None], watched: list[Any]
+        self, kernel: Any, readied: Callable[[Any, Any, int, int, dict[str, Any]], Ready | None], watched: Watched
     ) -> None:
         """`readied(compiled, kernel, device, count of arguments, constants)`: None for what only Triton launches.
         `watched`: hooks that want to hear of every launch; as long as there are any, Triton makes all launches."""
@@ -106,45 +115,61 @@ def specialised(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...] | None, lis
 
 def direct(kernel: Any) -> Any:
     """The kernel under direct launches, where Triton is one whose launchers are known, else as it is."""
-    found = _triton()
+    found = launched_directly()
     if found is None or not isinstance(kernel, found[0]):
         return kernel
     return DirectKernel(kernel, _readied, found[1])
 
 
 @cache
-def _triton() -> tuple[type[Any], list[Any]] | None:
-    """(The class of kernels that are compiled, hooks of launches); None: a Triton that is not known here."""
-    from triton import knobs
-    from triton.backends.nvidia import driver
-    from triton.runtime.jit import JITFunction
+def launched_directly() -> tuple[type[Any], Watched] | None:
+    """(The class of kernels that are compiled, hooks of launches); None, with a warning: a Triton that is not known
+    here."""
+    import triton
 
-    hooks = (getattr(knobs.runtime, name, None) for name in ("launch_enter_hook", "launch_exit_hook"))
-    enter, leave = (getattr(hook, "calls", None) for hook in hooks)
-    if getattr(driver, "_BASE_ARGS_FORMAT", None) != _LAUNCHER or enter is None or leave is None:
-        return None
-    return JITFunction, _Both(enter, leave)
+    try:
+        from triton.backends.nvidia import driver
+        from triton.knobs import runtime
+        from triton.runtime.jit import JITFunction
+    except ImportError as error:
+        why = str(error)
+    else:
+        takes = getattr(driver, "_BASE_ARGS_FORMAT", None)
+        if takes == _LAUNCHER:
+            return JITFunction, Hooks(runtime)
+        why = f"its launchers take {takes}, and those that are known {_LAUNCHER}"
+    log.warning("Triton %s launches all kernels itself, which makes steps slower: %s", triton.__version__, why)
+    return None
 
 
-class _Both(list[Any]):
-    """True while one of two lists has something in it."""
+@final
+class Hooks:
+    """Those of Triton's `knobs.runtime`, as they are when it is asked: a profiler adds one, or puts another chain in
+    their place."""
 
-    def __init__(self, *lists: list[Any]) -> None:
-        super().__init__()
-        self._lists = lists
+    __slots__ = ("_runtime",)
+
+    def __init__(self, runtime: Any) -> None:
+        self._runtime = runtime
 
     def __bool__(self) -> bool:
-        return any(self._lists)
+        return _hooked(self._runtime.launch_enter_hook) or _hooked(self._runtime.launch_exit_hook)
+
+
+def _hooked(chain: Any) -> bool:
+    """What is no chain of Triton's may do anything."""
+    return chain is not None and bool(getattr(chain, "calls", True))
 
 
 def _readied(compiled: Any, kernel: Any, device: int, count: int, constants: dict[str, Any]) -> Ready | None:
     from triton.backends.nvidia.driver import CudaLauncher
     from triton.runtime import driver
 
+    active: Any = driver.active
     run = getattr(compiled, "run", None)
     if not isinstance(run, CudaLauncher) or run.global_scratch_size or run.profile_scratch_size or device < 0:
         return None
-    if kernel.pre_run_hooks or driver.active.get_current_device() != device:
+    if kernel.pre_run_hooks or active.get_current_device() != device:
         return None
     rest = kernel.params[count:]
     if any(one.is_constexpr for one in kernel.params[:count]) or not all(one.is_constexpr for one in rest):
@@ -155,7 +180,7 @@ def _readied(compiled: Any, kernel: Any, device: int, count: int, constants: dic
         cooperative=run.launch_cooperative_grid,
         early=run.launch_pdl,
         metadata=compiled.packed_metadata,
-        stream=driver.active.get_current_stream,
+        stream=active.get_current_stream,
         device=device,
         constants=tuple(constants.get(one.name, one.default) for one in rest),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from agentspeed_kernels.triton.direct import DirectKernel, Ready, specialised
+from agentspeed_kernels.triton.direct import DirectKernel, Hooks, Ready, direct, launched_directly, specialised
 
 HERE = torch.zeros(64, dtype=torch.bfloat16)
 ARGUMENTS: tuple[Any, ...] = (
@@ -63,9 +64,9 @@ def kernel() -> Iterator[Kernel]:
 
 
 def test_the_second_launch_of_a_kind_goes_to_the_driver_with_addresses_and_numbers(kernel: Kernel) -> None:
-    direct, other = DirectKernel(kernel, kernel.readied, []), torch.ones(64, dtype=torch.bfloat16)
-    direct[3, 2](HERE, 48, 0.5, BLOCK=16, num_warps=4)
-    direct[7,](other, 64, 0.25, BLOCK=16, num_warps=4)
+    launcher, other = DirectKernel(kernel, kernel.readied, []), torch.ones(64, dtype=torch.bfloat16)
+    launcher[3, 2](HERE, 48, 0.5, BLOCK=16, num_warps=4)
+    launcher[7,](other, 64, 0.25, BLOCK=16, num_warps=4)
     assert len(kernel.compiled) == 1
     (launched,) = kernel.launched
     assert launched[:5] == (7, 1, 1, 5, 77) and launched[9] == (4, 1, 0)
@@ -90,38 +91,79 @@ def test_the_second_launch_of_a_kind_goes_to_the_driver_with_addresses_and_numbe
 def test_a_launch_of_another_kind_goes_through_the_compiler(
     kernel: Kernel, given: tuple[Any, ...], constants: dict[str, Any]
 ) -> None:
-    direct = DirectKernel(kernel, kernel.readied, [])
+    launcher = DirectKernel(kernel, kernel.readied, [])
     for _ in range(2):
-        direct[1,](HERE, 48, 0.5, BLOCK=16)
-    direct[1,](*given, **constants)
+        launcher[1,](HERE, 48, 0.5, BLOCK=16)
+    launcher[1,](*given, **constants)
     assert len(kernel.compiled) == 2 and len(kernel.launched) == 1
     assert kernel.compiled[1] == ((1,), given, constants)
 
 
 def test_what_only_the_compiler_can_launch_stays_with_it(kernel: Kernel) -> None:
-    direct = DirectKernel(kernel, lambda *_: None, [])
+    launcher = DirectKernel(kernel, lambda *_: None, [])
     for _ in range(3):
-        direct[1,](HERE, BLOCK=16)
+        launcher[1,](HERE, BLOCK=16)
     assert len(kernel.compiled) == 3 and not kernel.launched
 
 
 def test_who_watches_launches_hears_of_all_of_them(kernel: Kernel) -> None:
     watched: list[Any] = []
-    direct = DirectKernel(kernel, kernel.readied, watched)
-    direct[1,](HERE, BLOCK=16)
+    launcher = DirectKernel(kernel, kernel.readied, watched)
+    launcher[1,](HERE, BLOCK=16)
     watched.append(print)
-    direct[1,](HERE, BLOCK=16)
+    launcher[1,](HERE, BLOCK=16)
     watched.clear()
-    direct[1,](HERE, BLOCK=16)
+    launcher[1,](HERE, BLOCK=16)
     assert len(kernel.compiled) == 2 and len(kernel.launched) == 1
+
+
+@pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
+def test_who_puts_a_chain_of_hooks_of_his_own_in_place_hears_of_launches(kernel: Kernel, name: str) -> None:
+    runtime = SimpleNamespace(launch_enter_hook=SimpleNamespace(calls=[]), launch_exit_hook=None)
+    launcher, before = DirectKernel(kernel, kernel.readied, Hooks(runtime)), getattr(runtime, name)
+    for chain in (before, SimpleNamespace(calls=[print]), print, before):
+        setattr(runtime, name, chain)
+        launcher[1,](HERE, BLOCK=16)
+    assert len(kernel.compiled) == 3 and len(kernel.launched) == 1
+
+
+@pytest.fixture
+def asked_again() -> Iterator[None]:
+    launched_directly.cache_clear()
+    yield
+    launched_directly.cache_clear()
+
+
+@pytest.mark.usefixtures("asked_again")
+def test_a_triton_that_is_not_known_launches_all_kernels_itself_and_that_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    driver: Any = pytest.importorskip("triton.backends.nvidia.driver")
+    monkeypatch.setattr(driver, "_BASE_ARGS_FORMAT", "iiiKK")
+    given = object()
+    assert direct(given) is given and direct(given) is given
+    (said,) = caplog.messages
+    assert "launches all kernels itself" in said and "its launchers take iiiKK" in said
+
+
+@pytest.mark.usefixtures("asked_again")
+def test_a_triton_without_launchers_for_this_vendor_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    backends: Any = pytest.importorskip("triton.backends.nvidia")
+    monkeypatch.delattr(backends, "driver", raising=False)
+    monkeypatch.setitem(sys.modules, "triton.backends.nvidia.driver", None)
+    given = object()
+    assert direct(given) is given
+    assert "launches all kernels itself" in caplog.text
 
 
 def test_a_descriptor_is_told_apart_by_its_tile_and_format_and_not_by_where_it_begins(kernel: Kernel) -> None:
     def descriptor(base: torch.Tensor, tile: int) -> Any:
         return SimpleNamespace(base=base, shape=[4, 16], strides=[16, 1], block_shape=[tile, 16], padding="zero")
 
-    direct, other = DirectKernel(kernel, kernel.readied, []), torch.ones(64, dtype=torch.bfloat16)
+    launcher, other = DirectKernel(kernel, kernel.readied, []), torch.ones(64, dtype=torch.bfloat16)
     for given in (descriptor(HERE, 4), descriptor(other, 4), descriptor(HERE, 2), descriptor(HERE.float(), 4)):
-        direct[1,](given, BLOCK=16)
+        launcher[1,](given, BLOCK=16)
     assert len(kernel.compiled) == 3 and len(kernel.launched) == 1
     assert kernel.launched[0][-2].base is other
