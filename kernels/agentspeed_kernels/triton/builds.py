@@ -8,6 +8,7 @@ from typing import Any, final
 
 from agentspeed_kernels.triton.device_code import device_module
 from agentspeed_kernels.triton.invariant import WIDE, linear_shape
+from agentspeed_kernels.triton.kernels import grouped_shape
 
 BF16, FP32, INT32, INT64, FP64, FP8 = "*bf16", "*fp32", "*i32", "*i64", "*fp64", "*fp8e4nv"
 
@@ -104,6 +105,8 @@ def _rows_signature() -> dict[str, str]:
 
 
 def _layers(early: bool) -> Iterator[Build]:
+    from agentspeed_kernels.triton import sampling
+
     elementwise = device_module("elementwise")
     experts = device_module("experts")
     products = device_module("products")
@@ -205,19 +208,20 @@ def _layers(early: bool) -> Iterator[Build]:
         constants={"E": 64, "TOP": 6, "D": 2048, "I": 1408, "S": 2816, "BN": 4, "BI": 512, "EARLY": early},
         options={"num_warps": 4},
     )  # fmt: skip
+    few, columns, depth, warps, stages = grouped_shape(1)
     yield Build(
         name="gate_up_grouped",
         function=experts.gate_up_grouped,
         signature={"x": BF16, "gate_up": BF16, "order": INT32, "starts": INT32, "act": BF16},
-        constants={"TOP": 6, "D": 2048, "I": 1408, "BM": 16, "BI": 64, "BD": 128},
-        options={"num_warps": 4, "num_stages": 4},
+        constants={"TOP": 6, "D": 2048, "I": 1408, "BM": few, "BI": columns, "BD": depth},
+        options={"num_warps": warps, "num_stages": stages},
     )
     yield Build(
         name="down_grouped",
         function=experts.down_grouped,
         signature={"act": BF16, "down": BF16, "order": INT32, "starts": INT32, "weights": FP32, "part": FP32},
-        constants={"D": 2048, "I": 1408, "BM": 16, "BN": 64, "BI": 128},
-        options={"num_warps": 4, "num_stages": 4},
+        constants={"D": 2048, "I": 1408, "BM": few, "BN": columns, "BI": depth},
+        options={"num_warps": warps, "num_stages": stages},
     )
     logits = {"logits": BF16, "changed": FP32, "changed_row": INT32}
     rows = logits | {"mask_words": INT32, "mask_row": INT32, "temperature": FP64}
@@ -228,8 +232,8 @@ def _layers(early: bool) -> Iterator[Build]:
             "top_k": INT32, "top_p": FP64, "asked": INT32, "stride": "i32", "V": "i32", "best_id": INT32, "best": FP64,
             "least": FP32, "total": FP64, "faulty": INT32,
         },
-        constants={"BLOCK": 2048, "BITS": 16, "CHANGED": False},
-        options={"num_warps": 16},
+        constants={"BLOCK": sampling.BLOCK, "BITS": 16, "CHANGED": False},
+        options={"num_warps": sampling.WARPS},
     )  # fmt: skip
     yield Build(
         name="sample-draw",
@@ -238,8 +242,8 @@ def _layers(early: bool) -> Iterator[Build]:
             "min_p": FP64, "asked": INT32, "state": INT64, "best": FP64, "least": FP32, "stride": "i32", "V": "i32",
             "part_score": FP64, "part_id": INT32, "part_mass": FP64,
         },
-        constants={"PARTS": 16, "BLOCK": 1024, "CHANGED": False},
-        options={"num_warps": 8},
+        constants={"PARTS": sampling.PARTS, "BLOCK": sampling.DRAW_BLOCK, "CHANGED": False},
+        options={"num_warps": sampling.DRAW_WARPS},
     )  # fmt: skip
     yield Build(
         name="sample-pick",
@@ -249,8 +253,8 @@ def _layers(early: bool) -> Iterator[Build]:
             "part_mass": FP64, "asked": INT32, "stride": "i32", "V": "i32", "ids": INT64, "logprob": FP64,
             "draw_logprob": FP64, "top_ids": INT64, "top_logprobs": FP64,
         },
-        constants={"PARTS": 16, "BLOCK": 2048, "MOST": 20, "CHANGED": False},
-        options={"num_warps": 16},
+        constants={"PARTS": sampling.PARTS, "BLOCK": sampling.BLOCK, "MOST": sampling.MOST_LOGPROBS, "CHANGED": False},
+        options={"num_warps": sampling.WARPS},
     )  # fmt: skip
 
 

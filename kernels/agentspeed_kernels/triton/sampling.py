@@ -21,7 +21,9 @@ from agentspeed_kernels.workspace import Workspace
 MOST_LOGPROBS = 20
 PARTS = 16
 """Programs that draw for one row: one multiprocessor alone would take longer than a small model's step."""
-BLOCK = 4096
+BLOCK, WARPS = 4096, 16
+DRAW_BLOCK, DRAW_WARPS = 1024, 8
+"""Logits that a program takes at once, and its warps: where a row is one program, and where it has `PARTS`."""
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
@@ -113,14 +115,14 @@ def sample(logits: Tensor, rows: SamplingRows, workspace: Workspace) -> Sampled:
     exact = logits.dtype != torch.bfloat16 or given
     device.bounds[(count,)](
         *common, rows.top_k, rows.top_p, rows.asked, logits.stride(0), vocabulary, best_id, best, least, total,
-        faulty, BLOCK=BLOCK, BITS=32 if exact else 16, CHANGED=given, num_warps=16,
+        faulty, BLOCK=BLOCK, BITS=32 if exact else 16, CHANGED=given, num_warps=WARPS,
     )  # fmt: skip
     score = take("sample_score", (count, PARTS), torch.float64)
     part_id = take("sample_part_id", (count, PARTS), torch.int32)
     mass = take("sample_mass", (count, PARTS), torch.float64)
     device.draw[(count, PARTS)](
         *common, rows.min_p, rows.asked, rows.state, best, least, logits.stride(0), vocabulary, score, part_id, mass,
-        PARTS=PARTS, BLOCK=1024, CHANGED=given, num_warps=8,
+        PARTS=PARTS, BLOCK=DRAW_BLOCK, CHANGED=given, num_warps=DRAW_WARPS,
     )  # fmt: skip
     ids, logprob = take("sample_ids", (count,), torch.int64), take("sample_logprob", (count,), torch.float64)
     draw_logprob = take("sample_draw_logprob", (count,), torch.float64)
@@ -129,7 +131,7 @@ def sample(logits: Tensor, rows: SamplingRows, workspace: Workspace) -> Sampled:
     device.pick[(count,)](
         logits, *changed, rows.temperature, best_id, best, total, score, part_id, mass, rows.asked, logits.stride(0),
         vocabulary, ids, logprob, draw_logprob, top_ids, top_logprobs, PARTS=PARTS, BLOCK=BLOCK, MOST=MOST_LOGPROBS,
-        CHANGED=given, num_warps=16,
+        CHANGED=given, num_warps=WARPS,
     )  # fmt: skip
     return Sampled(
         ids=ids,
