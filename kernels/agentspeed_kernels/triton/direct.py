@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, Protocol, TypeAlias, final
+from typing import Any, TypeAlias, final
 
 from torch import Tensor
 
@@ -23,12 +23,6 @@ _LAUNCHER = "iiiKKppOOOOOO"
 """What the launchers of Triton that are known here take before a kernel's own arguments."""
 _INT32 = 1 << 31
 _INT64 = 1 << 63
-
-
-class Watched(Protocol):
-    """Hooks of launches, true while there are any."""
-
-    def __bool__(self) -> bool: ...
 
 
 @final
@@ -54,10 +48,10 @@ class DirectKernel:
     __slots__ = ("_kernel", "_readied", "_ready", "_watched")
 
     def __init__(
-        self, kernel: Any, readied: Callable[[Any, Any, int, int, dict[str, Any]], Ready | None], watched: Watched
+        self, kernel: Any, readied: Callable[[Any, Any, int, int, dict[str, Any]], Ready | None], watched: object
     ) -> None:
         """`readied(compiled, kernel, device, count of arguments, constants)`: None for what only Triton launches.
-        `watched`: hooks that want to hear of every launch; as long as there are any, Triton makes all launches."""
+        `watched`: hooks that want to hear of every launch; as long as it is true, Triton makes all launches."""
         self._kernel, self._readied, self._watched = kernel, readied, watched
         self._ready: dict[tuple[Any, ...], Ready | None] = {}
 
@@ -122,7 +116,7 @@ def direct(kernel: Any) -> Any:
 
 
 @cache
-def launched_directly() -> tuple[type[Any], Watched] | None:
+def launched_directly() -> tuple[type[Any], Hooks] | None:
     """(The class of kernels that are compiled, hooks of launches); None, with a warning: a Triton that is not known
     here."""
     import triton
