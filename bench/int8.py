@@ -4,7 +4,8 @@
     python bench/int8.py --tasks 0     # logits alone
 
 Logits: the distance to float64, norm over norm, median over the positions of a prompt and of tokens decoded behind it,
-for activations in bfloat16 with weights in bfloat16, int8 and int8-32; and how often the likeliest token is float64's.
+for activations in bfloat16 with weights in bfloat16, int8, int8-32 and fp8 (quantised from bfloat16); and how often the
+likeliest token is float64's.
 Tasks: held-out requests of `bench/nano.py` that must call tools and answer, through the public SDK. The last line is
 JSON.
 """
@@ -32,7 +33,7 @@ from bench.nano import AT_ONCE, UNSEEN, each, held_out, share, tool_task
 from tests.support.paged import Trail, batch
 from tests.support.random_checkpoint import make_checkpoint
 
-FORMATS = (None, "int8", "int8-32")
+FORMATS = (None, "int8", "int8-32", "fp8")
 PAGE, PROMPT, DECODED = 64, 240, 24
 SHAPES = ("v3-50m", "qwen3-50m")
 

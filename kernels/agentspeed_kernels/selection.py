@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Generic, Literal, TypeVar, final, overload
 
 import torch
@@ -397,6 +398,9 @@ class _Chooser:
             if unsound is None:
                 break
             candidates = tuple(spec for spec in candidates if spec is not unsound)
+        # An edge of kernels that do not fit the need is none.
+        steps = pairwise((*bands, (UNBOUNDED, last)))
+        bands = tuple(band for band, (_, above) in steps if band[1].kernel is not above.kernel)
         for edge, choice in bands:
             log.info("%s up to %d rows: %s", self._dtype, edge, choice.explain())
         log.info("%s: %s", self._dtype, last.explain())

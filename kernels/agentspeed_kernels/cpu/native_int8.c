@@ -24,25 +24,39 @@ INLINE byte_weight matrix_at(const byte_weight *first, long index) {
     return w;
 }
 
+/* The sum of `sets` (a constant) sums, which are 0 afterwards. */
+INLINE wide taken(wide *sums, const int sets) {
+    wide all = sums[0];
+    for (int i = 1; i < sets; i++) all += sums[i];
+    for (int i = 0; i < sets; i++) sums[i] = (wide){0};
+    return all;
+}
+
 /* Outputs [from, from + WIDE) of tile t for `count` (a constant) rows of floats, whole steps long. */
 INLINE void some_rows(const byte_weight *w, long t, long from, const float *const *x, int count, float (*to)[LANES]) {
     const uint8_t *at = w->data + t * w->width * LANES + from * 4;
-    wide sum[AT_ONCE], all[AT_ONCE];
-    for (int r = 0; r < count; r++) sum[r] = (wide){0}, all[r] = (wide){0};
+    /* A few rows wait for the latency of one sum: they have several, for inputs in turn. */
+    const int sets = count <= 2 ? 4 : count <= 4 ? 2 : 1;
+    wide sum[AT_ONCE <= 2 ? 8 : AT_ONCE], all[AT_ONCE];
+    for (int r = 0; r < count; r++) all[r] = (wide){0};
+    for (int i = 0; i < count * sets; i++) sum[i] = (wide){0};
     for (long k = 0; k < w->width; k += 4, at += 4 * LANES) {
         __builtin_prefetch(at + 6144, 0, 3);
         wide_ints v = *(const wide_ints *)at ^ (int32_t)0x80808080;
         wide a = __builtin_convertvector((v << 24) >> 24, wide), b = __builtin_convertvector((v << 16) >> 24, wide);
         wide c = __builtin_convertvector((v << 8) >> 24, wide), d = __builtin_convertvector(v >> 24, wide);
-        for (int r = 0; r < count; r++) sum[r] += a * x[r][k], sum[r] += b * x[r][k + 1], sum[r] += c * x[r][k + 2], sum[r] += d * x[r][k + 3];
+        for (int r = 0; r < count; r++) {
+            wide *s = sum + r * sets;
+            s[0] += a * x[r][k], s[1 % sets] += b * x[r][k + 1], s[2 % sets] += c * x[r][k + 2], s[3 % sets] += d * x[r][k + 3];
+        }
         if (w->group && (k + 4) % GROUPED == 0) {
             wide by = *(const wide *)(w->scales + k / GROUPED * w->columns * LANES + t * LANES + from);
-            for (int r = 0; r < count; r++) all[r] += sum[r] * by, sum[r] = (wide){0};
+            for (int r = 0; r < count; r++) all[r] += taken(sum + r * sets, sets) * by;
         }
     }
     wide by = *(const wide *)(w->scales + t * LANES + from);
     for (int r = 0; r < count; r++) {
-        if (!w->group) all[r] = sum[r] * by;
+        if (!w->group) all[r] = taken(sum + r * sets, sets) * by;
         *(wide *)(to[r] + from) = all[r];
     }
 }
@@ -52,6 +66,7 @@ INLINE void times(const byte_weight *w, long t, const float *const *x, long rows
         long r = 0;
         for (; r + AT_ONCE <= rows; r += AT_ONCE) some_rows(w, t, from, x + r, AT_ONCE, to + r);
 #if AT_ONCE > 2
+        for (; r + 4 <= rows; r += 4) some_rows(w, t, from, x + r, 4, to + r);
         for (; r + 2 <= rows; r += 2) some_rows(w, t, from, x + r, 2, to + r);
 #endif
         for (; r < rows; r++) some_rows(w, t, from, x + r, 1, to + r);
