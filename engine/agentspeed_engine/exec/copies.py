@@ -7,6 +7,7 @@ import math
 import queue
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, final
@@ -15,6 +16,9 @@ from agentspeed_engine.clock import Clock, MonotonicClock
 from agentspeed_engine.exec.executor import CopyFailed
 from agentspeed_engine.ids import TicketId
 from agentspeed_engine.sched.plan import HostCopy
+
+MOST_PAGES = 64
+"""Of copies that are carried out as one: who waits for the first waits for all."""
 
 
 @final
@@ -36,7 +40,8 @@ class Transfers(Protocol):
 
 @final
 class Copier:
-    """One thread, one copy after the other. `report` is called from that thread."""
+    """One thread, in the order of tickets; those that follow one another and go the same way are one copy. `report` is
+    called from that thread."""
 
     def __init__(
         self, executor: Transfers, report: Callable[[Copied | Exception], None], clock: Clock | None = None
@@ -48,6 +53,8 @@ class Copier:
         """When a copy last ended that did not take too long."""
         self._begun: queue.SimpleQueue[TicketId] = queue.SimpleQueue()
         self._orders: queue.SimpleQueue[HostCopy | None] = queue.SimpleQueue()
+        self._behind: deque[HostCopy | None] = deque()
+        """The order that was found behind others and is not carried out with them; None: there are no more."""
         self._thread = threading.Thread(target=self._run, name="agentspeed-copies", daemon=True)
 
     def start(self, copy: HostCopy) -> None:
@@ -71,27 +78,67 @@ class Copier:
             self._thread.join(timeout=seconds)
 
     def _run(self) -> None:
-        while (copy := self._orders.get()) is not None:
+        while (first := self._next()) is not None:
+            batch = self._alike(first)
             try:
-                done: Copied | Exception = Copied(copy.ticket, self._carry_out(copy))
+                done: list[Copied] | Exception = self._carry_out(batch)
             except Exception as error:  # noqa: BLE001 - our bug: handed to the loop thread, which raises it
                 done = error
-            self._report(done)
+            for one in [done] if isinstance(done, Exception) else done:
+                self._report(one)
 
-    def _carry_out(self, copy: HostCopy) -> bool:
-        self._begun.put(copy.ticket)  # before the clock is read: who reads a later time has heard of it
-        if not copy.may_begin(self._clock.now(), self._progress):
-            print(f"host copy {copy.ticket} ({copy.direction}) came too late to begin", file=sys.stderr)
-            return False
+    def _next(self) -> HostCopy | None:
+        return self._behind.popleft() if self._behind else self._orders.get()
+
+    def _alike(self, first: HostCopy) -> list[HostCopy]:
+        """`first` with those behind it that are there already and go the same way: what a copy costs beside its bytes
+        is paid once for all."""
+        batch, pages = [first], len(first.pages)
+        while not self._behind:
+            try:
+                order = self._orders.get_nowait()
+            except queue.Empty:
+                break
+            if order is None or order.direction != first.direction or pages + len(order.pages) > MOST_PAGES:
+                self._behind.append(order)
+                break
+            batch.append(order)
+            pages += len(order.pages)
+        return batch
+
+    def _carry_out(self, batch: list[HostCopy]) -> list[Copied]:
+        for copy in batch:  # before the clock is read: who reads a later time has heard of it
+            self._begun.put(copy.ticket)
+        now, done = self._clock.now(), list[Copied]()
+        timely = [copy for copy in batch if copy.may_begin(now, self._progress)]
+        for copy in batch:
+            if copy not in timely:
+                print(f"host copy {copy.ticket} ({copy.direction}) came too late to begin", file=sys.stderr)
+                done.append(Copied(copy.ticket, False))
         try:
-            if copy.direction == "save":
-                self._executor.save(copy.pages, copy.slots)
-            else:
-                self._executor.load(copy.slots, copy.pages)
-        except CopyFailed as reason:
-            print(f"host copy {copy.ticket} ({copy.direction}) failed: {reason}", file=sys.stderr)
-            return False
+            failed = self._moved(timely)
         finally:
             # Before it is reported: who hears of it reads a later time.
-            self._progress = copy.progress(self._clock.now(), self._progress)
-        return True
+            ended = self._clock.now()
+            self._progress = max([copy.progress(ended, self._progress) for copy in timely], default=self._progress)
+        return [*done, *(Copied(copy.ticket, copy.ticket not in failed) for copy in timely)]
+
+    def _moved(self, copies: list[HostCopy]) -> set[TicketId]:
+        """The tickets of those that failed. Of several that fail together each is tried by itself."""
+        if not copies:
+            return set()
+        pages, slots = (
+            [page for copy in copies for page in copy.pages],
+            [slot for copy in copies for slot in copy.slots],
+        )
+        try:
+            if copies[0].direction == "save":
+                self._executor.save(pages, slots)
+            else:
+                self._executor.load(slots, pages)
+        except CopyFailed as reason:
+            if len(copies) > 1:
+                return set[TicketId]().union(*(self._moved([copy]) for copy in copies))
+            print(f"host copy {copies[0].ticket} ({copies[0].direction}) failed: {reason}", file=sys.stderr)
+            return {copies[0].ticket}
+        return set()

@@ -7,6 +7,7 @@ import json
 import os
 import queue
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,64 @@ def test_a_failed_copy_is_reported_and_the_next_is_carried_out(
     copier.start(copy(2, "save", (1,), (1,)))
     assert reports.next() == Copied(TicketId(2), True)
     copier.close(5)
+
+
+class Gate:
+    """An executor whose first copy waits until the others were ordered; it notes what was copied together."""
+
+    def __init__(self, bad: int = -1) -> None:
+        self.begun, self.open = threading.Event(), threading.Event()
+        self.calls, self._bad = list[tuple[str, list[int]]](), bad
+
+    def save(self, pages: Sequence[int], slots: Sequence[int]) -> None:
+        self._copy("save", pages)
+
+    def load(self, slots: Sequence[int], pages: Sequence[int]) -> None:
+        self._copy("load", pages)
+
+    def _copy(self, direction: str, pages: Sequence[int]) -> None:
+        self.calls.append((direction, list(pages)))
+        self.begun.set()
+        assert self.open.wait(30)
+        if self._bad in pages:
+            raise CopyFailed("planted")
+
+
+def carried_out(gate: Gate, orders: Sequence[HostCopy]) -> list[object]:
+    """Reports of all, in their order; all but the first were ordered while that ran."""
+    reports = Reports()
+    copier = Copier(gate, reports)
+    copier.start(orders[0])
+    assert gate.begun.wait(30)
+    for order in orders[1:]:
+        copier.start(order)
+    gate.open.set()
+    found = [reports.next() for _ in orders]
+    copier.close(5)
+    return found
+
+
+def test_copies_that_wait_behind_another_and_go_the_same_way_are_made_together() -> None:
+    gate = Gate()
+    ways = ["save"] * 3 + ["load"] * 2 + ["save"]
+    orders = [copy(number, way, (number,), (number,)) for number, way in enumerate(ways)]
+    assert carried_out(gate, orders) == [Copied(TicketId(number), True) for number in range(6)]
+    assert gate.calls == [("save", [0]), ("save", [1, 2]), ("load", [3, 4]), ("save", [5])]
+
+
+def test_so_many_pages_are_copied_together_and_no_more() -> None:
+    gate, page = Gate(), itertools.count()
+    orders = [copy(number, "load", tuple(next(page) for _ in range(30)), tuple(range(30))) for number in range(5)]
+    assert carried_out(gate, orders) == [Copied(TicketId(number), True) for number in range(5)]
+    assert [len(pages) for _, pages in gate.calls] == [30, 60, 60]
+
+
+def test_of_copies_that_fail_together_those_that_can_be_made_are(capfd: pytest.CaptureFixture[str]) -> None:
+    gate = Gate(bad=2)
+    orders = [copy(number, "save", (number,), (number,)) for number in range(4)]
+    assert carried_out(gate, orders) == [Copied(TicketId(number), number != 2) for number in range(4)]
+    assert gate.calls == [("save", [0]), ("save", [1, 2, 3]), ("save", [1]), ("save", [2]), ("save", [3])]
+    assert capfd.readouterr().err.count("planted") == 1
 
 
 def test_a_copy_that_comes_too_late_is_not_begun(capfd: pytest.CaptureFixture[str]) -> None:
