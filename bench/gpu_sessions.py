@@ -34,7 +34,12 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "engine, depth 0": (ENGINE, "-k", "depth0"),
     "engine, depth 1": (ENGINE, "-k", "depth1"),
     "engine, sessions": (ENGINE, "-k", "not depth"),
-    "batch invariance": ("tests/integration/test_cuda_invariance.py",),
+    "batch invariance": (
+        "tests/integration/test_cuda_invariance.py",
+        "tests/integration/test_batch_invariant_engine.py",
+        "-k",
+        "not cpu",
+    ),
     "sessions, asyncio": (SESSIONS, "-k", f"asyncio and not {ALONE}"),
     "sessions, trio": (SESSIONS, "-k", f"trio and not {ALONE}"),
 }

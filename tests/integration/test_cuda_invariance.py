@@ -1,9 +1,7 @@
-"""batch_invariant on a GPU: equal tokens, equal log-probabilities and equal bits, whatever shares a step."""
+"""Models with batch_invariant on a GPU: rows have equal bits, whatever shares a step."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +12,8 @@ import torch
 from agentspeed.engine import NANO
 from agentspeed_engine.models.catalog import load
 from agentspeed_engine.models.loaded import LoadedModel
-from agentspeed_engine.protocol import messages as wire
 from agentspeed_kernels.triton.invariant import alike
 from tests.devices import needs_gpu
-from tests.support.engine_client import Front, TurnRecord, engine
 from tests.support.paged import CONFIG, Trail, batch
 from tests.support.random_checkpoint import make_checkpoint
 
@@ -38,8 +34,6 @@ GROUPED = {
     "num_experts": 16, "num_experts_per_tok": 3, "moe_intermediate_size": 352, "mlp_only_layers": [0],
     "rope_theta": 5000.0, "norm_topk_prob": True, "bos_token_id": 256, "eos_token_id": 257,
 }  # fmt: skip
-HOT = wire.Sampling(temperature=1.1, top_k=200, top_p=0.98, min_p=0.001, logprobs=2)
-GREEDY = wire.Sampling(logprobs=2)
 
 
 @pytest.fixture(scope="module", params=["nano", "16 heads", "64 heads", "grouped"])
@@ -82,34 +76,3 @@ def test_rows_below_a_shared_trunk_have_the_bits_of_rows_alone_in_graphs_and_out
         for at, rows in enumerate(steps):
             assert torch.equal(model.forward(batch(PAGE, [(alone, [7 * i + at])]))[0], rows[i])
         model.repeats = True
-
-
-@pytest.fixture(scope="module")
-def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
-    options: dict[str, Any] = {"pages": 400, "context_limit": 2048, "prefill_chunk": 384, "check_every_step": True}
-    with engine(tmp_path_factory.mktemp("cuda"), model=str(NANO), device="cuda", dtype="bfloat16",
-                batch_invariant=True, **options) as process:  # fmt: skip
-        front = process.connect()
-        front.socket.settimeout(120.0)
-        yield front
-
-
-def told(turn: TurnRecord) -> tuple[Any, ...]:
-    return turn.ids, turn.logprobs, turn.draw_logprobs, turn.top
-
-
-@pytest.mark.parametrize("sampling", [GREEDY, HOT], ids=["greedy", "sampled"])
-def test_turns_that_run_together_say_what_each_says_alone(front: Front, sampling: wire.Sampling) -> None:
-    draw = random.Random(6)
-    trunk_ids = [draw.randrange(3, 1024) for _ in range(300)]
-    trunk = front.open(trunk_ids)
-    children = front.fork(trunk, 9)
-    asked = [[5 + index, *(draw.randrange(3, 1024) for _ in range(40 * index))] for index in range(len(children))]
-    turns = [front.start(child, ids, max_tokens=16, sampling=sampling, seed=index)
-             for index, (child, ids) in enumerate(zip(children, asked, strict=True))]  # fmt: skip
-    front.finish(*turns)
-    for index, (turn, ids) in enumerate(zip(turns, asked, strict=True)):
-        fresh = front.open(private=True)
-        alone = front.generate(fresh, [*trunk_ids, *ids], max_tokens=16, sampling=sampling, seed=index)
-        front.end(fresh)
-        assert told(turn) == told(alone)
