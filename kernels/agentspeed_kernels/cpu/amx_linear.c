@@ -9,7 +9,7 @@ EXPORT void NAME(linear)(const bf16 *x, long x_stride, const bf16 *weight, const
     product p = {x, x_stride, weight, bias, out, out_stride, rows, n, k};
     if (rows * n * k < WORTH_A_TEAM) threads = 1;
 #ifdef VECTOR_TILES
-    if (rows > FEW_ROWS) {
+    if (in_panels(rows)) {
         multiply_many(&p, 1, 0, 0, threads);
         return;
     }
@@ -30,7 +30,7 @@ EXPORT void NAME(heads_linear)(const bf16 *x, long x_t, long x_h, const bf16 *we
     long columns = whole_tiles(n), numbers = columns * whole_steps(k) * TILE;
     if (rows * heads * n * k < WORTH_A_TEAM) threads = 1;
 #ifdef VECTOR_TILES
-    if (rows > FEW_ROWS) {
+    if (in_panels(rows)) {
         product all = {x, x_t, weight, 0, out, out_t, rows, n, k};
         multiply_many(&all, heads, x_h, out_h, threads);
         return;

@@ -159,7 +159,7 @@ static void soften(const extend *e, const float *scores, bf16 *shares, long seen
     }
     float here = _mm512_reduce_max_ps(_mm512_max_ps(a, b)) * e->scale;
     if (here > *most + GROWTH) {
-        float keep = exp2f(*most - here);
+        float keep = *most > NEVER ? exp2f(*most - here) : 0;
         for (long i = 0; i < e->width; i += 16)
             _mm512_store_ps(sums + i, _mm512_mul_ps(_mm512_load_ps(sums + i), _mm512_set1_ps(keep)));
         *weight *= keep, *most = here;

@@ -10,7 +10,7 @@
 #define PANEL 12
 #define COLUMNS 32       /* outputs of two columns of tiles */
 #define MOST_STEPS 64    /* of inputs at a time: what is read again and again stays in the second cache */
-#define FEW_ROWS 16      /* up to as many rows are products of single tiles */
+#define FEW_ROWS 16      /* up to as many rows of an expert are products of single tiles */
 #define BLOCK_BYTES (400L << 10) /* of packed rows, in the second cache beside the weights that pass by */
 
 /* `rows` (a constant) rows at a, `pair` numbers of 32 bits between pairs of inputs and `row` between rows, with the tiles at
@@ -61,6 +61,9 @@ static void times_panel(long rows, const bf16 *panel, const bf16 *first, const b
 #undef ONE
     }
 }
+
+/* A panel alone reads the weights once and faster than single tiles; two of a few rows read them twice. */
+INLINE int in_panels(long rows) { return rows > FEW_ROWS || (rows > PANEL / 2 + 2 && rows <= PANEL); }
 
 /* Panels of `rows` rows are as even as they can be; panel i begins at row panel_at(rows, i). */
 INLINE long panels_of(long rows) { return (rows + PANEL - 1) / PANEL; }
