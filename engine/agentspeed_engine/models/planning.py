@@ -206,6 +206,10 @@ class _Measured:
         self._most[key] = max(self._most.get(key, 0), math.prod(shape))
         return torch.empty(shape, dtype=dtype, device="meta")
 
+    def constant(self, value: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """As `Workspace.constant`."""
+        return self.take(f"constant_{value}", shape, dtype)
+
     @property
     def bytes(self) -> int:
         return sum(count * dtype.itemsize for (_, dtype), count in self._most.items())
