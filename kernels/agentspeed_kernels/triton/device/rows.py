@@ -85,10 +85,10 @@ def attend_rows(
             sees = tl.minimum(sees, tokens)
         if SPLIT:
             x = tl.arange(0, ROPE)
-            q_rank = tl.load(q + row[:, None] * D + c[None, :])
-            q_rope = tl.load(q + row[:, None] * D + RANK + x[None, :])
+            q_rank = tl.load(q + row[:, None].to(tl.int64) * D + c[None, :])
+            q_rope = tl.load(q + row[:, None].to(tl.int64) * D + RANK + x[None, :])
         else:
-            q_rank = tl.load(q + row[:, None] * D + c[None, :], mask=(c < D)[None, :], other=0.0)
+            q_rank = tl.load(q + row[:, None].to(tl.int64) * D + c[None, :], mask=(c < D)[None, :], other=0.0)
         peak = tl.full((R,), NEVER, tl.float32)
         total = tl.zeros((R, T), tl.float32)
         held = tl.zeros((R, WIDE), tl.float32)
@@ -119,12 +119,12 @@ def attend_rows(
         kept = (c < RANK)[None, :]
         if slot >= 0:
             at_part = slot * R + r
-            tl.store(part + at_part[:, None] * RANK + c[None, :], held * share[:, None], mask=kept)
+            tl.store(part + at_part[:, None].to(tl.int64) * RANK + c[None, :], held * share[:, None], mask=kept)
             weight = tl.where(mass > 0, peak + tl.log2(tl.where(mass > 0, mass, 1.0)), -float("inf"))
             tl.store(part_weight + at_part, weight)
         else:
             result = (held * share[:, None]).to(out.dtype.element_ty)
-            tl.store(out + row[:, None] * RANK + c[None, :], result, mask=kept & live[:, None])
+            tl.store(out + row[:, None].to(tl.int64) * RANK + c[None, :], result, mask=kept & live[:, None])
 
 
 @triton.jit(do_not_specialize=["PARTS", "slots"])
@@ -177,7 +177,9 @@ def merge(
             gdc_wait()
             gdc_launch_dependents()
         w = tl.load(part_weight + at, mask=there, other=-float("inf"))
-        x = tl.load(part + at[:, None] * RANK + d[None, :], mask=there[:, None] & inside[None, :], other=0.0)
+        x = tl.load(
+            part + at[:, None].to(tl.int64) * RANK + d[None, :], mask=there[:, None] & inside[None, :], other=0.0
+        )
         peak = tl.maximum(peak, tl.max(w, 0))
         share = tl.exp2(w - peak)
         held = tl.sum(x * share[:, None], 0)
@@ -191,7 +193,9 @@ def merge(
             there = at >= 0
             at = tl.where(there, at + before, 0)
             w = tl.load(part_weight + at, mask=there, other=-float("inf"))
-            x = tl.load(part + at[:, None] * RANK + d[None, :], mask=there[:, None] & inside[None, :], other=0.0)
+            x = tl.load(
+                part + at[:, None].to(tl.int64) * RANK + d[None, :], mask=there[:, None] & inside[None, :], other=0.0
+            )
             higher = tl.maximum(peak, tl.max(w, 0))
             share = tl.exp2(w - higher)
             shrink = tl.exp2(peak - higher)
@@ -199,4 +203,4 @@ def merge(
             mass = mass * shrink + tl.sum(share, 0)
             peak = higher
     whole = tl.where(mass > 0, 1.0 / mass, 0.0)
-    tl.store(out + to * RANK + d, (held * whole).to(out.dtype.element_ty), mask=inside & (row >= 0))
+    tl.store(out + to.to(tl.int64) * RANK + d, (held * whole).to(out.dtype.element_ty), mask=inside & (row >= 0))

@@ -92,10 +92,14 @@ def _consume(
         slot = gl.load(items + item * 8 + 3)
         tiles = (tokens + T - 1) // T
         row = gl.maximum(gl.load(rows + block * 64 + gl.arange(0, 64, gl.SliceLayout(1, B_L))), 0)
-        half = gl.load(q + row[:, None] * 576 + (W * 256 + gl.arange(0, 256, gl.SliceLayout(0, B_L)))[None, :])
+        half = gl.load(
+            q + row[:, None].to(gl.int64) * 576 + (W * 256 + gl.arange(0, 256, gl.SliceLayout(0, B_L)))[None, :]
+        )
         queries.index(W).store(half)
         row_q = gl.maximum(gl.load(rows + block * 64 + gl.arange(0, 64, gl.SliceLayout(1, Q_L))), 0)
-        q_rope = gl.load(q + row_q[:, None] * 576 + (512 + gl.arange(0, 64, gl.SliceLayout(0, Q_L)))[None, :])
+        q_rope = gl.load(
+            q + row_q[:, None].to(gl.int64) * 576 + (512 + gl.arange(0, 64, gl.SliceLayout(0, Q_L)))[None, :]
+        )
         fence_async_shared()
         mbarrier.arrive(queries_full, count=1)
         mbarrier.wait(queries_full, done & 1)
@@ -190,14 +194,18 @@ def _consume(
         r = gl.arange(0, 64, O_ROW)
         column = W * 256 + gl.arange(0, 256, gl.SliceLayout(0, O_L))
         if slot >= 0:
-            gl.store(part + (slot * 64 + r)[:, None] * 512 + column[None, :], held)
+            gl.store(part + (slot * 64 + r)[:, None].to(gl.int64) * 512 + column[None, :], held)
             if W == 0:
                 weight = gl.where(mass > 0, peak + gl.log2(gl.where(mass > 0, mass, 1.0)), -float("inf"))
                 gl.store(part_weight + slot * 64 + gl.arange(0, 64, S_ROW), weight)
         else:
             row_o = gl.load(rows + block * 64 + r)
             live = (row_o >= 0)[:, None] & (column >= 0)[None, :]
-            gl.store(out + gl.maximum(row_o, 0)[:, None] * 512 + column[None, :], held.to(gl.bfloat16), mask=live)
+            gl.store(
+                out + gl.maximum(row_o, 0)[:, None].to(gl.int64) * 512 + column[None, :],
+                held.to(gl.bfloat16),
+                mask=live,
+            )
         done += 1
 
 
