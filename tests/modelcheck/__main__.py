@@ -50,7 +50,7 @@ LARGE = (
     Bounds(verbs=5, depth=1, pages=5, branches=3),
     replace(QUOTA, verbs=3, depth=1),
 )
-"""The longest first, so that two processes end together."""
+"""The longest first, so that processes end together."""
 LARGE_LATER = (
     replace(AHEAD, verbs=5),
     replace(AHEAD_TWO, verbs=3),
@@ -140,7 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
     done: dict[str, Ended] = {}
     if options.skip_done is not None and options.skip_done.exists():
         done = {one.name: one for one in msgspec.json.decode(options.skip_done.read_bytes(), type=list[Ended])}
-    asked = [*plain, *later, *([] if options.skip_mutants else mutants)]
+    asked = [*later, *plain, *([] if options.skip_mutants else mutants)]  # the largest searches first
     if options.only:
         asked = [job for job in asked if any(part.strip() in job.name for part in options.only.split(";"))]
     started = time.monotonic()

@@ -40,11 +40,13 @@ class Linear(Generic[T]):
     if not TYPE_CHECKING:  # a checker would take every name for an attribute
 
         def __getattr__(self, name: str) -> NoReturn:
-            """Python asks here for what is not there: the value that was moved out, or an attribute that never was."""
+            """Python asks here for what is not there: the value that was moved out, or an attribute that never was, as
+            it asks every object for hooks such as `__setstate__`."""
             try:
                 HELD.__get__(self)
             except AttributeError:
-                raise UseAfterMove(type(self).__name__) from None
+                if not name.startswith("__"):
+                    raise UseAfterMove(type(self).__name__) from None
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
 
 

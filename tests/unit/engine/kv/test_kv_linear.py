@@ -24,6 +24,7 @@ def test_what_was_moved_out_is_looked_at_and_moved_no_second_time() -> None:
         _ = device.pages
     with pytest.raises(UseAfterMove, match="Device"):
         _ = device.drop()
+    assert not hasattr(device, "__setstate__")  # not a look at what it owns
 
 
 def test_an_owner_has_no_verb_of_another_state_and_is_not_copied() -> None:
