@@ -12,10 +12,10 @@ import torch
 
 from agentspeed_kernels.attention import NEVER, AttentionStep, Part, pairs_of, split_long, whole_paths
 from agentspeed_kernels.tiles import Int64s, Piece
-from agentspeed_kernels.triton.attention import AttentionShape, Chip, Form, plan_step, upload
+from agentspeed_kernels.triton.attention import AttentionShape, Chip, Form, choose, plan_step, upload
 from agentspeed_kernels.triton.extend import NotOneBranch, prepare_extend
 from agentspeed_kernels.triton.padded import general
-from agentspeed_kernels.triton.plan import Cut, RowsPlan, fixed_starts
+from agentspeed_kernels.triton.plan import Cut, RowsPlan, fixed_starts, unit_rows
 from agentspeed_kernels.uploads import unwaited
 
 log = logging.getLogger("agentspeed.kernels")
@@ -96,20 +96,23 @@ def split_rows(pieces: Sequence[Piece], shape: AttentionShape, most_bytes: int) 
     whole = whole_paths(pieces, shape.page_tokens)
     if not all(piece.causal for piece in whole):  # a path of several pieces must stay in one list
         return [pieces]
+    rows = choose(shape.heads, 0, shape).block_rows
+    unit = unit_rows(shape.heads, rows)
+    each_query, each_block = shape.heads // unit, rows // unit
     found: list[list[Piece]] = [[]]
     left = most_bytes
     for piece in whole:
         parts = fixed_starts(-(-piece.tokens // shape.page_tokens), shape.page_tokens).size
-        each = parts * shape.all_heads * shape.rank * PARTIAL_ITEM
+        block = parts * rows * (shape.groups or 1) * shape.rank * PARTIAL_ITEM  # full or not
         at = 0
         while at < piece.queries.size:
-            if left < each and found[-1]:
+            if left < -(-each_query // each_block) * block and found[-1]:
                 found.append([])
                 left = most_bytes
-            count = max(1, min(left // each, piece.queries.size - at))
+            count = max(1, min(left // block * each_block // each_query, piece.queries.size - at))
             queries = piece.queries[at : at + count]
             found[-1].append(Part(piece.pages, piece.start, piece.tokens, queries, piece.causal))
-            at, left = at + count, left - count * each
+            at, left = at + count, left - -(-count * each_query // each_block) * block
     return list(found)
 
 
