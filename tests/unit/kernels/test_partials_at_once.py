@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from agentspeed_kernels.testing import conformance
+from agentspeed_kernels.tiles import Piece
 from agentspeed_kernels.triton.attention import AttentionShape, plan_step
 from agentspeed_kernels.triton.backend import grouped_shape_of, shape_of, split_rows
 
 PAGE, CONTEXT, WIDTH = 16, 2000, 64
 
 
-def step(branches: int, new: int) -> tuple[list[conformance.Piece], np.ndarray]:
+def step(branches: int, new: int) -> tuple[list[Piece], np.ndarray]:
     """Branches of `CONTEXT` tokens, the last `new` of which are rows."""
     pages = np.zeros(-(-CONTEXT // PAGE), np.int32)
     rows = np.arange(branches * new, dtype=np.int32).reshape(branches, new)
@@ -21,7 +22,7 @@ def step(branches: int, new: int) -> tuple[list[conformance.Piece], np.ndarray]:
     return pieces, np.tile(np.arange(CONTEXT - new, CONTEXT, dtype=np.int64), branches)
 
 
-def taken(pieces: list[conformance.Piece], positions: np.ndarray, shape: AttentionShape) -> int:
+def taken(pieces: list[Piece], positions: np.ndarray, shape: AttentionShape) -> int:
     """Bytes of the partials of a plan."""
     plan, form = plan_step(pieces, positions, shape, cut="fixed")
     return plan.slots * form.block_rows * (shape.groups or 1) * WIDTH * 4
