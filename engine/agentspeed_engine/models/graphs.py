@@ -161,7 +161,7 @@ class Graphs:
             held.plans.load(padded(plan, shape))
             return self._replay(held, batch, name)
         seen = self._seen[key] = self._seen.get(key, 0) + 1
-        if seen <= AFTER or not self._room():
+        if seen <= AFTER or not self._room() or not (len(batch.select) or self._sound(shape)):
             return None
         held = self._capture(shape, batch, padded(plan, shape), [batch])
         return None if held is None else self._replay(held, batch, name)
@@ -173,6 +173,10 @@ class Graphs:
             name(held.inputs[0])
         held.replay()
         return held.logits[: len(batch.select)]
+
+    def _sound(self, shape: PaddedShape) -> bool:
+        """Whether a graph needs no check, which a step without logits is none for."""
+        return not self.joins or (shape.queries, shape.form) in self._checked
 
     def _room(self) -> bool:
         return len(self._graphs) < MOST_GRAPHS and self._recorder.room()
@@ -204,7 +208,7 @@ class Graphs:
         """The graph, or what is wrong with its chain."""
         try:
             made = self._made(steps, shape, batch, plan)
-            return (self._objection(made, trials) if self.joins else None) or made
+            return self._objection(made, trials) or made
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - a compiler and a driver may raise anything; the warning says it
@@ -212,8 +216,7 @@ class Graphs:
 
     def _objection(self, held: _Graph, trials: Sequence[FlatBatch]) -> str | None:
         """What is wrong with the first graph of a form: logits and rows of the cache beside those of the modules."""
-        form = held.plans.shape.queries, held.plans.shape.form
-        if form in self._checked:
+        if self._sound(held.plans.shape):
             return None
         got: list[tuple[Tensor, Tensor]] = []
         wanted: list[tuple[Tensor, Tensor]] = []
@@ -226,7 +229,7 @@ class Graphs:
             why = objection(what, torch.cat(ours), torch.cat(theirs))
             if why is not None:
                 return why
-        self._checked.add(form)
+        self._checked.add((held.plans.shape.queries, held.plans.shape.form))
         return None
 
     def _rows(self, batch: FlatBatch) -> Tensor:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -131,6 +133,16 @@ def test_a_step_that_extends_a_branch_is_one_graph_and_gives_logits_of_the_rows_
         assert found.shape == (3, VOCABULARY) and torch.allclose(found, many.modules(step), rtol=1e-3)
     assert graphs.count <= before + 1, "steps of as many rows share a graph"
     assert graphs.run(mixed_step(0, 11), None) is None, "it has more rows than any graph"
+
+
+def test_steps_that_draw_nothing_check_no_logits_and_so_find_no_form_sound(toy: Toy) -> None:
+    graphs = toy.graphs("other logits")
+    chunk = replace(next_step(), select=np.zeros(0, np.int64))
+    for _ in range(5):
+        graphs.run(chunk, None)
+    step = next_step()
+    assert torch.allclose(from_a_graph(graphs), toy.modules(step)) and not graphs.joins
+    assert any(graphs.run(chunk, None) is not None for _ in range(5)), "where nothing is to be checked they are graphs"
 
 
 def test_a_step_whose_long_extend_would_cost_much_as_rows_is_no_graph(many: Toy) -> None:
