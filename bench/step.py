@@ -1,9 +1,12 @@
-"""What a decoded token costs outside the kernels, on the 50 M model: the runner alone, without an engine around it.
+"""What a decoded token costs outside the kernels, on a model of 50 M: the runner alone, without an engine around it.
 
     python bench/step.py
     python bench/step.py --dtype float32 --threads 2
+    python bench/step.py --model qwen3-50m --branches 8 --context 8192
+    python bench/step.py --model qwen3-50m --sessions 16
 
-One session at a context of 4096 tokens decodes with recorded steps and with its modules called in every step, in turns.
+One session at a context of 4096 tokens, branches of it, or sessions with such a context each decode with recorded steps
+and with their modules called in every step, in turns.
 Times are processor time of the thread that drives the model, so other processes count little; with one thread nothing
 waits for a team. Sampling, scheduler and transport are not in it. The last line is JSON.
 """
@@ -15,6 +18,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -23,6 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "kernels")]
 
 import numpy as np
 
+from agentspeed_engine.ids import pages_for
 from agentspeed_engine.models.catalog import load
 from agentspeed_engine.models.inputs import FlatBatch, Run
 from agentspeed_engine.models.loaded import LoadedModel
@@ -30,14 +35,17 @@ from agentspeed_kernels.cpu import native
 from agentspeed_kernels.cpu.recording import kernel_clock
 from tests.support.random_checkpoint import make_checkpoint
 
-CONFIG = ROOT / "bench/models/v3-50m.json"
-CONTEXT, PAGE, CHUNK = 4096, 64, 512
+PAGE, CHUNK = 64, 512
 MUST = 0.2
-"""Of a token, outside kernels, recorded."""
+"""Of a step, outside kernels, recorded."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="v3-50m", help="a configuration in bench/models")
+    parser.add_argument("--context", type=int, default=4096)
+    parser.add_argument("--branches", type=int, default=1, help="that share the context")
+    parser.add_argument("--sessions", type=int, default=1, help="that share nothing; their contexts are one's rows")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
@@ -45,57 +53,92 @@ def main() -> None:
     arguments = parser.parse_args()
     if isinstance(native.library(), native.Unavailable):
         raise SystemExit(f"there is nothing to measure without native kernels: {native.library()}")
-    folder = ROOT / ".checkpoints" / f"v3-50m-{arguments.dtype}"
+    folder = ROOT / ".checkpoints" / f"{arguments.model}-{arguments.dtype}"
     if not (folder / "model.safetensors").exists():
-        make_checkpoint(json.loads(CONFIG.read_text()), folder, dtype=arguments.dtype)
-    pages = 2 * CONTEXT // PAGE
-    model = load(folder, dtype=arguments.dtype, pages=pages, page_tokens=PAGE, threads=arguments.threads)
-    ids = np.random.default_rng(0).integers(0, model.info.vocab_size, CONTEXT)
-    for at in range(0, CONTEXT, CHUNK):
-        model.forward(step(at, ids[at : at + CHUNK]))
-    position = CONTEXT
+        config = json.loads((ROOT / f"bench/models/{arguments.model}.json").read_text())
+        make_checkpoint(config, folder, dtype=arguments.dtype)
+    context, count = arguments.context, max(arguments.branches, arguments.sessions)
+    shared = context if arguments.branches > 1 else 0
+    steps = 8 + 2 * arguments.rounds * arguments.tokens
+    rows = Rows(count, context, shared, own=pages_for(context - shared + steps, PAGE))
+    model = load(folder, dtype=arguments.dtype, pages=rows.pages, page_tokens=PAGE, threads=arguments.threads)
+    ids = np.random.default_rng(0).integers(0, model.info.vocab_size, context)
+    for at in range(0, context, CHUNK):
+        model.forward(prompt(at, ids[at : at + CHUNK]))
+    position = context
     for _ in range(8):
-        model.forward(step(position, ids[:1]))
+        model.forward(rows.step(position))
         position += 1
     taken: dict[str, list[tuple[float, float]]] = {"recorded": [], "modules": []}
     for _ in range(arguments.rounds):
         for manner, into in taken.items():
             model.repeats = manner == "recorded"
-            into.append(measured(model, position, arguments.tokens))
+            into.append(measured(model, rows, position, arguments.tokens))
             position += arguments.tokens
     figures = {}
     for manner, pairs in taken.items():
         whole, outside = (median(values) for values in zip(*pairs, strict=True))
         share = median(outside / whole for whole, outside in pairs)
         verdict = "" if manner != "recorded" else f"  must {MUST}: {'reached' if share <= MUST else 'MISSED'}"
-        print(f"{manner:9} {whole:7.2f} ms a token, {outside:6.2f} ms outside kernels, share {share:.2f}{verdict}")
-        figures[manner] = {"token_ms": round(whole, 2), "outside_ms": round(outside, 2), "share": round(share, 3)}
-    run = {"bench": "step", "dtype": arguments.dtype, "threads": arguments.threads, "load": os.getloadavg()[0]}
+        print(f"{manner:9} {whole:7.2f} ms a step, {outside:6.2f} ms outside kernels, share {share:.2f}{verdict}")
+        figures[manner] = {"step_ms": round(whole, 2), "outside_ms": round(outside, 2), "share": round(share, 3)}
+    asked = {
+        name: getattr(arguments, name) for name in ("model", "context", "branches", "sessions", "dtype", "threads")
+    }
+    run = {"bench": "step", **asked, "load": os.getloadavg()[0]}
     print(json.dumps(run | figures))
 
 
-def step(position: int, ids: np.ndarray) -> FlatBatch:
-    """`ids` of the one session, from `position` on."""
+def prompt(position: int, ids: np.ndarray) -> FlatBatch:
+    """`ids` of the first session, from `position` on."""
     at = np.arange(position, position + len(ids), dtype=np.int64)
     end = position + len(ids)
-    tail = Run(
-        pages=np.arange(-(-end // PAGE), dtype=np.int32),
-        start=0,
-        tokens=end,
-        queries=np.arange(len(ids), dtype=np.int32),
-        causal=True,
-    )
+    queries = np.arange(len(ids), dtype=np.int32)
+    tail = Run(pages=np.arange(-(-end // PAGE), dtype=np.int32), start=0, tokens=end, queries=queries, causal=True)
     return FlatBatch(ids=ids.astype(np.int64), positions=at, slots=at, runs=(tail,), select=np.array([len(ids) - 1]))
 
 
-def measured(model: LoadedModel, position: int, tokens: int) -> tuple[float, float]:
-    """(milliseconds a token, those outside kernels)"""
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """`count` rows at one position, below `shared` tokens (whole pages), with `own` pages each behind them."""
+
+    count: int
+    context: int
+    shared: int
+    own: int
+
+    @property
+    def pages(self) -> int:
+        return self.shared // PAGE + self.count * self.own
+
+    def step(self, position: int) -> FlatBatch:
+        rows, trunk = np.arange(self.count, dtype=np.int32), self.shared // PAGE
+        pages = [np.arange(self.own, dtype=np.int32) + trunk + row * self.own for row in range(self.count)]
+        behind = position - self.shared
+        runs = [
+            Run(pages=pages[row][: behind // PAGE + 1], start=self.shared, tokens=behind + 1,
+                queries=rows[row : row + 1], causal=True)
+            for row in range(self.count)
+        ]  # fmt: skip
+        if trunk:
+            path = np.arange(trunk, dtype=np.int32)
+            runs.insert(0, Run(pages=path, start=0, tokens=self.shared, queries=rows, causal=False))
+        slots = np.array([int(held[behind // PAGE]) * PAGE + behind % PAGE for held in pages])
+        positions = np.full(self.count, position, dtype=np.int64)
+        return FlatBatch(
+            ids=positions % 97 + rows, positions=positions, slots=slots, runs=tuple(runs), select=rows.astype(np.int64)
+        )
+
+
+def measured(model: LoadedModel, rows: Rows, position: int, steps: int) -> tuple[float, float]:
+    """(milliseconds a step, those outside kernels)"""
+    batches = [rows.step(position + at) for at in range(steps)]
     with kernel_clock() as inside:
         started = time.thread_time_ns()
-        for at in range(tokens):
-            model.forward(step(position + at, np.array([at])))
+        for batch in batches:
+            model.forward(batch)
         whole = time.thread_time_ns() - started
-    return whole / tokens / 1e6, (whole - inside()) / tokens / 1e6
+    return whole / steps / 1e6, (whole - inside()) / steps / 1e6
 
 
 if __name__ == "__main__":
