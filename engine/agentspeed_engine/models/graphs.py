@@ -98,6 +98,8 @@ class Graphs:
         self._seen: dict[_Form, int] = {}
         self._checked: set[tuple[int, Form]] = set()
         self._turns = 0
+        self._full = False
+        """Memory for another ran out once."""
 
     @property
     def count(self) -> int:
@@ -163,7 +165,16 @@ class Graphs:
         seen = self._seen[key] = self._seen.get(key, 0) + 1
         if seen <= AFTER or not self._room() or not (len(batch.select) or self._sound(shape)):
             return None
-        held = self._capture(shape, batch, padded(plan, shape), [batch])
+        try:
+            held = self._capture(shape, batch, padded(plan, shape), [batch])
+        except torch.OutOfMemoryError as error:
+            # The step itself takes less than a graph of it, which is there for speed alone.
+            self._full = True
+            said = str(error).split(". ", 1)[0]
+            log.warning(
+                "no more graphs than %d: there is no room for one of up to %d rows: %s", self.count, shape.queries, said
+            )
+            return None
         return None if held is None else self._replay(held, batch, name)
 
     def _replay(self, held: _Graph, batch: FlatBatch, name: Callable[[Tensor], None] | None) -> Tensor:
@@ -179,7 +190,7 @@ class Graphs:
         return not self.joins or (shape.queries, shape.form) in self._checked
 
     def _room(self) -> bool:
-        return len(self._graphs) < MOST_GRAPHS and self._recorder.room()
+        return not self._full and len(self._graphs) < MOST_GRAPHS and self._recorder.room()
 
     def _capture(
         self, shape: PaddedShape, batch: FlatBatch, plan: RowsPlan, trials: Sequence[FlatBatch]
@@ -258,6 +269,7 @@ class Graphs:
                 why,
             )
         self._graphs.clear()
+        self._full = False
         self._recorder.forget()
 
     def _made(self, steps: Sequence[Compiled], shape: PaddedShape, batch: FlatBatch, plan: RowsPlan) -> _Graph:

@@ -51,6 +51,8 @@ class Toy:
         x, live = self.table[ids], slots >= 0
         if manner == "raises":
             raise RuntimeError("out of resource: shared memory")
+        if manner == "no room":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
         if manner != "writes no rows":
             self.pools["rows"].flatten(1, 2)[:, slots[live]] = x[live]
         out = x @ self.head.T
@@ -133,6 +135,14 @@ def test_a_step_that_extends_a_branch_is_one_graph_and_gives_logits_of_the_rows_
         assert found.shape == (3, VOCABULARY) and torch.allclose(found, many.modules(step), rtol=1e-3)
     assert graphs.count <= before + 1, "steps of as many rows share a graph"
     assert graphs.run(mixed_step(0, 11), None) is None, "it has more rows than any graph"
+
+
+def test_a_step_outlives_a_graph_of_it_that_has_no_room(toy: Toy, caplog: pytest.LogCaptureFixture) -> None:
+    graphs = toy.graphs("no room")
+    assert [graphs.run(next_step(), None) for _ in range(5)] == [None] * 5
+    assert graphs.joins and graphs.count == 0, "nothing is wrong with its chain"
+    (said,) = caplog.messages
+    assert said == "no more graphs than 0: there is no room for one of up to 4 rows: CUDA out of memory"
 
 
 def test_steps_that_draw_nothing_check_no_logits_and_so_find_no_form_sound(toy: Toy) -> None:
