@@ -66,6 +66,7 @@ def test_a_kernel_keeps_its_tolerance_on_hostile_inputs(spec: KernelSpec) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("spec", specs.SPECS, ids=names)
 def test_a_kernel_keeps_its_tolerance_on_every_case(spec: KernelSpec) -> None:
     assert not over_tolerance(spec, list(conformance.cases(spec, most=20)))
