@@ -7,15 +7,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from agentspeed_kernels.cpu import native
 from agentspeed_kernels.cpu.amx_kernels import PRIORITY as TILE_PRIORITY
-from agentspeed_kernels.cpu.native_kernels import (
-    DTYPES,
-    FORM_PRIORITY,
-    MOST_PRODUCT_ROWS,
-    OpenedFunctions,
-    rows_packed,
-)
+from agentspeed_kernels.cpu.byte_specs import byte_specs
+from agentspeed_kernels.cpu.native_kernels import OpenedFunctions, rows_packed
 from agentspeed_kernels.cpu.recording import call
 from agentspeed_kernels.fp8_blocks import Fp8Blocks
 from agentspeed_kernels.signature import KernelSpec
@@ -23,10 +17,6 @@ from agentspeed_kernels.workspace import Workspace
 
 _ROW = 32
 """Inputs that become floats together: rows between two products are whole ones."""
-
-_FEW_ROWS = 4
-"""Up to so many rows of bfloat16 floats in registers are faster than tiles of bfloat16."""
-_BEFORE_TILES = max(TILE_PRIORITY.values()) + 1
 
 
 @final
@@ -95,27 +85,6 @@ class Fp8Kernels(OpenedFunctions):
         )
 
 
-def _specs(form: native.Form, kind: native.Kind) -> tuple[KernelSpec, ...]:
-    kernels, tiles = Fp8Kernels(form, kind), form in TILE_PRIORITY
-    pairs = kind == "bf16" and form is native.AVX512  # where there may be tiles too
-    return tuple(
-        KernelSpec(
-            op=op,
-            name=f"{form.name}-{kind}-fp8",
-            dtypes=frozenset({DTYPES[kind]}),
-            device="cpu",
-            call=run,
-            priority=TILE_PRIORITY[form] if tiles else _BEFORE_TILES if pairs else FORM_PRIORITY[form],
-            features=frozenset({form.feature}),
-            most_rows=None if tiles else _FEW_ROWS if pairs else MOST_PRODUCT_ROWS,
-            recordable=True,
-            weights=frozenset({"fp8"}),
-            layout="blocks",
-        )
-        for op, run in (("linear", kernels.linear), ("experts", kernels.experts))
-    )
-
-
-SPECS: tuple[KernelSpec, ...] = tuple(
-    spec for form in native.forms_here() for kind in form.kinds for spec in _specs(form, kind)
+SPECS: tuple[KernelSpec, ...] = byte_specs(
+    Fp8Kernels, "fp8", frozenset({"fp8"}), "blocks", few=max(TILE_PRIORITY.values()) + 1
 )

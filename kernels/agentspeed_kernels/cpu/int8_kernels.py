@@ -13,13 +13,8 @@ from torch import Tensor
 
 from agentspeed_kernels.cpu import native
 from agentspeed_kernels.cpu.amx_kernels import PRIORITY as TILE_PRIORITY
-from agentspeed_kernels.cpu.native_kernels import (
-    DTYPES,
-    FORM_PRIORITY,
-    MOST_PRODUCT_ROWS,
-    OpenedFunctions,
-    rows_packed,
-)
+from agentspeed_kernels.cpu.byte_specs import byte_specs
+from agentspeed_kernels.cpu.native_kernels import OpenedFunctions, rows_packed
 from agentspeed_kernels.cpu.recording import call
 from agentspeed_kernels.quantised import GROUPS, INPUTS, OUTPUTS, Quantised
 from agentspeed_kernels.signature import KernelSpec
@@ -110,30 +105,6 @@ class Int8Kernels(OpenedFunctions):
         return 2 * (1024 * steps + 64 + 64 * 2 * steps)
 
 
-def _specs(form: native.Form, kind: native.Kind) -> tuple[KernelSpec, ...]:
-    kernels, amx = Int8Kernels(form, kind), form is native.AMX
-    return tuple(
-        KernelSpec(
-            op=op,
-            name=f"{form.name}-{kind}-int8",
-            dtypes=frozenset({DTYPES[kind]}),
-            device="cpu",
-            call=run,
-            priority=TILE_PRIORITY[form] if amx else FORM_PRIORITY[form],
-            features=frozenset({form.feature}),
-            most_rows=None if amx else MOST_PRODUCT_ROWS,
-            recordable=True,
-            weights=frozenset(GROUPS),
-            layout="bytes",
-        )
-        for op, run in (("linear", kernels.linear), ("experts", kernels.experts))
-    )
-
-
-SPECS: tuple[KernelSpec, ...] = tuple(
-    spec
-    for form in native.forms_here()
-    if form is not native.AVX512BF16
-    for kind in form.kinds
-    for spec in _specs(form, kind)
+SPECS: tuple[KernelSpec, ...] = byte_specs(
+    Int8Kernels, "int8", frozenset(GROUPS), "bytes", few=TILE_PRIORITY[native.AVX512BF16] + 1
 )

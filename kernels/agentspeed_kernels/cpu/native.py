@@ -164,10 +164,8 @@ def forms_here() -> tuple[Form, ...]:
 
 def arguments(form: Form, kind: Kind) -> Arguments:
     """The C functions of a form in one kind of number: name to argument types."""
-    if form is AMX:
+    if form in (AMX, AVX512BF16):
         return _BYTES | _FP8 | _TILES
-    if form is AVX512BF16:
-        return _FP8 | _TILES
     return _PLAIN | _EXTEND if kind == "f32" else _PLAIN
 
 
