@@ -225,12 +225,14 @@ def save_early(world: SchedulerState, now: float) -> None:
     if not worth_saving(config.copy_seconds_per_token, config.recompute_seconds_per_token):
         return
     world.early_seen = world.pressure()
+    if not any(map(_is_unsaved, kv.tree.tips.values())):
+        return  # without a ranking, which takes longer than all else that a plan does
     clean, unsaved = kv.pages.free, list[tuple[Key, Node, int]]()
     for key, node in _next_to_go(world, now):
         if clean >= ahead or budget <= 0:
             break
         clean += len(node.pages)
-        if isinstance(node.state, Device) and not node.failures and _held_below(node):
+        if _to_be_saved(node):
             unsaved.append((key, node, min(len(node.pages), budget)))
             budget -= len(node.pages)
     for key, node, count in unsaved:
@@ -239,6 +241,21 @@ def save_early(world: SchedulerState, now: float) -> None:
         if count < len(node.pages):
             _ = kv.tree.split(node, len(node.pages) - count)
         _ = tickets.save(world, node, now)
+
+
+def _to_be_saved(node: Node) -> bool:
+    """Whether a branch would lose rows with its device pages. What could not be saved once is not tried again."""
+    return isinstance(node.state, Device) and not node.failures and bool(_held_below(node))
+
+
+def _is_unsaved(tip: Node) -> bool:
+    """Whether something is to be saved at this tip or right above it, in whatever order they would go."""
+    for node in upward(tip):
+        if node.pinned_by or not isinstance(node.state, Device | Both):
+            return False
+        if _to_be_saved(node):
+            return True
+    return False
 
 
 def _next_to_go(world: SchedulerState, now: float) -> Iterator[tuple[Key, Node]]:
