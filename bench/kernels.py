@@ -44,7 +44,7 @@ EXPERTS, INNER, HIDDEN, TOP = 8, 256, 512, 2
 PAGE = 64
 COLD_BYTES = 96 << 20
 """All copies of a case together."""
-KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+KINDS: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MUST = {
     ("linear 512x1024", 1): 0.75, ("linear 2048x2048", 1): 0.75, ("linear 5632x2048", 1): 0.75,
     ("mla_rows 8 heads at 4096", 1): 0.5, ("mla_rows 8 heads at 16384", 1): 0.5,

@@ -37,7 +37,8 @@ class Weights:
 
     def __init__(self, source: ModelSource, weights: WeightFormat | None = None) -> None:
         """`weights`: the matrices' format; None: that of all."""
-        self._source, self._weights = source, weights
+        self._source = source
+        self._weights: WeightFormat | None = weights
         self._kinds: dict[str, int] = {}
         self._shapes: dict[str, Shape] = {}
         for name, shape in source.family.shapes(source.config):
