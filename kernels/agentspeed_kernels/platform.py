@@ -21,7 +21,6 @@ class Platform:
     """Why a feature that could be here is not: worth a warning, since something can be done about it."""
     lacks: dict[str, str] = field(default_factory=dict)
     """Why a feature cannot be here: what the processor does not have."""
-    """Why a feature that could be here is not."""
     processors: int = 0
     """Multiprocessors of a GPU."""
     memory_bytes: int = 0
