@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import TypeAlias, TypeVar, final
 
 from agentspeed import errors
+from agentspeed._base.completion import run_to_completion
 from agentspeed._base.validate import check_count, check_text, shown
 from agentspeed._core.session_core import SessionCore
 from agentspeed.chat.codec import ChatCodec
@@ -57,12 +58,17 @@ async def compact(
                 f"{core.engine.context_limit}.",
                 remedy="Keep fewer messages, or give a shorter summary.",
             )
-        await core.branch.restart(shorter)
-        core.moves += 1
-        core.pending.leave(core.log)
         marks = _places(log, shorter)
-        core.compacted.update(name for name, place in marks.items() if place is None)
+        await run_to_completion(lambda: _restarted(core, shorter, marks))
     return Compaction(dropped=first - head, tokens_before=before, tokens=core.tokens, marks=marks)
+
+
+async def _restarted(core: SessionCore, shorter: TokenLog, marks: Mapping[str, int | None]) -> None:
+    """The engine has the shorter log, and the session knows what that changes: to its end, whatever cancels it."""
+    await core.branch.restart(shorter)
+    core.moves += 1
+    core.pending.leave(core.log)
+    core.compacted.update(name for name, place in marks.items() if place is None)
 
 
 def _check_summary(summary: object) -> None:

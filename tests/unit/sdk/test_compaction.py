@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 
 from agentspeed import Session, User, errors, tool
+from agentspeed._core.branch import Branch
 from agentspeed.testing import ScriptedEngine, tool_call
+from agentspeed.transport.base import Connection
 from tests.support.loops import without_uvloop as without_uvloop
 
 pytestmark = pytest.mark.anyio
@@ -147,6 +150,30 @@ async def test_nothing_changes_when_it_is_refused_or_its_summary_fails() -> None
             with pytest.raises(errors.SessionBusy):
                 _ = await s.compact()
         assert s.ids == ids
+        assert engine.live_branches == 1
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_one_that_is_cancelled_once_the_engine_has_the_shorter_log_is_carried_out_to_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    open_branch = Branch._open
+
+    async def opened_and_cancelled(self: Branch, link: Connection, patience: float | None) -> None:
+        await open_branch(self, link, patience)
+        _ = compacting.cancel()
+
+    async with ScriptedEngine(["One.", "Two.", "Three.", "Four."]) as engine, engine.session() as s:
+        await talk(s, 3)
+        monkeypatch.setattr(Branch, "_open", opened_and_cancelled)
+        compacting = asyncio.ensure_future(s.compact(keep=2))
+        with pytest.raises(asyncio.CancelledError):
+            _ = await compacting
+        monkeypatch.undo()
+        assert texts(s) == ["Question 2.", "Three."]
+        with pytest.raises(errors.MarkNotFound, match=r"'before 1' stood among messages that compact\(\) dropped"):
+            await s.rewind("before 1")
+        assert (await s.generate("Question 3.")).text == "Four."
         assert engine.live_branches == 1
 
 
