@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, cast, fin
 
 from agentspeed import errors, events, snapshot
 from agentspeed._base.validate import check_count
-from agentspeed._core.branch import Opening
 from agentspeed._core.engine_handle import EngineHandle
 from agentspeed._core.engine_options import EngineOptions
+from agentspeed._core.opening import Opening
 from agentspeed._core.options import (
     Defaults,
     Prompt,

@@ -11,7 +11,6 @@ import contextlib
 import logging
 import zlib
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, final
 
 import anyio
@@ -20,6 +19,7 @@ from msgspec.structs import replace
 from agentspeed import errors
 from agentspeed._base.completion import run_to_completion
 from agentspeed._core.engine_handle import EngineHandle
+from agentspeed._core.opening import Opening
 from agentspeed._core.wire_values import inspection_of, lease_of, residence_of
 from agentspeed.chat.token_log import Checkpoint, TokenLog
 from agentspeed.transport.base import Connection, Sink, Then, pack_ids, unpack_ids, wire
@@ -42,29 +42,6 @@ class Make(Protocol):
 
 
 @final
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Opening:
-    """How a branch is opened, at first and after an engine's death."""
-
-    label: str
-    """The session's id, for who watches the engine."""
-    tenant: str
-    private: bool
-    seed: int
-    close_timeout: float
-
-    def of_child(self, number: int) -> Opening:
-        """A child that must be opened anew draws other tokens than its siblings."""
-        return Opening(
-            label=self.label,
-            tenant=self.tenant,
-            private=self.private,
-            close_timeout=self.close_timeout,
-            seed=zlib.crc32(f"{self.seed}.{number}".encode()),
-        )
-
-
-@final
 class Branch:
     """Belongs to one event loop. `mirror` is the truth about its ids whatever happens to the engine."""
 
@@ -83,6 +60,8 @@ class Branch:
         self._born: tuple[Connection, int] | None = None
         """The link and the parent's number at birth: while both hold, the engine knows the kinship too."""
         self._attaching = anyio.Lock()
+        self._closed = False
+        """For good: who is on the way back after a death meanwhile opens nothing that nobody would close."""
         self._opened = 0
         self._sink: Sink | None = None
         self._base: Checkpoint | None = None
@@ -97,12 +76,22 @@ class Branch:
     async def attach(self, patience: float | None = None) -> Connection:
         """The living link with this branch open on it; after a death a new branch with the mirrored ids. `patience`:
         seconds of the engine's silence after which this is given up and the link kept; None waits for `close_timeout`
-        and gives up the link."""
+        and gives up the link. Raises `SessionClosed` when the branch is closed meanwhile."""
         async with self._attaching:
             link = await self.engine.link()
-            if self._link is not link:
-                await run_to_completion(lambda: self._open(link, patience))
+            if self._link is not link and not self._closed:
+                await run_to_completion(lambda: self._reopen(link, patience))
+            if self._closed:
+                raise errors.SessionClosed(
+                    "The session was closed while its branch was being opened.",
+                    remedy="Let what it does end before its block does.",
+                )
             return link
+
+    async def _reopen(self, link: Connection, patience: float | None) -> None:
+        await self._open(link, patience)
+        if self._closed:
+            await self._leave()
 
     async def _open(self, link: Connection, patience: float | None) -> None:
         # Draws are keyed by the engine's count of turns, which starts anew: another seed keeps them from repeating.
@@ -319,7 +308,7 @@ class Branch:
             _ = await self._call(link, lambda request: wire.Adopt(request=request, branch=self._number, child=ended))
             link.unlisten(ended)
         else:  # a child of an adopted child, or an engine that was started anew: it does not know the kinship
-            await self.close()
+            await self._leave()
             self._settle(link, ended)
             self._born = None  # to the engine this is the child's branch, and no child of whose this one was
         child._link = None
@@ -363,9 +352,10 @@ class Branch:
         """Silent about an engine that is gone: it holds nothing any more. One that is busy for longer than
         `close_timeout` closes the branch once it can. A turn that still runs ends: its sink hears None, and the log is
         as before it."""
-        await run_to_completion(self._close)
+        self._closed = True
+        await run_to_completion(self._leave)
 
-    async def _close(self) -> None:
+    async def _leave(self) -> None:
         link, self._link = self._link, None
         if link is not None and link.alive:
             link.unlisten(self._number)

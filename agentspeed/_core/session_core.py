@@ -22,9 +22,10 @@ from agentspeed import errors, events
 from agentspeed._base.completion import run_to_completion
 from agentspeed._base.validate import check_number, check_text, shown
 from agentspeed._core import account
-from agentspeed._core.branch import Branch, Opening
+from agentspeed._core.branch import Branch
 from agentspeed._core.engine_handle import EngineHandle
 from agentspeed._core.idle_watch import IdleWatch
+from agentspeed._core.opening import Opening
 from agentspeed._core.options import Defaults, no_messages
 from agentspeed._core.pending_calls import PendingCalls
 from agentspeed._core.turn_record import TurnRecord

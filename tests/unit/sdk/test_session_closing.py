@@ -127,3 +127,25 @@ async def test_a_session_that_is_closed_while_it_opens_is_closed_and_leaves_no_b
                     await anyio.lowlevel.checkpoint()
                 await s.close()
             assert (s.state, engine.live_branches) == ("closed", 0)
+
+
+async def test_a_session_that_is_closed_while_it_comes_back_after_a_death_leaves_no_branch() -> None:
+    async with ScriptedEngine(["One."]) as engine:
+        for steps in range(20):
+            s = await engine.session().open()
+            (await s._core.branch.attach()).close()  # the engine goes
+            while engine.live_branches:
+                await anyio.sleep(0.001)
+
+            async def asked(session: Session) -> None:
+                try:
+                    _ = await session.add("Still there?")
+                except SessionClosed:
+                    assert session.state == "closed"
+
+            async with anyio.create_task_group() as group:
+                group.start_soon(asked, s)
+                for _ in range(steps):
+                    await anyio.lowlevel.checkpoint()
+                await s.close()
+            assert (s.state, engine.live_branches) == ("closed", 0), steps
