@@ -148,7 +148,7 @@ def test_what_runs_and_why_is_logged_once(caplog: pytest.LogCaptureFixture) -> N
         kernels["linear"].at(1)
     if not PLAIN:
         missing("no C kernels are written for this machine")
-    # Of this thread and about this choice: what else the process logs meanwhile, as a garbage collection, is none of it.
+    # Of this thread and this logger: whatever else the process logs meanwhile is none of it.
     own = [record for record in caplog.records if record.thread == threading.get_ident()]
     said = [record.getMessage() for record in own if record.name == "agentspeed.kernels"]
     assert len(said) == 2
