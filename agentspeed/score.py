@@ -61,7 +61,7 @@ async def score(core: SessionCore, text: str | Sequence[int], after: tuple[Messa
         )
         # The engine is allowed these very ids, one after the other: log-probabilities are from before the grammar.
         grammar = f"{HEAD}\nstart: {' '.join(f'<[{number}]>' for number in (*said, *ids))}"
-        async with Turn[Any](child, replace(request, grammar=grammar)) as turn:
+        async with Turn[Any](child, replace(request, grammar=grammar, ends=False)) as turn:
             reply = await turn.reply()
     finally:
         await child.close()

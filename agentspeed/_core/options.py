@@ -127,6 +127,8 @@ class TurnRequest:
     keep_on_cancel: bool
     timeout: float | None
     parser: TurnParser
+    ends: bool = True
+    """The model's end ids end the turn. Without, they are ids as others are: those of a given text may be among it."""
 
     @property
     def said(self) -> dict[str, float]:
@@ -155,7 +157,7 @@ class TurnRequest:
             branch=0,
             max_tokens=self.max_tokens,
             sampling=self.sampling,
-            stop_ids=stop_ids,
+            stop_ids=stop_ids if self.ends else (),
             stop_strings=tuple(text.encode() for text in self.stop),
             grammar=grammar,
             stop_consumed=begun,

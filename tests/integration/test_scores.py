@@ -59,6 +59,17 @@ async def test_a_text_goes_on_with_an_open_message(engine: Engine) -> None:
         assert (await s.generate(max_tokens=5)).ids == whole.ids[3:8]
 
 
+async def test_ids_among_which_the_message_ends_are_scored_to_their_last(engine: Engine) -> None:
+    async with engine.session() as s:
+        codec = s.engine.codec
+        end, (first, *_) = codec.stop_ids[0], codec.tokenizer.content_ids("Yes")
+        found = await s.score([first, end, first, end], after="Hello!")
+        assert found.ids == (first, end, first, end)
+        assert len(found.logprobs) == 4
+        shorter = await s.score([first, end], after="Hello!")
+        assert shorter.logprobs == pytest.approx(found.logprobs[:2], abs=1e-4)
+
+
 async def test_what_cannot_be_scored_is_refused(engine: Engine) -> None:
     async with engine.session() as s:
         with pytest.raises(errors.InvalidRequest, match="empty"):

@@ -61,13 +61,16 @@ class Matchers:
     def consume(self, spec: TurnSpec, token: int) -> bool:
         """True when the grammar is complete with `token`: nothing may follow but the end. Call `allowed` first."""
         progress = self._by_turn[spec.turn]
-        if token in spec.stop_ids or token in self._vocabulary.eos_ids:
+        matcher, end = progress.matcher, token in self._vocabulary.eos_ids
+        if token in spec.stop_ids or (end and (matcher.is_stopped() or matcher.is_accepting())):
             return True
-        if not progress.matcher.consume_token(token):
-            _refuse_error(progress.matcher)
+        if not matcher.consume_token(token):  # an end that the grammar itself names is an id as others are
+            if end:
+                return True
+            _refuse_error(matcher)
             raise GrammarRefused(f"the grammar does not accept id {token}")
         progress.consumed += 1
-        return bool(progress.matcher.is_stopped())
+        return bool(matcher.is_stopped())
 
     @property
     def turns(self) -> set[int]:
