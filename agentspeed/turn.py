@@ -124,7 +124,9 @@ class Turn(Generic[T]):
                 self._catch_up()
                 raise
         if scope.cancelled_caught:
-            while told is None and self._take():  # with `told` the end is not taken: it would stay in the log, unheard
+            while (
+                told is None and self._take()
+            ):  # with `told` the end does not count: it would stay in the log, unheard
                 pass
             if told is None and self._finished:
                 return
@@ -136,7 +138,7 @@ class Turn(Generic[T]):
                 raise self._broken
             if not self._finished:
                 self._check_limits()
-            if not self._ready and not self._take():
+            if not self._ready and not self._take(end=told is None):
                 await self._next_wake().wait()
             elif self._ready:
                 batch = list(self._ready)
@@ -145,6 +147,8 @@ class Turn(Generic[T]):
                     self._telling = True
                     await told(batch)
                     self._telling = False
+                    if self._record.ended is not None:  # not before: what was not heard to its end is taken back
+                        self._end()
 
     def _catch_up(self) -> None:
         """`text` is all that has come, also for who was not woken up for it. The end is not taken: who is cancelled
@@ -223,8 +227,9 @@ class Turn(Generic[T]):
             self._broken = error
             self._wake.set()
 
-    def _take(self) -> bool:
-        """The next of what has come: tokens that came one after the other as one. False when nothing has."""
+    def _take(self, *, end: bool = True) -> bool:
+        """The next of what has come: tokens that came one after the other as one. False when nothing has. Without `end`
+        the turn's end is told of, and the caller ends it."""
         inbox = self._record.inbox
         if not inbox:
             return False
@@ -243,11 +248,16 @@ class Turn(Generic[T]):
         if isinstance(event, wire.TurnStarted):
             self._tell(self._core.resumed(self._record))
         elif isinstance(event, wire.TurnEnded):
-            self._finished = True
-            self._core.finish_turn(self._record)
-            self._told_end(None)
+            if end:
+                self._end()
             self._tell([events.TurnFinished(reason=event.reason, usage=self.usage, bound=event.message)])
         return True
+
+    def _end(self) -> None:
+        """The turn is over, and its message is the log's."""
+        self._finished = True
+        self._core.finish_turn(self._record)
+        self._told_end(None)
 
     def _told_end(self, error: BaseException | None) -> None:
         """Once: at the last event, or when the block is left before it."""

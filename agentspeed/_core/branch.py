@@ -66,6 +66,8 @@ class Branch:
         self._sink: Sink | None = None
         self._base: Checkpoint | None = None
         """Where the running turn began: what the engine's death leaves of it."""
+        self._whole = False
+        """The turn's end was heard: its reader ends it or takes it back, whatever happens to the engine meanwhile."""
 
     @property
     def attached(self) -> bool:
@@ -164,9 +166,9 @@ class Branch:
             self.death = None if self._link is None else self._link.why_dead
             self._link = None
             self._born = None
-            if self._base is not None:
-                self.mirror.back_to(self._base)
-                self._base = None
+            self._drop_turn()
+        elif isinstance(event, wire.TurnEnded):
+            self._whole = True
         elif isinstance(event, wire.Tokens):
             self.mirror.drew(unpack_ids(event.ids), event.logprobs, event.draw_logprobs)
         elif isinstance(event, wire.LeaseChanged):
@@ -178,6 +180,12 @@ class Branch:
             self._sink = None
         if sink is not None:
             sink(event)
+
+    def _drop_turn(self) -> None:
+        """Of a turn that will not end any more the log has nothing."""
+        if self._base is not None and not self._whole:
+            self.mirror.back_to(self._base)
+            self._base = None
 
     def after(self, call: Callable[[], None]) -> None:
         """In a sink: runs `call`, which must not raise, once everything that came together was heard."""
@@ -366,9 +374,7 @@ class Branch:
                 _LOG.info("closing a branch: %s", error)
         sink, self._sink = self._sink, None
         if sink is not None:  # the engine's events no longer come, so the turn that waits for them is told here
-            if self._base is not None:
-                self.mirror.back_to(self._base)
-                self._base = None
+            self._drop_turn()
             sink(None)
 
     # ---- turns ----------------------------------------------------------------------------------------------------
@@ -381,7 +387,7 @@ class Branch:
         patience = None if timeout is None else max(timeout, _SILENT_SECONDS)
 
         async def queue(link: Connection) -> None:
-            self._base = point = self.mirror.checkpoint()
+            self._base, self._whole = (point := self.mirror.checkpoint()), False
             try:
                 turn = await plan()
                 ids = pack_ids(self.mirror.ids[point.tokens :])
@@ -430,13 +436,16 @@ class Branch:
             raise
         if self.attached:
             self.ended()
+        else:
+            self._base = self._sink = None
 
     def ended(self) -> None:
         """The turn's last event was read: what it drew is committed."""
         self._base = self._sink = None
         known = len(self.mirror)
         self.mirror.computed = max(0, known - 1)
-        self.residence = Residence(device=max(0, known - 1), host=0, lost=min(1, known))
+        kept = self.mirror.computed if self.attached else 0
+        self.residence = Residence(device=kept, host=0, lost=known - kept)
 
     async def stop(self, *, keep: bool) -> bool:
         """Ends a running turn. True when what it drew stayed, as `keep` asked; else the log is as before it. It has

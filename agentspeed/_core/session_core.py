@@ -348,11 +348,8 @@ class SessionCore:
         if not self.pending.resumed():
             return ()
         found = turn.usage
-        return (
-            events.Resumed(
-                device=found.resumed_device, host=found.resumed_host, recomputed=found.recomputed, why=found.why
-            ),
-        )
+        device, host = found.resumed_device, found.resumed_host
+        return (events.Resumed(device=device, host=host, recomputed=found.recomputed, why=found.why),)
 
     def _rest(self, turn: TurnRecord) -> None:
         self.usage = self.usage + turn.usage

@@ -229,7 +229,8 @@ class TurnRecord:
     @property
     def over(self) -> Reached | None:
         """The limit that forbids the turn to go on; its end may have come already."""
-        if self.charge is None or (self.inbox and isinstance(self.inbox[-1], wire.TurnEnded | None)):
+        over = self.ended is not None or (self.inbox and isinstance(self.inbox[-1], wire.TurnEnded | None))
+        if self.charge is None or over:
             return None
         return self.charge.over()
 
