@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from agentspeed import Session, User, errors, tool
-from agentspeed._core.branch import Branch
 from agentspeed.testing import ScriptedEngine, tool_call
-from agentspeed.transport.base import Connection
+from agentspeed.transport.base import wire
 from tests.support.loops import without_uvloop as without_uvloop
 
 pytestmark = pytest.mark.anyio
@@ -157,15 +156,18 @@ async def test_nothing_changes_when_it_is_refused_or_its_summary_fails() -> None
 async def test_one_that_is_cancelled_once_the_engine_has_the_shorter_log_is_carried_out_to_its_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    open_branch = Branch._open
-
-    async def opened_and_cancelled(self: Branch, link: Connection, patience: float | None) -> None:
-        await open_branch(self, link, patience)
-        _ = compacting.cancel()
-
     async with ScriptedEngine(["One.", "Two.", "Three.", "Four."]) as engine, engine.session() as s:
         await talk(s, 3)
-        monkeypatch.setattr(Branch, "_open", opened_and_cancelled)
+        link = type(await s.engine.link())
+        call = link.call
+
+        async def answered_and_cancelled(self: Any, *how: Any, **more: Any) -> Any:
+            reply = await call(self, *how, **more)
+            if isinstance(reply, wire.Opened):
+                _ = compacting.cancel()
+            return reply
+
+        monkeypatch.setattr(link, "call", answered_and_cancelled)
         compacting = asyncio.ensure_future(s.compact(keep=2))
         with pytest.raises(asyncio.CancelledError):
             _ = await compacting

@@ -133,7 +133,7 @@ async def test_a_session_that_is_closed_while_it_comes_back_after_a_death_leaves
     async with ScriptedEngine(["One."]) as engine:
         for steps in range(20):
             s = await engine.session().open()
-            (await s._core.branch.attach()).close()  # the engine goes
+            (await s.engine.link()).close()  # the engine goes
             for _ in range(500):
                 await anyio.sleep(0.01 if engine.live_branches else 0)
 
