@@ -298,7 +298,7 @@ class Run:
             try:
                 if left:
                     await core.pause(left, self._expect, self._tell)
-                core.pending.served.update(call.id for call in left)
+                core.pending.served.update(dict.fromkeys(call.id for call in left))
                 core.branch.on_lease = lambda lease: tell(events.LeaseChanged(lease=lease))
                 with scope:
                     await batch.run()

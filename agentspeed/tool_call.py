@@ -53,7 +53,7 @@ async def tool_call(
     _check_serving(core, call, timeout, expect, on_error)
     pending = Pending(call)
     try:
-        with _block(core, call) as first:
+        with _block(core, call, expect) as first:
             if first and not core.pending.on:
                 await core.pause(core.open_calls(), expect, lambda event: None)
             started = anyio.current_time()
@@ -117,18 +117,18 @@ def _check_serving(
 
 
 @contextmanager
-def _block(core: SessionCore, call: ToolCall) -> Iterator[bool]:
+def _block(core: SessionCore, call: ToolCall, expect: float | None) -> Iterator[bool]:
     """While blocks are open the session is busy: whatever it said would come between a call and its result. Gives
     whether this is the first of them."""
     served = core.pending.served
-    served.add(call.id)
+    served[call.id] = expect
     first = core.busy is None
     if first:
         core.busy = SERVING
     try:
         yield first
     finally:
-        served.discard(call.id)
+        _ = served.pop(call.id, None)
         if not served and core.busy == SERVING:
             core.busy = None
 

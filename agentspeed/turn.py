@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from types import TracebackType
@@ -11,7 +12,7 @@ import anyio
 
 from agentspeed import errors, events
 from agentspeed._core.options import TurnRequest
-from agentspeed._core.session_core import SessionCore, written
+from agentspeed._core.session_core import SERVING, SessionCore, written
 from agentspeed._core.turn_record import TurnRecord
 from agentspeed.limits import Reached
 from agentspeed.observing import Ending, Watched
@@ -20,6 +21,7 @@ from agentspeed.transport.base import wire
 from agentspeed.usage import Usage
 
 T = TypeVar("T")
+_LOG = logging.getLogger("agentspeed.session")
 _TO_BE_TAKEN: Final = "the engine to take it"
 _UNREAD: Final = 256
 """Events of the engine that a turn nobody watches lets wait; then they are taken, so that what waits is bounded."""
@@ -79,12 +81,33 @@ class Turn(Generic[T]):
         try:
             if not self._finished:
                 await self._core.abort_turn(self._record)
+            elif kind is None:
+                await self._pause()
         except BaseException as failure:
             error = failure
             raise
         finally:
             self._finished = True
             self._told_end(error)
+
+    async def _pause(self) -> None:
+        """Blocks of `tool_call` that outlast the turn are a pause of the session, as those that are opened after it:
+        the branch is held under a lease for as long as the longest of them was said to take."""
+        core = self._core
+        pending = core.pending
+        calls = [call for call in core.open_calls() if call.id in pending.served]
+        if core.busy != SERVING or not calls or pending.on:
+            return
+        said = [pending.served[call.id] for call in calls]
+        known = [seconds for seconds in said if seconds is not None]
+        try:
+            _ = await core.branch.expect(
+                max(known) if len(known) == len(said) else None, "soft", pending.slowest(calls)
+            )
+        except errors.WorldError as error:  # the turn is over, and its reply is worth more than a lease
+            _LOG.info("no lease for session %s: %s", core.id, error)
+        if core.busy == SERVING:  # they may have ended meanwhile
+            pending.begin()
 
     # ---- reading --------------------------------------------------------------------------------------------------
     def __aiter__(self) -> Self:

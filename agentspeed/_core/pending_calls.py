@@ -24,8 +24,9 @@ class PendingCalls:
     every one of them has its own, for they enter the log together and in call order."""
 
     def __init__(self) -> None:
-        self.served: set[str] = set()
-        """Ids of the calls that are being served: by `run`, or by blocks of `tool_call` that are open."""
+        self.served: dict[str, float | None] = {}
+        """Ids of the calls that are being served, by `run` or by blocks of `tool_call` that are open, and how many
+        seconds each was said to take."""
         self._results: dict[str, ToolMessage] = {}
         self._seconds_of: dict[str, float] = {}
         self._since: float | None = None

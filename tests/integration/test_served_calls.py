@@ -67,7 +67,7 @@ async def test_a_call_that_is_served_beyond_the_end_of_its_turn_is_waited_for() 
         done = anyio.Event()
 
         async def serve(call: ToolCall) -> None:
-            async with s.tool_call(call) as pending:
+            async with s.tool_call(call, expect=20.0 if '"a":1' in call.arguments else 30.0) as pending:
                 await done.wait()
                 pending.result = call.arguments
 
@@ -77,10 +77,11 @@ async def test_a_call_that_is_served_beyond_the_end_of_its_turn_is_waited_for() 
                     if isinstance(event, events.ToolCallReady):
                         _ = group.start_soon(serve, event.call)
             await anyio.wait_all_tasks_blocked()
+            assert s.lease is not None and s.lease.seconds == 30.0
             with pytest.raises(errors.SessionBusy, match="a tool call has not ended"):
                 _ = await s.generate("too soon")
             done.set()
-        assert results(s) == ['{"a":1}', '{"a":2}']
+        assert results(s) == ['{"a":1}', '{"a":2}'] and s.usage.pauses == 1
         assert (await s.generate()).text == "Ok."
 
 
