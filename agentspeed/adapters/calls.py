@@ -125,7 +125,7 @@ class Streamed:
 
 
 def new_call_id() -> str:
-    """Frameworks need ids that no other call has."""
+    """Frameworks need ids that no other call has; a model that numbers its calls begins again in a later turn."""
     return f"call_{secrets.token_hex(8)}"
 
 

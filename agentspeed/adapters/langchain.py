@@ -225,7 +225,8 @@ class ChatAgentSpeed(BaseChatModel):
         message = AIMessage(
             content=reply.text,
             tool_calls=[
-                tool_call(name=call.name, args=json.loads(call.arguments), id=call.id) for call in reply.tool_calls
+                tool_call(name=call.name, args=json.loads(call.arguments), id=new_call_id())
+                for call in reply.tool_calls
             ],
             additional_kwargs={"reasoning_content": reply.reasoning} if reply.reasoning else {},
             response_metadata=self._metadata(reply, kwargs.get("model")),

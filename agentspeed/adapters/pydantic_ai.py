@@ -118,7 +118,7 @@ class AgentSpeedModel(Model[Any]):
             parts.append(ThinkingPart(reply.reasoning))
         if reply.text or not reply.tool_calls:
             parts.append(TextPart(reply.text))
-        parts += [ToolCallPart(one.name, one.arguments, tool_call_id=one.id) for one in reply.tool_calls]
+        parts += [ToolCallPart(one.name, one.arguments, tool_call_id=new_call_id()) for one in reply.tool_calls]
         return ModelResponse(
             parts=parts,
             usage=_usage(reply.usage),
