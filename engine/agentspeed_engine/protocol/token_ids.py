@@ -6,7 +6,6 @@ import sys
 from array import array
 from collections.abc import Sequence
 
-_BIG_ENDIAN = sys.byteorder == "big"
 assert array("I").itemsize == 4, "this platform's unsigned int is not 32 bits wide"
 
 
@@ -14,7 +13,7 @@ def pack_ids(ids: Sequence[int]) -> bytes:
     """`ids` as NumPy's `<u4`: four bytes each, the lowest byte first. Raises `OverflowError` for a number below 0 or
     from 2**32 on."""
     packed = array("I", ids)
-    if _BIG_ENDIAN:
+    if sys.byteorder == "big":
         packed.byteswap()
     return packed.tobytes()
 
@@ -28,6 +27,6 @@ def unpack_ids(data: bytes) -> array[int]:
     """The inverse of `pack_ids`. Raises `ValueError` when `data` is not a whole number of ids."""
     ids = array("I")
     ids.frombytes(data)
-    if _BIG_ENDIAN:
+    if sys.byteorder == "big":
         ids.byteswap()
     return ids
