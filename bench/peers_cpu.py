@@ -127,6 +127,10 @@ async def compared(options: argparse.Namespace) -> dict[str, Any]:
     return run | {"minutes": round((time.monotonic() - began) / 60, 1), "absent": absent, "cases": results}
 
 
+SETTLE = 1.5
+"""Seconds before a side plays: threads of the one before spin for a while after its last answer."""
+
+
 class Table:
     """Plays rounds until the time is up; `found` is by case, side and round."""
 
@@ -156,6 +160,7 @@ class Table:
         limit = self._limit
         try:
             await self._sides[name].start(case.pool_tokens)
+            await asyncio.sleep(SETTLE)
             started = time.monotonic()
             limit = max(0.0, min(limit, self._end - started))
             figures = case.figures(await self._sides[name].play(case, limit))
