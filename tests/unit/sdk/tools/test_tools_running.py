@@ -267,8 +267,9 @@ async def test_an_unknown_tool_is_a_result_that_names_the_tools() -> None:
 
 
 async def test_a_cancelled_batch_has_a_result_for_every_call() -> None:
-    batch = ToolBatch([tool(slow), tool(add)], [call("slow", '{"seconds":9}'), call("add", '{"a":1}', 1)])
-    with anyio.move_on_after(0.1) as scope:
+    calls = [call("slow", '{"seconds":9}'), call("add", '{"a":1}', 1)]
+    with anyio.CancelScope() as scope:
+        batch = ToolBatch([tool(slow), tool(add)], calls, arrived=lambda *_: scope.cancel())
         await batch.run()
     assert scope.cancelled_caught
     assert [result.content for result in batch.results()] == ["error: cancelled before it finished", "11"]
