@@ -7,17 +7,6 @@
 
 #define MOST_ROWS 16
 
-/* A vector that this set has a register for. */
-#if REGISTERS >= 32
-#define WIDE LANES
-typedef vec wide;
-typedef ivec wide_ints;
-#else
-#define WIDE NARROW
-typedef narrow wide;
-typedef int32_t wide_ints __attribute__((vector_size(4 * NARROW), aligned(4), may_alias));
-#endif
-
 typedef struct {
     const uint8_t *data;
     const float *scales;

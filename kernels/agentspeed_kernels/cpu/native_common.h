@@ -230,6 +230,17 @@ INLINE void narrow_dots4(const num *w, long w_stride, const float *x, long n, fl
 }
 #endif
 
+/* The vector that this set has a register for, whichever it is. */
+#if REGISTERS >= 32
+#define WIDE LANES
+typedef vec wide;
+typedef ivec wide_ints;
+#else
+#define WIDE NARROW
+typedef narrow wide;
+typedef int32_t wide_ints __attribute__((vector_size(4 * NARROW), aligned(4), may_alias));
+#endif
+
 INLINE void dots4_any(const num *w, long w_stride, const float *const *x, long count, long n, float out[][4]) {
 #if REGISTERS < 32
     for (long t = 0; t < count; t++) narrow_dots4(w, w_stride, x[t], n, out[t]);

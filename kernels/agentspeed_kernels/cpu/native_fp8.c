@@ -1,25 +1,17 @@
 /* Products of a few rows with weights in fp8 e4m3: bytes become floats in registers, so that half of bf16 is read.
 
-   A weight is [outputs][inputs], as its checkpoint has it; scales are [blocks of 128 outputs][blocks of 128 inputs]. Where
-   a form converts half precision in hardware, a byte moved into the places of such a number is 2^-8 of what it stands for,
-   the smallest ones included; elsewhere it is 2^-120 of it as a float. No byte is "not a number" here: the scale of its
-   block is none. */
+   A weight is [outputs][inputs], as its checkpoint has it; scales are [blocks of 128 outputs][blocks of 128 inputs]. */
 #include "native_bytes.h"
+#include "native_e4m3.h"
 
 #define BLOCK 128
 #define TOGETHER 4 /* outputs whose rows are read side by side */
 
-#if defined(__AVX512F__) || defined(__AVX2__)
-#define FACTOR 256.0f
-#else
-#define FACTOR 0x1p120f
-#endif
 #if REGISTERS >= 32
 #define AT_ONCE 4 /* rows of x whose sums are in registers */
 #else
 #define AT_ONCE 1
 #endif
-#define DEEP (2 * WIDE) /* inputs of an output that become floats together */
 
 INLINE byte_weight byte_weight_of(const uint8_t *data, const float *scales, long n, long k, long group) {
     byte_weight w = {data, scales, n, k, group, (n + LANES - 1) / LANES, (k + DEEP - 1) / DEEP * DEEP};
@@ -30,24 +22,6 @@ INLINE byte_weight matrix_at(const byte_weight *first, long index) {
     byte_weight w = *first;
     w.data += index * w.n * w.k, w.scales += index * blocks_of(w.n) * blocks_of(w.k);
     return w;
-}
-
-/* DEEP bytes by 1 / FACTOR. */
-INLINE void to_floats(const uint8_t *at, wide *low, wide *high) {
-#if defined(__AVX512F__)
-    __m512i v = _mm512_slli_epi16(_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)at)), 7);
-    v = _mm512_and_si512(v, _mm512_set1_epi16((short)0xbf80));
-    *low = (vec)_mm512_cvtph_ps(_mm512_castsi512_si256(v)), *high = (vec)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(v, 1));
-#elif defined(__AVX2__)
-    __m256i v = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)at)), 7);
-    v = _mm256_and_si256(v, _mm256_set1_epi16((short)0xbf80));
-    *low = (narrow)_mm256_cvtph_ps(_mm256_castsi256_si128(v)), *high = (narrow)_mm256_cvtph_ps(_mm256_extracti128_si256(v, 1));
-#else
-    typedef int8_t bytes __attribute__((vector_size(WIDE), aligned(1), may_alias));
-    wide_ints a = __builtin_convertvector(*(const bytes *)at, wide_ints) << 20;
-    wide_ints b = __builtin_convertvector(*(const bytes *)(at + WIDE), wide_ints) << 20;
-    *low = (wide)(a & (int32_t)0x87f00000), *high = (wide)(b & (int32_t)0x87f00000);
-#endif
 }
 
 INLINE float sum_of(wide v) {

@@ -1,0 +1,135 @@
+/* Rows of a KV cache in fp8 (fp8_cache.py): what a kernel that knows rows of numbers needs to read and write them.
+
+   A row is the bytes of its heads, a float scale for each of them, and plain numbers in bf16; each section begins at a
+   multiple of 16 bytes. Kernels take a few rows back to numbers in the first cache, once for all that reads them there. */
+#ifndef AGENTSPEED_NATIVE_CACHE_H
+#define AGENTSPEED_NATIVE_CACHE_H
+#include "native_e4m3.h"
+
+#define MOST_E4M3 448.0f
+
+typedef struct {
+    long heads, width, plain;         /* numbers of a head, and plain ones */
+    long scales_at, plain_at, bytes;  /* of a row */
+} coded_row;
+
+INLINE long in_sixteens(long bytes) { return (bytes + 15) / 16 * 16; }
+
+INLINE coded_row coded_rows(long heads, long width, long plain) {
+    coded_row made = {heads, width, plain, in_sixteens(heads * width), 0, 0};
+    made.plain_at = made.scales_at + in_sixteens(4 * heads), made.bytes = made.plain_at + in_sixteens(2 * plain);
+    return made;
+}
+
+INLINE void write_wide(num *to, wide low, wide high) {
+#if defined(HALF) && defined(__AVX512BF16__)
+    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+#elif defined(HALF) && REGISTERS >= 32
+    write_vec(to, low), write_vec(to + WIDE, high);
+#elif defined(HALF)
+    for (int side = 0; side < 2; side++) {
+        narrow x = side ? high : low;
+        narrow_bits bits = (narrow_bits)x, none = (narrow_bits)(x != x);
+        typedef uint16_t halves __attribute__((vector_size(2 * NARROW), aligned(2), may_alias));
+        bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+        *(halves *)(to + side * WIDE) = __builtin_convertvector((bits & ~none) | (none & 0x7fc0), halves);
+    }
+#else
+    *(wide *)to = low, *(wide *)(to + WIDE) = high;
+#endif
+}
+
+/* The numbers of a head; what is written behind them ends with a whole number of DEEP. */
+INLINE void decode_head(const coded_row *c, const uint8_t *row, long head, num *to) {
+    const uint8_t *from = row + head * c->width;
+    float scale;
+    memcpy(&scale, row + c->scales_at + 4 * head, sizeof scale);
+    scale *= FACTOR;
+    long k = 0;
+    for (; k < c->width; k += DEEP) {
+        uint8_t end[DEEP] = {0};
+        const uint8_t *at = from + k;
+        if (c->width - k < DEEP) at = memcpy(end, at, c->width - k); /* the end of a row may be that of memory */
+        wide low, high;
+        to_floats(at, &low, &high);
+        write_wide(to + k, low * scale, high * scale);
+    }
+}
+
+INLINE void decode_plain(const coded_row *c, const uint8_t *row, num *to) {
+    const uint16_t *from = (const uint16_t *)(row + c->plain_at);
+#ifdef HALF
+    memcpy(to, from, c->plain * sizeof(num));
+#else
+    for (long i = 0; i < c->plain; i++) {
+        uint32_t bits = (uint32_t)from[i] << 16;
+        memcpy(to + i, &bits, sizeof bits);
+    }
+#endif
+}
+
+/* Numbers for which there must be memory where a head and what is plain are decoded, one behind the other. */
+INLINE long decoded_room(const coded_row *c) { return c->width + (c->plain > DEEP ? c->plain : DEEP); }
+
+INLINE void decode_row(const coded_row *c, const uint8_t *row, num *to) {
+    for (long h = 0; h < c->heads; h++) decode_head(c, row, h, to + h * c->width);
+    if (c->plain) decode_plain(c, row, to + c->heads * c->width);
+}
+
+/* The nearest byte of each of 16 numbers of up to 448 in magnitude, to even between two; 0 for what is no number. */
+INLINE ivec nearest_e4m3(vec x) {
+    x = pick(x != x, splat(0), x);
+    ivec sign = (ivec)x & INT32_MIN, bits = (ivec)x & INT32_MAX;
+    ivec usual = ((bits + 0x7ffff + ((bits >> 20) & 1)) >> 20) - (120 << 3);
+    const vec magic = splat(16384.0f); /* whose last place is that of the smallest numbers */
+    ivec small = (ivec)((vec)bits + magic) - (ivec)magic;
+    return (ivec)pick(bits < 121 << 23, (vec)small, (vec)usual) | ((sign >> 24) & 0x80);
+}
+
+INLINE vec read_part(const num *x, long n) {
+    num held[LANES];
+    memset(held, 0, sizeof held), memcpy(held, x, n * sizeof(num));
+    return read_vec(held);
+}
+
+/* A head of a row: the scale makes its largest number 448, and is none where a number is not finite. */
+INLINE void code_head(const coded_row *c, const num *x, uint8_t *row, long head) {
+    typedef uint8_t bytes16 __attribute__((vector_size(16), aligned(1), may_alias));
+    ivec most = {0}; /* as integers: the largest of those that are no number */
+    for (long k = 0; k < c->width; k += LANES) {
+        ivec bits = (ivec)(c->width - k < LANES ? read_part(x + k, c->width - k) : read_vec(x + k)) & INT32_MAX;
+        most = (ivec)pick(bits > most, (vec)bits, (vec)most);
+    }
+    int32_t top = 0;
+    for (int i = 0; i < LANES; i++) top = most[i] > top ? most[i] : top;
+    float largest;
+    memcpy(&largest, &top, sizeof largest);
+    largest /= MOST_E4M3;
+    int finite = top < 0x7f800000;
+    float by = finite && largest > 0 ? largest : 1.0f, scale = finite ? by : NAN;
+    for (long k = 0; k < c->width; k += LANES) {
+        long n = c->width - k < LANES ? c->width - k : LANES;
+        vec v = (n < LANES ? read_part(x + k, n) : read_vec(x + k)) / by;
+        v = pick(v > MOST_E4M3, splat(MOST_E4M3), pick(v < -MOST_E4M3, splat(-MOST_E4M3), v));
+        bytes16 made = __builtin_convertvector(nearest_e4m3(v), bytes16);
+        memcpy(row + head * c->width + k, &made, n);
+    }
+    memcpy(row + c->scales_at + 4 * head, &scale, sizeof scale);
+}
+
+/* A row of numbers as bytes, zeros between its sections. */
+INLINE void code_row(const coded_row *c, const num *x, uint8_t *row) {
+    memset(row + c->heads * c->width, 0, c->bytes - c->heads * c->width);
+    for (long h = 0; h < c->heads; h++) code_head(c, x + h * c->width, row, h);
+    uint16_t *plain = (uint16_t *)(row + c->plain_at);
+    for (long i = 0; i < c->plain; i++) {
+#ifdef HALF
+        plain[i] = x[c->heads * c->width + i];
+#else
+        uint32_t bits;
+        memcpy(&bits, x + c->heads * c->width + i, sizeof bits);
+        plain[i] = x[c->heads * c->width + i] != x[c->heads * c->width + i] ? 0x7fc0 : (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+#endif
+    }
+}
+#endif
