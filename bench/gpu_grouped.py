@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
+from gpu_checks import Size, check
 from gpu_graphs import Branches
 from gpu_layers import bf16, weights
 from gpu_timing import DEVICE, Report, fail, limit_us, relative, rotated
@@ -14,8 +15,6 @@ from gpu_timing import DEVICE, Report, fail, limit_us, relative, rotated
 from agentspeed_engine.models.inputs import Run
 from agentspeed_kernels.ops import OPS
 from agentspeed_kernels.signature import Dtype
-from agentspeed_kernels.testing import conformance
-from agentspeed_kernels.testing.tolerance import KIND_OF, UNDEFINED, tolerance
 from agentspeed_kernels.triton import attention, backend, extend, grouped, kernels, specs
 from agentspeed_kernels.workspace import Workspace
 
@@ -24,7 +23,7 @@ HIDDEN, INNER, VOCABULARY = 4096, 12_288, 151_936
 SCALE = WIDTH**-0.5
 POOL_BYTES, MOST_LAYERS = 6e9, 24
 OPS_HERE = ("qkv_append", "gqa_rows", "gqa_extend")
-SIZES: dict[Dtype, tuple[Literal["small", "wide"], ...]] = {"bfloat16": ("wide",), "float32": ("small",)}
+SIZES: dict[Dtype, tuple[Size, ...]] = {"bfloat16": ("wide",), "float32": ("small",)}
 CASES: dict[str, tuple[Branches, float | None]] = {
     "1 branch at 4 k": (Branches(1, 4096, forked=False), None),
     "1 branch at 32 k": (Branches(1, 32_768, forked=False), 0.55),
@@ -40,8 +39,7 @@ AT = 100
 
 def section_check(report: Report) -> None:
     """Errors against the definitions in float64, of hostile inputs too."""
-    for op in OPS_HERE:
-        _check(report, op)
+    check(report, "grouped", [spec for spec in specs.SPECS if spec.op in OPS_HERE], SIZES)
 
 
 def section_rows(report: Report) -> None:
@@ -55,23 +53,6 @@ def section_extend(report: Report) -> None:
     """New tokens of one branch on a cached context, and from how many on a long extend is worth it."""
     for count in (64, 128, 256, 512, 2048):
         _extend(report, count, 4096)
-
-
-def _check(report: Report, op: str) -> None:
-    (spec,) = (spec for spec in specs.SPECS if spec.op == op)
-    for dtype in SIZES:
-        for size in SIZES[dtype]:
-            worst, name = 0.0, ""
-            for manner in conformance.MANNERS:
-                if not conformance.fits(spec, size) or (KIND_OF[op], dtype, manner) in UNDEFINED:
-                    continue
-                for rows in (1, 3, 8, 40):
-                    case = conformance.Case(op=op, dtype=dtype, manner=manner, size=size, rows=rows)
-                    error = conformance.worst_error(spec, case, DEVICE)
-                    if not error <= worst:
-                        worst, name = error, case.name
-            limit = tolerance(op, dtype)
-            report.add("grouped", f"{op} {dtype} {size}", worst=worst, tolerance=limit, at=name, met=worst <= limit)
 
 
 class Pools:

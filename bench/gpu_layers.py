@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 from gpu_attention import PAGE, RANK, ROPE, SCALE, WIDTH, Batch
+from gpu_checks import check
 from gpu_timing import DEVICE, Report, graph_time, limit_us, relative, rotated
 
 from agentspeed_kernels.ops import OPS
 from agentspeed_kernels.routing import RouteRule
-from agentspeed_kernels.testing import conformance
-from agentspeed_kernels.testing.tolerance import KIND_OF, UNDEFINED, tolerance
 from agentspeed_kernels.triton import attention, extend, kernels, sampling, specs
 from agentspeed_kernels.workspace import Workspace
 
@@ -51,24 +50,7 @@ def section_ceilings(report: Report, pool: torch.Tensor) -> None:
 
 def section_check(report: Report) -> None:
     """Each kernel against its float64 definition on hostile inputs, at the sizes of a real model."""
-    for spec in specs.SPECS:
-        sizes: tuple[Literal["wide", "odd"], ...] = ("wide", "odd")
-        for size in sizes:
-            worst, name = 0.0, ""
-            rows_of = (1, 3, 8, 40) if spec.most_rows is None else (1, min(3, spec.most_rows))
-            cases = [
-                conformance.Case(op=spec.op, dtype="bfloat16", manner=manner, size=size, rows=rows)
-                for manner in conformance.MANNERS
-                for rows in rows_of
-                if conformance.fits(spec, size) and (KIND_OF[spec.op], "bfloat16", manner) not in UNDEFINED
-            ]
-            for case in cases:
-                error = conformance.worst_error(spec, case, DEVICE)
-                if not error <= worst:
-                    worst, name = error, case.name
-            if cases:
-                limit = tolerance(spec.op, "bfloat16")
-                report.add("layers", f"{spec.op} {size}", worst=worst, tolerance=limit, at=name, met=worst <= limit)
+    check(report, "layers", specs.SPECS, {"bfloat16": ("wide", "odd")})
     _check_sampling(report)
 
 

@@ -57,8 +57,7 @@ def cases(spec: KernelSpec, most: int = 70) -> Iterator[Case]:
 
     `most` bounds the rows, for kernels that an interpreter runs."""
     most = min(most, spec.most_rows) if spec.most_rows is not None else most
-    formats: list[WeightFormat | None] = [kind for kind in get_args(WeightFormat) if kind in (spec.weights or ())]
-    for dtype, weights in itertools.product(sorted(spec.dtypes), formats or [None]):
+    for dtype, weights in itertools.product(sorted(spec.dtypes), weights_of(spec)):
         for manner in MANNERS:
             if (KIND_OF[spec.op], dtype, manner) in UNDEFINED or (weights == "int8-32" and manner != "random"):
                 continue  # groups change how scales are read, which no manner of the inputs does
@@ -67,6 +66,12 @@ def cases(spec: KernelSpec, most: int = 70) -> Iterator[Case]:
                     continue
                 for rows in sorted({1, min(3, most), min(most, 70 if size != "wide" else 8)}):
                     yield Case(op=spec.op, dtype=dtype, manner=manner, size=size, rows=rows, weights=weights)
+
+
+def weights_of(spec: KernelSpec) -> list[WeightFormat | None]:
+    """The formats of weights that a kernel takes; None: that of a case's dtype."""
+    formats: list[WeightFormat | None] = [kind for kind in get_args(WeightFormat) if kind in (spec.weights or ())]
+    return formats or [None]
 
 
 def fits(spec: KernelSpec, size: Literal["small", "odd", "wide"]) -> bool:
