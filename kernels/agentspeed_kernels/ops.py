@@ -111,6 +111,12 @@ WEIGHT_OPS = frozenset(
 BYTE_OPS = frozenset({"linear", "experts", "add_norm_linear", "experts_and_shared"})
 """Those whose weights may be kept in 8 bits. The weights of the others are a small part, and read by two ops each."""
 
+CACHE_OPS = frozenset(
+    {"latent_append", "mla_rows", "mla_extend", "qkv_append", "gqa_rows", "gqa_extend", "mla_queries"}
+    | {"index_append", "index_select", "mla_selected", "copy_rows", "gather_pages", "scatter_pages"}
+)
+"""Those that read or write pools, whose rows may be kept in 8 bits: a pool is uint8 then, and its last axis bytes."""
+
 
 def _add_norm_linear(d: Dims, item: int) -> Cost:
     return Cost(

@@ -39,6 +39,12 @@ class Packed:
         found = self.data[ids // TILE_OUTPUTS, :, :, ids % TILE_OUTPUTS]
         return found.reshape(ids.shape[0], -1)[:, : self.shape[-1]].contiguous()
 
+    def whole(self) -> Tensor:
+        """The weight [..., N, K] as it was before it was packed, of one part."""
+        split = self.data.movedim(-2, -4)
+        padded = split.reshape(*self.shape[:-2], split.shape[-5] * TILE_OUTPUTS, -1)
+        return padded[..., : self.shape[-2], : self.shape[-1]].contiguous()
+
 
 Weight = Tensor | Packed | Quantised | Fp8Blocks
 """What an op with weights is given: the layout its kernel asks for."""

@@ -54,7 +54,8 @@ def _same_rank(left: KernelSpec, right: KernelSpec) -> bool:
     if left.priority != right.priority or left.device != right.device:
         return False
     weights = (left.weights or left.dtypes) & (right.weights or right.dtypes)
-    return bool(left.dtypes & right.dtypes and weights)
+    caches = (left.cache or left.dtypes) & (right.cache or right.dtypes)
+    return bool(left.dtypes & right.dtypes and weights and caches)
 
 
 def standard() -> Registry:
@@ -69,6 +70,7 @@ def standard() -> Registry:
         invariant_kernels,
         native_kernels,
         torch_bytes,
+        torch_fp8_cache,
         torch_fused,
         torch_kernels,
     )
@@ -79,6 +81,7 @@ def standard() -> Registry:
             *torch_kernels.SPECS,
             *torch_fused.SPECS,
             *torch_bytes.SPECS,
+            *torch_fp8_cache.SPECS,
             *native_kernels.SPECS,
             *invariant_kernels.SPECS,
             *amx_kernels.SPECS,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Generic, Literal, TypeVar, final, overload
@@ -16,6 +16,7 @@ from agentspeed_kernels.cpu.native_kernels import moves
 from agentspeed_kernels.fp8_blocks import Stored, joined
 from agentspeed_kernels.ops import (
     BYTE_OPS,
+    CACHE_OPS,
     OPS,
     WEIGHT_OPS,
     AddNormLinear,
@@ -43,7 +44,7 @@ from agentspeed_kernels.ops import (
 from agentspeed_kernels.packing import Weight, gathered, in_bytes, in_bytes_each, pack, pack_each
 from agentspeed_kernels.platform import Platform
 from agentspeed_kernels.registry import Registry
-from agentspeed_kernels.signature import OWN, Dtype, KernelSpec, Layout, Need, WeightFormat
+from agentspeed_kernels.signature import OWN, CacheFormat, Dtype, KernelSpec, Layout, Need, WeightFormat
 
 log = logging.getLogger("agentspeed.kernels")
 
@@ -223,7 +224,7 @@ class Kernels:
     A kernel from outside is checked when it would be chosen for the first time; one that fails, or raises, is left out
     with a warning that names it, and the next best is taken."""
 
-    __slots__ = ("_head", "_ladders", "_moves", "dtype", "invariant", "layout", "weights")
+    __slots__ = ("_head", "_ladders", "_moves", "cache", "dtype", "invariant", "layout", "weights")
 
     def __init__(
         self,
@@ -236,19 +237,30 @@ class Kernels:
         preferences: Preferences | None = None,
         check: Check | None = None,
         weights: WeightFormat | None = None,
+        cache: CacheFormat | None = None,
         invariant: bool = False,
+        optional: Collection[str] = (),
     ) -> None:
         """`sizes`: what is known of the model's axes and its page size, for kernels that do not take any. `weights`:
-        of the ops in `BYTE_OPS`; None: `dtype`. `invariant`: batch-invariant kernels alone. Raises `NoKernel` where an
-        op has no kernel for that."""
+        of the ops in `BYTE_OPS`, `cache`: of the pools of those in `CACHE_OPS`; None: `dtype`. `invariant`:
+        batch-invariant kernels alone. Raises `NoKernel` where an op has no kernel for that; one of the `optional` is
+        left out then."""
         self.dtype: Dtype = dtype
         self.weights: WeightFormat | None = weights
+        self.cache: CacheFormat | None = cache
         self.invariant = invariant
         chooser = _Chooser(registry, platform, dtype, dict(sizes or {}), preferences or Preferences(), check, weights,
-                           invariant)  # fmt: skip
+                           cache, invariant)  # fmt: skip
         self.layout: Layout = chooser.layout
         """Of weights in `dtype`: that of the best kernel for single rows, where weights are what a step waits for."""
-        self._ladders: dict[str, Ladder[Any]] = {op: chooser.ladder(op) for op in ops}
+        self._ladders: dict[str, Ladder[Any]] = {}
+        for op in ops:
+            try:
+                self._ladders[op] = chooser.ladder(op)
+            except NoKernel as missing:
+                if op not in optional:
+                    raise
+                log.info("%s is done by the ops that it joins: %s", op, missing)
         apart = weights == "fp8" and "linear" in ops
         self._head: Ladder[Linear] | None = chooser.ladder("linear", wide=True) if apart else None
         self._moves = moves(platform.features, dtype)
@@ -308,7 +320,7 @@ class Kernels:
         return self["linear"] if self._head is None else self._head
 
     def has(self, op: str) -> bool:
-        """Whether it was asked for."""
+        """Whether it was asked for, and not left out."""
         return op in self._ladders
 
     def weight(self, held: Stored, parts: int = 1, op: str = "linear") -> Weight:
@@ -376,11 +388,13 @@ class _Chooser:
         preferences: Preferences,
         check: Check | None,
         weights: WeightFormat | None = None,
+        cache: CacheFormat | None = None,
         invariant: bool = False,
     ) -> None:
         self._registry, self._platform, self._invariant = registry, platform, invariant
         self._dtype: Dtype = dtype
         self._weights: WeightFormat | None = weights
+        self._cache: CacheFormat | None = cache
         self._sizes, self._preferences, self._check = sizes, preferences, check
         self._sound: set[str] = set()
         self.layout: Layout = self._select("linear", 1, self._candidates("linear"), None).kernel.layout
@@ -425,6 +439,7 @@ class _Chooser:
             rows=rows,
             layout=layout,
             weights=weights,
+            cache=self._cache if op in CACHE_OPS else None,
             invariant=self._invariant,
             sizes=self._sizes,
         )

@@ -10,6 +10,8 @@ Dtype = Literal["float32", "float64", "bfloat16"]
 Device = Literal["cpu", "cuda"]
 WeightFormat = Literal["int8", "int8-32", "fp8"]
 """Of weights that are kept in 8 bits: `quantised` says how the first two are, `fp8_blocks` the last."""
+CacheFormat = Literal["fp8"]
+"""Of rows of the cache that are not kept in the format of the activations: `fp8_cache` says how."""
 Layout = Literal["rows", "tiles", "bytes", "blocks"]
 """Of weights: as the checkpoint has them, in the order of matrix tiles (`packing`), in int8 (`quantised`), or in fp8
 (`fp8_blocks`)."""
@@ -76,7 +78,7 @@ class KernelSpec:
     weights: frozenset[str] | None = None
     """Formats of the weights; None: that of the activations."""
     cache: frozenset[str] | None = None
-    """Formats of the latent pool; None: that of the activations."""
+    """Formats of the pools; None: that of the activations."""
     sizes: Mapping[str, Widths] = field(default_factory=dict)
     """Limits on axes; an axis that is not named may have any size."""
     rope_order: Literal["half"] = "half"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from agentspeed_kernels.ops import OPS
 from agentspeed_kernels.platform import detect
@@ -67,3 +69,16 @@ def test_a_kernel_that_ignores_its_input_is_caught() -> None:
     )
     assert conformance.worst_error(honest, case) <= tolerance("rms_norm", "float32")
     assert conformance.worst_error(lazy, case) > tolerance("rms_norm", "float32")
+
+
+def test_a_kernel_that_cuts_to_8_bits_instead_of_rounding_is_caught() -> None:
+    honest = next(spec for spec in KERNELS if spec.op == "latent_append" and spec.name == "torch-fp8-cache")
+    case = conformance.Case(op="latent_append", dtype="float32", manner="random", size="small", rows=3, cache="fp8")
+
+    def cut(raw: Tensor, gain: Tensor, eps: float, cos: Tensor, sin: Tensor, slots: Tensor, pool: Tensor) -> None:
+        honest.call(raw, gain, eps, cos, sin, slots, pool)
+        rank = gain.shape[0]
+        pool[slots, :rank] -= (pool[slots, :rank] & 1).to(torch.uint8)
+
+    assert conformance.worst_error(honest, case) <= tolerance("latent_append", "float32")
+    assert conformance.worst_error(replace(honest, call=cut), case) > tolerance("latent_append", "float32")

@@ -244,9 +244,8 @@ class Graphs:
         return None
 
     def _rows(self, batch: FlatBatch) -> Tensor:
-        """[T, layers * width of all pools] of what a step has written."""
-        slots = unwaited(batch.slots[batch.slots >= 0], self._device)
-        return torch.cat([pool.flatten(1, 2)[:, slots].transpose(0, 1).flatten(1) for pool in self._pools.tensors], 1)
+        """[T, numbers of a token] of what a step has written."""
+        return self._pools.numbers(unwaited(batch.slots[batch.slots >= 0], self._device))
 
     def _leave_out(self, shape: PaddedShape, why: str) -> None:
         """Joined steps for those of the modules; these for no graphs at all."""

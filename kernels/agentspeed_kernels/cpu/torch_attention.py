@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from agentspeed_kernels.fp8_cache import CacheRow, latent_row
 from agentspeed_kernels.tiles import Tile, TilePlan
 from agentspeed_kernels.workspace import Workspace
 
@@ -15,9 +16,10 @@ from agentspeed_kernels.workspace import Workspace
 def mla_rows(q: Tensor, pool: Tensor, tiles: TilePlan, scale: float, workspace: Workspace, out: Tensor) -> None:
     rank = out.shape[-1]
     heads, width = q.shape[1], q.shape[2]
+    row = latent_row(rank, width - rank)
     merged = RunningMerge(workspace, q.shape[0], heads, rank, q.dtype)
     for tile in tiles.tiles:
-        latents = latents_of(pool, tile, workspace)
+        latents = read_rows(latents_of(pool, tile, workspace), row, q.dtype)
         rows = rows_of(tile, q.device)
         scores = (q[rows].reshape(-1, width) @ latents.T).view(tile.rows.size, heads, -1)
         scores = scores.to(merged.dtype).mul_(scale)
@@ -43,11 +45,12 @@ def mla_extend(
 ) -> None:
     """Keys and values are decompressed a tile at a time; cheaper than absorbed attention once many rows share them."""
     rank, value = key_up.shape[1], out.shape[-1]
+    row = latent_row(rank, q.shape[2] - key_up.shape[2])
     merged = RunningMerge(workspace, q.shape[0], q.shape[1], value, q.dtype)
     # Widths must be equal: the narrower of keys and values is padded with zeros.
     padded = q if q.shape[2] >= value else torch.nn.functional.pad(q, (0, value - q.shape[2]))
     for tile in tiles.tiles:
-        latents = latents_of(pool, tile, workspace)
+        latents = read_rows(latents_of(pool, tile, workspace), row, q.dtype)
         keys, values = _decompress(latents, key_up, value_up, rank, q.shape[2], workspace)
         rows = rows_of(tile, q.device)
         queries = padded[rows].transpose(0, 1).unsqueeze(0)
@@ -82,6 +85,11 @@ def latents_of(pool: Tensor, tile: Tile, workspace: Workspace, name: str = "gath
     gathered = workspace.take(name, (tile.pages.size, page_tokens, width), pool.dtype)
     torch.index_select(pool, 0, torch.from_numpy(tile.pages).to(pool.device), out=gathered)
     return gathered.view(-1, width)[tile.offset : tile.offset + tile.tokens]
+
+
+def read_rows(held: Tensor, row: CacheRow, dtype: torch.dtype) -> Tensor:
+    """Rows of a pool as numbers: as they are, or, of rows in 8 bits, what those stand for."""
+    return row.decoded(held, dtype) if held.dtype == torch.uint8 else held
 
 
 def attend_tile(queries: Tensor, keys: Tensor, values: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from agentspeed_kernels.cpu.torch_attention import RunningMerge, attend_tile, hide_unseen, latents_of, rows_of
+from agentspeed_kernels.fp8_cache import heads_in, heads_row
 from agentspeed_kernels.tiles import Tile, TilePlan
 from agentspeed_kernels.workspace import Workspace
 
@@ -28,7 +29,12 @@ def qkv_append(
     q.copy_(_turned(_normed(queries, q_gain, eps), cos, sin))
     turned = _turned(_normed(keys, k_gain, eps), cos, sin)
     for pool, rows in ((key_pool, turned), (value_pool, values)):
-        pool.view(-1, pool.shape[-1]).index_copy_(0, slots, rows.reshape(rows.shape[0], -1))
+        pool.view(-1, pool.shape[-1]).index_copy_(0, slots, _held(rows, pool))
+
+
+def _held(rows: Tensor, pool: Tensor) -> Tensor:
+    """Rows [T, G, W] as the pool has them."""
+    return heads_row(*rows.shape[1:]).coded(rows.flatten(1)) if pool.dtype == torch.uint8 else rows.flatten(1)
 
 
 def _normed(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
@@ -51,7 +57,7 @@ def gqa_rows(
     tokens, heads, width = q.shape
     merged = RunningMerge(workspace, tokens, heads, width, q.dtype)
     for tile in tiles.tiles:
-        keys, values = _heads_of(key_pool, value_pool, tile, width, workspace)
+        keys, values = _heads_of(key_pool, value_pool, tile, q, workspace)
         groups, count, rows = keys.shape[0], tile.rows.size, rows_of(tile, q.device)
         queries = q[rows].view(count, groups, -1, width).permute(1, 0, 2, 3).reshape(groups, -1, width)
         scores = torch.bmm(queries, keys.transpose(1, 2)).to(merged.dtype).mul_(scale)
@@ -73,7 +79,7 @@ def gqa_extend(
     tokens, heads, width = q.shape
     merged = RunningMerge(workspace, tokens, heads, width, q.dtype)
     for tile in tiles.tiles:
-        keys, values = _heads_of(key_pool, value_pool, tile, width, workspace)
+        keys, values = _heads_of(key_pool, value_pool, tile, q, workspace)
         groups, count, rows = keys.shape[0], tile.rows.size, rows_of(tile, q.device)
         queries = q[rows].view(count, groups, -1, width).permute(1, 2, 0, 3)
         shared = (groups, queries.shape[1], tile.tokens, width)
@@ -84,12 +90,17 @@ def gqa_extend(
 
 
 def _heads_of(
-    key_pool: Tensor, value_pool: Tensor, tile: Tile, width: int, workspace: Workspace
+    key_pool: Tensor, value_pool: Tensor, tile: Tile, q: Tensor, workspace: Workspace
 ) -> tuple[Tensor, Tensor]:
     """Keys and values of a tile, each [G, tokens, W]; views where the pages are neighbours."""
-    keys = latents_of(key_pool, tile, workspace, "gathered_keys").view(tile.tokens, -1, width)
-    values = latents_of(value_pool, tile, workspace, "gathered_values").view(tile.tokens, -1, width)
-    return keys.transpose(0, 1), values.transpose(0, 1)
+
+    def read(pool: Tensor, name: str) -> Tensor:
+        held = latents_of(pool, tile, workspace, name)
+        if held.dtype == torch.uint8:
+            held = heads_in(held.shape[-1], q.shape[2]).decoded(held, q.dtype)
+        return held.view(tile.tokens, -1, q.shape[2]).transpose(0, 1)
+
+    return read(key_pool, "gathered_keys"), read(value_pool, "gathered_values")
 
 
 def _by_row(parts: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from agentspeed_kernels.cpu import torch_attention, torch_grouped, torch_sparse
+from agentspeed_kernels.fp8_cache import latent_row
 from agentspeed_kernels.routing import RouteRule
 from agentspeed_kernels.signature import Dtype, KernelSpec
 from agentspeed_kernels.workspace import Workspace
@@ -52,6 +53,8 @@ def latent_append(
     row = raw.clone()
     rms_norm(raw[:, :rank], weight, eps, out=row[:, :rank])
     rope(row[:, None, rank:], cos, sin)
+    if pool.dtype == torch.uint8:
+        row = latent_row(rank, row.shape[1] - rank).coded(row)
     # A negative slot writes nothing: such a row does again what the first one with a slot does, or leaves row 0 as it
     # is where there is none. Nothing here waits for a device.
     live = slots >= 0

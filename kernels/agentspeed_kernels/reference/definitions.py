@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from agentspeed_kernels.fp8_cache import CacheRow, latent_row
 from agentspeed_kernels.routing import RouteRule
 from agentspeed_kernels.tiles import TilePlan
 
@@ -39,18 +40,24 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def latent_append(
     raw: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, slots: Tensor, pool: Tensor
 ) -> Tensor:
-    """The pool after the rows are written; it is not changed itself."""
+    """The pool after the rows are written; it is not changed itself. Of a pool in 8 bits what it stands for, and the
+    rows as they are before they are taken to 8 bits."""
     rank = weight.shape[0]
     row = torch.cat([rms_norm(raw[:, :rank], weight, eps), rope(raw[:, rank:], cos, sin)], dim=-1)
-    after = pool.double().clone()
+    after = numbers_of(pool, latent_row(rank, row.shape[1] - rank)).clone()
     after[slots] = row
     return after
+
+
+def numbers_of(pool: Tensor, row: CacheRow) -> Tensor:
+    """float64: what the rows of a pool stand for."""
+    return row.decoded(pool, torch.float64) if pool.dtype == torch.uint8 else pool.double()
 
 
 def mla_rows(q: Tensor, pool: Tensor, tiles: TilePlan, scale: float, rank: int) -> Tensor:
     """Softmax attention of each row over the latents of all tokens it sees; a row that sees none gives zeros."""
     out = torch.zeros(q.shape[0], q.shape[1], rank, dtype=torch.float64)
-    seen = latents_by_row(pool, tiles)
+    seen = latents_by_row(numbers_of(pool, latent_row(rank, q.shape[2] - rank)), tiles)
     for row, latents in seen.items():
         scores = scale * (q[row].double() @ latents.T)
         out[row] = scores.softmax(-1) @ latents[:, :rank]
@@ -61,7 +68,8 @@ def mla_extend(q: Tensor, pool: Tensor, key_up: Tensor, value_up: Tensor, tiles:
     """The same attention over keys and values that are decompressed from the latents first."""
     rank = key_up.shape[1]
     out = torch.zeros(q.shape[0], q.shape[1], value_up.shape[1], dtype=torch.float64)
-    for row, latents in latents_by_row(pool, tiles).items():
+    numbers = numbers_of(pool, latent_row(rank, q.shape[2] - key_up.shape[2]))
+    for row, latents in latents_by_row(numbers, tiles).items():
         nope = torch.einsum("cr,hrn->hcn", latents[:, :rank], key_up.double())
         turned = latents[:, rank:].expand(nope.shape[0], -1, -1)
         values = torch.einsum("cr,hvr->hcv", latents[:, :rank], value_up.double())

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from agentspeed_kernels.reference.definitions import latents_by_row, rms_norm, rope
+from agentspeed_kernels.fp8_cache import heads_in, heads_row
+from agentspeed_kernels.reference.definitions import latents_by_row, numbers_of, rms_norm, rope
 from agentspeed_kernels.tiles import TilePlan
 
 
@@ -21,14 +22,16 @@ def qkv_append(
     key_pool: Tensor,
     value_pool: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(Queries, and the pools after keys and values are written; these are not changed themselves.)
+    """(Queries, and the pools after keys and values are written; these are not changed themselves. Of pools in 8 bits
+    what they stand for, and the rows as they are before they are taken to 8 bits.)
 
     Each head of queries and keys is normed by its gain, if there is one, and turned."""
     groups = (qkv.shape[1] - heads) // 2
     q, keys, values = torch.split(qkv.double(), [heads, groups, groups], dim=1)
     q = rope(q if q_gain is None else rms_norm(q, q_gain, eps), cos, sin)
     keys = rope(keys if k_gain is None else rms_norm(keys, k_gain, eps), cos, sin)
-    after = [pool.double().clone() for pool in (key_pool, value_pool)]
+    held = heads_row(groups, qkv.shape[2])
+    after = [numbers_of(pool, held).clone() for pool in (key_pool, value_pool)]
     for pool, rows in zip(after, (keys, values), strict=True):
         pool.view(-1, pool.shape[-1])[slots] = rows.flatten(1)
     return q, after[0], after[1]
@@ -40,6 +43,10 @@ def gqa(q: Tensor, key_pool: Tensor, value_pool: Tensor, tiles: TilePlan, scale:
     Rows that no tile names keep what `out` has.
     """
     after, (_, heads, width) = out.double().clone(), q.shape
+    key_pool, value_pool = (
+        numbers_of(pool, heads_in(pool.shape[-1], width)) if pool.dtype == torch.uint8 else pool.double()
+        for pool in (key_pool, value_pool)
+    )
     values_seen = latents_by_row(value_pool, tiles)
     for row, seen in latents_by_row(key_pool, tiles).items():
         keys, values = (held.view(held.shape[0], -1, width) for held in (seen, values_seen[row]))

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from agentspeed_kernels.fp8_cache import latent_row
 from agentspeed_kernels.packing import Weight, in_bytes, pack
 from agentspeed_kernels.reference import definitions
 from agentspeed_kernels.routing import RouteRule
-from agentspeed_kernels.signature import Dtype, KernelSpec, Layout, WeightFormat
-from agentspeed_kernels.testing import fused_cases, grouped_cases, sparse_cases
+from agentspeed_kernels.signature import CacheFormat, Dtype, KernelSpec, Layout, WeightFormat
+from agentspeed_kernels.testing import cache_cases, fused_cases, grouped_cases, page_cases, sparse_cases
 from agentspeed_kernels.testing.tolerance import KIND_OF, UNDEFINED, tolerance
 from agentspeed_kernels.tiles import Int32s, Int64s, Piece, TilePlan, plan_tiles
 from agentspeed_kernels.workspace import Workspace
@@ -45,11 +46,14 @@ class Case:
     rows: int
     weights: WeightFormat | None = None
     """None: the case's dtype."""
+    cache: CacheFormat | None = None
+    """Of the pools; None: the case's dtype."""
 
     @property
     def name(self) -> str:
         weights = f"-{self.weights}" if self.weights else ""
-        return f"{self.op}-{self.dtype}{weights}-{self.manner}-{self.size}-{self.rows}"
+        cache = f"-{self.cache}-cache" if self.cache else ""
+        return f"{self.op}-{self.dtype}{weights}{cache}-{self.manner}-{self.size}-{self.rows}"
 
 
 def cases(spec: KernelSpec, most: int = 70) -> Iterator[Case]:
@@ -57,7 +61,7 @@ def cases(spec: KernelSpec, most: int = 70) -> Iterator[Case]:
 
     `most` bounds the rows, for kernels that an interpreter runs."""
     most = min(most, spec.most_rows) if spec.most_rows is not None else most
-    for dtype, weights in itertools.product(sorted(spec.dtypes), weights_of(spec)):
+    for dtype, weights, cache in itertools.product(sorted(spec.dtypes), weights_of(spec), caches_of(spec)):
         for manner in MANNERS:
             if (KIND_OF[spec.op], dtype, manner) in UNDEFINED or (weights == "int8-32" and manner != "random"):
                 continue  # groups change how scales are read, which no manner of the inputs does
@@ -65,13 +69,21 @@ def cases(spec: KernelSpec, most: int = 70) -> Iterator[Case]:
                 if not fits(spec, size):
                     continue
                 for rows in sorted({1, min(3, most), min(most, 70 if size != "wide" else 8)}):
-                    yield Case(op=spec.op, dtype=dtype, manner=manner, size=size, rows=rows, weights=weights)
+                    yield Case(
+                        op=spec.op, dtype=dtype, manner=manner, size=size, rows=rows, weights=weights, cache=cache
+                    )
 
 
 def weights_of(spec: KernelSpec) -> list[WeightFormat | None]:
     """The formats of weights that a kernel takes; None: that of a case's dtype."""
     formats: list[WeightFormat | None] = [kind for kind in get_args(WeightFormat) if kind in (spec.weights or ())]
     return formats or [None]
+
+
+def caches_of(spec: KernelSpec) -> list[CacheFormat | None]:
+    """The formats of pools that a kernel takes; None: that of a case's dtype."""
+    caches: list[CacheFormat | None] = [kind for kind in get_args(CacheFormat) if kind in (spec.cache or ())]
+    return caches or [None]
 
 
 def fits(spec: KernelSpec, size: Literal["small", "odd", "wide"]) -> bool:
@@ -143,6 +155,7 @@ class _Draw:
     def __init__(self, case: Case, layout: Layout, device: torch.device) -> None:
         self.case, self.layout, self.device = case, layout, device
         self.paged = False
+        self.cache = case.cache
         self.kind = KINDS[case.dtype]
         self.rows = case.rows
         self.hidden = {"small": 32, "odd": 45, "wide": 512}[case.size]
@@ -238,19 +251,21 @@ def _rope(call: Call, draw: _Draw) -> Pairs:
 def _latent_append(call: Call, draw: _Draw) -> Pairs:
     raw = draw.tensor(draw.rows, 3 + draw.rank + draw.rope)[:, 3:]
     gain, (cos, sin) = draw.gain(draw.rank), draw.angles()
-    pool = draw.tensor(2 * draw.rows, draw.rank + draw.rope)
+    row = latent_row(draw.rank, draw.rope)
+    pool = cache_cases.pool_of(draw.tensor(2 * draw.rows, draw.rank + draw.rope), row, draw)
     slots = torch.randperm(2 * draw.rows, generator=torch.Generator().manual_seed(3))[: draw.rows].to(draw.device)
-    wanted = define.latent_append(raw, gain, 1e-6, cos, sin, slots, pool)
+    wanted, before = define.latent_append(raw, gain, 1e-6, cos, sin, slots, pool), pool.clone()
     call(raw, gain, 1e-6, cos, sin, slots, pool)
-    return [(pool, wanted)]
+    return cache_cases.appended(pool, before, wanted, slots, row, draw)
 
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class _Attention:
-    """A pool, and what attends to it: tiles for the definitions beside the plans of the kernels."""
+    """Latents, and what attends to them: tiles for the definitions beside the plans of the kernels."""
 
-    pool: Tensor
+    latents: Tensor
+    """[pages, page_tokens, R + rope] in the format of the activations."""
     tiles: TilePlan
     planned: Callable[[int, int | None, int], tuple[Any, Any]]
     """(Heads, groups or None for latents, width of a head) to what is for rows and for an extend."""
@@ -266,13 +281,13 @@ def _attentions(draw: _Draw) -> Iterator[_Attention]:
     if draw.paged or draw.case.manner != "random":
         return
     nothing = plan_tiles([], np.zeros(0, np.int64), page_tokens=4, chunk_tokens=8, block_rows=5)
-    yield _on_cpu(small.pool, nothing)
+    yield _on_cpu(small.latents, nothing)
     for page_tokens, chunk, block in ((64, 512, 32), (48, 100, 7)):
         yield _long_pages(draw, page_tokens, chunk, block)
 
 
-def _on_cpu(pool: Tensor, tiles: TilePlan) -> _Attention:
-    return _Attention(pool=pool, tiles=tiles, planned=lambda *_: (tiles, tiles), path=tiles)
+def _on_cpu(latents: Tensor, tiles: TilePlan) -> _Attention:
+    return _Attention(latents=latents, tiles=tiles, planned=lambda *_: (tiles, tiles), path=tiles)
 
 
 def _long_pages(draw: _Draw, page_tokens: int, chunk: int, block: int) -> _Attention:
@@ -315,7 +330,7 @@ def _small_pages(draw: _Draw) -> _Attention:
         return _on_cpu(pool, tiles)
     planned = _plans_of_triton(pieces, path, positions, draw, page_tokens)
     path_tiles = plan_tiles(path, positions, page_tokens=page_tokens, chunk_tokens=2 * page_tokens, block_rows=5)
-    return _Attention(pool=pool, tiles=tiles, planned=planned, path=path_tiles)
+    return _Attention(latents=pool, tiles=tiles, planned=planned, path=path_tiles)
 
 
 def _unwritten(draw: _Draw, case: _Attention, width: int) -> Tensor:
@@ -324,14 +339,19 @@ def _unwritten(draw: _Draw, case: _Attention, width: int) -> Tensor:
     return out if case.tiles.count else out.zero_()
 
 
+def _latent_pool(draw: _Draw, case: _Attention) -> Tensor:
+    return cache_cases.pool_of(case.latents, latent_row(draw.rank, draw.rope), draw)
+
+
 def _mla_rows(call: Call, draw: _Draw) -> Pairs:
     pairs: Pairs = []
     for case in _attentions(draw):
         q = draw.tensor(draw.rows, draw.heads, draw.rank + draw.rope)
         out, scale = _unwritten(draw, case, draw.rank), (draw.rank + draw.rope) ** -0.5
         rows, _ = case.planned(draw.heads, None, draw.rank)
-        call(q, case.pool, rows, scale, Workspace(draw.device), out)
-        pairs.append((out, define.mla_rows(q, case.pool, case.tiles, scale, draw.rank)))
+        pool = _latent_pool(draw, case)
+        call(q, pool, rows, scale, Workspace(draw.device), out)
+        pairs.append((out, define.mla_rows(q, pool, case.tiles, scale, draw.rank)))
     return pairs
 
 
@@ -348,8 +368,9 @@ def _mla_extend(call: Call, draw: _Draw) -> Pairs:
         out, scale = _unwritten(draw, case, value), (nope + draw.rope) ** -0.5
         laid = (draw.laid(key_up), draw.laid(value_up))
         _, step = case.planned(draw.heads, None, draw.rank)
-        call(q, case.pool, *laid, step, scale, Workspace(draw.device), out)
-        pairs.append((out, define.mla_extend(q, case.pool, key_up, value_up, case.path, scale)))
+        pool = _latent_pool(draw, case)
+        call(q, pool, *laid, step, scale, Workspace(draw.device), out)
+        pairs.append((out, define.mla_extend(q, pool, key_up, value_up, case.path, scale)))
     return pairs
 
 
@@ -359,45 +380,17 @@ def _gqa(call: Call, draw: _Draw) -> Pairs:
     def planned(case: _Attention) -> grouped_cases.Planned:
         return lambda heads, groups, width: case.planned(heads, groups, width)[long]
 
-    found = [(case.pool, case.path if long else case.tiles, planned(case)) for case in _attentions(draw)]
+    found = [(case.latents, case.path if long else case.tiles, planned(case)) for case in _attentions(draw)]
     return grouped_cases.gqa(call, draw, found)
 
 
 def _index_select(call: Call, draw: _Draw) -> Pairs:
     case = _small_pages(draw)
-    return sparse_cases.index_select(call, draw, case.tiles, (case.pool.shape[0], case.pool.shape[1]))
+    return sparse_cases.index_select(call, draw, case.tiles, (case.latents.shape[0], case.latents.shape[1]))
 
 
 def _add_norm_route(call: Call, draw: _Draw) -> Pairs:
     return fused_cases.add_norm_route(call, draw, _RULES, exact=draw.case.manner == "random")
-
-
-def _copy_rows(call: Call, draw: _Draw) -> Pairs:
-    pool = draw.tensor(2, 2 * draw.rows, 4, draw.rank + draw.rope)
-    moves = torch.tensor([[i, draw.rows + i, 1 + i % 4] for i in range(draw.rows)], dtype=torch.int32).to(draw.device)
-    wanted = define.copy_rows(pool, moves)
-    call(pool, moves)
-    return [(pool, wanted)]
-
-
-def _gather_pages(call: Call, draw: _Draw) -> Pairs:
-    pool, pages = draw.tensor(2, 2 * draw.rows, 4, draw.rank + draw.rope), _some_pages(draw)
-    packed = draw.empty(2, draw.rows, 4, draw.rank + draw.rope)
-    call(pool, pages, packed)
-    return [(packed, define.gather_pages(pool, pages))]
-
-
-def _scatter_pages(call: Call, draw: _Draw) -> Pairs:
-    pool, pages = draw.tensor(2, 2 * draw.rows, 4, draw.rank + draw.rope), _some_pages(draw)
-    packed = draw.tensor(2, draw.rows, 4, draw.rank + draw.rope)
-    wanted = define.scatter_pages(pool, pages, packed)
-    call(pool, pages, packed)
-    return [(pool, wanted)]
-
-
-def _some_pages(draw: _Draw) -> Tensor:
-    order = torch.randperm(2 * draw.rows, generator=torch.Generator().manual_seed(3))[: draw.rows]
-    return order.to(torch.int32).to(draw.device)
 
 
 def _route(call: Call, draw: _Draw) -> Pairs:
@@ -487,9 +480,9 @@ _CALLS: dict[str, Callable[[Call, _Draw], Pairs]] = {
     "mla_queries": fused_cases.mla_queries,
     "add_norm_route": _add_norm_route,
     "experts_and_shared": fused_cases.experts_and_shared,
-    "copy_rows": _copy_rows,
-    "gather_pages": _gather_pages,
-    "scatter_pages": _scatter_pages,
+    "copy_rows": page_cases.copy_rows,
+    "gather_pages": page_cases.gather_pages,
+    "scatter_pages": page_cases.scatter_pages,
     "route": _route,
     "experts": _experts,
     "index_append": sparse_cases.index_append,

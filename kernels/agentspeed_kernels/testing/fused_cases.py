@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from agentspeed_kernels.fp8_blocks import Fp8Blocks
+from agentspeed_kernels.fp8_cache import latent_row
 from agentspeed_kernels.packing import Weight
 from agentspeed_kernels.quantised import Quantised
 from agentspeed_kernels.reference import definitions, fused
 from agentspeed_kernels.routing import RouteRule
+from agentspeed_kernels.signature import CacheFormat
+from agentspeed_kernels.testing.cache_cases import appended, pool_of
 from agentspeed_kernels.workspace import Workspace
 
 Pairs = list[tuple[Tensor, Tensor]]
@@ -29,6 +32,7 @@ class Draws(Protocol):
     heads: int
     kind: torch.dtype
     device: torch.device
+    cache: CacheFormat | None
 
     def tensor(self, *shape: int) -> Tensor: ...
     def weight(self, *shape: int) -> Tensor: ...
@@ -67,13 +71,14 @@ def mla_queries(call: Call, draw: Draws) -> Pairs:
     q = draw.tensor(draw.rows, draw.heads + 1, nope + draw.rope)[:, 1:]
     raw = draw.tensor(draw.rows, 3 + draw.rank + draw.rope)[:, 3:]
     gain, (cos, sin), key_up = draw.gain(draw.rank), draw.angles(), draw.weight(draw.heads, draw.rank, nope)
-    pool = draw.tensor(2 * draw.rows, draw.rank + draw.rope)
+    row = latent_row(draw.rank, draw.rope)
+    pool = pool_of(draw.tensor(2 * draw.rows, draw.rank + draw.rope), row, draw)
     slots = torch.randperm(2 * draw.rows, generator=torch.Generator().manual_seed(3))[: draw.rows].to(draw.device)
     out = draw.empty(draw.rows, draw.heads, draw.rank + draw.rope)
     given = (q, raw, gain, 1e-6, cos, sin, slots)
-    wanted, after = _meant(fused.mla_queries, *given, key_up, pool)
+    (wanted, after), before = _meant(fused.mla_queries, *given, key_up, pool), pool.clone()
     call(*given, draw.laid(key_up), pool, out)
-    return [(out, wanted), (pool, after)]
+    return [(out, wanted), *appended(pool, before, after, slots, row, draw)]
 
 
 def add_norm_route(call: Call, draw: Draws, rules: Sequence[RouteRule], exact: bool) -> Pairs:

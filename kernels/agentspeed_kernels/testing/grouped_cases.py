@@ -9,7 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from agentspeed_kernels.fp8_cache import heads_row
 from agentspeed_kernels.reference import grouped
+from agentspeed_kernels.signature import CacheFormat
+from agentspeed_kernels.testing.cache_cases import appended, pool_of
 from agentspeed_kernels.tiles import TilePlan
 from agentspeed_kernels.workspace import Workspace
 
@@ -25,6 +28,8 @@ class Draws(Protocol):
     rope: int
     heads: int
     device: torch.device
+    kind: torch.dtype
+    cache: CacheFormat | None
 
     def tensor(self, *shape: int) -> Tensor: ...
     def gain(self, width: int) -> Tensor: ...
@@ -38,13 +43,17 @@ def qkv_append(call: Callable[..., Any], draw: Draws) -> Pairs:
     qkv = draw.tensor(draw.rows, heads + 2 * groups + 1, width)[:, 1:]
     (cos, sin), order = draw.angles(), torch.randperm(120, generator=torch.Generator().manual_seed(3))
     slots = order[: draw.rows].to(draw.device)
+    row = heads_row(groups, width)
     pairs: Pairs = []
     for q_gain, k_gain in ((None, None), (draw.gain(width), draw.gain(width)), (None, draw.gain(width))):
-        pools = [draw.empty(3, 40, groups * width).nan_to_num_(0.5) for _ in range(2)]
+        pools = [pool_of(draw.empty(3, 40, groups * width).nan_to_num_(0.5), row, draw) for _ in range(2)]
         q, given = draw.empty(draw.rows, heads, width), (qkv, q_gain, k_gain, 1e-6, cos, sin, slots)
-        wanted = _meant(grouped.qkv_append, *given, heads, *pools)
+        wanted, *after = _meant(grouped.qkv_append, *given, heads, *pools)
+        before = [pool.clone() for pool in pools]
         call(*given, q, *pools)
-        pairs += zip((q, *pools), wanted, strict=True)
+        pairs.append((q, wanted))
+        for of_pool in zip(pools, before, after, strict=True):
+            pairs += appended(*of_pool, slots, row, draw)
     return pairs
 
 
@@ -61,7 +70,12 @@ def gqa(call: Callable[..., Any], draw: Draws, attentions: Sequence[tuple[Tensor
         # What no token was written to is no number in the pools either.
         unwritten = latents[..., :1].isnan()
         key_pool, value_pool = (
-            draw.tensor(*latents.shape[:2], groups * width).masked_fill_(unwritten, float("nan")) for _ in range(2)
+            pool_of(
+                draw.tensor(*latents.shape[:2], groups * width).masked_fill_(unwritten, float("nan")),
+                heads_row(groups, width),
+                draw,
+            )
+            for _ in range(2)
         )
         q = draw.tensor(draw.rows, heads + 1, width)[:, :heads]
         out = draw.tensor(draw.rows, heads, width)

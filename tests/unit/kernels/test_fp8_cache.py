@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from agentspeed_kernels.fp8_cache import CacheRow, heads_row, latent_row
+from agentspeed_kernels.fp8_cache import CacheRow, heads_in, heads_row, latent_row
 
 ROWS = (latent_row(512, 64), latent_row(40, 6), heads_row(8, 128), heads_row(3, 20))
 FORMATS = (torch.float32, torch.float64, torch.bfloat16)
@@ -51,3 +51,16 @@ def test_a_number_that_is_not_finite_spoils_its_head_and_no_other() -> None:
     values[0, 3] = float("inf")
     read = row.decoded(row.coded(values), torch.float32)[0]
     assert bool(read[:16].isnan().all()) and bool((read[16:] == 1).all())
+
+
+@pytest.mark.parametrize("width", [16, 20, 64, 128])
+def test_bytes_of_a_row_say_how_many_heads_it_has(width: int) -> None:
+    for heads in range(1, 40):
+        assert heads_in(heads_row(heads, width).nbytes, width) == heads_row(heads, width)
+
+
+def test_bytes_that_no_number_of_heads_takes_are_refused_and_so_are_heads_that_several_would() -> None:
+    with pytest.raises(ValueError, match="no number of heads of 64 takes 100 bytes"):
+        heads_in(100, 64)
+    with pytest.raises(ValueError, match="no number of heads of 8 takes"):
+        heads_in(heads_row(2, 8).nbytes, 8)

@@ -256,6 +256,7 @@ def test_packed_weights_hold_the_numbers_once_and_give_rows_back(shape: tuple[in
     packed = pack(weight)
     assert packed.shape == shape
     assert packed.data.count_nonzero() == weight.count_nonzero()
+    assert torch.equal(packed.whole(), weight)
     if len(shape) == 2:
         ids = torch.tensor([shape[0] - 1, 0, 2, 2])
         assert torch.equal(packed.rows(ids), weight[ids])

@@ -128,6 +128,18 @@ def test_published_models_keep_so_many_bytes_of_a_token() -> None:
             assert family.kv_layout(parse(raw), "bfloat16", Mesh(tp=4)).bytes_per_token == wanted // 4
 
 
+def test_in_fp8_they_keep_a_byte_of_each_number_a_scale_of_each_head_and_turned_coordinates_as_they_are() -> None:
+    """Of DeepSeek-V3's latents 512 + 16 + 2 * 64 bytes; of 8 heads of 128, and of 2 on each of four ranks, and 16."""
+    latent = KvPool(name="latent", layers=61, width=576, dtype="fp8", plain=64)
+    keys = KvPool(name="keys", layers=32, width=1024, dtype="fp8", heads=8)
+    part = KvPool(name="keys", layers=32, width=256, dtype="fp8", heads=2)
+    assert latent.bytes_per_token == 61 * 656
+    assert (keys.bytes_per_token, part.bytes_per_token) == (32 * (1024 + 32), 32 * (256 + 16))
+    for pool in (latent, keys, part):
+        (held,) = KvPools(KvLayout(pools=(pool,)), pages=2, page_tokens=4).tensors
+        assert held.dtype == torch.uint8 and held.nbytes == 8 * pool.bytes_per_token
+
+
 def test_rows_are_copied_in_every_layer_of_every_pool() -> None:
     layout = KvLayout(
         pools=(

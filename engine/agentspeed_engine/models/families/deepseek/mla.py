@@ -152,7 +152,7 @@ class Mla:
             state.sin,
             state.slots,
             self._absorb,
-            self._pool.view(-1, config.latent_width),
+            self._pool.flatten(0, 1),
             absorbed,
         )
         mixed = take("mixed", (rows, self._heads, config.value), x.dtype)
@@ -167,7 +167,7 @@ class Mla:
 
     def _project(self, x: Tensor, state: StepState) -> tuple[Tensor, Tensor]:
         """(Queries [T, H, nope + rope], what they were made of); the new latents are written to the pool on the way."""
-        config, rows, take, run = self._config, x.shape[0], state.workspace.take, self._kernels
+        rows, take, run = x.shape[0], state.workspace.take, self._kernels
         down = take("down", (rows, self._down.shape[0]), x.dtype)
         run["linear"].at(rows)(x, self._down, self._down_bias, down)
         run["latent_append"].at(rows)(
@@ -177,7 +177,7 @@ class Mla:
             state.cos,
             state.sin,
             state.slots,
-            self._pool.view(-1, config.latent_width),
+            self._pool.flatten(0, 1),
         )
         low = x
         if self._q_norm is not None:

@@ -80,7 +80,8 @@ def cuts(config: DeepseekConfig, mesh: Mesh) -> list[Cut]:
 def kv_layout(config: DeepseekConfig, dtype: str, mesh: Mesh) -> KvLayout:
     """The latent is the same for all heads, so every rank of tp keeps it whole; so is an indexer's key."""
     del mesh
-    latent = KvPool(name=LATENT, layers=config.layers, width=config.latent_width, dtype=dtype)
+    width, turned = config.latent_width, config.rope.width
+    latent = KvPool(name=LATENT, layers=config.layers, width=width, dtype=dtype, plain=turned)
     if config.indexer is None:
         return KvLayout(pools=(latent,))
     index = KvPool(name=INDEX, layers=len(config.indexer.layers), width=config.indexer.width, dtype=dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from agentspeed_engine.models.decoder_shapes import decoder_shapes
 from agentspeed_engine.models.families.grouped.config import GroupedConfig
@@ -60,10 +61,9 @@ def cuts(config: GroupedConfig, mesh: Mesh) -> list[Cut]:
 
 def kv_layout(config: GroupedConfig, dtype: str, mesh: Mesh) -> KvLayout:
     """Each rank of tp keeps the keys and values of its own heads."""
-    width = config.kv_heads // mesh.tp * config.head
-    return KvLayout(
-        pools=tuple(KvPool(name=name, layers=config.layers, width=width, dtype=dtype) for name in (KEYS, VALUES))
-    )
+    heads = config.kv_heads // mesh.tp
+    pool = KvPool(name=KEYS, layers=config.layers, width=heads * config.head, dtype=dtype, heads=heads)
+    return KvLayout(pools=(pool, replace(pool, name=VALUES)))
 
 
 def sizes(config: GroupedConfig, mesh: Mesh) -> dict[str, int]:
