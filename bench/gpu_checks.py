@@ -33,8 +33,9 @@ def check(report: Report, section: str, specs: Sequence[KernelSpec], sizes: Mapp
 def _worst(report: Report, section: str, spec: KernelSpec, dtype: Dtype, size: Size) -> None:
     rows_of = _ROWS if spec.most_rows is None else (1, min(3, spec.most_rows))
     cases = [
-        conformance.Case(op=spec.op, dtype=dtype, manner=manner, size=size, rows=rows, weights=weights)
+        conformance.Case(op=spec.op, dtype=dtype, manner=manner, size=size, rows=rows, weights=weights, cache=cache)
         for weights in conformance.weights_of(spec)
+        for cache in conformance.caches_of(spec)
         for manner in conformance.MANNERS
         for rows in rows_of
         if conformance.fits(spec, size) and (KIND_OF[spec.op], dtype, manner) not in UNDEFINED
