@@ -118,7 +118,8 @@ def attend_groups(
             sees = tl.load(visible + block * R + r) - tl.load(items + item * ITEM + 6)
             sees = tl.minimum(sees, tokens)
         kept = live[:, None] & (c < W)[None, :]
-        asked = tl.load(q + (token * q_token + head * q_head)[:, None] + c[None, :], mask=kept, other=0.0)
+        at_q = token[:, None].to(tl.int64) * q_token + (head * q_head)[:, None]
+        asked = tl.load(q + at_q + c[None, :], mask=kept, other=0.0)
         peak = tl.full((R,), NEVER, tl.float32)
         total = tl.zeros((R, T), tl.float32)
         held = tl.zeros((R, WIDE), tl.float32)
@@ -147,9 +148,9 @@ def attend_groups(
             weight = tl.where(mass > 0, peak + tl.log2(tl.where(mass > 0, mass, 1.0)), -float("inf"))
             tl.store(part_weight + at_part, weight, mask=live)
         else:
-            at_out = (token * (heads * groups) + head) * W
+            at_out = token * (heads * groups) + head
             result = (held * share[:, None]).to(out.dtype.element_ty)
-            tl.store(out + at_out[:, None] + c[None, :], result, mask=kept)
+            tl.store(out + at_out[:, None].to(tl.int64) * W + c[None, :], result, mask=kept)
 
 
 @triton.jit
