@@ -6,12 +6,16 @@ Each agent's first turn must call tools, at most two, which sleep for different 
 A turn's overhead is its time on the clock less what the engine reports for it (queue, prefill, decode) and less the
 slowest of its tools: rendering, tokenising, grammars, the link, parsing, checking arguments, the event loop.
 `cpu_ms_per_turn` is what this process computed for a turn: the part of the overhead that a busy machine cannot blow up.
-`leaks` counts what the engine still owns when every session is closed. The last line is JSON.
+`core_wait_ms_per_turn` is what its threads waited for a core, of which the engine's steps have all there are (Linux
+alone says it): each agent that had something to do meanwhile waited too. `alone_overhead_ms_per_turn` is that of
+one agent by itself, who waits for no other agent's work. `leaks` counts what the engine still owns when every session
+is closed. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -89,24 +93,41 @@ async def agent(engine: Engine, number: int, rounds: int, done: list[Round]) -> 
             )
 
 
+def core_wait_seconds() -> float:
+    """Of all threads of this process so far: how long they could have run and had no core. 0 where nobody says it."""
+    waited = 0
+    for thread in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError):  # it has ended
+            waited += int(thread.read_text().split()[1])
+    return waited / 1e9
+
+
+def overhead_ms(done: list[Round]) -> float:
+    return round(1000 * sum(one.overhead_seconds for one in done) / sum(one.turns for one in done), 3)
+
+
 async def measure(model: Path | None, agents: int, rounds: int) -> dict[str, object]:
     done: list[Round] = []
+    alone: list[Round] = []
     async with Engine(model) as engine:
         await agent(engine, 0, 1, [])  # the first request of a process pays for imports and the loading of tables
-        started, cpu = time.perf_counter(), time.process_time()
+        await agent(engine, 0, rounds, alone)
+        started, cpu, waited = time.perf_counter(), time.process_time(), core_wait_seconds()
         async with anyio.create_task_group() as group:
             for number in range(agents):
                 _ = group.start_soon(agent, engine, number, rounds, done)
         seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+        waited = core_wait_seconds() - waited
         left = (await engine.stats()).counts
         leaks = {name: left[name] for name in AT_REST if left[name]}
         if lost := left["pages_total"] - left["pages_free"] - left["pages_nodes"]:
             leaks["pages"] = lost
     turns = sum(one.turns for one in done)
-    overhead = sum(one.overhead_seconds for one in done) / turns
     return {
-        "overhead_ms_per_turn": round(1000 * overhead, 3),
+        "overhead_ms_per_turn": overhead_ms(done),
+        "alone_overhead_ms_per_turn": overhead_ms(alone),
         "cpu_ms_per_turn": round(1000 * cpu / turns, 3),
+        "core_wait_ms_per_turn": round(1000 * waited / turns, 3),
         "leaks": sum(leaks.values()),
         "leaked": leaks,
         "agents": agents,

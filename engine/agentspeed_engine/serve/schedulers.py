@@ -20,6 +20,7 @@ from agentspeed_engine.sched.dp_cores import DpCores, summed
 from agentspeed_engine.sched.plan import StepPlan, StepResult
 from agentspeed_engine.sched.state import Out
 from agentspeed_engine.serve.recording import LEAST_BYTES, RecordingOrder, Tape, begun
+from agentspeed_engine.serve.time_slice import yields_to_who_wakes
 
 if TYPE_CHECKING:
     from agentspeed_engine.exec.ranks.lock_step import LockStep, Plans, Results
@@ -215,4 +216,8 @@ def _worker(
     plans: queue.SimpleQueue[T | None],
     report: Callable[[Report], None],
 ) -> threading.Thread:
-    return threading.Thread(target=work, args=(plans, report), name="agentspeed-worker", daemon=True)
+    def run() -> None:
+        yields_to_who_wakes()  # before the threads of its steps are started, which inherit it
+        work(plans, report)
+
+    return threading.Thread(target=run, name="agentspeed-worker", daemon=True)
