@@ -17,6 +17,7 @@ class EngineOptions(TypedDict, total=False):
 
     dtype: Literal["auto", "float32", "float64", "bfloat16"]
     weights: Literal["dtype", "int8", "int8-32", "fp8"]
+    kv_cache_dtype: Literal["dtype", "fp8"]
     device: Literal["auto", "cpu", "cuda"]
     batch_invariant: bool
     context_limit: int | None

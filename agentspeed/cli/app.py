@@ -25,6 +25,7 @@ app = typer.Typer(
     "Examples:  agentspeed chat  ·  agentspeed chat ./model --tools tools.py  ·  agentspeed top",
 )
 Model = Annotated[str | None, typer.Argument(help="A model folder or repository id; nothing: the shipped model.")]
+KvCacheDtype = Annotated[str | None, typer.Option(help="fp8: the KV cache in 8 bits; nothing: in --dtype.")]
 BatchInvariant = Annotated[
     bool, typer.Option("--batch-invariant", help="Equal bits whatever else is in a step; slower.")
 ]
@@ -146,6 +147,7 @@ def serve(
     pages: Annotated[int | None, typer.Option(min=1, help="Pages of the KV pool.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float64.")] = None,
     weights: Annotated[str | None, typer.Option(help="int8, int8-32 or fp8: matrices in 8 bits; on a GPU fp8.")] = None,
+    kv_cache_dtype: KvCacheDtype = None,
     batch_invariant: BatchInvariant = False,
     context: Annotated[int | None, typer.Option(min=1, help="Context limit in tokens.")] = None,
     host_slots: Annotated[int | None, typer.Option(min=0, help="Pages of host memory for paused sessions.")] = None,
@@ -166,6 +168,7 @@ def serve(
         "pages": pages,
         "dtype": dtype,
         "weights": weights,
+        "kv_cache_dtype": kv_cache_dtype,
         "batch_invariant": batch_invariant or None,
         "context_limit": context,
         "host_slots": host_slots,
@@ -263,6 +266,7 @@ def kernels(
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float64.")] = "auto",
     weights: Annotated[str | None, typer.Option(help="int8, int8-32 or fp8.")] = None,
+    kv_cache_dtype: KvCacheDtype = None,
     batch_invariant: BatchInvariant = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
 ) -> None:
@@ -281,6 +285,7 @@ def kernels(
                 platform=platform,
                 dtype=dtype,
                 weights=weights,
+                kv_cache_dtype=kv_cache_dtype,
                 batch_invariant=batch_invariant,
                 as_json=as_json,
             )
@@ -350,6 +355,7 @@ def plan(
     ] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float64.")] = "bfloat16",
     weights: Annotated[str | None, typer.Option(help="fp8: matrices in 8 bits; nothing: in --dtype.")] = None,
+    kv_cache_dtype: KvCacheDtype = None,
     rows: Annotated[int, typer.Option(min=1, help="Tokens of a dp rank in the step that is shown.")] = 512,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object with every step, for programs.")] = False,
 ) -> None:
@@ -376,6 +382,7 @@ def plan(
                 sessions=sessions,
                 dtype=dtype,
                 weights=weights,
+                kv_cache_dtype=kv_cache_dtype,
                 rows=rows,
                 memory=memory,
                 context=context,

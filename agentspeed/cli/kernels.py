@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _DTYPES = ("auto", "float32", "bfloat16", "float64")
 _WEIGHTS = ("int8", "int8-32", "fp8")
+_CACHES = ("fp8",)
 
 
 def described(
@@ -27,12 +28,17 @@ def described(
     platform: str | None,
     dtype: str,
     weights: str | None,
+    kv_cache_dtype: str | None,
     batch_invariant: bool,
     as_json: bool,
 ) -> str:
     """Text for people, or one JSON object. Raises what `chosen_kernels` raises, and `InvalidRequest` for a wrong
     option."""
-    for what, value, known in (("dtype", dtype, _DTYPES), ("weights", weights or _WEIGHTS[0], _WEIGHTS)):
+    for what, value, known in (
+        ("dtype", dtype, _DTYPES),
+        ("weights", weights or _WEIGHTS[0], _WEIGHTS),
+        ("kv_cache_dtype", kv_cache_dtype or _CACHES[0], _CACHES),
+    ):
         if value not in known:
             raise errors.InvalidRequest(f"{what} {value!r} is unknown.", remedy=f"Known: {', '.join(known)}.")
     place = NANO if model is None else Path(model) if Path(model).is_file() else resolve(model)
@@ -41,6 +47,7 @@ def described(
         platform=platform,
         dtype=cast(Any, dtype),
         weights=cast(Any, weights),
+        cache=cast(Any, kv_cache_dtype),
         batch_invariant=batch_invariant,
     )
     unknown = [op for op in explain if op not in found.ops and op != "all"]
@@ -54,6 +61,7 @@ def described(
 def text(found: KernelChoices, explain: Sequence[str]) -> str:
     """One line a band of rows; the reasons stand below the ops that are explained."""
     weights = f", matrices in {found.weights}" if found.weights else ""
+    weights += f", cache in {found.cache}" if found.cache else ""
     why = f" ({found.dtype_reason})" if found.dtype_reason else ""
     lines = [
         f"{found.model_type}, {found.attention}, on {found.platform}",

@@ -114,13 +114,13 @@ def _numbers(folder: Path, model: ModelDescription) -> Iterator[str]:
     here = f"{model.memory_owner} has {_size(model.memory_bytes)}"
     yield f"context        {model.context_limit:,} tokens by the model; {here}"
     beside = {f"weights={kind}": held for kind, held in model.in_bytes.items()}
-    for dtype, held in {**model.in_dtype, **beside}.items():
+    for dtype, held in {**model.in_dtype, **beside, "kv_cache_dtype=fp8": model.fp8_cache}.items():
         yield (
-            f"  {dtype:14}{_size(held.weight_bytes)} of weights, {held.cache_bytes_per_token:,} B of cache a token"
+            f"  {dtype:19}{_size(held.weight_bytes)} of weights, {held.cache_bytes_per_token:,} B of cache a token"
             + (f", contexts of {held.context:,} in a pool of {held.pool_tokens:,} tokens" if held.context else "")
         )
         if held.refused:
-            yield f"               does not start: {held.refused}"
+            yield f"{'':21}does not start: {held.refused}"
 
 
 def _told(rehearsed: list[Rehearsed]) -> Iterator[str]:

@@ -21,8 +21,9 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 def described(
-    model: Path, *, dtype: str, weights: str | None, exchange: str, memory: str | None, as_json: bool, **given: Any
-) -> str:
+    model: Path, *, dtype: str, weights: str | None, kv_cache_dtype: str | None, exchange: str, memory: str | None,
+    as_json: bool, **given: Any,
+) -> str:  # fmt: skip
     """Text for people, or one JSON object; `given` are fields of `PlanRequest`. Raises what `planned` raises, and
     `InvalidRequest` for a wrong option."""
     if exchange not in _EXCHANGES:
@@ -31,10 +32,19 @@ def described(
         raise errors.InvalidRequest(f"dtype {dtype!r} is unknown.", remedy=f"Known: {', '.join(_DTYPES)}.")
     if weights is not None and weights not in _WEIGHTS:
         raise errors.InvalidRequest(f"weights {weights!r} is unknown.", remedy=f"Known: {', '.join(_WEIGHTS)}.")
+    if kv_cache_dtype is not None and kv_cache_dtype not in _WEIGHTS:
+        raise errors.InvalidRequest(
+            f"kv_cache_dtype {kv_cache_dtype!r} is unknown.", remedy=f"Known: {', '.join(_WEIGHTS)}."
+        )
     size = None if memory is None else memory_bytes(memory)
     way = None if exchange == "auto" else exchange
     request = PlanRequest(
-        dtype=cast(Any, dtype), weights=cast(Any, weights), exchange=cast(Any, way), memory=size, **given
+        dtype=cast(Any, dtype),
+        weights=cast(Any, weights),
+        cache=cast(Any, kv_cache_dtype),
+        exchange=cast(Any, way),
+        memory=size,
+        **given,
     )
     plan = planned(model, request)
     return json.dumps(dataclasses.asdict(plan)) if as_json else text(plan)
@@ -58,7 +68,8 @@ def text(plan: ModelPlan) -> str:
     ranks = plan.tp * plan.dp
     lines = [
         f"{plan.model_type} on {ranks} ranks: tp {plan.tp}, dp {plan.dp}, {plan.dtype}"
-        + (f", matrices in {plan.weights}" if plan.weights else ""),
+        + (f", matrices in {plan.weights}" if plan.weights else "")
+        + (f", cache in {plan.cache}" if plan.cache else ""),
         *_experts(plan),
         f"parameters     {plan.parameters / 1e9:.1f} B, of which a token is multiplied with "
         f"{plan.active_parameters / 1e9:.1f} B",

@@ -21,6 +21,7 @@ def chosen_kernels(
     platform: str | None,
     dtype: Literal["auto", "float32", "float64", "bfloat16"],
     weights: Literal["int8", "int8-32", "fp8"] | None,
+    cache: Literal["fp8"] | None = None,
     batch_invariant: bool = False,
 ) -> KernelChoices:
     """`model`: a model folder or a config.json; weights are not read, and need not be there.
@@ -39,4 +40,6 @@ def chosen_kernels(
         )
     with converted():
         source = read_source(f"{RANDOM}{model}")
-        return kernel_choices(source, platform=platform, dtype=dtype, weights=weights, batch_invariant=batch_invariant)
+        return kernel_choices(
+            source, platform=platform, dtype=dtype, weights=weights, cache=cache, batch_invariant=batch_invariant
+        )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, final
+from typing import TYPE_CHECKING, Literal, final
 
 from agentspeed.transport.error_map import converted
+
+if TYPE_CHECKING:
+    from agentspeed_engine.errors import EngineFault
 
 Dtype = Literal["bfloat16", "float32", "float64"]
 DTYPES: tuple[Dtype, ...] = ("bfloat16", "float32", "float64")
@@ -50,6 +53,8 @@ class ModelDescription:
     in_dtype: Mapping[str, InDtype]
     in_bytes: Mapping[str, InDtype]
     """With `weights` of these formats beside bfloat16."""
+    fp8_cache: InDtype
+    """With `kv_cache_dtype` fp8 beside bfloat16."""
 
 
 @final
@@ -91,23 +96,30 @@ def description(folder: Path) -> ModelDescription:
             memory_owner=memory.owner,
             in_dtype={dtype: _in_dtype(folder, dtype) for dtype in DTYPES},
             in_bytes={weights: _in_dtype(folder, "bfloat16", weights) for weights in WEIGHTS},
+            fp8_cache=_in_dtype(folder, "bfloat16", fp8_cache=True),
         )
 
 
-def _in_dtype(folder: Path, dtype: Dtype, weights: WeightFormat | None = None) -> InDtype:
+def _in_dtype(folder: Path, dtype: Dtype, weights: WeightFormat | None = None, *, fp8_cache: bool = False) -> InDtype:
     from agentspeed_engine.errors import EngineFault
     from agentspeed_engine.models.catalog import describe
     from agentspeed_engine.serve.options import EngineOptions
     from agentspeed_engine.serve.sizing import sizes
 
     options = EngineOptions(model=str(folder), dtype=dtype)
-    info = describe(folder, dtype=dtype, page_tokens=options.page_tokens, weights=weights)
+    cache: Literal["fp8"] | None = "fp8" if fp8_cache else None
+    try:
+        info = describe(folder, dtype=dtype, page_tokens=options.page_tokens, weights=weights, cache=cache)
+    except EngineFault as fault:
+        if cache is None:
+            raise
+        return replace(_in_dtype(folder, dtype, weights), context=0, pool_tokens=0, refused=_said(fault))
     held = None if weights is None else info.weight_bytes
     try:
         pages, context = sizes(options, info.context_limit, info.bytes_per_page, info.parameters, weight_bytes=held)
         refused = ""
     except EngineFault as fault:
-        pages, context, refused = 0, 0, f"{fault.message} {fault.remedy}"
+        pages, context, refused = 0, 0, _said(fault)
     return InDtype(
         weight_bytes=info.weight_bytes,
         cache_bytes_per_token=info.kv.bytes_per_token,
@@ -115,3 +127,7 @@ def _in_dtype(folder: Path, dtype: Dtype, weights: WeightFormat | None = None) -
         pool_tokens=pages * options.page_tokens,
         refused=refused,
     )
+
+
+def _said(fault: EngineFault) -> str:
+    return f"{fault.message} {fault.remedy}"

@@ -35,6 +35,8 @@ class PlanRequest:
     dtype: Literal["float32", "float64", "bfloat16"] = "bfloat16"
     weights: Literal["fp8"] | None = None
     """Format of the matrices; None: `dtype`."""
+    cache: Literal["fp8"] | None = None
+    """Of the KV cache; None: `dtype`."""
     rows: int = 512
     memory: int | None = None
     """Bytes of a GPU; None: the machine's."""
@@ -80,6 +82,7 @@ def planned(model: Path, request: PlanRequest) -> ModelPlan:
                 sessions=request.sessions,
                 spread=spread,
                 kept=request.weights,
+                cache=request.cache,
             )
         if request.tp is None and request.dp is None and choice is not None:
             best = _best(choice)
@@ -99,6 +102,7 @@ def planned(model: Path, request: PlanRequest) -> ModelPlan:
             session_tokens=request.context,
             choice=choice,
             weights=request.weights,
+            cache=request.cache,
         )
 
 

@@ -11,6 +11,7 @@ from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.models.source import RANDOM, Dtype, describe, info_of, read_source
 from agentspeed_engine.models.weight_formats import WeightFormat
 from agentspeed_engine.spmd.placement import ONE, Rank
+from agentspeed_kernels.signature import CacheFormat
 
 if TYPE_CHECKING:
     from agentspeed_engine.models.loaded import LoadedModel
@@ -28,6 +29,7 @@ def load(
     threads: int | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
     weights: WeightFormat | None = None,
+    cache: CacheFormat | None = None,
     rank: Rank = ONE,
     comm: Comm | None = None,
     recordable: bool = True,
@@ -35,16 +37,17 @@ def load(
     progress: Callable[[float], None] | None = None,
 ) -> LoadedModel:
     """Weights and an empty pool of `pages` pages, in the memory of `device`; of one rank with the collectives `comm`,
-    where there are several. `weights`: None keeps them in `dtype`. `batch_invariant`: logits of a row have the same
-    bits in any step. `progress` is told what part of the files was read. Raises `EngineFault` for whatever the folder
-    has wrong, bad_options where an op has no kernel for that, and out_of_memory where a GPU has no room."""
+    where there are several. `weights` and `cache`: None keeps them in `dtype`. `batch_invariant`: logits of a row have
+    the same bits in any step. `progress` is told what part of the files was read. Raises `EngineFault` for whatever the
+    folder has wrong, bad_options where an op has no kernel for that, and out_of_memory where a GPU has no room."""
     if pages < 1 or page_tokens < 1:
         raise EngineFault(
             "bad_options", f"a pool of {pages} pages of {page_tokens} tokens is empty.", "Make it larger."
         )
     source = read_source(path)
-    kv = source.family.kv_layout(source.config, dtype, rank.mesh)
-    info = replace(info_of(source, dtype, page_tokens, weights), kv=kv, bytes_per_page=kv.bytes_per_page(page_tokens))
+    kv = source.family.kv_layout(source.config, cache or dtype, rank.mesh)
+    whole = info_of(source, dtype, page_tokens, weights, cache)
+    info = replace(whole, kv=kv, bytes_per_page=kv.bytes_per_page(page_tokens))
     from agentspeed_engine.models.loaded import LoadedModel, out_of_memory
 
     with out_of_memory(f"{source.path.name} and a pool of {pages} pages"):
@@ -57,6 +60,7 @@ def load(
             threads=threads,
             device=device,
             weights=weights,
+            cache=cache,
             rank=rank,
             comm=comm,
             recordable=recordable,

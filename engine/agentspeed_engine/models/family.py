@@ -80,7 +80,8 @@ class Family(Generic[ConfigT]):
     cuts: Callable[[ConfigT, Mesh], list[Cut]]
     """What a mesh must divide evenly."""
     kv_layout: Callable[[ConfigT, str, Mesh], KvLayout]
-    """The pools of one rank of a mesh, in a dtype."""
+    """The pools of one rank of a mesh, in a dtype or in a `CacheFormat` of the kernels. Raises `EngineFault`
+    (bad_options) for one that nothing serves."""
     ops: tuple[str, ...]
     """The ops of the kernels that its chain calls."""
     joined_ops: tuple[str, ...] = ()

@@ -10,9 +10,11 @@ from agentspeed_engine.models.precision import choose
 from agentspeed_engine.models.source import Dtype, ModelSource
 from agentspeed_engine.models.weight_formats import WeightFormat
 from agentspeed_engine.spmd.placement import Mesh
+from agentspeed_kernels.ops import CACHE_OPS
 from agentspeed_kernels.platform import Platform, detect, named
 from agentspeed_kernels.registry import standard
 from agentspeed_kernels.selection import Choice, Kernels, Preferences
+from agentspeed_kernels.signature import CacheFormat
 from agentspeed_kernels.testing import conformance
 
 
@@ -41,6 +43,7 @@ class KernelChoices:
     dtype_reason: str
     """Why, where nobody named it."""
     weights: str | None
+    cache: str | None
     platform: str
     features: tuple[str, ...]
     missing: dict[str, str]
@@ -56,6 +59,7 @@ def kernel_choices(
     platform: str | None,
     dtype: Literal["auto"] | Dtype,
     weights: WeightFormat | None,
+    cache: CacheFormat | None = None,
     page_tokens: int = 64,
     batch_invariant: bool = False,
 ) -> KernelChoices:
@@ -65,6 +69,8 @@ def kernel_choices(
     for a wish in `AGENTSPEED_KERNELS` that names none.
     """
     family = source.family
+    if cache is not None:
+        _ = family.kv_layout(source.config, cache, Mesh())
     with kernels_chosen(batch_invariant=batch_invariant):
         place = detect() if platform is None else named(platform)
         chosen, why = choose(source.raw, place) if dtype == "auto" else (dtype, "")
@@ -80,7 +86,9 @@ def kernel_choices(
             # A kernel from outside can be run where it would run, and nowhere else.
             check=conformance.objection if platform is None else None,
             weights=weights,
+            cache=cache,
             invariant=batch_invariant,
+            optional=CACHE_OPS.intersection(family.joined_ops),
         )
     return KernelChoices(
         model_type=source.config.model_type,
@@ -88,11 +96,12 @@ def kernel_choices(
         dtype=chosen,
         dtype_reason=why,
         weights=weights,
+        cache=cache,
         platform=_said(place),
         features=tuple(sorted(place.features)),
         missing=dict(sorted((place.lacks | place.absent).items())),
         layout=kernels.layout,
-        ops={op: tuple(_band(most, choice) for most, choice in kernels[op].choices()) for op in ops},
+        ops={op: tuple(_band(most, choice) for most, choice in kernels[op].choices()) for op in ops if kernels.has(op)},
     )
 
 

@@ -19,7 +19,7 @@ def kernels_chosen(*, batch_invariant: bool = False) -> Iterator[None]:
     except WrongPreference as error:
         raise EngineFault("bad_options", f"The variable {SWITCH} is wrong: {error.message}", error.remedy) from error
     except (NoDevice, UnknownPlatform, NoKernel) as error:
-        remedy = f"Name another platform, dtype or format of weights, or exclude fewer kernels in {SWITCH}."
+        remedy = f"Name another platform, dtype or format of weights or cache, or exclude fewer kernels in {SWITCH}."
         if batch_invariant:
             remedy = f"Leave batch_invariant out. {remedy}"
         raise EngineFault("bad_options", str(error), remedy) from error

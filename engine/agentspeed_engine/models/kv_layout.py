@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import final
 
 from agentspeed_kernels.fp8_cache import CacheRow
 
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "float64": 8, "bfloat16": 2}
 """The formats that a model computes in, with the bytes of an element."""
-CacheFormat = Literal["fp8"]
-"""Of rows that are not kept in the format that a model computes in."""
 
 
 @final
@@ -25,7 +23,7 @@ class KvPool:
     layers: int
     width: int
     dtype: str
-    """One of `DTYPE_BYTES`, or a `CacheFormat`."""
+    """One of `DTYPE_BYTES`, or a `CacheFormat` of the kernels."""
     heads: int = 1
     plain: int = 0
 

@@ -31,10 +31,11 @@ from agentspeed_engine.spmd.plan import Plan, fuse, plan
 from agentspeed_engine.spmd.spec import TOKEN_SHARD
 from agentspeed_kernels.attention import NEVER, AttentionBackend
 from agentspeed_kernels.cpu.attention_plan import CpuAttention
+from agentspeed_kernels.ops import CACHE_OPS
 from agentspeed_kernels.platform import detect
 from agentspeed_kernels.registry import standard
 from agentspeed_kernels.selection import UNBOUNDED, Kernels, Preferences
-from agentspeed_kernels.signature import DTYPE_BYTES, Device
+from agentspeed_kernels.signature import DTYPE_BYTES, CacheFormat, Device
 from agentspeed_kernels.testing import conformance
 from agentspeed_kernels.workspace import Workspace
 
@@ -96,16 +97,17 @@ class LoadedModel:
         threads: int | None,
         device: Device = "cpu",
         weights: WeightFormat | None = None,
+        cache: CacheFormat | None = None,
         rank: Rank = ONE,
         comm: Comm | None = None,
         recordable: bool = True,
         batch_invariant: bool = False,
         progress: Callable[[float], None] | None = None,
     ) -> None:
-        """`info.kv` is that of the rank. `comm`: its collectives, where there are several; `recordable`: whether steps
-        that have them may be repeated. `batch_invariant`: logits of a row have the same bits in any step. Raises
-        `EngineFault` for weights that have gone bad, bad_config for a mesh that does not divide the model,
-        bad_options for kernels that cannot be chosen, and out_of_memory where a GPU has no room."""
+        """`info.kv` is that of the rank, in the format `cache`. `comm`: its collectives, where there are several;
+        `recordable`: whether steps that have them may be repeated. `batch_invariant`: logits of a row have the same
+        bits in any step. Raises `EngineFault` for weights that have gone bad, bad_config for a mesh that does not
+        divide the model, bad_options for kernels that cannot be chosen, and out_of_memory where a GPU has no room."""
         if threads is not None:
             torch.set_num_threads(threads)
         self.info = info
@@ -127,7 +129,9 @@ class LoadedModel:
                 preferences=preferences,
                 check=conformance.objection,
                 weights=weights,
+                cache=cache,
                 invariant=batch_invariant,
+                optional=CACHE_OPS.intersection(source.family.joined_ops),
             )
         if batch_invariant and self.device.type == "cuda":
             _adds_alike(self.device)

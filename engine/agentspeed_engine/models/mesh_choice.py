@@ -21,6 +21,7 @@ from agentspeed_engine.spmd.placement import Mesh
 from agentspeed_engine.spmd.plan import plan
 from agentspeed_engine.spmd.report import room_in, step_lines
 from agentspeed_engine.spmd.spec import TOKEN_SHARD
+from agentspeed_kernels.signature import CacheFormat
 
 _NUMBER = re.compile(r"\d+")
 _ROUTED = re.compile(r"\.experts\.0\.")
@@ -95,10 +96,11 @@ def choose_mesh(
     page_tokens: int = 64,
     spread: ExpertSpread | None = None,
     kept: WeightFormat | None = None,
+    cache: CacheFormat | None = None,
 ) -> MeshChoice:
     """Every mesh of all GPUs, and both ways to the experts where there are two. The best answers most tokens a second
     with `sessions` sessions of `context` tokens, or as many of them as fit. `spread`: groups and spare copies; `kept`:
-    the matrices' format, None: `dtype`."""
+    the matrices' format, `cache`: that of the KV cache, None: `dtype`."""
     spread = spread or ExpertSpread()
     weights = Weights(source, kept)
     found: list[Candidate] = []
@@ -109,7 +111,8 @@ def choose_mesh(
         ways = EXCHANGES if source.config.moe is not None and mesh.dp > 1 else EXCHANGES[:1]
         for way in ways:
             asked = replace(mesh, experts=replace(spread, exchange=way))
-            found.append(_candidate(source, weights, asked, machine, dtype, context, sessions, page_tokens))
+            found.append(_candidate(source, weights, asked, machine, dtype, context, sessions, page_tokens,
+                                    cache))  # fmt: skip
     found.sort(key=lambda one: (bool(one.refused), -one.tokens_per_second, one.tp))
     return MeshChoice(machine=machine, context=context, wanted_sessions=sessions, candidates=tuple(found))
 
@@ -141,7 +144,7 @@ def _sent(source: ModelSource, mesh: Mesh, dtype: Dtype, rows: int) -> tuple[int
 
 def _candidate(
     source: ModelSource, weights: Weights, mesh: Mesh, machine: Machine, dtype: Dtype, context: int, sessions: int,
-    page_tokens: int,
+    page_tokens: int, cache: CacheFormat | None,
 ) -> Candidate:  # fmt: skip
     def made(refused: str, held: int = 0, fits: int = 0, seconds: float = 0.0, share: float = 0.0) -> Candidate:
         return Candidate(
@@ -161,7 +164,7 @@ def _candidate(
     except EngineFault as fault:
         return made(fault.message)
     held = weights.bytes(mesh, dtype)
-    row_bytes = source.family.kv_layout(source.config, dtype, mesh).bytes_per_token
+    row_bytes = source.family.kv_layout(source.config, cache or dtype, mesh).bytes_per_token
     room = room_in(
         machine.memory,
         weights=held,
@@ -178,9 +181,9 @@ def _candidate(
     rows = math.ceil(fits / mesh.dp)
     read, flops = _work(source, weights, mesh, dtype, rows)
     sent, launches = _sent(source, mesh, dtype, rows)
-    cache = rows * context * row_bytes
-    seconds = machine.seconds(read=read + cache, flops=flops, sent=sent, launches=launches)
-    alone = machine.seconds(read=read + cache, flops=flops, sent=0, launches=0)
+    read += rows * context * row_bytes
+    seconds = machine.seconds(read=read, flops=flops, sent=sent, launches=launches)
+    alone = machine.seconds(read=read, flops=flops, sent=0, launches=0)
     return made("", held, fits, seconds, 1 - alone / seconds)
 
 

@@ -32,6 +32,7 @@ from agentspeed_kernels.ops import BYTE_OPS
 from agentspeed_kernels.packing import Weight, side_by_side
 from agentspeed_kernels.routing import RouteRule
 from agentspeed_kernels.selection import Kernels
+from agentspeed_kernels.signature import CacheFormat
 from agentspeed_kernels.workspace import Workspace
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -51,9 +52,10 @@ def plan_model(
     session_tokens: int | None = None,
     choice: MeshChoice | None = None,
     weights: Literal["fp8"] | None = None,
+    cache: CacheFormat | None = None,
 ) -> ModelPlan:
     """No weight is read. `rows`: tokens of each dp rank in the step that is described. `memory`: bytes of one GPU.
-    `choice` is handed on as it is. `weights`: format of the matrices; None: `dtype`.
+    `choice` is handed on as it is. `weights`: format of the matrices, `cache`: of the KV cache; None: `dtype`.
 
     Raises `EngineFault`: bad_config for a mesh that does not divide the model, bad_options for a context above the
     model's, unsupported_model for sparse attention.
@@ -67,7 +69,7 @@ def plan_model(
                           f"of {config.context_limit}.", "Ask for a shorter one.")  # fmt: skip
     check_mesh(source, mesh)
     shapes = dict(family.shapes(config))
-    kv = family.kv_layout(config, dtype, mesh)
+    kv = family.kv_layout(config, cache or dtype, mesh)
     kernels = cast(Kernels, _NoKernels(dtype, weights))
     weights_by_name = MetaWeights(shapes, TORCH_DTYPES[dtype])
     chain = family.build(config, weights_by_name, KvPools(kv, 1, page_tokens), mesh.rank(0), kernels)
@@ -97,6 +99,7 @@ def plan_model(
         model_type=config.model_type,
         dtype=dtype,
         weights=weights,
+        cache=cache,
         tp=mesh.tp,
         dp=mesh.dp,
         experts=config.moe.experts if config.moe is not None else 0,

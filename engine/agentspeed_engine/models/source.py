@@ -17,6 +17,7 @@ from agentspeed_engine.models.quantization import declared_scheme
 from agentspeed_engine.models.registry import family_of
 from agentspeed_engine.models.weight_formats import WeightFormat, weight_bytes
 from agentspeed_engine.spmd.placement import Mesh
+from agentspeed_kernels.signature import CacheFormat
 
 Dtype = Literal["float32", "float64", "bfloat16"]
 RANDOM = "random:"
@@ -62,11 +63,16 @@ class ModelInfo:
 
 
 def describe(
-    path: str | Path, *, dtype: Dtype = "float32", page_tokens: int = 64, weights: WeightFormat | None = None
+    path: str | Path,
+    *,
+    dtype: Dtype = "float32",
+    page_tokens: int = 64,
+    weights: WeightFormat | None = None,
+    cache: CacheFormat | None = None,
 ) -> ModelInfo:
-    """Reads and checks the configuration only. `weights`: None keeps them in `dtype`. Raises `EngineFault` for whatever
-    the configuration has wrong."""
-    return info_of(read_source(path), dtype, page_tokens, weights)
+    """Reads and checks the configuration only. `weights` and `cache`: None keeps them in `dtype`. Raises `EngineFault`
+    for whatever the configuration has wrong, and bad_options for a cache that the family does not keep so."""
+    return info_of(read_source(path), dtype, page_tokens, weights, cache)
 
 
 def read_source(path: str | Path) -> ModelSource:
@@ -89,11 +95,18 @@ def read_source(path: str | Path) -> ModelSource:
     return ModelSource(path=place, random=random, family=family, config=config, eos_ids=ends, raw=raw)
 
 
-def info_of(source: ModelSource, dtype: Dtype, page_tokens: int, weights: WeightFormat | None = None) -> ModelInfo:
+def info_of(
+    source: ModelSource,
+    dtype: Dtype,
+    page_tokens: int,
+    weights: WeightFormat | None = None,
+    cache: CacheFormat | None = None,
+) -> ModelInfo:
+    """As `describe`."""
     if dtype not in DTYPE_BYTES:
         raise EngineFault("bad_options", f"dtype {dtype!r} is unknown.", f"Known: {', '.join(DTYPE_BYTES)}.")
     family, config = source.family, source.config
-    kv = family.kv_layout(config, dtype, Mesh())
+    kv = family.kv_layout(config, cache or dtype, Mesh())
     parameters = sum(math.prod(shape) for _, shape in family.shapes(config))
     return ModelInfo(
         model_type=config.model_type,

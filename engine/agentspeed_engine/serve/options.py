@@ -55,11 +55,15 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     dtype: Literal["auto", "float32", "float64", "bfloat16"] = "auto"
     """Of weights, activations and cache. auto: bfloat16 where the checkpoint is in 16 bits or fewer and the processor
     has matrix units for it or multiplies pairs of it (AVX512-BF16), else float32; the engine says at its start which
-    and why."""
+    and why. The next two options keep weights, or the cache, in 8 bits beside it."""
     weights: Literal["dtype", "int8", "int8-32", "fp8"] = "dtype"
     """Format of the matrices alone. int8: 8 bits and a scale for each output, half of what bfloat16 reads; int8-32: a
     scale for each 32 inputs, nearer to the checkpoint; fp8: e4m3 and a scale for each block of 128 × 128, the bytes of
     a checkpoint that is published so (docs/how-to/kernels.md). On a CPU; fp8 on a GPU too."""
+    kv_cache_dtype: Literal["dtype", "fp8"] = "dtype"
+    """Format of the KV cache alone. fp8: e4m3 with a scale for each token and head, and the turned coordinates of
+    latents in bfloat16: 57 % of bfloat16's bytes for DeepSeek's latents, 52 % for heads of 128, so that as much more
+    context fits, at an accuracy that docs/performance.md gives (docs/how-to/kernels.md). Not for sparse attention."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where weights, cache and steps are. auto: the first GPU where one can be used, has kernels for the model's
     attention and room for its weights, else the CPU; the engine says at its start which GPU, or why none."""
@@ -291,8 +295,9 @@ def build(
     depth = options.depth if options.depth is not None else 1 if device == "cuda" else 0
     options = msgspec.structs.replace(options, dtype=dtype, device=device, depth=depth)
     weights = None if options.weights == "dtype" else options.weights
+    cache = None if options.kv_cache_dtype == "dtype" else options.kv_cache_dtype
     ranks = options.dp * options.tp
-    info = describe(options.model, dtype=dtype, page_tokens=options.page_tokens, weights=weights)
+    info = describe(options.model, dtype=dtype, page_tokens=options.page_tokens, weights=weights, cache=cache)
     shares = shares_of(options, info)
     pages, limit = sizes(
         options, info.context_limit, shares.bytes_per_page, shares.parameters, place.memory, shares.weight_bytes
@@ -305,9 +310,10 @@ def build(
         say(place.said)
     if why:
         say(f"{dtype}: {why}")
+    kept = "" if cache is None else f" in {cache}"
     say(
         f"loading {folder.name}: {info.weight_bytes / 1e6:.0f} MB of weights, "
-        f"{pages * shares.bytes_per_page / 1e6:.0f} MB for {pages} pages{shares.said}"
+        f"{pages * shares.bytes_per_page / 1e6:.0f} MB for {pages} pages{kept}{shares.said}"
     )
     texts = folder if folder.is_dir() else folder.parent
     vocabulary = Vocabulary(texts, info.vocab_size, info.eos_ids)
@@ -326,6 +332,7 @@ def build(
                 threads=options.threads,
                 device=device,
                 weights=weights,
+                cache=cache,
                 batch_invariant=options.batch_invariant,
                 progress=read,
             )
@@ -428,6 +435,7 @@ def _on_ranks(
         dp=options.dp,
         lock_step=lock_step,
         weights=None if options.weights == "dtype" else options.weights,
+        cache=None if options.kv_cache_dtype == "dtype" else options.kv_cache_dtype,
     )
     made = started(given, core, vocabulary, say, loads=bool(source), progress=progress)
     return Built(made.core, made.model, vocabulary, source, made.executors, made.lock_step, made.ranks)

@@ -10,6 +10,7 @@ from agentspeed_engine.models.catalog import read_source
 from agentspeed_engine.models.kv_layout import DTYPE_BYTES
 from agentspeed_engine.models.weight_formats import WeightFormat, weight_bytes
 from agentspeed_engine.serve.memory_limit import MemoryLimit
+from agentspeed_engine.spmd.placement import Mesh
 
 if TYPE_CHECKING:
     from agentspeed_kernels.platform import Platform
@@ -24,6 +25,8 @@ class PlaceOptions(Protocol):
     def dtype(self) -> Literal["auto", "float32", "float64", "bfloat16"]: ...
     @property
     def weights(self) -> str: ...
+    @property
+    def kv_cache_dtype(self) -> Literal["dtype", "fp8"]: ...
     @property
     def device(self) -> Literal["auto", "cpu", "cuda"]: ...
 
@@ -61,6 +64,12 @@ def placed(options: PlaceOptions) -> Place:
             f"weights is {options.weights!r} and device is 'cuda', but {why}.",
             "Give device='cpu', or leave `weights` out.",
         )
+    if options.device == "cuda" and (why := _no_cache(options, platform)) is not None:
+        raise EngineFault(
+            "bad_options",
+            f"kv_cache_dtype is {options.kv_cache_dtype!r} and device is 'cuda', but {why}.",
+            "Give device='cpu', or leave `kv_cache_dtype` out.",
+        )
     memory = _free(platform)
     if options.device == "auto" and (why := objection(options, platform, memory)) is not None:
         return Place("cpu", detect(), None, f"cpu: {platform.model} is present, but {why}")
@@ -78,6 +87,8 @@ def objection(options: PlaceOptions, platform: Platform, memory: MemoryLimit) ->
         return "it has no kernels of its own for float64; device='cuda' runs it on torch, slowly"
     if (why := _no_weights(options.weights, platform)) is not None:
         return why
+    if (why := _no_cache(options, platform)) is not None:
+        return why
     item = DTYPE_BYTES["bfloat16" if options.dtype == "auto" else options.dtype]
     kept: WeightFormat | None = "fp8" if options.weights == "fp8" else None
     weights = weight_bytes(source.family.shapes(source.config), item, kept)
@@ -91,6 +102,30 @@ def _no_weights(weights: str, platform: Platform) -> str | None:
     if weights == "dtype" or (weights == "fp8" and "fp8" in platform.features):
         return None
     return platform.lacks["fp8"] if weights == "fp8" else f"only a CPU has kernels for weights={weights!r}"
+
+
+def _no_cache(options: PlaceOptions, platform: Platform) -> str | None:
+    """Why this GPU cannot keep the model's cache in that format; None where it can."""
+    if options.kv_cache_dtype == "dtype":
+        return None
+    source = read_source(options.model)
+    # Imported late, as above.
+    from agentspeed_kernels.ops import CACHE_OPS
+    from agentspeed_kernels.registry import standard
+    from agentspeed_kernels.selection import NoKernel, select
+    from agentspeed_kernels.signature import Need
+
+    registry, dtype = standard(), "bfloat16" if options.dtype == "auto" else options.dtype
+    sizes = source.family.sizes(source.config, Mesh())
+    for op in source.family.ops:
+        if op in CACHE_OPS:
+            need = Need(op=op, dtype=dtype, rows=1, cache=options.kv_cache_dtype, sizes=sizes)
+            own = tuple(spec for spec in registry.candidates(op) if spec.device == platform.device)
+            try:
+                _ = select(need, own, platform)
+            except NoKernel as reason:
+                return str(reason)
+    return None
 
 
 def _free(platform: Platform) -> MemoryLimit:

@@ -17,6 +17,7 @@ from agentspeed_engine.models.weight_formats import WeightFormat
 from agentspeed_engine.serve.noop_name import NOOP, noop_sizes
 from agentspeed_engine.spmd.experts import ExpertSpread
 from agentspeed_engine.spmd.placement import Mesh, Rank
+from agentspeed_kernels.signature import CacheFormat
 
 if TYPE_CHECKING:
     from agentspeed_engine.exec.ranks.group import Group
@@ -57,6 +58,7 @@ class RankOptions(msgspec.Struct, frozen=True, kw_only=True):
     lock_step: bool = False
     """Steps of dp ranks are taken together, because they share experts."""
     weights: WeightFormat | None = None
+    cache: CacheFormat | None = None
     meet: str = ""
     """The folder where the ranks meet that use torch.distributed."""
 
@@ -118,6 +120,7 @@ def loaded_shard(options: RankOptions, group: Group, progress: Callable[[float],
         threads=options.threads,
         device=options.device,
         weights=options.weights,
+        cache=options.cache,
         rank=rank,
         comm=group.comm,
         recordable=group.recordable,

@@ -29,6 +29,8 @@ class RankWishes(Protocol):
     @property
     def weights(self) -> Literal["dtype", "int8", "int8-32", "fp8"]: ...
     @property
+    def kv_cache_dtype(self) -> Literal["dtype", "fp8"]: ...
+    @property
     def device(self) -> Literal["auto", "cpu", "cuda"]: ...
     @property
     def page_tokens(self) -> int: ...
@@ -84,7 +86,8 @@ def shares_of(options: RankWishes, info: ModelInfo) -> Shares:
     mesh, item = mesh_of(options), DTYPE_BYTES[options.dtype]
     held = list(held_shapes(source.family.shapes(source.config), mesh.rank(0), 0 if moe is None else moe.experts))
     each = weight_bytes(held, item, None if options.weights == "dtype" else options.weights)
-    page = source.family.kv_layout(source.config, options.dtype, mesh).bytes_per_page(options.page_tokens)
+    kept = options.dtype if options.kv_cache_dtype == "dtype" else options.kv_cache_dtype
+    page = source.family.kv_layout(source.config, kept, mesh).bytes_per_page(options.page_tokens)
     return Shares(
         bytes_per_page=page * here,
         parameters=sum(math.prod(shape) for _, shape in held) * here,

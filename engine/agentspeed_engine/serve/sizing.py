@@ -87,7 +87,7 @@ def sizes(
                 "bad_options",
                 f"A page of {options.page_tokens} tokens takes {_size(bytes_per_page)}; {memory.owner} has "
                 f"{_size(memory.bytes)}, of which the weights take {_size(weights)}, and a turn needs 2 pages.",
-                "Give a smaller `page_tokens`, or a smaller `dtype`.",
+                "Give a smaller `page_tokens`, a smaller `dtype`, or kv_cache_dtype='fp8'.",
             )
     if options.context_limit is not None:
         return pages, wanted

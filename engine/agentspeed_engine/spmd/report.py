@@ -156,6 +156,8 @@ class ModelPlan:
     dtype: str
     weights: str | None
     """Format of the matrices; None: `dtype`."""
+    cache: str | None
+    """Format of the KV cache; None: `dtype`."""
     tp: int
     dp: int
     experts: int

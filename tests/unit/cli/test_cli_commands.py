@@ -192,6 +192,7 @@ def test_kernels_for_programs_has_every_op_with_reasons() -> None:
     (["--platform", "abacus"], "'abacus' is no platform"),
     (["--dtype", "int3"], "dtype 'int3' is unknown"),
     (["--weights", "int3"], "weights 'int3' is unknown"),
+    (["--kv-cache-dtype", "int3"], "kv_cache_dtype 'int3' is unknown"),
     (["--explain", "sum"], "no op 'sum'"),
     (["--platform", "cuda:100", "--weights", "int8"], "no kernel for linear"),
 ])  # fmt: skip

@@ -43,6 +43,8 @@ def test_a_model_is_told_by_what_it_is_and_what_it_needs_here() -> None:
     assert told["in_dtype"]["float32"]["context"] == 4096
     assert told["parameters"] < told["in_bytes"]["int8"]["weight_bytes"] < told["in_bytes"]["fp8"]["weight_bytes"]
     assert told["in_bytes"]["fp8"]["weight_bytes"] < told["in_dtype"]["bfloat16"]["weight_bytes"]
+    wide = told["in_dtype"]["bfloat16"]["cache_bytes_per_token"]
+    assert told["fp8_cache"]["cache_bytes_per_token"] < 0.8 * wide and not told["fp8_cache"]["refused"]
     assert "<tool_call>" in told["template"]["a call"]
 
 

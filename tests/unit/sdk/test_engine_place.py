@@ -24,6 +24,7 @@ from agentspeed_engine.serve.options import EngineOptions
 from agentspeed_engine.serve.place import objection, placed
 from agentspeed_engine.serve.sizing import sizes
 from agentspeed_kernels.platform import Platform, named
+from agentspeed_kernels.registry import Registry, standard
 from agentspeed_kernels.triton.sampling import SamplingRows
 from tests.conformance.family_configs import random_config
 
@@ -65,6 +66,14 @@ def test_a_gpu_serves_weights_in_fp8_where_it_converts_them_and_no_others_in_8_b
     assert objection(EngineOptions(model=LATENT, weights="fp8"), named("cuda:90"), ROOM) is None
     assert "does not convert e4m3" in str(objection(EngineOptions(model=LATENT, weights="fp8"), named("cuda:80"), ROOM))
     assert "only a CPU" in str(objection(EngineOptions(model=LATENT, weights="int8"), named("cuda:90"), ROOM))
+
+
+def test_a_gpu_without_kernels_for_a_cache_in_fp8_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = [spec for spec in standard() if spec.device == "cpu" or spec.cache is None]
+    monkeypatch.setattr("agentspeed_kernels.registry.standard", lambda: Registry(few))
+    for model, op in ((LATENT, "latent_append"), (GROUPED, "qkv_append")):
+        why = str(objection(EngineOptions(model=model, kv_cache_dtype="fp8"), named("cuda:90"), ROOM))
+        assert f"no kernel for {op} in bfloat16" in why and "cache in fp8 are not taken" in why
 
 
 def test_weights_in_fp8_need_half_the_room_of_a_gpu() -> None:

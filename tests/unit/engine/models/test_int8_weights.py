@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +20,12 @@ from agentspeed_engine.models.source import describe
 from agentspeed_engine.models.weight_formats import WeightFormat
 from agentspeed_engine.serve.options import build, options_from
 from agentspeed_engine.serve.rank_shares import shares_of
-from agentspeed_engine.spmd.placement import Mesh
-from agentspeed_engine.spmd.plan import Collective
 from agentspeed_kernels.cpu import native
 from agentspeed_kernels.fp8_blocks import Fp8Blocks
 from agentspeed_kernels.quantised import Quantised, quantise
 from tests.support.paged import CONFIG, Trail, batch
 from tests.support.random_checkpoint import make_checkpoint
+from tests.support.thread_sums import logits_of, on_two_ranks
 
 PAGE = 64
 IDS = np.random.default_rng(5).integers(0, 300, 200).tolist()
@@ -103,40 +100,14 @@ def test_what_is_counted_is_what_is_held(folder: Path, weights: WeightFormat) ->
     assert 0.98 * model.info.weight_bytes < held(model) < 1.25 * model.info.weight_bytes
 
 
-class Meets:
-    """Collectives of two ranks that are threads; of a plan with tp alone."""
-
-    def __init__(self) -> None:
-        self.barrier = threading.Barrier(2)
-        self.given: list[torch.Tensor] = [torch.zeros(0)] * 2
-
-    def of(self, rank: int) -> Any:
-        class Sums:
-            def apply(_, step: Collective, value: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-                assert step.kind == "all_reduce"
-                self.given[rank] = value.clone()
-                self.barrier.wait(60)
-                total = self.given[0] + self.given[1]
-                self.barrier.wait(60)
-                return total
-
-        return Sums()
-
-
 @pytest.mark.parametrize("weights", list(WORST))
 def test_ranks_keep_8_bits_of_their_pieces(folder: Path, weights: WeightFormat) -> None:
     """Scales are over the inputs that a rank has, which are nearer to them than those of all."""
-    exact, meets = logits(load(folder, dtype="float64", pages=6, page_tokens=PAGE)), Meets()
+    exact = logits(load(folder, dtype="float64", pages=6, page_tokens=PAGE))
     options = {"model": str(folder), "dtype": "float32", "device": "cpu", "tp": 2, "weights": weights}
     counted = shares_of(options_from(options), describe(folder, dtype="float32", weights=weights)).weight_bytes
-    models = [
-        load(folder, dtype="float32", pages=6, page_tokens=PAGE, threads=1, weights=weights, rank=rank,
-             comm=meets.of(rank.index), recordable=False)
-        for rank in Mesh(tp=2).ranks()
-    ]  # fmt: skip
-    with ThreadPoolExecutor(2) as pool:
-        parts = list(pool.map(logits, models))
-    assert apart(torch.cat(parts, dim=-1), exact) < WORST[weights]
+    models = on_two_ranks(folder, dtype="float32", pages=6, page_tokens=PAGE, weights=weights)
+    assert apart(logits_of(models, logits), exact) < WORST[weights]
     assert counted is not None and 0.98 * counted < sum(map(held, models)) < 1.25 * counted
 
 

@@ -36,11 +36,22 @@ SPARSE = CONFIG | {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=[CONFIG, GROUPED, SPARSE], ids=["latent", "grouped", "sparse"])
-def config(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """One pool of latents, two of keys and values, and latents beside the keys of an indexer, which has fewer layers
-    and chooses fewer tokens than most of these contexts have."""
-    found: dict[str, Any] = request.param
+CASES: dict[str, tuple[dict[str, Any], Any]] = {
+    "latent": (CONFIG, None),
+    "grouped": (GROUPED, None),
+    "sparse": (SPARSE, None),
+    "latent-fp8-cache": (CONFIG, "fp8"),
+    "grouped-fp8-cache": (GROUPED | {"head_dim": 20}, "fp8"),
+}
+"""One pool of latents, two of keys and values, and latents beside the keys of an indexer, which has fewer layers and
+chooses fewer tokens than most of these contexts have. A row in 8 bits is rounded once, when it is written: what reads
+it reads the same numbers whatever step wrote them."""
+
+
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
+def case(request: pytest.FixtureRequest) -> tuple[dict[str, Any], Any]:
+    """A configuration, and the format of its cache."""
+    found: tuple[dict[str, Any], Any] = request.param
     return found
 
 
@@ -50,9 +61,12 @@ def device(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture(scope="module")
-def model(config: dict[str, Any], device: Any, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+def model(case: tuple[dict[str, Any], Any], device: Any, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    config, cache = case
+    if cache is not None and device == "cuda":
+        pytest.skip("on a GPU nothing reads a cache in 8 bits in float64")
     folder = make_checkpoint(config, tmp_path_factory.mktemp("model"), seed=6, dtype="float64")
-    return load(folder, dtype="float64", pages=256, page_tokens=PAGE, device=device)
+    return load(folder, dtype="float64", pages=256, page_tokens=PAGE, device=device, cache=cache)
 
 
 def close(left: torch.Tensor, right: torch.Tensor) -> bool:
@@ -139,14 +153,16 @@ def test_a_mesh_of_one_runs_the_chain_without_collectives(model: LoadedModel) ->
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_lower_formats_stay_near_float64(
-    tmp_path: Path, config: dict[str, Any], model: LoadedModel, dtype: str
+    tmp_path: Path, case: tuple[dict[str, Any], Any], model: LoadedModel, dtype: str
 ) -> None:
+    """Of a cache in 8 bits some numbers round to their neighbour."""
+    config, cache = case
     folder = make_checkpoint(config, tmp_path, seed=6, dtype="float64")
-    other = load(folder, dtype=dtype, pages=256, page_tokens=PAGE)  # type: ignore[arg-type]
+    other = load(folder, dtype=dtype, pages=256, page_tokens=PAGE, cache=cache)  # type: ignore[arg-type]
     wanted, got = fresh(model, IDS[:60]).cpu(), fresh(other, IDS[:60]).double()
     # Positions where rounding flips an expert choice may differ widely in bfloat16, hence the median.
     error = float(((got - wanted).abs().amax(-1) / wanted.abs().max()).median())
-    assert error < {"float32": 1e-5, "bfloat16": 6e-2}[dtype]
+    assert error < {"float32": 1e-5 if cache is None else 3e-3, "bfloat16": 6e-2}[dtype]
 
 
 def test_a_pool_takes_memory_only_where_it_is_written() -> None:

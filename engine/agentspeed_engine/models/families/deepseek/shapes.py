@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.models.decoder_shapes import decoder_shapes
 from agentspeed_engine.models.families.deepseek.config import DeepseekConfig, IndexerConfig
-from agentspeed_engine.models.kv_layout import KvLayout, KvPool
+from agentspeed_engine.models.kv_layout import DTYPE_BYTES, KvLayout, KvPool
 from agentspeed_engine.models.moe_config import expert_cuts
 from agentspeed_engine.models.tensor_shapes import Cut, Shape
 from agentspeed_engine.spmd.placement import Mesh
@@ -80,6 +81,13 @@ def cuts(config: DeepseekConfig, mesh: Mesh) -> list[Cut]:
 def kv_layout(config: DeepseekConfig, dtype: str, mesh: Mesh) -> KvLayout:
     """The latent is the same for all heads, so every rank of tp keeps it whole; so is an indexer's key."""
     del mesh
+    if config.indexer is not None and dtype not in DTYPE_BYTES:
+        raise EngineFault(
+            "bad_options",
+            f"kv_cache_dtype is {dtype!r}, and nothing keeps the cache of sparse attention so, from which an indexer "
+            "reads keys of its own.",
+            "Leave kv_cache_dtype out.",
+        )
     width, turned = config.latent_width, config.rope.width
     latent = KvPool(name=LATENT, layers=config.layers, width=width, dtype=dtype, plain=turned)
     if config.indexer is None:
