@@ -31,6 +31,7 @@ import torch
 
 from agentspeed_engine.models.inputs import Run
 from agentspeed_kernels.cpu import native
+from agentspeed_kernels.fp8_cache import CacheRow, heads_row, latent_row
 from agentspeed_kernels.ops import OPS
 from agentspeed_kernels.packing import Weight, in_bytes, pack
 from agentspeed_kernels.platform import detect
@@ -76,6 +77,13 @@ class Runs:
             else f"{self.spec.name.removesuffix('-int8').removesuffix('-fp8')}-{self.weights}"
         )
 
+    @property
+    def own(self) -> str:
+        """The same kernel with weights, or a cache, in the format of the case; its own name where it has no other."""
+        if self.spec.cache is not None:
+            return self.spec.name.removesuffix("-fp8-cache")
+        return self.name if self.weights is None else self.name.removesuffix(f"-{self.weights}")
+
     def call(self, *given: Any) -> None:
         self.spec.call(*given)
 
@@ -111,7 +119,9 @@ def main() -> None:
 def measured(case: Case, dtype: Dtype, rounds: int, threads: int) -> dict[str, dict[str, float]]:
     rows = case.sizes["T"]
     cost = OPS[case.op].cost(case.sizes, DTYPE_BYTES[dtype])
-    contestants = {runs.name: case.contestant(runs) for runs in runnable(case.op, dtype, rows)}
+    runs_here = runnable(case.op, dtype, rows)
+    contestants = {runs.name: case.contestant(runs) for runs in runs_here}
+    owns = {runs.name: runs.own for runs in runs_here}
     contestants["read"] = reader(cost.bytes, case.copies, threads)
     seconds = interleaved(contestants, case.copies, rounds)
     figures: dict[str, dict[str, float]] = {}
@@ -123,9 +133,8 @@ def measured(case: Case, dtype: Dtype, rounds: int, threads: int) -> dict[str, d
         low, middle, high = np.percentile(of_read, (25, 50, 75))
         must = MUST.get((case.name, rows)) if dtype == "bfloat16" and name in TILES else None
         verdict = "" if must is None else f"  must {must}: {'reached' if middle >= must else 'MISSED'}"
-        own = next((name.removesuffix(f"-{kind}") for kind in MUST_BYTES if name.endswith(f"-{kind}")), None)
-        by = 0.0
-        if own in seconds:
+        own, by = owns[name], 0.0
+        if own != name and own in seconds:
             by = float(np.median(seconds[own] / seconds[name]))
             verdict = f"  x {own} {by:.2f}"
             if name.startswith("amx") and case.op == "linear" and rows == 1:
@@ -153,8 +162,8 @@ def runnable(op: str, dtype: Dtype, rows: int) -> list[Runs]:
         if not spec.features - present
         and dtype in spec.dtypes
         and (spec.most_rows is None or rows <= spec.most_rows)
-        # torch takes weights in 8 bits back to the format of the case in every call: nothing to measure.
-        and not (spec.weights and spec.name.startswith("torch"))
+        # torch takes 8 bits back to the format of the case in every call: nothing to measure.
+        and not ((spec.weights or spec.cache) and spec.name.startswith("torch"))
     ]
     return [
         Runs(spec, kind)
@@ -195,6 +204,12 @@ def laid(runs: Runs, weights: list[torch.Tensor], parts: int = 1) -> list[Weight
     if runs.weights is not None:
         return [in_bytes(weight, runs.weights, parts) for weight in weights]
     return [pack(weight, parts) if runs.spec.layout == "tiles" else weight for weight in weights]
+
+
+def pools_of(runs: Runs, kind: torch.dtype, copies: int, tokens: int, row: CacheRow) -> list[torch.Tensor]:
+    """In the format that a kernel reads."""
+    drawn = [torch.randn(tokens // PAGE, PAGE, row.numbers).to(kind) for _ in range(copies)]
+    return [row.coded(pool) for pool in drawn] if runs.spec.cache is not None else drawn
 
 
 def drawn(kind: torch.dtype, copies: int, *shape: int) -> list[torch.Tensor]:
@@ -269,7 +284,7 @@ def attend(kind: torch.dtype, rows: int, heads_count: int, tokens: int) -> Case:
     tiles = context(tokens, rows, 512, 32)
 
     def contestant(runs: Runs) -> Step:
-        pools = [torch.randn(tokens // PAGE, PAGE, RANK + ROPE).to(kind) for _ in range(copies)]
+        pools = pools_of(runs, kind, copies, tokens, latent_row(RANK, ROPE))
         q, out = torch.randn(rows, heads_count, RANK + ROPE).to(kind), torch.empty(rows, heads_count, RANK, dtype=kind)
         workspace = Workspace()
         return lambda copy: runs.call(q, pools[copy], tiles, 0.07, workspace, out)
@@ -282,7 +297,7 @@ def extend(kind: torch.dtype, rows: int, tokens: int) -> Case:
     tiles = context(tokens, rows, 512, 512)
 
     def contestant(runs: Runs) -> Step:
-        pools = [torch.randn(tokens // PAGE, PAGE, RANK + ROPE).to(kind) for _ in range(2)]
+        pools = pools_of(runs, kind, 2, tokens, latent_row(RANK, ROPE))
         key_up, value_up = (
             laid(runs, drawn(kind, 1, *shape))[0] for shape in ((HEADS, RANK, NOPE), (HEADS, VALUE, RANK))
         )
@@ -302,10 +317,7 @@ def grouped(kind: torch.dtype, rows: int, tokens: int) -> Case:
     tiles = context(tokens, rows, 512, 32 if rows <= 32 else 512)
 
     def contestant(runs: Runs) -> Step:
-        pools = [
-            [torch.randn(tokens // PAGE, PAGE, keys * width).to(kind) for _ in range(copies)]
-            for _ in ("keys", "values")
-        ]
+        pools = [pools_of(runs, kind, copies, tokens, heads_row(keys, width)) for _ in ("keys", "values")]
         q, out = (torch.randn(rows, queries, width).to(kind) for _ in range(2))
         workspace = Workspace()
         return lambda copy: runs.call(q, pools[0][copy], pools[1][copy], tiles, width**-0.5, workspace, out)
