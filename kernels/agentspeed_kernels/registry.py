@@ -65,6 +65,7 @@ def standard() -> Registry:
     must not take the engine with it. `select.Kernels` checks what its kernels compute when one is first chosen."""
     from agentspeed_kernels.cpu import (
         amx_kernels,
+        cache_kernels,
         fp8_kernels,
         int8_kernels,
         invariant_kernels,
@@ -82,6 +83,7 @@ def standard() -> Registry:
             *torch_fused.SPECS,
             *torch_bytes.SPECS,
             *torch_fp8_cache.SPECS,
+            *cache_kernels.SPECS,
             *native_kernels.SPECS,
             *invariant_kernels.SPECS,
             *amx_kernels.SPECS,

@@ -7,12 +7,6 @@
 #include "amx_rows.h"
 #endif
 
-INLINE cache head_of(const cache *c, long group) {
-    cache one = *c;
-    one.pool += group * c->width;
-    return one;
-}
-
 /* out[rank] = the partial sums of a row's entries, each by its share of the whole softmax. */
 static void merge_row(const step *s, const int *entries, long count, long head, bf16 *out) {
     float most = NEVER, sum = 0;
@@ -40,7 +34,7 @@ INLINE part part_of(const step *s, long job, long spans, long parts, long togeth
     long each = s->heads / s->groups, pairs = (s->plan.row_at[tile + 1] - s->plan.row_at[tile]) * each - low;
     part one = {s->plan.row_at[tile], s->plan.offset[tile], s->plan.tokens[tile], s->plan.pages + s->plan.page_at[tile],
                 group, at_most(s->groups - group, together), each, low, at_most(pairs, MOST_PAIRS),
-                head_of(&s->keys, group), head_of(&s->held, group)};
+                from_head(s->keys, group, s->keys.width), from_head(s->held, group, s->held.width)};
     return one;
 }
 
@@ -78,33 +72,31 @@ static void attend(const step *s, long tiles, long merges, const int *merge_rows
     }
 }
 
-INLINE cache rows_in(const bf16 *pool, long page_tokens, long row, long width) {
-    cache made = {pool, page_tokens, row, width, whole_steps(width) * STEP, width % STEP == 0};
-    return made;
-}
-
-/* partials: [entries][heads] rows of (rank in whole steps) + 2 floats. */
+/* partials: [entries][heads] rows of (rank in whole steps) + 2 floats. Rows of the pool are numbers, or with `fp8` bytes. */
 EXPORT void NAME(mla_rows)(const bf16 *q, long q_t, long q_h, const bf16 *pool, long page_tokens, long width, long rank,
                            long heads, long tiles, const int *page_at, const int *pages, const int *offset,
                            const int *tokens, const int *row_at, const int *rows, const int *visible, long merges,
                            const int *merge_rows, const int *merge_at, const int *merge, float scale, float *partials,
-                           long entries, bf16 *out, int threads) {
+                           long entries, bf16 *out, int fp8, int threads) {
     long values = whole_steps(rank);
-    cache keys = rows_in(pool, page_tokens, width, width);
+    coded_row coded = coded_rows(1, rank, width - rank);
+    cache keys = cache_of(pool, page_tokens, width, width, width % STEP == 0, fp8 ? &coded : 0);
     step s = {q, q_t, q_h, heads, 1, rank, values, {page_at, pages, offset, tokens, row_at, rows, visible}, keys, keys, 1,
               scale, partials, partials + entries * heads * values * STEP, partials + entries * heads * (values * STEP + 1)};
     attend(&s, tiles, merges, merge_rows, merge_at, merge, out, threads);
 }
 
-/* Head h of the queries reads head h / (heads / groups) of the pools, whose rows are [groups][width]. */
+/* Head h of the queries reads head h / (heads / groups) of the pools, whose rows are [groups][width], or bytes. */
 EXPORT void NAME(gqa_rows)(const bf16 *q, long q_t, long q_h, const bf16 *keys, const bf16 *values, long page_tokens,
                            long width, long heads, long groups, long tiles, const int *page_at, const int *pages,
                            const int *offset, const int *tokens, const int *row_at, const int *rows, const int *visible,
                            long merges, const int *merge_rows, const int *merge_at, const int *merge, float scale,
-                           float *partials, long entries, bf16 *out, int threads) {
+                           float *partials, long entries, bf16 *out, int fp8, int threads) {
     long steps = whole_steps(width), row = groups * width;
+    int direct = width % STEP == 0;
+    coded_row held = coded_rows(groups, width, 0), *coded = fp8 ? &held : 0;
     step s = {q, q_t, q_h, heads, groups, width, steps, {page_at, pages, offset, tokens, row_at, rows, visible},
-              rows_in(keys, page_tokens, row, width), rows_in(values, page_tokens, row, width), 0, scale, partials,
+              cache_of(keys, page_tokens, row, width, direct, coded), cache_of(values, page_tokens, row, width, direct, coded), 0, scale, partials,
               partials + entries * heads * steps * STEP, partials + entries * heads * (steps * STEP + 1)};
     attend(&s, tiles, merges, merge_rows, merge_at, merge, out, threads);
 }

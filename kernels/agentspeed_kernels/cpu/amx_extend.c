@@ -1,7 +1,8 @@
 /* Attention of many new rows in bf16, head by head, a tile of the plan at a time.
 
    A head's keys are rows, left operands of transposed scores as in amx_attention.c; its values are written as pairs of
-   tokens. Latents are decompressed to both first: two neighbouring rows of a product's result are such a pair already. */
+   tokens. Latents are decompressed to both first: two neighbouring rows of a product's result are such a pair already. Rows
+   in fp8 are taken back to numbers before anything reads them. */
 #include "amx_latents.h"
 
 typedef struct {
@@ -22,7 +23,7 @@ typedef struct {
 
 /* One thread's memory for one head. */
 typedef struct {
-    bf16 *key_tiles, *keys, *values, *queries, *shares, *copies;
+    bf16 *key_tiles, *keys, *values, *queries, *shares, *copies, *two; /* two: rows of values in fp8 as numbers */
     float *scores, *sums, *most, *weight, *block;
     sixteen *groups;
 } desk;
@@ -39,8 +40,14 @@ static void find_groups(const extend *e, const desk *d, const cache *rows, long 
         memset(copy, 0, 16 * rows->stride * sizeof(bf16));
         for (long t = 0; t < 16 && g * 16 + t < tokens; t++) {
             const bf16 *from = cached_row(rows, pages, offset + g * 16 + t);
-            copy_row(copy + t * rows->stride, from, e->rank);
-            copy_row(copy + t * rows->stride + e->rank_steps * STEP, from + e->rank, e->rope);
+            bf16 *to = copy + t * rows->stride;
+            if (rows->coded) {
+                decode_head(rows->coded, bytes_of(from), rows->head, to);
+                decode_plain(rows->coded, bytes_of(from), to + e->rank_steps * STEP);
+                continue;
+            }
+            copy_row(to, from, e->rank);
+            copy_row(to + e->rank_steps * STEP, from + e->rank, e->rope);
         }
     }
 }
@@ -54,6 +61,10 @@ static void pair_values(const extend *e, const desk *d, const cache *held, long 
     for (long t = 0; t < (tokens + 31) / 32 * 32; t += 2) {
         const bf16 *even = t < tokens ? cached_row(held, pages, offset + t) : 0;
         const bf16 *odd = t + 1 < tokens ? cached_row(held, pages, offset + t + 1) : 0;
+        if (held->coded) {
+            if (even) take_row(held, even, d->two), even = d->two;
+            if (odd) take_row(held, odd, d->two + held->stride), odd = d->two + held->stride;
+        }
         for (long v = 0; v < e->value_tiles; v++) {
             __mmask16 lanes = first_lanes(e->value - v * 16);
             __m256i x = even ? _mm256_maskz_loadu_epi16(lanes, even + v * 16) : _mm256_setzero_si256();
@@ -209,7 +220,7 @@ static void add_values(const extend *e, const desk *d, const int *rows, long cou
 static void attend_tile(const extend *e, const desk *d, long tile, long head) {
     long first = e->plan.row_at[tile], count = e->plan.row_at[tile + 1] - first;
     cache keys = e->rows, held = e->held;
-    if (held.pool) keys.pool += head / e->each * e->rope, held.pool += head / e->each * e->value;
+    if (held.pool) keys = from_head(keys, head / e->each, e->rope), held = from_head(held, head / e->each, e->value);
     find_groups(e, d, &keys, tile);
     if (held.pool) pair_values(e, d, &held, tile);
     else decompress(e, d, head, whole_tiles(e->plan.tokens[tile]));
@@ -244,6 +255,7 @@ static size_t lay_out(const extend *e, char *memory, desk *d) {
     d->queries = (bf16 *)cut_off(&at, (e->nope_steps + e->rope_steps) * TILE * 2);
     d->shares = (bf16 *)cut_off(&at, tokens / 32 * TILE * 2);
     d->copies = (bf16 *)cut_off(&at, tokens * e->rows.stride * 2);
+    d->two = (bf16 *)cut_off(&at, e->held.coded ? 2 * e->held.stride * 2 : 0);
     d->scores = (float *)cut_off(&at, tokens * 64);
     d->sums = (float *)cut_off(&at, e->all_rows * values * 4);
     d->most = (float *)cut_off(&at, e->all_rows * 4);
@@ -286,27 +298,33 @@ static void attend(extend e, long tiles, long merges, const int *merge_rows, int
     }
 }
 
+/* Rows of the pool are numbers, or with `fp8` bytes. */
 EXPORT void NAME(mla_extend)(const bf16 *q, long q_t, long q_h, const bf16 *pool, long page_tokens, long width,
                              const bf16 *key_up, const bf16 *value_up, long heads, long rank, long nope, long rope,
                              long value, long all_rows, long tiles, const int *page_at, const int *pages,
                              const int *offset, const int *tokens, const int *row_at, const int *rows,
-                             const int *visible, long merges, const int *merge_rows, float scale, bf16 *out, int threads) {
+                             const int *visible, long merges, const int *merge_rows, float scale, bf16 *out, int fp8,
+                             int threads) {
+    coded_row coded = coded_rows(1, rank, rope);
+    int direct = rank % STEP == 0 && rope % STEP == 0;
     extend e = {.q = q, .q_t = q_t, .q_h = q_h, .key_up = key_up, .value_up = value_up, .heads = heads, .rank = rank,
                 .nope = nope, .rope = rope, .value = value, .all_rows = all_rows, .scale = scale, .out = out,
                 .plan = {page_at, pages, offset, tokens, row_at, rows, visible},
-                .rows = {pool, page_tokens, width, width, 0, rank % STEP == 0 && rope % STEP == 0}};
+                .rows = cache_of(pool, page_tokens, width, width, direct, fp8 ? &coded : 0)};
     attend(e, tiles, merges, merge_rows, threads);
 }
 
-/* Head h of the queries reads head h / (heads / groups) of the pools, whose rows are [groups][width]. */
+/* Head h of the queries reads head h / (heads / groups) of the pools, whose rows are [groups][width], or bytes. */
 EXPORT void NAME(gqa_extend)(const bf16 *q, long q_t, long q_h, const bf16 *keys, const bf16 *values, long page_tokens,
                              long width, long heads, long groups, long all_rows, long tiles, const int *page_at,
                              const int *pages, const int *offset, const int *tokens, const int *row_at, const int *rows,
-                             const int *visible, long merges, const int *merge_rows, float scale, bf16 *out, int threads) {
+                             const int *visible, long merges, const int *merge_rows, float scale, bf16 *out, int fp8,
+                             int threads) {
+    coded_row bytes = coded_rows(groups, width, 0), *coded = fp8 ? &bytes : 0;
     /* Keys are what latents have behind their rank: the part that is read as it is cached. */
     extend e = {.q = q, .q_t = q_t, .q_h = q_h, .heads = heads, .rope = width, .value = width, .all_rows = all_rows,
                 .scale = scale, .out = out, .plan = {page_at, pages, offset, tokens, row_at, rows, visible},
-                .rows = {keys, page_tokens, groups * width, width, 0, width % STEP == 0},
-                .held = {values, page_tokens, groups * width, width, 0, 0}, .each = heads / groups};
+                .rows = cache_of(keys, page_tokens, groups * width, width, width % STEP == 0, coded),
+                .held = cache_of(values, page_tokens, groups * width, width, 0, coded), .each = heads / groups};
     attend(e, tiles, merges, merge_rows, threads);
 }

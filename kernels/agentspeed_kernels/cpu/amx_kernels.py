@@ -18,6 +18,8 @@ from agentspeed_kernels.cpu.native_kernels import (
     call_heads_linear,
     call_linear,
     call_mla_rows,
+    heads_of,
+    in_fp8,
     rows_packed,
 )
 from agentspeed_kernels.cpu.recording import call
@@ -122,7 +124,7 @@ class TileKernels(OpenedFunctions):
             key_pool.shape[1],
             width,
             heads,
-            key_pool.shape[2] // width,
+            heads_of(key_pool, width),
             q.shape[0],
             tiles.count,
             *tiles.addresses[:7],
@@ -130,6 +132,7 @@ class TileKernels(OpenedFunctions):
             tiles.addresses[7],
             scale,
             out.data_ptr(),
+            in_fp8(key_pool),
             torch.get_num_threads(),
         )
 
@@ -156,7 +159,7 @@ class TileKernels(OpenedFunctions):
             q.stride(1),
             pool.data_ptr(),
             pool.shape[1],
-            pool.shape[2],
+            rank + q.shape[2] - nope,
             key_up.data_ptr(),
             value_up.data_ptr(),
             heads,
@@ -171,6 +174,7 @@ class TileKernels(OpenedFunctions):
             tiles.addresses[7],
             scale,
             out.data_ptr(),
+            in_fp8(pool),
             torch.get_num_threads(),
         )
 

@@ -128,11 +128,11 @@ _ROWS: Arguments = {
     "rms_norm": (P, L, P, F, P, L, L, L, N),
     "add_rms_norm": (P, P, P, F, P, L, L, N),
     "rope": (P, L, L, P, P, N, L, L, L, N),
-    "latent_append": (P, L, P, F, P, P, N, P, P, L, L, L, N),
-    "qkv_append": (P, L, L, P, P, F, P, P, N, P, P, P, P, L, L, L, L, N),
+    "latent_append": (P, L, P, F, P, P, N, P, P, L, L, L, N, N),
+    "qkv_append": (P, L, L, P, P, F, P, P, N, P, P, P, P, L, L, L, L, N, N),
     "route": (P, P, P, P, P, L, L, L, L, L, L, N, N, N, F, N),
 }
-_PLANNED = (L, P, P, P, P, P, P, P, L, P, P, P, F, P, L, P, N)
+_PLANNED = (L, P, P, P, P, P, P, P, L, P, P, P, F, P, L, P, N, N)
 _ATTENTION: Arguments = {
     "mla_rows": (P, L, L, P, L, L, L, L, *_PLANNED),
     "gqa_rows": (P, L, L, P, P, L, L, L, L, *_PLANNED),
@@ -142,6 +142,7 @@ _PLAIN: Arguments = (
     _BYTES | _FP8 | _ROWS | _ATTENTION | _PRODUCTS | {"experts": (P, P, P, P, P, P, P, P, P, P, L, L, L, L, L, N)}
 )
 _EXTEND: Arguments = {
+    "take_back": (P, L, L, L, P, L, L, P, N),
     "soften": (P, P, F, P, P, L, L, L, N),
     "merge": (P, P, P, P, P, P, P, L, L, L, N),
     "normalise": (P, P, P, P, L, L, L, N),
@@ -151,8 +152,8 @@ _TILES: Arguments = (
     | _PRODUCTS
     | {
         "experts": (P, P, P, P, P, P, P, P, P, P, P, L, L, L, L, L, N),
-        "mla_extend": (P, L, L, P, L, L, P, P, L, L, L, L, L, L, L, P, P, P, P, P, P, P, L, P, F, P, N),
-        "gqa_extend": (P, L, L, P, P, L, L, L, L, L, L, P, P, P, P, P, P, P, L, P, F, P, N),
+        "mla_extend": (P, L, L, P, L, L, P, P, L, L, L, L, L, L, L, P, P, P, P, P, P, P, L, P, F, P, N, N),
+        "gqa_extend": (P, L, L, P, P, L, L, L, L, L, L, P, P, P, P, P, P, P, L, P, F, P, N, N),
     }
 )
 

@@ -1,7 +1,8 @@
 /* Attention of a few rows over paged keys and values: what is cached is read from memory once for all rows that see it.
 
-   Latent attention has one head of the pool for all heads of queries, whose values are the first part of its keys. */
-#include "native_common.h"
+   Latent attention has one head of the pool for all heads of queries, whose values are the first part of its keys. Rows in
+   fp8 are taken back to numbers a block of tokens at a time. */
+#include "native_cache.h"
 
 #define BLOCK 32     /* tokens scored at a time; two vectors of scores a row */
 #define GROUP 64     /* (row, head) pairs that share one pass over a tile */
@@ -19,6 +20,7 @@ typedef struct {
     long q_t, q_h;
     const num *keys, *values; /* pools; between their rows lie `row` numbers, between heads of a row `width` and `rank` */
     long row, page_tokens, width, rank, heads, groups; /* groups: heads of the pools */
+    const coded_row *coded; /* how rows are kept in fp8; 0: they are numbers */
     const int *page_at, *pages, *offset, *tokens, *row_at, *rows, *visible;
     float scale;
     float *sums;    /* [entries][heads][rank] */
@@ -185,21 +187,38 @@ INLINE void point(const num *pool, const long *rows, const num **to) {
     for (int b = 0; b < BLOCK; b++) to[b] = pool + rows[b];
 }
 
+/* Numbers between rows that were taken back, which end with whole vectors. */
+INLINE long taken_row(const step *s) { return s->width + DEEP; }
+
+/* A head's keys, and values that are no part of them, of a block of rows in fp8; the `next` ones are fetched meanwhile. */
+INLINE void take_back(const step *s, long head, const long *rows, const long *next, num *to) {
+    const coded_row *c = s->coded;
+    for (int side = 0; side < (s->values == s->keys ? 1 : 2); side++)
+        for (int b = 0; b < BLOCK; b++, to += taken_row(s)) {
+            const num *pool = side ? s->values : s->keys;
+            const uint8_t *ahead = (const uint8_t *)(pool + next[b]);
+            for (long k = 0; k < c->width; k += 64) __builtin_prefetch(ahead + head * c->width + k, 0, 2);
+            for (long k = c->scales_at; k < c->bytes; k += 64) __builtin_prefetch(ahead + k, 0, 2);
+            decode_part(c, (const uint8_t *)(pool + rows[b]), head, to);
+        }
+}
+
 /* One pass over a tile: of each of the `count` heads of the pools from `group` on the pairs [low, low + GROUP / count),
    where a head of the pools has rows x heads / groups of them. */
 typedef struct {
     long tile, group, count, low;
 } pass;
 
-/* Shares of a head's pairs and the sums of their values, for one block of tokens. */
+/* Shares of a head's pairs and the sums of their values, for one block of tokens. `next` may be 0. */
 INLINE void block_of(const step *s, const num *keys, const num *values, const long *rows, const long *next, long at,
                      long padded, const float *q, float *o, const long *seen, float *most, float *sum) {
     const num *k[BLOCK], *v[BLOCK], *ahead[BLOCK];
-    point(keys, rows, k), point(values, rows, v), point(keys, next, ahead);
+    point(keys, rows, k), point(values, rows, v);
+    if (next) point(keys, next, ahead);
     for (long i = 0; i < padded; i += ROWS) {
         float shares[ROWS * BLOCK], keep[ROWS];
         long many = padded - i < ROWS ? HALF_ROWS : ROWS;
-        const num *const *fetched = i == 0 ? ahead : 0;
+        const num *const *fetched = i == 0 && next ? ahead : 0;
 #if REGISTERS >= 32
         if (many == ROWS && fetched)
             for (int b = 0; b < BLOCK; b += 2) scores8(q, k + b, ahead + b, s->width, shares + b);
@@ -220,13 +239,14 @@ INLINE void block_of(const step *s, const num *keys, const num *values, const lo
     }
 }
 
-/* memory: width + rank floats for each of GROUP pairs. */
+/* memory: width + rank floats for each of GROUP pairs, and with fp8 two blocks of rows. */
 static void run_pass(const step *s, pass of, float *memory) {
     long first = s->row_at[of.tile], each = s->heads / s->groups;
     long pairs = (s->row_at[of.tile + 1] - first) * each - of.low, most_pairs = GROUP / of.count;
     if (pairs > most_pairs) pairs = most_pairs;
     long padded = (pairs + HALF_ROWS - 1) / HALF_ROWS * HALF_ROWS, all = padded * of.count;
     float *q = memory, *o = memory + all * s->width;
+    num *taken = (num *)(memory + GROUP * (s->width + s->rank));
     float most[GROUP], sum[GROUP];
     long seen[GROUP];
     for (long i = 0; i < padded; i++) {
@@ -240,15 +260,23 @@ static void run_pass(const step *s, pass of, float *memory) {
         }
     }
     memset(o, 0, all * s->rank * sizeof(float));
-    long rows[2][BLOCK];
+    long rows[2][BLOCK], taken_rows[BLOCK];
     int side = 0;
+    for (int b = 0; b < BLOCK; b++) taken_rows[b] = b * taken_row(s);
     locate(s, of.tile, 0, rows[0]);
     for (long at = 0; at < s->tokens[of.tile]; at += BLOCK, side ^= 1) {
         locate(s, of.tile, at + BLOCK, rows[side ^ 1]);
-        for (long g = 0; g < of.count; g++)
-            block_of(s, s->keys + (of.group + g) * s->width, s->values + (of.group + g) * s->rank, rows[side],
-                     rows[side ^ 1], at, padded, q + g * padded * s->width, o + g * padded * s->rank, seen,
+        for (long g = 0; g < of.count; g++) {
+            const num *keys = s->keys + (of.group + g) * s->width, *values = s->values + (of.group + g) * s->rank;
+            const long *here = rows[side], *next = rows[side ^ 1];
+            if (s->coded) {
+                take_back(s, of.group + g, here, next, taken);
+                keys = taken, values = s->values == s->keys ? taken : taken + BLOCK * taken_row(s);
+                here = taken_rows, next = 0;
+            }
+            block_of(s, keys, values, here, next, at, padded, q + g * padded * s->width, o + g * padded * s->rank, seen,
                      most + g * padded, sum + g * padded);
+        }
     }
     for (long g = 0; g < of.count; g++)
         for (long i = 0; i < pairs; i++) {
@@ -291,7 +319,8 @@ static void attend(const step *s, long tiles, long merges, const int *merge_rows
     long parts = together > 1 ? 1 : (most_rows * each + GROUP - 1) / GROUP;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        float *mine = agentspeed_scratch(FOR_ATTENTION, GROUP * (s->width + s->rank) * sizeof(float));
+        size_t taken = s->coded ? 2 * BLOCK * taken_row(s) * sizeof(num) : 0;
+        float *mine = agentspeed_scratch(FOR_ATTENTION, GROUP * (s->width + s->rank) * sizeof(float) + taken);
 #pragma omp for schedule(dynamic)
         for (long job = 0; job < tiles * spans * parts; job++) {
             long tile = job / (spans * parts), span = job / parts % spans, low = job % parts * GROUP;
@@ -309,26 +338,30 @@ static void attend(const step *s, long tiles, long merges, const int *merge_rows
     }
 }
 
-/* partials: [entries][heads] rows of rank + 2 floats. */
+/* partials: [entries][heads] rows of rank + 2 floats. Rows of the pool are numbers, or with `fp8` bytes. */
 EXPORT void NAME(mla_rows)(const num *q, long q_t, long q_h, const num *pool, long page_tokens, long width, long rank,
                            long heads, long tiles, const int *page_at, const int *pages, const int *offset,
                            const int *tokens, const int *row_at, const int *rows, const int *visible, long merges,
                            const int *merge_rows, const int *merge_at, const int *merge, float scale, float *partials,
-                           long entries, num *out, int threads) {
-    step s = {q, q_t, q_h, pool, pool, width, page_tokens, width, rank, heads, 1, page_at, pages, offset, tokens, row_at,
-              rows, visible, scale, partials, partials + entries * heads * rank,
+                           long entries, num *out, int fp8, int threads) {
+    coded_row coded = coded_rows(1, rank, width - rank);
+    long row = fp8 ? coded.bytes / (long)sizeof(num) : width;
+    step s = {q, q_t, q_h, pool, pool, row, page_tokens, width, rank, heads, 1, fp8 ? &coded : 0, page_at, pages, offset,
+              tokens, row_at, rows, visible, scale, partials, partials + entries * heads * rank,
               partials + entries * heads * (rank + 1)};
     attend(&s, tiles, merges, merge_rows, merge_at, merge, out, threads);
 }
 
-/* Head h of the queries reads head h / (heads / groups) of the pools, whose rows are [groups][width]. */
+/* Head h of the queries reads head h / (heads / groups) of the pools, whose rows are [groups][width], or bytes. */
 EXPORT void NAME(gqa_rows)(const num *q, long q_t, long q_h, const num *keys, const num *values, long page_tokens,
                            long width, long heads, long groups, long tiles, const int *page_at, const int *pages,
                            const int *offset, const int *tokens, const int *row_at, const int *rows, const int *visible,
                            long merges, const int *merge_rows, const int *merge_at, const int *merge, float scale,
-                           float *partials, long entries, num *out, int threads) {
-    step s = {q, q_t, q_h, keys, values, groups * width, page_tokens, width, width, heads, groups, page_at, pages, offset,
-              tokens, row_at, rows, visible, scale, partials, partials + entries * heads * width,
+                           float *partials, long entries, num *out, int fp8, int threads) {
+    coded_row coded = coded_rows(groups, width, 0);
+    long row = fp8 ? coded.bytes / (long)sizeof(num) : groups * width;
+    step s = {q, q_t, q_h, keys, values, row, page_tokens, width, width, heads, groups, fp8 ? &coded : 0, page_at, pages,
+              offset, tokens, row_at, rows, visible, scale, partials, partials + entries * heads * width,
               partials + entries * heads * (width + 1)};
     attend(&s, tiles, merges, merge_rows, merge_at, merge, out, threads);
 }

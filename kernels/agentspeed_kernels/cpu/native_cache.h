@@ -21,16 +21,17 @@ INLINE coded_row coded_rows(long heads, long width, long plain) {
     return made;
 }
 
+/* DEEP numbers. */
 INLINE void write_wide(num *to, wide low, wide high) {
 #if defined(HALF) && defined(__AVX512BF16__)
     _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
-#elif defined(HALF) && REGISTERS >= 32
+#elif REGISTERS >= 32
     write_vec(to, low), write_vec(to + WIDE, high);
 #elif defined(HALF)
+    typedef uint16_t halves __attribute__((vector_size(2 * NARROW), aligned(2), may_alias));
     for (int side = 0; side < 2; side++) {
         narrow x = side ? high : low;
         narrow_bits bits = (narrow_bits)x, none = (narrow_bits)(x != x);
-        typedef uint16_t halves __attribute__((vector_size(2 * NARROW), aligned(2), may_alias));
         bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
         *(halves *)(to + side * WIDE) = __builtin_convertvector((bits & ~none) | (none & 0x7fc0), halves);
     }
@@ -39,41 +40,35 @@ INLINE void write_wide(num *to, wide low, wide high) {
 #endif
 }
 
-/* The numbers of a head; what is written behind them ends with a whole number of DEEP. */
+/* The numbers of a head, and zeros up to a multiple of DEEP. */
 INLINE void decode_head(const coded_row *c, const uint8_t *row, long head, num *to) {
     const uint8_t *from = row + head * c->width;
     float scale;
     memcpy(&scale, row + c->scales_at + 4 * head, sizeof scale);
-    scale *= FACTOR;
-    long k = 0;
-    for (; k < c->width; k += DEEP) {
+    /* A large factor and a large scale are beyond what a float holds. */
+    const float first = FACTOR > 0x1p30f ? FACTOR : 1.0f, then = FACTOR > 0x1p30f ? scale : scale * FACTOR;
+    for (long k = 0; k < c->width; k += DEEP) {
         uint8_t end[DEEP] = {0};
         const uint8_t *at = from + k;
         if (c->width - k < DEEP) at = memcpy(end, at, c->width - k); /* the end of a row may be that of memory */
         wide low, high;
         to_floats(at, &low, &high);
-        write_wide(to + k, low * scale, high * scale);
+        write_wide(to + k, low * first * then, high * first * then);
     }
 }
 
 INLINE void decode_plain(const coded_row *c, const uint8_t *row, num *to) {
-    const uint16_t *from = (const uint16_t *)(row + c->plain_at);
 #ifdef HALF
-    memcpy(to, from, c->plain * sizeof(num));
+    memcpy(to, row + c->plain_at, c->plain * sizeof(num));
 #else
-    for (long i = 0; i < c->plain; i++) {
-        uint32_t bits = (uint32_t)from[i] << 16;
-        memcpy(to + i, &bits, sizeof bits);
-    }
+    for (long i = 0; i < c->plain; i++) to[i] = of_half(((const uint16_t *)(row + c->plain_at))[i]);
 #endif
 }
 
-/* Numbers for which there must be memory where a head and what is plain are decoded, one behind the other. */
-INLINE long decoded_room(const coded_row *c) { return c->width + (c->plain > DEEP ? c->plain : DEEP); }
-
-INLINE void decode_row(const coded_row *c, const uint8_t *row, num *to) {
-    for (long h = 0; h < c->heads; h++) decode_head(c, row, h, to + h * c->width);
-    if (c->plain) decode_plain(c, row, to + c->heads * c->width);
+/* What those read who read one head: its numbers, and behind them what is plain. */
+INLINE void decode_part(const coded_row *c, const uint8_t *row, long head, num *to) {
+    decode_head(c, row, head, to);
+    if (c->plain) decode_plain(c, row, to + c->width);
 }
 
 /* The nearest byte of each of 16 numbers of up to 448 in magnitude, to even between two; 0 for what is no number. */
@@ -117,19 +112,12 @@ INLINE void code_head(const coded_row *c, const num *x, uint8_t *row, long head)
     memcpy(row + c->scales_at + 4 * head, &scale, sizeof scale);
 }
 
-/* A row of numbers as bytes, zeros between its sections. */
-INLINE void code_row(const coded_row *c, const num *x, uint8_t *row) {
+/* What lies between the sections of a row. */
+INLINE void blank_row(const coded_row *c, uint8_t *row) {
     memset(row + c->heads * c->width, 0, c->bytes - c->heads * c->width);
-    for (long h = 0; h < c->heads; h++) code_head(c, x + h * c->width, row, h);
-    uint16_t *plain = (uint16_t *)(row + c->plain_at);
-    for (long i = 0; i < c->plain; i++) {
-#ifdef HALF
-        plain[i] = x[c->heads * c->width + i];
-#else
-        uint32_t bits;
-        memcpy(&bits, x + c->heads * c->width + i, sizeof bits);
-        plain[i] = x[c->heads * c->width + i] != x[c->heads * c->width + i] ? 0x7fc0 : (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-#endif
-    }
+}
+
+INLINE void code_plain(const coded_row *c, const num *x, uint8_t *row) {
+    for (long i = 0; i < c->plain; i++) ((uint16_t *)(row + c->plain_at))[i] = half_of(read_one(x[i]));
 }
 #endif

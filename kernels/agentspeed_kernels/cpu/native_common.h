@@ -36,8 +36,21 @@ INLINE void store(float *at, vec v) { *(vec *)at = v; }
 INLINE vec splat(float x) { return (vec){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 INLINE vec pick(ivec mask, vec yes, vec no) { return (vec)(((ivec)yes & mask) | ((ivec)no & ~mask)); }
 
+/* bf16 is the upper half of a float. */
+INLINE float of_half(uint16_t x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+INLINE uint16_t half_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return x != x ? 0x7fc0 : (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
 #ifdef HALF
-typedef uint16_t num; /* bf16: the upper half of a float */
+typedef uint16_t num; /* bf16 */
 typedef uint16_t half16 __attribute__((vector_size(32), aligned(2), may_alias));
 typedef uint32_t uvec __attribute__((vector_size(64), aligned(4), may_alias));
 
@@ -49,17 +62,8 @@ INLINE void write_vec(num *at, vec v) {
     bits = (uvec)pick((ivec)(v != v), (vec)(bits * 0 + 0x7fc0), (vec)bits);
     *(half16 *)at = __builtin_convertvector(bits, half16);
 }
-INLINE float read_one(num x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-INLINE num round_one(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return x != x ? 0x7fc0 : (num)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
+INLINE float read_one(num x) { return of_half(x); }
+INLINE num round_one(float x) { return half_of(x); }
 #else
 typedef float num;
 INLINE vec read_vec(const num *at) { return load(at); }

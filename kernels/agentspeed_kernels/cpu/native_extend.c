@@ -1,5 +1,21 @@
-/* What lies between the two products of ordinary attention: softmax of a tile in one pass, and its place in the whole. */
-#include "native_common.h"
+/* What lies around the two products of ordinary attention: cached rows in fp8 as numbers, softmax of a tile in one pass, and
+   its place in the whole. */
+#include "native_cache.h"
+
+/* Rows of latents in fp8 as numbers: to[tokens][rank + rope]. */
+EXPORT void NAME(take_back)(const uint8_t *pool, long page_tokens, long rank, long rope, const int *pages, long offset,
+                            long tokens, num *to, int threads) {
+    coded_row coded = coded_rows(1, rank, rope);
+    long width = rank + rope;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (long t = 0; t < tokens; t++) {
+        long place = offset + t;
+        const uint8_t *row = pool + ((long)pages[place / page_tokens] * page_tokens + place % page_tokens) * coded.bytes;
+        num *held = agentspeed_scratch(FOR_ROWS, (width + DEEP) * sizeof(num));
+        decode_part(&coded, row, 0, held);
+        memcpy(to + t * width, held, width * sizeof(num));
+    }
+}
 
 /* scores[heads][rows][tokens] become exp(scale * (score - peak)); row r sees visible[r] tokens, the others become 0.
    peaks and sums are [heads][rows]. */

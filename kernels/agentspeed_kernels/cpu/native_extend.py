@@ -34,7 +34,8 @@ def mla_extend(
     most = workspace.take("extend_most", (rows, heads), torch.float32).fill_(NEVER)
     weight = workspace.take("extend_weight", (rows, heads), torch.float32).zero_()
     for tile in tiles.tiles:
-        part, peaks, sums = _part(functions["soften"], q, pool, key_up, value_up, tile, scale, workspace, threads)
+        latents = _latents(functions["take_back"], pool, tile, key_up.shape[1], q.shape[2] - key_up.shape[2], workspace)
+        part, peaks, sums = _part(functions["soften"], q, latents, key_up, value_up, tile, scale, workspace, threads)
         functions["merge"](
             part.data_ptr(),
             peaks.data_ptr(),
@@ -60,10 +61,29 @@ def mla_extend(
     )
 
 
+def _latents(take_back: Any, pool: Tensor, tile: Tile, rank: int, rope: int, workspace: Workspace) -> Tensor:
+    """float32 [tokens, rank + rope]"""
+    if pool.dtype != torch.uint8:
+        return latents_of(pool, tile, workspace)
+    latents = workspace.take("extend_latents", (tile.tokens, rank + rope), torch.float32)
+    take_back(
+        pool.data_ptr(),
+        pool.shape[1],
+        rank,
+        rope,
+        tile.pages.ctypes.data,
+        tile.offset,
+        tile.tokens,
+        latents.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return latents
+
+
 def _part(
     soften: Any,
     q: Tensor,
-    pool: Tensor,
+    latents: Tensor,
     key_up: Tensor,
     value_up: Tensor,
     tile: Tile,
@@ -75,7 +95,6 @@ def _part(
     heads, rank, nope = key_up.shape
     value, count = value_up.shape[1], tile.rows.size
     take = workspace.take
-    latents = latents_of(pool, tile, workspace)
     compressed = latents[:, :rank]
     keys = take("extend_keys", (heads, tile.tokens, nope), torch.float32)
     torch.bmm(compressed.expand(heads, -1, -1), key_up, out=keys)

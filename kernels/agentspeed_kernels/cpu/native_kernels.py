@@ -13,6 +13,7 @@ from torch import Tensor
 
 from agentspeed_kernels.cpu import native, native_extend
 from agentspeed_kernels.cpu.recording import PARTIALS, call, note_partials
+from agentspeed_kernels.fp8_cache import heads_in
 from agentspeed_kernels.packing import Packed
 from agentspeed_kernels.routing import RouteRule
 from agentspeed_kernels.signature import Dtype, KernelSpec
@@ -43,6 +44,16 @@ def _opened(form: native.Form, kind: native.Kind) -> dict[str, native.Function]:
 
 def rows_packed(*tensors: Tensor) -> bool:
     return all(tensor.stride(-1) == 1 for tensor in tensors)
+
+
+def in_fp8(pool: Tensor) -> bool:
+    """Whether the rows of a pool are bytes (`fp8_cache`)."""
+    return pool.dtype == torch.uint8
+
+
+def heads_of(pool: Tensor, width: int) -> int:
+    """Of a pool of keys, or of values."""
+    return heads_in(pool.shape[2], width).heads if in_fp8(pool) else pool.shape[2] // width
 
 
 class OpenedFunctions:
@@ -179,6 +190,7 @@ class NativeKernels(OpenedFunctions):
             raw.shape[0],
             weight.shape[0],
             cos.shape[1],
+            in_fp8(pool),
             torch.get_num_threads(),
         )
 
@@ -291,6 +303,7 @@ class NativeKernels(OpenedFunctions):
             q.shape[1],
             (qkv.shape[1] - q.shape[1]) // 2,
             cos.shape[1],
+            in_fp8(key_pool),
             torch.get_num_threads(),
         )
 
@@ -363,7 +376,7 @@ def call_mla_rows(
         q.stride(1),
         pool.data_ptr(),
         pool.shape[1],
-        pool.shape[2],
+        q.shape[2],
         rank,
         heads,
         tiles.count,
@@ -374,6 +387,7 @@ def call_mla_rows(
         partials.data_ptr(),
         tiles.entries,
         out.data_ptr(),
+        in_fp8(pool),
         torch.get_num_threads(),
     )
     note_partials(heads * (partial_width + 2))
@@ -406,7 +420,7 @@ def call_gqa_rows(
         key_pool.shape[1],
         width,
         heads,
-        key_pool.shape[2] // width,
+        heads_of(key_pool, width),
         tiles.count,
         *tiles.addresses[:7],
         tiles.merge_rows.size,
@@ -415,6 +429,7 @@ def call_gqa_rows(
         partials.data_ptr(),
         tiles.entries,
         out.data_ptr(),
+        in_fp8(key_pool),
         torch.get_num_threads(),
     )
     note_partials(heads * (partial_width + 2))

@@ -1,5 +1,5 @@
 /* Row-wise work between the products: norms, rotary turns, latent rows written to their pages, and routing. */
-#include "native_common.h"
+#include "native_cache.h"
 
 static float squares(const num *x, long n) {
     vec first = splat(0), second = splat(0);
@@ -116,15 +116,22 @@ EXPORT void NAME(rope)(num *x, long x_t, long x_h, const void *cosines, const vo
         }
 }
 
+/* The rows of the pool are numbers, or with `fp8` bytes. */
 EXPORT void NAME(latent_append)(const num *raw, long raw_stride, const num *weight, float eps, const void *cosines,
                                 const void *sines, int wide, const int64_t *slots, num *pool, long tokens, long rank,
-                                long half, int threads) {
+                                long half, int fp8, int threads) {
     long width = rank + 2 * half;
+    coded_row coded = coded_rows(1, rank, 2 * half);
 #pragma omp parallel for num_threads(threads) if (tokens >= PARALLEL_ROWS && threads > 1)
     for (long t = 0; t < tokens; t++) {
-        num *row = pool + slots[t] * width;
+        num *row = fp8 ? agentspeed_scratch(FOR_ROWS, width * sizeof(num)) : pool + slots[t] * width;
         norm_row(raw + t * raw_stride, weight, eps, row, rank);
         turn(raw + t * raw_stride + rank, cosines, sines, t * half, half, wide, row + rank);
+        if (!fp8) continue;
+        uint8_t *to = (uint8_t *)pool + slots[t] * coded.bytes;
+        blank_row(&coded, to);
+        code_head(&coded, row, to, 0);
+        code_plain(&coded, row + rank, to);
     }
 }
 
@@ -136,20 +143,26 @@ INLINE void turn_head(const num *x, const num *gain, float eps, const void *cosi
 }
 
 /* x[t * x_t + h * x_h]: `heads` heads of queries, `groups` of keys and as many of values, each of 2 * half numbers. q is
-   [tokens][heads]; rows of the pools are [groups]. */
+   [tokens][heads]; rows of the pools are [groups], or with `fp8` bytes. */
 EXPORT void NAME(qkv_append)(const num *x, long x_t, long x_h, const num *q_gain, const num *k_gain, float eps,
                              const void *cosines, const void *sines, int wide, const int64_t *slots, num *q, num *keys,
-                             num *values, long tokens, long heads, long groups, long half, int threads) {
+                             num *values, long tokens, long heads, long groups, long half, int fp8, int threads) {
     long width = 2 * half;
+    coded_row coded = coded_rows(groups, width, 0);
 #pragma omp parallel for num_threads(threads) if (tokens >= PARALLEL_ROWS && threads > 1)
     for (long t = 0; t < tokens; t++) {
         const num *row = x + t * x_t;
+        uint8_t *key_row = (uint8_t *)keys + slots[t] * coded.bytes, *value_row = (uint8_t *)values + slots[t] * coded.bytes;
         for (long h = 0; h < heads; h++)
             turn_head(row + h * x_h, q_gain, eps, cosines, sines, wide, t, half, q + (t * heads + h) * width);
+        if (fp8) blank_row(&coded, key_row), blank_row(&coded, value_row);
         for (long g = 0; g < groups; g++) {
             long to = (slots[t] * groups + g) * width;
-            turn_head(row + (heads + g) * x_h, k_gain, eps, cosines, sines, wide, t, half, keys + to);
-            memcpy(values + to, row + (heads + groups + g) * x_h, width * sizeof(num));
+            const num *value = row + (heads + groups + g) * x_h;
+            num *key = fp8 ? agentspeed_scratch(FOR_ROWS, width * sizeof(num)) : keys + to;
+            turn_head(row + (heads + g) * x_h, k_gain, eps, cosines, sines, wide, t, half, key);
+            if (fp8) code_head(&coded, key, key_row, g), code_head(&coded, value, value_row, g);
+            else memcpy(values + to, value, width * sizeof(num));
         }
     }
 }

@@ -2,7 +2,8 @@
 
    Rows of queries are packed in panels of 12 (vector_products.h); a block's keys lie in the order of weights, and its values as
    pairs of tokens. Latents are decompressed to both: two neighbouring rows of a product's result are such a pair already.
-   Shares of the softmax stay rows, for a pair of neighbouring tokens is what is broadcast. */
+   Shares of the softmax stay rows, for a pair of neighbouring tokens is what is broadcast. Rows in fp8 are taken back to
+   numbers before they are packed. */
 #include "amx_latents.h"
 #include "vector_products.h"
 
@@ -29,7 +30,7 @@ typedef struct {
 
 /* One job's memory. */
 typedef struct {
-    bf16 *key_up, *latents, *keys, *values, *queries, *shares;
+    bf16 *key_up, *latents, *keys, *values, *queries, *shares, *taken; /* taken: rows of fp8 as numbers */
     float *scores, *sums, *most, *weight, *panel, *made;
 } desk;
 
@@ -85,16 +86,31 @@ INLINE void fetch_rows(const bf16 *const *rows, long count, long column, long wi
         for (long k = 0; rows[i] && k < width; k += STEP) NEAR(rows[i] + column + k);
 }
 
+/* Rows in fp8 as numbers. */
+static void take_back(const cache *c, long group, long count, bf16 *to, const bf16 **rows) {
+    cache one = from_head(*c, group, 0);
+    for (long t = 0; t < count; t++, to += c->stride) {
+        for (long k = 0; k < c->coded->bytes && t + AHEAD < count; k += 64) NEAR(bytes_of(rows[t + AHEAD]) + k);
+        take_row(&one, rows[t], to);
+        rows[t] = to;
+    }
+}
+
 /* What the heads of a job share: keys or the turned part of them, and values or latents. */
 static void pack_block(const extend *e, const desk *d, const block *b, const job *j) {
     const bf16 *rows[TOKENS], *held[TOKENS];
     long keys = e->rank + j->group * e->rope, values = j->group * e->value;
     find_rows(e, &e->rows, b, rows);
     if (e->held.pool) find_rows(e, &e->held, b, held);
+    if (e->rows.coded) {
+        take_back(&e->rows, j->group, b->count, d->taken, rows);
+        if (e->held.pool) take_back(&e->held, j->group, b->count, d->taken + TOKENS * e->rows.stride, held);
+        keys = e->rank, values = 0; /* of what was taken back */
+    }
     for (long t = 0; t < b->whole; t += 16) {
         const bf16 *turned[16];
         long next = at_most(b->whole - t - AHEAD, 16);
-        if (next > 0 && e->held.pool) {
+        if (next > 0 && e->held.pool && !e->rows.coded) {
             fetch_rows(rows + t + AHEAD, next, keys, e->rope);
             fetch_rows(held + t + AHEAD, next, values, e->value);
         }
@@ -269,6 +285,7 @@ static size_t lay_out(const extend *e, long heads, char *memory, desk *d) {
     d->queries = (bf16 *)cut_off(&at, size * 2 + 64);
     d->shares = (bf16 *)cut_off(&at, PANEL * SHARES * 2);
     d->scores = (float *)cut_off(&at, PANEL * SCORES * 4);
+    d->taken = (bf16 *)cut_off(&at, e->rows.coded ? TOKENS * (e->rows.stride + e->held.stride) * 2 : 0);
     d->made = (float *)cut_off(&at, HALF_TILE * COLUMNS * 4);
     d->panel = (float *)cut_off(&at, PANEL * e->width * 4);
     d->sums = (float *)cut_off(&at, heads * e->all_rows * e->width * 4);
@@ -299,25 +316,32 @@ static void attend(extend e, long tiles, long merges, const int *merge_rows, int
     }
 }
 
+/* Rows of the pool are numbers, or with `fp8` bytes. */
 EXPORT void NAME(mla_extend)(const bf16 *q, long q_t, long q_h, const bf16 *pool, long page_tokens, long width,
                              const bf16 *key_up, const bf16 *value_up, long heads, long rank, long nope, long rope,
                              long value, long all_rows, long tiles, const int *page_at, const int *pages,
                              const int *offset, const int *tokens, const int *row_at, const int *rows,
-                             const int *visible, long merges, const int *merge_rows, float scale, bf16 *out, int threads) {
+                             const int *visible, long merges, const int *merge_rows, float scale, bf16 *out, int fp8,
+                             int threads) {
+    coded_row coded = coded_rows(1, rank, rope);
     extend e = {.q = q, .q_t = q_t, .q_h = q_h, .key_up = key_up, .value_up = value_up, .heads = heads, .groups = 1,
                 .rank = rank, .nope = nope, .rope = rope, .value = value, .all_rows = all_rows, .scale = scale, .out = out,
-                .plan = {page_at, pages, offset, tokens, row_at, rows, visible}, .rows = {pool, page_tokens, width, width, 0, 0}};
+                .plan = {page_at, pages, offset, tokens, row_at, rows, visible},
+                .rows = cache_of(pool, page_tokens, width, width, 0, fp8 ? &coded : 0)};
     attend(e, tiles, merges, merge_rows, threads);
 }
 
-/* Head h of the queries reads head h / (heads / groups) of the pools, whose rows are [groups][width]. */
+/* Head h of the queries reads head h / (heads / groups) of the pools, whose rows are [groups][width], or bytes. */
 EXPORT void NAME(gqa_extend)(const bf16 *q, long q_t, long q_h, const bf16 *keys, const bf16 *values, long page_tokens,
                              long width, long heads, long groups, long all_rows, long tiles, const int *page_at,
                              const int *pages, const int *offset, const int *tokens, const int *row_at, const int *rows,
-                             const int *visible, long merges, const int *merge_rows, float scale, bf16 *out, int threads) {
+                             const int *visible, long merges, const int *merge_rows, float scale, bf16 *out, int fp8,
+                             int threads) {
+    coded_row held = coded_rows(groups, width, 0), *coded = fp8 ? &held : 0;
     /* Keys are what latents have behind their rank: the part that is read as it is cached. */
     extend e = {.q = q, .q_t = q_t, .q_h = q_h, .heads = heads, .groups = groups, .rope = width, .value = width,
                 .all_rows = all_rows, .scale = scale, .out = out, .plan = {page_at, pages, offset, tokens, row_at, rows, visible},
-                .rows = {keys, page_tokens, groups * width, width, 0, 0}, .held = {values, page_tokens, groups * width, width, 0, 0}};
+                .rows = cache_of(keys, page_tokens, groups * width, width, 0, coded),
+                .held = cache_of(values, page_tokens, groups * width, width, 0, coded)};
     attend(e, tiles, merges, merge_rows, threads);
 }

@@ -4,7 +4,8 @@
    pairs x tokens are folded together once their rows have ended. Scores of 16 pairs, which are worth packing: two numbers of
    a row meet those of all 16, and nothing is folded. Values: the rows of two tokens are interleaved in registers, 32 columns at a
    time, for up to 8 pairs, whose shares lie two by two as the product wants them. A pass takes all heads of the pools where
-   pairs are few: it then reads whole rows, a stream that memory is fast at, and fetches the next block meanwhile. */
+   pairs are few: it then reads whole rows, a stream that memory is fast at, and fetches the next block meanwhile. Rows in fp8
+   are taken back to numbers first, a block and a head at a time. */
 #ifndef AGENTSPEED_VECTOR_ROWS_H
 #define AGENTSPEED_VECTOR_ROWS_H
 #include "amx_sixteen.h"
@@ -27,7 +28,7 @@ INLINE long heads_together(const step *s, long rows) {
 }
 
 static size_t scratch_bytes(const step *s) {
-    return MOST_TOGETHER * (s->keys.stride * 2 + s->values * STEP * 4 + BLOCK * 2) + BLOCK * s->keys.stride * 2 + 4096;
+    return MOST_TOGETHER * (s->keys.stride * 2 + s->values * STEP * 4 + BLOCK * 2) + 2 * BLOCK * s->keys.stride * 2 + 4096;
 }
 
 /* Rows of BLOCK tokens, counted in numbers from the start of a pool; past the end of a tile its last one again, whose
@@ -71,14 +72,22 @@ INLINE line fetch(ahead *a, line at, int lines) {
     return at;
 }
 
+/* Of a row, what a pass reads; scales of a part of the heads are few lines, and are waited for. */
+INLINE long read_bytes(const step *s, const part *p) {
+    const coded_row *c = s->keys.coded;
+    if (!c) return 2 * p->count * s->keys.width;
+    return p->count == s->groups ? c->bytes : p->count * c->width;
+}
+
 /* Whole rows, of keys and of values unless they are part of the keys. */
 INLINE void look_ahead(const step *s, const part *p, const block_rows *rows, ahead *a) {
     int many = 0;
+    long from = s->keys.coded ? p->keys.head * s->keys.coded->width : 0;
     for (int b = 0; b < BLOCK; b++) {
-        a->run[many++] = (const char *)(p->keys.pool + rows->at[b]);
-        if (!s->shared) a->run[many++] = (const char *)(p->held.pool + rows->at[b]);
+        a->run[many++] = (const char *)(p->keys.pool + rows->at[b]) + from;
+        if (!s->shared) a->run[many++] = (const char *)(p->held.pool + rows->at[b]) + from;
     }
-    a->bytes = 2 * p->count * s->keys.width, a->next = 1, a->last = many - 1;
+    a->bytes = read_bytes(s, p), a->next = 1, a->last = many - 1;
     a->at.now = a->run[0], a->at.stop = a->at.now + a->bytes;
 }
 
@@ -261,16 +270,17 @@ INLINE void score_sixteen(const bf16 *q, sixteen rows, long width, float *scores
     for (int i = 0; i < 16; i++) _mm512_store_ps(scores + i * 16, sums[i]);
 }
 
-/* The same as `score_set` for 16 pairs; `copies`: memory for BLOCK rows that do not lie together. */
+/* The same as `score_set` for 16 pairs; `copies`: memory for BLOCK rows that do not lie together, or the block taken back. */
 INLINE void score_16(const step *s, const part *t, long g, long first, const bf16 *q, long at, softmax *of, float *o,
                      bf16 *shares, bf16 *copies, ahead *next) {
     float scores[BLOCK * 16] __attribute__((aligned(64)));
     int seen[16] __attribute__((aligned(64)));
-    cache keys = t->keys;
-    keys.pool += g * keys.width;
-    for (int b = 0; b < BLOCK; b += 16)
-        score_sixteen(q, group_of(&keys, t->pages, t->offset, t->tokens, at + b, copies + b * keys.stride), keys.width,
-                      scores + b * 16, next);
+    cache keys = from_head(t->keys, g, s->keys.width);
+    for (int b = 0; b < BLOCK; b += 16) {
+        sixteen taken = {copies + b * keys.stride, 2 * keys.stride};
+        if (!keys.coded) taken = group_of(&keys, t->pages, t->offset, t->tokens, at + b, copies + b * keys.stride);
+        score_sixteen(q, taken, keys.width, scores + b * 16, next);
+    }
     long seen_by_all = visible_to(s, t, first, 16, seen), columns = s->values * STEP;
     if (soften(scores, BLOCK, at, _mm512_load_si512(seen), at + BLOCK <= seen_by_all, s->scale * LOG2E, of) && at) {
         float keep[16];
@@ -308,7 +318,7 @@ INLINE void give(const step *s, long slot, const float *o, float most, float sum
 
 /* Lines for every turn, so that memory is busy in all of them and nowhere waited for. */
 INLINE void pace(const step *s, const part *t, long padded, ahead *a) {
-    long calls = 0, turns = 0, lines = BLOCK * (s->shared ? 1 : 2) * ((2 * t->count * s->keys.width + 63) / 64);
+    long calls = 0, turns = 0, lines = BLOCK * (s->shared ? 1 : 2) * ((read_bytes(s, t) + 63) / 64);
     for (long i = 0; i < padded; i += 16) {
         long size = size_at(padded, i), sets = size / SET > 1 ? size / SET : 1, steps = size >= SET ? 1 : SET / size;
         long scores = size == 16 ? BLOCK / 16 : BLOCK * size / 16, values = sets * ((s->values + steps - 1) / steps);
@@ -318,11 +328,22 @@ INLINE void pace(const step *s, const part *t, long padded, ahead *a) {
     a->each = (int)(lines / turns), a->more = (int)((lines - a->each * turns + calls - 1) / calls);
 }
 
+/* A block of rows in fp8 of head `g`: keys, and behind them values that are no part of them. */
+INLINE void take_back(const step *s, const part *t, long g, const long *rows, bf16 *to) {
+    cache keys = from_head(t->keys, g, 0), held = from_head(t->held, g, 0);
+    for (int b = 0; b < BLOCK; b++) {
+        take_row(&keys, keys.pool + rows[b], to + b * s->keys.stride);
+        if (!s->shared) take_row(&held, held.pool + rows[b], to + (BLOCK + b) * s->keys.stride);
+    }
+}
+
 /* `after`: the tile that is likely next, or 0. */
 static void run_part(const step *s, const part *t, const part *after, char *memory) {
     long padded = padded_pairs(t->pairs), columns = s->values * STEP, all = padded * t->count;
     bf16 *q = (bf16 *)memory, *shares = q + all * s->keys.stride, *copies = shares + all * BLOCK;
-    float *o = (float *)(copies + BLOCK * s->keys.stride);
+    float *o = (float *)(copies + 2 * BLOCK * s->keys.stride);
+    long taken[BLOCK];
+    for (int b = 0; b < BLOCK; b++) taken[b] = b * s->keys.stride;
     alone of[MOST_TOGETHER];
     softmax of_16[MOST_TOGETHER / 16];
     for (long i = 0; i < all; i++) of[i].most = NEVER, of[i].sum = _mm512_setzero_ps();
@@ -354,6 +375,10 @@ static void run_part(const step *s, const part *t, const part *after, char *memo
         }
         for (long g = 0; g < t->count; g++) {
             const bf16 *keys = t->keys.pool + g * s->keys.width, *held = t->held.pool + g * s->held.width;
+            if (s->keys.coded) {
+                take_back(s, t, g, rows[side].at, copies);
+                keys = copies, held = s->shared ? copies : copies + BLOCK * s->keys.stride, here = taken;
+            }
             for (long i = 0; i < padded; i += 16) {
                 long first = g * padded + i, size = size_at(padded, i);
                 set one = {q + first * s->keys.stride, shares + first * BLOCK, o + first * columns, of + first, {0}};

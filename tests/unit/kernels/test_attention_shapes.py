@@ -1,5 +1,5 @@
 """Attention of few rows for numbers of pairs, heads and widths beyond the conformance cases: sets of 1 to 8 pairs and
-what is left of them, heads that share a pass and that do not, rows that end within a step."""
+what is left of them, heads that share a pass and that do not, rows that end within a step, of numbers and in 8 bits."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from agentspeed_engine.models.inputs import Run
+from agentspeed_kernels.fp8_cache import CacheRow, heads_row, latent_row
 from agentspeed_kernels.platform import detect
 from agentspeed_kernels.reference import definitions as define
 from agentspeed_kernels.reference import grouped
@@ -50,6 +51,11 @@ def fitting(spec: KernelSpec) -> torch.dtype:
     return KINDS[next(iter(spec.dtypes))]
 
 
+def held(spec: KernelSpec, numbers: torch.Tensor, row: CacheRow) -> torch.Tensor:
+    """A pool as the kernel takes it."""
+    return row.coded(numbers) if spec.cache else numbers
+
+
 def assert_near(out: torch.Tensor, wanted: torch.Tensor, spec: KernelSpec) -> None:
     error = float((out.double() - wanted).abs().max() / wanted.abs().max())
     assert error <= tolerance(spec.op, next(iter(spec.dtypes)))
@@ -60,7 +66,7 @@ def assert_near(out: torch.Tensor, wanted: torch.Tensor, spec: KernelSpec) -> No
 def test_latents_of_any_width_meet_any_number_of_heads_and_rows(spec: KernelSpec, shape: tuple[int, int, int]) -> None:
     heads, rows, rank = shape
     kind, tiles, width = fitting(spec), plan(rows), rank + 16
-    latents = pool(rows, width, kind, 1)
+    latents = held(spec, pool(rows, width, kind, 1), latent_row(rank, 16))
     q = torch.randn(rows, heads, width, generator=torch.Generator().manual_seed(2)).to(kind)
     out = torch.full((rows, heads, rank), float("nan"), dtype=kind)
     spec.call(q, latents, tiles, width**-0.5, Workspace(), out)
@@ -78,7 +84,7 @@ def test_heads_of_the_pools_of_any_width_are_shared_by_any_number(
 ) -> None:
     each, groups, rows, width = shape
     kind, tiles, heads = fitting(spec), plan(rows), each * groups
-    keys, values = (pool(rows, groups * width, kind, seed) for seed in (4, 5))
+    keys, values = (held(spec, pool(rows, groups * width, kind, seed), heads_row(groups, width)) for seed in (4, 5))
     q = torch.randn(rows, heads, width, generator=torch.Generator().manual_seed(6)).to(kind)
     out = torch.full((rows, heads, width), float("nan"), dtype=kind)
     spec.call(q, keys, values, tiles, width**-0.5, Workspace(), out)
@@ -92,6 +98,7 @@ def test_a_score_that_outgrows_all_before_it_takes_the_sums_with_it(spec: Kernel
     q = torch.randn(1, heads, rank, generator=torch.Generator().manual_seed(8)).to(kind)
     pages = torch.from_numpy(np.concatenate([tile.pages for tile in tiles.tiles]))
     latents[pages[-1]] *= 4  # scores of the last tokens are some tens larger
+    latents = held(spec, latents, latent_row(rank, 0))
     out = torch.full((1, heads, rank), float("nan"), dtype=kind)
     spec.call(q, latents, tiles, 1.0, Workspace(), out)
     assert_near(out, define.mla_rows(q, latents, tiles, 1.0, rank), spec)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from agentspeed_engine.models.inputs import Run
+from agentspeed_kernels.fp8_cache import CacheRow, heads_row, latent_row
 from agentspeed_kernels.packing import pack
 from agentspeed_kernels.platform import detect
 from agentspeed_kernels.reference import definitions as define
@@ -60,6 +61,11 @@ def growing(pool: torch.Tensor) -> torch.Tensor:
     return pool * torch.linspace(0.3, 3, pool.shape[0]).view(-1, 1, 1)
 
 
+def held(spec: KernelSpec, numbers: torch.Tensor, row: CacheRow) -> torch.Tensor:
+    """A pool as the kernel takes it."""
+    return row.coded(numbers) if spec.cache else numbers
+
+
 def distance(out: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((out.double() - wanted.double()).norm() / wanted.double().norm())
 
@@ -70,7 +76,8 @@ def test_latents_of_tiles_longer_than_a_block(spec: KernelSpec, shape: tuple[int
     kind, tiles = fitting(spec), plan()
     heads, rank, nope, rope, value = shape
     noise = torch.Generator().manual_seed(1)
-    pool = growing(torch.randn(40, PAGE, rank + rope, generator=noise)).to(kind)
+    numbers = growing(torch.randn(40, PAGE, rank + rope, generator=noise)).to(kind)
+    pool = held(spec, numbers, latent_row(rank, rope))
     key_up, value_up = (
         (torch.randn(heads, *each, generator=noise) * rank**-0.5).to(kind) for each in ((rank, nope), (value, rank))
     )
@@ -86,8 +93,9 @@ def test_latents_of_tiles_longer_than_a_block(spec: KernelSpec, shape: tuple[int
 def test_grouped_heads_of_tiles_longer_than_a_block(spec: KernelSpec, heads: int, groups: int, width: int) -> None:
     kind, tiles = fitting(spec), plan()
     noise = torch.Generator().manual_seed(2)
-    keys = growing(torch.randn(40, PAGE, groups * width, generator=noise)).to(kind)
-    values = torch.randn(40, PAGE, groups * width, generator=noise).to(kind)
+    row = heads_row(groups, width)
+    keys = held(spec, growing(torch.randn(40, PAGE, groups * width, generator=noise)).to(kind), row)
+    values = held(spec, torch.randn(40, PAGE, groups * width, generator=noise).to(kind), row)
     q = torch.randn(2 * ROWS, heads, width, generator=noise).to(kind)
     out = torch.full((2 * ROWS, heads, width), float("nan"), dtype=kind)
     spec.call(q, keys, values, tiles, 0.3, Workspace(), out)
