@@ -33,7 +33,7 @@ from agentspeed_engine.models.inputs import Run
 from agentspeed_kernels.cpu import native
 from agentspeed_kernels.fp8_cache import CacheRow, heads_row, latent_row
 from agentspeed_kernels.ops import OPS
-from agentspeed_kernels.packing import Weight, in_bytes, pack
+from agentspeed_kernels.packing import Weight, kept_in, pack
 from agentspeed_kernels.platform import detect
 from agentspeed_kernels.registry import standard
 from agentspeed_kernels.signature import DTYPE_BYTES, Dtype, KernelSpec, WeightFormat
@@ -202,7 +202,7 @@ def reader(size: int, copies: int, threads: int) -> Step:
 
 def laid(runs: Runs, weights: list[torch.Tensor], parts: int = 1) -> list[Weight]:
     if runs.weights is not None:
-        return [in_bytes(weight, runs.weights, parts) for weight in weights]
+        return [kept_in(weight, runs.weights, parts) for weight in weights]
     return [pack(weight, parts) if runs.spec.layout == "tiles" else weight for weight in weights]
 
 

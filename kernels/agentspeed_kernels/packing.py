@@ -11,7 +11,7 @@ from torch import Tensor
 
 from agentspeed_kernels.fp8_blocks import Fp8Blocks, Stored, in_blocks
 from agentspeed_kernels.quantised import GROUPS, Quantised, quantise, stacked
-from agentspeed_kernels.signature import WeightFormat
+from agentspeed_kernels.signature import ByteFormat, WeightFormat
 
 TILE_OUTPUTS, TILE_INPUTS = 16, 32
 """A tile holds 32 inputs of 16 outputs: 1 KB of bfloat16."""
@@ -50,7 +50,7 @@ Weight = Tensor | Packed | Quantised | Fp8Blocks
 """What an op with weights is given: the layout its kernel asks for."""
 
 
-def in_bytes(stored: Stored, kind: WeightFormat, parts: int = 1) -> Quantised | Fp8Blocks:
+def in_bytes(stored: Stored, kind: ByteFormat, parts: int = 1) -> Quantised | Fp8Blocks:
     """A matrix in 8 bits. `parts` as in `pack`."""
     if kind == "fp8":
         return in_blocks(stored, parts)
@@ -58,7 +58,12 @@ def in_bytes(stored: Stored, kind: WeightFormat, parts: int = 1) -> Quantised | 
     return quantise(stored, GROUPS[kind], parts)
 
 
-def in_bytes_each(count: int, parts: Sequence[Callable[[int], Stored]], kind: WeightFormat) -> Quantised | Fp8Blocks:
+def kept_in(weight: Tensor, kind: WeightFormat, parts: int = 1) -> Tensor | Quantised | Fp8Blocks:
+    """A matrix in a format that rounds it, for comparisons of kernels. `parts` as in `pack`."""
+    return weight.to(torch.bfloat16) if kind == "bfloat16" else in_bytes(weight, kind, parts)
+
+
+def in_bytes_each(count: int, parts: Sequence[Callable[[int], Stored]], kind: ByteFormat) -> Quantised | Fp8Blocks:
     """As `in_bytes` gives [count, N of all parts, K] of what each part gives, one matrix at a time."""
 
     def made(i: int) -> Quantised | Fp8Blocks:

@@ -9,9 +9,9 @@ from typing import ClassVar, Protocol, TypeVar, final
 import torch
 from torch import Tensor
 
-from agentspeed_kernels.signature import WeightFormat
+from agentspeed_kernels.signature import ByteFormat
 
-GROUPS: dict[WeightFormat, int] = {"int8": 0, "int8-32": 32}
+GROUPS: dict[ByteFormat, int] = {"int8": 0, "int8-32": 32}
 """Of formats in int8: inputs that share a scale; 0: all of an output."""
 OUTPUTS, INPUTS, DEEP = 16, 64, 4
 """Of a tile: 1 KB. DEEP inputs of an output are neighbours, as instructions that multiply bytes want them."""

@@ -9,7 +9,7 @@ from importlib.metadata import entry_points
 from typing import final
 
 from agentspeed_kernels.ops import OPS
-from agentspeed_kernels.signature import KernelSpec
+from agentspeed_kernels.signature import Dtype, KernelSpec
 
 ENTRY_POINTS = "agentspeed.kernels"
 log = logging.getLogger("agentspeed.kernels")
@@ -53,9 +53,11 @@ class Registry:
 def _same_rank(left: KernelSpec, right: KernelSpec) -> bool:
     if left.priority != right.priority or left.device != right.device:
         return False
-    weights = (left.weights or left.dtypes) & (right.weights or right.dtypes)
-    caches = (left.cache or left.dtypes) & (right.cache or right.dtypes)
-    return bool(left.dtypes & right.dtypes and weights and caches)
+    shared: Iterable[Dtype] = left.dtypes & right.dtypes
+    return any(
+        (left.weights or {dtype}) & (right.weights or {dtype}) and (left.cache or {dtype}) & (right.cache or {dtype})
+        for dtype in shared
+    )
 
 
 def standard() -> Registry:
@@ -74,6 +76,8 @@ def standard() -> Registry:
         torch_fp8_cache,
         torch_fused,
         torch_kernels,
+        torch_widened,
+        widened_kernels,
     )
     from agentspeed_kernels.triton import portable, specs
 
@@ -89,6 +93,8 @@ def standard() -> Registry:
             *amx_kernels.SPECS,
             *int8_kernels.SPECS,
             *fp8_kernels.SPECS,
+            *torch_widened.SPECS,
+            *widened_kernels.SPECS,
             *portable.SPECS,
             *specs.SPECS,
         )

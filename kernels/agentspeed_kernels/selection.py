@@ -44,7 +44,7 @@ from agentspeed_kernels.ops import (
 from agentspeed_kernels.packing import Weight, gathered, in_bytes, in_bytes_each, pack, pack_each
 from agentspeed_kernels.platform import Platform
 from agentspeed_kernels.registry import Registry
-from agentspeed_kernels.signature import OWN, CacheFormat, Dtype, KernelSpec, Layout, Need, WeightFormat
+from agentspeed_kernels.signature import OWN, ByteFormat, CacheFormat, Dtype, KernelSpec, Layout, Need, WeightFormat
 
 log = logging.getLogger("agentspeed.kernels")
 
@@ -213,6 +213,7 @@ class Ladder(Generic[C]):
 
 
 UNBOUNDED = 1 << 62
+_TORCH: dict[Dtype, torch.dtype] = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 Check = Callable[[KernelSpec], str | None]
 """Says what is wrong with a kernel from outside, or None; `conformance.objection` is one."""
 
@@ -242,9 +243,9 @@ class Kernels:
         optional: Collection[str] = (),
     ) -> None:
         """`sizes`: what is known of the model's axes and its page size, for kernels that do not take any. `weights`:
-        of the ops in `BYTE_OPS`, `cache`: of the pools of those in `CACHE_OPS`; None: `dtype`. `invariant`:
-        batch-invariant kernels alone. Raises `NoKernel` where an op has no kernel for that; one of the `optional` is
-        left out then."""
+        of the ops in `BYTE_OPS`, or bfloat16 of those in `WEIGHT_OPS`; `cache`: of the pools of those in `CACHE_OPS`;
+        None: `dtype`. `invariant`: batch-invariant kernels alone. Raises `NoKernel` where an op has no kernel for that;
+        one of the `optional` is left out then."""
         self.dtype: Dtype = dtype
         self.weights: WeightFormat | None = weights
         self.cache: CacheFormat | None = cache
@@ -319,6 +320,16 @@ class Kernels:
         """`linear` for the model's head, which those who publish in fp8 leave as it is."""
         return self["linear"] if self._head is None else self._head
 
+    @property
+    def kept(self) -> torch.dtype:
+        """The format of weights that are not in 8 bits: what `weight` and `experts` are given where those are kept as
+        they are, and a table of embeddings is looked up in."""
+        return _TORCH["bfloat16" if self.weights == "bfloat16" else self.dtype]
+
+    @property
+    def _bytes(self) -> ByteFormat | None:
+        return None if self.weights == "bfloat16" else self.weights
+
     def has(self, op: str) -> bool:
         """Whether it was asked for, and not left out."""
         return op in self._ladders
@@ -326,16 +337,17 @@ class Kernels:
     def weight(self, held: Stored, parts: int = 1, op: str = "linear") -> Weight:
         """`held` [..., N, K] as the kernels of `op` want it (`parts` as in `pack`); `HEAD` for those of `head`. Keep
         the result and drop `held`: then there is no second copy."""
-        if self.weights is not None and (op in BYTE_OPS or (op == HEAD and self._head is None)):
-            return in_bytes(held, self.weights, parts)
-        assert isinstance(held, Tensor)
+        bytes_of = self._bytes
+        if bytes_of is not None and (op in BYTE_OPS or (op == HEAD and self._head is None)):
+            return in_bytes(held, bytes_of, parts)
+        assert isinstance(held, Tensor) and held.dtype == self.kept
         return held if self.layout == "rows" else pack(held, parts)
 
     def experts(self, count: int, *parts: Callable[[int], Stored]) -> Weight:
         """What each part gives of the experts 0 to `count`, as `weight` gives [count, N of all parts, K]. The matrices
         of one expert at a time are in memory beside what is made of them, not those of all."""
-        if self.weights is not None:
-            return in_bytes_each(count, parts, self.weights)
+        if self._bytes is not None:
+            return in_bytes_each(count, parts, self._bytes)
 
         def floats(i: int) -> Tensor:
             found = joined([part(i) for part in parts])
@@ -402,7 +414,8 @@ class _Chooser:
     def ladder(self, op: str, *, wide: bool = False) -> Ladder[Any]:
         """`wide`: for weights in `dtype` whatever the engine's are in."""
         candidates = self._candidates(op)
-        weights = self._weights if op in BYTE_OPS and not wide else None
+        kept_so = WEIGHT_OPS if self._weights == "bfloat16" else BYTE_OPS
+        weights = self._weights if op in kept_so and not wide else None
         layout = self.layout if op in WEIGHT_OPS and weights is None else None
         while True:
             edges = sorted({spec.most_rows for spec in candidates if spec.most_rows is not None})

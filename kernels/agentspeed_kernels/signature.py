@@ -8,8 +8,11 @@ from typing import Any, Literal, final
 
 Dtype = Literal["float32", "float64", "bfloat16"]
 Device = Literal["cpu", "cuda"]
-WeightFormat = Literal["int8", "int8-32", "fp8"]
+ByteFormat = Literal["int8", "int8-32", "fp8"]
 """Of weights that are kept in 8 bits: `quantised` says how the first two are, `fp8_blocks` the last."""
+WeightFormat = Literal[ByteFormat, "bfloat16"]
+"""Of weights that are kept in another format than that of the activations. bfloat16, for activations in float32: those
+of a checkpoint that is stored so, of which no number changes."""
 CacheFormat = Literal["fp8"]
 """Of rows of the cache that are not kept in the format of the activations: `fp8_cache` says how."""
 Layout = Literal["rows", "tiles", "bytes", "blocks"]

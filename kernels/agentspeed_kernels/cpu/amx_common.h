@@ -12,7 +12,6 @@
 #include <immintrin.h>
 #include <stdlib.h>
 
-typedef uint16_t bf16;
 
 #define STEP 32    /* bf16 numbers in a tile row: the depth of one product */
 #define TILE 512   /* bf16 numbers in a tile */

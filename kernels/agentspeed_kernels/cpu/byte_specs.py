@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from agentspeed_kernels.cpu import native
 from agentspeed_kernels.cpu.amx_kernels import PRIORITY as TILE_PRIORITY
 from agentspeed_kernels.cpu.native_kernels import DTYPES, FORM_PRIORITY, MOST_PRODUCT_ROWS
-from agentspeed_kernels.signature import KernelSpec, Layout, WeightFormat
+from agentspeed_kernels.signature import ByteFormat, KernelSpec, Layout
 
 FEW_ROWS = 4
 """Up to so many rows of bfloat16 floats in registers are faster than tiles on vectors."""
@@ -27,7 +27,7 @@ class Products(Protocol):
 def byte_specs(
     products: Callable[[native.Form, native.Kind], Products],
     name: str,
-    weights: frozenset[WeightFormat],
+    weights: frozenset[ByteFormat],
     layout: Layout,
     few: int,
 ) -> tuple[KernelSpec, ...]:

@@ -7,7 +7,7 @@ is faster for many rows, promises no such thing. Scores of the router are taken 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, final
+from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor
@@ -24,6 +24,37 @@ BELOW = 50
 """How far its priority lies below that of the same code for few rows, and so below torch's."""
 
 
+class Products(Protocol):
+    """Of few rows, whatever their weights are in."""
+
+    @property
+    def linear(self) -> Callable[..., Any]: ...
+    @property
+    def heads_linear(self) -> Callable[..., Any]: ...
+    @property
+    def experts(self) -> Callable[..., Any]: ...
+
+
+def in_blocks(few: Products) -> dict[str, Callable[..., Any]]:
+    """The same for any number of rows, by op."""
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        for rows in _blocks(x.shape[0]):
+            few.linear(x[rows], weight, bias, out[rows])
+
+    def heads_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
+        for rows in _blocks(x.shape[0]):
+            few.heads_linear(x[rows], weight, out[rows])
+
+    def experts(
+        x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, workspace: Workspace, out: Tensor
+    ) -> None:
+        for rows in _blocks(x.shape[0]):
+            few.experts(x[rows], gate_up, down, ids[rows], weights[rows], workspace, out[rows])
+
+    return {"linear": linear, "heads_linear": heads_linear, "experts": experts}
+
+
 @final
 class InvariantKernels:
     """The ops of one form and kind that otherwise have a limit of rows, or sums that depend on their number."""
@@ -32,20 +63,6 @@ class InvariantKernels:
 
     def __init__(self, form: native.Form, kind: native.Kind) -> None:
         self._few = NativeKernels(form, kind)
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        for rows in _blocks(x.shape[0]):
-            self._few.linear(x[rows], weight, bias, out[rows])
-
-    def heads_linear(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
-        for rows in _blocks(x.shape[0]):
-            self._few.heads_linear(x[rows], weight, out[rows])
-
-    def experts(
-        self, x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, workspace: Workspace, out: Tensor
-    ) -> None:
-        for rows in _blocks(x.shape[0]):
-            self._few.experts(x[rows], gate_up, down, ids[rows], weights[rows], workspace, out[rows])
 
     def route(self, x: Tensor, weight: Tensor, bias: Tensor | None, rule: RouteRule) -> tuple[Tensor, Tensor]:
         ids = torch.empty(x.shape[0], rule.top, dtype=torch.int64)
@@ -58,9 +75,7 @@ class InvariantKernels:
     def calls(self) -> dict[str, Callable[..., Any]]:
         """By op."""
         return {
-            "linear": self.linear,
-            "heads_linear": self.heads_linear,
-            "experts": self.experts,
+            **in_blocks(self._few),
             "route": self.route,
             "mla_rows": self._few.mla_rows,
             "gqa_rows": self._few.gqa_rows,

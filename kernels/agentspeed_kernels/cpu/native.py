@@ -138,9 +138,11 @@ _ATTENTION: Arguments = {
     "gqa_rows": (P, L, L, P, P, L, L, L, L, *_PLANNED),
 }
 _PRODUCTS: Arguments = {"linear": (P, L, P, P, P, L, L, L, L, N), "heads_linear": (P, L, L, P, P, L, L, L, L, L, L, N)}
-_PLAIN: Arguments = (
-    _BYTES | _FP8 | _ROWS | _ATTENTION | _PRODUCTS | {"experts": (P, P, P, P, P, P, P, P, P, P, L, L, L, L, L, N)}
-)
+_EXPERTS: Arguments = {"experts": (P, P, P, P, P, P, P, P, P, P, L, L, L, L, L, N)}
+_PLAIN: Arguments = _BYTES | _FP8 | _ROWS | _ATTENTION | _PRODUCTS | _EXPERTS
+WIDENED = "_16"
+"""What follows the name of a product of float32 rows whose weights are in bfloat16."""
+_WIDENED: Arguments = {op + WIDENED: types for op, types in (_PRODUCTS | _EXPERTS).items()}
 _EXTEND: Arguments = {
     "take_back": (P, L, L, L, P, L, L, P, N),
     "soften": (P, P, F, P, P, L, L, L, N),
@@ -167,7 +169,7 @@ def arguments(form: Form, kind: Kind) -> Arguments:
     """The C functions of a form in one kind of number: name to argument types."""
     if form in (AMX, AVX512BF16):
         return _BYTES | _FP8 | _TILES
-    return _PLAIN | _EXTEND if kind == "f32" else _PLAIN
+    return _PLAIN | _EXTEND | _WIDENED if kind == "f32" else _PLAIN
 
 
 def entries_source(form: Form) -> str:

@@ -36,7 +36,7 @@ INLINE void store(float *at, vec v) { *(vec *)at = v; }
 INLINE vec splat(float x) { return (vec){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 INLINE vec pick(ivec mask, vec yes, vec no) { return (vec)(((ivec)yes & mask) | ((ivec)no & ~mask)); }
 
-/* bf16 is the upper half of a float. */
+typedef uint16_t bf16; /* the upper half of a float */
 INLINE float of_half(uint16_t x) {
     uint32_t bits = (uint32_t)x << 16;
     float value;
@@ -49,12 +49,14 @@ INLINE uint16_t half_of(float x) {
     return x != x ? 0x7fc0 : (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-#ifdef HALF
-typedef uint16_t num; /* bf16 */
 typedef uint16_t half16 __attribute__((vector_size(32), aligned(2), may_alias));
 typedef uint32_t uvec __attribute__((vector_size(64), aligned(4), may_alias));
 
-INLINE vec read_vec(const num *at) { return (vec)(__builtin_convertvector(*(const half16 *)at, uvec) << 16); }
+INLINE vec bf16_vec(const bf16 *at) { return (vec)(__builtin_convertvector(*(const half16 *)at, uvec) << 16); }
+
+#ifdef HALF
+typedef bf16 num;
+INLINE vec read_vec(const num *at) { return bf16_vec(at); }
 /* Rounded to the nearest, to even between two; what is not a number stays none. */
 INLINE void write_vec(num *at, vec v) {
     uvec bits = (uvec)v;
@@ -153,41 +155,6 @@ INLINE vec exp_down(vec x) {
     return pick(low, splat(0.0f), p * (vec)bits);
 }
 
-INLINE float dot(const num *a, const float *b, long n) {
-    vec first = splat(0), second = splat(0);
-    long k = 0;
-    for (; k + 2 * LANES <= n; k += 2 * LANES) {
-        first += read_vec(a + k) * load(b + k);
-        second += read_vec(a + k + LANES) * load(b + k + LANES);
-    }
-    for (; k + LANES <= n; k += LANES) first += read_vec(a + k) * load(b + k);
-    float sum = total(first + second);
-    for (; k < n; k++) sum += read_one(a[k]) * b[k];
-    return sum;
-}
-
-/* out[t][r] = x[t] . w[r] for 4 weight rows and `count` (a constant) tokens: each weight is loaded once. */
-INLINE void dots4(const num *w, long w_stride, const float *const *x, int count, long n, float out[][4]) {
-    vec acc[4][4];
-    for (int r = 0; r < 4; r++)
-        for (int t = 0; t < count; t++) acc[r][t] = splat(0);
-    long k = 0;
-    for (; k + LANES <= n; k += LANES) {
-        vec rows[4];
-        for (int r = 0; r < 4; r++) rows[r] = read_vec(w + r * w_stride + k);
-        for (int t = 0; t < count; t++) {
-            vec v = load(x[t] + k);
-            for (int r = 0; r < 4; r++) acc[r][t] += rows[r] * v;
-        }
-    }
-    for (int t = 0; t < count; t++)
-        for (int r = 0; r < 4; r++) {
-            float sum = total(acc[r][t]);
-            for (long j = k; j < n; j++) sum += read_one(w[r * w_stride + j]) * x[t][j];
-            out[t][r] = sum;
-        }
-}
-
 #if REGISTERS < 32
 /* A vector that this set has a register for: compilers keep wider ones in memory. */
 #ifdef __AVX2__
@@ -198,12 +165,17 @@ INLINE void dots4(const num *w, long w_stride, const float *const *x, int count,
 typedef float narrow __attribute__((vector_size(4 * NARROW), aligned(4), may_alias));
 typedef uint32_t narrow_bits __attribute__((vector_size(4 * NARROW), aligned(4), may_alias));
 
-INLINE narrow read_narrow(const num *at) {
-#if defined(HALF) && defined(__AVX2__)
+INLINE narrow bf16_narrow(const bf16 *at) {
+#ifdef __AVX2__
     return (narrow)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)at)), 16);
-#elif defined(HALF)
+#else
     typedef uint16_t halves __attribute__((vector_size(2 * NARROW), aligned(2), may_alias));
     return (narrow)(__builtin_convertvector(*(const halves *)at, narrow_bits) << 16);
+#endif
+}
+INLINE narrow read_narrow(const num *at) {
+#ifdef HALF
+    return bf16_narrow(at);
 #else
     return *(const narrow *)at;
 #endif
@@ -213,24 +185,6 @@ INLINE float narrow_total(narrow v) {
     float sum = 0;
     for (int i = 0; i < NARROW; i++) sum += v[i];
     return sum;
-}
-
-/* out[r] = x . w[r] for 4 weight rows and one token: the sums of more tokens would not stay in registers. */
-INLINE void narrow_dots4(const num *w, long w_stride, const float *x, long n, float *out) {
-    narrow acc[4][2] = {{{0}, {0}}, {{0}, {0}}, {{0}, {0}}, {{0}, {0}}};
-    long k = 0;
-    for (; k + 2 * NARROW <= n; k += 2 * NARROW) {
-        narrow low = *(const narrow *)(x + k), high = *(const narrow *)(x + k + NARROW);
-        for (int r = 0; r < 4; r++) {
-            acc[r][0] += read_narrow(w + r * w_stride + k) * low;
-            acc[r][1] += read_narrow(w + r * w_stride + k + NARROW) * high;
-        }
-    }
-    for (int r = 0; r < 4; r++) {
-        float sum = narrow_total(acc[r][0] + acc[r][1]);
-        for (long j = k; j < n; j++) sum += read_one(w[r * w_stride + j]) * x[j];
-        out[r] = sum;
-    }
 }
 #endif
 
@@ -244,19 +198,5 @@ typedef ivec wide_ints;
 typedef narrow wide;
 typedef int32_t wide_ints __attribute__((vector_size(4 * NARROW), aligned(4), may_alias));
 #endif
-
-INLINE void dots4_any(const num *w, long w_stride, const float *const *x, long count, long n, float out[][4]) {
-#if REGISTERS < 32
-    for (long t = 0; t < count; t++) narrow_dots4(w, w_stride, x[t], n, out[t]);
-    return;
-#endif
-    while (count >= 4) {
-        dots4(w, w_stride, x, 4, n, out);
-        x += 4, out += 4, count -= 4;
-    }
-    if (count == 3) dots4(w, w_stride, x, 3, n, out);
-    if (count == 2) dots4(w, w_stride, x, 2, n, out);
-    if (count == 1) dots4(w, w_stride, x, 1, n, out);
-}
 
 #endif

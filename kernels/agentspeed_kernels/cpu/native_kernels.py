@@ -91,34 +91,7 @@ class NativeKernels(OpenedFunctions):
     def experts(
         self, x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, workspace: Workspace, out: Tensor
     ) -> None:
-        assert x.is_contiguous() and gate_up.is_contiguous() and down.is_contiguous() and out.is_contiguous()
-        assert ids.is_contiguous() and weights.is_contiguous()
-        count, hidden, inner = down.shape
-        pairs = ids.numel()
-        act = workspace.take("expert_act", (pairs, inner), torch.float32)
-        order = workspace.take("expert_order", (pairs + count + 1,), torch.int32)
-        sums = out if out.dtype == torch.float32 else workspace.take("expert_sums", tuple(out.shape), torch.float32)
-        call(
-            self.functions,
-            "experts",
-            (x, gate_up, down, ids, weights, act, order, sums, out),
-            x.data_ptr(),
-            gate_up.data_ptr(),
-            down.data_ptr(),
-            ids.data_ptr(),
-            weights.data_ptr(),
-            act.data_ptr(),
-            order.data_ptr(),
-            order.data_ptr() + 4 * pairs,
-            sums.data_ptr(),
-            out.data_ptr(),
-            x.shape[0],
-            ids.shape[1],
-            count,
-            inner,
-            hidden,
-            torch.get_num_threads(),
-        )
+        call_experts(self.functions, x, gate_up, down, ids, weights, workspace, out)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
         assert rows_packed(x, out)
@@ -313,13 +286,18 @@ class NativeKernels(OpenedFunctions):
 
 
 def call_linear(
-    functions: dict[str, native.Function], x: Tensor, weight: Tensor | Packed, bias: Tensor | None, out: Tensor
+    functions: dict[str, native.Function],
+    x: Tensor,
+    weight: Tensor | Packed,
+    bias: Tensor | None,
+    out: Tensor,
+    op: str = "linear",
 ) -> None:
-    """`weight`: in the order that the form reads, [outputs, inputs]."""
+    """`weight`: in the order and format that the form's function `op` reads, [outputs, inputs]."""
     assert rows_packed(x, out)
     call(
         functions,
-        "linear",
+        op,
         (x, weight, bias, out),
         x.data_ptr(),
         x.stride(0),
@@ -333,12 +311,14 @@ def call_linear(
     )
 
 
-def call_heads_linear(functions: dict[str, native.Function], x: Tensor, weight: Tensor | Packed, out: Tensor) -> None:
-    """`weight`: in the order that the form reads, [heads, outputs, inputs]."""
+def call_heads_linear(
+    functions: dict[str, native.Function], x: Tensor, weight: Tensor | Packed, out: Tensor, op: str = "heads_linear"
+) -> None:
+    """`weight`: in the order and format that the form's function `op` reads, [heads, outputs, inputs]."""
     assert rows_packed(x, out)
     call(
         functions,
-        "heads_linear",
+        op,
         (x, weight, out),
         x.data_ptr(),
         x.stride(0),
@@ -349,6 +329,48 @@ def call_heads_linear(functions: dict[str, native.Function], x: Tensor, weight: 
         out.stride(1),
         x.shape[0],
         *weight.shape,
+        torch.get_num_threads(),
+    )
+
+
+def call_experts(
+    functions: dict[str, native.Function],
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    workspace: Workspace,
+    out: Tensor,
+    op: str = "experts",
+) -> None:
+    """`op`: the function, which says in what the weights are."""
+    assert x.is_contiguous() and gate_up.is_contiguous() and down.is_contiguous() and out.is_contiguous()
+    assert ids.is_contiguous() and weights.is_contiguous()
+    count, hidden, inner = down.shape
+    pairs = ids.numel()
+    act = workspace.take("expert_act", (pairs, inner), torch.float32)
+    order = workspace.take("expert_order", (pairs + count + 1,), torch.int32)
+    sums = out if out.dtype == torch.float32 else workspace.take("expert_sums", tuple(out.shape), torch.float32)
+    call(
+        functions,
+        op,
+        (x, gate_up, down, ids, weights, act, order, sums, out),
+        x.data_ptr(),
+        gate_up.data_ptr(),
+        down.data_ptr(),
+        ids.data_ptr(),
+        weights.data_ptr(),
+        act.data_ptr(),
+        order.data_ptr(),
+        order.data_ptr() + 4 * pairs,
+        sums.data_ptr(),
+        out.data_ptr(),
+        x.shape[0],
+        ids.shape[1],
+        count,
+        inner,
+        hidden,
         torch.get_num_threads(),
     )
 

@@ -1,5 +1,6 @@
 /* Row-wise work between the products: norms, rotary turns, latent rows written to their pages, and routing. */
 #include "native_cache.h"
+#include "native_dots.h"
 
 static float squares(const num *x, long n) {
     vec first = splat(0), second = splat(0);

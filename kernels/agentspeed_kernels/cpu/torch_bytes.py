@@ -10,7 +10,7 @@ from torch import Tensor
 from agentspeed_kernels.cpu import torch_kernels
 from agentspeed_kernels.fp8_blocks import Fp8Blocks
 from agentspeed_kernels.quantised import GROUPS, Quantised
-from agentspeed_kernels.signature import Dtype, KernelSpec, Layout, WeightFormat
+from agentspeed_kernels.signature import ByteFormat, Dtype, KernelSpec, Layout
 from agentspeed_kernels.workspace import Workspace
 
 AT_ONCE = 1 << 21
@@ -46,7 +46,7 @@ def _product(x: Tensor, weight: InBytes) -> Tensor:
     return out
 
 
-def _specs(name: str, layout: Layout, weights: frozenset[WeightFormat]) -> tuple[KernelSpec, ...]:
+def _specs(name: str, layout: Layout, weights: frozenset[ByteFormat]) -> tuple[KernelSpec, ...]:
     formats: frozenset[Dtype] = frozenset({"float32", "float64", "bfloat16"})
     return tuple(
         KernelSpec(op=op, name=name, dtypes=formats, device="cpu", call=run, priority=0, weights=weights, layout=layout)

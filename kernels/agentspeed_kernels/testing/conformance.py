@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from agentspeed_kernels.fp8_cache import latent_row
-from agentspeed_kernels.packing import Weight, in_bytes, pack
+from agentspeed_kernels.packing import Weight, kept_in, pack
 from agentspeed_kernels.reference import definitions
 from agentspeed_kernels.routing import RouteRule
 from agentspeed_kernels.signature import CacheFormat, Dtype, KernelSpec, Layout, WeightFormat
@@ -187,7 +187,7 @@ class _Draw:
     def laid(self, weight: Tensor, parts: int = 1) -> Weight:
         """In the layout of the kernel that is checked."""
         if self.case.weights is not None:
-            return in_bytes(weight, self.case.weights, parts)
+            return kept_in(weight, self.case.weights, parts)
         return weight if self.layout == "rows" else pack(weight, parts)
 
     def gain(self, width: int) -> Tensor:
@@ -220,9 +220,10 @@ def _linear(call: Call, draw: _Draw) -> Pairs:
 def _heads_linear(call: Call, draw: _Draw) -> Pairs:
     x = draw.tensor(draw.rows, draw.heads, draw.rope + 7)[:, :, : draw.rope]
     weight = draw.weight(draw.heads, draw.rank, draw.rope)
+    laid = draw.laid(weight)
     out = draw.empty(draw.rows, draw.heads, draw.rank + 4)[:, :, : draw.rank]
-    call(x, draw.laid(weight), out)
-    return [(out, define.heads_linear(x, weight))]
+    call(x, laid, out)
+    return [(out, define.heads_linear(x, fused_cases.meant(weight, laid)))]
 
 
 def _rms_norm(call: Call, draw: _Draw) -> Pairs:
@@ -368,9 +369,9 @@ def _mla_extend(call: Call, draw: _Draw) -> Pairs:
         out, scale = _unwritten(draw, case, value), (nope + draw.rope) ** -0.5
         laid = (draw.laid(key_up), draw.laid(value_up))
         _, step = case.planned(draw.heads, None, draw.rank)
-        pool = _latent_pool(draw, case)
+        pool, ups = _latent_pool(draw, case), [fused_cases.meant(*pair) for pair in zip((key_up, value_up), laid, strict=True)]
         call(q, pool, *laid, step, scale, Workspace(draw.device), out)
-        pairs.append((out, define.mla_extend(q, pool, key_up, value_up, case.path, scale)))
+        pairs.append((out, define.mla_extend(q, pool, *ups, case.path, scale)))
     return pairs
 
 
@@ -426,7 +427,7 @@ _RULES = (_rule("sigmoid", 1, True), _rule("sigmoid", 4, True), _rule("softmax",
 def _experts(call: Call, draw: _Draw) -> Pairs:
     pairs: Pairs = []
     shapes = ((5, 2, False), (1, 1, True), (1, 2, False))
-    for count, top, dense in shapes[: 3 if draw.case.weights is None else 1]:
+    for count, top, dense in shapes[: 3 if draw.case.weights in (None, "bfloat16") else 1]:
         inner, hidden = draw.rank + 3, draw.hidden
         x = draw.tensor(draw.rows, hidden)
         gate_up, down = draw.weight(count, 2 * inner, hidden), draw.weight(count, hidden, inner)

@@ -43,8 +43,10 @@ class Draws(Protocol):
 
 
 def meant(weight: Tensor, laid: Weight) -> Tensor:
-    """What a kernel is measured against: of a weight in 8 bits what the bytes stand for."""
-    return laid.whole(torch.float64).reshape(weight.shape) if isinstance(laid, Quantised | Fp8Blocks) else weight
+    """What a kernel is measured against: of a weight that is kept in another format what that stands for."""
+    if isinstance(laid, Quantised | Fp8Blocks):
+        return laid.whole(torch.float64).reshape(weight.shape)
+    return laid.to(weight.dtype) if isinstance(laid, Tensor) else weight
 
 
 def _meant(definition: Callable[..., Any], *given: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 import torch
 
-from agentspeed_kernels.packing import Weight, in_bytes, pack
+from agentspeed_kernels.packing import Weight, kept_in, pack
 from agentspeed_kernels.platform import detect
 from agentspeed_kernels.reference import definitions as define
 from agentspeed_kernels.registry import standard
@@ -35,8 +35,9 @@ def laid(
 ) -> tuple[Weight, torch.Tensor]:
     """(what the kernel takes, what it stands for)"""
     if kind is not None:
-        made = in_bytes(weight, kind, parts)
-        return made, made.whole(torch.float64).reshape(weight.shape)
+        made = kept_in(weight, kind, parts)
+        whole = made if isinstance(made, torch.Tensor) else made.whole(torch.float64)
+        return made, whole.to(weight.dtype).reshape(weight.shape) if kind == "bfloat16" else whole.reshape(weight.shape)
     return (pack(weight, parts) if spec.layout == "tiles" else weight), weight
 
 
