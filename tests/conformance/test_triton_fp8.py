@@ -59,7 +59,7 @@ def on_a_gpu(source: ModelSource, kept: WeightFormat | None) -> torch.Tensor:
     sizes = {"page_tokens": PAGE, **family.sizes(config, ONE.mesh)}
     pools = KvPools(family.kv_layout(config, "bfloat16", ONE.mesh), 6, PAGE)
     kernels = Kernels(standard(), named("cuda:90"), "bfloat16", family.ops_on("cuda"), sizes=sizes, weights=kept)
-    held = weight_source(source, "bfloat16", keeps_fp8=kept == "fp8")
+    held = weight_source(source, "bfloat16", weights=kept)
     chain = family.build(config, held, pools, ONE, kernels)
     rope = Rope(config.rope, config.context_limit, TORCH_DTYPES["bfloat16"])
     shape = shape_of(sizes["H"], sizes["R"], sizes["rope"], PAGE, CPU)

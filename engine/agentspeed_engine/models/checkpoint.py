@@ -20,6 +20,7 @@ from agentspeed_engine.models.quantization import FP8_BLOCK, PACKED, Scheme, pac
 from agentspeed_engine.models.shard_file import ShardFile
 from agentspeed_engine.models.shards import shard_paths
 from agentspeed_engine.models.tensor_shapes import Shape
+from agentspeed_engine.models.weight_formats import WeightFormat
 from agentspeed_engine.models.weights import Part
 from agentspeed_kernels.fp8_blocks import Fp8Rows, Stored
 
@@ -48,13 +49,13 @@ class Checkpoint:
         "_family",
         "_files",
         "_folder",
-        "_keeps_fp8",
         "_packed",
         "_progress",
         "_readers",
         "_shapes",
         "_taken",
         "_total",
+        "_weights",
     )
 
     def __init__(
@@ -65,10 +66,11 @@ class Checkpoint:
         dtype: torch.dtype,
         progress: Callable[[float], None] | None = None,
         scheme: Scheme = "none",
-        keeps_fp8: bool = False,
+        weights: WeightFormat | None = None,
     ) -> None:
         """Opens every shard and checks every name, shape and format. `progress` is told what part of the bytes was
-        read; `scheme` is what the configuration declares; `keeps_fp8`: `matrix` gives fp8 as it is. Raises
+        read; `scheme` is what the configuration declares; `weights`: what matrices are kept in, so that `matrix`
+        gives fp8 as it is for fp8, and bfloat16 for bfloat16. Raises
         `EngineFault`: bad_weights, or unsupported_model where the tensors are quantised in a way that is not
         implemented."""
         self._folder, self._family, self._dtype = folder, family, dtype
@@ -82,7 +84,7 @@ class Checkpoint:
         self._check_names()
         for name, shape in self._shapes.items():
             self._check(name, shape)
-        self._keeps_fp8, self._progress, self._taken = keeps_fp8, progress, 0
+        self._weights, self._progress, self._taken = weights, progress, 0
         self._total = self._bytes({})
 
     def expect(self, parts: Mapping[str, Part]) -> None:
@@ -106,10 +108,10 @@ class Checkpoint:
         return (held.float() if isinstance(held, Fp8Rows) else held).to(dtype or self._dtype).contiguous()
 
     def matrix(self, name: str, part: Part | None = None) -> Stored:
-        """As `tensor`, or fp8 with its scales where that is stored and kept."""
-        if self._keeps_fp8 and name not in self._packed and self._kind(name) == _FP8:
+        """As `tensor`, or in the format that is kept."""
+        if self._weights == "fp8" and name not in self._packed and self._kind(name) == _FP8:
             return self._stored(name, part)
-        return self.tensor(name, part=part)
+        return self.tensor(name, torch.bfloat16 if self._weights == "bfloat16" else None, part)
 
     def _stored(self, name: str, part: Part | None) -> Stored:
         held = self._read(name, part)

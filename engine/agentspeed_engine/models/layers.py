@@ -19,12 +19,12 @@ from agentspeed_kernels.selection import Kernels
 class Embed:
     """Ids to hidden rows; the vocabulary is cut over tp, and a rank gives zeros for ids it does not hold."""
 
-    __slots__ = ("_first", "_table", "boundary")
+    __slots__ = ("_dtype", "_first", "_table", "boundary")
 
-    def __init__(self, name: str, table: Weight, rank: Rank) -> None:
-        """`table` is this rank's piece: the head's own weight where both are tied."""
+    def __init__(self, name: str, table: Weight, rank: Rank, dtype: torch.dtype) -> None:
+        """`table` is this rank's piece: the head's own weight where both are tied. `dtype` is that of the rows."""
         assert not isinstance(table, Fp8Blocks), "neither embeddings nor heads are kept so"
-        self._table = table
+        self._table, self._dtype = table, dtype
         self._first = rank.tp * self._table.shape[0] if rank.mesh.tp > 1 else None
         self.boundary = boundaries.embedding(name, table.shape[1])
 
@@ -36,7 +36,7 @@ class Embed:
         return self._rows(local.clamp(0, self._table.shape[0] - 1)) * mine[:, None], residual
 
     def _rows(self, ids: Tensor) -> Tensor:
-        return self._table[ids] if isinstance(self._table, Tensor) else self._table.rows(ids)
+        return self._table[ids].to(self._dtype) if isinstance(self._table, Tensor) else self._table.rows(ids)
 
 
 @final

@@ -50,15 +50,16 @@ def weight_source(
     device: torch.device | None = None,
     progress: Callable[[float], None] | None = None,
     *,
-    keeps_fp8: bool = False,
+    weights: WeightFormat | None = None,
 ) -> WeightSource:
     """The files of a folder, checked, or chance, on a device (None: the CPU). `progress` is told what part of the files
-    was read; `keeps_fp8`: matrices that are stored so are given so. Raises `EngineFault`."""
+    was read; `weights`: what matrices are kept in, and given so where they are stored so. Raises `EngineFault`."""
     if source.random:
         shapes = dict(source.family.shapes(source.config))
-        return RandomWeights(shapes, TORCH_DTYPES[dtype], device=str(device or "cpu"))
+        kept = TORCH_DTYPES["bfloat16" if weights == "bfloat16" else dtype]
+        return RandomWeights(shapes, TORCH_DTYPES[dtype], device=str(device or "cpu"), kept=kept)
     scheme = declared_scheme(source.raw, source.path)
-    files = Checkpoint(source.path, source.family, source.config, TORCH_DTYPES[dtype], progress, scheme, keeps_fp8)
+    files = Checkpoint(source.path, source.family, source.config, TORCH_DTYPES[dtype], progress, scheme, weights)
     return files if device is None or device.type == "cpu" else OnDevice(files, device)
 
 
@@ -114,7 +115,7 @@ class LoadedModel:
         self.page_tokens = page_tokens
         self.device = torch.device(device)
         self.dtype: Dtype = dtype
-        held = weight_source(source, dtype, self.device, progress, keeps_fp8=weights == "fp8")
+        held = weight_source(source, dtype, self.device, progress, weights=weights)
         self.pools = KvPools(info.kv, pages, page_tokens, self.device)
         sizes = {"page_tokens": page_tokens, **source.family.sizes(source.config, rank.mesh)}
         with kernels_chosen(batch_invariant=batch_invariant):

@@ -224,6 +224,7 @@ class _NoKernels:
 
     def __init__(self, dtype: Dtype, weights: Literal["fp8"] | None) -> None:
         self.dtype, self.weights = dtype, weights
+        self.kept = TORCH_DTYPES[dtype]
         self._ops = {"route": _Op(_route), "experts": _Op(_experts)}
 
     def __getitem__(self, op: str) -> _Op:

@@ -51,7 +51,8 @@ class WeightSource(Protocol):
         ...
 
     def matrix(self, name: str, part: Part | None = None) -> Stored:
-        """As `tensor` in the source's own dtype; of a source that was told to keep fp8 what is stored so, as it is."""
+        """As `tensor` in the source's own dtype; of a source that was told to keep fp8 what is stored so, as it is, and
+        of one that keeps bfloat16 in that."""
         ...
 
 
@@ -84,10 +85,20 @@ class RandomWeights:
     A tensor depends on the seed and on its name only, so ranks that ask for different ones agree.
     """
 
-    __slots__ = ("_device", "_dtype", "_seed", "_shapes")
+    __slots__ = ("_device", "_dtype", "_kept", "_seed", "_shapes")
 
-    def __init__(self, shapes: Mapping[str, Shape], dtype: torch.dtype, *, seed: int = 0, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        shapes: Mapping[str, Shape],
+        dtype: torch.dtype,
+        *,
+        seed: int = 0,
+        device: str = "cpu",
+        kept: torch.dtype | None = None,
+    ) -> None:
+        """`kept`: format of what `matrix` gives; None: `dtype`."""
         self._shapes, self._dtype, self._seed, self._device = shapes, dtype, seed, device
+        self._kept = dtype if kept is None else kept
 
     def expect(self, parts: Mapping[str, Part]) -> None:
         """Chance has no blocks."""
@@ -100,7 +111,7 @@ class RandomWeights:
 
     def matrix(self, name: str, part: Part | None = None) -> Stored:
         """As `tensor`: nothing is stored."""
-        return self.tensor(name, part=part)
+        return self.tensor(name, self._kept, part)
 
 
 @final

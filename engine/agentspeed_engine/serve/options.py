@@ -22,6 +22,7 @@ from agentspeed_engine.exec.model import Model
 from agentspeed_engine.exec.noop import NoopModel
 from agentspeed_engine.exec.vocabulary import Vocabulary
 from agentspeed_engine.models.catalog import RANDOM, Dtype, describe, load, read_source
+from agentspeed_engine.models.weight_formats import WeightFormat
 from agentspeed_engine.protocol.messages import as_text
 from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.serve import collector
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from agentspeed_engine.exec.ranks.lock_step import LockStep
     from agentspeed_engine.models.loaded import LoadedModel
     from agentspeed_kernels.platform import Platform
+    from agentspeed_kernels.signature import CacheFormat
 
 _NOOP_CONTEXT = 65_536
 _GRAPHS_SAID = 16
@@ -294,11 +296,11 @@ def build(
     dtype, why = _dtype(options, place.platform)
     depth = options.depth if options.depth is not None else 1 if device == "cuda" else 0
     options = msgspec.structs.replace(options, dtype=dtype, device=device, depth=depth)
-    weights = None if options.weights == "dtype" else options.weights
     cache = None if options.kv_cache_dtype == "dtype" else options.kv_cache_dtype
+    weights = _weights(options, dtype, place.platform, cache)
     ranks = options.dp * options.tp
     info = describe(options.model, dtype=dtype, page_tokens=options.page_tokens, weights=weights, cache=cache)
-    shares = shares_of(options, info)
+    shares = shares_of(options, info, weights)
     pages, limit = sizes(
         options, info.context_limit, shares.bytes_per_page, shares.parameters, place.memory, shares.weight_bytes
     )
@@ -312,7 +314,8 @@ def build(
         say(f"{dtype}: {why}")
     kept = "" if cache is None else f" in {cache}"
     say(
-        f"loading {folder.name}: {info.weight_bytes / 1e6:.0f} MB of weights, "
+        f"loading {folder.name}: {info.weight_bytes / 1e6:.0f} MB of weights"
+        f"{' (matrices in bfloat16, as they are stored)' if weights == 'bfloat16' else ''}, "
         f"{pages * shares.bytes_per_page / 1e6:.0f} MB for {pages} pages{kept}{shares.said}"
     )
     texts = folder if folder.is_dir() else folder.parent
@@ -320,7 +323,9 @@ def build(
     read = _steps(say, part or (lambda part: None), folder.name)
     if ranks > 1:
         source = str(folder.resolve())
-        return _on_ranks(options, core, vocabulary, source, say, lock_step=shares.lock_step, progress=read)
+        return _on_ranks(
+            options, core, vocabulary, source, say, lock_step=shares.lock_step, weights=weights, progress=read
+        )
     with ThreadPoolExecutor(1) as beside:  # it takes the interpreter's lock for long, so no step may run beside it
         unusable = beside.submit(vocabulary.load)
         loaded = aside(
@@ -396,6 +401,20 @@ def _dtype(options: EngineOptions, platform: Platform) -> tuple[Dtype, str]:
     return choose(raw, platform)
 
 
+def _weights(
+    options: EngineOptions, dtype: Dtype, platform: Platform, cache: CacheFormat | None
+) -> WeightFormat | None:
+    """What matrices are kept in: what was asked for, or what changes nothing; None: `dtype`."""
+    if options.weights != "dtype":
+        return options.weights
+    # Imported late, as torch is.
+    from agentspeed_engine.models.kept_weights import kept_weights
+
+    return kept_weights(
+        read_source(options.model), dtype, platform, cache=cache, batch_invariant=options.batch_invariant
+    )
+
+
 def _build_noop(options: EngineOptions, say: Callable[[str], None]) -> Built:
     size, step = noop_sizes(options.model)
     check_ranks(options, lambda mesh: [("vocabulary", size, mesh.tp)])
@@ -417,6 +436,7 @@ def _on_ranks(
     say: Callable[[str], None],
     *,
     lock_step: bool,
+    weights: WeightFormat | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Built:
     assert options.dtype != "auto" and options.device != "auto"
@@ -434,7 +454,7 @@ def _on_ranks(
         seconds=options.rank_seconds,
         dp=options.dp,
         lock_step=lock_step,
-        weights=None if options.weights == "dtype" else options.weights,
+        weights=weights,
         cache=None if options.kv_cache_dtype == "dtype" else options.kv_cache_dtype,
     )
     made = started(given, core, vocabulary, say, loads=bool(source), progress=progress)

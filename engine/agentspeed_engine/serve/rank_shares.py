@@ -11,7 +11,7 @@ from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.models.kv_layout import DTYPE_BYTES
 from agentspeed_engine.models.source import ModelInfo, read_source
 from agentspeed_engine.models.tensor_shapes import Cut
-from agentspeed_engine.models.weight_formats import weight_bytes
+from agentspeed_engine.models.weight_formats import WeightFormat, weight_bytes
 from agentspeed_engine.spmd.experts import ExpertSpread
 from agentspeed_engine.spmd.placement import Mesh
 
@@ -62,13 +62,14 @@ def mesh_of(options: RankWishes) -> Mesh:
     return Mesh(dp=options.dp, tp=options.tp, experts=ExpertSpread(groups=options.ep))
 
 
-def shares_of(options: RankWishes, info: ModelInfo) -> Shares:
-    """`options` say device and dtype. Raises `EngineFault` (bad_options) for ranks that do not divide the model."""
+def shares_of(options: RankWishes, info: ModelInfo, weights: WeightFormat | None = None) -> Shares:
+    """`options` say device and dtype; `weights`: what matrices are kept in, None: that dtype. Raises `EngineFault`
+    (bad_options) for ranks that do not divide the model."""
     if options.tp == options.dp == 1 and options.ep in (None, 1):
         return Shares(
             bytes_per_page=info.bytes_per_page,
             parameters=info.parameters,
-            weight_bytes=None if options.weights == "dtype" else info.weight_bytes,
+            weight_bytes=None if weights is None else info.weight_bytes,
             said="",
             lock_step=False,
         )
@@ -85,13 +86,13 @@ def shares_of(options: RankWishes, info: ModelInfo) -> Shares:
     assert options.dtype != "auto"
     mesh, item = mesh_of(options), DTYPE_BYTES[options.dtype]
     held = list(held_shapes(source.family.shapes(source.config), mesh.rank(0), 0 if moe is None else moe.experts))
-    each = weight_bytes(held, item, None if options.weights == "dtype" else options.weights)
+    each = weight_bytes(held, item, weights)
     kept = options.dtype if options.kv_cache_dtype == "dtype" else options.kv_cache_dtype
     page = source.family.kv_layout(source.config, kept, mesh).bytes_per_page(options.page_tokens)
     return Shares(
         bytes_per_page=page * here,
         parameters=sum(math.prod(shape) for _, shape in held) * here,
-        weight_bytes=None if options.weights == "dtype" else each * here,
+        weight_bytes=None if weights is None else each * here,
         said=f", on {ranks} ranks of {each / 1e6:.0f} MB of weights each",
         lock_step=options.dp > 1 and moe is not None and bool(moe.layers),
     )

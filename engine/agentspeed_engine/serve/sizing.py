@@ -24,6 +24,8 @@ class PoolOptions(Protocol):
     @property
     def dtype(self) -> Literal["auto", "float32", "float64", "bfloat16"]: ...
     @property
+    def weights(self) -> Literal["dtype", "int8", "int8-32", "fp8"]: ...
+    @property
     def context_limit(self) -> int | None: ...
     @property
     def pages(self) -> int | None: ...
@@ -61,7 +63,8 @@ def sizes(
     if weight_bytes is None:
         _weights_fit(dtype, parameters, memory)
     elif _room(memory, weights) <= 0:
-        raise _too_large(f"{_size(weights)} in 8 bits", memory, "Take a smaller model or more memory.")
+        kept = "16 bits" if options.weights == "dtype" else "8 bits"
+        raise _too_large(f"{_size(weights)} in {kept}", memory, _smaller(parameters, memory, options.weights))
     host, beside_slots = (memory_limit(), 0) if memory.idle else (memory, weights)
     for what, count, held, taken in (
         ("pages", options.pages or 0, memory, weights),
@@ -114,13 +117,19 @@ def _weights_fit(dtype: str, parameters: int, memory: MemoryLimit) -> None:
     if dtype in fitting:
         return
     others = [name for name in fitting if DTYPE_BYTES[name] < DTYPE_BYTES[dtype]]
-    remedy = "Take a smaller model or more memory."
+    remedy = _smaller(parameters, memory)
     if others:
         best = max(others, key=lambda name: DTYPE_BYTES[name])
         remedy = f"Give dtype={best!r}, with which they take {_size(parameters * DTYPE_BYTES[best])}."
-    elif not memory.idle and _room(memory, int(parameters * _BYTES_EACH)) > 0:
-        remedy = f"Give weights='int8', with which they take about {_size(int(parameters * _BYTES_EACH))}."
     raise _too_large(f"{_size(parameters * DTYPE_BYTES[dtype])} in {dtype}", memory, remedy)
+
+
+def _smaller(parameters: int, memory: MemoryLimit, weights: str = "dtype") -> str:
+    """What to do about weights that are too large in 16 bits and more, or in the 8 bits of `weights`."""
+    eight = int(parameters * _BYTES_EACH)
+    if weights == "dtype" and not memory.idle and _room(memory, eight) > 0:
+        return f"Give weights='int8', with which they take about {_size(eight)}."
+    return "Take a smaller model or more memory."
 
 
 def _too_large(what: str, memory: MemoryLimit, remedy: str) -> EngineFault:

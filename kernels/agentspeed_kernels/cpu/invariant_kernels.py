@@ -24,7 +24,7 @@ BELOW = 50
 """How far its priority lies below that of the same code for few rows, and so below torch's."""
 
 
-class Products(Protocol):
+class FewRows(Protocol):
     """Of few rows, whatever their weights are in."""
 
     @property
@@ -35,7 +35,7 @@ class Products(Protocol):
     def experts(self) -> Callable[..., Any]: ...
 
 
-def in_blocks(few: Products) -> dict[str, Callable[..., Any]]:
+def in_blocks(few: FewRows) -> dict[str, Callable[..., Any]]:
     """The same for any number of rows, by op."""
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:

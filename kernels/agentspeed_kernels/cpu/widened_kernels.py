@@ -1,6 +1,6 @@
 """Products of float32 rows with weights in bfloat16 as entries of the registry, a form for each class of processors.
 
-A number of bfloat16 is the upper half of a float, so a weight that is stored so is read in half of the bytes and becomes
+A number of bfloat16 is the upper half of a float: a weight that is stored so is read in half of the bytes and becomes
 the same floats in registers: every sum has the bits that it has with the weight in float32 (torch: torch_widened).
 """
 

@@ -369,7 +369,10 @@ def _mla_extend(call: Call, draw: _Draw) -> Pairs:
         out, scale = _unwritten(draw, case, value), (nope + draw.rope) ** -0.5
         laid = (draw.laid(key_up), draw.laid(value_up))
         _, step = case.planned(draw.heads, None, draw.rank)
-        pool, ups = _latent_pool(draw, case), [fused_cases.meant(*pair) for pair in zip((key_up, value_up), laid, strict=True)]
+        pool, ups = (
+            _latent_pool(draw, case),
+            [fused_cases.meant(*pair) for pair in zip((key_up, value_up), laid, strict=True)],
+        )
         call(q, pool, *laid, step, scale, Workspace(draw.device), out)
         pairs.append((out, define.mla_extend(q, pool, *ups, case.path, scale)))
     return pairs

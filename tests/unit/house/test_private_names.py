@@ -32,6 +32,7 @@ TESTS = {
     "tests/unit/cli/test_cli_commands.py": "stands in for a session that is full",
     "tests/unit/engine/kv/test_kv_log.py": "how deep shared parts lie has no outcome but time and memory",
     "tests/unit/engine/models/test_int8_weights.py": "whether a step was repeated has no outcome but time",
+    "tests/unit/engine/models/test_kept_weights.py": "whether a step was repeated has no outcome but time",
     "tests/unit/engine/models/test_step_programs.py": "whether a step was repeated has no outcome but time",
     "tests/unit/engine/sched/test_recorder.py": "breaks the file under the recorder",
     "tests/unit/engine/sched/test_sched_ranking.py": "compares the ranking with a plain sort of all candidates",

@@ -132,7 +132,7 @@ def test_heads_of_many_rows_by_one_thread_and_by_two(
     x = torch.randn(rows, heads, inputs, generator=noise).to(kind)
     weight = (torch.randn(heads, outputs, inputs, generator=noise) * inputs**-0.5).to(kind)
     out = torch.full((rows, heads, outputs), float("nan"), dtype=kind)
-    given, meant = laid(spec, weight, None)
+    given, meant = laid(spec, weight, formats(spec)[0])
     spec.call(x, given, out)
     wanted = define.heads_linear(x, meant)
     error = float((out.double() - wanted).abs().max() / wanted.abs().max())

@@ -105,7 +105,8 @@ def test_ranks_keep_8_bits_of_their_pieces(folder: Path, weights: WeightFormat) 
     """Scales are over the inputs that a rank has, which are nearer to them than those of all."""
     exact = logits(load(folder, dtype="float64", pages=6, page_tokens=PAGE))
     options = {"model": str(folder), "dtype": "float32", "device": "cpu", "tp": 2, "weights": weights}
-    counted = shares_of(options_from(options), describe(folder, dtype="float32", weights=weights)).weight_bytes
+    described = describe(folder, dtype="float32", weights=weights)
+    counted = shares_of(options_from(options), described, weights).weight_bytes
     models = on_two_ranks(folder, dtype="float32", pages=6, page_tokens=PAGE, weights=weights)
     assert apart(logits_of(models, logits), exact) < WORST[weights]
     assert counted is not None and 0.98 * counted < sum(map(held, models)) < 1.25 * counted

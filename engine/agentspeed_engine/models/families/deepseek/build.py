@@ -8,7 +8,7 @@ from agentspeed_engine.models.families.deepseek.config import DeepseekConfig
 from agentspeed_engine.models.families.deepseek.indexer import Chosen, Indexer, IndexerWeights
 from agentspeed_engine.models.families.deepseek.mla import Mla, MlaWeights
 from agentspeed_engine.models.families.deepseek.shapes import INDEX, LATENT, cuts, shapes
-from agentspeed_engine.models.kv_pools import KvPools
+from agentspeed_engine.models.kv_pools import TORCH_DTYPES, KvPools
 from agentspeed_engine.models.layers import AddNorm, Embed, Head
 from agentspeed_engine.models.mesh import check_cuts
 from agentspeed_engine.models.moe import feed_forward
@@ -30,13 +30,13 @@ def build(config: DeepseekConfig, weights: WeightSource, pools: KvPools, rank: R
     check_cuts(cuts(config, rank.mesh))
     latents, own = pools[LATENT], RankWeights(weights, shapes(config), rank)
     chosen = None if config.indexer is None else Chosen()
-    embedding = own.tensor("model.embed_tokens.weight")
-    head = kernels.weight(embedding if config.tied else own.tensor("lm_head.weight"), op=HEAD)
-    chain: Chain = [Embed("embed", head if config.tied else embedding, rank)]
+    embedding = own.tensor("model.embed_tokens.weight", kernels.kept)
+    head = kernels.weight(embedding if config.tied else own.tensor("lm_head.weight", kernels.kept), op=HEAD)
+    chain: Chain = [Embed("embed", head if config.tied else embedding, rank, TORCH_DTYPES[kernels.dtype])]
     for layer in range(config.layers):
         at = f"model.layers.{layer}."
         chain.append(_norm(config, own, at + "input_layernorm", kernels))
-        held = _mla_weights(config, own, at)
+        held = _mla_weights(config, own, at, kernels)
         indexer = _indexer(config, own, pools, layer, chosen, kernels)
         chain.append(Mla(at + "self_attn", config, held, latents[layer], rank, kernels, indexer, chosen))
         chain.append(_norm(config, own, at + "post_attention_layernorm", kernels))
@@ -70,7 +70,7 @@ def _indexer(
     return Indexer(config.indexer, config.rope.width, held, pool, chosen, kernels)
 
 
-def _mla_weights(config: DeepseekConfig, weights: RankWeights, layer_at: str) -> MlaWeights:
+def _mla_weights(config: DeepseekConfig, weights: RankWeights, layer_at: str, kernels: Kernels) -> MlaWeights:
     at = layer_at + "self_attn."
     low, bias = config.q_rank is not None, config.attention_bias
     return MlaWeights(
@@ -81,7 +81,7 @@ def _mla_weights(config: DeepseekConfig, weights: RankWeights, layer_at: str) ->
         kv_a=weights.matrix(at + "kv_a_proj_with_mqa.weight"),
         kv_a_bias=weights.tensor(at + "kv_a_proj_with_mqa.bias") if bias else None,
         kv_a_norm=weights.tensor(at + "kv_a_layernorm.weight"),
-        kv_b=weights.tensor(at + "kv_b_proj.weight"),
+        kv_b=weights.tensor(at + "kv_b_proj.weight", kernels.kept),
         o=weights.matrix(at + "o_proj.weight"),
         o_bias=weights.tensor(at + "o_proj.bias") if bias else None,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from agentspeed_engine.models.families.grouped.attention import GroupedAttention, GroupedWeights
 from agentspeed_engine.models.families.grouped.config import GroupedConfig
 from agentspeed_engine.models.families.grouped.shapes import KEYS, VALUES, cuts, shapes
-from agentspeed_engine.models.kv_pools import KvPools
+from agentspeed_engine.models.kv_pools import TORCH_DTYPES, KvPools
 from agentspeed_engine.models.layers import AddNorm, Embed, Head
 from agentspeed_engine.models.mesh import check_cuts
 from agentspeed_engine.models.moe import feed_forward
@@ -26,9 +26,9 @@ def build(config: GroupedConfig, weights: WeightSource, pools: KvPools, rank: Ra
     """
     check_cuts(cuts(config, rank.mesh))
     keys, values, own = pools[KEYS], pools[VALUES], RankWeights(weights, shapes(config), rank)
-    embedding = own.tensor("model.embed_tokens.weight")
-    head = kernels.weight(embedding if config.tied else own.tensor("lm_head.weight"), op=HEAD)
-    chain: Chain = [Embed("embed", head if config.tied else embedding, rank)]
+    embedding = own.tensor("model.embed_tokens.weight", kernels.kept)
+    head = kernels.weight(embedding if config.tied else own.tensor("lm_head.weight", kernels.kept), op=HEAD)
+    chain: Chain = [Embed("embed", head if config.tied else embedding, rank, TORCH_DTYPES[kernels.dtype])]
     for layer in range(config.layers):
         at = f"model.layers.{layer}."
         held = _attention_weights(config, own, at + "self_attn.")
