@@ -15,13 +15,11 @@ from agentspeed_kernels.cpu import native
 from agentspeed_kernels.cpu.native_kernels import (
     OpenedFunctions,
     call_gqa_rows,
-    call_heads_linear,
-    call_linear,
     call_mla_rows,
     heads_of,
     in_fp8,
-    rows_packed,
 )
+from agentspeed_kernels.cpu.product_calls import call_heads_linear, call_linear, rows_packed
 from agentspeed_kernels.cpu.recording import call
 from agentspeed_kernels.packing import TILE_INPUTS, Packed
 from agentspeed_kernels.signature import KernelSpec

@@ -14,7 +14,8 @@ from torch import Tensor
 from agentspeed_kernels.cpu import native
 from agentspeed_kernels.cpu.amx_kernels import PRIORITY as TILE_PRIORITY
 from agentspeed_kernels.cpu.byte_specs import byte_specs
-from agentspeed_kernels.cpu.native_kernels import OpenedFunctions, rows_packed
+from agentspeed_kernels.cpu.native_kernels import OpenedFunctions
+from agentspeed_kernels.cpu.product_calls import rows_packed
 from agentspeed_kernels.cpu.recording import call
 from agentspeed_kernels.quantised import GROUPS, INPUTS, OUTPUTS, Quantised
 from agentspeed_kernels.signature import KernelSpec

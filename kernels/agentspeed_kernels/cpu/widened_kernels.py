@@ -18,10 +18,8 @@ from agentspeed_kernels.cpu.native_kernels import (
     MOST_PRODUCT_ROWS,
     NativeKernels,
     OpenedFunctions,
-    call_experts,
-    call_heads_linear,
-    call_linear,
 )
+from agentspeed_kernels.cpu.product_calls import call_experts, call_heads_linear, call_linear
 from agentspeed_kernels.cpu.torch_widened import WEIGHTS, extending
 from agentspeed_kernels.signature import KernelSpec
 from agentspeed_kernels.workspace import Workspace
