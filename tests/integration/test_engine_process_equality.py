@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,11 +13,9 @@ import pytest
 
 from agentspeed_engine.protocol import messages as wire
 from tests.devices import DEVICES
+from tests.support.cache_formats import POOLED, Pooled
 from tests.support.engine_client import EngineProcess, Front, TurnRecord, engine
-from tests.support.random_checkpoint import make_checkpoint
 
-CONFIGS = {name: Path(__file__).parents[2] / f"bench/models/{name}.json" for name in ("tiny", "tiny-qwen3-moe")}
-"""One pool of latents, and two of keys and values."""
 OPTIONS = {
     "dtype": "float64",
     "page_tokens": 16,
@@ -36,10 +33,15 @@ LOGPROB_TOLERANCE = 1e-10
 """Of float64 logprobs: batches of other shapes may sum in another order."""
 
 
-@pytest.fixture(scope="module", params=CONFIGS.values(), ids=CONFIGS.keys())
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = json.loads(request.param.read_text())
-    return make_checkpoint(config, tmp_path_factory.mktemp("tiny"), seed=3, dtype="float64")
+@pytest.fixture(scope="module", params=POOLED.values(), ids=POOLED.keys())
+def pooled(request: pytest.FixtureRequest) -> Pooled:
+    found: Pooled = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def checkpoint(pooled: Pooled, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pooled.checkpoint(tmp_path_factory.mktemp("tiny"), seed=3)
 
 
 @pytest.fixture(scope="module", params=DEVICES)
@@ -48,9 +50,11 @@ def device(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture(scope="module")
-def running(checkpoint: Path, device: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
+def running(
+    checkpoint: Path, pooled: Pooled, device: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[EngineProcess]:
     folder = tmp_path_factory.mktemp("engine")
-    with engine(folder, model=str(checkpoint), pages=600, device=device, **OPTIONS) as process:
+    with engine(folder, model=str(checkpoint), pages=600, **pooled.on(device), **OPTIONS) as process:
         yield process
 
 
@@ -185,11 +189,13 @@ def test_a_cancelled_turn_goes_on_as_if_it_had_been_that_short(front: Front) -> 
     assert_same(front, [*ids, *turn.ids, 3, 4], again, PENALISED, 2)
 
 
-def test_preempted_turns_draw_what_undisturbed_ones_draw(checkpoint: Path, front: Front, tmp_path: Path) -> None:
+def test_preempted_turns_draw_what_undisturbed_ones_draw(
+    checkpoint: Path, pooled: Pooled, front: Front, tmp_path: Path
+) -> None:
     draw = random.Random(9)
     prompts = [prompt(draw, 100) for _ in range(5)]
     small = OPTIONS | {"context_limit": 304, "firm_pages": 0}
-    with engine(tmp_path, model=str(checkpoint), pages=22, **small) as process:
+    with engine(tmp_path, model=str(checkpoint), pages=22, **pooled.options, **small) as process:
         crowded = process.connect()
         branches = [crowded.open() for _ in prompts]
         turns = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +11,9 @@ import pytest
 
 from agentspeed_engine.protocol import messages as wire
 from tests.devices import DEVICES
+from tests.support.cache_formats import POOLED, Pooled
 from tests.support.engine_client import Front, engine, until
-from tests.support.random_checkpoint import make_checkpoint
 
-CONFIGS = {name: Path(__file__).parents[2] / f"bench/models/{name}.json" for name in ("tiny", "tiny-qwen3-moe")}
-"""One pool of latents, and two of keys and values."""
 OPTIONS = {
     "dtype": "float64",
     "page_tokens": 16,
@@ -31,10 +28,15 @@ PAGES = 40
 """Room for about three of the five sessions; one turn of the context limit needs 26."""
 
 
-@pytest.fixture(scope="module", params=CONFIGS.values(), ids=CONFIGS.keys())
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = json.loads(request.param.read_text())
-    return make_checkpoint(config, tmp_path_factory.mktemp("tiny"), seed=6, dtype="float64")
+@pytest.fixture(scope="module", params=POOLED.values(), ids=POOLED.keys())
+def pooled(request: pytest.FixtureRequest) -> Pooled:
+    found: Pooled = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def checkpoint(pooled: Pooled, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pooled.checkpoint(tmp_path_factory.mktemp("tiny"), seed=6)
 
 
 @pytest.fixture(scope="module", params=DEVICES)
@@ -43,19 +45,19 @@ def device(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture(scope="module")
-def roomy(checkpoint: Path, device: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
-    with engine(
-        tmp_path_factory.mktemp("engine"), model=str(checkpoint), pages=400, device=device, **OPTIONS
-    ) as process:
+def roomy(checkpoint: Path, pooled: Pooled, device: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
+    given = {**pooled.on(device), **OPTIONS}
+    with engine(tmp_path_factory.mktemp("engine"), model=str(checkpoint), pages=400, **given) as process:
         yield process.connect()
 
 
 def test_turns_resumed_from_the_host_draw_what_undisturbed_ones_draw(
-    checkpoint: Path, device: Any, roomy: Front, tmp_path: Path
+    checkpoint: Path, pooled: Pooled, device: Any, roomy: Front, tmp_path: Path
 ) -> None:
     draw = random.Random(1)
     prompts = [[draw.randrange(512) for _ in range(PROMPT)] for _ in range(SESSIONS)]
-    with engine(tmp_path, model=str(checkpoint), pages=PAGES, host_slots=200, device=device, **OPTIONS) as process:
+    given = {**pooled.on(device), **OPTIONS}
+    with engine(tmp_path, model=str(checkpoint), pages=PAGES, host_slots=200, **given) as process:
         front = process.connect()
         branches = [front.open() for _ in prompts]
         logs: list[list[int]] = [[] for _ in prompts]
@@ -85,9 +87,12 @@ def test_turns_resumed_from_the_host_draw_what_undisturbed_ones_draw(
         assert drawn == pytest.approx(logprobs[number], abs=1e-10)
 
 
-def test_a_session_at_rest_shows_where_its_rows_are(checkpoint: Path, device: Any, tmp_path: Path) -> None:
+def test_a_session_at_rest_shows_where_its_rows_are(
+    checkpoint: Path, pooled: Pooled, device: Any, tmp_path: Path
+) -> None:
     draw = random.Random(2)
-    with engine(tmp_path, model=str(checkpoint), pages=PAGES, host_slots=200, device=device, **OPTIONS) as process:
+    given = {**pooled.on(device), **OPTIONS}
+    with engine(tmp_path, model=str(checkpoint), pages=PAGES, host_slots=200, **given) as process:
         front = process.connect()
         branches = [front.open() for _ in range(SESSIONS)]
         for branch in branches:

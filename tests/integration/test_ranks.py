@@ -55,15 +55,17 @@ def pair(tmp_path: Path) -> Iterator[EngineProcess]:
         yield process
 
 
-def test_two_ranks_draw_what_one_process_draws(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("cache", ["dtype", "fp8"])
+def test_two_ranks_draw_what_one_process_draws(checkpoint: Path, cache: str, tmp_path: Path) -> None:
     """With forks, rewinds, preemptions, a grammar, and sessions that come back from the host."""
-    thread = EngineThread(options_from({"model": str(checkpoint), **OPTIONS}))
+    options = {"model": str(checkpoint), "kv_cache_dtype": cache, **OPTIONS}
+    thread = EngineThread(options_from(options))
     try:
         with closing(Front(thread.connect())) as front:
             wanted = drawn(front)
     finally:
         thread.close()
-    with engine(tmp_path, model=str(checkpoint), tp=2, **OPTIONS) as process:
+    with engine(tmp_path, tp=2, **options) as process:
         assert any(line.startswith("rank 1: ") for line in process.progress)
         front = process.connect()
         got = drawn(front)

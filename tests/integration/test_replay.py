@@ -277,8 +277,9 @@ def get_weather(city: str) -> str:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_agents_with_tools_are_replayed_and_nothing_they_said_is_in_the_file(tmp_path: Path) -> None:
-    async with Engine(record=str(tmp_path), pages=200) as running:
+@pytest.mark.parametrize("cache", ["dtype", "fp8"])
+async def test_agents_with_tools_are_replayed_and_nothing_they_said_is_in_the_file(cache: Any, tmp_path: Path) -> None:
+    async with Engine(record=str(tmp_path), pages=200, kv_cache_dtype=cache) as running:
         async with running.session(system="You are brief.", tools=[get_weather]) as s:
             _ = await s.run("What is the weather in Oslo?", max_tokens=64, max_turns=3)
             ids = s.ids
