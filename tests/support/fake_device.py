@@ -8,12 +8,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from agentspeed_engine.ids import PageId, SlotId, StepSeq
+from agentspeed_engine.exec.hidden_rows import HiddenRows
+from agentspeed_engine.ids import BranchId, PageId, SlotId, StepSeq
 from agentspeed_engine.sched.plan import Drawn, HostCopy, Row, StepPlan, StepResult
 
 
 class WrongRow(AssertionError):
     """A step used rows that are not those of its branch's log."""
+
+
+class LeftBehind(AssertionError):
+    """A row that no branch sees was still a former owner's when a page was read."""
 
 
 class FakeDevice:
@@ -25,6 +30,9 @@ class FakeDevice:
         self.pages: dict[PageId, list[tuple[int, ...]]] = {}
         """Each row as the ids it depends on."""
         self.slots: dict[SlotId, list[tuple[int, ...]]] = {}
+        self._hidden = HiddenRows(page_tokens)
+        self._writer: dict[PageId | SlotId, list[tuple[BranchId, int] | None]] = {}
+        """Of each row of pages (and of slots, by numbers below -1) the branch and epoch that wrote it; None: zeros."""
         self.tokens_computed = 0
         self.sampled: dict[StepSeq, list[int]] = {}
         """What each step drew: later ones may be fed with it before anybody knows it."""
@@ -32,6 +40,9 @@ class FakeDevice:
     def execute(self, plan: StepPlan, logs: dict[int, Sequence[int]]) -> StepResult:
         for copy in plan.copies:
             self.pages[copy.dst] = list(self.pages[copy.src][: copy.rows])
+            self._writers(copy.dst)[: copy.rows] = self._writers(copy.src)[: copy.rows]
+        for slot in self._hidden.of(plan.rows).tolist():
+            self._writers(PageId(slot // self.page_tokens))[slot % self.page_tokens] = None
         drawn: list[Drawn] = []
         for row in plan.rows:
             log = tuple(logs[row.branch])
@@ -42,6 +53,7 @@ class FakeDevice:
             self._check_ids(row, log)
             self._write(row, log)
             self._read(row, log)
+            self._read_hidden(row)
             self.tokens_computed += row.tokens
             if row.sample is not None:
                 token = next_token(log[: row.end], self.vocab_size)
@@ -54,8 +66,10 @@ class FakeDevice:
         for page, slot in zip(order.pages, order.slots, strict=True):
             if order.direction == "save":
                 self.slots[slot] = list(self.pages[page])
+                self._writer[SlotId(-2 - slot)] = list(self._writers(page))
             else:
                 self.pages[page] = list(self.slots[slot])
+                self._writer[page] = list(self._writer[SlotId(-2 - slot)])
 
     def _check_ids(self, row: Row, log: tuple[int, ...]) -> None:
         if row.token_of is None and tuple(row.ids) != log[row.position : row.end]:
@@ -69,6 +83,7 @@ class FakeDevice:
                 raise WrongRow(f"branch {row.branch} left a gap before position {position}")
             del rows[offset:]
             rows.append(log[: position + 1])
+            self._writers(page)[offset] = row.branch, row.epoch
 
     def _read(self, row: Row, log: tuple[int, ...]) -> None:
         position = 0
@@ -82,6 +97,14 @@ class FakeDevice:
             raise WrongRow(f"the tail of branch {row.branch} starts at {row.tail_start}, its path ends at {position}")
         for position in range(row.tail_start, row.position):
             self._expect(*self._place(row, position), log[: position + 1])
+
+    def _read_hidden(self, row: Row) -> None:
+        page, last = self._place(row, row.end - 1)
+        if not {*self._writers(page)[last + 1 :]} <= {None, (row.branch, row.epoch)}:
+            raise LeftBehind(f"behind row {last} of page {page} lie rows that branch {row.branch} did not write")
+
+    def _writers(self, page: PageId) -> list[tuple[BranchId, int] | None]:
+        return self._writer.setdefault(page, [None] * self.page_tokens)
 
     def _expect(self, page: PageId, offset: int, ids: tuple[int, ...]) -> None:
         rows = self.pages.get(page, [])

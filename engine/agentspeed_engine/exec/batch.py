@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from agentspeed_engine.exec.hidden_rows import HiddenRows
 from agentspeed_engine.exec.step_input import Sample, StepInput, Unknown
 from agentspeed_engine.ids import pages_for
 from agentspeed_engine.kv.views import NodeRun
@@ -23,6 +24,7 @@ class Batcher:
     def __init__(self, page_tokens: int) -> None:
         self._page_tokens = page_tokens
         self._pages: WeakKeyDictionary[NodeRun, Int32s] = WeakKeyDictionary()
+        self._hidden = HiddenRows(page_tokens)
 
     def step_input(self, plan: StepPlan) -> StepInput:
         """What an executor needs of the plan. Work per row is done in Python, work per token in NumPy."""
@@ -63,7 +65,7 @@ class Batcher:
         )
         select = [end - 1 for row, end in zip(rows, ends, strict=True) if row.sample is not None]
         return FlatBatch(ids=_ids(rows), positions=positions, slots=slots, runs=(*nodes, *tails),
-                         select=np.asarray(select, dtype=np.int64))  # fmt: skip
+                         select=np.asarray(select, dtype=np.int64), hidden=self._hidden.of(rows))  # fmt: skip
 
     def _pages_of(self, run: NodeRun) -> Int32s:
         pages = self._pages.get(run)

@@ -5,7 +5,7 @@ Every pair (query, token it may see) is named by exactly one run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 import numpy as np
@@ -13,6 +13,10 @@ from numpy.typing import NDArray
 
 Int32s = NDArray[np.int32]
 Int64s = NDArray[np.int64]
+
+
+def _none() -> Int64s:
+    return np.zeros(0, dtype=np.int64)
 
 
 @final
@@ -47,9 +51,12 @@ class FlatBatch:
     """[S] indices on the token axis whose logits are wanted; S may be 0."""
     tokens_per_rank: tuple[int, ...] = ()
     """T of every dp rank, where their steps are in lock-step; empty where this one is by itself."""
+    hidden: Int64s = field(default_factory=_none)
+    """[n] pool rows behind the last one of a branch, in a page it has begun to write: what a former owner of the page
+    left there. Kernels that multiply hidden rows by zero need zeros in them before they read the page."""
 
 
 def no_rows(tokens_per_rank: tuple[int, ...] = ()) -> FlatBatch:
     """A step of which this dp rank has no rows."""
-    none = np.zeros(0, dtype=np.int64)
+    none = _none()
     return FlatBatch(ids=none, positions=none, slots=none, runs=(), select=none, tokens_per_rank=tokens_per_rank)

@@ -28,7 +28,7 @@ class KvPools:
     def __init__(self, layout: KvLayout, pages: int, page_tokens: int, device: torch.device | str = "cpu") -> None:
         """Allocates [layers, pages, page_tokens, width] of zeros for each pool, of one in fp8 uint8 [..., bytes of a
         row]: on a CPU memory is taken where it is written, elsewhere at once (kernels there read whole pages, so that
-        every row must be finite)."""
+        every row must be finite: see `clear`)."""
         self.layout = layout
         self._by_name = {pool.name: _zeros(pool, pages, page_tokens, device) for pool in layout.pools}
 
@@ -45,6 +45,11 @@ class KvPools:
         """[T, numbers of a token in all layers and pools] of rows `slots` [T]; what 8 bits stand for in bfloat16."""
         pools = zip(self._by_name.values(), self.layout.pools, strict=True)
         return torch.cat([_numbers(held, slots, pool.row) for held, pool in pools], 1)
+
+    def clear(self, rows: Tensor) -> None:
+        """Zeros in rows [n] int64 (page * page_tokens + offset), in every layer of every pool."""
+        for pool in self._by_name.values():
+            pool.flatten(1, 2).index_fill_(1, rows, 0)
 
     def copy_rows(self, src_page: int, dst_page: int, rows: int) -> None:
         """The first `rows` rows of a page, in every layer of every pool."""

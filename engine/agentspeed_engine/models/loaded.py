@@ -37,6 +37,7 @@ from agentspeed_kernels.registry import standard
 from agentspeed_kernels.selection import UNBOUNDED, Kernels, Preferences
 from agentspeed_kernels.signature import DTYPE_BYTES, CacheFormat, Device
 from agentspeed_kernels.testing import conformance
+from agentspeed_kernels.uploads import unwaited
 from agentspeed_kernels.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -203,6 +204,8 @@ class LoadedModel:
         tokens afterwards. On a GPU both are so once its work is done; `forward` does not wait for it.
 
         `name` may put ids that are known there alone into the ids of the step [T] before they are read."""
+        if len(batch.hidden) and self.device.type != "cpu":  # kernels of a CPU read no row that nobody sees
+            self.pools.clear(unwaited(batch.hidden, self.device))
         if self._graphs is not None and self.repeats and (found := self._graphs.run(batch, name)) is not None:
             return found
         ids, state = step_state(batch, self._rope, self.page_tokens, self._workspace, self._attention)

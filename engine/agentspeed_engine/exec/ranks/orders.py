@@ -47,7 +47,7 @@ class StepOrder(msgspec.Struct, frozen=True, array_like=True):
     runs: tuple[tuple[int, int, int, int, bool], ...]
     """(start, tokens, pages, queries, causal) of each; the last two but one are counts."""
     wide: bytearray
-    """int64: ids, positions, slots, select."""
+    """int64: ids, positions, slots, select, hidden."""
     narrow: bytearray
     """int32: the pages of all runs, then their queries."""
     copies: tuple[tuple[PageId, PageId, int], ...]
@@ -95,7 +95,7 @@ class CopyDone(msgspec.Struct, frozen=True, array_like=True):
 
 
 def step_order(batch: FlatBatch, copies: tuple[PageCopy, ...], samples: tuple[SampleOrder, ...]) -> StepOrder:
-    wide = (batch.ids, batch.positions, batch.slots, batch.select)
+    wide = (batch.ids, batch.positions, batch.slots, batch.select, batch.hidden)
     narrow = [*(run.pages for run in batch.runs), *(run.queries for run in batch.runs)]
     return StepOrder(
         tokens=len(batch.ids),
@@ -112,8 +112,8 @@ def step_order(batch: FlatBatch, copies: tuple[PageCopy, ...], samples: tuple[Sa
 def batch_of(order: StepOrder) -> FlatBatch:
     """The arrays may be written to, and are views of the order's."""
     wide = np.frombuffer(order.wide, np.int64)
-    cuts = list(accumulate((order.tokens, order.tokens, order.tokens)))
-    ids, positions, slots, select = np.split(wide, cuts)
+    cuts = list(accumulate((order.tokens, order.tokens, order.tokens, order.selected)))
+    ids, positions, slots, select, hidden = np.split(wide, cuts)
     narrow = np.frombuffer(order.narrow, np.int32)
     counts = [run[2] for run in order.runs] + [run[3] for run in order.runs]
     parts = np.split(narrow, list(accumulate(counts))[:-1]) if counts else []
@@ -129,6 +129,7 @@ def batch_of(order: StepOrder) -> FlatBatch:
         runs=runs,
         select=select,
         tokens_per_rank=order.tokens_per_rank,
+        hidden=hidden,
     )
 
 

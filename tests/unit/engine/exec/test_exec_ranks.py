@@ -160,7 +160,8 @@ def test_a_step_arrives_as_it_was_told() -> None:
     rows = [Row(BranchId(number), 1, 8, (4, 5, 6), path, 8, (PageId(20 + number),), turn(number)) for number in (1, 2)]
     batch = Batcher(PAGE).step_input(StepPlan(StepSeq(1), tuple(rows))).batch
     arrived = batch_of(step_order(batch, (), ()))
-    for name in ("ids", "positions", "slots", "select"):
+    assert batch.hidden.size
+    for name in ("ids", "positions", "slots", "select", "hidden"):
         assert np.array_equal(getattr(arrived, name), getattr(batch, name))
         assert getattr(arrived, name).flags.writeable
     assert len(arrived.runs) == len(batch.runs) == 3

@@ -140,6 +140,23 @@ def test_in_fp8_they_keep_a_byte_of_each_number_a_scale_of_each_head_and_turned_
         assert held.dtype == torch.uint8 and held.nbytes == 8 * pool.bytes_per_token
 
 
+def test_rows_are_cleared_in_every_layer_of_every_pool_and_no_others() -> None:
+    layout = KvLayout(
+        pools=(
+            KvPool(name="a", layers=2, width=3, dtype="float32"),
+            KvPool(name="b", layers=1, width=8, dtype="fp8", heads=2),
+        )
+    )
+    pools = KvPools(layout, pages=3, page_tokens=4)
+    for pool in pools.tensors:
+        pool.fill_(float("nan") if pool.dtype.is_floating_point else 255)
+    pools.clear(torch.tensor([4 + 2, 4 + 3, 8]))
+    for pool in pools.tensors:
+        wanted = torch.zeros(3, 4, dtype=torch.bool)
+        wanted[1, 2:] = wanted[2, 0] = True
+        assert torch.equal((pool == 0).all(-1), wanted.expand(pool.shape[0], -1, -1))
+
+
 def test_rows_are_copied_in_every_layer_of_every_pool() -> None:
     layout = KvLayout(
         pools=(
