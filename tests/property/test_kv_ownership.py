@@ -52,12 +52,22 @@ class Ownership(RuleBasedStateMachine):
         ahead=st.booleans(),
         slots=st.sampled_from([0, 2, 5, 40]),
         policy=st.sampled_from(["next_use", "lru", "ttl", "min_waste"]),
+        poison=st.sampled_from([None, 5]),
     )
     def start(
-        self, page: int, limit: int, spare: int, chunk: int, depth: int, ahead: bool, slots: int, policy: str
+        self,
+        page: int,
+        limit: int,
+        spare: int,
+        chunk: int,
+        depth: int,
+        ahead: bool,
+        slots: int,
+        policy: str,
+        poison: int | None,
     ) -> None:
         self.core = small_core(page, limit, spare, chunk, depth, ahead, slots, policy)
-        self.device = FakeDevice(page, VOCABULARY)
+        self.device = FakeDevice(page, VOCABULARY, poison)
         self.logs: dict[int, list[int]] = {}
         self.running: set[int] = set()
         self.flights: list[StepResult] = []

@@ -33,6 +33,7 @@ class Recorded(Ownership):
         slots=st.sampled_from([0, 2, 5, 40]),
         policy=st.sampled_from(["next_use", "lru"]),
         content=st.booleans(),
+        poison=st.sampled_from([None, 5]),
     )
     def start(  # type: ignore[override]
         self,
@@ -45,13 +46,14 @@ class Recorded(Ownership):
         slots: int,
         policy: str,
         content: bool,
+        poison: int | None,
     ) -> None:
         self.inner = small_core(page, limit, spare, chunk, depth, ahead, slots, policy)
         self.folder = Path(tempfile.mkdtemp(prefix="agentspeed-recorder-"))
         order = RecordingOrder(folder=self.folder, most_bytes=1 << 20, content=content, every=1)
         self.tape = Tape(self.inner, order, began=0.0)
         self.core = self.tape.core  # type: ignore[assignment]
-        self.device = FakeDevice(page, VOCABULARY)
+        self.device = FakeDevice(page, VOCABULARY, poison)
         self.logs, self.running, self.flights, self.orders = {}, set(), [], []
         self.now, self.request, self.asked = 0.0, 0, {}
 

@@ -24,7 +24,9 @@ class LeftBehind(AssertionError):
 class FakeDevice:
     """Carries out plans at once. `logs` gives the whole log of a branch, as the test knows it."""
 
-    def __init__(self, page_tokens: int, vocab_size: int) -> None:
+    def __init__(self, page_tokens: int, vocab_size: int, poison: int | None = None) -> None:
+        """`poison`: an id of whose rows nothing finite can be computed, and of none that see them."""
+        self.poison = poison
         self.page_tokens = page_tokens
         self.vocab_size = vocab_size
         self.pages: dict[PageId, list[tuple[int, ...]]] = {}
@@ -44,6 +46,8 @@ class FakeDevice:
         for slot in self._hidden.of(plan.rows).tolist():
             self._writers(PageId(slot // self.page_tokens))[slot % self.page_tokens] = None
         drawn: list[Drawn] = []
+        refused: list[tuple[BranchId, int, str]] = []
+        sampled = self.sampled[plan.seq] = []
         for row in plan.rows:
             log = tuple(logs[row.branch])
             if row.token_of is not None:
@@ -57,9 +61,13 @@ class FakeDevice:
             self.tokens_computed += row.tokens
             if row.sample is not None:
                 token = next_token(log[: row.end], self.vocab_size)
-                drawn.append(Drawn(row.branch, row.epoch, token))
-        self.sampled[plan.seq] = [one.id for one in drawn]
-        return StepResult(plan.seq, tuple(drawn))
+                sampled.append(token)
+                if self.poison in log[: row.end]:
+                    refused.append((row.branch, row.epoch, "no finite numbers"))
+                else:
+                    drawn.append(Drawn(row.branch, row.epoch, token))
+        spoilt = frozenset((branch, epoch) for branch, epoch, _ in refused)
+        return StepResult(plan.seq, tuple(drawn), tuple(refused), spoilt=spoilt)
 
     def copy(self, order: HostCopy) -> None:
         """Carries out one ticket."""

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.exec.executor import Refusal
 from agentspeed_engine.exec.grammar import GrammarRefused, Matchers
 from agentspeed_engine.exec.penalties import Adjustment, Penalties, penalises
 from agentspeed_engine.exec.step_input import Sample
@@ -18,6 +19,11 @@ from agentspeed_engine.sched.plan import DrawnEnd
 
 REFUSALS: tuple[type[Exception], ...] = (GrammarRefused, EngineFault)
 """What a turn ends with that cannot be served; its text is the reason."""
+
+
+def refusal(reason: Exception) -> Refusal:
+    """One of `REFUSALS` as the outcome of a sample."""
+    return Refusal(str(reason), spoilt=isinstance(reason, EngineFault) and reason.code == "bad_weights")
 
 
 @final

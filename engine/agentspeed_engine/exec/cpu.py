@@ -13,7 +13,7 @@ from typing import Any, final
 from numpy.typing import NDArray
 
 from agentspeed_engine.errors import BrokenInvariant
-from agentspeed_engine.exec.automata import REFUSALS
+from agentspeed_engine.exec.automata import REFUSALS, refusal
 from agentspeed_engine.exec.executor import Pending, Refusal, Sampled, Token
 from agentspeed_engine.exec.model import Model
 from agentspeed_engine.exec.recent_tokens import RecentTokens
@@ -78,4 +78,4 @@ class CpuExecutor(TurnsOnHost):
             end = self._automata.end(sample, chosen.id)
             return Token(chosen.id, chosen.logprob, chosen.top, end, chosen.draw_logprob)
         except REFUSALS as reason:
-            return Refusal(str(reason))
+            return refusal(reason)

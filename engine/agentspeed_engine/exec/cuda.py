@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from agentspeed_engine.errors import BrokenInvariant, EngineFault
-from agentspeed_engine.exec.automata import REFUSALS
+from agentspeed_engine.exec.automata import REFUSALS, refusal
 from agentspeed_engine.exec.executor import Pending, Refusal, Sampled, Token
 from agentspeed_engine.exec.penalties import Adjustment
 from agentspeed_engine.exec.sampler import not_finite, ruled_out
@@ -165,11 +165,11 @@ class CudaExecutor(TurnsOnHost):
         if place in pending.refused:
             return Refusal(pending.refused[place])
         if faulty:
-            return Refusal(str(_FAULTS[faulty]()))
+            return refusal(_FAULTS[faulty]())
         try:
             end = self._automata.end(one, token)
         except REFUSALS as reason:
-            return Refusal(str(reason))
+            return refusal(reason)
         asked = asked_of(one)
         if asked < 0:
             return Token(token, None, (), end)

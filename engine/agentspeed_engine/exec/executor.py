@@ -38,6 +38,8 @@ class Refusal:
     """A sample that cannot be drawn: its turn ends with this reason, and the others of the step are not concerned."""
 
     reason: str
+    spoilt: bool = False
+    """The logits are no finite numbers: rows that its turn read may be at fault."""
 
 
 Sampled: TypeAlias = tuple[Token | Refusal, ...]

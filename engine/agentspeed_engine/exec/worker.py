@@ -22,15 +22,18 @@ def result_of(plan: StepPlan, sampled: Sampled, seconds: float) -> StepResult:
     """What the scheduler is told of a step that took so long."""
     drawn: list[Drawn] = []
     refused: list[tuple[BranchId, int, str]] = []
+    spoilt: set[tuple[BranchId, int]] = set()
     rows: list[Row] = [row for row in plan.rows if row.sample is not None]
     for row, token in zip(rows, sampled, strict=True):
         if isinstance(token, Refusal):
             refused.append((row.branch, row.epoch, token.reason))
+            if token.spoilt:
+                spoilt.add((row.branch, row.epoch))
         else:
             drawn.append(
                 Drawn(row.branch, row.epoch, token.id, token.logprob, token.top, token.end, token.draw_logprob)
             )
-    return StepResult(plan.seq, tuple(drawn), tuple(refused), seconds)
+    return StepResult(plan.seq, tuple(drawn), tuple(refused), seconds, frozenset(spoilt))
 
 
 @final

@@ -121,6 +121,18 @@ class KvCache:
             node.used = now
         self.tree.forget_root(branch.leaf)
 
+    def disown(self, branch: Branch, why: str) -> None:
+        """A branch at rest gives up all rows of its path, and those that nothing else leads to go: nobody shall find
+        them. What others refer to, run on or copy stays. `why` is told."""
+        ends, root = (branch.seed, branch.leaf), branch.leaf
+        while root.parent is not None:
+            root = root.parent
+        self.settle_on(branch, root, None, 0)
+        self._rows_lost([branch], why)
+        for end in ends:
+            if end is not None:
+                self._drop_unreferenced(end)
+
     def _drop_unreferenced(self, tip: Node) -> None:
         node = tip
         while node.parent is not None and not node.referenced and not node.pinned_by and node.id in self.tree.nodes:

@@ -26,6 +26,8 @@ class Turn:
     end: FinishReason | None = None
     """Set when the turn is to leave `hold` or `close`."""
     message: str = ""
+    spoilt: bool = False
+    """Its model computed logits that are no finite numbers: any of the rows that it read may be at fault."""
     waits: bool = False
     """The executor is making ready what its sampling needs: it is in no queue yet."""
     prepared: bool = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import assert_never
+from typing import TypeAlias, assert_never
 
 from agentspeed_engine.errors import BrokenInvariant
 from agentspeed_engine.ids import BranchId
@@ -23,6 +23,9 @@ from agentspeed_engine.sched.admission import target
 from agentspeed_engine.sched.plan import Drawn, Row, StepResult
 from agentspeed_engine.sched.state import SchedulerState
 
+_Refusal: TypeAlias = tuple[str, bool]
+"""Why a turn cannot go on, and whether that is because its logits are no finite numbers."""
+
 
 def apply(world: SchedulerState, result: StepResult, now: float) -> None:
     """In sequence order only. Rows of an epoch that is over are ignored, and counted."""
@@ -30,7 +33,7 @@ def apply(world: SchedulerState, result: StepResult, now: float) -> None:
         raise BrokenInvariant(f"the result of step {result.seq} came out of order")
     step = world.flights.pop(result.seq)
     drawn = {(token.branch, token.epoch): token for token in result.drawn}
-    refused = {(branch, epoch): reason for branch, epoch, reason in result.refused}
+    refused = {(branch, epoch): (reason, (branch, epoch) in result.spoilt) for branch, epoch, reason in result.refused}
     for row in step.rows:
         key = (row.branch, row.epoch)
         _row_came_back(world, row, drawn.get(key), refused.get(key), now)
@@ -55,7 +58,7 @@ def prepared(world: SchedulerState, turn: int, refusal: str | None, now: float) 
     world.finish_turn(held.branch, state.turn, now)
 
 
-def _row_came_back(world: SchedulerState, row: Row, token: Drawn | None, refusal: str | None, now: float) -> None:
+def _row_came_back(world: SchedulerState, row: Row, token: Drawn | None, refusal: _Refusal | None, now: float) -> None:
     state = world.states.get(row.branch)
     if state is None or state.branch.epoch != row.epoch:
         world.ignored += 1
@@ -68,6 +71,7 @@ def _row_came_back(world: SchedulerState, row: Row, token: Drawn | None, refusal
         case Settling():
             _computed(state, row)
             turn = state.turn
+            turn.spoilt |= refusal is not None and refusal[1]
             match state.ack(world.kv, count, now):
                 case Settling() as settling:
                     world.states[row.branch] = settling
@@ -93,9 +97,12 @@ def _computed(state: Prefilling | Settling, row: Row) -> None:
         state.turn.computed(row.position, row.end, state.branch.computed)
 
 
-def _filled(world: SchedulerState, state: Prefilling, token: Drawn | None, refusal: str | None, now: float) -> None:
-    """The prompt is computed: what others wait for is published before anything is drawn."""
-    state.seal(world.kv, now)
+def _filled(
+    world: SchedulerState, state: Prefilling, token: Drawn | None, refusal: _Refusal | None, now: float
+) -> None:
+    """The prompt is computed: what others wait for is published before anything is drawn, unless it is spoilt."""
+    if refusal is None or not refusal[1]:
+        state.seal(world.kv, now)
     if state.turn.filled_at is None:
         state.turn.filled_at = now
     decoding = state.filled()
@@ -103,10 +110,10 @@ def _filled(world: SchedulerState, state: Prefilling, token: Drawn | None, refus
     _draw(world, decoding, token, refusal, now)
 
 
-def _draw(world: SchedulerState, state: Decoding, token: Drawn | None, refusal: str | None, now: float) -> None:
+def _draw(world: SchedulerState, state: Decoding, token: Drawn | None, refusal: _Refusal | None, now: float) -> None:
     branch, turn = state.branch, state.turn
     if refusal is not None:
-        turn.message = refusal
+        turn.message, turn.spoilt = refusal
         _end(world, state, "error", now)
         return
     if token is None:

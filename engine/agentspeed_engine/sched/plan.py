@@ -126,3 +126,5 @@ class StepResult:
     refused: tuple[tuple[BranchId, int, str], ...] = ()
     """(branch, epoch, reason): rows whose turn cannot go on (a grammar that does not compile or dead-ends)."""
     seconds: float = 0.0
+    spoilt: frozenset[tuple[BranchId, int]] = frozenset()
+    """(branch, epoch) of those among `refused` whose logits are no finite numbers."""

@@ -81,6 +81,8 @@ class Applied(msgspec.Struct, frozen=True, array_like=True, tag="apply"):
     """By place among the rows that sample."""
     missing: tuple[int, ...] = ()
     """Rows that were to draw and did not: our bug, replayed."""
+    spoilt: tuple[int, ...] = ()
+    """Of the refused those whose logits are no finite numbers."""
 
 
 class Begun(msgspec.Struct, frozen=True, array_like=True, tag="begun"):
@@ -269,7 +271,8 @@ class RecordedCore:
             if refused
             else {}
         )
-        return Applied(result.seq, now, self._veil.drawn(ids, positions), ends, reasons, tuple(missing))
+        spoilt = tuple(place for place in reasons if (rows[place].branch, rows[place].epoch) in result.spoilt)
+        return Applied(result.seq, now, self._veil.drawn(ids, positions), ends, reasons, tuple(missing), spoilt)
 
     def _hidden(self, command: wire.Command) -> wire.Command:
         changed = msgspec.structs.replace
@@ -332,4 +335,5 @@ def result_of(plan: StepPlan, applied: Applied) -> StepResult:
         for place, (row, token) in enumerate(zip(drawing, ids, strict=True))
     )
     refused = tuple((rows[place].branch, rows[place].epoch, reason) for place, reason in applied.refused.items())
-    return StepResult(StepSeq(applied.seq), drawn, refused)
+    spoilt = frozenset((rows[place].branch, rows[place].epoch) for place in applied.spoilt)
+    return StepResult(StepSeq(applied.seq), drawn, refused, spoilt=spoilt)

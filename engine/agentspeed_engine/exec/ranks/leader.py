@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agentspeed_engine.errors import BrokenInvariant, EngineFault
-from agentspeed_engine.exec.automata import REFUSALS
+from agentspeed_engine.exec.automata import REFUSALS, refusal
 from agentspeed_engine.exec.cpu import Computed
 from agentspeed_engine.exec.executor import Pending, Refusal, Sampled, Token
 from agentspeed_engine.exec.penalties import Adjustment
@@ -132,12 +132,12 @@ class LeadingExecutor(TurnsOnHost):
 
     def _token(self, step: StepInput, place: int, drawn: Draw | EngineFault) -> Token | Refusal:
         if isinstance(drawn, EngineFault):
-            return Refusal(str(drawn))
+            return refusal(drawn)
         try:
             end = self._automata.end(step.samples[place], drawn.id)
             return Token(drawn.id, drawn.logprob, drawn.top, end, drawn.draw_logprob)
         except REFUSALS as reason:
-            return Refusal(str(reason))
+            return refusal(reason)
 
     def _copy(self, order: CopyOrder) -> None:
         with self._losses_named():
