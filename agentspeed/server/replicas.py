@@ -13,6 +13,7 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any, Final, final
 
 from ray import serve
@@ -29,13 +30,13 @@ from agentspeed.server.affinity import AFFINITY, Affinity, Destination, affinity
 from agentspeed.server.app import application
 from agentspeed.server.options import ServerOptions, tenant_of
 from agentspeed.server.problems import Problem
+from agentspeed.server.pulled import Headers, pulled
 from agentspeed.server.streaming import encoded
 from agentspeed.server.turns import Service
 
 MOST_KEYS: Final = 65_536
 """Keys whose replica the front remembers; others go where their hash leads."""
 _MOVING_SECONDS: Final = 2
-Headers = list[tuple[bytes, bytes]]
 
 
 @final
@@ -81,44 +82,18 @@ class Replica:
     async def answer(
         self, where: Destination, head: dict[str, Any], body: bytes
     ) -> AsyncIterator[tuple[str, int, Headers] | bytes]:
-        """This replica's name with status and headers, then the body in the pieces that there are at once."""
-        sent: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
-        given = [{"type": "http.request", "body": body, "more_body": False}]
+        """This replica's name with status and headers, then the body in the pieces that there are at once.
 
-        async def receive() -> dict[str, Any]:
-            return given.pop() if given else await asyncio.Future()  # whoever goes away cancels this call
-
-        task = asyncio.create_task(self._gate({"type": "http", "asgi": {"version": "3.0"}, **head}, receive, sent.put))  # type: ignore[arg-type]
-        task.add_done_callback(lambda _: sent.put_nowait(None))
-        try:
-            first = await _next(sent, task)
-            yield self._name, first["status"], list(first["headers"])
-            more = True
-            while more:
-                message = await _next(sent, task)
-                pieces, more = [message.get("body", b"")], message.get("more_body", False)
-                while more and not sent.empty():
-                    message = await _next(sent, task)
-                    pieces.append(message.get("body", b""))
-                    more = message.get("more_body", False)
-                yield b"".join(pieces)
-        finally:
-            task.cancel()
-            _ = await asyncio.wait([task])
+        The application waits for who takes them. Ray takes them as they come and keeps what a client has not read,
+        which is no more than the answer of its turn."""
+        async with aclosing(pulled(self._gate, head, body)) as parts:
+            async for part in parts:
+                yield (self._name, *part) if isinstance(part, tuple) else part
 
     async def __del__(self) -> None:
         """Serve calls and awaits it once no request is in work: what runs without one ends, and sessions are saved."""
         self._ending.set()
         _ = await asyncio.wait([self._running])
-
-
-async def _next(sent: asyncio.Queue[dict[str, Any] | None], task: asyncio.Task[None]) -> dict[str, Any]:
-    """The next message of the application, whose end is the None. Raises what ended it before that."""
-    message = await sent.get()
-    if message is None:
-        task.result()
-        raise errors.InternalError("The application ended before its answer.")
-    return message
 
 
 @final

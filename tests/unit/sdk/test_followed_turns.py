@@ -39,6 +39,29 @@ async def test_a_turn_whose_very_end_was_not_told_in_time_leaves_no_trace_either
         assert (await s.generate("Count.")).text == "Two."
 
 
+async def test_who_leaves_while_the_very_end_is_told_can_ask_again_as_if_for_the_first_time() -> None:
+    """A client cannot know that an answer it has not heard to its end was complete: it sends the request again."""
+    async with ScriptedEngine(["One.", "Two."]) as engine, engine.session() as s:
+        telling = anyio.Event()
+
+        async def tell(batch: list[events.AnyEvent]) -> None:
+            if any(isinstance(event, events.TurnFinished) for event in batch):
+                telling.set()
+                await anyio.sleep_forever()
+
+        async def ask() -> None:
+            async with s.stream("Count.") as turn:
+                await turn.follow(tell)
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(ask)
+            await telling.wait()
+            group.cancel_scope.cancel()
+        assert s.messages == ()
+        assert (await s.generate("Count.")).text == "Two."
+        assert len(s.messages) == 2
+
+
 async def test_a_text_to_be_kept_is_kept_where_its_end_was_not_told_in_time() -> None:
     async with ScriptedEngine(["One.", "Two."]) as engine, engine.session() as s:
         with pytest.raises(errors.TurnTimeout):
