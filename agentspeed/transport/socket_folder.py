@@ -36,8 +36,11 @@ class SocketFolder:
         self.socket = self.path / _SOCKET
 
     def remove(self) -> None:
-        """After the engine has ended."""
+        """After the engine has ended. The folder around it goes too when nobody else has one there."""
+        from agentspeed_engine.serve.engine_registry import leave
+
         shutil.rmtree(self.path, ignore_errors=True)
+        leave(self.path.parent)
         self.let_go()
 
     def let_go(self) -> None:
@@ -74,11 +77,12 @@ def _places() -> Iterator[Path]:
 
 def _made_in(place: Path) -> tuple[Path, int]:
     """Raises `OSError`."""
-    from agentspeed_engine.serve.engine_registry import ours
+    from agentspeed_engine.serve.engine_registry import in_place
 
-    place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not ours(place):
-        raise PermissionError("it belongs to somebody else, or others may write there")
+    return in_place(place, lambda: _made_here(place))
+
+
+def _made_here(place: Path) -> tuple[Path, int]:
     with _locked(place, fcntl.LOCK_EX):  # no other process sweeps between the making and the locking
         _sweep(place)
         path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))

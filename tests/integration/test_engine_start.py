@@ -111,6 +111,23 @@ def test_a_long_folder_for_temporary_files_is_passed_over(tmp_path: Path, monkey
     monkeypatch.setenv("TMPDIR", str(long))
     monkeypatch.setattr("tempfile.tempdir", None)
     ready(EngineProcess(NOOP))
+    assert list(long.iterdir()) == [], "the folder in which it was listed goes with the last engine"
+
+
+def test_the_runtime_folder_goes_with_its_last_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AGENTSPEED_RUNTIME_DIR", raising=False)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    one, other = EngineProcess(NOOP), EngineProcess(NOOP)
+    ready(one)
+    assert len(list(tmp_path.iterdir())) == 1
+    ready(other)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_runtime_folder_that_was_named_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGENTSPEED_RUNTIME_DIR", str(tmp_path))
+    ready(EngineProcess(NOOP))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_runtime_folder_that_does_not_exist_and_cannot_be_made_is_passed_over(

@@ -16,14 +16,16 @@ import stat
 import tempfile
 import time
 import zlib
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import TypeVar, final
 
 FOLDER = "AGENTSPEED_RUNTIME_DIR"
 """Environment variable: the folder to use instead of the user's runtime folder."""
 
+T = TypeVar("T")
+_TRIES = 8
 _PROBE_SECONDS = 1.0
 _DRAFT = re.compile(r"\d+-[0-9a-f]{8}\.new")
 _DRAFT_SECONDS = 60.0
@@ -52,27 +54,52 @@ def folder(environment: Mapping[str, str]) -> Path:
 @contextlib.contextmanager
 def entered(place: Path, entry: RunningEngine) -> Iterator[None]:
     """Listed while the block runs. Raises `OSError` when the folder cannot be used or belongs to another user."""
-    place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not ours(place):
-        raise PermissionError(f"{place} belongs to somebody else, or others may write there")
+    path = in_place(place, lambda: _written(place, entry))
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        leave(place)
+
+
+def in_place(place: Path, make: Callable[[], T]) -> T:
+    """What `make` puts into the folder, which is made where there is none. Who leaves it empty may remove it before
+    anything is there (`leave`): then it is made again. Raises `OSError`."""
+    for _ in range(_TRIES):
+        with contextlib.suppress(FileNotFoundError):
+            place.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not ours(place):
+                raise PermissionError("it belongs to somebody else, or others may write there")
+            return make()
+    return make()
+
+
+def leave(place: Path) -> None:
+    """Removes the folder when nothing is in it any more, but for one that the user has named."""
+    if os.environ.get(FOLDER) != str(place):
+        with contextlib.suppress(OSError):  # others are in it, or it is gone
+            place.rmdir()
+
+
+def _written(place: Path, entry: RunningEngine) -> Path:
     address = str(entry.socket.resolve())
     path = place / _name(entry.pid, address)
     draft = path.with_suffix(".new")
     said = json.dumps({"pid": entry.pid, "socket": address, "model": entry.model})
     _ = draft.write_text(said, encoding="utf-8")
-    _ = draft.replace(path)  # a reader finds a whole entry or none
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
+    return draft.replace(path)  # a reader finds a whole entry or none
 
 
 def running(place: Path, *, known: Container[Path] = ()) -> list[RunningEngine]:
     """Engines that answer at their sockets, lowest process number first; entries that nobody answers for are removed.
 
     Sockets in `known` are not asked. Files that are no entries are left alone."""
-    if not place.is_dir() or not ours(place):
-        return []
+    with contextlib.suppress(FileNotFoundError):
+        return _running(place, known) if ours(place) else []
+    return []
+
+
+def _running(place: Path, known: Container[Path]) -> list[RunningEngine]:
     found: list[RunningEngine] = []
     for path in place.glob("*.json"):
         entry = _read(path)
@@ -100,6 +127,7 @@ def answers(path: Path) -> bool:
 
 
 def ours(place: Path) -> bool:
+    """Raises `OSError` when it is gone."""
     facts = place.stat()
     return facts.st_uid == os.getuid() and not facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from agentspeed_engine.serve.engine_registry import RunningEngine, answers, entered, folder, running
+from agentspeed_engine.serve.engine_registry import RunningEngine, answers, entered, folder, in_place, leave, running
 
 
 def listening(path: Path) -> socket.socket:
@@ -24,7 +25,26 @@ def test_an_engine_is_listed_while_it_runs(tmp_path: Path) -> None:
         with entered(place, entry):
             assert running(place) == [entry]
         assert running(place) == []
-    assert list(place.iterdir()) == []
+    assert not place.exists(), "it made the folder, and is the last in it"
+
+
+def test_a_folder_that_another_one_leaves_meanwhile_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, whole = tmp_path / "run", Path.mkdir
+    gone: list[Path] = []
+
+    def raced(self: Path, *given: Any, **named: Any) -> None:
+        whole(self, *given, **named)
+        if len(gone) < 2:
+            gone.append(self)
+            leave(self)
+
+    monkeypatch.setattr(Path, "mkdir", raced)
+    assert in_place(place, lambda: (place / "file").write_text("here")) == 4
+    assert gone == [place, place]
+    leave(place)
+    assert place.exists(), "something is in it"
 
 
 def test_entries_that_nobody_answers_for_are_removed(tmp_path: Path) -> None:
