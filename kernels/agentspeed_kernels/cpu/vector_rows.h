@@ -5,12 +5,12 @@
    a row meet those of all 16, and nothing is folded. Values: the rows of two tokens are interleaved in registers, 32 columns at a
    time, for up to 8 pairs, whose shares lie two by two as the product wants them. A pass takes all heads of the pools where
    pairs are few: it then reads whole rows, a stream that memory is fast at, and fetches the next block meanwhile. Rows in fp8
-   are taken back to numbers first, a block and a head at a time. */
+   meet up to 8 pairs as they are (vector_cache.h); for more they are taken back to numbers first, a block and a head at a
+   time. */
 #ifndef AGENTSPEED_VECTOR_ROWS_H
 #define AGENTSPEED_VECTOR_ROWS_H
-#include "amx_sixteen.h"
+#include "vector_cache.h"
 
-#define BLOCK 32           /* tokens scored at a time, a vector of shares */
 #define SET 8              /* pairs that share what is in registers */
 #define MOST_TOGETHER 128  /* pairs of all heads of a pass */
 
@@ -29,66 +29,6 @@ INLINE long heads_together(const step *s, long rows) {
 
 static size_t scratch_bytes(const step *s) {
     return MOST_TOGETHER * (s->keys.stride * 2 + s->values * STEP * 4 + BLOCK * 2) + 2 * BLOCK * s->keys.stride * 2 + 4096;
-}
-
-/* Rows of BLOCK tokens, counted in numbers from the start of a pool; past the end of a tile its last one again, whose
-   shares are 0. */
-typedef struct {
-    long at[BLOCK];
-} block_rows;
-
-INLINE void locate(const part *p, const cache *c, long at, block_rows *to) {
-    long place = p->offset + at_most(at, p->tokens - 1), page = place / c->page_tokens, in_page = place % c->page_tokens;
-    long left = p->tokens - 1 - at;
-    for (int b = 0; b < BLOCK; b++, left--) {
-        to->at[b] = ((long)p->pages[page] * c->page_tokens + in_page) * c->row;
-        if (left > 0 && ++in_page == c->page_tokens) in_page = 0, page++;
-    }
-}
-
-/* The rows that the block after this one reads, fetched line by line between the products: many at once would wait for each
-   other, and the products behind them with them. */
-typedef struct {
-    const char *now, *stop; /* the next line, and the end of its run */
-} line;
-
-typedef struct {
-    const char *run[2 * BLOCK];
-    line at;
-    long bytes;     /* of a run */
-    int next, last; /* runs; the last one is fetched again when all are */
-    int each, more; /* lines for each turn of an inner loop, and before it */
-} ahead;
-
-/* The line is a variable of the loop's own: in memory it would be the loop's longest chain. */
-INLINE line fetch(ahead *a, line at, int lines) {
-    for (; lines > 0; lines--) {
-        NEAR(at.now);
-        if ((at.now += 64) >= at.stop) {
-            at.now = a->run[a->next], at.stop = at.now + a->bytes;
-            a->next += a->next < a->last;
-        }
-    }
-    return at;
-}
-
-/* Of a row, what a pass reads; scales of a part of the heads are few lines, and are waited for. */
-INLINE long read_bytes(const step *s, const part *p) {
-    const coded_row *c = s->keys.coded;
-    if (!c) return 2 * p->count * s->keys.width;
-    return p->count == s->groups ? c->bytes : p->count * c->width;
-}
-
-/* Whole rows, of keys and of values unless they are part of the keys. */
-INLINE void look_ahead(const step *s, const part *p, const block_rows *rows, ahead *a) {
-    int many = 0;
-    long from = s->keys.coded ? p->keys.head * s->keys.coded->width : 0;
-    for (int b = 0; b < BLOCK; b++) {
-        a->run[many++] = (const char *)(p->keys.pool + rows->at[b]) + from;
-        if (!s->shared) a->run[many++] = (const char *)(p->held.pool + rows->at[b]) + from;
-    }
-    a->bytes = read_bytes(s, p), a->next = 1, a->last = many - 1;
-    a->at.now = a->run[0], a->at.stop = a->at.now + a->bytes;
 }
 
 /* scores[pair][token] for P pairs x T tokens, P * T = 16; q is [steps][P][32], rows of scores are BLOCK apart. */
@@ -135,7 +75,7 @@ INLINE void score(const bf16 *q, const bf16 *pool, const long *rows, long width,
 /* o[pair][steps][32] += shares . values for P pairs, `steps` (up to S) steps of 32 columns from `column`. Unpacking leaves
    columns in the order that `give` undoes. */
 INLINE void add_values(float *o, long o_stride, const bf16 *pool, const long *rows, const bf16 *shares, long tokens,
-                       __mmask32 some, ahead *next, const int P, const int S) {
+                       long column, __mmask32 some, const coded_block *coded, ahead *next, const int P, const int S) {
     __m512 sums[SET][8];
 #pragma GCC unroll 8
     for (int i = 0; i < P; i++)
@@ -149,8 +89,10 @@ INLINE void add_values(float *o, long o_stride, const bf16 *pool, const long *ro
         __m512bh columns[8];
 #pragma GCC unroll 8
         for (int c = 0; c < S; c++) {
-            __m512i one = S > 1 ? _mm512_loadu_si512(x + c * STEP) : _mm512_maskz_loadu_epi16(some, x);
-            __m512i two = S > 1 ? _mm512_loadu_si512(y + c * STEP) : _mm512_maskz_loadu_epi16(some, y);
+            __m512i one, two;
+            if (coded) one = numbers_of(bytes_of(x) + coded->head_at + column + c * STEP), two = numbers_of(bytes_of(y) + coded->head_at + column + c * STEP);
+            else if (S > 1) one = _mm512_loadu_si512(x + column + c * STEP), two = _mm512_loadu_si512(y + column + c * STEP);
+            else one = _mm512_maskz_loadu_epi16(some, x + column), two = _mm512_maskz_loadu_epi16(some, y + column);
             columns[2 * c] = (__m512bh)_mm512_unpacklo_epi16(one, two);
             columns[2 * c + 1] = (__m512bh)_mm512_unpackhi_epi16(one, two);
         }
@@ -172,15 +114,15 @@ INLINE void add_values(float *o, long o_stride, const bf16 *pool, const long *ro
 
 /* Columns [from, to) in steps, 16 sums or as many as are left; the last step may be less than whole. */
 INLINE void add_steps(const step *s, float *o, const bf16 *pool, const long *rows, const bf16 *shares, long tokens, long from,
-                      long to, ahead *next, const int P) {
+                      long to, const coded_block *coded, ahead *next, const int P) {
     const int S = P >= 8 ? 1 : P == 4 ? 2 : 4;
     long stride = s->values * STEP, whole = s->rank / STEP, j = from;
     if (S > 1)
         for (; j + S <= at_most(to, whole); j += S)
-            add_values(o + j * STEP, stride, pool + j * STEP, rows, shares, tokens, 0, next, P, S);
+            add_values(o + j * STEP, stride, pool, rows, shares, tokens, j * STEP, 0, coded, next, P, S);
     for (; j < to; j++)
-        add_values(o + j * STEP, stride, pool + j * STEP, rows, shares, tokens, first_halves(s->rank - j * STEP),
-                   next, P, 1);
+        add_values(o + j * STEP, stride, pool, rows, shares, tokens, j * STEP, first_halves(s->rank - j * STEP), coded, next,
+                   P, 1);
 }
 
 /* One pair's softmax so far. */
@@ -189,8 +131,10 @@ typedef struct {
     __m512 sum;
 } alone;
 
-/* Scores of a pair that sees `seen` of the tokens become shares. Earlier sums at `o` are rescaled when the peak has grown. */
-INLINE void soften_one(const float *scores, long seen, float scale, alone *of, float *o, long columns, bf16 *shares) {
+/* Scores of a pair that sees `seen` of the tokens become shares, each by what it has of `times` (or 0: 1). Earlier sums at `o`
+   are rescaled when the peak has grown. */
+INLINE void soften_one(const float *scores, long seen, float scale, const float *times, alone *of, float *o, long columns,
+                       bf16 *shares) {
     __m512i none = _mm512_setzero_si512();
     if (seen <= 0) {
         _mm512_storeu_si512(shares, none);
@@ -212,6 +156,10 @@ INLINE void soften_one(const float *scores, long seen, float scale, alone *of, f
     x = _mm512_maskz_mov_ps(low, exp2_16(_mm512_sub_ps(x, most)));
     y = _mm512_maskz_mov_ps(high, exp2_16(_mm512_sub_ps(y, most)));
     of->sum = _mm512_add_ps(of->sum, _mm512_add_ps(x, y));
+    if (times) {
+        x = _mm512_maskz_mul_ps(low, x, _mm512_load_ps(times));
+        y = _mm512_maskz_mul_ps(high, y, _mm512_load_ps(times + 16));
+    }
     _mm512_storeu_si512(shares, (__m512i)_mm512_cvtne2ps_pbh(y, x));
 }
 
@@ -233,14 +181,16 @@ typedef struct {
 } set;
 
 /* Scores and shares of one set in one block of tokens. */
-INLINE void score_set(const step *s, const set *of, const bf16 *pool, const long *rows, long at, ahead *next,
-                      const int P) {
+INLINE void score_set(const step *s, const set *of, const bf16 *pool, const long *rows, long at, const coded_block *coded,
+                      ahead *next, const int P) {
     float scores[SET * BLOCK] __attribute__((aligned(64)));
     const int T = 16 / P;
-    for (int b = 0; b < BLOCK; b += T) score(of->q, pool, rows + b, s->keys.width, scores + b, next, P, T);
+    for (int b = 0; b < BLOCK; b += T)
+        if (coded) score_coded(coded, of->q, pool, rows, b, scores + b, next, P, T);
+        else score(of->q, pool, rows + b, s->keys.width, scores + b, next, P, T);
 #pragma GCC unroll 8
     for (int i = 0; i < P; i++)
-        soften_one(scores + i * BLOCK, of->seen[i] - at, s->scale * LOG2E, of->of + i, of->o + i * s->values * STEP,
+        soften_one(scores + i * BLOCK, of->seen[i] - at, s->scale * LOG2E, coded ? coded->values : 0, of->of + i, of->o + i * s->values * STEP,
                s->values * STEP, of->shares + i * BLOCK);
 }
 
@@ -323,7 +273,8 @@ INLINE void pace(const step *s, const part *t, long padded, ahead *a) {
         long size = size_at(padded, i), sets = size / SET > 1 ? size / SET : 1, steps = size >= SET ? 1 : SET / size;
         long scores = size == 16 ? BLOCK / 16 : BLOCK * size / 16, values = sets * ((s->values + steps - 1) / steps);
         calls += t->count * (scores + values);
-        turns += t->count * (scores * s->keys.width / (size == 16 ? 2 : STEP) + values * BLOCK / 2);
+        long step = size == 16 ? 2 : taken_in_registers(s->keys.coded, padded) ? DEEP_STEP : STEP;
+        turns += t->count * (scores * s->keys.width / step + values * BLOCK / 2);
     }
     a->each = (int)(lines / turns), a->more = (int)((lines - a->each * turns + calls - 1) / calls);
 }
@@ -342,6 +293,8 @@ static void run_part(const step *s, const part *t, const part *after, char *memo
     long padded = padded_pairs(t->pairs), columns = s->values * STEP, all = padded * t->count;
     bf16 *q = (bf16 *)memory, *shares = q + all * s->keys.stride, *copies = shares + all * BLOCK;
     float *o = (float *)(copies + 2 * BLOCK * s->keys.stride);
+    coded_block coded = {.row = s->keys.coded};
+    const coded_block *as_bytes = taken_in_registers(s->keys.coded, padded) ? &coded : 0;
     long taken[BLOCK];
     for (int b = 0; b < BLOCK; b++) taken[b] = b * s->keys.stride;
     alone of[MOST_TOGETHER];
@@ -375,7 +328,10 @@ static void run_part(const step *s, const part *t, const part *after, char *memo
         }
         for (long g = 0; g < t->count; g++) {
             const bf16 *keys = t->keys.pool + g * s->keys.width, *held = t->held.pool + g * s->held.width;
-            if (s->keys.coded) {
+            if (as_bytes) {
+                keys = t->keys.pool, held = t->held.pool;
+                find_head(&coded, keys, held, here, t->keys.head + g);
+            } else if (s->keys.coded) {
                 take_back(s, t, g, rows[side].at, copies);
                 keys = copies, held = s->shared ? copies : copies + BLOCK * s->keys.stride, here = taken;
             }
@@ -387,14 +343,14 @@ static void run_part(const step *s, const part *t, const part *after, char *memo
                     continue;
                 }
                 for (long j = 0; j < size && i + j < t->pairs; j++) one.seen[j] = seen_by(s, t, i + j);
-                BY_SIZE(size, score_set(s, &one, keys, here, at, &next, P))
+                BY_SIZE(size, score_set(s, &one, keys, here, at, as_bytes, &next, P))
             }
             /* Columns by columns: the strip of the rows that one set has brought into the first cache serves all sets. */
             for (long j = 0; j < s->values; j += 4)
                 for (long i = 0; i < padded; i += SET) {
                     long first = g * padded + i, to = at_most(j + 4, s->values);
                     BY_SIZE(at_most(padded - i, SET), add_steps(s, o + first * columns, held, here, shares + first * BLOCK,
-                                                                tokens, j, to, &next, P))
+                                                                tokens, j, to, as_bytes, &next, P))
                 }
         }
     }
