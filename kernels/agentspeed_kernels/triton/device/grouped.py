@@ -10,10 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-ITEM = tl.constexpr(8)
-"""int32 fields of an item; see `plan.FIELDS`."""
-NEVER = tl.constexpr(-1e30)
-"""Where a running maximum starts: finite, so that a row which sees nothing never computes inf - inf."""
+from agentspeed_kernels.triton.device.rows import ITEM, NEVER, items_of, rows_of, seen_of
 
 
 @triton.jit
@@ -86,12 +83,7 @@ def attend_groups(
     group = tl.program_id(1)
     groups = tl.num_programs(1)
     TILES: tl.constexpr = PAGE // T
-    if ONE:
-        first = program
-        last = program + 1
-    else:
-        first = tl.load(bounds + program)
-        last = tl.load(bounds + program + 1)
+    first, last = items_of(bounds, program, ONE)
     r = tl.arange(0, R)
     t = tl.arange(0, T)
     c = tl.arange(0, WIDE)
@@ -105,18 +97,11 @@ def attend_groups(
         tokens = tl.load(items + item * ITEM + 2)
         slot = tl.load(items + item * ITEM + 3)
         page_ahead = tl.load(pages + page_at)
-        if RUN:
-            row = tl.load(items + item * ITEM + 4) + r
-            live = r < tl.load(items + item * ITEM + 5)
-        else:
-            row = tl.load(rows + block * R + r)
-            live = row >= 0
-        row = tl.where(live, row, 0)
+        row, live = rows_of(rows, items, item, block, R, RUN)
         token = row // heads
         head = group * heads + row % heads
         if EDGE:
-            sees = tl.load(visible + block * R + r) - tl.load(items + item * ITEM + 6)
-            sees = tl.minimum(sees, tokens)
+            sees = seen_of(visible, items, item, block, tokens, R)
         kept = live[:, None] & (c < W)[None, :]
         at_q = token[:, None].to(tl.int64) * q_token + (head * q_head)[:, None]
         asked = tl.load(q + at_q + c[None, :], mask=kept, other=0.0)

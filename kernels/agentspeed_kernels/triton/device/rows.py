@@ -19,6 +19,38 @@ NEVER = tl.constexpr(-1e30)
 
 
 @triton.jit
+def items_of(bounds, program, ONE: tl.constexpr):
+    """The first item of a program, and the one after its last. ONE: program i does item i."""
+    if ONE:
+        first = program
+        last = program + 1
+    else:
+        first = tl.load(bounds + program)
+        last = tl.load(bounds + program + 1)
+    return first, last
+
+
+@triton.jit
+def rows_of(rows, items, item, block, R: tl.constexpr, RUN: tl.constexpr):
+    """Of an item's block its R rows, 0 where it has fewer, and which there are. RUN: they follow one another."""
+    r = tl.arange(0, R)
+    if RUN:
+        row = tl.load(items + item * ITEM + 4) + r
+        live = r < tl.load(items + item * ITEM + 5)
+    else:
+        row = tl.load(rows + block * R + r)
+        live = row >= 0
+    return tl.where(live, row, 0), live
+
+
+@triton.jit
+def seen_of(visible, items, item, block, tokens, R: tl.constexpr):
+    """How many of an item's tokens each row of its block sees."""
+    sees = tl.load(visible + block * R + tl.arange(0, R)) - tl.load(items + item * ITEM + 6)
+    return tl.minimum(sees, tokens)
+
+
+@triton.jit
 def attend_rows(
     q,
     latents,
@@ -54,12 +86,7 @@ def attend_rows(
     program = tl.program_id(0)
     D: tl.constexpr = RANK + ROPE
     TILES: tl.constexpr = PAGE // T
-    if ONE:
-        first = program
-        last = program + 1
-    else:
-        first = tl.load(bounds + program)
-        last = tl.load(bounds + program + 1)
+    first, last = items_of(bounds, program, ONE)
     r = tl.arange(0, R)
     t = tl.arange(0, T)
     c = tl.arange(0, WIDE)
@@ -73,16 +100,9 @@ def attend_rows(
         tokens = tl.load(items + item * ITEM + 2)
         slot = tl.load(items + item * ITEM + 3)
         page_ahead = tl.load(pages + page_at)
-        if RUN:
-            row = tl.load(items + item * ITEM + 4) + r
-            live = r < tl.load(items + item * ITEM + 5)
-        else:
-            row = tl.load(rows + block * R + r)
-            live = row >= 0
-        row = tl.where(live, row, 0)
+        row, live = rows_of(rows, items, item, block, R, RUN)
         if EDGE:
-            sees = tl.load(visible + block * R + r) - tl.load(items + item * ITEM + 6)
-            sees = tl.minimum(sees, tokens)
+            sees = seen_of(visible, items, item, block, tokens, R)
         if SPLIT:
             x = tl.arange(0, ROPE)
             q_rank = tl.load(q + row[:, None].to(tl.int64) * D + c[None, :])
