@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias, final
 
 from agentspeed.chat.calls import numbered_id
 from agentspeed.chat.environment import ChatTemplate
-from agentspeed.chat.frames import ANSWER, USER
+from agentspeed.chat.frames import ANSWER, RESULT, THOUGHT, USER
 from agentspeed.chat.parser import CallReady, TurnParser
 from agentspeed.chat.skeleton import Part, Shape, arguments_skeleton
 from agentspeed.chat.tags import Tags
@@ -59,16 +59,7 @@ class ChatCodec:
         """The codec of another kind of session of the same model, made once. Raises as the constructor does, and
         `InvalidRequest` for variables that are no JSON."""
         given = dict(variables or {})
-        if taken := sorted(ChatTemplate.RESERVED & given.keys()):
-            raise InvalidRequest(
-                f"A template's variables cannot be called {', '.join(taken)}.",
-                remedy="These names are what every template is given: messages, tools, the vocabulary's own tokens.",
-            )
-        try:
-            written = json.dumps(given, sort_keys=True)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise InvalidRequest(f"A template's variables must be values of JSON: {error}.") from error
-        key = (reasoning, history, written, system, tools)
+        key = (reasoning, history, _written(given) if given else "{}", system, tools)
         if key not in self._views:
             made = object.__new__(ChatCodec)
             made._set(self._model, self._views, reasoning, history, given, system, tools)
@@ -254,11 +245,19 @@ class ChatCodec:
     # ---- shapes and contents --------------------------------------------------------------------------------------
     def shapes(self, messages: Sequence[Message]) -> list[Shape]:
         """What of messages the template may decide by."""
-        return [self._shape(message) for message in messages if not isinstance(message, System)]
+        return [
+            USER
+            if isinstance(message, User)
+            else RESULT
+            if isinstance(message, ToolMessage)
+            else self._answered(message)
+            for message in messages
+            if not isinstance(message, System)
+        ]
 
-    def _shape(self, message: Message) -> Shape:
-        if not isinstance(message, Assistant):
-            return Shape(role_of(message))
+    def _answered(self, message: Assistant) -> Shape:
+        if not message.tool_calls:
+            return THOUGHT if message.reasoning and self._thinks else ANSWER
         calls = message.tool_calls if self._calls else ()
         as_text = self._frames.skeletons.as_text
         skeletons = tuple("" if as_text else arguments_skeleton(self._format.read(call))[0] for call in calls)
@@ -363,3 +362,16 @@ class ChatCodec:
             f"This model's template has no {role} messages here: {error}.",
             remedy="Say it in a user message, or use a template that has them.",
         )
+
+
+def _written(variables: Mapping[str, Any]) -> str:
+    """A template's variables as JSON. Raises `InvalidRequest` for what is none, and for names that are taken."""
+    if taken := sorted(ChatTemplate.RESERVED & variables.keys()):
+        raise InvalidRequest(
+            f"A template's variables cannot be called {', '.join(taken)}.",
+            remedy="These names are what every template is given: messages, tools, the vocabulary's own tokens.",
+        )
+    try:
+        return json.dumps(variables, sort_keys=True)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequest(f"A template's variables must be values of JSON: {error}.") from error

@@ -32,6 +32,7 @@ Place: TypeAlias = tuple[str, str, bool]
 """Of a content that is trimmed: who speaks, which content, whether it follows the end of reasoning."""
 USER: Final = Shape("user")
 ANSWER: Final = Shape("assistant")
+THOUGHT: Final = Shape("assistant", reasoning=True)
 RESULT: Final = Shape("tool")
 _KEPT: Final = 4096
 

@@ -10,11 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from agentspeed.chat.calls import CallFormat
-from agentspeed.chat.frames import ANSWER, RESULT, TRIMS, USER, Frames, Place, Trim, open_calls
+from agentspeed.chat.frames import ANSWER, RESULT, THOUGHT, TRIMS, USER, Frames, Place, Trim, open_calls
 from agentspeed.chat.skeleton import Empty, Part, Script, Shape, Skeletons, arguments_skeleton
 from agentspeed.errors import TemplateUnstable
 
-_THOUGHT: Final = Shape("assistant", reasoning=True)
 _SPACED: Final = ("\n x \n", " x\n", "\n\nx", "x  ", " x")
 """Contents by which it is seen what a template does to the space around them."""
 _WORDS: Final = ("Some words.", "é 😀, and more", "two\nlines", "a <b> {c} | d", "1", "")
@@ -81,8 +80,8 @@ def trims(frames: Frames, form: CallFormat | None) -> dict[Place, Trim]:
         ([USER], 0, "text"),
         ([USER, ANSWER], 1, "text"),
         ([USER, ANSWER, USER], 1, "text"),
-        ([USER, _THOUGHT], 1, "text"),
-        ([USER, _THOUGHT], 1, "reasoning"),
+        ([USER, THOUGHT], 1, "text"),
+        ([USER, THOUGHT], 1, "reasoning"),
     ]
     if form is not None:
         call = _call(frames.skeletons, frames.skeletons.as_text)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final, Literal, TypeAlias, final
+from typing import Any, Final, Literal, NamedTuple, TypeAlias, final
 
 from agentspeed.messages import Role
 
@@ -37,9 +37,8 @@ class TextMissing(ValueError):
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What of a message a template may decide by."""
+class Shape(NamedTuple):
+    """What of a message a template may decide by. A tuple: shapes of whole conversations are compared in each turn."""
 
     role: Role
     text: bool = True
