@@ -15,7 +15,6 @@ from typing import Any, Final, Protocol, final
 from weakref import WeakSet
 
 import anyio
-import anyio.from_thread
 import anyio.lowlevel
 import anyio.to_thread
 
@@ -31,6 +30,10 @@ _GREETING_SECONDS: Final = 15.0
 _MOST_PATIENCES: Final = 24
 """Give up a call after this many times its patience, even if the engine still answers other calls."""
 _READ_BYTES: Final = 1 << 18
+_MOST_UNTAKEN: Final = 16
+"""Reads that may wait for a busy event loop; then the engine waits, as it does for any slow reader."""
+_LOOKS_SECONDS: Final = 1.0
+"""How often a reader that waits for the event loop sees whether there is one."""
 
 
 class SocketSource(Protocol):
@@ -69,6 +72,10 @@ class SocketLink:
         self._waiters: dict[int, _Waiter] = {}
         self._sinks: dict[int, Sink] = {}
         self._after: list[Callable[[], None]] = []
+        self._untaken: deque[Callable[[], None]] = deque()
+        """What the reader thread has for the event loop; it begins at the first of them."""
+        self._taking = threading.Condition()
+        """Around the one above; told of when it has room again."""
         self._sending = threading.Lock()
         """Around the two below; never held while anything waits."""
         self._outgoing: deque[memoryview] = deque()
@@ -292,9 +299,18 @@ class SocketLink:
             return b""
 
     def _hand_over(self, call: Callable[..., None], *arguments: object) -> bool:
-        """Runs `call` on the event loop; False when the loop is gone."""
+        """Has `call` run on the event loop behind those before it; False when the loop is gone. Waiting for
+        each to have run costs as much as what a few tokens do there, so the thread waits only where many have not."""
+        with self._taking:
+            while len(self._untaken) >= _MOST_UNTAKEN:
+                if not self._taking.wait(_LOOKS_SECONDS) and not self._wake():
+                    return False
+            self._untaken.append(partial(call, *arguments))
+            return len(self._untaken) > 1 or self._wake()
+
+    def _wake(self) -> bool:
         try:
-            anyio.from_thread.run_sync(call, *arguments, token=self._token)
+            self._token.backend_class.run_sync_soon(self._take, (), self._token.native_token)
         except (RuntimeError, anyio.RunFinishedError):
             self._alive = False
             self._socket.close()
@@ -302,6 +318,18 @@ class SocketLink:
         return True
 
     # ---- on the event loop ----------------------------------------------------------------------------------------
+    def _take(self) -> None:
+        """All that the reader thread has. What a call raises ends the link, whose callers are told so."""
+        with self._taking:
+            calls, self._untaken = self._untaken, deque()
+            self._taking.notify()
+        for call in calls:
+            try:
+                call()
+            except Exception as error:  # noqa: BLE001 - our bug: there is no caller here to raise it to
+                _LOG.error("A link is closed: what the engine said could not be taken in.", exc_info=error)
+                self.close()
+
     def _deliver(self, messages: list[wire.Outgoing]) -> None:
         for message in messages:
             if isinstance(message, wire.Event):

@@ -301,6 +301,39 @@ async def test_an_event_loop_that_was_busy_is_no_silent_engine() -> None:
         assert isinstance(await link.call(rewind, patience=0.4), wire.Done)
 
 
+async def test_what_comes_while_the_event_loop_is_busy_is_heard_in_order_and_its_end_last() -> None:
+    heard: list[bytes | None] = []
+    sent = [number.to_bytes(4, "little") for number in range(200)]
+    async with linked() as (link, engine):
+        link.listen(1, lambda event: heard.append(event.ids if isinstance(event, wire.Tokens) else None))
+
+        def say_all() -> None:
+            for ids in sent:
+                engine.say(wire.Tokens(branch=1, ids=ids, logprobs=(0.0,) * 2000))  # more than a socket holds
+            engine.peer.shutdown(socket.SHUT_WR)
+
+        saying = threading.Thread(target=say_all)
+        saying.start()
+        saying.join(0.05)  # the event loop does nothing meanwhile
+        await until(lambda: heard and heard[-1] is None)
+        saying.join()
+    assert heard == [*sent, None]
+
+
+def test_a_link_whose_event_loop_is_over_ends_when_the_engine_says_more() -> None:
+    engine = Engine(done)
+
+    async def leave() -> SocketLink:
+        return await SocketLink.connect(engine.client, "test")
+
+    link = anyio.run(leave)
+    with suppress(OSError):  # the end may come while more is said
+        while link.alive:
+            engine.say(tokens(1))
+    engine.close()
+    assert not link.alive
+
+
 async def test_a_branch_that_was_opened_for_a_call_that_was_given_up_is_closed() -> None:
     async with linked(nothing) as (link, engine):
         with pytest.raises(errors.EngineDied):
