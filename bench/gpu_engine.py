@@ -115,8 +115,9 @@ def resume(front: Front, draw: random.Random) -> tuple[float, float]:
     return statistics.median(resumed), statistics.median(whole)
 
 
-def limit_seconds(batch: int, model: str = LATENT, kept: str = "dtype") -> float:
-    """Of one step: what must be read of the weights (each expert that any token visits once) and of the cache."""
+def limit_seconds(batch: int, model: str = LATENT, kept: str = "dtype", ranks: int = 1) -> float:
+    """Of one step: what must be read of the weights (each expert that any token visits once) and of the cache. On
+    several GPUs each reads its part of the weights and, of latents, all of the cache."""
     config = read_source(model).config
     info = describe(model, dtype="bfloat16", weights="fp8" if kept == "fp8" else None)
     read: float = info.weight_bytes - 2 * config.vocab_size * config.hidden
@@ -125,7 +126,7 @@ def limit_seconds(batch: int, model: str = LATENT, kept: str = "dtype") -> float
         expert = 3 * moe.inner * config.hidden * (1 if kept == "fp8" else 2)
         hit = moe.experts * (1 - (1 - moe.top / moe.experts) ** batch)
         read -= (config.layers - 1) * (moe.experts - hit) * expert
-    return float((read + batch * CONTEXT * info.kv.bytes_per_token) / READ_BYTES)
+    return float((read / ranks + batch * CONTEXT * info.kv.bytes_per_token) / READ_BYTES)
 
 
 def ids(draw: random.Random, count: int) -> list[int]:

@@ -184,11 +184,30 @@ def kills(scratch: Path, count: int) -> dict[str, float]:
     }
 
 
-async def _kills(folder: Path, axis: str, count: int, seconds: list[float]) -> tuple[int, int]:
-    """(Sessions lost, processes left); adds to `seconds`."""
+def killed_on_gpus(folder: Path, ranks: int, device: str, count: int = 1) -> dict[str, float]:
+    """As `kills`, with a GPU for each rank; never rank 0, which is the engine's own process."""
+    seconds: list[float] = []
+    options = EngineOptions(tp=ranks, device=device)  # type: ignore[typeddict-item]
+    lost, left = anyio.run(_kills, folder, "tp", count, seconds, options, 1)
+    return {
+        "kill_sessions_lost": lost,
+        "kill_processes_left": left,
+        "kill_usable_seconds": round(max(seconds), 1),
+    }
+
+
+async def _kills(
+    folder: Path,
+    axis: str,
+    count: int,
+    seconds: list[float],
+    options: EngineOptions | None = None,
+    first: int = 0,
+) -> tuple[int, int]:
+    """(Sessions lost, processes left); adds to `seconds`. `first`: of the ranks of which one is killed."""
     noise = random.Random(f"7 {axis}")
     lost = left = 0
-    ranks = EngineOptions(tp=2) if axis == "tp" else EngineOptions(dp=2)
+    ranks = options or (EngineOptions(tp=2) if axis == "tp" else EngineOptions(dp=2))
     async with (
         Engine(folder, pages=128, context_limit=1024, **ranks) as one,
         one.session() as a,
@@ -207,7 +226,7 @@ async def _kills(folder: Path, axis: str, count: int, seconds: list[float]) -> t
                 for session in sessions:
                     _ = tasks.start_soon(_disturbed, session)
                 await anyio.sleep(noise.uniform(0.0, 0.1))
-                os.kill(noise.choice(pids), signal.SIGKILL)
+                os.kill(noise.choice(pids[first:]), signal.SIGKILL)
                 killed = time.monotonic()
             lost += sum(session.ids[: len(ids)] != ids for session, ids in zip(sessions, before, strict=True))
             for session in sessions:

@@ -225,7 +225,7 @@ class Kernels:
     A kernel from outside is checked when it would be chosen for the first time; one that fails, or raises, is left out
     with a warning that names it, and the next best is taken."""
 
-    __slots__ = ("_head", "_ladders", "_moves", "cache", "dtype", "invariant", "layout", "weights")
+    __slots__ = ("_head", "_ladders", "_moves", "_skips", "cache", "dtype", "invariant", "layout", "weights")
 
     def __init__(
         self,
@@ -265,6 +265,8 @@ class Kernels:
         apart = weights == "fp8" and "linear" in ops
         self._head: Ladder[Linear] | None = chooser.ladder("linear", wide=True) if apart else None
         self._moves = moves(platform.features, dtype)
+        visit = [self._ladders[op] for op in ("experts", "experts_and_shared") if op in self._ladders]
+        self._skips = bool(visit) and all(choice.kernel.nobody for ladder in visit for _, choice in ladder.choices())
         for feature, why in platform.absent.items():
             log.warning("slower kernels run because %s is absent: %s", feature, why)
 
@@ -372,8 +374,14 @@ class Kernels:
 
     def own(self, ids: Tensor, weights: Tensor, first: int, held: int) -> None:
         """Of choices [T, top] of experts, int64 ids and their weights as `route` gives them: those from `first` on, of
-        which there are `held`, are numbered from 0, and all others weigh nothing. In place."""
-        if self._moves is None or weights.dtype != torch.float32:
+        which there are `held`, are numbered from 0, and all others weigh nothing and are visited by no kernel that
+        can leave them out. In place."""
+        if self._skips and ids.is_cuda:
+            # Imported late: only a GPU's kernels need it.
+            from agentspeed_kernels.triton.kernels import own
+
+            own(ids, weights, first, held)
+        elif self._moves is None or weights.dtype != torch.float32:
             local = ids - first
             mine = (local >= 0) & (local < held)
             ids.copy_(local.where(mine, 0))

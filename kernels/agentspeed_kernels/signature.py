@@ -94,6 +94,8 @@ class KernelSpec:
     extend_from: int | None = None
     """Of attention of many new rows: from so many of a branch on it costs less than the kernel of few. None: what the
     backend takes for granted."""
+    nobody: bool = False
+    """Of experts: the id after the last one is nobody's, and nothing is computed for it."""
     origin: str = OWN
 
     def __repr__(self) -> str:

@@ -72,7 +72,7 @@ EARLY = {
     "rows-16", "rows-16-edge", "rows-32", "rows-64", "merge", "add_norm_linear", "queries_few", "choose", "scores",
     "gate_up_few", "down_few", "add_norm_linear-fp8", "linear_many-fp8", "gate_up_few-fp8", "down_few-fp8",
     "gate_up_grouped-fp8", "down_grouped-fp8", "linear-blocks-few", "linear-blocks-decode", "groups-16",
-    "groups-16-edge", "groups-32", "groups-64", "groups-merge", "qkv_append",
+    "groups-16-edge", "groups-32", "groups-64", "groups-merge", "qkv_append", "add_up",
 }  # fmt: skip
 """Those that begin while the kernel before them runs."""
 

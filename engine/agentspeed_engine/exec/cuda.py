@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Literal, Protocol, final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from agentspeed_engine.errors import BrokenInvariant, EngineFault
 from agentspeed_engine.exec.automata import REFUSALS, refusal
+from agentspeed_engine.exec.device_steps import DeviceSteps, LogitRules
 from agentspeed_engine.exec.executor import Pending, Refusal, Sampled, Token
 from agentspeed_engine.exec.penalties import Adjustment
 from agentspeed_engine.exec.sampler import not_finite, ruled_out
-from agentspeed_engine.exec.sampling_rows import RepeatedRows, asked_of
+from agentspeed_engine.exec.sampling_rows import asked_of
 from agentspeed_engine.exec.step_input import Sample, StepInput
 from agentspeed_engine.exec.torch_model import TorchModel
 from agentspeed_engine.exec.turns_on_host import TurnsOnHost
 from agentspeed_engine.exec.vocabulary import Vocabulary
-from agentspeed_engine.models.inputs import Int64s
+from agentspeed_engine.models.inputs import FlatBatch
 from agentspeed_engine.models.loaded import out_of_memory
-from agentspeed_kernels.triton.sampling import sample
-from agentspeed_kernels.uploads import unwaited
-from agentspeed_kernels.workspace import Workspace
 
 _cuda: Any = torch.cuda
 """torch gives these no types."""
@@ -41,7 +40,7 @@ class Enqueued:
     step: int
     event: Any
     samples: tuple[Sample, ...]
-    refused: dict[int, str]
+    refused: Mapping[int, str]
     """By place among the samples: why there is no token."""
     ids: Tensor
     faulty: Tensor
@@ -54,6 +53,28 @@ class Enqueued:
         return bool(self.event.query())
 
 
+class OtherRanks(Protocol):
+    """Those that carry out the same steps beside this one (`exec.ranks.device_leader`)."""
+
+    def tell(self, step: StepInput, asked: LogitRules) -> None:
+        """Each is told a step before it is launched here."""
+        ...
+
+    def arrive(self, event: Any) -> None:
+        """Returns when `event` has passed and what was computed before it counts. Raises what `named` names."""
+        ...
+
+    def copy(
+        self, direction: Literal["save", "load"], pages: Sequence[int], slots: Sequence[int], mine: Callable[[], None]
+    ) -> None:
+        """Carries out `mine` while the others do the same. Raises `CopyFailed` where one could not."""
+        ...
+
+    def named(self) -> AbstractContextManager[None]:
+        """Raises `EngineFault` (rank_lost, or what another rank said) for what goes wrong because of one."""
+        ...
+
+
 @final
 class CudaExecutor(TurnsOnHost):
     """`exec.executor.Executor` over a model on a GPU, in bfloat16 or float32. Needs Triton.
@@ -61,26 +82,31 @@ class CudaExecutor(TurnsOnHost):
     `model_seconds`: from a launch to the end of the wait for its tokens, sampling included, for the device does both in
     one go. `sampling_seconds`: of the host, for masks before a launch and automata after it."""
 
-    def __init__(self, model: TorchModel, vocabulary: Vocabulary, *, depth: int = 0) -> None:
-        """`depth`: steps that are planned before an earlier one was collected (`CoreConfig.depth`)."""
+    def __init__(
+        self, model: TorchModel, vocabulary: Vocabulary, *, depth: int = 0, others: OtherRanks | None = None
+    ) -> None:
+        """`depth`: steps that are planned before an earlier one was collected (`CoreConfig.depth`). `others`: None
+        where this is the only rank."""
         super().__init__(vocabulary, model.page_tokens)
-        self._model = model
-        self._loaded = model.loaded
-        self._device = model.loaded.device
-        self._depth = depth
-        self._workspace = Workspace(self._device)
-        self._rows = RepeatedRows()
-        self._tokens: dict[int, Tensor] = {}
-        """What the latest steps sampled, on the device: later steps may name it."""
+        self._model, self._others = model, others
+        self._steps = DeviceSteps(model, depth=depth)
 
     def launch(self, step: StepInput) -> Enqueued:
         started = time.perf_counter()
-        with _named_faults(), torch.inference_mode():
-            self._automata.forget(step.ended)
-            for copy in step.copies:
-                self._model.copy_rows(copy.src, copy.dst, copy.rows)
-            logits = self._loaded.forward(step.batch, lambda ids: self._name(step, ids))
-            enqueued = self._sample(step, logits)
+        self._automata.forget(step.ended)
+        asked: LogitRules | None = None
+        if self._others is not None:
+            asked = self._asked(step)
+            self._others.tell(step, asked)
+
+        def ask() -> LogitRules:
+            nonlocal asked
+            asked = asked or self._asked(step)
+            return asked
+
+        with self._named():
+            held = self._steps.run(step, ask)
+            enqueued = _enqueued(step, held, {} if asked is None else asked.refused)
         self.model_seconds += time.perf_counter() - started
         return enqueued
 
@@ -88,8 +114,11 @@ class CudaExecutor(TurnsOnHost):
         if not isinstance(pending, Enqueued):
             raise BrokenInvariant(f"step {pending.step} was not launched here")
         started = time.perf_counter()
-        with _named_faults():
-            pending.event.synchronize()
+        with self._named():
+            if self._others is None:
+                pending.event.synchronize()
+            else:
+                self._others.arrive(pending.event)
         arrived = time.perf_counter()
         ids, faulty = pending.ids.tolist(), pending.faulty.tolist()
         logprobs = list(zip(pending.logprob.tolist(), pending.draw_logprob.tolist(), strict=True))
@@ -102,24 +131,34 @@ class CudaExecutor(TurnsOnHost):
         return sampled
 
     def save(self, pages: Sequence[int], slots: Sequence[int]) -> None:
-        self._model.save(pages, slots)
+        if self._others is None:
+            self._model.save(pages, slots)
+        else:
+            self._others.copy("save", pages, slots, lambda: self._model.save(pages, slots))
 
     def load(self, slots: Sequence[int], pages: Sequence[int]) -> None:
-        self._model.load(slots, pages)
+        if self._others is None:
+            self._model.load(slots, pages)
+        else:
+            self._others.copy("load", pages, slots, lambda: self._model.load(slots, pages))
 
-    # ---- on the device --------------------------------------------------------------------------------------------
-    def _name(self, step: StepInput, ids: Tensor) -> None:
-        """Puts tokens that the host does not know yet into the step's ids."""
-        unknown = step.unknown
-        for earlier in sorted(set(unknown.step.tolist())):
-            if earlier not in self._tokens:
-                raise BrokenInvariant(f"step {step.step} names a token of step {earlier}, which is not kept any more")
-            mine = unknown.step == earlier
-            put(ids, unknown.at[mine], self._tokens[earlier], unknown.place[mine])
+    def run(self, batch: FlatBatch) -> None:
+        """One pass of which nothing is drawn: what it costs is measured so."""
+        _ = self.collect(self.launch(StepInput(step=-1, batch=batch)))
 
-    def _sample(self, step: StepInput, logits: Tensor) -> Enqueued:
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """What a GPU refuses, or another rank breaks, ends the engine by its name."""
+        if self._others is None:
+            with _named_faults():
+                yield
+        else:
+            with self._others.named(), _named_faults():
+                yield
+
+    def _asked(self, step: StepInput) -> LogitRules:
         started = time.perf_counter()
-        masks: dict[int, Any] = {}
+        masks: dict[int, NDArray[np.bool_]] = {}
         adjustments: dict[int, Adjustment] = {}
         refused: dict[int, str] = {}
         for place, one in enumerate(step.samples):
@@ -131,31 +170,7 @@ class CudaExecutor(TurnsOnHost):
             except REFUSALS as reason:
                 refused[place] = str(reason)
         self.sampling_seconds += time.perf_counter() - started
-        if step.samples:
-            drawn = sample(logits, self._rows.on_device(step.samples, masks, adjustments, logits), self._workspace)
-            ids = torch.where(drawn.faulty == 0, drawn.ids, 0)
-            asked = any(asked_of(one) >= 0 for one in step.samples)
-            reported = (drawn.logprob, drawn.draw_logprob, drawn.top_ids, drawn.top_logprobs)
-            held = (ids, drawn.faulty, *(reported if asked else ()))
-        else:
-            ids = torch.zeros(0, dtype=torch.int64, device=self._device)
-            held = (ids, ids)
-        self._keep(step.step, ids)
-        host = [torch.empty(part.shape, dtype=part.dtype, pin_memory=True) for part in held]
-        for target, source in zip(host, held, strict=True):
-            target.copy_(source, non_blocking=True)
-        event = _cuda.Event(blocking=True)
-        event.record()
-        none, zeros = torch.zeros(len(step.samples), 0), torch.zeros(len(step.samples))
-        told = host[2:] if len(host) > 2 else (zeros, zeros, none, none)
-        return Enqueued(step.step, event, step.samples, refused, host[0], host[1], *told)
-
-    def _keep(self, step: int, ids: Tensor) -> None:
-        """A step is named only by those that were planned while it was in flight: at most `depth` later ones."""
-        if self._depth:
-            self._tokens[step] = ids
-            for old in [old for old in self._tokens if old <= step - self._depth]:
-                del self._tokens[old]
+        return LogitRules(masks, adjustments, refused)
 
     # ---- on the host ----------------------------------------------------------------------------------------------
     def _token(
@@ -177,14 +192,16 @@ class CudaExecutor(TurnsOnHost):
         return Token(token, logprobs[0], tuple(zip(*best, strict=True)), end, logprobs[1])
 
 
-def put(ids: Tensor, at: Int64s, tokens: Tensor, place: Int64s) -> None:
-    """ids[at] = tokens[place], on the device of both. Where all follow one another, as in most decode steps, no index
-    is copied there."""
-    if (np.diff(at) == 1).all() and (np.diff(place) == 1).all():
-        ids[int(at[0]) : int(at[0]) + at.size] = tokens[int(place[0]) : int(place[0]) + place.size]
-        return
-    where = unwaited(np.stack([at, place]), ids.device)
-    ids[where[0]] = tokens[where[1]]
+def _enqueued(step: StepInput, held: Sequence[Tensor], refused: Mapping[int, str]) -> Enqueued:
+    """On its way to pinned memory."""
+    host = [torch.empty(part.shape, dtype=part.dtype, pin_memory=True) for part in held]
+    for target, source in zip(host, held, strict=True):
+        target.copy_(source, non_blocking=True)
+    event = _cuda.Event(blocking=True)
+    event.record()
+    none, zeros = torch.zeros(len(step.samples), 0), torch.zeros(len(step.samples))
+    told = host[2:] if len(host) > 2 else (zeros, zeros, none, none)
+    return Enqueued(step.step, event, step.samples, refused, host[0], host[1], *told)
 
 
 @contextmanager

@@ -33,13 +33,16 @@ def load(
     rank: Rank = ONE,
     comm: Comm | None = None,
     recordable: bool = True,
+    agree: Callable[[bool], bool] | None = None,
+    whole_logits: bool = False,
     batch_invariant: bool = False,
     progress: Callable[[float], None] | None = None,
 ) -> LoadedModel:
     """Weights and an empty pool of `pages` pages, in the memory of `device`; of one rank with the collectives `comm`,
-    where there are several. `weights` and `cache`: None keeps them in `dtype`. `batch_invariant`: logits of a row have
-    the same bits in any step. `progress` is told what part of the files was read. Raises `EngineFault` for whatever the
-    folder has wrong, bad_options where an op has no kernel for that, and out_of_memory where a GPU has no room."""
+    where there are several (`LoadedModel` says what else is for those). `weights` and `cache`: None keeps them in
+    `dtype`. `batch_invariant`: logits of a row have the same bits in any step. `progress` is told what part of the
+    files was read. Raises `EngineFault` for whatever the folder has wrong, bad_options where an op has no kernel for
+    that, and out_of_memory where a GPU has no room."""
     if pages < 1 or page_tokens < 1:
         raise EngineFault(
             "bad_options", f"a pool of {pages} pages of {page_tokens} tokens is empty.", "Make it larger."
@@ -64,6 +67,8 @@ def load(
             rank=rank,
             comm=comm,
             recordable=recordable,
+            agree=agree,
+            whole_logits=whole_logits,
             batch_invariant=batch_invariant,
             progress=progress,
         )

@@ -7,6 +7,9 @@ all graphs: they run one after the other, and none reads what another has left.
 
 Long extends run as other rows do, where that costs little more than their own kernels (`TritonAttention.absorbs`).
 
+Ranks of one model capture the same graphs in the same order and replay them in the order of the steps: what decides is
+in the step, which all are told, but for memory and what a capture came to, which they agree on.
+
 The chain of a graph is the joined one. The first graph of each form is repeated beside the modules themselves; where it
 gives something else all graphs are made of the modules from then on, and where these cannot be captured there are none.
 """
@@ -85,9 +88,12 @@ class Graphs:
         attention: TritonAttention,
         device: torch.device,
         recorder: Recorder | None = None,
+        agree: Callable[[bool], bool] | None = None,
     ) -> None:
         """`joined` and `plain` are the chain in two ways, None: the first is not wanted; `modules` gives the logits of
-        the selected rows of a step, kernel by kernel. `recorder`: None for CUDA graphs."""
+        the selected rows of a step, kernel by kernel. `recorder`: None for CUDA graphs. `agree`: of several ranks,
+        whether all say what this one says; they are given the same steps."""
+        self._agree = agree
         self._joined, self._modules = joined, modules
         self._plain: Sequence[Compiled] | None = plain
         self._pools, self._vocabulary = pools, vocabulary
@@ -116,7 +122,7 @@ class Graphs:
         many there are. Nobody has rows in the pool yet."""
         page_tokens = self._attention.shape.page_tokens
         for step in long_steps(context_limit, pool_tokens, page_tokens, most_new):
-            if self._recorder.room():
+            if self._room():
                 self._modules(step)
         if not self.joins:
             return self._usual(context_limit, pool_tokens, progress)
@@ -168,6 +174,8 @@ class Graphs:
         try:
             held = self._capture(shape, batch, padded(plan, shape), [batch])
         except torch.OutOfMemoryError as error:
+            if self._agree is not None:  # others wait for this one in the middle of a step
+                raise
             # The step itself takes less than a graph of it, which is there for speed alone.
             self._full = True
             said = str(error).split(". ", 1)[0]
@@ -190,7 +198,13 @@ class Graphs:
         return not self.joins or (shape.queries, shape.form) in self._checked
 
     def _room(self) -> bool:
-        return not self._full and len(self._graphs) < MOST_GRAPHS and self._recorder.room()
+        """On several ranks, where all have it."""
+        if self._full or len(self._graphs) >= MOST_GRAPHS:
+            return False
+        if self._agree is None:
+            return self._recorder.room()
+        self._full = not self._agree(self._recorder.room())
+        return not self._full
 
     def _capture(
         self, shape: PaddedShape, batch: FlatBatch, plan: RowsPlan, trials: Sequence[FlatBatch]
@@ -201,6 +215,8 @@ class Graphs:
         if steps is None:
             return None
         made = self._tried(steps, shape, batch, plan, trials)
+        if self._agree is not None and not self._agree(not isinstance(made, str)) and not isinstance(made, str):
+            made = "another rank found it wanting"
         if isinstance(made, str):
             self._leave_out(shape, made)
             return None

@@ -103,13 +103,16 @@ class LoadedModel:
         rank: Rank = ONE,
         comm: Comm | None = None,
         recordable: bool = True,
+        agree: Callable[[bool], bool] | None = None,
+        whole_logits: bool = False,
         batch_invariant: bool = False,
         progress: Callable[[float], None] | None = None,
     ) -> None:
         """`info.kv` is that of the rank, in the format `cache`. `comm`: its collectives, where there are several;
-        `recordable`: whether steps that have them may be repeated. `batch_invariant`: logits of a row have the same
-        bits in any step. Raises `EngineFault` for weights that have gone bad, bad_config for a mesh that does not
-        divide the model, bad_options for kernels that cannot be chosen, and out_of_memory where a GPU has no room."""
+        `recordable`: whether steps that have them may be repeated; `agree`: whether all ranks say what this one says.
+        `whole_logits`: of all ids on every rank, not of its own. `batch_invariant`: logits of a row have the same bits
+        in any step. Raises `EngineFault` for weights that have gone bad, bad_config for a mesh that does not divide the
+        model, bad_options for kernels that cannot be chosen, and out_of_memory where a GPU has no room."""
         if threads is not None:
             torch.set_num_threads(threads)
         self.info = info
@@ -141,10 +144,10 @@ class LoadedModel:
         if progress is not None:  # of experts that live elsewhere nothing was read
             progress(1.0)
         boundaries = [module.boundary for module in chain]
-        # Logits stay cut as the head gives them: what is drawn from them is decided by all ranks together.
-        made = plan(boundaries, rank.mesh, start=TOKEN_SHARD, finish=boundaries[-1].output)
-        self.plan: Plan = fuse(made, boundaries)
-        self.first_id = rank.tp * (info.vocab_size // rank.mesh.tp)
+        # Else logits stay cut as the head gives them: what is drawn from them is decided by all ranks together.
+        finish = TOKEN_SHARD if whole_logits else boundaries[-1].output
+        self.plan: Plan = fuse(plan(boundaries, rank.mesh, start=TOKEN_SHARD, finish=finish), boundaries)
+        self.first_id = 0 if whole_logits else rank.tp * (info.vocab_size // rank.mesh.tp)
         """Of the ids whose logits it gives."""
         self._steps = lower(self.plan, chain, comm)
         self._programs = Programs(self._steps, self._kernels, source.family.ops)
@@ -153,12 +156,13 @@ class LoadedModel:
         self._workspace = Workspace(self.device)
         self._attention = _attention(self._kernels, source.family.ops, sizes, self.device)
         self._graphs: Graphs | None = None
-        if self.device.type == "cuda" and comm is None and not isinstance(self._attention, CpuAttention):
+        repeated = comm is None or (recordable and agree is not None)
+        if self.device.type == "cuda" and repeated and not isinstance(self._attention, CpuAttention):
             # Imported late: only a GPU's kernels need it.
             from agentspeed_engine.models.graphs import Graphs
 
             self._graphs = Graphs(
-                joined(chain) if joins and source.family.joined_ops else None,
+                joined(chain, self.plan, comm) if joins and source.family.joined_ops else None,
                 self._steps,
                 partial(_by_modules, self._steps, self._rope, page_tokens, self._workspace, self._attention),
                 self.pools,
@@ -166,6 +170,7 @@ class LoadedModel:
                 self._rope,
                 self._attention,
                 self.device,
+                agree=agree if comm is not None else None,
             )
 
     @property

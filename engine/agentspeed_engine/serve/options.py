@@ -27,6 +27,7 @@ from agentspeed_engine.protocol.messages import as_text
 from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.serve import collector
 from agentspeed_engine.serve.aside import aside
+from agentspeed_engine.serve.capturing import captured
 from agentspeed_engine.serve.noop_name import NOOP, noop_sizes
 from agentspeed_engine.serve.place import placed
 from agentspeed_engine.serve.rank_options import RankOptions
@@ -38,12 +39,10 @@ from agentspeed_engine.serve.sizing import sizes
 
 if TYPE_CHECKING:
     from agentspeed_engine.exec.ranks.lock_step import LockStep
-    from agentspeed_engine.models.loaded import LoadedModel
     from agentspeed_kernels.platform import Platform
     from agentspeed_kernels.signature import CacheFormat
 
 _NOOP_CONTEXT = 65_536
-_GRAPHS_SAID = 16
 _NOOP_PAGE_BYTES = 1024
 """Of a model without rows: about what the engine itself keeps of a page."""
 
@@ -323,9 +322,9 @@ def build(
     read = _steps(say, part or (lambda part: None), folder.name)
     if ranks > 1:
         source = str(folder.resolve())
-        return _on_ranks(
-            options, core, vocabulary, source, say, lock_step=shares.lock_step, weights=weights, progress=read
-        )
+        launches = device == "cuda" and dtype != "float64" and "triton" in place.platform.features and options.dp == 1
+        return _on_ranks(options, core, vocabulary, source, say, lock_step=shares.lock_step, launches=launches,
+                         weights=weights, progress=read)  # fmt: skip
     with ThreadPoolExecutor(1) as beside:  # it takes the interpreter's lock for long, so no step may run beside it
         unusable = beside.submit(vocabulary.load)
         loaded = aside(
@@ -347,7 +346,7 @@ def build(
     # Imported late: a no-op engine starts without torch.
     from agentspeed_engine.exec.torch_model import TorchModel
 
-    aside(partial(_captured, loaded, core, say))
+    aside(partial(captured, loaded, core.context_limit, core.prefill_chunk + core.extend_tokens, say))
     model = TorchModel(loaded)
     if options.host_slots:
         model.reserve_host(options.host_slots)
@@ -374,20 +373,6 @@ def _steps(say: Callable[[str], None], part: Callable[[float], None], name: str)
             say(f"loading {name}: {said // 10 * 10} %")
 
     return told
-
-
-def _captured(model: LoadedModel, core: CoreConfig, say: Callable[[str], None]) -> None:
-    """Graphs of steps on a GPU, before anybody waits for one."""
-
-    def told(count: int) -> None:
-        if count % _GRAPHS_SAID == 0:
-            say(f"capturing steps: {count} graphs")
-
-    whole = model.capture(core.context_limit, core.prefill_chunk + core.extend_tokens, told)
-    if model.graphs and not model.joins:
-        say(f"{model.graphs} graphs of steps call modules one by one: joined steps are left out")
-    if not whole:
-        say(f"memory for {model.graphs} graphs of steps and no more: give fewer pages if steps shall be faster")
 
 
 def _dtype(options: EngineOptions, platform: Platform) -> tuple[Dtype, str]:
@@ -437,6 +422,7 @@ def _on_ranks(
     *,
     lock_step: bool,
     weights: WeightFormat | None = None,
+    launches: bool = False,
     progress: Callable[[float], None] | None = None,
 ) -> Built:
     assert options.dtype != "auto" and options.device != "auto"
@@ -454,6 +440,10 @@ def _on_ranks(
         seconds=options.rank_seconds,
         dp=options.dp,
         lock_step=lock_step,
+        launches=launches,
+        depth=core.depth,
+        context_limit=core.context_limit,
+        most_new=core.prefill_chunk + core.extend_tokens,
         weights=weights,
         cache=None if options.kv_cache_dtype == "dtype" else options.kv_cache_dtype,
     )

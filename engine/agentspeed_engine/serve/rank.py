@@ -1,7 +1,8 @@
 """`python -m agentspeed_engine.serve.rank`: one rank beside rank 0, which starts it, tells it what to do and ends it.
 
 It says on `--status` how far its start is, as an engine does: {"progress": ...}, {"arrived": true}
-where it is about to meet the others over torch.distributed, then {"ready": true}; what it refuses
+where it is about to meet the others over torch.distributed, {"loaded": true} where it waits for an order to capture
+graphs, then {"ready": true}; what it refuses
 or fails by, at any time, is one line {"code", "message", "remedy"}, and where other ranks do not come it is {"left":
 why, "late": the rank that did not, or null}. It ends when rank 0's end of its stdin is closed, whatever it is doing.
 """
@@ -24,7 +25,7 @@ import msgspec
 
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.serve import collector
-from agentspeed_engine.serve.rank_options import Files, RankOptions, loaded_shard, opened_group
+from agentspeed_engine.serve.rank_options import Files, RankOptions, capture, loaded_shard, opened_group
 
 _LOG: Final = logging.getLogger("agentspeed.engine")
 _PR_SET_PDEATHSIG = 1
@@ -70,13 +71,23 @@ def _run(options: RankOptions, arguments: argparse.Namespace, status: TextIO) ->
     # Imported late, with the tensors that they need.
     from agentspeed_engine.exec.ranks.follower import Follower
     from agentspeed_engine.exec.ranks.group import GroupBroken
+    from agentspeed_engine.exec.ranks.launches import Launcher
     from agentspeed_engine.exec.ranks.orders import Channel
+    from agentspeed_engine.exec.torch_model import TorchModel
 
     try:
         answers = options.dp_rank > 0 and options.rank % options.tp == 0
         heartbeat = _BEATS * options.seconds if answers else None
-        model = loaded_shard(options, group)
-        follower = Follower(model, group, Channel(steps), Channel(copies), heartbeat=heartbeat)
+        model, orders = loaded_shard(options, group), Channel(steps)
+        launcher = None
+        if options.launches:
+            _say(status, loaded=True)
+            if orders.receive() is None:  # rank 0 has ended
+                return 0
+            capture(options, model, lambda what: _say(status, progress=what))
+            assert isinstance(model, TorchModel)
+            launcher = Launcher(model, group, depth=options.depth, seconds=options.seconds)
+        follower = Follower(model, group, orders, Channel(copies), heartbeat=heartbeat, launcher=launcher)
         collector.keep_what_is_loaded()
         _say(status, ready=True)
         follower.run()

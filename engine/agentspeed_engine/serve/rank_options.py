@@ -12,8 +12,10 @@ import msgspec
 
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.exec.noop import NoopModel
-from agentspeed_engine.models.catalog import Dtype, load
+from agentspeed_engine.models.catalog import Dtype, load, read_source
+from agentspeed_engine.models.kv_layout import DTYPE_BYTES
 from agentspeed_engine.models.weight_formats import WeightFormat
+from agentspeed_engine.serve.capturing import captured
 from agentspeed_engine.serve.noop_name import NOOP, noop_sizes
 from agentspeed_engine.spmd.experts import ExpertSpread
 from agentspeed_engine.spmd.placement import Mesh, Rank
@@ -61,6 +63,13 @@ class RankOptions(msgspec.Struct, frozen=True, kw_only=True):
     cache: CacheFormat | None = None
     meet: str = ""
     """The folder where the ranks meet that use torch.distributed."""
+    launches: bool = False
+    """Every rank launches steps and draws from them on a GPU of its own; else they draw together on the host."""
+    depth: int = 0
+    """Steps that are launched before an earlier one was collected, where that is so."""
+    context_limit: int = 0
+    most_new: int = 0
+    """Tokens of a context, and of prompts in one step: what graphs of usual steps are captured for."""
 
     @property
     def place(self) -> Rank:
@@ -104,7 +113,7 @@ def opened_group(options: RankOptions, memory: Files | None, arrived: Callable[[
 
 def loaded_shard(options: RankOptions, group: Group, progress: Callable[[float], None] | None = None) -> ShardModel:
     """This rank's piece of the model, with its pool and its host slots. `progress` is told what part of its weights was
-    read. Raises `EngineFault`."""
+    read. Raises `EngineFault`, and `GroupBroken` where another rank is gone."""
     rank = options.place
     if options.model.startswith(NOOP):
         vocabulary, seconds = noop_sizes(options.model)
@@ -112,6 +121,8 @@ def loaded_shard(options: RankOptions, group: Group, progress: Callable[[float],
         return NoopModel(vocabulary, seconds, options.page_tokens, ids=range(rank.tp * share, (rank.tp + 1) * share))
     from agentspeed_engine.exec.torch_model import TorchModel
 
+    if options.launches and (why := _reached(options, group)) is not None:
+        _LOG.warning("GPUs do not write into each other's memory: %s. Steps of few rows are slower", why)
     loaded = load(
         options.model,
         dtype=options.dtype,
@@ -124,9 +135,35 @@ def loaded_shard(options: RankOptions, group: Group, progress: Callable[[float],
         rank=rank,
         comm=group.comm,
         recordable=group.recordable,
+        agree=group.agree,
+        whole_logits=options.launches,
         progress=progress,
     )
     model = TorchModel(loaded)
     if options.host_slots:
         model.reserve_host(options.host_slots)
     return model
+
+
+def capture(options: RankOptions, model: ShardModel, say: Callable[[str], None]) -> None:
+    """Graphs of usual steps, once all ranks have loaded: all capture the same ones in the same order. Raises
+    `EngineFault`, and `GroupBroken` where another rank is gone."""
+    # Imported late, with the tensors that they need.
+    from agentspeed_engine.exec.torch_model import TorchModel
+    from agentspeed_engine.models.loaded import out_of_memory
+
+    assert isinstance(model, TorchModel)
+    with out_of_memory("graphs of steps"):
+        captured(model.loaded, options.context_limit, options.most_new, say)
+
+
+def _reached(options: RankOptions, group: Group) -> str | None:
+    """Why GPUs do not sum in memory that all of them write; None where they do. It holds what graphs sum and gather."""
+    from agentspeed_engine.exec.ranks.group import TorchGroup
+    from agentspeed_engine.models.graphs import BUCKETS
+
+    if not isinstance(group, TorchGroup):
+        return None
+    config, item = read_source(options.model).config, DTYPE_BYTES[options.dtype]
+    rows = BUCKETS[-1]
+    return group.reach(sum_bytes=rows * config.hidden * item, rows=rows, row_bytes=config.vocab_size * item)

@@ -218,6 +218,12 @@ class RankProcesses:
             )
         return self._followers[dp_rank]
 
+    def await_loaded(self) -> None:
+        """Blocks until all wait for an order to capture graphs, and gives it. Raises `EngineFault` where one cannot."""
+        self._await("loaded")
+        for dp_rank in range(self._options.dp):
+            self.followers(dp_rank).begin()
+
     def await_readiness(self) -> None:
         """Blocks until all have loaded. Raises `EngineFault` where one cannot."""
         self._await("ready")
@@ -370,11 +376,14 @@ def _pair(ours: contextlib.ExitStack, theirs: contextlib.ExitStack) -> tuple[soc
 
 
 def _environment(options: RankOptions) -> dict[str, str]:
-    """Each rank on a GPU of its own sees that one alone."""
+    """Each rank takes the first GPU that it sees, which is its own. It sees the others behind it: they may write into
+    each other's memory."""
     said = with_import_path(os.environ)
     if options.device == "cuda":
-        visible = [one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]
-        said["CUDA_VISIBLE_DEVICES"] = visible[options.rank] if options.rank < len(visible) else str(options.rank)
+        named = [one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]
+        visible = named or [str(rank) for rank in range(options.dp * options.tp)]
+        own = visible[options.rank] if options.rank < len(visible) else str(options.rank)
+        said["CUDA_VISIBLE_DEVICES"] = ",".join([own, *(one for one in visible if one != own)])
     return said
 
 

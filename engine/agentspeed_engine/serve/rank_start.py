@@ -16,11 +16,12 @@ from agentspeed_engine.exec.calibrate import calibrated
 from agentspeed_engine.exec.vocabulary import Vocabulary
 from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.serve.aside import aside
-from agentspeed_engine.serve.rank_options import RankOptions, loaded_shard
+from agentspeed_engine.serve.rank_options import RankOptions, capture, loaded_shard
 from agentspeed_engine.serve.rank_processes import RankProcesses
 
 if TYPE_CHECKING:
-    from agentspeed_engine.exec.ranks.leader import LeadingExecutor
+    from agentspeed_engine.exec.executor import Executor
+    from agentspeed_engine.exec.ranks.group import Group
     from agentspeed_engine.exec.ranks.lock_step import LockStep
     from agentspeed_engine.exec.ranks.model import ShardModel
 
@@ -32,7 +33,7 @@ class Started:
     """With what copies and prefill cost."""
     model: ShardModel
     """Rank 0's piece."""
-    executors: tuple[LeadingExecutor, ...]
+    executors: tuple[Executor, ...]
     """Of every dp rank."""
     lock_step: LockStep | None
     ranks: RankProcesses
@@ -66,6 +67,8 @@ def started(
             model = aside(lambda: loaded_shard(options, group, progress))
         if unusable is not None and unusable.result():
             say(f"turns with stop strings or a grammar will be refused: {unusable.result()}")
+        if options.launches:
+            return _launching(options, core, vocabulary, say, ranks, group, model)
         ranks.await_readiness()
         sides: list[Side] = [Home(model, group, ranks.followers(0))]
         sides += [Away(ranks.followers(dp), options.page_tokens) for dp in range(1, options.dp)]
@@ -78,6 +81,33 @@ def started(
         ranks.close()
         raise
     return Started(core, model, executors, lock_step, ranks)
+
+
+def _launching(
+    options: RankOptions,
+    core: CoreConfig,
+    vocabulary: Vocabulary,
+    say: Callable[[str], None],
+    ranks: RankProcesses,
+    group: Group,
+    model: ShardModel,
+) -> Started:
+    """Ranks of one dp rank that each launch steps on a GPU."""
+    from agentspeed_engine.exec.cuda import CudaExecutor
+    from agentspeed_engine.exec.ranks.device_leader import DeviceLeader
+    from agentspeed_engine.exec.torch_model import TorchModel
+
+    assert isinstance(model, TorchModel)
+    ranks.await_loaded()
+    leader = DeviceLeader(ranks.followers(0), group, ranks, seconds=options.seconds)
+    with leader.named():
+        aside(lambda: capture(options, model, say))
+    ranks.await_readiness()
+    executor = CudaExecutor(model, vocabulary, depth=core.depth, others=leader)
+    if options.host_slots:
+        say("measuring what copies and prefill cost")
+        core = aside(partial(calibrated, core, executor))
+    return Started(core, model, (executor,), None, ranks)
 
 
 def _cores() -> int:

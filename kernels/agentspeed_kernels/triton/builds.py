@@ -35,6 +35,8 @@ def builds(target: str) -> Iterator[Build]:
     yield from _grouped(target)
     if target == "cuda:90":
         yield from _gluon()
+    if target.startswith("cuda"):
+        yield from _peers()
 
 
 def _rows(target: str) -> Iterator[Build]:
@@ -73,6 +75,32 @@ def _rows(target: str) -> Iterator[Build]:
         },
         options={"num_warps": 1},
     )  # fmt: skip
+
+
+def _peers() -> Iterator[Build]:
+    peers = device_module("peers")
+
+    yield Build(
+        name="add_up",
+        function=peers.add_up,
+        signature={"x": INT32, "out": INT32, "table": INT64, "host": INT32, "counts": INT32, "N": "i32"},
+        constants={"RANK": 0, "RANKS": 2, "FIRST": 64, "WORDS": 512, "HALVES": True, "EARLY": True},
+        options={"num_warps": 8},
+    )
+    yield Build(
+        name="spread",
+        function=peers.spread,
+        signature={"x": INT32, "table": INT64, "WIDTH": "i32", "FIRST": "i32"},
+        constants={"RANK": 0, "RANKS": 2, "BLOCK": 1024},
+        options={"num_warps": 4},
+    )
+    yield Build(
+        name="meet",
+        function=peers.meet,
+        signature={"table": INT64, "host": INT32, "count": INT32},
+        constants={"RANK": 0, "RANKS": 2},
+        options={"num_warps": 1},
+    )
 
 
 def _gluon() -> Iterator[Build]:

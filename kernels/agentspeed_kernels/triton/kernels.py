@@ -284,6 +284,15 @@ def _chosen(logits: Tensor, bias: Tensor | None, rule: RouteRule, slots: Tensor 
     return ids, weights
 
 
+def own(ids: Tensor, weights: Tensor, first: int, held: int) -> None:
+    """`selection.Kernels.own` for kernels that visit nobody for the id `held`."""
+    assert ids.is_contiguous() and weights.is_contiguous()
+    early, pairs = launching.early(ids), ids.numel()
+    device_code("experts").own[(-(-pairs // 256),)](
+        ids, weights, pairs, first, HELD=held, BLOCK=256, EARLY=early, num_warps=2, **launching.options(early)
+    )
+
+
 def experts(
     x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, workspace: Workspace, out: Tensor
 ) -> None:

@@ -15,6 +15,7 @@ _GROUPED = {"page_tokens": Widths(multiple=16), "W": Widths(multiple=8, most=256
 
 _BY_ROW = frozenset({"rms_norm", "add_rms_norm", "rope", "latent_append", "mla_rows", "gqa_rows"})
 """Ops whose kernels give each row to programs of its own, or, of attention, whose order of sums is the plan's."""
+_EXPERTS = frozenset({"experts", "experts_and_shared"})
 _BELOW = -10
 """Priority of the batch-invariant forms: below that of the vendor's library, which is faster."""
 
@@ -31,6 +32,7 @@ _IN_DTYPE: tuple[KernelSpec, ...] = tuple(
         sizes=sizes,
         plans="triton",
         invariant=op in _BY_ROW,
+        nobody=op in _EXPERTS,
     )
     for op, call, most_rows, sizes in (
         ("linear", kernels.linear, kernels.MOST_LINEAR_ROWS, {}),
@@ -66,6 +68,7 @@ _IN_FP8: tuple[KernelSpec, ...] = tuple(
         features=frozenset({FEATURE, "fp8"}),
         layout="blocks",
         weights=frozenset({"fp8"}),
+        nobody=op in _EXPERTS,
     )
     for op, call in (
         ("linear", fp8_kernels.linear),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from agentspeed_engine.errors import EngineFault
-from agentspeed_engine.exec.cuda import put
+from agentspeed_engine.exec.device_steps import put
 from agentspeed_engine.exec.penalties import Adjustment
 from agentspeed_engine.exec.sampling_rows import RepeatedRows, on_device
 from agentspeed_engine.exec.step_input import Sample

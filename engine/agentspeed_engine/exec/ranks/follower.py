@@ -13,6 +13,7 @@ import msgspec
 
 from agentspeed_engine.exec.executor import CopyFailed
 from agentspeed_engine.exec.ranks.group import Group, GroupBroken
+from agentspeed_engine.exec.ranks.launches import Launcher
 from agentspeed_engine.exec.ranks.model import ShardModel, draw_together, shard_logits
 from agentspeed_engine.exec.ranks.orders import Channel, CopyDone, CopyOrder, StepDone, StepOrder, batch_of, step_done
 from agentspeed_engine.kv.views import PageCopy
@@ -21,12 +22,21 @@ from agentspeed_engine.kv.views import PageCopy
 @final
 class Follower:
     def __init__(
-        self, model: ShardModel, group: Group, steps: Channel, copies: Channel, *, heartbeat: float | None = None
+        self,
+        model: ShardModel,
+        group: Group,
+        steps: Channel,
+        copies: Channel,
+        *,
+        heartbeat: float | None = None,
+        launcher: Launcher | None = None,
     ) -> None:
-        """`heartbeat`: this rank tells rank 0 what its dp rank has drawn, and says so often, in seconds, that it is
-        at work; None: rank 0 is of the same dp rank and draws itself."""
+        """`launcher`: carries steps out that are drawn on every GPU; None: all draw together.
+        `heartbeat`: this rank tells rank 0 what its dp rank has drawn, and says so often, in seconds, that it is at
+        work; None: rank 0 is of the same dp rank and draws itself."""
         self._model, self._group, self._steps, self._copies = model, group, steps, copies
         self._heartbeat = heartbeat
+        self._launcher = launcher
         self._beat = threading.Lock()
         """Held by who sends, for a frame goes out whole."""
         self._ended = threading.Event()
@@ -53,6 +63,9 @@ class Follower:
     def _follow(self) -> None:
         decoder, encoder = msgspec.msgpack.Decoder(StepOrder), msgspec.msgpack.Encoder()
         while (frame := self._steps.receive()) is not None:
+            if self._launcher is not None:
+                self._launcher.carry_out(frame)
+                continue
             with self._beating():
                 done = self._step(decoder.decode(frame))
             if self._heartbeat is not None:

@@ -1,13 +1,14 @@
-"""How ranks sum and gather: through shared memory on one machine's CPU, else through torch.distributed (gloo, NCCL)."""
+"""How ranks sum and gather: in shared memory on one machine's CPU, in each other's on its GPUs, else by torch."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Protocol, final
+from typing import TYPE_CHECKING, Any, Final, Protocol, final
 
 import numpy as np
 import torch
@@ -19,9 +20,13 @@ from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.spmd.distributed import DistributedComm
 from agentspeed_engine.spmd.logical import groups, shard_sizes
 from agentspeed_engine.spmd.lower import Comm
+from agentspeed_engine.spmd.peer_comm import PeerComm
 from agentspeed_engine.spmd.placement import Axis, Rank
 from agentspeed_engine.spmd.plan import Collective
 from agentspeed_kernels.cpu.process_group import GroupBroken, SharedGroup
+
+if TYPE_CHECKING:
+    from agentspeed_kernels.triton.peers import PeerMemory
 
 __all__ = ["Alone", "Group", "GroupBroken", "SharedMemory", "TorchGroup"]
 _MEETING: Final = datetime.timedelta(seconds=120)
@@ -39,7 +44,21 @@ class Group(Protocol):
 
     @property
     def recordable(self) -> bool:
-        """Whether its collectives may be part of a recorded step."""
+        """Whether its collectives may be part of a recorded step or, on a GPU, of a graph."""
+        ...
+
+    def agree(self, mine: bool) -> bool:
+        """Whether all ranks of this dp rank say so. Raises `GroupBroken`."""
+        ...
+
+    @property
+    def given_up(self) -> bool:
+        """Whether what the ranks computed last may be of no use, because somebody did not come to a sum in it."""
+        ...
+
+    @property
+    def late(self) -> int | None:
+        """The rank that did not come then, where that is known."""
         ...
 
     def gather(self, mine: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -61,6 +80,11 @@ class Alone:
 
     recordable = True
     comm = None
+    given_up = False
+    late = None
+
+    def agree(self, mine: bool) -> bool:
+        return mine
 
     def gather(self, mine: NDArray[np.float64]) -> NDArray[np.float64]:
         return mine[None]
@@ -75,6 +99,10 @@ class Alone:
 @final
 class SharedMemory:
     """`Group` of the ranks of one machine, in the memory of files that all of them have mapped."""
+
+    given_up = False
+    late = None
+    """Sums end before a step does here, and say so themselves."""
 
     def __init__(
         self, file: int | None, rank: Rank, *, seconds: float, dp_file: int | None = None, first: int = 0
@@ -96,6 +124,9 @@ class SharedMemory:
 
     def gather(self, mine: NDArray[np.float64]) -> NDArray[np.float64]:
         return self._groups["tp"].gather(mine) if "tp" in self._groups else mine[None]
+
+    def agree(self, mine: bool) -> bool:
+        return bool(self.gather(np.array([float(mine)])).all())
 
     def abandon(self) -> None:
         for group in self._groups.values():
@@ -147,9 +178,8 @@ class _SharedComm:
 
 @final
 class TorchGroup:
-    """`Group` over torch.distributed: gloo on CPUs, NCCL on GPUs, and gloo for what is drawn in either case."""
-
-    recordable = False
+    """`Group` over torch.distributed: gloo on CPUs, NCCL on GPUs, and gloo for what is drawn in either case. GPUs of
+    one dp rank that reach each other's memory sum there what is small (`reach`)."""
 
     def __init__(self, folder: Path, rank: Rank, *, seconds: float, device: torch.device) -> None:
         """Returns when all ranks have met in `folder`. `seconds`: how long one waits for another from then on. Raises
@@ -160,7 +190,9 @@ class TorchGroup:
                 "This process has a default group of torch.distributed already, and the ranks need it.",
                 "Call `torch.distributed.destroy_process_group()` first, or start the engine as a process of its own.",
             )
-        self._ranks = rank.mesh.tp
+        self._rank, self._ranks = rank, rank.mesh.tp
+        self._seconds, self._device = seconds, device
+        self._memory: PeerMemory | None = None
         limit = datetime.timedelta(seconds=seconds)
         if sys.platform == "linux":  # nobody beyond this machine is to reach a rank
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -172,7 +204,8 @@ class TorchGroup:
             timeout=_MEETING,
         )
         try:
-            self.comm: Comm | None = DistributedComm(rank, timeout=limit, broken=GroupBroken)
+            self._anything = DistributedComm(rank, timeout=limit, broken=GroupBroken)
+            self.comm: Comm | None = self._anything
             self._host: Any = None
             for members in groups(rank.mesh, "tp"):
                 made: Any = dist.new_group(members, backend="gloo", timeout=limit)
@@ -194,8 +227,48 @@ class TorchGroup:
             raise GroupBroken(str(error)) from error
         return torch.stack(every).numpy()
 
+    @property
+    def recordable(self) -> bool:
+        return self._memory is not None
+
+    def reach(self, *, sum_bytes: int, rows: int, row_bytes: int) -> str | None:
+        """From now on sums of up to `sum_bytes`, and gathers of up to `rows` of `row_bytes` in all, are made in memory
+        that all GPUs write; None where it is so, else why not, on all ranks alike. Raises `GroupBroken`."""
+        mesh = self._rank.mesh
+        if self._device.type != "cuda" or mesh.dp > 1:
+            return "that is for GPUs of one dp rank"
+        # Imported late: only a GPU's kernels need it.
+        from agentspeed_kernels.triton.peers import PeerMemory, reached
+
+        held: PeerMemory | None = None
+        with contextlib.suppress(torch.OutOfMemoryError):
+            held = PeerMemory(self._rank.tp, mesh.tp, self._device, sum_bytes=sum_bytes, rows=rows, row_bytes=row_bytes)
+        if not self.agree(held is not None) or held is None:
+            return "there is no memory for it"
+        why = reached(held, self._bytes, self._seconds)
+        if why is None:
+            self._memory, self.comm = held, PeerComm(held, self._anything)
+        return why
+
+    def agree(self, mine: bool) -> bool:
+        return bool(self.gather(np.array([float(mine)])).all())
+
+    def _bytes(self, mine: bytes) -> list[bytes]:
+        given = np.frombuffer(mine, np.uint8).astype(np.float64)
+        return [one.astype(np.uint8).tobytes() for one in self.gather(given)]
+
+    @property
+    def given_up(self) -> bool:
+        return self._memory is not None and self._memory.given_up
+
+    @property
+    def late(self) -> int | None:
+        return None if self._memory is None else self._memory.late
+
     def abandon(self) -> None:
-        """Peers notice by themselves: a connection that ends, or the time limit."""
+        """Of the others peers notice by themselves: a connection that ends, or the time limit."""
+        if self._memory is not None:
+            self._memory.give_up()
 
     def close(self) -> None:
         if dist.is_initialized():

@@ -13,6 +13,7 @@ import msgspec
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.exec.executor import CopyFailed
 from agentspeed_engine.exec.ranks.group import Group, GroupBroken
+from agentspeed_engine.exec.ranks.launches import LaunchOrder
 from agentspeed_engine.exec.ranks.model import ShardModel, draw_together, shard_logits
 from agentspeed_engine.exec.ranks.orders import (
     Channel,
@@ -77,7 +78,12 @@ class Followers:
     def __len__(self) -> int:
         return len(self._steps)
 
-    def step(self, order: StepOrder) -> None:
+    def begin(self) -> None:
+        """Tells those that have loaded that all have. Raises `OSError`."""
+        for channel in self._steps:
+            channel.send(b"")
+
+    def step(self, order: StepOrder | LaunchOrder) -> None:
         """Raises `OSError`."""
         frame = self._encoder.encode(order)
         for channel in self._steps:

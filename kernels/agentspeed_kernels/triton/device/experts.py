@@ -109,6 +109,21 @@ def choose(
     tl.store(weights + token * TOP + place, held, mask=place < TOP)
 
 
+@triton.jit(do_not_specialize=["PAIRS", "FIRST"])
+def own(ids, weights, PAIRS, FIRST, HELD: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    """Choices of the HELD experts from FIRST on are numbered from 0, and all others are of nobody (the id HELD), with
+    weight 0. In place; grid ceil(PAIRS / BLOCK)."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < PAIRS
+    expert = tl.load(ids + i, mask=inside, other=0) - FIRST
+    here = (expert >= 0) & (expert < HELD)
+    tl.store(ids + i, tl.where(here, expert, HELD), mask=inside)
+    tl.store(weights + i, tl.where(here, tl.load(weights + i, mask=inside, other=0.0), 0.0), mask=inside)
+
+
 @triton.jit
 def _gate_up(
     x, gate_up, act, block, D: tl.constexpr, I: tl.constexpr, BI: tl.constexpr, BD: tl.constexpr, WAIT: tl.constexpr

@@ -1,0 +1,107 @@
+"""Sums and gathers in memory that several GPUs write: the numbers, and what a rank that is given up leaves behind."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import tests.triton_interpreter as _interpreter  # noqa: F401 - before any kernel
+from agentspeed_kernels.triton.peers import MEETINGS, WORDS, PeerMemory
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
+
+CPU = torch.device("cpu")
+RANKS, ROWS = 3, 4
+
+
+def memories(columns: int = 6, dtype: torch.dtype = torch.float32) -> list[PeerMemory]:
+    row = RANKS * columns * dtype.itemsize
+    made = [PeerMemory(rank, RANKS, CPU, sum_bytes=16 * WORDS, rows=ROWS, row_bytes=row) for rank in range(RANKS)]
+    for one in made:
+        one.reach([other.block.data_ptr() for other in made])
+    return made
+
+
+def words(memory: PeerMemory) -> Tensor:
+    return memory.block[: memory.block.numel() // 8 * 8].view(torch.int64)
+
+
+def come(memory: PeerMemory, rank: int, x: Tensor, count: int) -> None:
+    """As if `rank` had sent `x` for call `count`."""
+    held = x.view(-1).view(torch.int32).numpy().astype(np.int64) & 0xFFFFFFFF
+    for part in range(-(-held.size // WORDS)):
+        sent = held[part * WORDS : (part + 1) * WORDS]
+        at = MEETINGS + ((part * 2 + count % 2) * RANKS + rank) * WORDS
+        words(memory)[at : at + sent.size] = torch.from_numpy((count << 32) | sent)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 40), (3, 500)])
+def test_every_rank_adds_what_came_for_this_call_in_the_order_of_the_ranks(
+    dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    noise, ranks = torch.Generator().manual_seed(0), memories()
+    for count in (1, 2, 3):
+        given = [torch.randn(shape, generator=noise).to(dtype) for _ in ranks]
+        wanted = (given[0].float() + given[1].float() + given[2].float()).to(dtype)
+        for one in ranks:
+            for rank, x in enumerate(given):
+                if rank != one.rank:
+                    come(one, rank, x, count)
+        for one in ranks:
+            assert one.sums(given[one.rank])
+            total = given[one.rank].clone()
+            one.sum(total, total)
+            assert torch.equal(total, wanted) or torch.allclose(total.float(), wanted.float(), rtol=1e-2)
+
+
+def test_a_rank_sends_its_numbers_with_the_count_of_the_call_to_all_others() -> None:
+    ranks = memories()
+    x = torch.tensor([[1.5, -2.0, 3.25]])
+    for one in ranks[1:]:
+        come(ranks[0], one.rank, x, 1)
+    ranks[0].sum(x, torch.empty_like(x))
+    for one in ranks[1:]:
+        sent = words(one)[MEETINGS + RANKS * WORDS :][:3].numpy()
+        assert (sent >> 32).tolist() == [1, 1, 1]
+        assert (sent & 0xFFFFFFFF).astype(np.uint32).view(np.float32).tolist() == x[0].tolist()
+
+
+def test_who_waits_for_a_rank_that_never_comes_goes_on_when_it_is_given_up_and_names_it() -> None:
+    ranks = memories()
+    x = torch.ones(1, 4)
+    come(ranks[0], 1, x, 1)
+    assert ranks[0].late is None and not ranks[0].given_up
+    ranks[0].give_up()
+    ranks[0].sum(x, torch.empty_like(x))
+    assert ranks[0].given_up and ranks[0].late == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parts_of_rows_lie_side_by_side_on_every_rank(dtype: torch.dtype) -> None:
+    ranks = memories(columns=6, dtype=dtype)
+    parts = [torch.arange(12).view(2, 6).to(dtype) + 100 * one.rank for one in ranks]
+    for one in ranks:
+        for other in ranks:
+            words(one)[other.rank] = 1  # it has come
+    for one, part in zip(ranks, parts, strict=True):
+        assert one.gathers(part)
+        one.gather(part)
+    for one in ranks:
+        for other in ranks:
+            words(one)[other.rank] = 2
+    for one, part in zip(ranks, parts, strict=True):
+        assert torch.equal(one.gather(part), torch.cat(parts, 1))
+
+
+@pytest.mark.parametrize(
+    "x",
+    [torch.zeros(0, 4), torch.zeros(1, 5 * WORDS), torch.zeros(2, 4).double(), torch.zeros(4, 2).T,
+     torch.zeros(1, 3, dtype=torch.bfloat16)],
+    ids=["none", "too many", "float64", "strided", "half a word"],
+)  # fmt: skip
+def test_other_values_are_left_to_who_sums_anything(x: Tensor) -> None:
+    assert not memories()[0].sums(x)
+    assert not memories()[0].gathers(torch.zeros(ROWS + 1, 6)) and not memories()[0].gathers(torch.zeros(1, 5))
