@@ -1,6 +1,6 @@
 """Where a decode step's time on a GPU goes: kernels, the gaps between them, and what the GPU waits for the host.
 
-    python bench/gpu_profile.py [--batches 1,32] [--context 4096] [--json FILE]
+    python bench/gpu_profile.py [--batches 1,32] [--context 4096] [--tp 2] [--json FILE]
 
 An engine in this process and a client of its socket in another, as `bench/gpu.py --sections engine` has them. For each
 batch: a round without the profiler (milliseconds a step, the host's time to launch and to collect one, and `wait`: the
@@ -135,6 +135,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--tp", type=int, default=1, help="ranks, a GPU each; rank 0 is looked at")
     parser.add_argument("--late", action="store_true", help="kernels wait for the whole of the one before them")
     parser.add_argument("--json", default=None)
     parser.add_argument("--client", default=None, help=argparse.SUPPRESS)
@@ -151,6 +152,7 @@ def main() -> None:
     options = EngineOptions(
         model=arguments.model, device=arguments.device, dtype="bfloat16" if on_gpu else "float32", pages=pages,
         context_limit=arguments.context + 1024, depth=1, prefill_chunk=2048, extend_tokens=1024, record="off",
+        tp=arguments.tp,
     )  # fmt: skip
     built = build(options, print)
     loaded = built.model.loaded  # type: ignore[union-attr]

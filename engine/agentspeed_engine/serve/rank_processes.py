@@ -375,15 +375,19 @@ def _pair(ours: contextlib.ExitStack, theirs: contextlib.ExitStack) -> tuple[soc
     return ours.enter_context(mine), other.fileno()
 
 
+def visible_gpus(rank: int, ranks: int) -> str:
+    """For CUDA_VISIBLE_DEVICES of a rank: its own GPU first, which is the one that it takes. It sees the others behind
+    it, for they write into each other's memory."""
+    named = [one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]
+    visible = named or [str(other) for other in range(ranks)]
+    own = visible[rank] if rank < len(visible) else str(rank)
+    return ",".join([own, *(one for one in visible if one != own)])
+
+
 def _environment(options: RankOptions) -> dict[str, str]:
-    """Each rank takes the first GPU that it sees, which is its own. It sees the others behind it: they may write into
-    each other's memory."""
     said = with_import_path(os.environ)
     if options.device == "cuda":
-        named = [one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]
-        visible = named or [str(rank) for rank in range(options.dp * options.tp)]
-        own = visible[options.rank] if options.rank < len(visible) else str(options.rank)
-        said["CUDA_VISIBLE_DEVICES"] = ",".join([own, *(one for one in visible if one != own)])
+        said["CUDA_VISIBLE_DEVICES"] = visible_gpus(options.rank, options.dp * options.tp)
     return said
 
 

@@ -83,7 +83,7 @@ def _peers() -> Iterator[Build]:
     yield Build(
         name="add_up",
         function=peers.add_up,
-        signature={"x": INT32, "out": INT32, "table": INT64, "host": INT32, "counts": INT32, "N": "i32"},
+        signature={"x": INT32, "out": INT32, "table": INT64, "over": INT32, "counts": INT32, "N": "i32"},
         constants={"RANK": 0, "RANKS": 2, "FIRST": 64, "WORDS": 512, "HALVES": True, "EARLY": True},
         options={"num_warps": 8},
     )
@@ -97,7 +97,7 @@ def _peers() -> Iterator[Build]:
     yield Build(
         name="meet",
         function=peers.meet,
-        signature={"table": INT64, "host": INT32, "count": INT32},
+        signature={"table": INT64, "over": INT32, "count": INT32},
         constants={"RANK": 0, "RANKS": 2},
         options={"num_warps": 1},
     )

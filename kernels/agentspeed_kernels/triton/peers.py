@@ -6,6 +6,7 @@ What a library for any number of GPUs and bytes takes tens of microseconds for i
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, final
@@ -21,6 +22,7 @@ WORDS: Final = 512
 MEETINGS: Final = 64
 """Words of 64 bits at the front of a rank's memory: the most ranks there can be."""
 _WARPS, _BLOCK = 8, 1024
+log = logging.getLogger("agentspeed.kernels")
 _cuda: Any = torch.cuda
 """torch gives these no types."""
 _ALIGNED: Final = 16
@@ -47,8 +49,13 @@ class PeerMemory:
         self._table: Tensor | None = None
         self._counts = torch.zeros(self._parts, dtype=torch.int32, device=device)
         self._meetings = torch.zeros(1, dtype=torch.int32, device=device)
-        # [given up, 1 + the rank that was waited for]: in the host's memory, for a kernel that waits hears nothing else
-        self._host = torch.zeros(2, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._over = torch.zeros(2, dtype=torch.int32, device=device)
+        """[Given up, 1 + the rank that was waited for then]."""
+        self._said = torch.ones(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        # Kernels that wait keep the stream of the steps busy.
+        self._aside = _cuda.Stream(device) if device.type == "cuda" else None
+        self.given_up = False
+        """Whether what was computed last is of no use."""
 
     def reach(self, places: Sequence[int]) -> None:
         """`places`: where the block of each rank begins, as this process's GPU sees it."""
@@ -76,7 +83,7 @@ class PeerMemory:
         words, into = x.view(-1).view(torch.int32), out.view(-1).view(torch.int32)
         early = launching.early(x)
         device_code("peers").add_up[(-(-words.numel() // WORDS),)](
-            words, into, self._table, self._host, self._counts, words.numel(), RANK=self.rank, RANKS=self.ranks,
+            words, into, self._table, self._over, self._counts, words.numel(), RANK=self.rank, RANKS=self.ranks,
             FIRST=MEETINGS, WORDS=WORDS, HALVES=x.dtype == torch.bfloat16, EARLY=early, num_warps=_WARPS,
             **launching.options(early),
         )  # fmt: skip
@@ -95,23 +102,27 @@ class PeerMemory:
         device.spread[(-(-width // _BLOCK), rows)](
             words, self._table, width, self._whole, RANK=self.rank, RANKS=self.ranks, BLOCK=_BLOCK, num_warps=4
         )  # fmt: skip
-        device.meet[(1,)](self._table, self._host, self._meetings, RANK=self.rank, RANKS=self.ranks, num_warps=1)
+        device.meet[(1,)](self._table, self._over, self._meetings, RANK=self.rank, RANKS=self.ranks, num_warps=1)
         whole = self.block[8 * self._whole :][: rows * self._row_bytes].view(x.dtype)
         return whole.view(rows, self.ranks * x.shape[1])
 
     # ---- ends ------------------------------------------------------------------------------------------------------
     def give_up(self) -> None:
         """Whoever waits here for others waits no more, and what it computes is of no use. From any thread."""
-        self._host[0] = 1
-
-    @property
-    def given_up(self) -> bool:
-        return bool(self._host[0])
+        self.given_up = True
+        if self._aside is None:
+            self._over[:1] = self._said
+            return
+        try:
+            with _cuda.stream(self._aside):
+                self._over[:1].copy_(self._said, non_blocking=True)
+        except RuntimeError as error:  # the GPU is lost to this process: nothing waits on it
+            log.warning("a GPU that waits for others is not told that they are given up: %s", error)
 
     @property
     def late(self) -> int | None:
-        """The rank that something here waited for when it was given up."""
-        found = int(self._host[1])
+        """The rank that something here waited for when it was given up; known once that has ended."""
+        found = int(self._over[1])
         return found - 1 if found else None
 
 

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-LOOKS = tl.constexpr(64)
-"""Looks at a word that has not come before the host's word is looked at, which lies in its memory."""
+LOOKS = tl.constexpr(16)
+"""Looks at a word that has not come before one looks whether the host has given up."""
 
 
 @triton.jit
@@ -21,17 +21,18 @@ def _place(table, rank):
 
 
 @triton.jit
-def _given_up(host, rank):
-    """Whether nobody waits any more; if so, the host is told for whom this was."""
-    over = tl.load(host, volatile=True)
-    if over != 0:
-        tl.store(host + 1, rank + 1)
-    return over
+def _given_up(over, rank):
+    """Whether nobody waits any more; if so, it is noted for whom this was. It lies on this GPU: hundreds of programs
+    that wait and look into the host's memory would be what the other GPU waits for."""
+    given_up = tl.load(over, volatile=True)
+    if given_up != 0:
+        tl.store(over + 1, rank + 1)
+    return given_up
 
 
 @triton.jit
 def add_up(
-    x, out, table, host, counts, N,
+    x, out, table, over, counts, N,
     RANK: tl.constexpr, RANKS: tl.constexpr, FIRST: tl.constexpr, WORDS: tl.constexpr, HALVES: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -40,15 +41,17 @@ def add_up(
 
     A program talks to the program of the same number on other GPUs alone. In every rank's memory it has, from word
     FIRST on, [2, RANKS, WORDS] of 64 bits: of its even and its odd calls, from each rank. Who writes for call n + 2 has
-    read what the other sent in call n + 1, which that did after all it had launched for call n."""
+    read what the other sent in call n + 1, which that did after all it had launched for call n. Between two sums of a
+    stream there is another launch."""
     part = tl.program_id(0)
     i = tl.arange(0, WORDS)
     at = part * WORDS + i
     inside = at < N
+    # From L2, before the wait: the sum that wrote it is older than the launch before this one, which is no sum.
+    count = tl.load(counts + part, cache_modifier=".cg") + 1
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
-    count = tl.load(counts + part) + 1
     mine = tl.load(x + at, mask=inside, other=0)
     half = FIRST + ((part * 2 + (count & 1)) * RANKS).to(tl.int64) * WORDS
     sent = (count.to(tl.int64) << 32) | (mine.to(tl.int64) & 0xFFFFFFFF)
@@ -70,7 +73,7 @@ def add_up(
                 late = tl.max((inside & ((come >> 32) != count)).to(tl.int32), 0)
                 looks += 1
                 if (late > 0) & (looks % LOOKS == 0):
-                    late = tl.where(_given_up(host, rank) != 0, 0, late)
+                    late = tl.where(_given_up(over, rank) != 0, 0, late)
             word = (come & 0xFFFFFFFF).to(tl.int32)
         if HALVES:
             low += (word << 16).to(tl.float32, bitcast=True)
@@ -99,7 +102,7 @@ def spread(x, table, WIDTH, FIRST, RANK: tl.constexpr, RANKS: tl.constexpr, BLOC
 
 
 @triton.jit
-def meet(table, host, count, RANK: tl.constexpr, RANKS: tl.constexpr):
+def meet(table, over, count, RANK: tl.constexpr, RANKS: tl.constexpr):
     """Ends when all ranks are here: what each wrote into this one's memory by launches before is there then. The first
     RANKS words of a rank's memory are for this alone. One program."""
     # Nothing written before may be seen after this.
@@ -116,6 +119,6 @@ def meet(table, host, count, RANK: tl.constexpr, RANKS: tl.constexpr):
                 come = tl.load(here + rank, volatile=True)
                 looks += 1
                 if looks % LOOKS == 0:
-                    come = tl.where(_given_up(host, rank) != 0, number, come)
+                    come = tl.where(_given_up(over, rank) != 0, number, come)
     # Nor may anything be read before this.
     tl.atomic_add(count, 0, sem="acq_rel", scope="sys")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,14 +75,21 @@ class Toy:
     def modules(self, given: FlatBatch) -> Tensor:
         return self.logits(torch.from_numpy(given.ids), torch.from_numpy(given.slots))[torch.from_numpy(given.select)]
 
-    def graphs(self, joined: str | None, plain: str = "as it is", **thresholds: int) -> Graphs:
+    def graphs(
+        self,
+        joined: str | None,
+        plain: str = "as it is",
+        agree: Callable[[bool], bool] | None = None,
+        **thresholds: int,
+    ) -> Graphs:
         """`thresholds`: of the attention's backend."""
         attention = TritonAttention(shape=shape_of(4, 16, 16, PAGE, CPU, 4), device=CPU, **thresholds)
         rope = cast(Any, SimpleNamespace(at=lambda positions: (positions, positions)))
         chain = None if joined is None else self.chain(joined)
         return Graphs(
-            chain, self.chain(plain), self.modules, self.pools, VOCABULARY, rope, attention, CPU, recorder=CallsAgain()
-        )
+            chain, self.chain(plain), self.modules, self.pools, VOCABULARY, rope, attention, CPU,
+            recorder=CallsAgain(), agree=agree,
+        )  # fmt: skip
 
 
 @pytest.fixture
@@ -143,6 +150,33 @@ def test_a_step_outlives_a_graph_of_it_that_has_no_room(toy: Toy, caplog: pytest
     assert graphs.joins and graphs.count == 0, "nothing is wrong with its chain"
     (said,) = caplog.messages
     assert said == "no more graphs than 0: there is no room for one of up to 4 rows: CUDA out of memory"
+
+
+def test_ranks_of_which_one_has_no_room_capture_no_more_and_ask_no_more(toy: Toy) -> None:
+    asked: list[bool] = []
+
+    def agree(mine: bool) -> bool:
+        asked.append(mine)
+        return False
+
+    graphs = toy.graphs("as it is", agree=agree)
+    assert [graphs.run(next_step(), None) for _ in range(6)] == [None] * 6
+    assert asked == [True] and graphs.count == 0
+
+
+def test_ranks_of_which_one_finds_joined_steps_wrong_all_leave_them_out(
+    toy: Toy, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers = iter([True, False])  # room, and what the first capture came to
+    graphs = toy.graphs("as it is", agree=lambda mine: mine and next(answers, True))
+    assert torch.allclose(from_a_graph(graphs), toy.modules(next_step())) and not graphs.joins
+    assert "another rank found it wanting" in caplog.text
+
+
+def test_a_rank_without_memory_for_a_graph_is_named_for_others_wait_for_it_in_the_step(toy: Toy) -> None:
+    graphs = toy.graphs("no room", agree=lambda mine: mine)
+    with pytest.raises(torch.OutOfMemoryError):
+        from_a_graph(graphs)
 
 
 def test_steps_that_draw_nothing_check_no_logits_and_so_find_no_form_sound(toy: Toy) -> None:

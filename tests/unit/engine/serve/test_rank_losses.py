@@ -207,3 +207,17 @@ def test_ranks_end_with_an_engine_that_cannot_begin(
             tmp_path / "socket", options, engine_process._Status(None), stay=True, own_folder=False
         )
     assert all(one.ended for one in ranks.all)
+
+
+@pytest.mark.parametrize(
+    ("named", "rank", "seen"),
+    [(None, 1, "1,0,2"), (None, 0, "0,1,2"), ("4,6,7", 2, "7,4,6"), ("4", 2, "2,4")],
+)
+def test_a_rank_sees_its_own_gpu_first_and_those_of_others_behind_it(
+    monkeypatch: pytest.MonkeyPatch, named: str | None, rank: int, seen: str
+) -> None:
+    if named is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert rank_processes.visible_gpus(rank, 3) == seen
