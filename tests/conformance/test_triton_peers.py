@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import tests.triton_interpreter as _interpreter  # noqa: F401 - before any kernel
+from agentspeed_kernels.triton.kernels import own
 from agentspeed_kernels.triton.peers import MEETINGS, WORDS, PeerMemory
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
@@ -105,3 +106,11 @@ def test_parts_of_rows_lie_side_by_side_on_every_rank(dtype: torch.dtype) -> Non
 def test_other_values_are_left_to_who_sums_anything(x: Tensor) -> None:
     assert not memories()[0].sums(x)
     assert not memories()[0].gathers(torch.zeros(ROWS + 1, 6)) and not memories()[0].gathers(torch.zeros(1, 5))
+
+
+def test_choices_of_experts_that_lie_elsewhere_are_nobodys_and_weigh_nothing() -> None:
+    ids = torch.tensor([[0, 5, 7], [4, 3, 8]])  # the id 8 is nobody's among eight
+    weights = torch.full((2, 3), 0.5)
+    own(ids, weights, 4, 4)
+    assert ids.tolist() == [[4, 1, 3], [0, 4, 4]]
+    assert weights.tolist() == [[0.0, 0.5, 0.5], [0.5, 0.0, 0.0]]
