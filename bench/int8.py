@@ -46,7 +46,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     figures: dict[str, Any] = {"logits": {}, "tasks": {}}
     for name in (*SHAPES, "nano"):
-        figures["logits"][name] = {str(kind or "bfloat16"): moved for kind, moved in logits(name).items()}
+        figures["logits"][name] = {str(kind or "bfloat16"): found for kind, found in logits(name).items()}
         print(name, figures["logits"][name], flush=True)
     for kind in FORMATS if options.tasks else ():
         figures["tasks"][str(kind or "bfloat16")] = found = anyio.run(tasks, kind, options.tasks)
@@ -55,20 +55,25 @@ def main() -> None:
 
 
 def logits(name: str) -> dict[str | None, dict[str, float]]:
-    folder = NANO
-    if name != "nano":
-        folder = ROOT / ".checkpoints" / f"{name}-int8"
-        if not (folder / "tokenizer_config.json").exists():
-            config = json.loads((ROOT / f"bench/models/{name}.json").read_text())
-            make_checkpoint(config, folder, dtype="bfloat16")
+    folder = NANO if name == "nano" else checkpoint(name)
     exact = run(folder, "float64", None)
-    found: dict[str | None, dict[str, float]] = {}
-    for kind in FORMATS:
-        got = run(folder, "bfloat16", kind)
-        apart = float(((got - exact).norm(dim=-1) / exact.norm(dim=-1)).median())
-        same = float((got.argmax(-1) == exact.argmax(-1)).double().mean())
-        found[kind] = {"distance": round(apart, 4), "likeliest_equal": round(same, 3)}
-    return found
+    return {kind: moved(run(folder, "bfloat16", kind), exact) for kind in FORMATS}
+
+
+def checkpoint(name: str) -> Path:
+    """A random one of a configuration in bench/models, in bfloat16; made once."""
+    folder = ROOT / ".checkpoints" / f"{name}-int8"
+    if not (folder / "tokenizer_config.json").exists():
+        config = json.loads((ROOT / f"bench/models/{name}.json").read_text())
+        make_checkpoint(config, folder, dtype="bfloat16")
+    return folder
+
+
+def moved(got: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
+    """How far logits [positions, ids] lie from others."""
+    apart = float(((got - exact).norm(dim=-1) / exact.norm(dim=-1)).median())
+    same = float((got.argmax(-1) == exact.argmax(-1)).double().mean())
+    return {"distance": round(apart, 4), "likeliest_equal": round(same, 3)}
 
 
 def run(folder: Path, dtype: Any, weights: Any) -> torch.Tensor:

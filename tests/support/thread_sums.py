@@ -20,27 +20,34 @@ class Meets:
     """Collectives of two ranks that are threads; of a plan with tp alone."""
 
     def __init__(self) -> None:
-        self.barrier = threading.Barrier(2)
-        self.given: list[torch.Tensor] = [torch.zeros(0)] * 2
+        self._barrier = threading.Barrier(2)
+        self._given: list[torch.Tensor] = [torch.zeros(0)] * 2
 
-    def of(self, rank: int) -> Any:
-        class Sums:
-            def apply(_, step: Collective, value: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-                assert step.kind == "all_reduce"
-                self.given[rank] = value.clone()
-                self.barrier.wait(60)
-                total = self.given[0] + self.given[1]
-                self.barrier.wait(60)
-                return total
+    def summed(self, rank: int, value: torch.Tensor) -> torch.Tensor:
+        """Of both; each waits for the other."""
+        self._given[rank] = value.clone()
+        self._barrier.wait(60)
+        total = self._given[0] + self._given[1]
+        self._barrier.wait(60)
+        return total
 
-        return Sums()
+
+class Sums:
+    """What one rank is given for its collectives."""
+
+    def __init__(self, meets: Meets, rank: int) -> None:
+        self._meets, self._rank = meets, rank
+
+    def apply(self, step: Collective, value: Any, sizes: Sequence[int]) -> Any:
+        assert step.kind == "all_reduce"
+        return self._meets.summed(self._rank, value)
 
 
 def on_two_ranks(folder: Path, **given: Any) -> list[LoadedModel]:
     """The model of each rank; every step must be taken by both at once."""
     meets = Meets()
     return [
-        load(folder, threads=1, rank=rank, comm=meets.of(rank.index), recordable=False, **given)
+        load(folder, threads=1, rank=rank, comm=Sums(meets, rank.index), recordable=False, **given)
         for rank in Mesh(tp=2).ranks()
     ]
 

@@ -155,7 +155,7 @@ class _Draw:
     def __init__(self, case: Case, layout: Layout, device: torch.device) -> None:
         self.case, self.layout, self.device = case, layout, device
         self.paged = False
-        self.cache = case.cache
+        self.cache: CacheFormat | None = case.cache
         self.kind = KINDS[case.dtype]
         self.rows = case.rows
         self.hidden = {"small": 32, "odd": 45, "wide": 512}[case.size]
