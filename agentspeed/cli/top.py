@@ -31,7 +31,7 @@ _START_SECONDS = (_SOON_SECONDS, 1.0, 2.0, 5.0)
 """Until one answers, at the start: later ones are for a machine that is busy."""
 _SILENT_SECONDS = 1.0
 """From then on it is said that an engine does not answer."""
-_REMEDY = "Start one (a session, or `python -m agentspeed_engine.serve`), or give the path of its socket."
+_REMEDY = "Start one (a session, or `agentspeed engine`), or give the path of its socket."
 
 
 @final

@@ -49,7 +49,7 @@ class KvPools:
     def clear(self, rows: Tensor) -> None:
         """Zeros in rows [n] int64 (page * page_tokens + offset), in every layer of every pool."""
         for pool in self._by_name.values():
-            pool.flatten(1, 2).index_fill_(1, rows, 0)
+            pool.view(pool.shape[0], -1, pool.shape[3]).index_fill_(1, rows, 0)
 
     def copy_rows(self, src_page: int, dst_page: int, rows: int) -> None:
         """The first `rows` rows of a page, in every layer of every pool."""
