@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -42,6 +43,8 @@ class Enqueued:
     samples: tuple[Sample, ...]
     refused: Mapping[int, str]
     """By place among the samples: why there is no token."""
+    until: float
+    """Of `time.monotonic`: when it must be done, where other ranks have a part in it."""
     ids: Tensor
     faulty: Tensor
     logprob: Tensor
@@ -50,7 +53,8 @@ class Enqueued:
     top_logprobs: Tensor
 
     def done(self) -> bool:
-        return bool(self.event.query())
+        """Whether there is nothing to wait for, also where it is overdue: `collect` says so then."""
+        return bool(self.event.query()) or time.monotonic() > self.until
 
 
 class OtherRanks(Protocol):
@@ -60,8 +64,14 @@ class OtherRanks(Protocol):
         """Each is told a step before it is launched here."""
         ...
 
-    def arrive(self, event: Any) -> None:
-        """Returns when `event` has passed and what was computed before it counts. Raises what `named` names."""
+    @property
+    def seconds(self) -> float:
+        """How long a step may take from its launch on."""
+        ...
+
+    def arrive(self, event: Any, until: float) -> None:
+        """Returns when `event` has passed and what was computed before it counts; at `until` it is overdue. Raises what
+        `named` names."""
         ...
 
     def copy(
@@ -106,7 +116,8 @@ class CudaExecutor(TurnsOnHost):
 
         with self._named():
             held = self._steps.run(step, ask)
-            enqueued = _enqueued(step, held, {} if asked is None else asked.refused)
+            until = math.inf if self._others is None else time.monotonic() + self._others.seconds
+            enqueued = _enqueued(step, held, {} if asked is None else asked.refused, until)
         self.model_seconds += time.perf_counter() - started
         return enqueued
 
@@ -118,7 +129,7 @@ class CudaExecutor(TurnsOnHost):
             if self._others is None:
                 pending.event.synchronize()
             else:
-                self._others.arrive(pending.event)
+                self._others.arrive(pending.event, pending.until)
         arrived = time.perf_counter()
         ids, faulty = pending.ids.tolist(), pending.faulty.tolist()
         logprobs = list(zip(pending.logprob.tolist(), pending.draw_logprob.tolist(), strict=True))
@@ -192,7 +203,7 @@ class CudaExecutor(TurnsOnHost):
         return Token(token, logprobs[0], tuple(zip(*best, strict=True)), end, logprobs[1])
 
 
-def _enqueued(step: StepInput, held: Sequence[Tensor], refused: Mapping[int, str]) -> Enqueued:
+def _enqueued(step: StepInput, held: Sequence[Tensor], refused: Mapping[int, str], until: float) -> Enqueued:
     """On its way to pinned memory."""
     host = [torch.empty(part.shape, dtype=part.dtype, pin_memory=True) for part in held]
     for target, source in zip(host, held, strict=True):
@@ -201,7 +212,7 @@ def _enqueued(step: StepInput, held: Sequence[Tensor], refused: Mapping[int, str
     event.record()
     none, zeros = torch.zeros(len(step.samples), 0), torch.zeros(len(step.samples))
     told = host[2:] if len(host) > 2 else (zeros, zeros, none, none)
-    return Enqueued(step.step, event, step.samples, refused, host[0], host[1], *told)
+    return Enqueued(step.step, event, step.samples, refused, until, host[0], host[1], *told)
 
 
 @contextmanager

@@ -21,16 +21,16 @@ class DeviceLeader:
     """`exec.cuda.OtherRanks` of one dp rank."""
 
     def __init__(self, followers: Followers, group: Group, losses: Losses, *, seconds: float) -> None:
-        """`seconds`: how long a step may take once all before it are done, and a rank for an order."""
-        self._followers, self._group, self._losses, self._seconds = followers, group, losses, seconds
+        """`seconds`: how long a step may take from its launch on."""
+        self._followers, self._group, self._losses, self.seconds = followers, group, losses, seconds
         self._orders = LaunchOrders()
 
     def tell(self, step: StepInput, asked: LogitRules) -> None:
         with self.named():
             self._followers.step(self._orders.of(step, asked))
 
-    def arrive(self, event: Any) -> None:
-        arrive(event, self._group, self._seconds)
+    def arrive(self, event: Any, until: float) -> None:
+        arrive(event, self._group, until)
 
     def copy(
         self, direction: Literal["save", "load"], pages: Sequence[int], slots: Sequence[int], mine: Callable[[], None]

@@ -113,13 +113,13 @@ class Launcher:
     """One rank that is told what to enqueue."""
 
     def __init__(self, model: TorchModel, group: Group, *, depth: int, seconds: float) -> None:
-        """`seconds`: how long a step may take once all before it are done."""
+        """`seconds`: how long a step may take from its launch on."""
         self._steps, self._group, self._seconds = DeviceSteps(model, depth=depth), group, seconds
         self._orders = HeardOrders(model.loaded.info.vocab_size)
         self._decoder = msgspec.msgpack.Decoder(LaunchOrder)
         self._depth = depth
-        self._flights: deque[Any] = deque()
-        """Events at the ends of steps."""
+        self._flights: deque[tuple[Any, float]] = deque()
+        """Events at the ends of steps, and when those must be done."""
 
     def carry_out(self, frame: bytearray) -> None:
         """Returns when the step is on its way, and all but the latest are done. Raises `GroupBroken`."""
@@ -127,15 +127,16 @@ class Launcher:
         _ = self._steps.run(step, lambda: asked)
         event = _cuda.Event()
         event.record()
-        self._flights.append(event)
+        self._flights.append((event, time.monotonic() + self._seconds))
         while len(self._flights) > self._depth + 1:
-            arrive(self._flights.popleft(), self._group, self._seconds)
+            oldest, until = self._flights.popleft()
+            arrive(oldest, self._group, until)
 
 
-def arrive(event: Any, group: Group, seconds: float) -> None:
+def arrive(event: Any, group: Group, until: float) -> None:
     """Returns when `event` has passed and what was computed before it counts. Raises `GroupBroken` where a rank did not
-    come to a sum, which is said of all that is not done in `seconds`."""
-    until, why = time.monotonic() + seconds, "a rank gave up"
+    come to a sum, which is said of all that is not done at `until`, of `time.monotonic`."""
+    why = "a rank gave up"
     while not event.query():
         if time.monotonic() > until and not group.given_up:
             why = "a step did not end in time"

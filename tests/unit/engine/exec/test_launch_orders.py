@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+import torch
 
+from agentspeed_engine.exec.cuda import Enqueued
 from agentspeed_engine.exec.device_steps import LogitRules
 from agentspeed_engine.exec.penalties import Adjustment
 from agentspeed_engine.exec.ranks.group import GroupBroken
@@ -20,6 +23,7 @@ from agentspeed_engine.protocol.messages import Sampling
 from tests.support.paged import Trail, batch
 
 VOCABULARY = 40
+PAST, LATER = -math.inf, math.inf
 
 
 def turn(number: int, **asked: Any) -> TurnSpec:
@@ -110,10 +114,10 @@ class PeersGroup:
 
 def test_a_step_that_has_passed_counts_unless_somebody_was_given_up_in_it() -> None:
     group: Any = PeersGroup(late=None)
-    arrive(Event(3), group, 60.0)
+    arrive(Event(3), group, LATER)
     group.abandon()
     with pytest.raises(GroupBroken, match="a rank gave up") as broken:
-        arrive(Event(0), group, 60.0)
+        arrive(Event(0), group, LATER)
     assert broken.value.late is None, "why, whoever gave up knows"
 
 
@@ -122,5 +126,12 @@ def test_a_step_that_does_not_end_gives_up_the_rank_that_did_not_come(deaf: bool
     group: Any = PeersGroup(late=1, deaf=deaf)
     group.event = Event(1 << 60)
     with pytest.raises(GroupBroken, match="did not end in time") as broken:
-        arrive(group.event, group, 0.0)
+        arrive(group.event, group, PAST)
     assert broken.value.late == 1
+
+
+@pytest.mark.parametrize(("looks", "until", "done"), [(0, LATER, True), (1 << 60, LATER, False), (1 << 60, PAST, True)])
+def test_a_step_that_is_overdue_is_collected_though_it_has_not_passed(looks: int, until: float, done: bool) -> None:
+    """Else the last one before a pause would be looked at for ever."""
+    none = torch.zeros(0)
+    assert Enqueued(1, Event(looks), (), {}, until, none, none, none, none, none, none).done() == done
