@@ -71,43 +71,51 @@ INLINE void decode_part(const coded_row *c, const uint8_t *row, long head, num *
     if (c->plain) decode_plain(c, row, to + c->width);
 }
 
-/* The nearest byte of each of 16 numbers of up to 448 in magnitude, to even between two; 0 for what is no number. */
-INLINE ivec nearest_e4m3(vec x) {
-    x = pick(x != x, splat(0), x);
-    ivec sign = (ivec)x & INT32_MIN, bits = (ivec)x & INT32_MAX;
-    ivec usual = ((bits + 0x7ffff + ((bits >> 20) & 1)) >> 20) - (120 << 3);
-    const vec magic = splat(16384.0f); /* whose last place is that of the smallest numbers */
-    ivec small = (ivec)((vec)bits + magic) - (ivec)magic;
-    return (ivec)pick(bits < 121 << 23, (vec)small, (vec)usual) | ((sign >> 24) & 0x80);
+INLINE wide choose(wide_ints mask, wide yes, wide no) { return (wide)(((wide_ints)yes & mask) | ((wide_ints)no & ~mask)); }
+
+/* WIDE numbers, or n and zeros. */
+INLINE wide read_wide(const num *x, long n) {
+    num held[WIDE] __attribute__((aligned(64)));
+    if (n < WIDE) memset(held, 0, sizeof held), x = memcpy(held, x, n * sizeof(num));
+#if REGISTERS >= 32
+    return read_vec(x);
+#else
+    return read_narrow(x);
+#endif
 }
 
-INLINE vec read_part(const num *x, long n) {
-    num held[LANES];
-    memset(held, 0, sizeof held), memcpy(held, x, n * sizeof(num));
-    return read_vec(held);
+/* The nearest byte of numbers of up to 448 in magnitude, to even between two; 0 for what is no number. */
+INLINE wide_ints nearest_e4m3(wide x) {
+    wide_ints sign = (wide_ints)x & INT32_MIN, bits = (wide_ints)x & INT32_MAX;
+    wide_ints usual = ((bits + 0x7ffff + ((bits >> 20) & 1)) >> 20) - (120 << 3);
+    const wide magic = (wide){0} + 16384.0f; /* whose last place is that of the smallest numbers */
+    wide_ints small = (wide_ints)((wide)bits + magic) - (wide_ints)magic;
+    wide_ints made = (wide_ints)choose(bits < 121 << 23, (wide)small, (wide)usual) | ((sign >> 24) & 0x80);
+    return made & (wide_ints)(x == x);
 }
 
 /* A head of a row: the scale makes its largest number 448, and is none where a number is not finite. */
 INLINE void code_head(const coded_row *c, const num *x, uint8_t *row, long head) {
-    typedef uint8_t bytes16 __attribute__((vector_size(16), aligned(1), may_alias));
-    ivec most = {0}; /* as integers: the largest of those that are no number */
-    for (long k = 0; k < c->width; k += LANES) {
-        ivec bits = (ivec)(c->width - k < LANES ? read_part(x + k, c->width - k) : read_vec(x + k)) & INT32_MAX;
-        most = (ivec)pick(bits > most, (vec)bits, (vec)most);
+    typedef uint8_t bytes __attribute__((vector_size(WIDE), aligned(1), may_alias));
+    wide_ints most = {0}; /* as integers: the largest of those that are no number */
+    for (long k = 0; k < c->width; k += WIDE) {
+        wide_ints size = (wide_ints)read_wide(x + k, c->width - k) & INT32_MAX;
+        most = (wide_ints)choose(size > most, (wide)size, (wide)most);
     }
     int32_t top = 0;
-    for (int i = 0; i < LANES; i++) top = most[i] > top ? most[i] : top;
+    for (int i = 0; i < WIDE; i++) top = most[i] > top ? most[i] : top;
     float largest;
     memcpy(&largest, &top, sizeof largest);
     largest /= MOST_E4M3;
     int finite = top < 0x7f800000;
     float by = finite && largest > 0 ? largest : 1.0f, scale = finite ? by : NAN;
-    for (long k = 0; k < c->width; k += LANES) {
-        long n = c->width - k < LANES ? c->width - k : LANES;
-        vec v = (n < LANES ? read_part(x + k, n) : read_vec(x + k)) / by;
-        v = pick(v > MOST_E4M3, splat(MOST_E4M3), pick(v < -MOST_E4M3, splat(-MOST_E4M3), v));
-        bytes16 made = __builtin_convertvector(nearest_e4m3(v), bytes16);
-        memcpy(row + head * c->width + k, &made, n);
+    const wide ceiling = (wide){0} + MOST_E4M3;
+    for (long k = 0; k < c->width; k += WIDE) {
+        wide v = read_wide(x + k, c->width - k) / by;
+        v = choose(v > ceiling, ceiling, choose(v < -ceiling, -ceiling, v));
+        bytes made = __builtin_convertvector(nearest_e4m3(v), bytes);
+        if (c->width - k < WIDE) memcpy(row + head * c->width + k, &made, c->width - k);
+        else *(bytes *)(row + head * c->width + k) = made;
     }
     memcpy(row + c->scales_at + 4 * head, &scale, sizeof scale);
 }
