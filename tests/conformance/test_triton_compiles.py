@@ -42,6 +42,10 @@ MATRIX = {
         "groups-16": "mma",
         "groups-64": "wgmma",
         "groups-extend-wide": "wgmma",
+        "rows-fp8-cache-16": "mma",
+        "rows-fp8-cache-32": "mma",
+        "rows-fp8-cache-hopper": "wgmma",
+        "groups-fp8-cache-16": "mma",
     },
     "cuda:100": {
         "linear-blocks-few": "mma",
@@ -53,6 +57,8 @@ MATRIX = {
         "gate_up_grouped-fp8": "mma",
         "groups-16": "mma",
         "groups-extend-wide": "tcgen05",
+        "rows-fp8-cache-16": "mma",
+        "groups-fp8-cache-16": "mma",
     },
     "hip:gfx950": {
         "linear-blocks-few": "mfma",
@@ -61,11 +67,13 @@ MATRIX = {
         "extend-narrow": "mfma",
         "gate_up_grouped-fp8": "mfma",
         "groups-16": "mfma",
+        "rows-fp8-cache-16": "mfma",
+        "groups-fp8-cache-16": "mfma",
     },
 }
 """The matrix instructions a kernel must use there: without them it runs on a slower path."""
-SPILLS = {"rows-hopper-large": 160, "rows-hopper-small": 80}
-"""Bytes a thread may keep in local memory, outside the loops of these two. All others: none."""
+SPILLS = {"rows-hopper-large": 160, "rows-hopper-small": 80, "rows-fp8-cache-hopper": 64}
+"""Bytes a thread may keep in local memory, outside the loops of these. All others: none."""
 
 
 EARLY = {
@@ -73,6 +81,8 @@ EARLY = {
     "gate_up_few", "down_few", "add_norm_linear-fp8", "linear_many-fp8", "gate_up_few-fp8", "down_few-fp8",
     "gate_up_grouped-fp8", "down_grouped-fp8", "linear-blocks-few", "linear-blocks-decode", "groups-16",
     "groups-16-edge", "groups-32", "groups-64", "groups-merge", "qkv_append", "add_up",
+    "rows-fp8-cache-16", "rows-fp8-cache-16-edge", "rows-fp8-cache-32", "groups-fp8-cache-16",
+    "groups-fp8-cache-16-edge", "groups-fp8-cache-32", "queries_few-fp8-cache", "qkv_append-fp8-cache",
 }  # fmt: skip
 """Those that begin while the kernel before them runs."""
 
@@ -107,7 +117,8 @@ def check(target: str) -> None:
     assert not {name: fact["out_of_turn"] for name, fact in facts.items() if fact["out_of_turn"]}
     if target == "cuda:90":
         # Latents come through bulk copies, not through registers.
-        bulk = ("rows-16", "rows-16-edge", "rows-64", "extend-wide", "groups-16", "groups-extend-wide")
+        bulk = ("rows-16", "rows-16-edge", "rows-64", "extend-wide", "groups-16", "groups-extend-wide",
+                "rows-fp8-cache-16", "groups-fp8-cache-16")  # fmt: skip
         assert all(facts[name]["bulk_copies"] for name in bulk)
 
 

@@ -290,5 +290,6 @@ def _attention(
     # Imported late: only a GPU's kernels need it.
     from agentspeed_kernels.triton.backend import attention_of
 
-    found = attention_of(sizes, device, DTYPE_BYTES[kernels.dtype], invariant=kernels.invariant)
+    kept = 1 if kernels.cache == "fp8" else DTYPE_BYTES[kernels.dtype]
+    found = attention_of(sizes, device, kept, invariant=kernels.invariant)
     return found if extends else replace(found, extend_from=NEVER)

@@ -137,7 +137,7 @@ def _plans_of_triton(
     from agentspeed_kernels.triton import attention, backend, extend
 
     def planned(heads: int, groups: int | None, width: int) -> tuple[Any, Any]:
-        given = (page_tokens, draw.device, draw.kind.itemsize)
+        given = (page_tokens, draw.device, 1 if draw.cache == "fp8" else draw.kind.itemsize)
         if groups is None:
             shape = backend.shape_of(heads, draw.rank, draw.rope, *given)
         else:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from agentspeed_kernels.attention import paths
 from agentspeed_kernels.tiles import Int32s, Int64s, Piece
-from agentspeed_kernels.triton import launching
+from agentspeed_kernels.triton import fp8_cache_kernels, launching
 from agentspeed_kernels.triton.device_code import device_code
 from agentspeed_kernels.triton.plan import FIXED_TAKE, Cut, RowsPlan, merge_shape, plan_rows, segments
 from agentspeed_kernels.workspace import Workspace
@@ -36,7 +36,7 @@ class Form:
     stages: int
     """Tiles in flight (plain Triton) or buffers of the ring (Gluon, even)."""
     hopper: bool = False
-    """The Gluon kernel: block_rows 64, rank 512, rope 64, bfloat16, compute capability 9."""
+    """The Gluon kernels: rank 512, rope 64, compute capability 9; block_rows 64 of bfloat16, 16 of bytes."""
 
 
 ROWS_16 = Form(block_rows=16, tile=64, warps=8, stages=3)
@@ -53,8 +53,19 @@ GROUP_32 = Form(block_rows=32, tile=64, warps=4, stages=3)
 GROUP_64 = Form(block_rows=64, tile=64, warps=4, stages=3)
 GROUP_HIP = Form(block_rows=16, tile=32, warps=4, stages=1)
 """Of grouped-query attention."""
+BYTES_16 = Form(block_rows=16, tile=64, warps=8, stages=3)
+BYTES_32 = Form(block_rows=32, tile=32, warps=8, stages=3)
+BYTES_HOPPER = Form(block_rows=16, tile=64, warps=4, stages=2, hopper=True)
+BYTES_HIP = Form(block_rows=16, tile=16, warps=4, stages=1)
+BYTES_GROUP_16 = Form(block_rows=16, tile=64, warps=4, stages=3)
+BYTES_GROUP_32 = Form(block_rows=32, tile=64, warps=4, stages=3)
+BYTES_GROUP_HIP = Form(block_rows=16, tile=32, warps=4, stages=1)
+"""Of pools in 8 bits, latents and groups; wider blocks have no room for numbers that are made of bytes."""
 GROUP_WIDE = 128
 """Wider heads take tiles of half as many tokens, and no blocks of 64 rows: registers have no room for them."""
+FEW_PAGES = 3
+"""Up to this many pages a program one program of bytes a multiprocessor is faster than two, whose partials are twice as
+many (measured likewise)."""
 SMALL_PAGES, SMALL_PAGES_SHARED = 48, 24
 """Up to this many pages a program the form with smaller tiles is faster: with one block of rows on a page, and with
 several (measured, docs/performance.md)."""
@@ -74,7 +85,7 @@ class AttentionShape:
     processors: int
     """Programs among which a plan is cut: multiprocessors of the device, or what of them falls to a group."""
     hopper: bool
-    """The Gluon kernel can run: compute capability 9, and `plain` is not asked for."""
+    """The Gluon kernels can run: compute capability 9, and `plain` is not asked for."""
     element_bytes: int = 2
     """Of the pool's format."""
     chip: Chip = "sm_90"
@@ -145,7 +156,11 @@ def plan_step(
     held = segments(pieces, positions, shape.page_tokens)
     rows = np.diff(held.query_at) * shape.heads
     form = form or choose(int(rows.max(initial=0)), int((-(-rows // 64) * held.held).sum()), shape)
-    return plan_rows(held, layout_of(form, shape), cut=cut), form
+    layout = layout_of(form, shape)
+    if shape.element_bytes == 1 and form.hopper and cut is None:
+        few = (-(-rows // form.block_rows) * held.held).sum() <= FEW_PAGES * layout.programs
+        layout = replace(layout, programs=-(-layout.programs // 2)) if few else layout
+    return plan_rows(held, layout, cut=cut), form
 
 
 def layout_of(form: Form, shape: AttentionShape) -> PlanLayout:
@@ -159,9 +174,11 @@ def choose(rows: int, pages: int, shape: AttentionShape) -> Form:
     limit, because several blocks read the same pages, larger tiles pay earlier."""
     if shape.element_bytes > 2:
         return fitted(ROWS_WIDE_FORMAT, shape)
+    if shape.element_bytes == 1:
+        return _choose_bytes(rows, shape)
     if shape.groups is not None:
         return _choose_grouped(rows, shape)
-    fits = shape.rank == 512 and shape.rope == 64 and shape.page_tokens % 64 == 0
+    fits = _fits_hopper(shape)
     if shape.chip == "hip":
         return fitted(ROWS_16_HIP, shape)
     if rows <= 16:
@@ -170,6 +187,22 @@ def choose(rows: int, pages: int, shape: AttentionShape) -> Form:
         few = SMALL_PAGES if rows <= 64 else SMALL_PAGES_SHARED
         return HOPPER_SMALL if pages <= few * shape.processors else HOPPER_LARGE
     return fitted(ROWS_64 if rows > 32 and shape.chip == "sm_90" else ROWS_32, shape)
+
+
+def _fits_hopper(shape: AttentionShape) -> bool:
+    return shape.rank == 512 and shape.rope == 64 and shape.page_tokens % 64 == 0
+
+
+def _choose_bytes(rows: int, shape: AttentionShape) -> Form:
+    if shape.groups is not None:
+        few, many, hip = BYTES_GROUP_16, BYTES_GROUP_32, BYTES_GROUP_HIP
+    elif shape.hopper and _fits_hopper(shape):
+        few, many, hip = BYTES_HOPPER, BYTES_HOPPER, BYTES_HIP
+    else:
+        few, many, hip = BYTES_16, BYTES_32, BYTES_HIP
+    form = hip if shape.chip == "hip" else few if rows <= 16 else many
+    wide = shape.groups is not None and shape.rank > GROUP_WIDE
+    return fitted(replace(form, tile=form.tile // 2) if wide else form, shape)
 
 
 def _choose_grouped(rows: int, shape: AttentionShape) -> Form:
@@ -206,8 +239,8 @@ def upload(plan: RowsPlan, form: Form, device: torch.device) -> RowsOnDevice:
 def mla_rows(q: Tensor, pool: Tensor, step: RowsOnDevice, scale: float, workspace: Workspace, out: Tensor) -> None:
     """Attention of `q` [T, H, rank + rope] over the paged latents of `pool`; writes every row of the plan in `out`.
 
-    All three are contiguous and of one format. The pool must hold finite numbers everywhere: hidden rows of a page are
-    multiplied by zero."""
+    All three are contiguous and of one format, or the pool is bytes (`fp8_cache.latent_row`). A pool of numbers must
+    hold finite ones everywhere: hidden rows of a page are multiplied by zero. Those of bytes may hold anything."""
     for some in (step, *step.others):
         launch_rows(q, pool, some, scale, workspace, out)
         if some.plan.unit_row.size:
@@ -221,6 +254,9 @@ def launch_rows(q: Tensor, pool: Tensor, step: RowsOnDevice, scale: float, works
     rank, page_tokens = out.shape[-1], pool.shape[1]
     rope = q.shape[-1] - rank
     part, weight = partials(step, rank, workspace)
+    if pool.dtype == torch.uint8:
+        fp8_cache_kernels.latent_rows(q, pool, step, scale, part, weight, out)
+        return
     fixed = (arrays["rows"], arrays["visible"], arrays["pages"], arrays["items"], arrays["bounds"])
     rest = (part, weight, out, scale * math.log2(math.e))
     if form.hopper:

@@ -31,6 +31,8 @@ less than the launches of their own kernels."""
 EXTEND_GROUPED_FROM, ABSORBED_GROUPED, ABSORBED_GROUPED_EACH = 512, 1 << 27, 1 << 25
 """The same of grouped-query attention, where nothing is decompressed but tiles are wider: measured at 4096 tokens, and
 pairs that cost a quarter (one head is 128 numbers wide, a latent 512)."""
+MOST_PROGRAMS = 256
+"""Of latents in bytes: a row may have a partial of each, and graphs have room for as many."""
 GROUPED_PROGRAMS = 2
 """Programs of grouped-query attention that a multiprocessor has room for."""
 
@@ -138,15 +140,18 @@ def attention_of(
 def shape_of(
     heads: int, rank: int, rope: int, page_tokens: int, device: torch.device, element_bytes: int = 2
 ) -> AttentionShape:
-    """The shape for a model with latents on a device; the Gluon kernel needs compute capability 9."""
+    """The shape for a model with latents on a device; the Gluon kernels need compute capability 9. Of latents in bytes
+    a plan is cut for two programs a multiprocessor."""
     count, chip = _chip(device)
+    if element_bytes == 1 and device.type == "cuda":
+        count = min(2 * count, MOST_PROGRAMS)
     return AttentionShape(
         heads=heads,
         rank=rank,
         rope=rope,
         page_tokens=page_tokens,
         processors=count,
-        hopper=device.type == "cuda" and chip == "sm_90" and element_bytes == 2,
+        hopper=device.type == "cuda" and chip == "sm_90" and element_bytes <= 2,
         element_bytes=element_bytes,
         chip=chip,
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from agentspeed_kernels.triton.device_code import device_module
+from agentspeed_kernels.triton.fp8_cache_builds import fp8_cache_builds
 from agentspeed_kernels.triton.invariant import WIDE, linear_shape
 from agentspeed_kernels.triton.kernels import grouped_shape
 
@@ -33,6 +34,10 @@ def builds(target: str) -> Iterator[Build]:
     yield from _fp8(early=target.startswith("cuda"))
     yield from _extend(target)
     yield from _grouped(target)
+    for name, function, signature, constants, options, gluon in fp8_cache_builds(target):
+        yield Build(
+            name=name, function=function, signature=signature, constants=constants, options=options, gluon=gluon
+        )
     if target == "cuda:90":
         yield from _gluon()
     if target.startswith("cuda"):
@@ -421,7 +426,8 @@ def _grouped(target: str) -> Iterator[Build]:
             "qkv_token": "i32", "qkv_head": "i32", "eps": "fp32",
         },
         constants={
-            "HEADS": 32, "GROUPS": 8, "HALF": 64, "BLOCK": 64, "BH": 16, "Q_NORM": True, "K_NORM": True, "EARLY": early,
+            "HEADS": 32, "GROUPS": 8, "HALF": 64, "BLOCK": 64, "BH": 16, "Q_NORM": True, "K_NORM": True,
+            "ROW": 1024, "SCALES_AT": 0, "EARLY": early,
         },
         options={"num_warps": 4},
     )  # fmt: skip

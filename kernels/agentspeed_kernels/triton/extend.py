@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from agentspeed_kernels.attention import paths
+from agentspeed_kernels.fp8_cache import latent_row
 from agentspeed_kernels.tiles import Int64s, Piece
+from agentspeed_kernels.triton import fp8_cache_kernels
 from agentspeed_kernels.triton.device_code import device_code
 from agentspeed_kernels.triton.plan import merge_shape, segments
 from agentspeed_kernels.uploads import unwaited
@@ -58,6 +60,8 @@ class ExtendedBranch:
     """Tokens its first query sees; each next one sees one more."""
     unit_row: Tensor
     """[count] int32: rows of `merge`."""
+    ascending: Tensor
+    """[P] int32: 0, 1, .. P - 1, its pages where they were gathered."""
     tables: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
     """Of `merge`, by the number of parts: the first layer of a step makes them for all."""
 
@@ -88,6 +92,7 @@ def prepare_extend(
                 tokens=int(held.tokens[0]),
                 seen_first=int(held.visible[0]),
                 unit_row=unwaited(units, device),
+                ascending=unwaited(np.arange(pages.size, dtype=np.int32), device),
             )
         )
     return tuple(branches)
@@ -103,7 +108,8 @@ def mla_extend(
     workspace: Workspace,
     out: Tensor,
 ) -> None:
-    """`q` [T, H, nope + rope], `key_up` [H, R, nope], `value_up` [H, value, R], `out` [T, H, value] contiguous.
+    """`q` [T, H, nope + rope], `key_up` [H, R, nope], `value_up` [H, value, R], `out` [T, H, value] contiguous; a pool
+    of bytes (`fp8_cache.latent_row`) becomes numbers of q's format where its pages are gathered.
 
     Writes the rows of the branches in `step` and no others."""
     assert q.stride(2) == 1 and out.is_contiguous() and pool.is_contiguous()
@@ -128,7 +134,8 @@ def _extend(
         pages = branch.pages[at : at + chunk]
         before = at * page_tokens
         tokens = min(branch.tokens - before, pages.shape[0] * page_tokens)
-        keys, turned, values = _decompress(pool, pages, key_up, value_up, form, workspace)
+        latents = _latents(pool, pages, rank, q.shape[2] - nope, q.dtype, workspace)
+        keys, turned, values = _decompress(latents, key_up, value_up, form, workspace)
         _attend(
             q[branch.first : branch.first + branch.count], keys, turned, values, part, weight, mine, before, tokens,
             branch, scale * math.log2(math.e), form, parts, (heads, rank, nope), value,
@@ -138,24 +145,33 @@ def _extend(
         merge_parts(part, weight, mine, branch, parts)
 
 
-def _decompress(
-    pool: Tensor, pages: Tensor, key_up: Tensor, value_up: Tensor, form: ExtendForm, workspace: Workspace
-) -> tuple[Any, Any, Any]:
-    """Descriptors of keys [H * tokens, nope], of the gathered latents' rows, and of values [H * tokens, value]."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
+def _latents(
+    pool: Tensor, pages: Tensor, rank: int, rope: int, dtype: torch.dtype, workspace: Workspace
+) -> Tensor:  # fmt: skip
+    """[pages * page, rank + rope] of the named pages, in scratch memory."""
     from agentspeed_kernels.triton.kernels import gather_pages
 
+    count, page_tokens = pages.shape[0], pool.shape[1]
+    latents = workspace.take("extend_latents", (1, count, page_tokens, rank + rope), dtype)
+    if pool.dtype == torch.uint8:
+        fp8_cache_kernels.decode(pool, pages, latent_row(rank, rope), latents)
+    else:
+        gather_pages(pool.unsqueeze(0), pages, latents)
+    return latents.view(count * page_tokens, rank + rope)
+
+
+def _decompress(
+    latents: Tensor, key_up: Tensor, value_up: Tensor, form: ExtendForm, workspace: Workspace
+) -> tuple[Any, Any, Any]:
+    """Descriptors of keys [H * tokens, nope], of the latents' rows, and of values [H * tokens, value]."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
     heads, rank, nope = key_up.shape
-    _, page_tokens, width = pool.shape
-    value, rows = value_up.shape[1], pages.shape[0] * page_tokens
-    take = workspace.take
-    latents = take("extend_latents", (1, pages.shape[0], page_tokens, width), pool.dtype)
-    gather_pages(pool.unsqueeze(0), pages, latents)
-    flat = latents.view(rows, width)
-    compressed = flat[:, :rank].expand(heads, -1, -1)
-    keys = take("extend_keys", (heads, rows, nope), pool.dtype)
-    values = take("extend_values", (heads, rows, value), pool.dtype)
+    rows, width = latents.shape
+    value, take = value_up.shape[1], workspace.take
+    compressed = latents[:, :rank].expand(heads, -1, -1)
+    keys = take("extend_keys", (heads, rows, nope), latents.dtype)
+    values = take("extend_values", (heads, rows, value), latents.dtype)
     torch.bmm(compressed, key_up, out=keys)
     torch.bmm(compressed, value_up.transpose(1, 2), out=values)
 
@@ -165,7 +181,7 @@ def _decompress(
 
     return (
         rows_of(keys.view(-1, nope), _above(nope)),
-        rows_of(flat, _above(width - rank)),
+        rows_of(latents, _above(width - rank)),
         rows_of(values.view(-1, value), _above(value)),
     )
 

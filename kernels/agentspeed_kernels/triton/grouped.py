@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agentspeed_kernels.triton import launching
+from agentspeed_kernels.fp8_cache import heads_in, heads_row
+from agentspeed_kernels.triton import fp8_cache_kernels, launching
 from agentspeed_kernels.triton.attention import GROUP_WIDE, RowsOnDevice, launch_merge, partials
 from agentspeed_kernels.triton.device_code import device_code
 from agentspeed_kernels.triton.extend import ExtendedBranch, ExtendForm, form_for, merge_parts, processors
@@ -67,11 +68,12 @@ def _append(
     assert cos.is_contiguous() and sin.is_contiguous()
     tokens, heads, _ = q.shape
     groups, half, early = (qkv.shape[1] - heads) // 2, cos.shape[1], launching.early(qkv)
+    scales_at = heads_row(groups, 2 * half).scales_at if key_pool.dtype == torch.uint8 else 0
     grouped.qkv_append[(tokens, -(-qkv.shape[1] // together))](
         qkv, q_gain if q_gain is not None else q, k_gain if k_gain is not None else q, cos, sin, slots, q, key_pool,
         value_pool, qkv.stride(0), qkv.stride(1), eps, HEADS=heads, GROUPS=groups, HALF=half, BLOCK=_above(half),
-        BH=together, Q_NORM=q_gain is not None, K_NORM=k_gain is not None, EARLY=early,
-        num_warps=1 if together == 1 else 4, **launching.options(early),
+        BH=together, Q_NORM=q_gain is not None, K_NORM=k_gain is not None, ROW=key_pool.shape[-1],
+        SCALES_AT=scales_at, EARLY=early, num_warps=1 if together == 1 else 4, **launching.options(early),
     )  # fmt: skip
 
 
@@ -80,12 +82,17 @@ def gqa_rows(
 ) -> None:
     """Attention of `q` [T, H, W] over the pages of both pools; writes every row of the plan in `out` [T, H, W].
 
-    Pools and `out` are contiguous. The pools must hold finite numbers everywhere: hidden rows of a page are multiplied
-    by zero."""
+    Pools and `out` are contiguous. Pools of numbers must hold finite ones everywhere: hidden rows of a page are
+    multiplied by zero. Those of bytes (`fp8_cache.heads_row`) may hold anything."""
     for some in (step, *step.others):
         launch_rows(q, key_pool, value_pool, some, scale, workspace, out)
         if some.plan.unit_row.size:
-            launch_merge(some, workspace, out, key_pool.shape[2] // q.shape[2])
+            launch_merge(some, workspace, out, groups_of(key_pool, q.shape[2]))
+
+
+def groups_of(pool: Tensor, width: int) -> int:
+    """Heads of that width in a row of a pool of numbers or of bytes."""
+    return heads_in(pool.shape[2], width).heads if pool.dtype == torch.uint8 else pool.shape[2] // width
 
 
 def launch_rows(
@@ -97,8 +104,11 @@ def launch_rows(
     assert q.stride(2) == 1 and key_pool.is_contiguous() and value_pool.is_contiguous() and out.is_contiguous()
     plan, form, arrays = step.plan, step.form, step.arrays
     _, heads, width = q.shape
-    groups, page_tokens, wide = key_pool.shape[2] // width, key_pool.shape[1], _columns(width)
+    groups, page_tokens, wide = groups_of(key_pool, width), key_pool.shape[1], _columns(width)
     part, weight = partials(step, width, workspace, groups)
+    if key_pool.dtype == torch.uint8:
+        fp8_cache_kernels.group_rows(q, key_pool, value_pool, step, scale, part, weight, out)
+        return
     early = launching.early(q)
     grouped.attend_groups[(plan.programs, groups)](
         q, _tiles(key_pool, form.tile, wide), _tiles(value_pool, form.tile, wide), arrays["rows"], arrays["visible"],
@@ -113,11 +123,27 @@ def gqa_extend(
     q: Tensor, key_pool: Tensor, value_pool: Tensor, step: tuple[ExtendedBranch, ...], scale: float,
     workspace: Workspace, out: Tensor,
 ) -> None:  # fmt: skip
-    """As `gqa_rows`, for the rows of the branches in `step` and no others."""
+    """As `gqa_rows`, for the rows of the branches in `step` and no others. Of pools of bytes the branch's pages are
+    written as numbers once, to scratch memory as large as these."""
     assert q.stride(2) == 1 and key_pool.is_contiguous() and value_pool.is_contiguous() and out.is_contiguous()
     for branch in step:
         own = slice(branch.first, branch.first + branch.count)
-        _extend(q[own], key_pool, value_pool, branch, scale, workspace, out[own])
+        if key_pool.dtype == torch.uint8:
+            keys, values = (
+                _numbers(pool, branch.pages, q, workspace, name)
+                for pool, name in ((key_pool, "extend_keys"), (value_pool, "extend_values"))
+            )
+            _extend(q[own], keys, values, replace(branch, pages=branch.ascending), scale, workspace, out[own])
+        else:
+            _extend(q[own], key_pool, value_pool, branch, scale, workspace, out[own])
+
+
+def _numbers(pool: Tensor, pages: Tensor, q: Tensor, workspace: Workspace, name: str) -> Tensor:
+    """The named pages of a pool of bytes as a pool in the format of q [T, H, W]."""
+    row = heads_in(pool.shape[2], q.shape[2])
+    held = workspace.take(name, (pages.shape[0], pool.shape[1], row.numbers), q.dtype)
+    fp8_cache_kernels.decode(pool, pages, row, held)
+    return held
 
 
 def _extend(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from agentspeed_kernels.fp8_cache import ALIGN
 from agentspeed_kernels.signature import Dtype, KernelSpec, Widths
 from agentspeed_kernels.triton import attention, extend, fp8_kernels, grouped, invariant, kernels
 
@@ -12,6 +15,12 @@ _POOL = {"page_tokens": Widths(multiple=16), "R": Widths(multiple=16), "rope": W
 _EXTEND = _POOL | {"nope": Widths(multiple=8), "value": Widths(multiple=8)}
 _GROUPED = {"page_tokens": Widths(multiple=16), "W": Widths(multiple=8, most=256)}
 """Likewise; wider heads have no room for their tiles."""
+
+_BYTES = {"R": Widths(multiple=ALIGN), "rope": Widths(multiple=ALIGN)}
+_BYTE_GROUPS = {"page_tokens": Widths(multiple=16), "W": Widths(multiple=ALIGN, most=256)}
+"""Of pools of bytes: the sections of a row follow each other. Only bits are moved, so any GPU takes them."""
+_MOVED = frozenset({"copy_rows", "gather_pages", "scatter_pages"})
+"""Ops that know no format."""
 
 _BY_ROW = frozenset({"rms_norm", "add_rms_norm", "rope", "latent_append", "mla_rows", "gqa_rows"})
 """Ops whose kernels give each row to programs of its own, or, of attention, whose order of sums is the plan's."""
@@ -77,6 +86,28 @@ _IN_FP8: tuple[KernelSpec, ...] = tuple(
         ("experts_and_shared", fp8_kernels.experts_and_shared),
     )
 )
+_CALLS = {spec.op: spec for spec in _IN_DTYPE}
+_BYTE_POOLS: tuple[KernelSpec, ...] = tuple(
+    replace(
+        _CALLS[op],
+        name="triton-fp8-cache",
+        dtypes=_FORMATS if op in _MOVED else frozenset({"bfloat16"}),
+        cache=frozenset({"fp8"}),
+        sizes=sizes,
+    )
+    for op, sizes in (
+        ("latent_append", _BYTES),
+        ("mla_queries", _BYTES),
+        ("mla_rows", _POOL),
+        ("mla_extend", _EXTEND),
+        ("qkv_append", _BYTE_GROUPS),
+        ("gqa_rows", _BYTE_GROUPS),
+        ("gqa_extend", _BYTE_GROUPS),
+        ("copy_rows", {}),
+        ("gather_pages", {}),
+        ("scatter_pages", {}),
+    )
+)
 _INVARIANT: tuple[KernelSpec, ...] = tuple(
     KernelSpec(
         op=op,
@@ -96,4 +127,10 @@ _INVARIANT: tuple[KernelSpec, ...] = tuple(
         ("qkv_append", grouped.qkv_append_by_head),
     )
 )
-SPECS: tuple[KernelSpec, ...] = (*_IN_DTYPE, *_IN_FP8, *_INVARIANT)
+_INVARIANT_BYTES = tuple(
+    replace(spec, name=f"{spec.name}-fp8-cache", dtypes=frozenset({"bfloat16"}), cache=frozenset({"fp8"}),
+            sizes=_BYTE_GROUPS)
+    for spec in _INVARIANT
+    if spec.op == "qkv_append"
+)  # fmt: skip
+SPECS: tuple[KernelSpec, ...] = (*_IN_DTYPE, *_IN_FP8, *_BYTE_POOLS, *_INVARIANT, *_INVARIANT_BYTES)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from agentspeed_kernels.triton.device.fp8_numbers import coded, decoded, scale_of, sizes
+
 
 @triton.jit
 def rms_norm(x, gain, out, x_stride, out_stride, eps, D: tl.constexpr, BLOCK: tl.constexpr):
@@ -55,7 +57,9 @@ def append_row(
     raw, gain, cos, sin, slot, pool, eps,
     RANK: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
-    """One token's normed latent and turned rope part go to a row of the pool; a negative slot writes nothing."""
+    """One token's normed latent and turned rope part go to a row of the pool; a negative slot writes nothing.
+
+    A pool of bytes has rows as `fp8_cache.latent_row`, of RANK and 2 * HALF that are multiples of 16."""
     d = tl.arange(0, BLOCK)
     inside = d < RANK
     value = tl.load(raw + d, mask=inside, other=0.0).to(tl.float32)
@@ -67,11 +71,22 @@ def append_row(
     s = tl.load(sin + i, mask=half, other=0.0).to(tl.float32)
     low = tl.load(raw + RANK + i, mask=half, other=0.0).to(tl.float32)
     high = tl.load(raw + RANK + HALF + i, mask=half, other=0.0).to(tl.float32)
-    at = pool + slot.to(tl.int64) * (RANK + 2 * HALF)
     live = slot >= 0
-    tl.store(at + d, value.to(pool.dtype.element_ty), mask=inside & live)
-    tl.store(at + RANK + i, (low * c - high * s).to(pool.dtype.element_ty), mask=half & live)
-    tl.store(at + RANK + HALF + i, (high * c + low * s).to(pool.dtype.element_ty), mask=half & live)
+    turned = low * c - high * s
+    turned_high = high * c + low * s
+    if pool.dtype.element_ty == tl.uint8:
+        at = pool + slot.to(tl.int64) * (RANK + 16 + 4 * HALF)
+        by = scale_of(tl.max(sizes(value), 0))
+        tl.store(at + d, coded(value, 1.0 / by), mask=inside & live)
+        tl.store((at + RANK).to(tl.pointer_type(tl.float32), bitcast=True), by, mask=live)
+        plain = (at + RANK + 16).to(tl.pointer_type(tl.bfloat16), bitcast=True) + i
+        tl.store(plain, turned.to(tl.bfloat16), mask=half & live)
+        tl.store(plain + HALF, turned_high.to(tl.bfloat16), mask=half & live)
+    else:
+        at = pool + slot.to(tl.int64) * (RANK + 2 * HALF)
+        tl.store(at + d, value.to(pool.dtype.element_ty), mask=inside & live)
+        tl.store(at + RANK + i, turned.to(pool.dtype.element_ty), mask=half & live)
+        tl.store(at + RANK + HALF + i, turned_high.to(pool.dtype.element_ty), mask=half & live)
 
 
 @triton.jit
@@ -119,3 +134,27 @@ def gather_pages(
             tl.store(there + at + j, tl.load(here + at + j, mask=inside), mask=inside)
         else:
             tl.store(here + at + j, tl.load(there + at + j, mask=inside), mask=inside)
+
+
+@triton.jit
+def decode_pages(
+    pool, pages, out, page_stride, HEADS: tl.constexpr, WIDTH: tl.constexpr, PLAIN: tl.constexpr, BYTES: tl.constexpr,
+    SCALES_AT: tl.constexpr, PLAIN_AT: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_PLAIN: tl.constexpr,
+):  # fmt: skip
+    """out[i * PAGE + t] = the numbers of row t of page pages[i] of a pool of bytes (`fp8_cache.CacheRow`), each head's
+    and then the plain ones. Grid (pages, PAGE / TOKENS, HEADS)."""
+    i = tl.program_id(0).to(tl.int64)
+    t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    head = tl.program_id(2)
+    row = pool + tl.load(pages + i).to(tl.int64) * page_stride + t[:, None] * BYTES
+    to = out + (i * PAGE + t[:, None]) * (HEADS * WIDTH + PLAIN)
+    w = tl.arange(0, BLOCK)[None, :]
+    by = tl.load((row + SCALES_AT).to(tl.pointer_type(tl.float32), bitcast=True) + head)
+    value = decoded(tl.load(row + head * WIDTH + w, mask=w < WIDTH, other=0)) * by
+    tl.store(to + head * WIDTH + w, value.to(out.dtype.element_ty), mask=w < WIDTH)
+    if head == 0:
+        x = tl.arange(0, BLOCK_PLAIN)[None, :]
+        plain = (row + PLAIN_AT).to(tl.pointer_type(tl.bfloat16), bitcast=True) + x
+        rest = tl.load(plain, mask=x < PLAIN, other=0.0)
+        tl.store(to + HEADS * WIDTH + x, rest.to(out.dtype.element_ty), mask=x < PLAIN)

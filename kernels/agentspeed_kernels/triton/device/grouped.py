@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from agentspeed_kernels.triton.device.fp8_numbers import coded, scale_of, sizes
 from agentspeed_kernels.triton.device.rows import ITEM, NEVER, items_of, rows_of, seen_of
 
 
@@ -17,9 +18,12 @@ from agentspeed_kernels.triton.device.rows import ITEM, NEVER, items_of, rows_of
 def qkv_append(
     qkv, q_gain, k_gain, cos, sin, slots, q, keys, values, qkv_token, qkv_head, eps,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, BH: tl.constexpr,
-    Q_NORM: tl.constexpr, K_NORM: tl.constexpr, EARLY: tl.constexpr,
+    Q_NORM: tl.constexpr, K_NORM: tl.constexpr, ROW: tl.constexpr, SCALES_AT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Heads of queries and keys normed and turned, keys and values to the rows of their slots (negative: nowhere).
+
+    ROW: elements of a row of the pools, bytes where they are in 8 bits; then scales are SCALES_AT bytes behind its
+    begin (`fp8_cache.heads_row`).
 
     Grid (T, ceil((HEADS + 2 * GROUPS) / BH)): a program has BH heads of a token, of whatever kind."""
     token = tl.program_id(0).to(tl.int64)
@@ -57,15 +61,31 @@ def qkv_append(
     tl.store(to + HALF, turned_high.to(q.dtype.element_ty), mask=inside & asks)
     slot = tl.load(slots + token).to(tl.int64)
     live = inside & (slot >= 0)
-    row = slot * (GROUPS * 2 * HALF) + i[None, :]
-    to = keys + row + (head - HEADS)[:, None] * (2 * HALF)
     key = live & turns & (head >= HEADS)[:, None]
-    tl.store(to, turned.to(keys.dtype.element_ty), mask=key)
-    tl.store(to + HALF, turned_high.to(keys.dtype.element_ty), mask=key)
-    to = values + row + (head - HEADS - GROUPS)[:, None] * (2 * HALF)
     value = live & (head >= HEADS + GROUPS)[:, None]
-    tl.store(to, low.to(values.dtype.element_ty), mask=value)
-    tl.store(to + HALF, high.to(values.dtype.element_ty), mask=value)
+    row = slot * ROW + i[None, :]
+    to_key = keys + row + (head - HEADS)[:, None] * (2 * HALF)
+    to_value = values + row + (head - HEADS - GROUPS)[:, None] * (2 * HALF)
+    if keys.dtype.element_ty == tl.uint8:
+        # What is not turned is what it was: of keys and values alike these are the halves of their heads.
+        by = scale_of(tl.maximum(tl.max(sizes(turned), 1), tl.max(sizes(turned_high), 1)))
+        inverse = (1.0 / by)[:, None]
+        byte = coded(turned, inverse)
+        byte_high = coded(turned_high, inverse)
+        tl.store(to_key, byte, mask=key)
+        tl.store(to_key + HALF, byte_high, mask=key)
+        tl.store(to_value, byte, mask=value)
+        tl.store(to_value + HALF, byte_high, mask=value)
+        at_key = (keys + slot * ROW + SCALES_AT).to(tl.pointer_type(tl.float32), bitcast=True) + (head - HEADS)
+        at_value = (values + slot * ROW + SCALES_AT).to(tl.pointer_type(tl.float32), bitcast=True)
+        at_value = at_value + (head - HEADS - GROUPS)
+        tl.store(at_key, by, mask=(slot >= 0) & (head >= HEADS) & (head < HEADS + GROUPS))
+        tl.store(at_value, by, mask=(slot >= 0) & (head >= HEADS + GROUPS) & (head < HEADS + 2 * GROUPS))
+    else:
+        tl.store(to_key, turned.to(keys.dtype.element_ty), mask=key)
+        tl.store(to_key + HALF, turned_high.to(keys.dtype.element_ty), mask=key)
+        tl.store(to_value, low.to(values.dtype.element_ty), mask=value)
+        tl.store(to_value + HALF, high.to(values.dtype.element_ty), mask=value)
 
 
 @triton.jit(do_not_specialize=["slots"])

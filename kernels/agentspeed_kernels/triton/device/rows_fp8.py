@@ -1,0 +1,125 @@
+"""Latent attention of a block of query rows over paged latents in 8 bits, split over the context, in portable Triton.
+
+Items, slots, edges and what leaves are those of `rows.attend_rows`. A tile of numbers is read as 16 bits that hold two
+neighbours: matrix units take their transposition for both products, bits are moved into bfloat16 in registers
+(`fp8_numbers`), and even and odd coordinates are products of their own. The scale of a token multiplies its column of
+scores, and its column of shares before the second product. What a row does not see is selected away, so hidden rows of
+a page may hold any bytes.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
+
+from agentspeed_kernels.triton.device.fp8_numbers import HALF_POWER, pairs
+from agentspeed_kernels.triton.device.rows import ITEM, NEVER, items_of, rows_of, seen_of
+
+
+@triton.jit
+def attend_rows(
+    q,
+    latents,
+    scales,
+    turned,
+    rows,
+    visible,
+    pages,
+    items,
+    bounds,
+    part,
+    part_weight,
+    out,
+    scale2,
+    R: tl.constexpr,
+    T: tl.constexpr,
+    PAGE: tl.constexpr,
+    RANK: tl.constexpr,
+    ROPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    WIDE_ROPE: tl.constexpr,
+    SCALES_AT: tl.constexpr,
+    TURNED_AT: tl.constexpr,
+    ONE: tl.constexpr,
+    RUN: tl.constexpr,
+    EDGE: tl.constexpr,
+    STAGES: tl.constexpr,
+    ASM: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """q [rows, RANK + ROPE], out [rows, RANK]; the pool as rows is described thrice: `latents` of int16 in tiles of
+    WIDE columns, `scales` of float32 in tiles of 4 from SCALES_AT on, `turned` of bfloat16 in tiles of WIDE_ROPE from
+    TURNED_AT on. Columns past a section are met by zeros of q. The others as of `rows.attend_rows`."""
+    program = tl.program_id(0)
+    D: tl.constexpr = RANK + ROPE
+    TILES: tl.constexpr = PAGE // T
+    first, last = items_of(bounds, program, ONE)
+    r = tl.arange(0, R)
+    t = tl.arange(0, T)
+    c = 2 * tl.arange(0, WIDE)
+    x = tl.arange(0, WIDE_ROPE)
+    inside = (c < RANK)[None, :]
+    if EARLY:
+        # As in `rows.attend_rows`: dependents begin when this kernel ends.
+        gdc_wait()
+    for item in range(first, last):
+        block = tl.load(items + item * ITEM)
+        page_at = tl.load(items + item * ITEM + 1)
+        tokens = tl.load(items + item * ITEM + 2)
+        slot = tl.load(items + item * ITEM + 3)
+        page_ahead = tl.load(pages + page_at)
+        row, live = rows_of(rows, items, item, block, R, RUN)
+        if EDGE:
+            sees = seen_of(visible, items, item, block, tokens, R)
+        own = q + row[:, None].to(tl.int64) * D
+        even = tl.load(own + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        odd = tl.load(own + 1 + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        q_even = (even * HALF_POWER).to(q.dtype.element_ty)
+        q_odd = (odd * HALF_POWER).to(q.dtype.element_ty)
+        q_rope = tl.load(own + RANK + x[None, :], mask=(x < ROPE)[None, :], other=0.0)
+        peak = tl.full((R,), NEVER, tl.float32)
+        total = tl.zeros((R, T), tl.float32)
+        held_even = tl.zeros((R, WIDE), tl.float32)
+        held_odd = tl.zeros((R, WIDE), tl.float32)
+        for i in tl.range(0, tl.cdiv(tokens, T), num_stages=STAGES):
+            page = page_ahead
+            page_ahead = tl.load(pages + page_at + (i + 1) // TILES)
+            at = page * PAGE + (i % TILES) * T
+            k_even, k_odd = pairs(latents.load([at, 0]), ASM)
+            k_even = k_even.to(q.dtype.element_ty)
+            k_odd = k_odd.to(q.dtype.element_ty)
+            k_rope = turned.load([at, TURNED_AT]).to(q.dtype.element_ty)
+            by = tl.sum(tl.where((tl.arange(0, 4) == 0)[None, :], scales.load([at, SCALES_AT]), 0.0), 1) * HALF_POWER
+            s = tl.dot(q_even, tl.trans(k_even), input_precision="ieee")
+            s = tl.dot(q_odd, tl.trans(k_odd), s, input_precision="ieee")
+            s = s * by[None, :] + tl.dot(q_rope, tl.trans(k_rope), input_precision="ieee")
+            if EDGE:
+                seen = (i * T + t)[None, :] < sees[:, None]
+            else:
+                seen = (i * T + t < tokens)[None, :]
+            s = tl.where(seen, s, -float("inf"))
+            higher = tl.maximum(peak, tl.max(s, 1) * scale2)
+            shrink = tl.exp2(peak - higher)
+            p = tl.exp2(s * scale2 - higher[:, None])
+            total = total * shrink[:, None] + p
+            share = tl.where(seen, p * by[None, :], 0.0).to(q.dtype.element_ty)
+            held_even = tl.dot(share, k_even, held_even * shrink[:, None], input_precision="ieee")
+            held_odd = tl.dot(share, k_odd, held_odd * shrink[:, None], input_precision="ieee")
+            peak = higher
+        mass = tl.sum(total, 1)
+        whole = tl.where(mass > 0, HALF_POWER / mass, 0.0)[:, None]
+        held_even = held_even * whole
+        held_odd = held_odd * whole
+        if slot >= 0:
+            at_part = slot * R + r
+            left = part + at_part[:, None].to(tl.int64) * RANK + c[None, :]
+            tl.store(left, held_even, mask=inside)
+            tl.store(left + 1, held_odd, mask=inside)
+            weight = tl.where(mass > 0, peak + tl.log2(tl.where(mass > 0, mass, 1.0)), -float("inf"))
+            tl.store(part_weight + at_part, weight)
+        else:
+            to = out + row[:, None].to(tl.int64) * RANK + c[None, :]
+            kept = inside & live[:, None]
+            tl.store(to, held_even.to(out.dtype.element_ty), mask=kept)
+            tl.store(to + 1, held_odd.to(out.dtype.element_ty), mask=kept)
