@@ -24,6 +24,7 @@ import gpu_agents
 import gpu_attention
 import gpu_engine
 import gpu_fp8
+import gpu_fp8_cache
 import gpu_graphs
 import gpu_grouped
 import gpu_invariant
@@ -70,8 +71,12 @@ def main() -> int:
         "invariant": lambda: gpu_invariant.section_invariant(report),
         "fp8": lambda: gpu_fp8.section_fp8(report),
         "steps-fp8": lambda: gpu_fp8.section_steps(report),
+        "fp8-cache-check": lambda: gpu_fp8_cache.section_check(report, pool),
+        "fp8-cache": lambda: gpu_fp8_cache.section_fp8_cache(report, pool),
+        "steps-fp8-cache": lambda: gpu_fp8_cache.section_steps(report),
         "engine": lambda: gpu_engine.section_engine(report),
         "engine-fp8": lambda: gpu_engine.section_engine_fp8(report),
+        "engine-fp8-cache": lambda: gpu_engine.section_engine_fp8_cache(report),
         "engine-gqa": lambda: gpu_engine.section_engine(report, gpu_engine.GROUPED),
         "agents": lambda: gpu_agents.section_agents(report),
     }

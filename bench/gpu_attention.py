@@ -100,12 +100,16 @@ class Batch:
         trunk, tails = self.sets[rotation]
         for i, (tail, length) in enumerate(zip(tails, self.lengths, strict=True)):
             pages = torch.from_numpy(np.concatenate([trunk, tail])).long().to(DEVICE)
-            latents = self.pool[pages].reshape(-1, WIDTH)[:length].double()
+            latents = self.numbers(pages).reshape(-1, WIDTH)[:length]
             for j in range(self.new):
                 row, seen = i * self.new + j, length - self.new + j + 1
                 shares = torch.softmax(self.q[row].double() @ latents[:seen].T * SCALE, -1)
                 out[row] = shares @ latents[:seen, :RANK]
         return out
+
+    def numbers(self, pages: torch.Tensor) -> torch.Tensor:
+        """float64 [pages, PAGE, WIDTH]: what attention is given."""
+        return self.pool[pages].double()
 
     def tables(self) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Block tables [sequences, pages] of each set, and lengths, as peers take them."""

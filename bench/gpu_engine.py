@@ -53,6 +53,22 @@ def section_engine_fp8(report: Report) -> None:
             report.add("engine", f"fp8, decode, batch {batch} at {CONTEXT}", **figures, share=share)
 
 
+def section_engine_fp8_cache(report: Report) -> None:
+    """Tokens/s with a KV cache in fp8, beside one in bfloat16 in the same run."""
+    taken: dict[str, list[float]] = {}
+    for kept in ("dtype", "fp8"):
+        draw = random.Random(0)
+        with _started(LATENT, kv_cache_dtype=kept) as front:
+            for batch in (1, 32):
+                seconds, steps = decode(front, draw, batch)
+                taken.setdefault(f"batch {batch}", []).append(seconds)
+                report.add("engine", f"cache in {kept}, decode, batch {batch} at {CONTEXT}", steps=steps,
+                           **{"tokens/s": batch * DRAWN / seconds, "ms a step": 1e3 * seconds / DRAWN})  # fmt: skip
+    for name, (wide, narrow) in taken.items():
+        report.add("engine", f"cache in fp8, {name} at {CONTEXT}", times=wide / narrow, must=0.95,
+                   met=wide / narrow >= 0.95)  # fmt: skip
+
+
 @contextmanager
 def _started(model: str, **options: Any) -> Iterator[Front]:
     with tempfile.TemporaryDirectory() as folder, engine(

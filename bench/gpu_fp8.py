@@ -110,7 +110,7 @@ def section_steps(report: Report) -> None:
         for pool in model.pools.tensors:
             pool.normal_()
         for rows, case in cases.items():
-            apart, seconds = _stepped(model, case)
+            apart, seconds = stepped(model, case)
             share = limit_seconds(rows, kept=kept) / seconds
             report.add("steps-fp8", f"weights in {kept}, batch {rows} at {CONTEXT}", ms=1e3 * seconds, share=share,
                        joins=model.joins, apart=apart, met=model.joins and apart < MOST_APART)  # fmt: skip
@@ -118,7 +118,7 @@ def section_steps(report: Report) -> None:
         torch.cuda.empty_cache()
 
 
-def _stepped(model: LoadedModel, case: Branches) -> tuple[float, float]:
+def stepped(model: LoadedModel, case: Branches) -> tuple[float, float]:
     """(How far a captured step is from the same one by modules, seconds of a step.)"""
     for at in range(SETTLED - 1):
         _ = model.forward(case.step(at))

@@ -40,6 +40,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "-k",
         "not cpu",
     ),
+    "cache in fp8": ("tests/integration/test_cuda_fp8_cache.py",),
     "sessions, asyncio": (SESSIONS, "-k", f"asyncio and not {ALONE}"),
     "sessions, trio": (SESSIONS, "-k", f"trio and not {ALONE}"),
 }

@@ -36,14 +36,33 @@ GROUPED = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["nano", "16 heads", "64 heads", "grouped"])
+FP8 = ", cache in fp8"
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        "nano",
+        "16 heads",
+        "64 heads",
+        "grouped",
+        f"nano{FP8}",
+        f"16 heads{FP8}",
+        f"64 heads{FP8}",
+        f"grouped{FP8}",
+    ],
+)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     configs: dict[str, dict[str, Any]] = {"16 heads": V2_LITE, "64 heads": WIDE, "grouped": GROUPED}
-    if request.param == "nano":
+    name: str = request.param.removesuffix(FP8)
+    if name == "nano":
         folder: Path = NANO
     else:
-        folder = make_checkpoint(configs[request.param], tmp_path_factory.mktemp("model"), seed=6, dtype="float32")
-    return load(folder, dtype="bfloat16", pages=240, page_tokens=PAGE, device="cuda", batch_invariant=True)
+        folder = make_checkpoint(configs[name], tmp_path_factory.mktemp("model"), seed=6, dtype="float32")
+    cache: Any = "fp8" if name != request.param else None
+    return load(
+        folder, dtype="bfloat16", pages=240, page_tokens=PAGE, device="cuda", batch_invariant=True, cache=cache
+    )  # fmt: skip
 
 
 def test_blocks_of_16_and_of_32_rows_add_alike_here() -> None:

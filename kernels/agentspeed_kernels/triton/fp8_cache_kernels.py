@@ -22,7 +22,7 @@ DECODED_TOKENS = 16
 """Of a program that writes numbers for bytes."""
 
 
-class Form(Protocol):
+class TileForm(Protocol):
     """What `attention.Form` says."""
 
     @property
@@ -37,18 +37,20 @@ class Form(Protocol):
     def hopper(self) -> bool: ...
 
 
-class Step(Protocol):
+class PlannedRows(Protocol):
     """A plan on a device: `attention.RowsOnDevice`."""
 
     @property
-    def form(self) -> Form: ...
+    def form(self) -> TileForm: ...
     @property
     def plan(self) -> RowsPlan: ...
     @property
     def arrays(self) -> Mapping[str, Tensor]: ...
 
 
-def latent_rows(q: Tensor, pool: Tensor, step: Step, scale: float, part: Tensor, weight: Tensor, out: Tensor) -> None:
+def latent_rows(
+    q: Tensor, pool: Tensor, step: PlannedRows, scale: float, part: Tensor, weight: Tensor, out: Tensor
+) -> None:
     """The launch of `mla_rows` that `attention.launch_rows` makes, for a pool of bytes [P, page, `latent_row`]."""
     plan, form, arrays = step.plan, step.form, step.arrays
     rank = out.shape[-1]
@@ -73,7 +75,7 @@ def latent_rows(q: Tensor, pool: Tensor, step: Step, scale: float, part: Tensor,
 
 
 def group_rows(
-    q: Tensor, key_pool: Tensor, value_pool: Tensor, step: Step, scale: float, part: Tensor, weight: Tensor,
+    q: Tensor, key_pool: Tensor, value_pool: Tensor, step: PlannedRows, scale: float, part: Tensor, weight: Tensor,
     out: Tensor,
 ) -> None:  # fmt: skip
     """The launch of `gqa_rows` that `grouped.launch_rows` makes, for pools of bytes [P, page, `heads_row`]."""
