@@ -38,10 +38,16 @@ TTL_SECONDS: Final = 60.0
 _BEFORE_ANY_PAUSE_ENDS: Final = -1e12
 
 
-def next_use(facts: Facts) -> float | None:
+def needed_in(expected: float, waiting: int | None) -> float:
     """Ours: who is needed last goes first. Turns that wait come before branches that pause, and among themselves enter
-    in the order of their age, so the youngest is needed last."""
-    return facts.expected if facts.waiting is None else _BEFORE_ANY_PAUSE_ENDS + facts.waiting
+    in the order of their age, so the youngest is needed last. `expected` and `waiting` are those of `Facts`, which the
+    scheduler does not make for this alone: it ranks all that rests with it."""
+    return expected if waiting is None else _BEFORE_ANY_PAUSE_ENDS + waiting
+
+
+def next_use(facts: Facts) -> float | None:
+    """`needed_in`."""
+    return needed_in(facts.expected, facts.waiting)
 
 
 def lru(facts: Facts) -> float | None:

@@ -40,6 +40,10 @@ class Ranking:
         """The node that goes first, and its key; None when none can go."""
         return self._top(self._heap)
 
+    def as_made(self) -> Iterator[tuple[Key, Node]]:
+        """As `candidates`, for who has just made the ranking: no key has changed, so none is asked for again."""
+        return (((-first, -second), node) for first, second, _, node in sorted(self._heap))
+
     def candidates(self) -> Iterator[tuple[Key, Node]]:
         """All that can go, each once, first those that go first."""
         heap, seen = self._heap.copy(), set[NodeId]()

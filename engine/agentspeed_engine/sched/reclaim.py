@@ -14,7 +14,7 @@ from agentspeed_engine.kv.branch_states import Decoding, Held, Next, Prefilling,
 from agentspeed_engine.kv.node_states import Both, Device, Host
 from agentspeed_engine.kv.tree import Node, tenant_of, upward
 from agentspeed_engine.sched import tickets
-from agentspeed_engine.sched.policy import POLICIES, Facts, worth_saving
+from agentspeed_engine.sched.policy import POLICIES, Facts, needed_in, worth_saving
 from agentspeed_engine.sched.ranking import Key, Ranking, Rankings
 from agentspeed_engine.sched.state import SchedulerState
 
@@ -24,6 +24,8 @@ _REFERENCED = 0
 _NEEDED = "evicted while at rest: a running turn needed its device pages"
 _SAVE_PAGES = 64
 """Most pages of one save that a turn waits for: room comes back in portions, not after a whole context."""
+_OWN = (Device, Both)
+"""States whose device pages may go. Asked for every tip: a union would be made anew each time."""
 _AHEAD = 8
 """One part in so many of the pool is kept free, or such that nothing is lost with it."""
 
@@ -251,7 +253,7 @@ def _to_be_saved(node: Node) -> bool:
 def _is_unsaved(tip: Node) -> bool:
     """Whether something is to be saved at this tip or right above it, in whatever order they would go."""
     for node in upward(tip):
-        if node.pinned_by or not isinstance(node.state, Device | Both):
+        if node.pinned_by or not isinstance(node.state, _OWN):
             return False
         if _to_be_saved(node):
             return True
@@ -260,13 +262,14 @@ def _is_unsaved(tip: Node) -> bool:
 
 def _next_to_go(world: SchedulerState, now: float) -> Iterator[tuple[Key, Node]]:
     """Nodes in the order in which they lose their device pages, each with the key of its tip."""
-    for key, tip in _victims(world, None, now).candidates():
+    made = None in _rankings(world).victims
+    ranking = _victims(world, None, now)
+    for key, tip in ranking.candidates() if made else ranking.as_made():
+        here: Node | None = tip
         gone = 0
-        for node in upward(tip):
-            if node.pages_below > gone or node.pinned_by or not isinstance(node.state, Device | Both):
-                break
-            yield key, node
-            gone = 1
+        while here is not None and here.pages_below <= gone and not here.pinned_by and isinstance(here.state, _OWN):
+            yield key, here
+            here, gone = here.parent, 1
 
 
 def next_use(world: SchedulerState, branch: Branch, now: float) -> float:
@@ -336,7 +339,7 @@ def _host_key(world: SchedulerState, now: float, tip: Node) -> Key | None:
 
 
 def _evictable(world: SchedulerState, tip: Node, now: float) -> bool:
-    if tip.pinned_by or not isinstance(tip.state, Device | Both):
+    if tip.pinned_by or not isinstance(tip.state, _OWN):
         return False
     firm = world.firm.keys()
     if firm.isdisjoint(tip.leaf_of) and firm.isdisjoint(tip.seed_of):  # asked for every tip: most are under none
@@ -385,6 +388,8 @@ def _key(world: SchedulerState, node: Node, now: float) -> Key:
         if now - branch.rested_at < rested:
             rested = now - branch.rested_at
     config = world.config
+    if config.policy == "next_use":
+        return _REFERENCED, needed_in(soonest, oldest)
     rank = POLICIES[config.policy](
         Facts(
             node.tokens,
