@@ -29,6 +29,12 @@ ALONE = "without_room"
 GROUPS: dict[str, tuple[str, ...]] = {
     "sampling": ("tests/integration/test_cuda_sampling.py",),
     "models": ("tests/unit/engine/models/test_models_forward.py", "-k", "cuda or lower"),
+    "hidden rows": (
+        "tests/unit/engine/models/test_rows_nobody_sees.py",
+        "tests/integration/test_poisoned_pages.py",
+        "-k",
+        "cuda",
+    ),
     "equality": ("tests/integration/test_engine_process_equality.py", "-k", "cuda"),
     "host tier": ("tests/integration/test_engine_process_host.py", "-k", "cuda"),
     "engine, depth 0": (ENGINE, "-k", "depth0"),
