@@ -73,7 +73,7 @@ def kernel_choices(
         _ = family.kv_layout(source.config, cache, Mesh())
     with kernels_chosen(batch_invariant=batch_invariant):
         place = detect() if platform is None else named(platform)
-        chosen, why = choose(source.raw, place) if dtype == "auto" else (dtype, "")
+        chosen, why = choose(source.raw, place, cache) if dtype == "auto" else (dtype, "")
         preferences = Preferences.from_environment()
         ops = family.ops_on(place.device, joins=preferences.joins and not batch_invariant, invariant=batch_invariant)
         kernels = Kernels(

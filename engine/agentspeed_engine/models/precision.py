@@ -9,13 +9,16 @@ from agentspeed_engine.models.quantization import stored_as
 from agentspeed_engine.models.source import Dtype
 from agentspeed_kernels.cpu.native import AMX, AVX512BF16
 from agentspeed_kernels.platform import Platform
+from agentspeed_kernels.signature import CacheFormat
 
 _HALF = frozenset({"bfloat16", "float16", "float8_e4m3fn"})
 """Formats of checkpoints that bfloat16 keeps nearly all of."""
 
 
-def choose(config: Mapping[str, Any], platform: Platform) -> tuple[Dtype, str]:
-    """(format, why). `config` is config.json as it is."""
+def choose(config: Mapping[str, Any], platform: Platform, cache: CacheFormat | None = None) -> tuple[Dtype, str]:
+    """(format, why). `config` is config.json as it is, `cache` what the KV cache is kept in where not in that."""
+    if cache is not None and platform.device != "cpu":
+        return "bfloat16", f"on {platform.device} a cache in {cache} is read by kernels that compute in it"
     stored, quantised = stored_as(config)
     if stored not in _HALF and not quantised:
         said = f"the checkpoint is {stored}" if stored else "the checkpoint does not name its format"

@@ -383,7 +383,7 @@ def _dtype(options: EngineOptions, platform: Platform) -> tuple[Dtype, str]:
     # Imported late, as torch is.
     from agentspeed_engine.models.precision import choose
 
-    return choose(raw, platform)
+    return choose(raw, platform, None if options.kv_cache_dtype == "dtype" else options.kv_cache_dtype)
 
 
 def _weights(

@@ -54,6 +54,11 @@ def test_bfloat16_is_taken_where_it_is_faster_and_rounds_nothing(
     assert why in reason
 
 
+def test_a_cache_in_fp8_is_read_in_bfloat16_on_a_gpu_and_in_any_format_on_a_cpu() -> None:
+    assert choose({"dtype": "float32"}, GPU, "fp8")[0] == "bfloat16"
+    assert choose({"dtype": "float32"}, TILES, "fp8")[0] == "float32"
+
+
 def test_the_engine_says_which_format_it_took_and_why(tmp_path: Path) -> None:
     folder = make_checkpoint(CONFIG, tmp_path, dtype="bfloat16")
     said: list[str] = []
