@@ -10,7 +10,7 @@ import pytest
 
 from agentspeed.engine import NANO
 from agentspeed_engine.protocol import messages as wire
-from tests.devices import DEVICES, needs_gpu
+from tests.devices import DEVICES
 from tests.support.engine_client import Front, TurnRecord, engine
 
 pytestmark = pytest.mark.timeout(300)
@@ -19,15 +19,16 @@ HOT = wire.Sampling(temperature=1.1, top_k=200, top_p=0.98, min_p=0.001, logprob
 GREEDY = wire.Sampling(logprobs=2)
 
 
-CACHE_IN_FP8 = pytest.param(("cuda", "fp8"), marks=needs_gpu, id="cuda, cache in fp8")
+@pytest.fixture(scope="module", params=["dtype", "fp8"])
+def cache(request: pytest.FixtureRequest) -> Any:
+    return request.param
 
 
-@pytest.fixture(scope="module", params=[*DEVICES, CACHE_IN_FP8])
-def front(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
+@pytest.fixture(scope="module", params=DEVICES)
+def front(request: pytest.FixtureRequest, cache: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
     """Of a pool that the tests' sessions do not all fit into."""
     options: dict[str, Any] = {"pages": 40, "host_slots": 80, "context_limit": 1024, "prefill_chunk": 192}
-    device, cache = (request.param, "dtype") if isinstance(request.param, str) else request.param
-    dtype = "bfloat16" if device == "cuda" else "float32"
+    device, dtype = request.param, "bfloat16" if request.param == "cuda" else "float32"
     with engine(tmp_path_factory.mktemp("engine"), model=str(NANO), device=device, dtype=dtype, kv_cache_dtype=cache,
                 batch_invariant=True, check_every_step=True, **options) as process:  # fmt: skip
         front = process.connect()
