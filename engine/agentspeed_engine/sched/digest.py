@@ -121,6 +121,7 @@ def _turn(turn: Turn) -> Any:
         turn.why,
         turn.started_at,
         turn.filled_at,
+        *(["spoilt"] if turn.spoilt else []),  # else nothing: digests of recordings that have no such turn stay theirs
     )
 
 
