@@ -4,11 +4,13 @@
     python bench/step.py --dtype float32 --threads 2
     python bench/step.py --model qwen3-50m --branches 8 --context 8192
     python bench/step.py --model qwen3-50m --sessions 16
+    python bench/step.py --model qwen3-50m --context 16384 --caches
 
 One session at a context of 4096 tokens, branches of it, or sessions with such a context each decode with recorded steps
 and with their modules called in every step, in turns.
 Times are processor time of the thread that drives the model, so other processes count little; with one thread nothing
-waits for a team. Sampling, scheduler and transport are not in it. The last line is JSON.
+waits for a team. Sampling, scheduler and transport are not in it. With `--caches` steps over a KV cache in fp8 take
+turns with steps over one in the model's format, all of them recorded. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -33,9 +35,10 @@ from agentspeed_engine.models.inputs import FlatBatch, Run
 from agentspeed_engine.models.loaded import LoadedModel
 from agentspeed_kernels.cpu import native
 from agentspeed_kernels.cpu.recording import kernel_clock
+from agentspeed_kernels.signature import CacheFormat
 from tests.support.random_checkpoint import make_checkpoint
 
-PAGE, CHUNK = 64, 512
+PAGE, CHUNK, WARM = 64, 512, 8
 MUST = 0.2
 """Of a step, outside kernels, recorded."""
 
@@ -50,6 +53,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=20)
+    parser.add_argument("--caches", action="store_true")
     arguments = parser.parse_args()
     if isinstance(native.library(), native.Unavailable):
         raise SystemExit(f"there is nothing to measure without native kernels: {native.library()}")
@@ -59,16 +63,18 @@ def main() -> None:
         make_checkpoint(config, folder, dtype=arguments.dtype)
     context, count = arguments.context, max(arguments.branches, arguments.sessions)
     shared = context if arguments.branches > 1 else 0
-    steps = 8 + 2 * arguments.rounds * arguments.tokens
+    steps = WARM + 2 * arguments.rounds * arguments.tokens
     rows = Rows(count, context, shared, own=pages_for(context - shared + steps, PAGE))
-    model = load(folder, dtype=arguments.dtype, pages=rows.pages, page_tokens=PAGE, threads=arguments.threads)
-    ids = np.random.default_rng(0).integers(0, model.info.vocab_size, context)
-    for at in range(0, context, CHUNK):
-        model.forward(prompt(at, ids[at : at + CHUNK]))
-    position = context
-    for _ in range(8):
-        model.forward(rows.step(position))
-        position += 1
+    model = filled(folder, arguments, rows)
+    position = context + WARM
+    run = {
+        "bench": "step", "load": os.getloadavg()[0],
+        **{name: getattr(arguments, name) for name in ("model", "context", "branches", "sessions", "dtype", "threads")},
+    }  # fmt: skip
+    if arguments.caches:
+        coded = filled(folder, arguments, rows, "fp8")
+        print(json.dumps(run | compared(model, coded, rows, position, arguments)))
+        return
     taken: dict[str, list[tuple[float, float]]] = {"recorded": [], "modules": []}
     for _ in range(arguments.rounds):
         for manner, into in taken.items():
@@ -82,11 +88,34 @@ def main() -> None:
         verdict = "" if manner != "recorded" else f"  must {MUST}: {'reached' if share <= MUST else 'MISSED'}"
         print(f"{manner:9} {whole:7.2f} ms a step, {outside:6.2f} ms outside kernels, share {share:.2f}{verdict}")
         figures[manner] = {"step_ms": round(whole, 2), "outside_ms": round(outside, 2), "share": round(share, 3)}
-    asked = {
-        name: getattr(arguments, name) for name in ("model", "context", "branches", "sessions", "dtype", "threads")
-    }
-    run = {"bench": "step", **asked, "load": os.getloadavg()[0]}
     print(json.dumps(run | figures))
+
+
+def filled(folder: Path, arguments: argparse.Namespace, rows: Rows, cache: CacheFormat | None = None) -> LoadedModel:
+    """The model with its context in the cache, and `WARM` steps behind it."""
+    model = load(
+        folder, dtype=arguments.dtype, pages=rows.pages, page_tokens=PAGE, threads=arguments.threads, cache=cache
+    )
+    ids = np.random.default_rng(0).integers(0, model.info.vocab_size, rows.context)
+    for at in range(0, rows.context, CHUNK):
+        model.forward(prompt(at, ids[at : at + CHUNK]))
+    for at in range(WARM):
+        model.forward(rows.step(rows.context + at))
+    return model
+
+
+def compared(
+    own: LoadedModel, coded: LoadedModel, rows: Rows, position: int, arguments: argparse.Namespace
+) -> dict[str, float]:
+    """Milliseconds of a step over each cache, and how much faster one over fp8 is."""
+    pairs = []
+    for _ in range(arguments.rounds):
+        pairs.append(tuple(measured(model, rows, position, arguments.tokens)[0] for model in (own, coded)))
+        position += arguments.tokens
+    own_ms, coded_ms = (median(taken) for taken in zip(*pairs, strict=True))
+    faster = median(one / other for one, other in pairs)
+    print(f"cache in {arguments.dtype} {own_ms:.2f} ms a step, in fp8 {coded_ms:.2f} ms: {faster:.2f} times as fast")
+    return {"own_ms": round(own_ms, 2), "fp8_ms": round(coded_ms, 2), "times": round(faster, 3)}
 
 
 def prompt(position: int, ids: np.ndarray) -> FlatBatch:
