@@ -207,9 +207,9 @@ async def _kills(
     """(Sessions lost, processes left); adds to `seconds`. `first`: of the ranks of which one is killed."""
     noise = random.Random(f"7 {axis}")
     lost = left = 0
-    ranks = options or (EngineOptions(tp=2) if axis == "tp" else EngineOptions(dp=2))
+    given = options or (EngineOptions(tp=2) if axis == "tp" else EngineOptions(dp=2))
     async with (
-        Engine(folder, pages=128, context_limit=1024, **ranks) as one,
+        Engine(folder, **(given | EngineOptions(pages=128, context_limit=1024))) as one,
         one.session() as a,
         one.session() as b,
         one.session() as c,
