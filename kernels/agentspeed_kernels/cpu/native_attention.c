@@ -7,11 +7,15 @@
 #define BLOCK 32     /* tokens scored at a time; two vectors of scores a row */
 #define GROUP 64     /* (row, head) pairs that share one pass over a tile */
 #define HALF_ROWS 4  /* pairs are padded to as many */
+#define FETCH 2      /* what is fetched ahead goes to the second cache: keys and values of 32 tokens may fill the first */
 #if REGISTERS >= 32
 #define ROWS 8       /* pairs whose queries stay in the first cache; sums for them and 2 tokens are in registers */
 #define COLUMNS 4    /* vectors of columns, with sums for 4 pairs in registers */
+#define LEAST_ROWS 2 /* so few pairs are padded no further: of one row, two heads that share keys */
+#define WIDE_COLUMNS (2 * COLUMNS) /* with sums for those */
 #else
 #define ROWS HALF_ROWS
+#define LEAST_ROWS HALF_ROWS
 #endif
 #define NEVER -1e30f /* below every finite score, and its difference to itself is 0, not NaN */
 
@@ -38,8 +42,8 @@ INLINE void scores8(const float *q, const num *const *k, const num *const *ahead
     for (; j + LANES <= width; j += LANES) {
         vec first = read_vec(k[0] + j), second = read_vec(k[1] + j);
         if (ahead) {
-            __builtin_prefetch(ahead[0] + j, 0, 2);
-            __builtin_prefetch(ahead[1] + j, 0, 2);
+            __builtin_prefetch(ahead[0] + j, 0, FETCH);
+            __builtin_prefetch(ahead[1] + j, 0, FETCH);
         }
         for (int i = 0; i < 8; i++) {
             vec row = load(q + i * width + j);
@@ -50,7 +54,7 @@ INLINE void scores8(const float *q, const num *const *k, const num *const *ahead
     float sums[LANES];
     store(sums, totals(acc));
     for (; j < width; j++)
-        for (int i = 0; i < LANES; i++) sums[i] += q[(i / 2) * width + j] * read_one(k[i % 2][j]);
+        for (int i = 0; i < LANES; i++) sums[i] = fmaf(q[(i / 2) * width + j], read_one(k[i % 2][j]), sums[i]);
     for (int i = 0; i < 8; i++) memcpy(s + i * BLOCK, sums + 2 * i, 2 * sizeof(float));
 }
 
@@ -63,7 +67,7 @@ INLINE void scores4(const float *q, const num *const *k, const num *const *ahead
         vec tokens[4];
         for (int b = 0; b < 4; b++) tokens[b] = read_vec(k[b] + j);
         if (ahead)
-            for (int b = 0; b < 4; b++) __builtin_prefetch(ahead[b] + j, 0, 2);
+            for (int b = 0; b < 4; b++) __builtin_prefetch(ahead[b] + j, 0, FETCH);
         for (int i = 0; i < 4; i++) {
             vec row = load(q + i * width + j);
             for (int b = 0; b < 4; b++) acc[4 * i + b] += row * tokens[b];
@@ -72,33 +76,62 @@ INLINE void scores4(const float *q, const num *const *k, const num *const *ahead
     float sums[LANES];
     store(sums, totals(acc));
     for (; j < width; j++)
-        for (int i = 0; i < LANES; i++) sums[i] += q[(i / 4) * width + j] * read_one(k[i % 4][j]);
+        for (int i = 0; i < LANES; i++) sums[i] = fmaf(q[(i / 4) * width + j], read_one(k[i % 4][j]), sums[i]);
     for (int i = 0; i < 4; i++) memcpy(s + i * BLOCK, sums + 4 * i, 4 * sizeof(float));
 }
 
-/* o[i] = o[i] * keep[i] + sum_b p[i][b] * v[b] for 4 rows and `many` (a constant) vectors of columns. */
-INLINE void values4(float *o, long o_stride, const float *keep, const float *p, const num *const *v, long column,
-                    int many) {
-    vec acc[4][4];
-    for (int i = 0; i < 4; i++)
+/* The same for 2 rows x 8 tokens. */
+INLINE void scores2(const float *q, const num *const *k, const num *const *ahead, long width, float *s) {
+    vec acc[LANES];
+    long j = 0;
+    for (int i = 0; i < LANES; i++) acc[i] = splat(0);
+    for (; j + LANES <= width; j += LANES) {
+        vec first = load(q + j), second = load(q + width + j);
+        for (int b = 0; b < 8; b++) {
+            vec token = read_vec(k[b] + j);
+            if (ahead) __builtin_prefetch(ahead[b] + j, 0, FETCH);
+            acc[b] += first * token, acc[8 + b] += second * token;
+        }
+    }
+    float sums[LANES];
+    store(sums, totals(acc));
+    for (; j < width; j++)
+        for (int i = 0; i < LANES; i++) sums[i] = fmaf(q[(i / 8) * width + j], read_one(k[i % 8][j]), sums[i]);
+    for (int i = 0; i < 2; i++) memcpy(s + i * BLOCK, sums + 8 * i, 8 * sizeof(float));
+}
+
+/* o[i] = o[i] * keep[i] + sum_b p[i][b] * v[b] for `rows` and `many` vectors of columns, both constants. */
+INLINE void values_of(float *o, long o_stride, const float *keep, const float *p, const num *const *v,
+                      const num *const *ahead, long column, const int rows, const int many) {
+    vec acc[4][WIDE_COLUMNS];
+    for (int i = 0; i < rows; i++)
         for (int c = 0; c < many; c++) acc[i][c] = load(o + i * o_stride + column + c * LANES) * keep[i];
     for (int b = 0; b < BLOCK; b++) {
-        vec columns[4];
+        vec columns[WIDE_COLUMNS];
         for (int c = 0; c < many; c++) columns[c] = read_vec(v[b] + column + c * LANES);
-        for (int i = 0; i < 4; i++) {
+        if (ahead)
+            for (int c = 0; c < many; c++) __builtin_prefetch(ahead[b] + column + c * LANES, 0, FETCH);
+        for (int i = 0; i < rows; i++) {
             vec share = splat(p[i * BLOCK + b]);
             for (int c = 0; c < many; c++) acc[i][c] += share * columns[c];
         }
     }
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < rows; i++)
         for (int c = 0; c < many; c++) store(o + i * o_stride + column + c * LANES, acc[i][c]);
 }
 
-INLINE long add_vectors(float *o, long rank, const float *keep, const float *p, const num *const *v) {
+INLINE long vectors_of(float *o, long rank, const float *keep, const float *p, const num *const *v,
+                       const num *const *ahead, const int rows, const int many) {
     long column = 0;
-    for (; column + COLUMNS * LANES <= rank; column += COLUMNS * LANES) values4(o, rank, keep, p, v, column, COLUMNS);
-    for (; column + LANES <= rank; column += LANES) values4(o, rank, keep, p, v, column, 1);
+    for (; column + many * LANES <= rank; column += many * LANES) values_of(o, rank, keep, p, v, ahead, column, rows, many);
+    for (; column + LANES <= rank; column += LANES) values_of(o, rank, keep, p, v, ahead, column, rows, 1);
     return column;
+}
+INLINE long add_vectors(float *o, long rank, const float *keep, const float *p, const num *const *v,
+                        const num *const *ahead, long rows) {
+    if (rows == 2) return vectors_of(o, rank, keep, p, v, ahead, 2, WIDE_COLUMNS);
+    /* Most calls fetch nothing, and their loop asks nothing. */
+    return ahead ? vectors_of(o, rank, keep, p, v, ahead, 4, COLUMNS) : vectors_of(o, rank, keep, p, v, 0, 4, COLUMNS);
 }
 #else
 /* s[i][b] = q[i] . k[b] for 4 rows x 4 tokens, in vectors that the set has registers for, two tokens at a time. */
@@ -109,8 +142,8 @@ INLINE void scores4(const float *q, const num *const *k, const num *const *ahead
         for (; j + NARROW <= width; j += NARROW) {
             narrow first = read_narrow(k[b] + j), second = read_narrow(k[b + 1] + j);
             if (ahead) {
-                __builtin_prefetch(ahead[b] + j, 0, 2);
-                __builtin_prefetch(ahead[b + 1] + j, 0, 2);
+                __builtin_prefetch(ahead[b] + j, 0, FETCH);
+                __builtin_prefetch(ahead[b + 1] + j, 0, FETCH);
             }
             for (int i = 0; i < 4; i++) {
                 narrow row = *(const narrow *)(q + i * width + j);
@@ -127,7 +160,9 @@ INLINE void scores4(const float *q, const num *const *k, const num *const *ahead
 }
 
 /* o[i] = o[i] * keep[i] + sum_b p[i][b] * v[b] for 4 rows and 2 vectors of columns at a time. */
-INLINE long add_vectors(float *o, long rank, const float *keep, const float *p, const num *const *v) {
+INLINE long add_vectors(float *o, long rank, const float *keep, const float *p, const num *const *v,
+                        const num *const *ahead, long rows) {
+    (void)rows;
     long column = 0;
     for (; column + 2 * NARROW <= rank; column += 2 * NARROW) {
         narrow acc[4][2];
@@ -135,6 +170,7 @@ INLINE long add_vectors(float *o, long rank, const float *keep, const float *p, 
             for (int c = 0; c < 2; c++) acc[i][c] = *(const narrow *)(o + i * rank + column + c * NARROW) * keep[i];
         for (int b = 0; b < BLOCK; b++) {
             narrow low = read_narrow(v[b] + column), high = read_narrow(v[b] + column + NARROW);
+            if (ahead) __builtin_prefetch(ahead[b] + column, 0, FETCH);
             for (int i = 0; i < 4; i++) acc[i][0] += p[i * BLOCK + b] * low, acc[i][1] += p[i * BLOCK + b] * high;
         }
         for (int i = 0; i < 4; i++)
@@ -144,11 +180,13 @@ INLINE long add_vectors(float *o, long rank, const float *keep, const float *p, 
 }
 #endif
 
-INLINE void add_values(float *o, long rank, const float *keep, const float *p, const num *const *v) {
-    for (long column = add_vectors(o, rank, keep, p, v); column < rank; column++)
-        for (int i = 0; i < 4; i++) {
+/* Of 4 rows, or of LEAST_ROWS; with `ahead` the values there are fetched meanwhile. */
+INLINE void add_values(float *o, long rank, const float *keep, const float *p, const num *const *v,
+                       const num *const *ahead, long rows) {
+    for (long column = add_vectors(o, rank, keep, p, v, ahead, rows); column < rank; column++)
+        for (int i = 0; i < rows; i++) {
             float sum = o[i * rank + column] * keep[i];
-            for (int b = 0; b < BLOCK; b++) sum += p[i * BLOCK + b] * read_one(v[b][column]);
+            for (int b = 0; b < BLOCK; b++) sum = fmaf(p[i * BLOCK + b], read_one(v[b][column]), sum);
             o[i * rank + column] = sum;
         }
 }
@@ -197,8 +235,8 @@ INLINE void take_back(const step *s, long head, const long *rows, const long *ne
         for (int b = 0; b < BLOCK; b++, to += taken_row(s)) {
             const num *pool = side ? s->values : s->keys;
             const uint8_t *ahead = (const uint8_t *)(pool + next[b]);
-            for (long k = 0; k < c->width; k += 64) __builtin_prefetch(ahead + head * c->width + k, 0, 2);
-            for (long k = c->scales_at; k < c->bytes; k += 64) __builtin_prefetch(ahead + k, 0, 2);
+            for (long k = 0; k < c->width; k += 64) __builtin_prefetch(ahead + head * c->width + k, 0, FETCH);
+            for (long k = c->scales_at; k < c->bytes; k += 64) __builtin_prefetch(ahead + k, 0, FETCH);
             decode_part(c, (const uint8_t *)(pool + rows[b]), head, to);
         }
 }
@@ -209,33 +247,47 @@ typedef struct {
     long tile, group, count, low;
 } pass;
 
-/* Shares of a head's pairs and the sums of their values, for one block of tokens. `next` may be 0. */
-INLINE void block_of(const step *s, const num *keys, const num *values, const long *rows, const long *next, long at,
-                     long padded, const float *q, float *o, const long *seen, float *most, float *sum) {
-    const num *k[BLOCK], *v[BLOCK], *ahead[BLOCK];
-    point(keys, rows, k), point(values, rows, v);
-    if (next) point(keys, next, ahead);
+/* The keys and values of a head, and where the rows of a block of tokens lie from there; no rows: none. */
+typedef struct {
+    const num *keys, *values;
+    const long *rows;
+} block;
+
+INLINE block block_at(const step *s, long head, const long *rows) {
+    block of = {s->keys + head * s->width, s->values + head * s->rank, rows};
+    return of;
+}
+
+/* Shares of a head's pairs and the sums of their values, for one block of tokens. The `next` one is fetched meanwhile,
+   keys beside the scores and values beside the sums: all at once they would wait for each other and nothing would run. */
+INLINE void block_of(const step *s, const block *of, const block *next, long at, long padded, const float *q, float *o,
+                     const long *seen, float *most, float *sum) {
+    const num *k[BLOCK], *v[BLOCK], *keys[BLOCK], *values[BLOCK];
+    point(of->keys, of->rows, k), point(of->values, of->rows, v);
+    if (next->rows) point(next->keys, next->rows, keys), point(next->values, next->rows, values);
     for (long i = 0; i < padded; i += ROWS) {
         float shares[ROWS * BLOCK], keep[ROWS];
-        long many = padded - i < ROWS ? HALF_ROWS : ROWS;
-        const num *const *fetched = i == 0 && next ? ahead : 0;
+        long many = padded - i < HALF_ROWS ? LEAST_ROWS : padded - i < ROWS ? HALF_ROWS : ROWS;
+        const num *const *ahead = i == 0 && next->rows ? keys : 0;
+        /* Values that are the first part of the keys are on their way already. */
+        const num *const *later = ahead && next->values != next->keys ? values : 0;
 #if REGISTERS >= 32
-        if (many == ROWS && fetched)
+        if (many == ROWS && ahead)
             for (int b = 0; b < BLOCK; b += 2) scores8(q, k + b, ahead + b, s->width, shares + b);
         else if (many == ROWS)
             for (int b = 0; b < BLOCK; b += 2) scores8(q + i * s->width, k + b, 0, s->width, shares + b);
+        else if (many == LEAST_ROWS)
+            for (int b = 0; b < BLOCK; b += 8)
+                scores2(q + i * s->width, k + b, ahead ? ahead + b : 0, s->width, shares + b);
         else
 #endif
             for (int b = 0; b < BLOCK; b += 4)
-                scores4(q + i * s->width, k + b, fetched ? fetched + b : 0, s->width, shares + b);
-        /* Values that are the first part of the keys are on their way already. */
-        if (fetched && values != keys)
-            for (int b = 0; b < BLOCK; b++)
-                for (long j = 0; j < s->rank; j += 64 / (long)sizeof(num)) __builtin_prefetch(values + next[b] + j, 0, 2);
+                scores4(q + i * s->width, k + b, ahead ? ahead + b : 0, s->width, shares + b);
         for (int r = 0; r < many; r++)
             keep[r] = soften(shares + r * BLOCK, seen[i + r] - at, s->scale, most + i + r, sum + i + r);
-        for (int r = 0; r < many; r += 4)
-            add_values(o + (i + r) * s->rank, s->rank, keep + r, shares + r * BLOCK, v);
+        for (int r = 0; r < many; r += HALF_ROWS)
+            add_values(o + (i + r) * s->rank, s->rank, keep + r, shares + r * BLOCK, v, r == 0 ? later : 0,
+                       many < HALF_ROWS ? many : HALF_ROWS);
     }
 }
 
@@ -244,7 +296,8 @@ static void run_pass(const step *s, pass of, float *memory) {
     long first = s->row_at[of.tile], each = s->heads / s->groups;
     long pairs = (s->row_at[of.tile + 1] - first) * each - of.low, most_pairs = GROUP / of.count;
     if (pairs > most_pairs) pairs = most_pairs;
-    long padded = (pairs + HALF_ROWS - 1) / HALF_ROWS * HALF_ROWS, all = padded * of.count;
+    long padded = pairs <= LEAST_ROWS ? LEAST_ROWS : (pairs + HALF_ROWS - 1) / HALF_ROWS * HALF_ROWS;
+    long all = padded * of.count;
     float *q = memory, *o = memory + all * s->width;
     num *taken = (num *)(memory + GROUP * (s->width + s->rank));
     float most[GROUP], sum[GROUP];
@@ -267,14 +320,16 @@ static void run_pass(const step *s, pass of, float *memory) {
     for (long at = 0; at < s->tokens[of.tile]; at += BLOCK, side ^= 1) {
         locate(s, of.tile, at + BLOCK, rows[side ^ 1]);
         for (long g = 0; g < of.count; g++) {
-            const num *keys = s->keys + (of.group + g) * s->width, *values = s->values + (of.group + g) * s->rank;
-            const long *here = rows[side], *next = rows[side ^ 1];
+            const long *here = rows[side], *later = rows[side ^ 1];
+            long follows = g + 1 < of.count ? g + 1 : 0;
+            block now = block_at(s, of.group + g, here);
+            block next = block_at(s, of.group + follows, follows ? here : later);
             if (s->coded) {
-                take_back(s, of.group + g, here, next, taken);
-                keys = taken, values = s->values == s->keys ? taken : taken + BLOCK * taken_row(s);
-                here = taken_rows, next = 0;
+                take_back(s, of.group + g, here, later, taken);
+                now.keys = taken, now.values = s->values == s->keys ? taken : taken + BLOCK * taken_row(s);
+                now.rows = taken_rows, next.rows = 0;
             }
-            block_of(s, keys, values, here, next, at, padded, q + g * padded * s->width, o + g * padded * s->rank, seen,
+            block_of(s, &now, &next, at, padded, q + g * padded * s->width, o + g * padded * s->rank, seen,
                      most + g * padded, sum + g * padded);
         }
     }
