@@ -17,9 +17,11 @@ import numpy as np
 import torch
 
 from agentspeed_engine.models import loaded
-from agentspeed_engine.models.catalog import Dtype, load
+from agentspeed_engine.models.catalog import Dtype, load, read_source
 from agentspeed_engine.models.inputs import FlatBatch, Run
+from agentspeed_engine.models.kept_weights import kept_weights
 from agentspeed_engine.protocol import messages as wire
+from agentspeed_kernels.platform import detect
 from agentspeed_kernels.registry import Registry, standard
 from tests.conformance.family_configs import random_config
 from tests.support.engine_client import Front, engine
@@ -213,22 +215,26 @@ def moved(tiered: Front, front: Front, chance: random.Random, count: Callable[[s
 CONFIG, CONTEXT, POOL_PAGE, CHUNK = ROOT / "bench/models/qwen3-50m.json", 4096, 64, 512
 
 
-def decode(rounds: int, tokens: int, threads: int) -> dict[str, Any]:
+def decode(rounds: int, tokens: int, threads: int, stored: str) -> dict[str, Any]:
     """Tokens a second of one session at a context of 4096 in float32, ours and those of transformers with its cache,
-    in turns; the ratio is the median over rounds."""
+    in turns; the ratio is the median over rounds. `stored`: format of the checkpoint, which decides what ours keeps
+    matrices in. Logits of a step are compared, as in `logits`."""
     torch.set_num_threads(threads)
-    folder = ROOT / ".checkpoints" / "qwen3-50m"
+    folder = ROOT / ".checkpoints" / f"qwen3-50m-{stored}"
     if not (folder / "model.safetensors").exists():
-        make_checkpoint(json.loads(CONFIG.read_text()), folder, dtype="float32")
+        make_checkpoint(json.loads(CONFIG.read_text()), folder, dtype=stored)
     ids = np.random.default_rng(0).integers(0, 4096, CONTEXT)
     ours, theirs = Ours(folder, ids, threads), Theirs(folder, ids)
-    for runner in (ours, theirs):
-        runner.step(7)
+    got, wanted = ours.logits(7).double(), theirs.logits(7).double()
     pairs = [(ours.seconds(tokens), theirs.seconds(tokens)) for _ in range(rounds)]
+    ratios = [their / our for our, their in pairs]
     return {
-        "ratio": round(median(their / our for our, their in pairs), 2),
+        "ratio": round(median(ratios), 2),
+        "ratios": [round(min(ratios), 2), round(max(ratios), 2)],
         "ours_ms": round(1000 * median(our for our, _ in pairs) / tokens, 2),
         "transformers_ms": round(1000 * median(their for _, their in pairs) / tokens, 2),
+        "weights": ours.weights or "float32",
+        "logits_apart": float(f"{float((got - wanted).abs().max() / wanted.abs().max()):.2g}"),
         "threads": threads,
     }
 
@@ -237,8 +243,14 @@ class Ours:
     """One session on the model alone, without an engine around it."""
 
     def __init__(self, folder: Path, ids: np.ndarray, threads: int) -> None:
+        self.weights = kept_weights(read_source(folder), "float32", detect())
         self.model = load(
-            folder, dtype="float32", pages=2 * CONTEXT // POOL_PAGE, page_tokens=POOL_PAGE, threads=threads
+            folder,
+            dtype="float32",
+            pages=2 * CONTEXT // POOL_PAGE,
+            page_tokens=POOL_PAGE,
+            threads=threads,
+            weights=self.weights,
         )
         self.known = 0
         for at in range(0, len(ids), CHUNK):
@@ -254,8 +266,12 @@ class Ours:
         given = FlatBatch(ids=ids.astype(np.int64), positions=at, slots=at, runs=(tail,), select=select)
         return self.model.forward(given)
 
+    def logits(self, token: int) -> torch.Tensor:
+        """Of what follows the token."""
+        return self.feed(np.array([token]))[0]
+
     def step(self, token: int) -> int:
-        return int(self.feed(np.array([token])).argmax())
+        return int(self.logits(token).argmax())
 
     def seconds(self, tokens: int) -> float:
         return _timed(self.step, tokens)
@@ -270,10 +286,15 @@ class Theirs:
         with torch.inference_mode():
             self.cache = self.model(torch.from_numpy(ids)[None], logits_to_keep=1).past_key_values
 
-    def step(self, token: int) -> int:
+    def logits(self, token: int) -> torch.Tensor:
+        """Of what follows the token."""
         with torch.inference_mode():
             said = self.model(torch.tensor([[token]]), past_key_values=self.cache)
-        return int(said.logits[0, -1].argmax())
+        found: torch.Tensor = said.logits[0, -1]
+        return found
+
+    def step(self, token: int) -> int:
+        return int(self.logits(token).argmax())
 
     def seconds(self, tokens: int) -> float:
         return _timed(self.step, tokens)
