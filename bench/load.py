@@ -4,8 +4,9 @@
     python bench/load.py --shape experts --as bfloat16
 
 A random checkpoint of some hundred MB in bfloat16 (a dense one; one whose layers are 16 experts), or in fp8, is loaded
-in a process of its own, set up as an engine is: in float32, in bfloat16, and with its matrices in fp8. Its footprint is
-the weights as they are kept; the peak is what the operating system counts at most, beyond what the process had before.
+in a process of its own, set up as an engine is: in float32 with matrices in that or in bfloat16, in bfloat16, and with
+its matrices in int8 and fp8. Its footprint is the weights as they are kept; the peak is what the operating system says
+at most, beyond what the process had before.
 Read from the page cache: the rate says nothing of disks. The last line is JSON.
 """
 
@@ -50,14 +51,16 @@ class Way:
     """How a checkpoint is loaded."""
 
     dtype: Literal["float32", "bfloat16"]
-    weights: Literal["fp8"] | None = None
+    weights: Literal["fp8", "int8", "bfloat16"] | None = None
     stored: bool = False
     """In fp8 already; else in bfloat16."""
 
 
 WAYS = {
     "float32": Way(dtype="float32"),
+    "float32, matrices in bfloat16": Way(dtype="float32", weights="bfloat16"),
     "bfloat16": Way(dtype="bfloat16"),
+    "quantised to int8": Way(dtype="bfloat16", weights="int8"),
     "quantised to fp8": Way(dtype="bfloat16", weights="fp8"),
     "fp8 as it is": Way(dtype="bfloat16", weights="fp8", stored=True),
 }

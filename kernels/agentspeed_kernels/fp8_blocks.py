@@ -16,8 +16,8 @@ BLOCK = 128
 MOST = 448.0
 """The largest number of e4m3."""
 _KIND = torch.float8_e4m3fn
-_AT_ONCE = 1 << 20
-"""Numbers that are taken to fp8 together."""
+_AT_ONCE = 1 << 17
+"""Numbers that are taken to fp8 together: what is made on the way stays in a cache, and takes little memory."""
 _NO_NUMBER = 0x7F
 """The bits of a byte, but for its sign, that are not a number."""
 

@@ -18,6 +18,8 @@ OUTPUTS, INPUTS, DEEP = 16, 64, 4
 MIDDLE = 128
 """Of a stored byte: it stands for weight 0."""
 _MOST = 127
+_AT_ONCE = 1 << 17
+"""Numbers that are taken to int8 together: what is made on the way stays in a cache, and takes little memory."""
 
 
 @final
@@ -111,12 +113,18 @@ def quantise(weight: Tensor, group: int = 0, parts: int = 1) -> Quantised:
         weight = weight.reshape(*weight.shape[:-2], parts, -1, weight.shape[-1])
     if weight.dim() > 2:  # one matrix after the other: floats of all experts at once would be twice the model
         return stacked(len(weight), lambda i: quantise(weight[i], group))
-    outputs, inputs = weight.shape[-2:]
+    outputs, inputs = weight.shape
     tiles, steps = -(-outputs // OUTPUTS), -(-inputs // INPUTS)
-    padding = (0, steps * INPUTS - inputs, 0, tiles * OUTPUTS - outputs)
-    padded = torch.nn.functional.pad(weight.float(), padding)
-    groups = padded.view(tiles * OUTPUTS, -1, group or steps * INPUTS)
-    scales = groups.abs().amax(-1, keepdim=True) / _MOST
-    whole = (groups / scales.where(scales > 0, 1)).round_().add_(MIDDLE).nan_to_num_(MIDDLE).to(torch.uint8)
-    data = whole.view(tiles, OUTPUTS, steps, INPUTS // DEEP, DEEP).permute(0, 2, 3, 1, 4).contiguous()
-    return Quantised(data, scales.squeeze(-1).T.contiguous(), group, tuple(weight.shape), weight.dtype)
+    data = torch.empty(tiles, steps, INPUTS // DEEP, OUTPUTS, DEEP, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(steps * INPUTS // group if group else 1, tiles * OUTPUTS, device=weight.device)
+    many = max(_AT_ONCE // inputs // OUTPUTS, 1)
+    for low in range(0, tiles, many):
+        some = weight[low * OUTPUTS : (low + many) * OUTPUTS].float()
+        padded = torch.nn.functional.pad(some, (0, steps * INPUTS - inputs, 0, -len(some) % OUTPUTS))
+        groups = padded.view(len(padded), -1, group or steps * INPUTS)
+        by = groups.abs().amax(-1, keepdim=True) / _MOST
+        whole = (groups / by.where(by > 0, 1)).round_().add_(MIDDLE).nan_to_num_(MIDDLE).to(torch.uint8)
+        high = low + len(padded) // OUTPUTS
+        data[low:high] = whole.view(-1, OUTPUTS, steps, INPUTS // DEEP, DEEP).permute(0, 2, 3, 1, 4)
+        scales[:, low * OUTPUTS : high * OUTPUTS] = by.squeeze(-1).T
+    return Quantised(data, scales, group, tuple(weight.shape), weight.dtype)

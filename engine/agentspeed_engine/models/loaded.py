@@ -18,6 +18,7 @@ from agentspeed_engine.models.inputs_on_device import upload
 from agentspeed_engine.models.joined import joined
 from agentspeed_engine.models.kernel_refusals import kernels_chosen
 from agentspeed_engine.models.kv_pools import TORCH_DTYPES, KvPools
+from agentspeed_engine.models.memory import given_back
 from agentspeed_engine.models.programs import Programs
 from agentspeed_engine.models.quantization import declared_scheme
 from agentspeed_engine.models.rope import Rope
@@ -140,7 +141,8 @@ class LoadedModel:
             )
         if batch_invariant and self.device.type == "cuda":
             _adds_alike(self.device)
-        chain = source.family.build(source.config, held, self.pools, rank, self._kernels)
+        with given_back():
+            chain = source.family.build(source.config, held, self.pools, rank, self._kernels)
         if progress is not None:  # of experts that live elsewhere nothing was read
             progress(1.0)
         boundaries = [module.boundary for module in chain]

@@ -1,12 +1,47 @@
-"""Memory for pages, taken from the machine where it is written and not before."""
+"""Memory as a model takes it: for pages where they are written, and for weights without what making them took."""
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
 
 import torch
 from torch import Tensor
+
+_NUMBERS: Final = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_TOP_PAD_": -2, "MALLOC_MMAP_THRESHOLD_": -3}
+"""What glibc calls the settings that a process may have been started with (`serve.tuning`)."""
+_MEANWHILE: Final = {"MALLOC_TRIM_THRESHOLD_": 1 << 20, "MALLOC_TOP_PAD_": 0, "MALLOC_MMAP_THRESHOLD_": 1 << 20}
+"""Bytes: what is larger is mapped by itself, if no room lies above the heap, and unmapped when it is freed."""
+_MOST: Final = (1 << 31) - 1
+"""That a call can set one to."""
+
+
+@contextmanager
+def given_back() -> Iterator[None]:
+    """What is freed meanwhile, and is not small, goes back to the machine at once, where a process was told to keep it:
+    a step uses its memory again, and a load would leave holes between weights that are as large as what they were made
+    of. Of the whole process; without effect where it was told nothing, or the C library is not glibc."""
+    library = ctypes.CDLL(None)
+    told = {name: os.environ.get(name, "") for name in _NUMBERS}
+    if not hasattr(library, "mallopt") or not all(value.isdecimal() for value in told.values()):
+        yield
+        return
+    after = {name: min(int(value), _MOST) for name, value in told.items()}
+    # A library that would not take a value back is left alone.
+    if all(library.mallopt(_NUMBERS[name], value) for name, value in after.items()):
+        for name, value in _MEANWHILE.items():
+            library.mallopt(_NUMBERS[name], value)
+        library.malloc_trim(0)
+    try:
+        yield
+    finally:
+        for name, value in after.items():
+            library.mallopt(_NUMBERS[name], value)
 
 
 def zeros_on_demand(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
