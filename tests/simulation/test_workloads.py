@@ -50,6 +50,7 @@ def test_the_faults_of_a_workload_strike(name: str) -> None:
         ("copy_fails", 1),
         ("copy_late", 1),
         ("turn_refused", 1),
+        ("turn_spoilt", 1),
         ("tool_never_returns", 1),
     ],
 )

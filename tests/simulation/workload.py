@@ -30,6 +30,7 @@ FAULT_KINDS = (
     "clock_jumps",
     "engine_killed",
     "turn_refused",
+    "turn_spoilt",
 )
 KEEPS = ("none", "soft", "firm")
 _WEDGES = "pin"

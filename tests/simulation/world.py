@@ -241,6 +241,11 @@ class Simulation:
             token = result.drawn[0]
             refusal = (token.branch, token.epoch, "its grammar admits no token")
             result = replace(result, drawn=result.drawn[1:], refused=(refusal,))
+        if result.drawn and self.faults.strikes("turn_spoilt") is not None:
+            token = result.drawn[0]
+            refusal = (token.branch, token.epoch, "its logits are no finite numbers")
+            spoilt = frozenset({(token.branch, token.epoch)})
+            result = replace(result, drawn=result.drawn[1:], refused=(*result.refused, refusal), spoilt=spoilt)
         self._call("apply", f"step {result.seq}", lambda: self._driven.apply(result, self.clock.now()))
 
     def _copy(self, order: HostCopy) -> None:
