@@ -217,6 +217,21 @@ def test_kernels_refuses_wishes_that_leave_no_choice_with_what_may_be_written(
     assert said in shown and "AGENTSPEED_KERNELS" in shown
 
 
+def test_a_plan_and_a_list_of_kernels_say_that_the_cache_is_in_fp8() -> None:
+    """Of each layer the latent numbers, a scale with its padding, and the turned numbers in bfloat16."""
+    config = json.loads((MODELS / "tiny.json").read_text())
+    row = config["kv_lora_rank"] + 16 + 2 * config["qk_rope_head_dim"]
+    given = [str(MODELS / "tiny.json"), "--kv-cache-dtype", "fp8"]
+    planned = RUNNER.invoke(app, ["plan", *given]).output
+    assert "bfloat16, cache in fp8" in planned
+    assert f"cache        {config['num_hidden_layers'] * row:,} B a token" in planned
+    listed = RUNNER.invoke(app, ["kernels", *given, "--platform", "cpu:torch"]).output
+    assert "cache in fp8" in listed
+    assert ["mla_rows", "any", "torch-fp8-cache"] in [line.split() for line in listed.splitlines()]
+    refused = RUNNER.invoke(app, ["plan", str(MODELS / "tiny.json"), "--kv-cache-dtype", "int3"])
+    assert refused.exit_code == 2 and "kv_cache_dtype 'int3' is unknown" in refused.output
+
+
 def test_plan_shows_a_model_on_its_ranks_without_any_weights() -> None:
     done = RUNNER.invoke(app, ["plan", str(MODELS / "tiny.json"), "--tp", "2", "--memory", "1GB"])
     assert done.exit_code == 0, done.output

@@ -44,19 +44,22 @@ def built() -> None:
         missing(f"the native kernels cannot be built here: {library.reason}")
 
 
-def models(folder: Path, dtype: str) -> tuple[LoadedModel, LoadedModel]:
+def models(folder: Path, dtype: Any, cache: Any = None) -> tuple[LoadedModel, LoadedModel]:
     """One that records, and one whose modules are called in every step."""
-    made = [load(folder, dtype=dtype, pages=90, page_tokens=PAGE) for _ in range(2)]  # type: ignore[arg-type]
+    made = [load(folder, dtype=dtype, pages=90, page_tokens=PAGE, cache=cache) for _ in range(2)]
     made[1].repeats = False
     return made[0], made[1]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("cache", [None, "fp8"])
 @pytest.mark.parametrize("config", [CONFIG, GROUPED], ids=["latent", "grouped"])
-def test_repeated_steps_give_the_bits_of_the_modules(config: dict[str, Any], dtype: str, tmp_path: Path) -> None:
+def test_repeated_steps_give_the_bits_of_the_modules(
+    config: dict[str, Any], cache: Any, dtype: str, tmp_path: Path
+) -> None:
     """While contexts grow into new pages and tiles, other steps come between, and rows fork and end."""
     folder = make_checkpoint(config, tmp_path, seed=4, dtype=dtype)
-    recording, plain = models(folder, dtype)
+    recording, plain = models(folder, dtype, cache)
     tokens = iter(IDS * 3)
 
     def both(entries: list[tuple[Trail, list[int]]]) -> None:
