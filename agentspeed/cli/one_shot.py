@@ -7,6 +7,7 @@ from pathlib import Path
 
 from agentspeed import Engine, Session
 from agentspeed._core.engine_options import EngineOptions
+from agentspeed.cli.loading import loading
 from agentspeed.cli.terminal_text import printable
 from agentspeed.cli.tools_file import ToolsFile, tools_of
 
@@ -26,8 +27,13 @@ async def one_shot(
     file = tools_of(tools) if tools is not None else ToolsFile()
     for line in file.left_out:
         print(f"left out of the tools: {line}", file=sys.stderr)
-    async with Session(model, system=system, tools=file.tools, **options) as session:
+    with loading(quiet=True) as shown:
+        on_start = None if isinstance(model, Engine) else shown
+        session = await Session(model, system=system, tools=file.tools, on_start=on_start, **options).open()
+    try:
         result = await session.run(prompt, temperature=temperature, max_tokens=max_tokens)
+    finally:
+        await session.close()
     lines = result.text.split("\n")
     print("\n".join(map(printable, lines) if sys.stdout.isatty() else lines), flush=True)
     if result.reason != "answered":

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 
 import pytest
 
 from agentspeed import Engine, Session, Starting, errors
 from agentspeed.cli.loading import loading
+from agentspeed.cli.one_shot import one_shot
 from tests.support.paged import CONFIG
 from tests.support.random_checkpoint import make_checkpoint
 
@@ -62,6 +64,17 @@ async def test_what_the_hook_raises_is_logged_and_the_engine_starts(
 async def test_a_session_of_an_engine_that_was_made_elsewhere_has_no_start_to_tell_of() -> None:
     with pytest.raises(errors.InvalidRequest, match="on_start"):
         _ = Session(Engine(), on_start=print)
+
+
+async def test_a_prompt_on_the_command_line_shows_how_far_the_weights_are_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    given = {"tools": None, "system": None, "temperature": 1.0, "max_tokens": 4}
+    await one_shot(str(folder), "Go.", **given, options={"pages": 8})
+    said = capsys.readouterr().err
+    assert "\rReading weights: 100%\x1b[K" in said
+    assert said.count("\r\x1b[K") == 1, "the line goes before the answer"
 
 
 @pytest.mark.parametrize("quiet", [False, True])
