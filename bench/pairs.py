@@ -7,7 +7,7 @@ Each round runs every bench in both trees, now the one first and now the other, 
 `.venv`, or with this one where there is none. A figure is the median of the rounds, and the ratio is that of the
 medians: at most 1 means not slower. `agents` has the earlier tree's shipped model in both, for another model draws
 other answers. `fork` is measured at 8 k in the place of 32 k, whose rows take minutes to compute. Three rounds
-take about four minutes on a quiet machine with two cores. The last line is JSON.
+take three to four minutes on a quiet machine with two cores. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FIGURES = {
+FIGURES: dict[str, tuple[str, ...]] = {
     "sched": ("plan_us_p50", "plan_us_waiting", "apply_us_p50"),
     "fork": ("fork_us_1k", "fork_us_32k"),
     "sdk": ("client_us_per_token",),
@@ -29,7 +29,7 @@ FIGURES = {
 }
 """What is compared, by bench: of each, less is better."""
 LONG_FORK = 8192
-TOLD = {"fork_us_32k": f"fork_us_{LONG_FORK // 1024}k"}
+TOLD: dict[str, str] = {"fork_us_32k": f"fork_us_{LONG_FORK // 1024}k"}
 """Figures that are not what their bench calls them."""
 
 
