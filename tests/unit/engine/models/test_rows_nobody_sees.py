@@ -49,9 +49,15 @@ def named(step: FlatBatch) -> FlatBatch:
                      hidden=hidden)  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=CONFIGS.values(), ids=CONFIGS.keys())
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(request.param, tmp_path_factory.mktemp("model"), seed=6)
+@pytest.fixture(scope="module", params=CONFIGS)
+def kind(request: pytest.FixtureRequest) -> str:
+    found: str = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(CONFIGS[kind], tmp_path_factory.mktemp("model"), seed=6)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -64,5 +70,22 @@ def test_rows_that_nobody_sees_change_no_bit(folder: Path, dtype: Dtype, device:
         return [model.forward(step).clone() for step in steps()]
 
     for after_numbers, after_none in zip(logits(0.0), logits(float("nan")), strict=True):
+        assert bool(torch.isfinite(after_none).all())
+        assert torch.equal(after_none, after_numbers)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_nor_do_they_in_a_cache_in_fp8(kind: str, folder: Path, dtype: Dtype) -> None:
+    """Bytes of all ones are no numbers, and scales that are none."""
+    if kind == "sparse":
+        pytest.skip("sparse attention keeps no cache in fp8")
+
+    def logits(left: int) -> list[torch.Tensor]:
+        model = load(folder, dtype=dtype, pages=40, page_tokens=PAGE, cache="fp8")
+        for pool in model.pools.tensors:
+            pool.fill_(left)
+        return [model.forward(step).clone() for step in steps()]
+
+    for after_numbers, after_none in zip(logits(0), logits(255), strict=True):
         assert bool(torch.isfinite(after_none).all())
         assert torch.equal(after_none, after_numbers)
