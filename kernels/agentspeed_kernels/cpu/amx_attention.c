@@ -96,7 +96,8 @@ EXPORT void NAME(gqa_rows)(const bf16 *q, long q_t, long q_h, const bf16 *keys, 
     int direct = width % STEP == 0;
     coded_row held = coded_rows(groups, width, 0), *coded = fp8 ? &held : 0;
     step s = {q, q_t, q_h, heads, groups, width, steps, {page_at, pages, offset, tokens, row_at, rows, visible},
-              cache_of(keys, page_tokens, row, width, direct, coded), cache_of(values, page_tokens, row, width, direct, coded), 0, scale, partials,
+              cache_of(keys, page_tokens, row, width, direct, coded),
+              cache_of(values, page_tokens, row, width, direct, coded), 0, scale, partials,
               partials + entries * heads * steps * STEP, partials + entries * heads * (steps * STEP + 1)};
     attend(&s, tiles, merges, merge_rows, merge_at, merge, out, threads);
 }

@@ -18,7 +18,7 @@ typedef struct {
 } coded_block;
 
 INLINE __m512i numbers_of(const uint8_t *bytes) {
-    const __m512i small = _mm512_castsi256_si512(_mm256_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60, 0, 0, 0, 0, 0, 0, 0, 0));
+    const __m512i small = _mm512_zextsi128_si512(_mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
     __m512i x = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)bytes));
     /* A product instead of a shift: shifts and permutes share their pipes. */
     __m512i size = _mm512_and_si512(_mm512_mullo_epi16(x, _mm512_set1_epi16(16)), _mm512_set1_epi16(0x07f0));

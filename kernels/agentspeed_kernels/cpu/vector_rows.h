@@ -89,10 +89,15 @@ INLINE void add_values(float *o, long o_stride, const bf16 *pool, const long *ro
         __m512bh columns[8];
 #pragma GCC unroll 8
         for (int c = 0; c < S; c++) {
+            long from = column + c * STEP;
             __m512i one, two;
-            if (coded) one = numbers_of(bytes_of(x) + coded->head_at + column + c * STEP), two = numbers_of(bytes_of(y) + coded->head_at + column + c * STEP);
-            else if (S > 1) one = _mm512_loadu_si512(x + column + c * STEP), two = _mm512_loadu_si512(y + column + c * STEP);
-            else one = _mm512_maskz_loadu_epi16(some, x + column), two = _mm512_maskz_loadu_epi16(some, y + column);
+            if (coded) {
+                one = numbers_of(bytes_of(x) + coded->head_at + from), two = numbers_of(bytes_of(y) + coded->head_at + from);
+            } else if (S > 1) {
+                one = _mm512_loadu_si512(x + from), two = _mm512_loadu_si512(y + from);
+            } else {
+                one = _mm512_maskz_loadu_epi16(some, x + from), two = _mm512_maskz_loadu_epi16(some, y + from);
+            }
             columns[2 * c] = (__m512bh)_mm512_unpacklo_epi16(one, two);
             columns[2 * c + 1] = (__m512bh)_mm512_unpackhi_epi16(one, two);
         }
