@@ -1,17 +1,15 @@
 /* Bytes of fp8 e4m3 as floats, in vectors that a set has registers for: of weights, and of rows of a KV cache.
 
-   Where a form converts half precision in hardware, a byte moved into the places of such a number is 2^-8 of what it stands
-   for, the smallest ones included; elsewhere it is 2^-120 of it as a float. No byte is "not a number" here: the scale of
-   its block, or of its head, is none. */
+   Every form converts half precision in hardware: a byte moved into the places of such a number is 2^-8 of what it stands
+   for, the smallest ones included. No byte is "not a number" here: the scale of its block, or of its head, is none. */
 #ifndef AGENTSPEED_NATIVE_E4M3_H
 #define AGENTSPEED_NATIVE_E4M3_H
 #include "native_common.h"
-
-#if defined(__AVX512F__) || defined(__AVX2__)
-#define FACTOR 256.0f
-#else
-#define FACTOR 0x1p120f
+#ifdef __aarch64__
+#include <arm_neon.h>
 #endif
+
+#define FACTOR 256.0f
 #define DEEP (2 * WIDE) /* bytes that become floats together */
 
 /* DEEP bytes by 1 / FACTOR. */
@@ -24,11 +22,10 @@ INLINE void to_floats(const uint8_t *at, wide *low, wide *high) {
     __m256i v = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)at)), 7);
     v = _mm256_and_si256(v, _mm256_set1_epi16((short)0xbf80));
     *low = (narrow)_mm256_cvtph_ps(_mm256_castsi256_si128(v)), *high = (narrow)_mm256_cvtph_ps(_mm256_extracti128_si256(v, 1));
-#else
-    typedef int8_t bytes __attribute__((vector_size(WIDE), aligned(1), may_alias));
-    wide_ints a = __builtin_convertvector(*(const bytes *)at, wide_ints) << 20;
-    wide_ints b = __builtin_convertvector(*(const bytes *)(at + WIDE), wide_ints) << 20;
-    *low = (wide)(a & (int32_t)0x87f00000), *high = (wide)(b & (int32_t)0x87f00000);
+#elif defined(__aarch64__)
+    int16x8_t v = vandq_s16(vshll_n_s8(vld1_s8((const int8_t *)at), 7), vdupq_n_s16((short)0xbf80));
+    *low = (narrow)vcvt_f32_f16(vget_low_f16(vreinterpretq_f16_s16(v)));
+    *high = (narrow)vcvt_high_f32_f16(vreinterpretq_f16_s16(v));
 #endif
 }
 #endif
