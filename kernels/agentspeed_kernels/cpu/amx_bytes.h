@@ -1,14 +1,16 @@
 /* Products and feed-forwards of many bf16 rows with weights of 8 bits, whatever the bytes stand for.
 
    16 outputs of some inputs become tiles of bf16, which holds every byte, and meet all rows; their sums get the scales. So
-   nothing is rounded that the bytes do not round, and a byte is taken back once for up to BLOCK_ROWS rows. A source says how
-   bytes become tiles (the functions that are declared here). */
+   nothing is rounded that the bytes do not round, and a byte is taken back once for up to BLOCK_ROWS rows. A source says where
+   bytes lie and how they become numbers (the functions that are declared here). */
 #ifndef AGENTSPEED_AMX_BYTES_H
 #define AGENTSPEED_AMX_BYTES_H
 #include "amx_common.h"
 
-#define BLOCK 128 /* most inputs that are taken back together */
-#define BLOCK_ROWS 256
+#define BLOCK 128      /* inputs that share a scale in fp8, and as many are taken back together for tiles */
+#define TOGETHER 512   /* for panels */
+#define DEEP 64        /* inputs whose bytes are found together */
+#define BLOCK_ROWS 512 /* rows that meet what was taken back */
 
 typedef struct {
     const uint8_t *data;
@@ -17,14 +19,26 @@ typedef struct {
     long block; /* inputs that share their scales, or as many as are taken back together: whole steps */
 } byte_weight;
 
+/* A column of tiles of a matrix: outputs 16 t to 16 t + 15. No matrix: none. */
+typedef struct {
+    const byte_weight *of;
+    long t;
+} byte_column;
+
 /* Of matrices that are stacked. */
 INLINE byte_weight matrix_at(const byte_weight *first, long index);
-/* Tile t of the outputs, block b of the inputs, as tiles; gives how many. */
-INLINE long block_tiles(const byte_weight *w, long t, long b, bf16 *to);
-/* Of 16 outputs. */
+/* The bytes of a column from an input on, DEEP of these, as [inputs by 4][16 outputs][4], zeros behind the last one; where they
+   do not lie so, in `held`. */
+INLINE const uint8_t *quads_at(const byte_weight *w, long t, long from, uint8_t *held);
+/* 4 inputs of 16 outputs as two rows of a tile. */
+INLINE void to_pairs(const uint8_t *quad, bf16 *to);
+/* Of block b of the inputs of column t. */
 INLINE __m512 block_scales(const byte_weight *w, long t, long b);
 
-/* to[rows][16] = (more ? to : 0) + by * rows of x, which are tiles themselves, times `steps` tiles. */
+/* Steps of at most `most` inputs from an input on. */
+INLINE long steps_from(const byte_weight *w, long from, long most) { return at_most(whole_steps(w->k) - from / STEP, most / STEP); }
+
+/* to[rows][COLUMNS] = (more ? to : 0) + by * rows of x, which are tiles themselves, times `steps` tiles. */
 #ifdef VECTOR_TILES
 INLINE void add_pairs(__m512 *sums, const bf16 *x, const bf16 *w, const int rows) {
     __m512bh right = (__m512bh)_mm512_load_si512(w);
@@ -49,7 +63,7 @@ INLINE void rows_by_block(const bf16 *x, const bf16 *w, long steps, __m512 by, f
 #pragma GCC unroll 16
     for (int r = 0; r < rows; r++) {
         __m512 sum = sets > 1 ? _mm512_add_ps(s[0][r], s[1][r]) : s[0][r];
-        _mm512_store_ps(to + r * 16, more ? _mm512_fmadd_ps(sum, by, _mm512_load_ps(to + r * 16)) : _mm512_mul_ps(sum, by));
+        _mm512_store_ps(to + r * COLUMNS, more ? _mm512_fmadd_ps(sum, by, _mm512_load_ps(to + r * COLUMNS)) : _mm512_mul_ps(sum, by));
     }
 }
 
@@ -80,53 +94,110 @@ INLINE void add_block(const bf16 *x, const bf16 *w, long steps, __m512 by, float
     }
 #undef BODY
     for (long r = 0; r < rows; r++) {
-        __m512 before = more ? _mm512_load_ps(to + r * 16) : _mm512_setzero_ps();
-        _mm512_store_ps(to + r * 16, _mm512_fmadd_ps(_mm512_load_ps(sums + r * 16), by, before));
+        __m512 before = more ? _mm512_load_ps(to + r * COLUMNS) : _mm512_setzero_ps();
+        _mm512_store_ps(to + r * COLUMNS, _mm512_fmadd_ps(_mm512_load_ps(sums + r * 16), by, before));
     }
 }
 #endif
 
-/* to[rows][16]: tile t of the outputs of `rows` <= BLOCK_ROWS held rows. The caller has called tiles_begin(rows % 16). */
-static void times(const byte_weight *w, long t, const bf16 *held, long rows, float *to) {
-    bf16 tiles[BLOCK / STEP * TILE] __attribute__((aligned(64)));
-    for (long b = 0; b * w->block < w->k; b++) {
-        long steps = block_tiles(w, t, b, tiles);
-        __m512 by = block_scales(w, t, b);
+/* to[rows][COLUMNS], 16 of them: a column times `rows` held rows, [rows of 16][steps][16][32]. */
+static void times(byte_column c, const bf16 *held, long rows, float *to) {
+    bf16 tiles[(BLOCK + DEEP) / STEP * TILE] __attribute__((aligned(64)));
+    uint8_t turned[DEEP * 16] __attribute__((aligned(64)));
+    const byte_weight *w = c.of;
+    const long deep = at_most(w->block, BLOCK);
+    for (long from = 0; from < w->k; from += deep) {
+        long steps = steps_from(w, from, deep);
+        for (long i = 0; i < steps; i += DEEP / STEP) {
+            const uint8_t *quads = quads_at(w, c.t, from + i * STEP, turned);
+            bf16 *to = tiles + i * TILE;
+#ifdef WHOLE_BLOCKS /* many constants: in one piece they stay in registers */
+#pragma GCC unroll 16
+            for (long q = 0; q < DEEP / 4; q++) to_pairs(quads + q * 64, to + q * 2 * STEP);
+#else
+            for (long q = 0; q < at_most(steps - i, DEEP / STEP) * 8; q++) to_pairs(quads + q * 64, to + q * 2 * STEP);
+#endif
+        }
+        __m512 by = block_scales(w, c.t, from / w->block);
         for (long i = 0; i < rows; i += 16)
-            add_block(held + (i / 16 * whole_steps(w->k) + b * w->block / STEP) * TILE, tiles, steps, by, to + i * 16,
-                      at_most(rows - i, 16), b > 0);
+            add_block(held + (i / 16 * whole_steps(w->k) + from / STEP) * TILE, tiles, steps, by, to + i * COLUMNS, at_most(rows - i, 16), from > 0);
     }
 }
 
-/* Row r as the r-th of [rows of 16][steps][16][32], zeros behind its k. */
-INLINE void hold_row(const bf16 *row, long k, long r, bf16 *held) {
-    long steps = whole_steps(k);
-    bf16 *at = held + (r / 16 * steps * 16 + r % 16) * STEP;
-    for (long s = 0; s < steps; s++)
-        _mm512_store_si512(at + s * TILE, _mm512_maskz_loadu_epi16(first_halves(k - s * STEP), row + s * STEP));
+#ifdef VECTOR_TILES
+#include "vector_bytes.h"
+#endif
+
+/* Rows of one product or expert, as its kernel wants them, and what comes out: sums[rows][COLUMNS] of two columns. */
+typedef struct {
+    bf16 *rows;
+    float *sums;
+    long count;
+    int panels; /* not tiles */
+} held_rows;
+
+INLINE held_rows memory_for(long rows, long k) {
+    rows = at_most(rows, BLOCK_ROWS);
+    size_t bytes = ((rows + 15) / 16 * 16 + 2) * whole_steps(k) * STEP * sizeof(bf16);
+    char *memory = agentspeed_scratch(FOR_ROWS, bytes + rows * COLUMNS * sizeof(float));
+    held_rows held = {(bf16 *)memory, (float *)(memory + bytes), 0, 0};
+    return held;
 }
-INLINE bf16 *memory_for(long k) { return agentspeed_scratch(FOR_ROWS, BLOCK_ROWS * whole_steps(k) * STEP * sizeof(bf16)); }
+
+/* `count` rows of k numbers, zeros behind these. */
+INLINE void hold(held_rows *to, const bf16 *const *rows, long count, const byte_weight *w) {
+    long steps = whole_steps(w->k);
+    to->count = count;
+#ifdef VECTOR_TILES
+    to->panels = worth_panels(w, count);
+    if (to->panels) {
+        pack_parts(rows, count, w->k, to->rows);
+        return;
+    }
+#endif
+    for (long r = 0; r < count; r++) {
+        bf16 *at = to->rows + (r / 16 * steps * 16 + r % 16) * STEP;
+        for (long s = 0; s < steps; s++)
+            _mm512_store_si512(at + s * TILE, _mm512_maskz_loadu_epi16(first_halves(w->k - s * STEP), rows[r] + s * STEP));
+    }
+    tiles_begin(count % 16);
+}
+
+INLINE void times_held(const held_rows *held, byte_column left, byte_column right) {
+#ifdef VECTOR_TILES
+    if (held->panels) {
+        times_columns(left, right, held->rows, held->count, held->sums);
+        return;
+    }
+#endif
+    times(left, held->rows, held->count, held->sums);
+    if (right.of) times(right, held->rows, held->count, held->sums + 16);
+}
+
+/* Columns t and t + 1, if there is one. */
+INLINE void times_two(const held_rows *held, const byte_weight *w, long t) {
+    byte_column left = {w, t}, right = {t + 1 < whole_tiles(w->n) ? w : 0, t + 1};
+    times_held(held, left, right);
+}
 
 static inline void byte_linear(const bf16 *x, long x_stride, byte_weight w, const bf16 *bias, bf16 *out, long out_stride, long rows,
                                int threads) {
-    long n = w.n, k = w.k;
-    if (rows * n * k < WORTH_A_TEAM) threads = 1;
+    long tiles = whole_tiles(w.n), blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    product p = {x, x_stride, 0, bias, out, out_stride, rows, w.n, w.k};
+    if (rows * w.n * w.k < WORTH_A_TEAM) threads = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        float made[BLOCK_ROWS * 16] __attribute__((aligned(64)));
+        const bf16 *at[BLOCK_ROWS];
         long low, high;
-        bf16 *held = memory_for(k);
-        my_part(whole_tiles(n), &low, &high);
-        for (long first = 0; first < rows && low < high; first += BLOCK_ROWS) {
-            long count = at_most(rows - first, BLOCK_ROWS);
-            for (long r = 0; r < count; r++) hold_row(x + (first + r) * x_stride, k, r, held);
-            tiles_begin(count % 16);
-            for (long t = low; t < high; t++) {
-                __mmask16 lanes = first_lanes(n - t * 16);
-                __m512 add = bias ? read_some(bias + t * 16, lanes) : _mm512_setzero_ps();
-                times(&w, t, held, count, made);
-                for (long r = 0; r < count; r++)
-                    write_some(out + (first + r) * out_stride + t * 16, lanes, _mm512_add_ps(_mm512_load_ps(made + r * 16), add));
+        held_rows held = memory_for(rows, w.k);
+        my_part((tiles + 1) / 2, &low, &high);
+        for (long i = 0; i < blocks && low < high; i++) {
+            long first = rows * i / blocks, count = rows * (i + 1) / blocks - first;
+            for (long r = 0; r < count; r++) at[r] = x + (first + r) * x_stride;
+            hold(&held, at, count, &w);
+            for (long t = 2 * low; t < 2 * high && t < tiles; t += 2) {
+                times_two(&held, &w, t);
+                put_columns(&p, held.sums, first, count, t, t + 1 < tiles);
             }
         }
         tiles_end();
@@ -144,38 +215,44 @@ static inline void byte_experts(const bf16 *x, byte_weight wide, byte_weight bac
     if (3 * tokens * top * inner * hidden < WORTH_A_TEAM) threads = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        float made[2][BLOCK_ROWS * 16] __attribute__((aligned(64)));
+        const bf16 *at[BLOCK_ROWS];
         long low, high;
-        bf16 *held = memory_for(hidden > inner ? hidden : inner);
+        held_rows held = memory_for(tokens * top, hidden > inner ? hidden : inner);
         my_part(whole_tiles(inner), &low, &high);
         for (long e = 0; e < experts; e++)
-            for (long first = start[e]; first < start[e + 1] && low < high; first += BLOCK_ROWS) {
+            for (long first = start[e]; first < start[e + 1] && low < high; first += held.count) {
                 byte_weight gate = matrix_at(&wide, 2 * e), up = matrix_at(&wide, 2 * e + 1);
                 long count = at_most(start[e + 1] - first, BLOCK_ROWS);
-                for (long r = 0; r < count; r++) hold_row(x + order[first + r] / top * hidden, hidden, r, held);
-                tiles_begin(count % 16);
+                for (long r = 0; r < count; r++) at[r] = x + order[first + r] / top * hidden;
+                hold(&held, at, count, &gate);
                 for (long t = low; t < high; t++) {
-                    times(&gate, t, held, count, made[0]), times(&up, t, held, count, made[1]);
-                    for (long r = 0; r < count; r++)
-                        write16(act + (first + r) * width + t * 16,
-                                _mm512_mul_ps(silu(_mm512_load_ps(made[0] + r * 16)), _mm512_load_ps(made[1] + r * 16)));
+                    byte_column left = {&gate, t}, right = {&up, t};
+                    times_held(&held, left, right);
+                    for (long r = 0; r < count; r++) {
+                        const float *s = held.sums + r * COLUMNS;
+                        write16(act + (first + r) * width + t * 16, _mm512_mul_ps(silu(_mm512_loadu_ps(s)), _mm512_loadu_ps(s + 16)));
+                    }
                 }
             }
 #pragma omp barrier
-        my_part(columns, &low, &high);
+        my_part((columns + 1) / 2, &low, &high);
+        low *= 2, high = at_most(2 * high, columns);
         for (long t = 0; t < tokens; t++) memset(sums + (t * columns + low) * 16, 0, (high - low) * 64);
         for (long e = 0; e < experts; e++)
-            for (long first = start[e]; first < start[e + 1] && low < high; first += BLOCK_ROWS) {
+            for (long first = start[e]; first < start[e + 1] && low < high; first += held.count) {
                 byte_weight w = matrix_at(&back, e);
                 long count = at_most(start[e + 1] - first, BLOCK_ROWS);
-                for (long r = 0; r < count; r++) hold_row(act + (first + r) * width, inner, r, held);
-                tiles_begin(count % 16);
-                for (long t = low; t < high; t++) {
-                    times(&w, t, held, count, made[0]);
+                for (long r = 0; r < count; r++) at[r] = act + (first + r) * width;
+                hold(&held, at, count, &w);
+                for (long t = low; t < high; t += 2) {
+                    times_two(&held, &w, t);
                     for (long r = 0; r < count; r++) {
                         int pair = order[first + r];
-                        float *sum = sums + (pair / top * columns + t) * 16;
-                        _mm512_storeu_ps(sum, _mm512_fmadd_ps(_mm512_load_ps(made[0] + r * 16), _mm512_set1_ps(weights[pair]), _mm512_loadu_ps(sum)));
+                        __m512 weight = _mm512_set1_ps(weights[pair]);
+                        for (long c = 0; c < 2 && t + c < columns; c++) {
+                            float *sum = sums + (pair / top * columns + t + c) * 16;
+                            _mm512_storeu_ps(sum, _mm512_fmadd_ps(_mm512_loadu_ps(held.sums + r * COLUMNS + c * 16), weight, _mm512_loadu_ps(sum)));
+                        }
                     }
                 }
             }

@@ -16,6 +16,7 @@
 #define STEP 32    /* bf16 numbers in a tile row: the depth of one product */
 #define TILE 512   /* bf16 numbers in a tile */
 #define SUMS 256   /* floats in an accumulator */
+#define COLUMNS 32 /* outputs of two columns of tiles */
 #define NEVER -1e30f /* below every finite score; its difference to itself is 0, not NaN */
 #define LOG2E 1.44269504f
 
@@ -148,6 +149,19 @@ typedef struct {
     bf16 *out;
     long out_stride, rows, n, k;
 } product;
+
+/* Sums [rows][COLUMNS] of columns `tile` and, with `both`, the next one, to rows from `low` on of what comes out. */
+INLINE void put_columns(const product *p, const float *sums, long low, long rows, long tile, int both) {
+    __mmask16 left = first_lanes(p->n - tile * 16), right = both ? first_lanes(p->n - tile * 16 - 16) : 0;
+    __m512 more = p->bias ? read_some(p->bias + tile * 16, left) : _mm512_setzero_ps(), further = _mm512_setzero_ps();
+    if (p->bias && both) further = read_some(p->bias + tile * 16 + 16, right);
+    for (long r = 0; r < rows; r++) {
+        bf16 *to = p->out + (low + r) * p->out_stride + tile * 16;
+        __builtin_prefetch(to + 16 * p->out_stride, 1, 2); /* rows far apart: each waits for its line otherwise */
+        write_some(to, left, _mm512_add_ps(_mm512_loadu_ps(sums + r * COLUMNS), more));
+        if (both) write_some(to + 16, right, _mm512_add_ps(_mm512_loadu_ps(sums + r * COLUMNS + 16), further));
+    }
+}
 
 /* sums[16][16] = (more ? sums : 0) + rows of x times one column of tiles. */
 INLINE void chain(const bf16 *x, long x_bytes, const bf16 *w, long steps, float *sums, int full, int more, int ahead) {

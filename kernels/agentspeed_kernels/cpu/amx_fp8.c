@@ -1,8 +1,7 @@
 /* Products and feed-forwards of many bf16 rows with weights in fp8 e4m3, [outputs][inputs] with a scale for each block of
    128 x 128. No byte is "not a number" here: the scale of its block is none. */
+#define WHOLE_BLOCKS
 #include "amx_bytes.h"
-
-#define BYTES 64 /* of an output that are taken back together */
 
 INLINE long parts_of(long extent) { return (extent + BLOCK - 1) / BLOCK; }
 INLINE byte_weight fp8_weight(const uint8_t *data, const float *scales, long n, long k) {
@@ -38,27 +37,26 @@ INLINE void to_numbers(__m512i bytes, __m512i *low, __m512i *high) {
     }
 }
 
-INLINE long block_tiles(const byte_weight *w, long t, long b, bf16 *to) {
+INLINE const uint8_t *quads_at(const byte_weight *w, long t, long from, uint8_t *held) {
+    const uint8_t *at = w->data + t * 16 * w->k + from;
+    long n = w->n - t * 16, k = w->k - from;
+    __mmask64 there = k >= DEEP ? ~0ull : k > 0 ? (1ull << k) - 1 : 0;
+    __m512i rows[16];
+    for (int o = 0; o < 16; o++) {
+        rows[o] = o < n ? _mm512_maskz_loadu_epi8(there, at + o * w->k) : _mm512_setzero_si512();
+        FAR(at + (32 + o) * w->k); /* columns are taken by two */
+    }
+    transpose16(rows);
+    for (int i = 0; i < 16; i++) _mm512_store_si512(held + i * 64, rows[i]);
+    return held;
+}
+
+INLINE void to_pairs(const uint8_t *quad, bf16 *to) {
     /* Of 4 outputs with 4 inputs each: two inputs of every output first. */
     const __m512i pairs = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
-    const uint8_t *at = w->data + t * 16 * w->k + b * BLOCK;
-    long n = w->n - t * 16, k = at_most(w->k - b * BLOCK, BLOCK);
-    for (long from = 0; from < k; from += BYTES) {
-        __mmask64 there = k - from >= BYTES ? ~0ull : (1ull << (k - from)) - 1;
-        __m512i rows[16];
-        for (int o = 0; o < 16; o++) {
-            rows[o] = o < n ? _mm512_maskz_loadu_epi8(there, at + o * w->k + from) : _mm512_setzero_si512();
-            FAR(at + (16 + o) * w->k + from);
-        }
-        transpose16(rows); /* row i has inputs 4i to 4i + 3 of every output */
-        for (int i = 0; i < 16; i++) {
-            bf16 *row = to + (from / STEP + i / 8) * TILE + i % 8 * 2 * STEP;
-            __m512i even, odd;
-            to_numbers(_mm512_shuffle_epi8(rows[i], pairs), &even, &odd);
-            _mm512_store_si512(row, even), _mm512_store_si512(row + STEP, odd);
-        }
-    }
-    return whole_steps(k);
+    __m512i first, second;
+    to_numbers(_mm512_shuffle_epi8(_mm512_load_si512(quad), pairs), &first, &second);
+    _mm512_store_si512(to, first), _mm512_store_si512(to + STEP, second);
 }
 
 EXPORT void NAME(linear_fp8)(const bf16 *x, long x_stride, const uint8_t *data, const float *scales, const bf16 *bias, bf16 *out,

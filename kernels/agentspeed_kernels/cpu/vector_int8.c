@@ -4,12 +4,11 @@
    for; scales are [groups of 32 inputs, or 1][outputs in whole tiles]. */
 #include "amx_bytes.h"
 
-#define DEEP 64
 #define GROUPED 32
 
 INLINE long width_of(const byte_weight *w) { return (w->k + DEEP - 1) / DEEP * DEEP; }
 INLINE byte_weight int8_weight(const uint8_t *data, const float *scales, long n, long k, long group) {
-    byte_weight w = {data, scales, n, k, group, group ? GROUPED : BLOCK};
+    byte_weight w = {data, scales, n, k, group, group ? GROUPED : TOGETHER};
     return w;
 }
 INLINE byte_weight matrix_at(const byte_weight *first, long index) {
@@ -25,20 +24,19 @@ INLINE __m512 block_scales(const byte_weight *w, long t, long b) {
 /* Two floats of each lane, both whole numbers of 8 bits, as a pair of bf16. */
 INLINE __m512i exact_pair(__m512i even, __m512i odd) {
     __m512i low = _mm512_srli_epi32((__m512i)_mm512_cvtepi32_ps(even), 16), high = (__m512i)_mm512_cvtepi32_ps(odd);
-    return _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi32((int)0xffff0000), 0xf8); /* a | b & c */
+    return _mm512_or_si512(low, high); /* the lower half of such a float is 0 */
 }
 
-INLINE long block_tiles(const byte_weight *w, long t, long b, bf16 *to) {
-    const uint8_t *at = w->data + (t * width_of(w) + b * w->block) * 16;
-    long steps = at_most(whole_steps(w->k) - b * w->block / STEP, w->block / STEP);
-    for (long i = 0; i < steps * 8; i++, at += 64, to += 2 * STEP) { /* 4 inputs of every output */
-        FAR(at + 6144);
-        __m512i v = _mm512_xor_si512(_mm512_loadu_si512(at), _mm512_set1_epi32((int)0x80808080));
-        __m512i first = _mm512_srai_epi32(_mm512_slli_epi32(v, 24), 24), second = _mm512_srai_epi32(_mm512_slli_epi32(v, 16), 24);
-        __m512i third = _mm512_srai_epi32(_mm512_slli_epi32(v, 8), 24), fourth = _mm512_srai_epi32(v, 24);
-        _mm512_store_si512(to, exact_pair(first, second)), _mm512_store_si512(to + STEP, exact_pair(third, fourth));
-    }
-    return steps;
+INLINE const uint8_t *quads_at(const byte_weight *w, long t, long from, uint8_t *unused) {
+    (void)unused;
+    return w->data + (t * width_of(w) + from) * 16;
+}
+INLINE void to_pairs(const uint8_t *quad, bf16 *to) {
+    FAR(quad + 6144);
+    __m512i v = _mm512_xor_si512(_mm512_loadu_si512(quad), _mm512_set1_epi32((int)0x80808080));
+    __m512i first = _mm512_srai_epi32(_mm512_slli_epi32(v, 24), 24), second = _mm512_srai_epi32(_mm512_slli_epi32(v, 16), 24);
+    __m512i third = _mm512_srai_epi32(_mm512_slli_epi32(v, 8), 24), fourth = _mm512_srai_epi32(v, 24);
+    _mm512_store_si512(to, exact_pair(first, second)), _mm512_store_si512(to + STEP, exact_pair(third, fourth));
 }
 
 /* `left` holds what lies between the products; `unused` is scratch memory of the form with AMX. */

@@ -3,17 +3,6 @@
 #define AGENTSPEED_VECTOR_LINEAR_H
 #include "vector_products.h"
 
-INLINE void put_columns(const product *p, const float *sums, long low, long rows, long tile, int both) {
-    __mmask16 left = first_lanes(p->n - tile * 16), right = both ? first_lanes(p->n - tile * 16 - 16) : 0;
-    __m512 more = p->bias ? read_some(p->bias + tile * 16, left) : _mm512_setzero_ps(), further = _mm512_setzero_ps();
-    if (p->bias && both) further = read_some(p->bias + tile * 16 + 16, right);
-    for (long r = 0; r < rows; r++) {
-        bf16 *to = p->out + (low + r) * p->out_stride + tile * 16;
-        write_some(to, left, _mm512_add_ps(_mm512_loadu_ps(sums + r * COLUMNS), more));
-        if (both) write_some(to + 16, right, _mm512_add_ps(_mm512_loadu_ps(sums + r * COLUMNS + 16), further));
-    }
-}
-
 /* `heads` products of the same shape, their rows x_next numbers apart and what comes out out_next, by all threads. */
 static void multiply_many(const product *of, long heads, long x_next, long out_next, int threads) {
     long steps = whole_steps(of->k), tiles = whole_tiles(of->n), wanted = threads > 1 ? 4 * threads : 1;

@@ -8,7 +8,6 @@
 #include "amx_common.h"
 
 #define PANEL 12
-#define COLUMNS 32       /* outputs of two columns of tiles */
 #define MOST_STEPS 64    /* of inputs at a time: what is read again and again stays in the second cache */
 #define FEW_ROWS 16      /* up to as many rows of an expert are products of single tiles */
 #define BLOCK_BYTES (400L << 10) /* of packed rows, in the second cache beside the weights that pass by */
