@@ -39,6 +39,11 @@ INLINE void dots4(const wnum *w, long w_stride, const float *const *x, int count
     for (; k + LANES <= n; k += LANES) {
         vec rows[4];
         for (int r = 0; r < 4; r++) rows[r] = weight_vec(w + r * w_stride + k);
+#ifdef WEIGHTS16
+        /* The rows that follow: half as long in bytes, these are streams too short for the hardware to run ahead on. */
+        if (k % 32 == 0)
+            for (int r = 4; r < 8; r++) __builtin_prefetch(w + r * w_stride + k, 0, 3);
+#endif
         for (int t = 0; t < count; t++) {
             vec v = load(x[t] + k);
             for (int r = 0; r < 4; r++) acc[r][t] += rows[r] * v;
