@@ -17,6 +17,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
 _EXCHANGES = ("auto", "sum", "all_to_all")
 _DTYPES = ("bfloat16", "float32", "float64")
 _WEIGHTS = ("fp8",)
+_CACHES = ("fp8",)
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
@@ -32,9 +33,9 @@ def described(
         raise errors.InvalidRequest(f"dtype {dtype!r} is unknown.", remedy=f"Known: {', '.join(_DTYPES)}.")
     if weights is not None and weights not in _WEIGHTS:
         raise errors.InvalidRequest(f"weights {weights!r} is unknown.", remedy=f"Known: {', '.join(_WEIGHTS)}.")
-    if kv_cache_dtype is not None and kv_cache_dtype not in _WEIGHTS:
+    if kv_cache_dtype is not None and kv_cache_dtype not in _CACHES:
         raise errors.InvalidRequest(
-            f"kv_cache_dtype {kv_cache_dtype!r} is unknown.", remedy=f"Known: {', '.join(_WEIGHTS)}."
+            f"kv_cache_dtype {kv_cache_dtype!r} is unknown.", remedy=f"Known: {', '.join(_CACHES)}."
         )
     size = None if memory is None else memory_bytes(memory)
     way = None if exchange == "auto" else exchange

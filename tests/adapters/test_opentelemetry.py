@@ -102,7 +102,11 @@ async def test_a_run_is_a_span_with_its_turns_and_tools_below_it_and_no_content(
     assert turns[1].attributes["gen_ai.response.finish_reasons"] == ("stop",)
     assert failed.attributes is not None and failed.attributes["error.type"] == "ToolFailed"
     said = " ".join(span.to_json() for group in spans.values() for span in group)
-    assert "secret words" not in said and "17" not in json.dumps([dict(added.attributes or {})])
+    assert "secret words" not in said
+    given = {
+        name: value for name, value in (added.attributes or {}).items() if not name.endswith(".id")
+    }  # drawn at random
+    assert "17" not in json.dumps(given)
     assert "It is 42" not in said
     assert recorded.metrics() >= {
         "gen_ai.client.operation.duration",

@@ -118,16 +118,21 @@ def test_the_runtime_folder_goes_with_its_last_engine(tmp_path: Path, monkeypatc
     monkeypatch.delenv("AGENTSPEED_RUNTIME_DIR", raising=False)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     one, other = EngineProcess(NOOP), EngineProcess(NOOP)
-    ready(one)
-    assert len(list(tmp_path.iterdir())) == 1
-    ready(other)
+    try:
+        other.await_readiness()
+        ready(one)
+        assert len(list(tmp_path.iterdir())) == 1
+    finally:
+        other.stop()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_runtime_folder_that_was_named_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AGENTSPEED_RUNTIME_DIR", str(tmp_path))
+    named = tmp_path / "run"
+    named.mkdir(mode=0o700)
+    monkeypatch.setenv("AGENTSPEED_RUNTIME_DIR", f"{named}/")
     ready(EngineProcess(NOOP))
-    assert list(tmp_path.iterdir()) == []
+    assert named.is_dir() and not list(named.iterdir())
 
 
 def test_a_runtime_folder_that_does_not_exist_and_cannot_be_made_is_passed_over(

@@ -137,7 +137,7 @@ class KvCache:
         node = tip
         while node.parent is not None and not node.referenced and not node.pinned_by and node.id in self.tree.nodes:
             if not isinstance(node.state, Device | Both | Host):
-                return  # a copy is in flight: it goes when that ends
+                return  # a copy is in flight: it is dropped when room is needed, a private one when that ends
             node = self.drop(node)
 
     def drop_private(self, key: RootKey) -> None:

@@ -117,7 +117,7 @@ def _upper(index: int) -> float:
 
 _LOWERS = tuple(_lower(index) for index in range(_BINS))
 _UPPERS = tuple(_upper(index) for index in range(_BINS))
-"""LogitRules for every branch at rest when rows must go."""
+"""Asked for every branch at rest when rows must go."""
 
 
 def _centre(index: int) -> float:

@@ -69,14 +69,15 @@ def in_place(place: Path, make: Callable[[], T]) -> T:
         with contextlib.suppress(FileNotFoundError):
             place.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not ours(place):
-                raise PermissionError("it belongs to somebody else, or others may write there")
+                raise PermissionError(f"{place} belongs to somebody else, or others may write there")
             return make()
     return make()
 
 
 def leave(place: Path) -> None:
     """Removes the folder when nothing is in it any more, but for one that the user has named."""
-    if os.environ.get(FOLDER) != str(place):
+    named = os.environ.get(FOLDER)
+    if not named or Path(named) != place:
         with contextlib.suppress(OSError):  # others are in it, or it is gone
             place.rmdir()
 
@@ -94,7 +95,7 @@ def running(place: Path, *, known: Container[Path] = ()) -> list[RunningEngine]:
     """Engines that answer at their sockets, lowest process number first; entries that nobody answers for are removed.
 
     Sockets in `known` are not asked. Files that are no entries are left alone."""
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         return _running(place, known) if ours(place) else []
     return []
 

@@ -122,3 +122,8 @@ def test_the_folder_is_the_users_own() -> None:
     assert folder({"AGENTSPEED_RUNTIME_DIR": "/a", "XDG_RUNTIME_DIR": "/run/user/7"}) == Path("/a")
     assert folder({"XDG_RUNTIME_DIR": "/run/user/7"}) == Path("/run/user/7/agentspeed")
     assert folder({}).name == f"agentspeed-{os.getuid()}"
+
+
+def test_a_runtime_folder_below_a_file_has_no_engines(tmp_path: Path) -> None:
+    _ = (tmp_path / "file").write_text("")
+    assert running(tmp_path / "file" / "run") == []
