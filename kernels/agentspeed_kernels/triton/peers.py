@@ -152,21 +152,22 @@ def _all(gather: Callable[[bytes], list[bytes]], mine: bool) -> bool:
 
 def _tried(memory: PeerMemory, seconds: float) -> bool:
     """Whether sums and gathers of small numbers, which have no rounding, are right; twice as often as there are halves
-    that take turns."""
+    that take turns, also behind a wrong one: the other ranks wait for each."""
     device = memory.block.device
     x = torch.arange(4 * WORDS, dtype=torch.float32, device=device) % 61 + memory.rank
     wanted = memory.ranks * (x - memory.rank) + memory.ranks * (memory.ranks - 1) // 2
     rows = memory.columns(torch.float32)
+    right = torch.ones((), dtype=torch.bool, device=device)
     for turn in range(4):
         total, mine = torch.empty_like(x), x + turn
         memory.sum(mine, total)
         whole = memory.gather(torch.full((2, rows), float(memory.rank + turn), device=device))
         held = whole.view(2, memory.ranks, rows)
         meant = (torch.arange(memory.ranks, device=device) + turn).view(1, -1, 1)
-        right = (total == wanted + memory.ranks * turn).all() & (held == meant).all()
-        if not _in_time(memory, device, seconds) or not bool(right):
+        right &= (total == wanted + memory.ranks * turn).all() & (held == meant).all()
+        if not _in_time(memory, device, seconds):
             return False
-    return True
+    return bool(right)
 
 
 def _in_time(memory: PeerMemory, device: torch.device, seconds: float) -> bool:

@@ -6,6 +6,7 @@ is in flight: each finds them on its GPU. Nobody tells what was drawn.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from operator import is_not
@@ -29,6 +30,10 @@ _cuda: Any = torch.cuda
 """torch gives these no types."""
 _LOOKS: Final = 5e-5
 """Seconds between two looks at a step that is waited for."""
+_ENDING: Final = 5.0
+"""Seconds that a step has to end in once a rank is given up. Sums in shared memory end at once; NCCL's may never."""
+_OVERDUE: Final = "a step did not end in time"
+_GIVEN_UP: Final = "a rank gave up"
 
 
 @final
@@ -133,19 +138,25 @@ class Launcher:
             arrive(oldest, self._group, until)
 
 
-def arrive(event: Any, group: Group, until: float) -> None:
+def arrive(event: Any, group: Group, until: float, *, ending: float = _ENDING) -> None:
     """Returns when `event` has passed and what was computed before it counts. Raises `GroupBroken` where a rank did not
-    come to a sum, which is said of all that is not done at `until`, of `time.monotonic`."""
-    why = "a rank gave up"
+    come to a sum, which is said of all that is not done at `until`, of `time.monotonic`; then the step has `ending`
+    seconds more."""
+    overdue, last = False, math.inf
     while not event.query():
-        if time.monotonic() > until and not group.given_up:
-            why = "a step did not end in time"
+        now = time.monotonic()
+        if now > until and not group.given_up:
+            overdue = True
             group.abandon()
             if not group.given_up:  # its sums are made by others, who hear of no end
-                raise GroupBroken(why, group.late)
+                raise GroupBroken(_OVERDUE, group.late)
+        if group.given_up:
+            last = min(last, now + ending)
+            if now >= last:  # nor is it asked who was late: the GPU would have to say, and is busy
+                raise GroupBroken(_OVERDUE if overdue else _GIVEN_UP)
         time.sleep(_LOOKS)
-    if group.given_up:
-        raise GroupBroken(why, group.late if why.startswith("a step") else None)
+    if group.given_up:  # whoever else gave up knows why
+        raise GroupBroken(_OVERDUE, group.late) if overdue else GroupBroken(_GIVEN_UP)
 
 
 def _turn(order: SampleOrder) -> TurnSpec:

@@ -104,7 +104,8 @@ def spread(x, table, WIDTH, FIRST, RANK: tl.constexpr, RANKS: tl.constexpr, BLOC
 @triton.jit
 def meet(table, over, count, RANK: tl.constexpr, RANKS: tl.constexpr):
     """Ends when all ranks are here: what each wrote into this one's memory by launches before is there then. The first
-    RANKS words of a rank's memory are for this alone. One program."""
+    RANKS words of a rank's memory are for this alone. One program. Counts go round after 2^31, weeks of steps: no rank is
+    more than one call ahead of another, so it is the difference that tells who has not come."""
     # Nothing written before may be seen after this.
     number = (tl.atomic_add(count, 1, sem="acq_rel", scope="sys") + 1).to(tl.int64)
     for rank in tl.static_range(RANKS):
@@ -115,7 +116,7 @@ def meet(table, over, count, RANK: tl.constexpr, RANKS: tl.constexpr):
         if rank != RANK:
             come = tl.load(here + rank, volatile=True)
             looks = 0
-            while come < number:
+            while (number - come).to(tl.int32) > 0:
                 come = tl.load(here + rank, volatile=True)
                 looks += 1
                 if looks % LOOKS == 0:

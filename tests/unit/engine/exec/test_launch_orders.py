@@ -130,6 +130,17 @@ def test_a_step_that_does_not_end_gives_up_the_rank_that_did_not_come(deaf: bool
     assert broken.value.late == 1
 
 
+@pytest.mark.parametrize(("until", "why"), [(PAST, "did not end in time"), (LATER, "a rank gave up")])
+def test_a_step_that_does_not_end_though_its_ranks_are_given_up_is_waited_for_no_longer(until: float, why: str) -> None:
+    """As one that sums over NCCL, whose kernels hear of no end."""
+    group: Any = PeersGroup(late=1)
+    if until == LATER:
+        group.abandon()
+    with pytest.raises(GroupBroken, match=why) as broken:
+        arrive(Event(1 << 60), group, until, ending=0.0)
+    assert broken.value.late is None, "a GPU that does not end cannot be asked"
+
+
 @pytest.mark.parametrize(("looks", "until", "done"), [(0, LATER, True), (1 << 60, LATER, False), (1 << 60, PAST, True)])
 def test_a_step_that_is_overdue_is_collected_though_it_has_not_passed(looks: int, until: float, done: bool) -> None:
     """Else the last one before a pause would be looked at for ever."""
