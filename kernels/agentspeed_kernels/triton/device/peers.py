@@ -104,7 +104,7 @@ def spread(x, table, WIDTH, FIRST, RANK: tl.constexpr, RANKS: tl.constexpr, BLOC
 @triton.jit
 def meet(table, over, count, RANK: tl.constexpr, RANKS: tl.constexpr):
     """Ends when all ranks are here: what each wrote into this one's memory by launches before is there then. The first
-    RANKS words of a rank's memory are for this alone. One program. They go round after 2^31, weeks of steps; no rank is
+    RANKS words of a rank's memory are for this alone. One program. Counts wrap after 2^31, weeks of steps; no rank is
     more than one call ahead of another, so it is the difference that tells who has not come."""
     # Nothing written before may be seen after this.
     number = (tl.atomic_add(count, 1, sem="acq_rel", scope="sys") + 1).to(tl.int64)
