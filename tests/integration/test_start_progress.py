@@ -70,7 +70,7 @@ async def test_a_prompt_on_the_command_line_shows_how_far_the_weights_are_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    given = {"tools": None, "system": None, "temperature": 1.0, "max_tokens": 4}
+    given = {"tools": None, "system": None, "temperature": 0.0, "max_tokens": 4}
     await one_shot(str(folder), "Go.", **given, options={"pages": 8})
     said = capsys.readouterr().err
     assert "\rReading weights: 100%\x1b[K" in said
