@@ -146,6 +146,15 @@ def test_a_plan_grows_by_its_spare_pages_and_then_asks_for_a_new_one() -> None:
     assert not plan.extend(np.array([1], np.int64), [np.array([99], np.int32)])
 
 
+def test_behind_a_plan_that_has_used_its_spare_pages_up_the_entry_that_kernels_read_ahead_is_there() -> None:
+    layout = Layout(4, 2, 4, 1)
+    plan = plan_of([4, 4], [[7], [8]], layout)
+    for _ in range(SPARE_PAGES):
+        assert plan.extend(np.array([4, 4], np.int64), [np.array([9], np.int32)] * 2)
+    ends = plan.items[:, PAGE_AT] + plan.items[:, TOKENS] // layout.page_tokens
+    assert plan.pages[ends].tolist() == [0, 0]
+
+
 @pytest.mark.parametrize(("heads", "block", "unit"), [(16, 16, 16), (128, 64, 64), (20, 16, 10), (6, 16, 6), (7, 4, 1)])
 def test_a_unit_is_the_largest_divisor_of_the_heads_that_fits_a_block(heads: int, block: int, unit: int) -> None:
     assert unit_rows(heads, block) == unit

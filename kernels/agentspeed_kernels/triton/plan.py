@@ -36,6 +36,9 @@ FIXED_TAKE = 16
 """Partials that are merged at once under the fixed cut, however many a row has: another number is another order."""
 SPARE_PAGES = 4
 """Room behind the pages of a segment, so that decode steps extend a plan instead of making one."""
+_ROOM = SPARE_PAGES + 1
+"""Entries behind the pages of a segment: kernels read the page of the tile after an item's last one, which may be one
+entry past a segment that has used its room up."""
 
 
 class Layout(Protocol):
@@ -135,7 +138,7 @@ class Segments:
 
     tokens: Int64s
     pages: Int32s
-    """Each segment's pages followed by SPARE_PAGES entries of room."""
+    """Each segment's pages followed by room for SPARE_PAGES more, and an entry that stays 0."""
     page_at: Int64s
     held: Int64s
     """Pages of each segment without the room."""
@@ -161,7 +164,7 @@ def segments(pieces: Sequence[Piece], positions: Int64s, page_tokens: int) -> Se
         chains[key] = chain
         finished.append(chain)
     held = np.array([sum(-(-piece.tokens // page_tokens) for piece in chain) for chain in finished], dtype=np.int64)
-    room = np.zeros(SPARE_PAGES, np.int32)
+    room = np.zeros(_ROOM, np.int32)
     parts = [array for chain in finished for array in (*(_own_pages(piece, page_tokens) for piece in chain), room)]
     counts = [chain[0].queries.size for chain in finished]
     queries = _joined([chain[0].queries for chain in finished]).astype(np.int64)
@@ -176,7 +179,7 @@ def segments(pieces: Sequence[Piece], positions: Int64s, page_tokens: int) -> Se
     return Segments(
         tokens=tokens,
         pages=_joined(parts),
-        page_at=_starts(held + SPARE_PAGES)[:-1],
+        page_at=_starts(held + _ROOM)[:-1],
         held=held,
         queries=queries,
         query_at=_starts(np.array(counts, dtype=np.int64)),
