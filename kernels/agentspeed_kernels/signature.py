@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import lcm
 from typing import Any, Literal, final
 
 Dtype = Literal["float32", "float64", "bfloat16"]
@@ -41,6 +42,15 @@ class Widths:
     multiple: int = 1
     least: int = 1
     most: int | None = None
+
+    def __and__(self, other: Widths) -> Widths:
+        """What both take."""
+        ends = [end for end in (self.most, other.most) if end is not None]
+        return Widths(
+            multiple=lcm(self.multiple, other.multiple),
+            least=max(self.least, other.least),
+            most=min(ends, default=None),
+        )
 
     def objection(self, axis: str, size: int) -> str | None:
         if size % self.multiple:

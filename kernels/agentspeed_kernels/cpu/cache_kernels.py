@@ -16,8 +16,18 @@ _SIZES: dict[str, dict[str, Widths]] = {
     "gqa_rows": {"W": Widths(least=LEAST_HEAD)},
     "gqa_extend": {"W": Widths(least=LEAST_HEAD)},
 }
+
+
+def for_bytes(spec: KernelSpec) -> KernelSpec:
+    """The kernel for pools in fp8, of the sizes that it takes of numbers and that rows of bytes can tell."""
+    sizes = dict(spec.sizes)
+    for axis, limit in _SIZES[spec.op].items():
+        sizes[axis] = sizes.get(axis, Widths()) & limit
+    return replace(spec, name=f"{spec.name}-fp8-cache", cache=frozenset({"fp8"}), sizes=sizes)
+
+
 SPECS: tuple[KernelSpec, ...] = tuple(
-    replace(spec, name=f"{spec.name}-fp8-cache", cache=frozenset({"fp8"}), sizes=_SIZES[spec.op])
+    for_bytes(spec)
     for spec in (*native_kernels.SPECS, *invariant_kernels.SPECS, *amx_kernels.SPECS)
     if spec.op in _SIZES
 )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from agentspeed_kernels.cpu import cache_kernels, native_kernels
 from agentspeed_kernels.ops import CACHE_OPS
 from agentspeed_kernels.platform import Platform
 from agentspeed_kernels.registry import Registry, standard
 from agentspeed_kernels.selection import Kernels, NoKernel
-from agentspeed_kernels.signature import Dtype
+from agentspeed_kernels.signature import Dtype, Widths
 
 PLAIN = Platform(device="cpu", arch="x86_64", features=frozenset())
 OF_ATTENTION = ("latent_append", "mla_rows", "mla_extend", "qkv_append", "gqa_rows", "gqa_extend")
@@ -43,3 +46,9 @@ def test_an_optional_op_without_a_kernel_is_left_out() -> None:
 def test_heads_so_narrow_that_bytes_do_not_tell_their_number_are_refused() -> None:
     with pytest.raises(NoKernel, match="W is 16 or more, not 8"):
         Kernels(standard(), PLAIN, "float32", ("gqa_rows",), cache="fp8", sizes={"W": 8})
+
+
+def test_a_kernel_of_bytes_takes_no_size_that_it_does_not_take_of_numbers() -> None:
+    of_numbers = next(spec for spec in native_kernels.SPECS if spec.op == "gqa_rows")
+    narrow = replace(of_numbers, sizes={"W": Widths(multiple=24, most=96), "G": Widths(most=8)})
+    assert cache_kernels.for_bytes(narrow).sizes == {"W": Widths(multiple=24, least=16, most=96), "G": Widths(most=8)}
