@@ -53,7 +53,8 @@ class CacheRow:
 
     def coded(self, rows: Tensor) -> Tensor:
         """uint8 [..., nbytes]: the nearest bytes of rows [..., numbers] in any format, rounded from float32. A scale
-        makes the largest number of its head `MOST`; of a head with a number that is not finite it is not a number."""
+        makes the largest number of its head `MOST`; it is 1 where that would be no normal float32 number, so that every
+        scale has a reciprocal, and not a number where one of its head is not finite."""
         # Imported late: describing a model loads no tensors.
         import torch
 
@@ -63,7 +64,7 @@ class CacheRow:
         held = rows.new_zeros(*lead, self.nbytes, dtype=torch.uint8)
         heads = rows[..., : self.heads * self.width].float().reshape(*lead, self.heads, self.width)
         largest = heads.abs().amax(-1) / MOST
-        by = largest.where(largest.isfinite() & (largest > 0), 1)
+        by = largest.where(largest.isfinite() & (largest >= torch.finfo(largest.dtype).tiny), 1)
         nearest = (heads / by[..., None]).clamp_(-MOST, MOST).nan_to_num_().to(torch.float8_e4m3fn)
         scales = by.where(largest.isfinite(), float("nan")).contiguous()
         held[..., : self.heads * self.width] = nearest.flatten(-2).view(torch.uint8)

@@ -75,6 +75,17 @@ def test_a_row_is_written_as_the_nearest_bytes_ties_to_even() -> None:
     assert torch.equal(pools[1][0, 3, :width], heads_row(1, width).coded(values[0, 2])[:width])
 
 
+@pytest.mark.parametrize("size", [1.0, 0.99, 2**-20])
+def test_a_head_has_the_smallest_scale_or_is_zeros(size: float) -> None:
+    row = heads_row(1, 16)
+    values = torch.full((1, 3, 16), size * 448 * torch.finfo(torch.float32).tiny)
+    pools = [torch.zeros(1, PAGE, row.nbytes, dtype=torch.uint8) for _ in range(2)]
+    turn, slots = torch.zeros(1, 8), torch.tensor([3])
+    grouped.qkv_append(values, None, None, 1e-6, turn + 1, turn, slots, torch.empty(1, 1, 16), *pools)
+    for pool in pools:
+        assert torch.equal(pool[0, 3], row.coded(values[0, 2]))
+
+
 @pytest.mark.parametrize("cut", ["even", "stream", "fixed", None])
 @pytest.mark.parametrize("new", [1, 3])
 def test_every_cut_gives_attention_over_what_the_bytes_stand_for(cut: Cut | None, new: int) -> None:

@@ -5,6 +5,7 @@
 #ifndef AGENTSPEED_NATIVE_CACHE_H
 #define AGENTSPEED_NATIVE_CACHE_H
 #include "native_e4m3.h"
+#include <float.h>
 
 #define MOST_E4M3 448.0f
 
@@ -45,15 +46,14 @@ INLINE void decode_head(const coded_row *c, const uint8_t *row, long head, num *
     const uint8_t *from = row + head * c->width;
     float scale;
     memcpy(&scale, row + c->scales_at + 4 * head, sizeof scale);
-    /* A large factor and a large scale are beyond what a float holds. */
-    const float first = FACTOR > 0x1p30f ? FACTOR : 1.0f, then = FACTOR > 0x1p30f ? scale : scale * FACTOR;
+    scale *= FACTOR;
     for (long k = 0; k < c->width; k += DEEP) {
         uint8_t end[DEEP] = {0};
         const uint8_t *at = from + k;
         if (c->width - k < DEEP) at = memcpy(end, at, c->width - k); /* the end of a row may be that of memory */
         wide low, high;
         to_floats(at, &low, &high);
-        write_wide(to + k, low * first * then, high * first * then);
+        write_wide(to + k, low * scale, high * scale);
     }
 }
 
@@ -94,7 +94,8 @@ INLINE wide_ints nearest_e4m3(wide x) {
     return made & (wide_ints)(x == x);
 }
 
-/* A head of a row: the scale makes its largest number 448, and is none where a number is not finite. */
+/* A head of a row: the scale makes its largest number 448, is 1 where that would be no normal number, and none where a
+   number is not finite. */
 INLINE void code_head(const coded_row *c, const num *x, uint8_t *row, long head) {
     typedef uint8_t bytes __attribute__((vector_size(WIDE), aligned(1), may_alias));
     wide_ints most = {0}; /* as integers: the largest of those that are no number */
@@ -108,7 +109,7 @@ INLINE void code_head(const coded_row *c, const num *x, uint8_t *row, long head)
     memcpy(&largest, &top, sizeof largest);
     largest /= MOST_E4M3;
     int finite = top < 0x7f800000;
-    float by = finite && largest > 0 ? largest : 1.0f, scale = finite ? by : NAN;
+    float by = finite && largest >= FLT_MIN ? largest : 1.0f, scale = finite ? by : NAN;
     const wide ceiling = (wide){0} + MOST_E4M3;
     for (long k = 0; k < c->width; k += WIDE) {
         wide v = read_wide(x + k, c->width - k) / by;

@@ -45,6 +45,14 @@ def test_zeros_are_read_as_zeros_and_fresh_memory_is_finite() -> None:
     assert not row.decoded(torch.zeros(3, row.nbytes, dtype=torch.uint8), torch.float32).any()
 
 
+def test_numbers_too_small_for_a_scale_that_has_a_reciprocal_are_zeros() -> None:
+    row, least = heads_row(2, 16), 448 * torch.finfo(torch.float32).tiny
+    values = torch.full((1, row.numbers), least)
+    values[0, 16:] *= 0.99
+    read = row.decoded(row.coded(values), torch.float64)[0]
+    assert bool((read[:16] == least).all()) and not read[16:].any()
+
+
 def test_a_number_that_is_not_finite_spoils_its_head_and_no_other() -> None:
     row = heads_row(2, 16)
     values = torch.ones(1, row.numbers)

@@ -39,8 +39,8 @@ def drawn(kind: torch.dtype, *shape: int) -> torch.Tensor:
 
 
 def hostile(rows: torch.Tensor) -> torch.Tensor:
-    """[8 or more, ..., numbers] with nothing, the largest and the smallest numbers, what is none, and what lies between
-    two bytes of which neither is nearer."""
+    """[9 or more, ..., numbers] with nothing, the largest and the smallest numbers, what is none, what lies between two
+    bytes of which neither is nearer, and what has the smallest scale."""
     rows = rows.clone()
     rows[0] = 0
     for index, size in enumerate((1e30, 1e-30, 1e-41), 1):
@@ -52,6 +52,7 @@ def hostile(rows: torch.Tensor) -> torch.Tensor:
     count = min(rows.shape[-1], row.numel())
     rows[6, ..., :count], rows[7, ..., :count] = row[:count], row[-count:]
     rows[7, ..., 0] = -448
+    rows[8] = 448 * torch.finfo(torch.float32).tiny
     return rows
 
 

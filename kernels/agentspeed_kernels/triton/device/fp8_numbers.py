@@ -56,8 +56,7 @@ def sizes(value):
 
 @triton.jit
 def scale_of(largest):
-    """The scale of numbers of which this is the largest of `sizes`, and which it makes `MOST`: 1 where all are zero or
-    below what has a reciprocal, and not a number where one of them is not finite."""
+    """The scale of numbers of which this is the largest of `sizes`, as `fp8_cache.CacheRow.coded` defines it."""
     by = tl.div_rn(largest, MOST)
     return tl.where(largest < float("inf"), tl.where(by >= 1.1754944e-38, by, 1.0), float("nan"))
 
