@@ -59,6 +59,18 @@ def import_path() -> Iterator[None]:
     sys.path[:] = before
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Of torch: teams of threads on busy cores wait for each other, and what they compute is tested by itself."""
+    # Imported late: most tests need no tensors.
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def runtime_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Engines of tests are listed, and leave what a crash leaves, in folders of the tests, not among the user's own."""

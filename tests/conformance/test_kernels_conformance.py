@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -16,20 +15,13 @@ from agentspeed_kernels.signature import KernelSpec
 from agentspeed_kernels.testing import conformance
 from agentspeed_kernels.testing.tolerance import KIND_OF, TOLERANCE, tolerance
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+"""test_bf16_logits.py checks that their number changes nothing."""
 KERNELS = tuple(standard())
 
 
 def names(spec: KernelSpec) -> str:
     return f"{spec.op}-{spec.name}"
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Teams on busy cores wait for each other; test_bf16_logits.py checks that their number changes nothing."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("spec", KERNELS, ids=names)

@@ -15,7 +15,7 @@ import tests.triton_interpreter  # noqa: F401 - must come before the first kerne
 from agentspeed_engine.models.catalog import load, read_source
 from agentspeed_engine.models.joined import joined
 from agentspeed_engine.models.kv_pools import TORCH_DTYPES, KvPools
-from agentspeed_engine.models.loaded import LoadedModel, step_state, weight_source
+from agentspeed_engine.models.loaded import step_state, weight_source
 from agentspeed_engine.models.rope import Rope
 from agentspeed_engine.models.source import ModelSource
 from agentspeed_engine.models.weight_formats import WeightFormat
@@ -29,6 +29,7 @@ from agentspeed_kernels.selection import Kernels
 from agentspeed_kernels.triton import fp8_kernels
 from agentspeed_kernels.triton.backend import TritonAttention, shape_of
 from agentspeed_kernels.workspace import Workspace
+from tests.support.decoded_logits import apart, decoded_logits
 from tests.support.fp8_checkpoint import make_fp8_checkpoint
 from tests.support.paged import CONFIG, Trail, batch
 
@@ -44,13 +45,6 @@ MODEL: dict[str, Any] = CONFIG | {
 IDS = [7 * i % 300 for i in range(7)]
 PROMPT = 5
 """Above the few rows that read weights by themselves."""
-
-
-def on_the_cpu(model: LoadedModel) -> torch.Tensor:
-    trail = Trail(PAGE, [3, 1])
-    parts = [model.forward(batch(PAGE, [(trail, IDS[:PROMPT])])).clone()]
-    parts += [model.forward(batch(PAGE, [(trail, [token])])).clone() for token in IDS[PROMPT:]]
-    return torch.cat(parts).double()
 
 
 def on_a_gpu(source: ModelSource, kept: WeightFormat | None) -> torch.Tensor:
@@ -73,14 +67,9 @@ def on_a_gpu(source: ModelSource, kept: WeightFormat | None) -> torch.Tensor:
     return torch.cat(parts).double()
 
 
-def apart(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Of the median row: near ties of the router are another expert's for a few."""
-    return float(((got - wanted).norm(dim=-1) / wanted.norm(dim=-1)).median())
-
-
 def test_logits_lose_no_more_than_they_do_with_the_same_weights_in_bfloat16(tmp_path: Path) -> None:
     folder = make_fp8_checkpoint(MODEL, tmp_path, seed=3)
-    exact = on_the_cpu(load(folder, dtype="float64", pages=6, page_tokens=PAGE, weights="fp8"))
+    exact = decoded_logits(load(folder, dtype="float64", pages=6, page_tokens=PAGE, weights="fp8"), IDS, PROMPT, PAGE)
     wide, held = (apart(on_a_gpu(read_source(folder), kept), exact) for kept in (None, "fp8"))
     assert held < 1.3 * wide
     assert held < 0.02

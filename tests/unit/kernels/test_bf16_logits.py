@@ -17,10 +17,12 @@ import torch
 from agentspeed_engine.models.catalog import load
 from agentspeed_engine.models.loaded import LoadedModel
 from agentspeed_kernels.cpu import native
+from tests.support.decoded_logits import apart
 from tests.support.needs import missing
 from tests.support.paged import CONFIG, Trail, batch
 from tests.support.random_checkpoint import make_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PAGE = 64
 # Widths that tiles read where they lie, and (CONFIG itself) widths that need padding.
 WHOLE = CONFIG | {
@@ -58,15 +60,6 @@ def only(switch: str) -> Iterator[None]:
     native.library.cache_clear()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Teams of threads on busy cores wait for each other; what they split is tested by itself below."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module", params=CONFIGS)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Parts, Parts]:
     """A checkpoint, its logits in float64, and torch's in bf16."""
@@ -92,11 +85,6 @@ def logits(folder: Path, dtype: str) -> Parts:
     return {"prompt": whole, "chunks": torch.cat(parts), "forks": torch.cat(forks)}
 
 
-def errors(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The median over positions: where rounding flips an expert choice, logits may differ widely."""
-    return float(((got.double() - wanted).norm(dim=-1) / wanted.norm(dim=-1)).median())
-
-
 @pytest.mark.parametrize("form", [form.name for form in native.forms_here()])
 def test_logits_are_as_near_to_the_definition_as_those_of_torch(form: str, model: tuple[Path, Parts, Parts]) -> None:
     folder, wanted, torch_alone = model
@@ -108,7 +96,7 @@ def test_logits_are_as_near_to_the_definition_as_those_of_torch(form: str, model
             pytest.skip(f"this machine does not run the {form} kernels")
         got = logits(folder, "bfloat16")
     for part, exact in wanted.items():
-        ours, theirs = errors(got[part], exact), errors(torch_alone[part], exact)
+        ours, theirs = apart(got[part], exact), apart(torch_alone[part], exact)
         assert ours <= 1.1 * theirs, f"{part}: {ours:.4f} against torch's {theirs:.4f}"
         assert ours < 0.05
 

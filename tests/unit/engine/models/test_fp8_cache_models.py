@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,12 @@ from agentspeed_engine.serve.options import build, options_from
 from agentspeed_engine.serve.rank_shares import shares_of
 from agentspeed_engine.spmd.placement import Mesh
 from tests.conformance.family_configs import random_config
-from tests.support.paged import CONFIG, Trail, batch
+from tests.support.decoded_logits import apart, decoded_logits
+from tests.support.paged import CONFIG
 from tests.support.random_checkpoint import make_checkpoint
 from tests.support.thread_sums import logits_of, on_two_ranks
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PAGE = 16
 IDS = np.random.default_rng(5).integers(0, 300, 90).tolist()
 GROUPED: dict[str, Any] = {
@@ -34,29 +35,13 @@ GROUPED: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module", params=[CONFIG, GROUPED], ids=["latent", "grouped"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(request.param, tmp_path_factory.mktemp("model"), seed=8, dtype="bfloat16")
 
 
 def logits(model: LoadedModel) -> torch.Tensor:
-    """Of a prompt, and of tokens decoded behind it one by one."""
-    trail = Trail(PAGE, [3, 1, 4, 0, 5, 2])
-    parts = [model.forward(batch(PAGE, [(trail, IDS[:70])])).clone()]
-    parts += [model.forward(batch(PAGE, [(trail, [token])])).clone() for token in IDS[70:]]
-    return torch.cat(parts).double()
-
-
-def apart(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float(((got - wanted).norm(dim=-1) / wanted.norm(dim=-1)).median())
+    return decoded_logits(model, IDS, 70, PAGE)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,11 @@ from agentspeed_engine.models.catalog import load
 from agentspeed_engine.models.loaded import LoadedModel
 from agentspeed_engine.serve.options import build, options_from
 from agentspeed_kernels.fp8_blocks import BLOCK, Fp8Rows, in_blocks, joined
+from tests.support.decoded_logits import apart, decoded_logits
 from tests.support.fp8_checkpoint import make_fp8_checkpoint
-from tests.support.paged import CONFIG, Trail, batch
+from tests.support.paged import CONFIG
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PAGE = 64
 IDS = np.random.default_rng(5).integers(0, 300, 40).tolist()
 LATENT = CONFIG | {
@@ -38,24 +39,8 @@ GROUPED: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def logits(model: LoadedModel) -> torch.Tensor:
-    """Of a prompt, and of tokens decoded behind it one by one."""
-    trail = Trail(PAGE, [3, 1, 4, 0])
-    parts = [model.forward(batch(PAGE, [(trail, IDS[:32])])).clone()]
-    parts += [model.forward(batch(PAGE, [(trail, [token])])).clone() for token in IDS[32:]]
-    return torch.cat(parts).double()
-
-
-def apart(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float(((got - wanted).norm(dim=-1) / wanted.norm(dim=-1)).median())
+    return decoded_logits(model, IDS, 32, PAGE)
 
 
 @pytest.mark.parametrize("config", [LATENT, SPARSE, GROUPED], ids=["latent", "sparse", "grouped"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,12 @@ from agentspeed_engine.serve.rank_shares import shares_of
 from agentspeed_kernels.cpu import native
 from agentspeed_kernels.fp8_blocks import Fp8Blocks
 from agentspeed_kernels.quantised import Quantised, quantise
-from tests.support.paged import CONFIG, Trail, batch
+from tests.support.decoded_logits import apart, decoded_logits
+from tests.support.paged import CONFIG
 from tests.support.random_checkpoint import make_checkpoint
 from tests.support.thread_sums import logits_of, on_two_ranks
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PAGE = 64
 IDS = np.random.default_rng(5).integers(0, 300, 200).tolist()
 LATENT = CONFIG | {"hidden_size": 128, "moe_intermediate_size": 64, "intermediate_size": 192, "num_hidden_layers": 2}
@@ -41,29 +42,14 @@ WORST: dict[WeightFormat, float] = {"int8": 0.02, "int8-32": 0.017, "fp8": 0.06}
 bfloat16 alone 0.005 to 0.006."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module", params=[LATENT, GROUPED], ids=["latent", "grouped, tied"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(request.param, tmp_path_factory.mktemp("model"), seed=8, dtype="bfloat16")
 
 
 def logits(model: LoadedModel) -> torch.Tensor:
-    """Of a prompt, and of tokens decoded behind it one by one, for long enough that steps are repeated."""
-    trail = Trail(PAGE, [3, 1, 4, 0])
-    parts = [model.forward(batch(PAGE, [(trail, IDS[:170])])).clone()]
-    parts += [model.forward(batch(PAGE, [(trail, [token])])).clone() for token in IDS[170 : 176 + AFTER]]
-    return torch.cat(parts).double()
-
-
-def apart(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float(((got - wanted).norm(dim=-1) / wanted.norm(dim=-1)).median())
+    """For long enough that steps are repeated."""
+    return decoded_logits(model, IDS[: 176 + AFTER], 170, PAGE)
 
 
 @pytest.mark.parametrize("weights", list(WORST))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +29,11 @@ from tests.support.random_checkpoint import make_checkpoint
 from tests.support.thread_sums import logits_of, on_two_ranks
 from tests.unit.engine.models.test_int8_weights import GROUPED, LATENT, held
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PAGE = 64
 IDS = np.random.default_rng(5).integers(0, 250, 120).tolist()
 FORMS = [form for form in (native.AVX512, native.AVX2, native.NEON) if form.feature in detect().features]
 needs_native = pytest.mark.skipif(not FORMS, reason="the native kernels are absent")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=[LATENT, GROUPED], ids=["latent", "grouped, tied"])

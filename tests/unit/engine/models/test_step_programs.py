@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from tests.support.needs import missing
 from tests.support.paged import CONFIG, Trail, batch
 from tests.support.random_checkpoint import make_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PAGE = 16
 GROUPED = {
     "model_type": "qwen3", "vocab_size": 300, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3,
@@ -27,14 +27,6 @@ GROUPED = {
     "bos_token_id": 256, "eos_token_id": 257,
 }  # fmt: skip
 IDS = np.random.default_rng(12).integers(0, 300, 900).tolist()
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", autouse=True)
