@@ -1,7 +1,8 @@
 /* Two columns of a weight of 8 bits with many bf16 rows, on vectors: the tiles of bf16 that the first panel of rows makes are
-   there for all others. Included by amx_bytes.h, whose weights these are. */
+   there for all others. */
 #ifndef AGENTSPEED_VECTOR_BYTES_H
 #define AGENTSPEED_VECTOR_BYTES_H
+#include "amx_byte_columns.h"
 #include "vector_products.h"
 
 /* TOGETHER inputs of two columns: with a panel of rows they stay in the first cache. */
