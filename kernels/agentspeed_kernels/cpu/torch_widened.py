@@ -10,7 +10,6 @@ from torch import Tensor
 
 from agentspeed_kernels.cpu import torch_attention, torch_kernels
 from agentspeed_kernels.signature import KernelSpec
-from agentspeed_kernels.tiles import TilePlan
 from agentspeed_kernels.workspace import Workspace
 
 WEIGHTS = frozenset({"bfloat16"})
@@ -48,19 +47,11 @@ def experts(
 def extending(attend: Callable[..., None]) -> Callable[..., None]:
     """`mla_extend` with both up-projections in bfloat16, by one that takes them in float32."""
 
-    def mla_extend(
-        q: Tensor,
-        pool: Tensor,
-        key_up: Tensor,
-        value_up: Tensor,
-        tiles: TilePlan,
-        scale: float,
-        workspace: Workspace,
-        out: Tensor,
-    ) -> None:
-        keys = workspace.take("extend_key_up", tuple(key_up.shape), q.dtype).copy_(key_up)
-        values = workspace.take("extend_value_up", tuple(value_up.shape), q.dtype).copy_(value_up)
-        attend(q, pool, keys, values, tiles, scale, workspace, out)
+    def mla_extend(q: Tensor, pool: Tensor, *given: Any) -> None:
+        *ups, tiles, scale, workspace, out = given
+        names = ("extend_key_up", "extend_value_up")
+        wide = (workspace.take(name, tuple(up.shape), q.dtype).copy_(up) for name, up in zip(names, ups, strict=True))
+        attend(q, pool, *wide, tiles, scale, workspace, out)
 
     return mla_extend
 
