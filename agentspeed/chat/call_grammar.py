@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final, final
 
 from agentspeed.chat.calls import CallFormat
-from agentspeed.chat.key_values import is_text
+from agentspeed.chat.key_values import closing, is_bare, kinds_by_key
 from agentspeed.errors import SchemaUnsupported
-from agentspeed.tools.schema import Bounds, Compiled, Entry, Schema, Wording, compile_entries, compile_schema
+from agentspeed.tools.schema import Bounds, Compiled, Entry, EntryKinds, Wording, compile_entries, compile_schema
 from agentspeed.tools.tool import Tool
 
 _NUMBER: Final = r"/:[0-9]{1,4}/"
@@ -79,11 +79,8 @@ class CallRules:
                 f"The parameters of {tool.name} cannot be written one by one, as this model writes them: {error}",
                 remedy="Give the tool one parameter for each value.",
             ) from error
-        given = tool.schema.get("properties")
-        options = [
-            self._keys(f"{number}_{way}", entries, given if isinstance(given, dict) else {}, tool.name)
-            for way, entries in enumerate(ways)
-        ]
+        kinds = kinds_by_key(tool.schema)
+        options = [self._keys(f"{number}_{way}", entries, kinds) for way, entries in enumerate(ways)]
         return options[0] if len(options) == 1 else f"({' | '.join(options)})"
 
     def _json(self, compiled: Compiled) -> str:
@@ -91,11 +88,11 @@ class CallRules:
             _ = self._add(name, body)
         return compiled.start
 
-    def _keys(self, name: str, entries: Sequence[Entry], given: Schema, called: str) -> str:
-        """One argument after another; `given` are the properties as who reads the call knows them."""
+    def _keys(self, name: str, entries: Sequence[Entry], kinds: Callable[[str], EntryKinds]) -> str:
+        """One argument after another; `kinds` tells of each what it may be, as who reads the call knows it."""
         rules: list[str] = []
         for at, entry in enumerate(entries):
-            value = self._value(f"{name}_{at}", entry, given.get(entry.name), called)
+            value = self._value(f"{name}_{at}", entry, kinds(entry.name))
             rule = self._add(f"key_{name}_{at}", f"{self._key(entry.name)}{value}")
             rules.append(rule if entry.required else f"{rule}?")
         return " ".join(rules) or '""'
@@ -104,17 +101,12 @@ class CallRules:
         keys = self._form.keys
         return self._marks.rule(keys.key_open + key) if keys is not None else ""
 
-    def _value(self, name: str, entry: Entry, given: object, called: str) -> str:
+    def _value(self, name: str, entry: Entry, kinds: EntryKinds) -> str:
         """The rest of an argument after its key."""
         keys = self._form.keys
         if keys is None:
             return ""
-        if isinstance(given, dict) and is_text(given, keys.value_close.rstrip()):
-            if entry.texts is None:
-                raise SchemaUnsupported(
-                    f"{entry.name} of {called} is said to be a text in one place and more in another.",
-                    remedy="Say all of it where the property is.",
-                )
+        if entry.texts is not None and is_bare(kinds, closing(keys)):
             return f" {self._marks.rule(keys.text_open)} {self._text(name, entry.texts)}"
         end = self._marks.after(keys.value_close)
         return f" {self._marks.rule(keys.json_open)} {self._json(entry.value)}{end}"

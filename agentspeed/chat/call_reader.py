@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Final, final
 
 from agentspeed.chat.calls import CallFormat
-from agentspeed.chat.key_values import is_text
+from agentspeed.chat.key_values import NO_TEXT, TEXT, closing, end_of, kinds_by_key, read_value
 from agentspeed.chat.pieces import CallBroken, CallDelta, CallOpened, CallReady, Piece, mark_started
 from agentspeed.tools.schema import Schema
 
@@ -38,6 +38,7 @@ class CallReader:
         self._sent = 0
         self._place = 0
         """Where the next key stands, of a call whose arguments are written one by one."""
+        self._kinds = kinds_by_key(None)
         self._told = ""
         """The arguments so far, of such a call."""
         self._arguments_at = 0
@@ -188,6 +189,7 @@ class CallReader:
             if head.end() == len(self._raw):
                 return None  # the name may go on
             self._opened(head[1], pieces)
+            self._kinds = kinds_by_key(self._tools.get(self._name or ""))
             self._place = head.end()
         while (found := self._key()) is not None:
             key, value, self._place = found
@@ -221,31 +223,14 @@ class CallReader:
         found = _key_head(self._form).match(self._raw, self._place) if keys is not None else None
         if keys is None or found is None:
             return None
-        close = keys.value_close.rstrip()
-        end = self._raw.find(close, found.end())
-        if end < 0:
-            return None
-        text = self._raw[found.end() : end]
-        told = keys.text_open != keys.json_open
-        as_text = found[2].strip() == keys.text_open.strip() if told else self._is_text(found[1], text)
-        if not as_text and text.lstrip()[:1] in ('"', "[", "{"):
-            end = _after_strings(self._raw, found.end(), close)
-            if end < 0:
-                return None
-            text = self._raw[found.end() : end]
-        value = json.dumps(text, ensure_ascii=False) if as_text else self._word(text) or _json_of(text)
-        return found[1], value, end + len(close)
-
-    def _word(self, text: str) -> str | None:
-        """True, false or null as JSON, where the family spells it otherwise."""
-        words = self._form.keys.words if self._form.keys is not None else ()
-        return next((word for word, spelling in words if spelling == text.strip()), None)
-
-    def _is_text(self, key: str, text: str) -> bool:
-        properties = self._tools.get(self._name or "", {}).get("properties", {})
-        schema = properties.get(key) if isinstance(properties, dict) else None
-        close = self._form.keys.value_close.rstrip() if self._form.keys is not None else ""
-        return is_text(schema, close) if isinstance(schema, dict) else not (_is_json(text) or self._word(text))
+        close, start = closing(keys), found.end()
+        marked = keys.text_open != keys.json_open
+        if marked and found[2].strip() == keys.text_open.strip():
+            kinds = TEXT
+        else:
+            kinds = NO_TEXT if marked else self._kinds(found[1])
+        end = end_of(self._raw, start, kinds, close)
+        return None if end < 0 else (found[1], read_value(self._raw[start:end], kinds, keys), end + len(close))
 
     def _opened(self, name: str, pieces: list[Piece]) -> None:
         self._name, self._id = self._form.called(name)
@@ -304,32 +289,11 @@ def written_as_read(value: object) -> str:
             return json.dumps(value, ensure_ascii=False)
 
 
-def _after_strings(text: str, start: int, close: str) -> int:
-    """Where `close` stands outside of JSON strings; -1 where it does not, or a string is still open."""
-    for found in re.finditer(rf'"(?:[^"\\]|\\.)*(?:"|\\?\Z)|{re.escape(close)}', text[start:], re.DOTALL):
-        if found[0] == close:
-            return start + found.start()
-    return -1
-
-
 def _value(text: str) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
-
-
-def _is_json(text: str) -> bool:
-    try:
-        _ = json.loads(text, parse_int=str, parse_float=str)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _json_of(text: str) -> str:
-    """A value that should be JSON; a model that writes text there means text."""
-    return text.strip() if _is_json(text) else json.dumps(text, ensure_ascii=False)
 
 
 @lru_cache(maxsize=64)

@@ -1,37 +1,126 @@
-"""Which arguments a family that writes them one by one writes as bare text, and which as JSON.
+"""How a family that writes arguments one by one carries each value: as bare text or as JSON.
 
-Bare text has no quotes, so a reader could take `5` for a number. The grammar lets a model write bare text where the
-schema allows nothing but text, and the parser reads it so by the same rule; everything else is JSON, quotes included.
+Bare text has no quotes, so `5` may be a text or a number: the kinds of values that the schema allows decide. Where it
+allows texts and says nothing more of them than their length or which they may be, every value is bare. Elsewhere a
+value is JSON, and what is no JSON of an allowed kind is a text as it stands: the grammar writes quotes around texts
+there, a template writes none, and both are read back as what they were.
 """
 
 from __future__ import annotations
 
+import json
+import math
+import re
+from collections.abc import Callable
 from typing import Final
 
-from agentspeed.tools.schema import Json, Schema
+from agentspeed.chat.calls import Keys
+from agentspeed.tools.schema import EntryKinds, Schema, entry_kinds
 
-_OF_BARE_TEXT: Final = frozenset({"type", "minLength", "maxLength"})
-_FOR_PEOPLE: Final = frozenset(
-    {"title", "description", "default", "example", "examples", "deprecated", "readOnly", "writeOnly", "discriminator",
-     "$comment", "$schema", "$id", "$defs", "definitions", "contentEncoding", "contentMediaType", "contentSchema"}
-)  # fmt: skip
-"""Keywords that say nothing of a value, and definitions, which are read where they are referred to."""
-
-
-def is_text(schema: Schema, close: str) -> bool:
-    """Whether a value of `schema` is bare text. `close` ends a value, so no option may hold it."""
-    rest = {key: value for key, value in schema.items() if key not in _FOR_PEOPLE and not key.startswith("x-")}
-    options = texts(rest)
-    if options is not None:
-        return not close or not any(close in option for option in options)
-    return rest.get("type") == "string" and rest.keys() <= _OF_BARE_TEXT
+ANYTHING: Final = EntryKinds(
+    frozenset({"null", "boolean", "integer", "number", "string", "array", "object"}), texts=None
+)
+"""What an argument is of which no schema says anything."""
+TEXT: Final = EntryKinds(frozenset({"string"}), texts=())
+NO_TEXT: Final = EntryKinds(ANYTHING.kinds - {"string"}, texts=None)
+_SPACE: Final = " \t\r\n"
+_STARTS: Final = {"string": '"', "array": "[", "object": "{"}
 
 
-def texts(schema: Schema) -> list[str] | None:
-    """The texts of which a value is one, if the schema says so and nothing else."""
-    if not schema.keys() <= {"type", "enum", "const"} or schema.get("type", "string") != "string":
+def kinds_by_key(schema: Schema | None) -> Callable[[str], EntryKinds]:
+    """What the values of an argument may be, by its key, of the parameters of a tool; anything where nothing is said
+    of it."""
+    known = {} if schema is None else entry_kinds(schema)
+    return lambda key: known.get(key, ANYTHING)
+
+
+def is_bare(kinds: EntryKinds, close: str) -> bool:
+    """Whether every value is bare text. `close` ends a value, so no text that the schema names may hold it."""
+    if kinds.texts is None:
+        return False
+    return not close or not any(close in text for wording in kinds.texts for text in wording.only or ())
+
+
+def end_of(raw: str, start: int, kinds: EntryKinds, close: str) -> int:
+    """Where `close` ends the value that begins at `start`; -1 while it does not. In JSON, strings may hold it."""
+    first = re.compile(rf"[{_SPACE}]*(.?)", re.DOTALL).match(raw, start)
+    if first is None or is_bare(kinds, close) or not first[1] or first[1] not in _starts(kinds):
+        return raw.find(close, start)
+    return _after_strings(raw, start, close)
+
+
+def read_value(text: str, kinds: EntryKinds, keys: Keys) -> str:
+    """A value as JSON. What should be JSON and is none is a text: so a model that writes it there means it."""
+    if is_bare(kinds, closing(keys)):
+        return _quoted(text)
+    bare = text.strip(_SPACE)
+    told = next((word for word, spelling in keys.words if spelling == bare), bare)
+    kind = _kind(told)
+    if kind is None or ("string" in kinds.kinds and not _allows(kinds, kind, told)):
+        return _quoted(text)
+    return told
+
+
+def closing(keys: Keys) -> str:
+    """What ends a value for who reads it: the space after it may be any."""
+    return keys.value_close.rstrip()
+
+
+def _allows(kinds: EntryKinds, kind: str, told: str) -> bool:
+    """Whether a value of this kind may be meant where a text may be, too."""
+    if kind == "integer":
+        return not kinds.kinds.isdisjoint({"integer", "number"})
+    return kind in kinds.kinds or (kind == "number" and "integer" in kinds.kinds and float(told).is_integer())
+
+
+def _kind(text: str) -> str | None:
+    """The kind of a JSON text; None for one that is not JSON, or holds a number that is too large for one."""
+    try:
+        value = json.loads(text, parse_int=_Whole, parse_float=_finite, parse_constant=_finite)
+    except (ValueError, RecursionError):
         return None
-    options: Json = [schema["const"]] if "const" in schema else schema.get("enum")
-    if not isinstance(options, list) or not options or not all(isinstance(option, str) for option in options):
-        return None
-    return [option for option in options if isinstance(option, str)]
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "boolean"
+        case _Whole():
+            return "integer"
+        case float():
+            return "number"
+        case str():
+            return "string"
+        case _:
+            return "array" if isinstance(value, list) else "object"
+
+
+class _Whole(str):
+    """A whole number as it was written: Python reads none of more than some thousand digits."""
+
+    __slots__ = ()
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no number of JSON")
+    return value
+
+
+def _starts(kinds: EntryKinds) -> str:
+    """What JSON in which a string may stand begins with here."""
+    if "string" not in kinds.kinds:
+        return "".join(_STARTS.values())
+    return "".join(start for kind, start in _STARTS.items() if kind in kinds.kinds)
+
+
+def _after_strings(text: str, start: int, close: str) -> int:
+    """Where `close` stands outside of JSON strings; -1 where it does not, or a string is still open."""
+    for found in re.finditer(rf'"(?:[^"\\]|\\.)*(?:"|\\?\Z)|{re.escape(close)}', text[start:], re.DOTALL):
+        if found[0] == close:
+            return start + found.start()
+    return -1
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)

@@ -1,7 +1,15 @@
 """From a JSON schema to a grammar whose every text is an instance of it: read, taken apart, planned, written."""
 
 from agentspeed.tools.schema.bounds import DEFAULT_BOUNDS, Bounds
-from agentspeed.tools.schema.compiling import Compiled, Entry, Wording, compile_entries, compile_schema
+from agentspeed.tools.schema.compiling import (
+    Compiled,
+    Entry,
+    EntryKinds,
+    Wording,
+    compile_entries,
+    compile_schema,
+    entry_kinds,
+)
 from agentspeed.tools.schema.values import Json, Schema
 
 __all__ = [
@@ -9,9 +17,11 @@ __all__ = [
     "Bounds",
     "Compiled",
     "Entry",
+    "EntryKinds",
     "Json",
     "Schema",
     "Wording",
     "compile_entries",
     "compile_schema",
+    "entry_kinds",
 ]

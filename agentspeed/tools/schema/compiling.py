@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Final, TypeAlias
 
 from agentspeed.errors import SchemaUnsupported
-from agentspeed.tools.schema.atoms import Term, Text, Values
+from agentspeed.tools.schema.atoms import Atom, Number, Term, Text, Values
 from agentspeed.tools.schema.bounds import DEFAULT_BOUNDS, Bounds
 from agentspeed.tools.schema.plans import Leaf, ObjectPlan, Plan, Planner, parts_of
 from agentspeed.tools.schema.references import Document
@@ -57,6 +57,16 @@ class Entry:
     """What texts there are, where every value is a text and nothing is said but its length or which it may be."""
 
 
+@dataclass(frozen=True, slots=True)
+class EntryKinds:
+    """What the values of one entry may be, in every way that its object may be."""
+
+    kinds: frozenset[str]
+    """Of "null", "boolean", "integer", "number", "string", "array" and "object"."""
+    texts: tuple[Wording, ...] | None
+    """What texts there are, where every value is a text and nothing is said but its length or which it may be."""
+
+
 Words: TypeAlias = tuple[tuple[str, str], ...]
 """(Word of JSON, how it is spelt instead)."""
 
@@ -95,6 +105,16 @@ def compile_entries(
     of the schema: other values than objects, a count of entries, entries that need one another."""
     with _shallow():
         return _entries(_source(schema, bounds), bounds, prefix, sets, spaced, words)
+
+
+def entry_kinds(schema: Mapping[str, Json]) -> Mapping[str, EntryKinds]:
+    """What the values of each entry that the schema of an object names may be. Empty for a schema that cannot be
+    read: nothing is known then."""
+    try:
+        with _shallow():
+            return _entry_kinds(_source(schema, DEFAULT_BOUNDS))
+    except SchemaUnsupported:
+        return {}
 
 
 @contextmanager
@@ -151,6 +171,16 @@ def _entries(
     return ways
 
 
+@lru_cache(maxsize=256)
+def _entry_kinds(source: str) -> Mapping[str, EntryKinds]:
+    terms = Terms(Document(json.loads(source)))
+    planner = Planner(terms, DEFAULT_BOUNDS, sets=True)
+    try:
+        return _Compiler(terms, planner, DEFAULT_BOUNDS, Rules("json")).entry_kinds()
+    except SchemaUnsupported:  # kept, as it would be read again for every call
+        return {}
+
+
 class _Compiler:
     def __init__(self, terms: Terms, planner: Planner, bounds: Bounds, rules: Rules) -> None:
         self._terms = terms
@@ -185,6 +215,20 @@ class _Compiler:
             elif field.required:
                 return None
         return tuple(found)
+
+    def entry_kinds(self) -> dict[str, EntryKinds]:
+        """By name, over all ways in which the root is an object."""
+        found: dict[str, EntryKinds] = {}
+        for plan in self._plans_of(self._terms.root()):
+            for field in plan.fields if isinstance(plan, ObjectPlan) else ():
+                kinds = frozenset(_kind(atom) for atoms in self._planner.shape(field.term).values() for atom in atoms)
+                wording = self._wording(field.term)
+                texts: tuple[Wording, ...] | None = None if wording is None else (wording,)
+                if (other := found.get(field.name)) is not None:
+                    kinds |= other.kinds
+                    texts = None if texts is None or other.texts is None else other.texts + texts
+                found[field.name] = EntryKinds(kinds, texts)
+        return found
 
     def _spelt(self, term: Term, value: Compiled, words: Words) -> Compiled:
         """The same value with other words for what is no text, number, array or object."""
@@ -287,6 +331,10 @@ class _Compiler:
                         on_stack.discard(group[-1])
                     groups.append(group)
         return groups
+
+
+def _kind(atom: Atom) -> str:
+    return "integer" if isinstance(atom, Number) and atom.whole else atom.kind
 
 
 def _not_by_entries(what: str) -> SchemaUnsupported:
