@@ -11,6 +11,7 @@ from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.exec.executor import Refusal
 from agentspeed_engine.exec.grammar import GrammarRefused, Matchers
 from agentspeed_engine.exec.penalties import Adjustment, Penalties, penalises
+from agentspeed_engine.exec.sampler import NotFinite
 from agentspeed_engine.exec.step_input import Sample
 from agentspeed_engine.exec.stops import StopWatch
 from agentspeed_engine.exec.vocabulary import Vocabulary
@@ -23,7 +24,7 @@ REFUSALS: tuple[type[Exception], ...] = (GrammarRefused, EngineFault)
 
 def refusal(reason: Exception) -> Refusal:
     """One of `REFUSALS` as the outcome of a sample."""
-    return Refusal(str(reason), spoilt=isinstance(reason, EngineFault) and reason.code == "bad_weights")
+    return Refusal(str(reason), spoilt=isinstance(reason, NotFinite))
 
 
 @final

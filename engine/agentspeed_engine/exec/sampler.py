@@ -35,6 +35,11 @@ class Draw:
     """Of the distribution that it was drawn from; 0 of a greedy draw."""
 
 
+@final
+class NotFinite(EngineFault):
+    """The logits are no finite numbers: rows that the turn read may be at fault, which no other refusal says."""
+
+
 def draw(
     logits: NDArray[Any],
     sampling: Sampling,
@@ -47,7 +52,7 @@ def draw(
 
     `allowed` [vocab] masks by grammar; the caller makes sure that it allows at least one id. `adjustment`: what
     penalties and a bias make of the logits. Raises `EngineFault` for logits nothing can be drawn from: what a model
-    with broken weights computes."""
+    with broken weights computes; `NotFinite` where they are no finite numbers."""
     if not np.isfinite(logits.max()):  # the largest is NaN when any is
         raise not_finite()
     adjusted = logits if adjustment is None else adjustment.of(logits)
@@ -79,9 +84,9 @@ def draw(
     return Draw(chosen, float(logprobs[chosen]), top, draw_logprob)
 
 
-def not_finite() -> EngineFault:
-    """Of logits that are no finite numbers."""
-    return EngineFault(
+def not_finite() -> NotFinite:
+    """Of logits of which the largest is no finite number: NaN when any is NaN."""
+    return NotFinite(
         "bad_weights",
         "The model computed logits that are no finite numbers.",
         "Its weights are damaged, or too large for the dtype: check them, or use float32.",

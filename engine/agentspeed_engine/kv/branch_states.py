@@ -319,7 +319,11 @@ def _leave(kv: KvCache, branch: Branch, turn: Turn, room: Room, then: Then, now:
 
 
 def _come_to_rest(kv: KvCache, branch: Branch, turn: Turn, room: Room, then: Then, now: float) -> AtRest:
-    kv.freeze(branch, room, now)
+    if turn.spoilt:
+        kv.disown(branch, room, now, "a turn on them computed no finite numbers")
+        turn.spoilt = False  # one that waits again computes them anew
+    else:
+        kv.freeze(branch, room, now)
     children = _born(kv, branch, then.children)
     match then.next:
         case Next.REQUEUE:

@@ -25,8 +25,9 @@ class KvCache:
     - A branch at rest is moved with `settle_on`, `position` (to at most so many tokens), `extend` (onto rows that
       others computed) and `release` (it ends). These allocate and copy nothing.
     - Room is entered with `pin` and `enter`, grown with `grow`, and given back whole with `freeze`, whose full pages
-      become a segment that others can share. `enter` and `grow` need as many free pages as they take; the caller has
-      made them free (`sched.reclaim`). `freeze` may be called only when no row of the branch is in flight.
+      become a segment that others can share, or with `disown`, which keeps nothing. `enter` and `grow` need as many
+      free pages as they take; the caller has made them free (`sched.reclaim`). `freeze` and `disown` may be called
+      only when no row of the branch is in flight.
     - `drop`, `shrink`, `evict` and `forget` take rows from nodes that nobody pins. Branches at rest that held them are
       moved to the parent and told why (`Branch.lost_why`).
     """
@@ -115,30 +116,34 @@ class KvCache:
             if not self.private[branch.session]:
                 del self.private[branch.session]
             for end in ends:
-                self._drop_unreferenced(end)
+                _ = self._drop_unreferenced(end)
             self.drop_private(branch.root)
         for node in upward(branch.leaf):
             node.used = now
         self.tree.forget_root(branch.leaf)
 
-    def disown(self, branch: Branch, why: str) -> None:
-        """A branch at rest gives up all rows of its path, and those that nothing else leads to go: nobody shall find
-        them. What others refer to, run on or copy stays. `why` is told."""
-        ends, root = (branch.seed, branch.leaf), branch.leaf
-        while root.parent is not None:
-            root = root.parent
-        self.settle_on(branch, root, None, 0)
-        self._rows_lost([branch], why)
-        for end in ends:
-            if end is not None:
-                self._drop_unreferenced(end)
+    def copy_ended(self, node: Node) -> None:
+        """No copy of the node is in flight any more: if it was disowned meanwhile it goes, as far as nobody has come
+        to refer to it since."""
+        if node.disowned:
+            node.disowned = False
+            self._disown_from(node)
 
-    def _drop_unreferenced(self, tip: Node) -> None:
+    def _disown_from(self, tip: Node) -> None:
+        waits = self._drop_unreferenced(tip)
+        if waits is not None:
+            waits.disowned = True
+
+    def _drop_unreferenced(self, tip: Node) -> Node | None:
+        """Drops a node that nobody refers to or pins, and those above it that only it referred to. Returns the first
+        that must stay because it is being copied: it is dropped when room is needed, a private one and one that is
+        disowned when that ends."""
         node = tip
         while node.parent is not None and not node.referenced and not node.pinned_by and node.id in self.tree.nodes:
             if not isinstance(node.state, Device | Both | Host):
-                return  # a copy is in flight: it is dropped when room is needed, a private one when that ends
+                return node
             node = self.drop(node)
+        return None
 
     def drop_private(self, key: RootKey) -> None:
         """With the last branch of a private root all its rows end, also those a branch went back from; what is being
@@ -268,15 +273,10 @@ class KvCache:
 
     def freeze(self, branch: Branch, room: Room, now: float) -> None:
         """Room goes back: full pages of the tail become a segment, the rest a stub that is the branch's seed."""
-        del self.rooms[branch.id]
-        branch.epoch += 1
-        branch.rested_at = now
-        self.tree.count(room.tenant, -len(room.tail))
+        self._leave_room(branch, room, now)
         if room.copy is not None:  # the first step never came: the seed still holds the rows
-            self.unpin(branch)
             self.pages.give(room.tail)
             return
-        self.unpin(branch)
         if room.done >= branch.computed:
             branch.computed, branch.lost_why = room.done, ""
         full = (room.done - room.tail_start) // self.page_tokens
@@ -305,6 +305,34 @@ class KvCache:
                 break
             node.used = now
         self.tree.merge_above(leaf)
+
+    def _leave_room(self, branch: Branch, room: Room, now: float) -> None:
+        del self.rooms[branch.id]
+        branch.epoch += 1
+        branch.rested_at = now
+        self.tree.count(room.tenant, -len(room.tail))
+        self.unpin(branch)
+
+    def disown(self, branch: Branch, room: Room, now: float, why: str) -> None:
+        """As `freeze`, where nobody shall find the rows: the whole tail is free again, and the branch gives up all
+        rows of its path. Those that nothing else leads to go, what is being copied when its copy ends. What others
+        refer to or run on stays. `why` is told."""
+        self._leave_room(branch, room, now)
+        self.pages.give(room.tail)
+        branch.computed = max(branch.computed, room.done)
+        root = branch.leaf
+        while root.parent is not None:
+            root = root.parent
+        self.settle_on(branch, root, None, 0)
+        self._rows_lost([branch], why)
+        ids = branch.log.packed(0, branch.known)
+        found: Node | None = None
+        while found is None or (found is not root and found.id not in self.tree.nodes):  # it went: what is found now?
+            match = self.tree.match(root, ids)
+            found = match.node
+            if match.seed is not None:  # it may have copied these rows, and refers to them no more
+                self._disown_from(match.seed)
+            self._disown_from(found)
 
     def _published(self, branch: Branch, room: Room, ids: bytes) -> tuple[Node, int]:
         """How far others have published the same full pages. Rows they have on the host alone come back to the

@@ -93,6 +93,8 @@ def _nodes_are_sound(kv: KvCache, states: Mapping[BranchId, BranchState]) -> Non
             raise BrokenInvariant(f"(2) {node!r} has device pages below {parent!r}, which has none")
         if isinstance(node.state, Saving | Loading) and node not in kv.tree.in_copy.get(node.state.ticket, ()):
             raise BrokenInvariant(f"{node!r} waits for a ticket that does not know it")
+        if node.disowned and not isinstance(node.state, Saving | Loading):
+            raise BrokenInvariant(f"(10) {node!r} is not to be kept and is not being copied")
         if node.tokens % page_tokens and (node.children or node.stubs or node.tokens > page_tokens):
             raise BrokenInvariant(f"(7) {node!r} is a stub with children")
         below = (*node.children.values(), *node.stubs.values())

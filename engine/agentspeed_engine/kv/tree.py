@@ -30,6 +30,7 @@ class Node:
 
     __slots__ = (
         "children",
+        "disowned",
         "failures",
         "id",
         "ids",
@@ -71,6 +72,8 @@ class Node:
         self.owns_pages = state is not None and not isinstance(state, Host)
         self.failures = 0
         """Host copies of it that failed: a second failed load loses it, a failed save is not tried again."""
+        self.disowned = False
+        """It is being copied, and its rows are not to be kept: it goes when the copy ends, unless it is referred to."""
 
     @property
     def tokens(self) -> int:
@@ -264,7 +267,7 @@ class Tree:
         node.state, node.ids, node.start, node.parent, node.run = below, node.ids[cut:], upper.end, upper, None
         upper.children[node.ids[: self._page_bytes]] = node
         upper.pages_below = 1 if node.owns_pages else 0
-        upper.failures = node.failures
+        upper.failures, upper.disowned = node.failures, node.disowned
         self.nodes[upper.id] = upper
         if node.id in self.moved:
             self.moved[upper.id] = upper

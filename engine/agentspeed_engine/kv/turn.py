@@ -27,7 +27,8 @@ class Turn:
     """Set when the turn is to leave `hold` or `close`."""
     message: str = ""
     spoilt: bool = False
-    """Its model computed logits that are no finite numbers: any of the rows that it read may be at fault."""
+    """Its model computed logits that are no finite numbers: any of the rows that it read may be at fault, and its
+    branch gives them up when it comes to rest."""
     waits: bool = False
     """The executor is making ready what its sampling needs: it is in no queue yet."""
     prepared: bool = False

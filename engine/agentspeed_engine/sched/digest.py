@@ -152,6 +152,7 @@ def _node(node: Node) -> Any:
         node.pages_below,
         [child.id for child in node.children.values()],
         list(node.stubs),
+        *(["disowned"] if node.disowned else []),  # else nothing, as of a turn that is not spoilt
     )
 
 

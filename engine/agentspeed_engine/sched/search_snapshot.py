@@ -193,6 +193,7 @@ def _branch_key(world: SchedulerState, number: BranchId, index: dict[BranchId, i
             asked.spec.grammar is not None or bool(asked.spec.stop_strings),
             asked.waits,
             asked.prepared,
+            asked.spoilt,
         )
     if isinstance(state, Promoting | Prefilling | Decoding | Settling):
         held = state.room
@@ -232,6 +233,7 @@ def _node_key(node: Node, index: dict[BranchId, int], nodes: dict[NodeId, int]) 
         node.start,
         type(node.state).__name__,
         node.failures,
+        node.disowned,
         places(node.leaf_of),
         places(node.seed_of),
         places(node.pinned_by),

@@ -261,8 +261,6 @@ class SchedulerState:
                 cuts = [wait.cut for wait in waiting if wait.cut is not None]
                 if cuts and min(cuts) < held.branch.known:
                     held = held.rewind(self.kv, min(cuts))
-                if turn.spoilt:
-                    self.kv.disown(held.branch, "a turn on them computed no finite numbers")
                 self.rest(held)
                 self.finish_turn(held.branch, turn, now)
                 self._answer(waiting, held.branch.known)

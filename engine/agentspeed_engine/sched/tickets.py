@@ -70,6 +70,7 @@ def _end(world: SchedulerState, number: TicketId, ok: bool, now: float) -> None:
     else:
         _loaded(world, nodes, ok, now)
     for node in reversed(nodes):
+        world.kv.copy_ended(node)
         _drop_if_ownerless(world, node)
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from agentspeed_engine.errors import Code, EngineFault
 from agentspeed_engine.exec.penalties import Adjustment
 from agentspeed_engine.exec.ranks.shard_draw import ShardSample
-from agentspeed_engine.exec.sampler import Draw
+from agentspeed_engine.exec.sampler import Draw, NotFinite
 from agentspeed_engine.ids import PageId
 from agentspeed_engine.kv.views import PageCopy
 from agentspeed_engine.models.inputs import FlatBatch, Run
@@ -66,6 +66,8 @@ class DrawTold(msgspec.Struct, frozen=True, array_like=True):
     draw_logprob: float | None = None
     fault: tuple[Code, str, str] | None = None
     """As of an `EngineFault`: its code, its message and its remedy."""
+    finite: bool = True
+    """Not so: the fault is a `NotFinite`."""
 
 
 @final
@@ -135,7 +137,7 @@ def batch_of(order: StepOrder) -> FlatBatch:
 
 def step_done(drawn: Sequence[Draw | EngineFault], model_seconds: float, sampling_seconds: float) -> StepDone:
     told = tuple(
-        DrawTold(0, fault=(one.code, one.message, one.remedy))
+        DrawTold(0, fault=(one.code, one.message, one.remedy), finite=not isinstance(one, NotFinite))
         if isinstance(one, EngineFault)
         else DrawTold(one.id, one.logprob, one.top, one.draw_logprob)
         for one in drawn
@@ -144,10 +146,13 @@ def step_done(drawn: Sequence[Draw | EngineFault], model_seconds: float, samplin
 
 
 def drawn_of(done: StepDone) -> list[Draw | EngineFault]:
-    return [
-        Draw(one.id, one.logprob, one.top, one.draw_logprob) if one.fault is None else EngineFault(*one.fault)
-        for one in done.drawn
-    ]
+    return [_outcome(one) for one in done.drawn]
+
+
+def _outcome(told: DrawTold) -> Draw | EngineFault:
+    if told.fault is None:
+        return Draw(told.id, told.logprob, told.top, told.draw_logprob)
+    return EngineFault(*told.fault) if told.finite else NotFinite(*told.fault)
 
 
 def sample_order(

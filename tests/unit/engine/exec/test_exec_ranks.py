@@ -12,14 +12,25 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.exec.automata import refusal
 from agentspeed_engine.exec.batch import Batcher
 from agentspeed_engine.exec.cpu import CpuExecutor
 from agentspeed_engine.exec.executor import CopyFailed, Executor, Refusal, Sampled
 from agentspeed_engine.exec.noop import NoopModel
 from agentspeed_engine.exec.ranks.follower import Follower
 from agentspeed_engine.exec.ranks.group import GroupBroken
-from agentspeed_engine.exec.ranks.orders import Channel, CopyOrder, batch_of, step_order
+from agentspeed_engine.exec.ranks.orders import (
+    Channel,
+    CopyOrder,
+    StepDone,
+    batch_of,
+    drawn_of,
+    step_done,
+    step_order,
+)
 from agentspeed_engine.exec.ranks.sides import Followers
+from agentspeed_engine.exec.sampler import not_finite, ruled_out
 from agentspeed_engine.exec.vocabulary import Vocabulary
 from agentspeed_engine.ids import BranchId, NodeId, PageId, StepSeq
 from agentspeed_engine.kv.views import NodeRun, PageCopy, TurnSpec
@@ -168,6 +179,15 @@ def test_a_step_arrives_as_it_was_told() -> None:
     for mine, theirs in zip(arrived.runs, batch.runs, strict=True):
         assert (mine.start, mine.tokens, mine.causal) == (theirs.start, theirs.tokens, theirs.causal)
         assert np.array_equal(mine.pages, theirs.pages) and np.array_equal(mine.queries, theirs.queries)
+
+
+def test_of_a_refusal_it_arrives_too_whether_rows_may_be_at_fault() -> None:
+    faults = [not_finite(), ruled_out(), EngineFault("bad_weights", "A file is cut short.", "Download it again.")]
+    sent = msgspec.msgpack.encode(step_done(faults, 0.0, 0.0))
+    told = drawn_of(msgspec.msgpack.decode(sent, type=StepDone))
+    found = [refusal(one) for one in told if isinstance(one, EngineFault)]
+    assert found == [refusal(one) for one in faults]
+    assert [one.spoilt for one in found] == [True, False, False], "a code that others raise too says nothing of rows"
 
 
 def test_a_step_without_rows_passes_every_rank() -> None:
