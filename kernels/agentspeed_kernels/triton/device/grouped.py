@@ -11,7 +11,15 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from agentspeed_kernels.triton.device.fp8_numbers import coded, scale_of, sizes
-from agentspeed_kernels.triton.device.rows import ITEM, NEVER, items_of, rows_of, seen_of
+from agentspeed_kernels.triton.device.rows import (
+    NEVER,
+    item_of,
+    items_of,
+    rows_of,
+    seen_of,
+    shares_of,
+    weight_of,
+)
 
 
 @triton.jit
@@ -112,10 +120,7 @@ def attend_groups(
         # As in `attend_rows`: dependents begin when this kernel ends.
         gdc_wait()
     for item in range(first, last):
-        block = tl.load(items + item * ITEM)
-        page_at = tl.load(items + item * ITEM + 1)
-        tokens = tl.load(items + item * ITEM + 2)
-        slot = tl.load(items + item * ITEM + 3)
+        block, page_at, tokens, slot = item_of(items, item)
         page_ahead = tl.load(pages + page_at)
         row, live = rows_of(rows, items, item, block, R, RUN)
         token = row // heads
@@ -138,9 +143,7 @@ def attend_groups(
                 s = tl.where((i * T + t)[None, :] < sees[:, None], s, -float("inf"))
             else:
                 s = tl.where((i * T + t < tokens)[None, :], s, -float("inf"))
-            higher = tl.maximum(peak, tl.max(s, 1) * scale2)
-            shrink = tl.exp2(peak - higher)
-            p = tl.exp2(s * scale2 - higher[:, None])
+            p, shrink, higher = shares_of(s, peak, scale2)
             total = total * shrink[:, None] + p
             v = values.load([at, column])
             held = tl.dot(p.to(v.dtype), v, held * shrink[:, None], input_precision="ieee")
@@ -150,7 +153,7 @@ def attend_groups(
         if slot >= 0:
             at_part = (group * slots + slot) * R + r
             tl.store(part + at_part[:, None].to(tl.int64) * W + c[None, :], held * share[:, None], mask=kept)
-            weight = tl.where(mass > 0, peak + tl.log2(tl.where(mass > 0, mass, 1.0)), -float("inf"))
+            weight = weight_of(peak, mass)
             tl.store(part_weight + at_part, weight, mask=live)
         else:
             at_out = token * (heads * groups) + head
@@ -166,9 +169,7 @@ def _tile(asked, keys, values, at, column, token, sees, peak, mass, held, scale2
     if EDGE:
         t = token + tl.arange(0, BN)
         s = tl.where(t[None, :] < sees[:, None], s, -float("inf"))
-    higher = tl.maximum(peak, tl.max(s, 1) * scale2)
-    shrink = tl.exp2(peak - higher)
-    p = tl.exp2(s * scale2 - higher[:, None])
+    p, shrink, higher = shares_of(s, peak, scale2)
     mass = mass * shrink + tl.sum(p, 1)
     v = values.load([at, column])
     held = tl.dot(p.to(v.dtype), v, held * shrink[:, None], input_precision="ieee")
@@ -230,6 +231,6 @@ def extend_groups(
         tl.store(out + row[:, None] * W + c[None, :], held.to(out.dtype.element_ty), mask=kept)
     else:
         row += number.to(tl.int64) * (count * tl.num_programs(1))
-        weight = tl.where(mass > 0, peak + tl.log2(tl.where(mass > 0, mass, 1.0)), -float("inf"))
+        weight = weight_of(peak, mass)
         tl.store(part + row[:, None] * W + c[None, :], held, mask=kept)
         tl.store(part_weight + row, weight, mask=live)

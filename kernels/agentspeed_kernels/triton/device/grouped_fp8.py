@@ -7,7 +7,15 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from agentspeed_kernels.triton.device.fp8_numbers import HALF_POWER, pairs
-from agentspeed_kernels.triton.device.rows import ITEM, NEVER, items_of, rows_of, seen_of
+from agentspeed_kernels.triton.device.rows import (
+    NEVER,
+    item_of,
+    items_of,
+    rows_of,
+    seen_of,
+    shares_of,
+    weight_of,
+)
 
 
 @triton.jit(do_not_specialize=["slots"])
@@ -37,10 +45,7 @@ def attend_groups(
         # As in `rows.attend_rows`: dependents begin when this kernel ends.
         gdc_wait()
     for item in range(first, last):
-        block = tl.load(items + item * ITEM)
-        page_at = tl.load(items + item * ITEM + 1)
-        tokens = tl.load(items + item * ITEM + 2)
-        slot = tl.load(items + item * ITEM + 3)
+        block, page_at, tokens, slot = item_of(items, item)
         page_ahead = tl.load(pages + page_at)
         row, live = rows_of(rows, items, item, block, R, RUN)
         token = row // heads
@@ -70,9 +75,7 @@ def attend_groups(
             else:
                 seen = (i * T + t < tokens)[None, :]
             s = tl.where(seen, s * by[None, :], -float("inf"))
-            higher = tl.maximum(peak, tl.max(s, 1) * scale2)
-            shrink = tl.exp2(peak - higher)
-            p = tl.exp2(s * scale2 - higher[:, None])
+            p, shrink, higher = shares_of(s, peak, scale2)
             total = total * shrink[:, None] + p
             v_even, v_odd = pairs(values.load([at, column]), ASM)
             by = tl.sum(tl.where(mine, value_scales.load([at, at_scales]), 0.0), 1) * HALF_POWER
@@ -91,7 +94,7 @@ def attend_groups(
             left = part + at_part[:, None].to(tl.int64) * W + c[None, :]
             tl.store(left, held_even, mask=kept)
             tl.store(left + 1, held_odd, mask=kept)
-            weight = tl.where(mass > 0, peak + tl.log2(tl.where(mass > 0, mass, 1.0)), -float("inf"))
+            weight = weight_of(peak, mass)
             tl.store(part_weight + at_part, weight, mask=live)
         else:
             at_out = token * (heads * groups) + head

@@ -31,6 +31,16 @@ def items_of(bounds, program, ONE: tl.constexpr):
 
 
 @triton.jit
+def item_of(items, item):
+    """Of an item its block, where its pages begin, how many tokens it reads, and its partial slot."""
+    block = tl.load(items + item * ITEM)
+    page_at = tl.load(items + item * ITEM + 1)
+    tokens = tl.load(items + item * ITEM + 2)
+    slot = tl.load(items + item * ITEM + 3)
+    return block, page_at, tokens, slot
+
+
+@triton.jit
 def rows_of(rows, items, item, block, R: tl.constexpr, RUN: tl.constexpr):
     """Of an item's block its R rows, 0 where it has fewer, and which there are. RUN: they follow one another."""
     r = tl.arange(0, R)
@@ -48,6 +58,21 @@ def seen_of(visible, items, item, block, tokens, R: tl.constexpr):
     """How many of an item's tokens each row of its block sees."""
     sees = tl.load(visible + block * R + tl.arange(0, R)) - tl.load(items + item * ITEM + 6)
     return tl.minimum(sees, tokens)
+
+
+@triton.jit
+def shares_of(s, peak, scale2):
+    """Of a tile's scores [rows, tokens] the shares, what earlier ones shrink by, and the maximum of each row so far."""
+    higher = tl.maximum(peak, tl.max(s, 1) * scale2)
+    shrink = tl.exp2(peak - higher)
+    p = tl.exp2(s * scale2 - higher[:, None])
+    return p, shrink, higher
+
+
+@triton.jit
+def weight_of(peak, mass):
+    """log2 of a row's sum of exp2: -inf where it saw nothing."""
+    return tl.where(mass > 0, peak + tl.log2(tl.where(mass > 0, mass, 1.0)), -float("inf"))
 
 
 @triton.jit
@@ -95,10 +120,7 @@ def attend_rows(
         # wait beside running ones cost more than they save.
         gdc_wait()
     for item in range(first, last):
-        block = tl.load(items + item * ITEM)
-        page_at = tl.load(items + item * ITEM + 1)
-        tokens = tl.load(items + item * ITEM + 2)
-        slot = tl.load(items + item * ITEM + 3)
+        block, page_at, tokens, slot = item_of(items, item)
         page_ahead = tl.load(pages + page_at)
         row, live = rows_of(rows, items, item, block, R, RUN)
         if EDGE:
@@ -127,9 +149,7 @@ def attend_rows(
                 s = tl.where((i * T + t)[None, :] < sees[:, None], s, -float("inf"))
             else:
                 s = tl.where((i * T + t < tokens)[None, :], s, -float("inf"))
-            higher = tl.maximum(peak, tl.max(s, 1) * scale2)
-            shrink = tl.exp2(peak - higher)
-            p = tl.exp2(s * scale2 - higher[:, None])
+            p, shrink, higher = shares_of(s, peak, scale2)
             total = total * shrink[:, None] + p
             held = held * shrink[:, None]
             held = tl.dot(p.to(k.dtype), k, held, input_precision="ieee")
@@ -140,7 +160,7 @@ def attend_rows(
         if slot >= 0:
             at_part = slot * R + r
             tl.store(part + at_part[:, None].to(tl.int64) * RANK + c[None, :], held * share[:, None], mask=kept)
-            weight = tl.where(mass > 0, peak + tl.log2(tl.where(mass > 0, mass, 1.0)), -float("inf"))
+            weight = weight_of(peak, mass)
             tl.store(part_weight + at_part, weight)
         else:
             result = (held * share[:, None]).to(out.dtype.element_ty)

@@ -14,7 +14,15 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from agentspeed_kernels.triton.device.fp8_numbers import HALF_POWER, pairs
-from agentspeed_kernels.triton.device.rows import ITEM, NEVER, items_of, rows_of, seen_of
+from agentspeed_kernels.triton.device.rows import (
+    NEVER,
+    item_of,
+    items_of,
+    rows_of,
+    seen_of,
+    shares_of,
+    weight_of,
+)
 
 
 @triton.jit
@@ -64,10 +72,7 @@ def attend_rows(
         # As in `rows.attend_rows`: dependents begin when this kernel ends.
         gdc_wait()
     for item in range(first, last):
-        block = tl.load(items + item * ITEM)
-        page_at = tl.load(items + item * ITEM + 1)
-        tokens = tl.load(items + item * ITEM + 2)
-        slot = tl.load(items + item * ITEM + 3)
+        block, page_at, tokens, slot = item_of(items, item)
         page_ahead = tl.load(pages + page_at)
         row, live = rows_of(rows, items, item, block, R, RUN)
         if EDGE:
@@ -99,9 +104,7 @@ def attend_rows(
             else:
                 seen = (i * T + t < tokens)[None, :]
             s = tl.where(seen, s, -float("inf"))
-            higher = tl.maximum(peak, tl.max(s, 1) * scale2)
-            shrink = tl.exp2(peak - higher)
-            p = tl.exp2(s * scale2 - higher[:, None])
+            p, shrink, higher = shares_of(s, peak, scale2)
             total = total * shrink[:, None] + p
             share = tl.where(seen, p * by[None, :], 0.0).to(q.dtype.element_ty)
             held_even = tl.dot(share, k_even, held_even * shrink[:, None], input_precision="ieee")
@@ -116,7 +119,7 @@ def attend_rows(
             left = part + at_part[:, None].to(tl.int64) * RANK + c[None, :]
             tl.store(left, held_even, mask=inside)
             tl.store(left + 1, held_odd, mask=inside)
-            weight = tl.where(mass > 0, peak + tl.log2(tl.where(mass > 0, mass, 1.0)), -float("inf"))
+            weight = weight_of(peak, mass)
             tl.store(part_weight + at_part, weight)
         else:
             to = out + row[:, None].to(tl.int64) * RANK + c[None, :]
