@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from agentspeed_kernels.triton.device.rows import shares_of, weight_of
+
 
 @triton.jit
 def _tile(
@@ -19,9 +21,7 @@ def _tile(
     if EDGE:
         t = token + tl.arange(0, BN)
         s = tl.where((t[None, :] < sees[:, None]) & (t < tokens)[None, :], s, -float("inf"))
-    higher = tl.maximum(peak, tl.max(s, 1) * scale2)
-    shrink = tl.exp2(peak - higher)
-    p = tl.exp2(s * scale2 - higher[:, None])
+    p, shrink, higher = shares_of(s, peak, scale2)
     mass = mass * shrink + tl.sum(p, 1)
     v = values.load([head_row + token, 0])
     held = tl.dot(p.to(v.dtype), v, held * shrink[:, None], input_precision="ieee")
@@ -105,7 +105,7 @@ def attend_chunk(
         )
     whole = tl.where(mass > 0, 1.0 / mass, 0.0)
     held = held * whole[:, None]
-    weight = tl.where(mass > 0, peak + tl.log2(tl.where(mass > 0, mass, 1.0)), -float("inf"))
+    weight = weight_of(peak, mass)
     v = tl.arange(0, WIDE_VALUE)
     at = (number * T + r) * HEADS + head
     keep = live[:, None] & (v < VALUE)[None, :]
@@ -118,7 +118,7 @@ def attend_chunk(
         both = mine + theirs
         inverse = tl.where(both > 0, 1.0 / both, 0.0)
         held = held * (mine * inverse)[:, None] + old * (theirs * inverse)[:, None]
-        weight = tl.where(both > 0, top + tl.log2(tl.where(both > 0, both, 1.0)), -float("inf"))
+        weight = weight_of(top, both)
     if LAST and PARTS == 1:
         at_out = out + r[:, None].to(tl.int64) * out_token + head * out_head + v[None, :]
         tl.store(at_out, held.to(out.dtype.element_ty), mask=keep)

@@ -16,6 +16,7 @@ from agentspeed_kernels.triton.device.rows import (
     item_of,
     items_of,
     rows_of,
+    seen_in,
     seen_of,
     shares_of,
     weight_of,
@@ -125,8 +126,7 @@ def attend_groups(
         row, live = rows_of(rows, items, item, block, R, RUN)
         token = row // heads
         head = group * heads + row % heads
-        if EDGE:
-            sees = seen_of(visible, items, item, block, tokens, R)
+        sees = seen_of(visible, items, item, block, tokens, R, EDGE)
         kept = live[:, None] & (c < W)[None, :]
         at_q = token[:, None].to(tl.int64) * q_token + (head * q_head)[:, None]
         asked = tl.load(q + at_q + c[None, :], mask=kept, other=0.0)
@@ -139,10 +139,7 @@ def attend_groups(
             at = page * PAGE + (i % TILES) * T
             k = keys.load([at, column])
             s = tl.dot(asked, tl.trans(k), input_precision="ieee")
-            if EDGE:
-                s = tl.where((i * T + t)[None, :] < sees[:, None], s, -float("inf"))
-            else:
-                s = tl.where((i * T + t < tokens)[None, :], s, -float("inf"))
+            s = tl.where(seen_in(i * T + t, sees, EDGE), s, -float("inf"))
             p, shrink, higher = shares_of(s, peak, scale2)
             total = total * shrink[:, None] + p
             v = values.load([at, column])

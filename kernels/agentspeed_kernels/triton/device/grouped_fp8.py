@@ -12,10 +12,12 @@ from agentspeed_kernels.triton.device.rows import (
     item_of,
     items_of,
     rows_of,
+    seen_in,
     seen_of,
     shares_of,
     weight_of,
 )
+from agentspeed_kernels.triton.device.rows_fp8 import asked_by, put_pairs, scale_in
 
 
 @triton.jit(do_not_specialize=["slots"])
@@ -38,7 +40,7 @@ def attend_groups(
     r = tl.arange(0, R)
     t = tl.arange(0, T)
     c = 2 * tl.arange(0, WIDE)
-    mine = (tl.arange(0, 4) == group % 4)[None, :]
+    mine = tl.arange(0, 4) == group % 4
     at_scales = SCALES_AT + group // 4 * 4
     column = group * (W // 2)
     if EARLY:
@@ -50,14 +52,10 @@ def attend_groups(
         row, live = rows_of(rows, items, item, block, R, RUN)
         token = row // heads
         head = group * heads + row % heads
-        if EDGE:
-            sees = seen_of(visible, items, item, block, tokens, R)
+        sees = seen_of(visible, items, item, block, tokens, R, EDGE)
         kept = live[:, None] & (c < W)[None, :]
         own = q + token[:, None].to(tl.int64) * q_token + (head * q_head)[:, None] + c[None, :]
-        even = tl.load(own, mask=kept, other=0.0).to(tl.float32)
-        odd = tl.load(own + 1, mask=kept, other=0.0).to(tl.float32)
-        q_even = (even * HALF_POWER).to(q.dtype.element_ty)
-        q_odd = (odd * HALF_POWER).to(q.dtype.element_ty)
+        q_even, q_odd = asked_by(own, kept)
         peak = tl.full((R,), NEVER, tl.float32)
         total = tl.zeros((R, T), tl.float32)
         held_even = tl.zeros((R, WIDE), tl.float32)
@@ -67,18 +65,15 @@ def attend_groups(
             page_ahead = tl.load(pages + page_at + (i + 1) // TILES)
             at = page * PAGE + (i % TILES) * T
             k_even, k_odd = pairs(keys.load([at, column]), ASM)
-            by = tl.sum(tl.where(mine, key_scales.load([at, at_scales]), 0.0), 1) * HALF_POWER
+            by = scale_in(key_scales.load([at, at_scales]), mine)
             s = tl.dot(q_even, tl.trans(k_even.to(q.dtype.element_ty)), input_precision="ieee")
             s = tl.dot(q_odd, tl.trans(k_odd.to(q.dtype.element_ty)), s, input_precision="ieee")
-            if EDGE:
-                seen = (i * T + t)[None, :] < sees[:, None]
-            else:
-                seen = (i * T + t < tokens)[None, :]
+            seen = seen_in(i * T + t, sees, EDGE)
             s = tl.where(seen, s * by[None, :], -float("inf"))
             p, shrink, higher = shares_of(s, peak, scale2)
             total = total * shrink[:, None] + p
             v_even, v_odd = pairs(values.load([at, column]), ASM)
-            by = tl.sum(tl.where(mine, value_scales.load([at, at_scales]), 0.0), 1) * HALF_POWER
+            by = scale_in(value_scales.load([at, at_scales]), mine)
             share = tl.where(seen, p * by[None, :], 0.0).to(q.dtype.element_ty)
             shrunk = held_even * shrink[:, None]
             held_even = tl.dot(share, v_even.to(q.dtype.element_ty), shrunk, input_precision="ieee")
@@ -92,12 +87,10 @@ def attend_groups(
         if slot >= 0:
             at_part = (group * slots + slot) * R + r
             left = part + at_part[:, None].to(tl.int64) * W + c[None, :]
-            tl.store(left, held_even, mask=kept)
-            tl.store(left + 1, held_odd, mask=kept)
+            put_pairs(left, held_even, held_odd, kept)
             weight = weight_of(peak, mass)
             tl.store(part_weight + at_part, weight, mask=live)
         else:
             at_out = token * (heads * groups) + head
             to = out + at_out[:, None].to(tl.int64) * W + c[None, :]
-            tl.store(to, held_even.to(out.dtype.element_ty), mask=kept)
-            tl.store(to + 1, held_odd.to(out.dtype.element_ty), mask=kept)
+            put_pairs(to, held_even, held_odd, kept)

@@ -54,10 +54,24 @@ def rows_of(rows, items, item, block, R: tl.constexpr, RUN: tl.constexpr):
 
 
 @triton.jit
-def seen_of(visible, items, item, block, tokens, R: tl.constexpr):
-    """How many of an item's tokens each row of its block sees."""
-    sees = tl.load(visible + block * R + tl.arange(0, R)) - tl.load(items + item * ITEM + 6)
-    return tl.minimum(sees, tokens)
+def seen_of(visible, items, item, block, tokens, R: tl.constexpr, EDGE: tl.constexpr):
+    """How many of an item's tokens each row of its block sees: without EDGE all of them, which is one number."""
+    if EDGE:
+        sees = tl.load(visible + block * R + tl.arange(0, R)) - tl.load(items + item * ITEM + 6)
+        sees = tl.minimum(sees, tokens)
+    else:
+        sees = tokens
+    return sees
+
+
+@triton.jit
+def seen_in(token, sees, EDGE: tl.constexpr):
+    """Which of a tile's tokens are seen, by each row or by all of them; `sees` as `seen_of` gives it."""
+    if EDGE:
+        seen = token[None, :] < sees[:, None]
+    else:
+        seen = (token < sees)[None, :]
+    return seen
 
 
 @triton.jit
@@ -123,8 +137,7 @@ def attend_rows(
         block, page_at, tokens, slot = item_of(items, item)
         page_ahead = tl.load(pages + page_at)
         row, live = rows_of(rows, items, item, block, R, RUN)
-        if EDGE:
-            sees = seen_of(visible, items, item, block, tokens, R)
+        sees = seen_of(visible, items, item, block, tokens, R, EDGE)
         if SPLIT:
             x = tl.arange(0, ROPE)
             q_rank = tl.load(q + row[:, None].to(tl.int64) * D + c[None, :])
@@ -145,10 +158,7 @@ def attend_rows(
                 s = tl.dot(q_rank, tl.trans(k), s, input_precision="ieee")
             else:
                 s = tl.dot(q_rank, tl.trans(k), input_precision="ieee")
-            if EDGE:
-                s = tl.where((i * T + t)[None, :] < sees[:, None], s, -float("inf"))
-            else:
-                s = tl.where((i * T + t < tokens)[None, :], s, -float("inf"))
+            s = tl.where(seen_in(i * T + t, sees, EDGE), s, -float("inf"))
             p, shrink, higher = shares_of(s, peak, scale2)
             total = total * shrink[:, None] + p
             held = held * shrink[:, None]

@@ -19,10 +19,32 @@ from agentspeed_kernels.triton.device.rows import (
     item_of,
     items_of,
     rows_of,
+    seen_in,
     seen_of,
     shares_of,
     weight_of,
 )
+
+
+@triton.jit
+def asked_by(at, mask):
+    """Even and odd coordinates of queries, of which the even ones are at `at`, by half of the power."""
+    even = tl.load(at, mask=mask, other=0.0)
+    odd = tl.load(at + 1, mask=mask, other=0.0)
+    return (even.to(tl.float32) * HALF_POWER).to(even.dtype), (odd.to(tl.float32) * HALF_POWER).to(odd.dtype)
+
+
+@triton.jit
+def scale_in(four, mine):
+    """Of each token the one of four scales [tokens, 4] that is `mine`, by half of the power."""
+    return tl.sum(tl.where(mine[None, :], four, 0.0), 1) * HALF_POWER
+
+
+@triton.jit
+def put_pairs(to, even, odd, mask):
+    """Even and odd columns, of which the even ones go to `to`, in the format that is there."""
+    tl.store(to, even.to(to.dtype.element_ty), mask=mask)
+    tl.store(to + 1, odd.to(to.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -75,13 +97,9 @@ def attend_rows(
         block, page_at, tokens, slot = item_of(items, item)
         page_ahead = tl.load(pages + page_at)
         row, live = rows_of(rows, items, item, block, R, RUN)
-        if EDGE:
-            sees = seen_of(visible, items, item, block, tokens, R)
+        sees = seen_of(visible, items, item, block, tokens, R, EDGE)
         own = q + row[:, None].to(tl.int64) * D
-        even = tl.load(own + c[None, :], mask=inside, other=0.0).to(tl.float32)
-        odd = tl.load(own + 1 + c[None, :], mask=inside, other=0.0).to(tl.float32)
-        q_even = (even * HALF_POWER).to(q.dtype.element_ty)
-        q_odd = (odd * HALF_POWER).to(q.dtype.element_ty)
+        q_even, q_odd = asked_by(own + c[None, :], inside)
         q_rope = tl.load(own + RANK + x[None, :], mask=(x < ROPE)[None, :], other=0.0)
         peak = tl.full((R,), NEVER, tl.float32)
         total = tl.zeros((R, T), tl.float32)
@@ -95,14 +113,11 @@ def attend_rows(
             k_even = k_even.to(q.dtype.element_ty)
             k_odd = k_odd.to(q.dtype.element_ty)
             k_rope = turned.load([at, TURNED_AT]).to(q.dtype.element_ty)
-            by = tl.sum(tl.where((tl.arange(0, 4) == 0)[None, :], scales.load([at, SCALES_AT]), 0.0), 1) * HALF_POWER
+            by = scale_in(scales.load([at, SCALES_AT]), tl.arange(0, 4) == 0)
             s = tl.dot(q_even, tl.trans(k_even), input_precision="ieee")
             s = tl.dot(q_odd, tl.trans(k_odd), s, input_precision="ieee")
             s = s * by[None, :] + tl.dot(q_rope, tl.trans(k_rope), input_precision="ieee")
-            if EDGE:
-                seen = (i * T + t)[None, :] < sees[:, None]
-            else:
-                seen = (i * T + t < tokens)[None, :]
+            seen = seen_in(i * T + t, sees, EDGE)
             s = tl.where(seen, s, -float("inf"))
             p, shrink, higher = shares_of(s, peak, scale2)
             total = total * shrink[:, None] + p
@@ -117,12 +132,10 @@ def attend_rows(
         if slot >= 0:
             at_part = slot * R + r
             left = part + at_part[:, None].to(tl.int64) * RANK + c[None, :]
-            tl.store(left, held_even, mask=inside)
-            tl.store(left + 1, held_odd, mask=inside)
+            put_pairs(left, held_even, held_odd, inside)
             weight = weight_of(peak, mass)
             tl.store(part_weight + at_part, weight)
         else:
             to = out + row[:, None].to(tl.int64) * RANK + c[None, :]
             kept = inside & live[:, None]
-            tl.store(to, held_even.to(out.dtype.element_ty), mask=kept)
-            tl.store(to + 1, held_odd.to(out.dtype.element_ty), mask=kept)
+            put_pairs(to, held_even, held_odd, kept)
