@@ -15,28 +15,33 @@ HALF_POWER = tl.constexpr(1152921504606846976.0)
 """2^60."""
 MOST = tl.constexpr(448.0)
 """The largest number of e4m3."""
+PAIRS_ASM = tl.constexpr(
+    """
+    {
+    .reg .b32 signed;
+    prmt.b32 signed, $2, 0, 0xa280;
+    shl.b32 signed, signed, 4;
+    and.b32 $0, signed, 0x87f087f0;
+    prmt.b32 signed, $2, 0, 0xb391;
+    shl.b32 signed, signed, 4;
+    and.b32 $1, signed, 0x87f087f0;
+    }
+    """
+)
+PAIRS_REGISTERS = tl.constexpr("=r,=r,r")
+"""`pairs` of two of x at once in NVIDIA's instructions, which compilers do not find: a byte with its sign in front is
+moved by four places, and the sign and seven bits stay. Gluon's kernels take it too."""
 
 
 @triton.jit
 def pairs(x, ASM: tl.constexpr):
     """(Numbers in the low bytes, those in the high bytes) of int16 x as bfloat16, 2^120 times as small.
 
-    ASM: in NVIDIA's instructions for two of x at once, which compilers do not find: a byte with its sign in front is
-    moved by four places, and the sign and seven bits stay."""
+    ASM: in NVIDIA's instructions."""
     if ASM:
         return tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 signed;
-            prmt.b32 signed, $2, 0, 0xa280;
-            shl.b32 signed, signed, 4;
-            and.b32 $0, signed, 0x87f087f0;
-            prmt.b32 signed, $2, 0, 0xb391;
-            shl.b32 signed, signed, 4;
-            and.b32 $1, signed, 0x87f087f0;
-            }
-            """,
-            "=r,=r,r",
+            PAIRS_ASM,
+            PAIRS_REGISTERS,
             [x],
             dtype=(tl.bfloat16, tl.bfloat16),
             is_pure=True,

@@ -49,35 +49,11 @@ def put_pairs(to, even, odd, mask):
 
 @triton.jit
 def attend_rows(
-    q,
-    latents,
-    scales,
-    turned,
-    rows,
-    visible,
-    pages,
-    items,
-    bounds,
-    part,
-    part_weight,
-    out,
-    scale2,
-    R: tl.constexpr,
-    T: tl.constexpr,
-    PAGE: tl.constexpr,
-    RANK: tl.constexpr,
-    ROPE: tl.constexpr,
-    WIDE: tl.constexpr,
-    WIDE_ROPE: tl.constexpr,
-    SCALES_AT: tl.constexpr,
-    TURNED_AT: tl.constexpr,
-    ONE: tl.constexpr,
-    RUN: tl.constexpr,
-    EDGE: tl.constexpr,
-    STAGES: tl.constexpr,
-    ASM: tl.constexpr,
-    EARLY: tl.constexpr,
-):
+    q, latents, scales, turned, rows, visible, pages, items, bounds, part, part_weight, out, scale2, R: tl.constexpr,
+    T: tl.constexpr, PAGE: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr,
+    WIDE_ROPE: tl.constexpr, SCALES_AT: tl.constexpr, TURNED_AT: tl.constexpr, ONE: tl.constexpr, RUN: tl.constexpr,
+    EDGE: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     """q [rows, RANK + ROPE], out [rows, RANK]; the pool as rows is described thrice: `latents` of int16 in tiles of
     WIDE columns, `scales` of float32 in tiles of 4 from SCALES_AT on, `turned` of bfloat16 in tiles of WIDE_ROPE from
     TURNED_AT on. Columns past a section are met by zeros of q. The others as of `rows.attend_rows`."""

@@ -21,30 +21,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from agentspeed_kernels.triton.device.fp8_numbers import HALF_POWER, PAIRS_ASM, PAIRS_REGISTERS
+
 T = gl.constexpr(64)
 """Tokens of a tile: the rows of one wgmma."""
 PARTS = gl.constexpr(4)
 """Of the columns, each 64 pairs of neighbours."""
-HALF_POWER = gl.constexpr(1152921504606846976.0)
-"""2^60; see `fp8_numbers`."""
 
 
 @gluon.jit
 def _pairs(x):
-    """`fp8_numbers.pairs`."""
+    """`fp8_numbers.pairs`, which a kernel of Gluon cannot call."""
     return gl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 signed;
-        prmt.b32 signed, $2, 0, 0xa280;
-        shl.b32 signed, signed, 4;
-        and.b32 $0, signed, 0x87f087f0;
-        prmt.b32 signed, $2, 0, 0xb391;
-        shl.b32 signed, signed, 4;
-        and.b32 $1, signed, 0x87f087f0;
-        }
-        """,
-        "=r,=r,r",
+        PAIRS_ASM,
+        PAIRS_REGISTERS,
         [x],
         dtype=(gl.bfloat16, gl.bfloat16),
         is_pure=True,
