@@ -32,6 +32,7 @@ from agentspeed._core.turn_record import TurnRecord
 from agentspeed._core.wire_values import usage_of
 from agentspeed.chat import transcript
 from agentspeed.chat.codec import ChatCodec
+from agentspeed.chat.key_values import ArgumentKinds
 from agentspeed.chat.tags import Tags
 from agentspeed.chat.token_log import Checkpoint, TokenLog
 from agentspeed.marks import Mark, end_of, place_of
@@ -78,6 +79,7 @@ class SessionCore:
         self.pending = PendingCalls()
         self.described = [tool.definition() for tool in defaults.tools]
         """The tools as the log's first message describes them."""
+        self._kinds = ArgumentKinds({tool.name: tool.schema for tool in defaults.tools})
         self.tokenizer: str | None = None
         """The fingerprint of the tokenizer whose ids the log has; None: the engine's."""
         self.text: str | tuple[int, ...] | None = None
@@ -125,7 +127,7 @@ class SessionCore:
             variables=defaults.template_variables,
             system=self.system is not None,
             tools=bool(self.described),
-        )
+        ).with_tools(self._kinds)
 
     def tags_for(self, messages: Sequence[Message]) -> Tags:
         """The marks of the model's next message, if it answers these."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Final, final
 
 from agentspeed.chat.calls import CallFormat
-from agentspeed.chat.key_values import closing, is_bare, kinds_by_key
+from agentspeed.chat.key_values import ArgumentKinds, closing, is_bare
 from agentspeed.errors import SchemaUnsupported
 from agentspeed.tools.schema import Bounds, Compiled, Entry, EntryKinds, Wording, compile_entries, compile_schema
 from agentspeed.tools.tool import Tool
@@ -79,8 +80,9 @@ class CallRules:
                 f"The parameters of {tool.name} cannot be written one by one, as this model writes them: {error}",
                 remedy="Give the tool one parameter for each value.",
             ) from error
-        kinds = kinds_by_key(tool.schema)
-        options = [self._keys(f"{number}_{way}", entries, kinds) for way, entries in enumerate(ways)]
+        kinds = ArgumentKinds({tool.name: tool.schema})
+        of = partial(kinds.of, tool.name)
+        options = [self._keys(f"{number}_{way}", entries, of) for way, entries in enumerate(ways)]
         return options[0] if len(options) == 1 else f"({' | '.join(options)})"
 
     def _json(self, compiled: Compiled) -> str:

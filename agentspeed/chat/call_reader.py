@@ -7,26 +7,24 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from functools import lru_cache
 from typing import Final, final
 
-from agentspeed.chat.calls import CallFormat
-from agentspeed.chat.key_values import NO_TEXT, TEXT, closing, end_of, kinds_by_key, read_value
+from agentspeed.chat.calls import CallFormat, finite
+from agentspeed.chat.key_values import NO_TEXT, TEXT, ArgumentKinds, closing, end_of, read_value
 from agentspeed.chat.pieces import CallBroken, CallDelta, CallOpened, CallReady, Piece, mark_started
-from agentspeed.tools.schema import Schema
 
 _STRING: Final = r'("(?:[^"\\]|\\.)*")'
 
 
 @final
 class CallReader:
-    """One call. `mark` is what opened it and was taken already; `tools` are the parameters of tools by name."""
+    """One call. `mark` is what opened it and was taken already; `kinds` are what arguments may be."""
 
-    def __init__(self, index: int, form: CallFormat, mark: str, tools: Mapping[str, Schema]) -> None:
+    def __init__(self, index: int, form: CallFormat, mark: str, kinds: ArgumentKinds) -> None:
         self._index = index
         self._form = form
-        self._tools = tools
+        self._kinds = kinds
         self._close = form.close_mark
         first = mark == form.trigger.lstrip()
         self._begun = form.opening[len(form.trigger) :] if first else form.call_open[len(form.next_trigger) :]
@@ -38,7 +36,6 @@ class CallReader:
         self._sent = 0
         self._place = 0
         """Where the next key stands, of a call whose arguments are written one by one."""
-        self._kinds = kinds_by_key(None)
         self._told = ""
         """The arguments so far, of such a call."""
         self._arguments_at = 0
@@ -112,7 +109,7 @@ class CallReader:
     def _object(self, *, cut: bool) -> Piece:
         name_key, arguments_key = self._form.fields
         try:
-            call = json.loads(self._raw, parse_int=_Digits, parse_float=_Digits)
+            call = json.loads(self._raw, parse_int=_Digits, parse_float=_Digits, parse_constant=finite)
             loose = written_as_read(call.get(arguments_key, {})) if isinstance(call, dict) else ""
         except (ValueError, RecursionError) as error:
             why = f"it {'was cut short' if cut else 'is not a call'}: {str(error) or type(error).__name__}"
@@ -161,7 +158,7 @@ class CallReader:
     def _ready(self) -> Piece:
         text = self._told or self._raw[self._arguments_at : self._arguments_end]
         try:
-            value = json.loads(text, parse_int=_Digits, parse_float=_Digits)
+            value = json.loads(text, parse_int=_Digits, parse_float=_Digits, parse_constant=finite)
         except (ValueError, RecursionError) as error:
             why = f"its arguments are not an object: {str(error) or type(error).__name__}"
             return CallBroken(self._index, self._raw, why)
@@ -189,7 +186,6 @@ class CallReader:
             if head.end() == len(self._raw):
                 return None  # the name may go on
             self._opened(head[1], pieces)
-            self._kinds = kinds_by_key(self._tools.get(self._name or ""))
             self._place = head.end()
         while (found := self._key()) is not None:
             key, value, self._place = found
@@ -228,7 +224,7 @@ class CallReader:
         if marked and found[2].strip() == keys.text_open.strip():
             kinds = TEXT
         else:
-            kinds = NO_TEXT if marked else self._kinds(found[1])
+            kinds = NO_TEXT if marked else self._kinds.of(self._name or "", found[1])
         end = end_of(self._raw, start, kinds, close)
         return None if end < 0 else (found[1], read_value(self._raw[start:end], kinds, keys), end + len(close))
 

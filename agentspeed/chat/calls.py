@@ -6,6 +6,7 @@ It is read off the model's own template (`chat.call_forms`), so what the model i
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -116,9 +117,9 @@ class CallFormat:
         """The arguments of a call with the space that the model puts into JSON. Raises `InvalidRequest`."""
         text = call.arguments.strip() or "{}"
         try:
-            given: object = json.loads(text, parse_int=str, parse_float=str)
+            given: object = json.loads(text, parse_int=str, parse_float=str, parse_constant=finite)
         except (ValueError, RecursionError) as error:
-            raise _no_object(call) from error
+            raise _no_object(call, error) from error
         if not isinstance(given, dict):
             raise _no_object(call)
         after = " " if self.spaced else ""
@@ -128,9 +129,9 @@ class CallFormat:
         """The arguments as a value, for a template that writes them itself. Raises `InvalidRequest`."""
         text = self.styled(call)
         try:
-            value: object = json.loads(text)
-        except (ValueError, RecursionError) as error:  # a number of more digits than Python reads
-            raise _no_object(call) from error
+            value: object = json.loads(text, parse_float=finite)
+        except (ValueError, RecursionError) as error:  # a number larger than Python reads
+            raise _no_object(call, error) from error
         return value
 
     def called(self, name: str) -> tuple[str, str | None]:
@@ -140,6 +141,14 @@ class CallFormat:
 
 
 DEFAULT_CALLS: Final = CallFormat()
+
+
+def finite(text: str) -> float:
+    """A number of JSON as Python has it. Raises ValueError for one that is too large, and for what is none (`NaN`)."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no finite number")
+    return value
 
 
 def numbered_id(call: ToolCall, number: int) -> str:
@@ -153,9 +162,10 @@ def _to_last_tag(text: str) -> str:
     return text[: tags[-1].end()] if tags else text
 
 
-def _no_object(call: ToolCall) -> InvalidRequest:
+def _no_object(call: ToolCall, error: Exception | None = None) -> InvalidRequest:
     shown = call.arguments if len(call.arguments) < 200 else f"{call.arguments[:200]}..."
+    why = "" if error is None else f" ({str(error) or type(error).__name__})"
     return InvalidRequest(
-        f"The arguments of the call of {call.name} are not an object: {shown!r}.",
-        remedy="Give the JSON text of an object, such as '{\"a\": 1}'.",
+        f"The arguments of the call of {call.name} are not an object of JSON: {shown!r}{why}.",
+        remedy="Give the JSON text of an object, such as '{\"a\": 1}', whose numbers are finite.",
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from copy import copy
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, final
@@ -15,6 +16,7 @@ from typing import Any, Literal, TypeAlias, final
 from agentspeed.chat.calls import numbered_id
 from agentspeed.chat.environment import ChatTemplate
 from agentspeed.chat.frames import ANSWER, RESULT, THOUGHT, USER
+from agentspeed.chat.key_values import ArgumentKinds, closing, write_text
 from agentspeed.chat.parser import CallReady, TurnParser
 from agentspeed.chat.skeleton import Part, Shape, arguments_skeleton
 from agentspeed.chat.tags import Tags
@@ -82,7 +84,15 @@ class ChatCodec:
         self._reading, self._frames, self._opening = reading, reading.frames, reading.opening
         self._calls, self._format, self._thinks = reading.calls, reading.form, reading.thinks
         self.tags, self.stop_ids, self.switch = reading.tags, reading.stop_ids, reading.switch
+        self._kinds: ArgumentKinds | None = None
         self.generation_ids = tuple(self._frames.text_ids(self._frames.prompt([USER])))
+
+    def with_tools(self, kinds: ArgumentKinds) -> ChatCodec:
+        """The same codec, which writes texts among the arguments of calls so that they are read back as what they are.
+        Without, they are written as the template writes them."""
+        made = copy(self)
+        made._kinds = kinds
+        return made
 
     # ---- pieces ---------------------------------------------------------------------------------------------------
     def opening(self, system: str | None, tools: list[dict[str, Any]]) -> list[int]:
@@ -97,8 +107,8 @@ class ChatCodec:
         `generate`: the model speaks next, and `prompt` follows. Raises `InvalidRequest` for a message that this model's
         template has not."""
         messages = [*history, *new]
-        shapes, contents = self.shapes(messages), self._contents(messages)
         start = len(history)
+        shapes, contents = self.shapes(messages), self._contents(messages, start)
         self._check(messages, start)
         try:
             regions = self._frames.parts(shapes, start, generate=generate)
@@ -264,11 +274,12 @@ class ChatCodec:
         text = bool(message.text) or not calls
         return Shape("assistant", text, bool(message.reasoning) and self._thinks, skeletons, len(message.tool_calls))
 
-    def _contents(self, messages: Sequence[Message]) -> list[dict[str, str]]:
+    def _contents(self, messages: Sequence[Message], start: int) -> list[dict[str, str]]:
+        """Of each message by field. Those before `start` stand in the log already, as they were written."""
         contents: list[dict[str, str]] = []
         ids: dict[str, str] = {}
         count = 0
-        for message in messages:
+        for place, message in enumerate(messages):
             match message:
                 case Assistant(text=text, reasoning=reasoning, tool_calls=calls):
                     fields = {"text": text, "reasoning": reasoning}
@@ -280,7 +291,8 @@ class ChatCodec:
                         fields |= {f"name{number}": call.name, f"id{number}": ids[call.id]}
                         fields |= {f"arguments{number}": self._format.styled(call)}
                         if self._calls and not self._frames.skeletons.as_text:
-                            strings = arguments_skeleton(self._format.read(call))[1]
+                            given = self._carried(call) if place >= start else self._format.read(call)
+                            strings = arguments_skeleton(given)[1]
                             fields |= {f"string{number}.{at}": string for at, string in enumerate(strings)}
                         count += 1
                 case ToolMessage(text=text, name=name, call_id=call_id):
@@ -289,6 +301,25 @@ class ChatCodec:
                     fields = {"text": text}
             contents.append(fields)
         return contents
+
+    def _carried(self, call: ToolCall) -> object:
+        """The arguments of a call as the template is given them. Raises `InvalidRequest` for a text that the model's
+        format has no way to write."""
+        given, keys = self._format.read(call), self._format.keys
+        if keys is None or self._kinds is None or not isinstance(given, dict):
+            return given
+        carried: dict[str, object] = {}
+        for key, value in given.items():
+            carried[key] = value
+            if isinstance(value, str):
+                carried[key] = said = write_text(value, self._kinds.of(call.name, key), keys)
+                if said is None:
+                    raise InvalidRequest(
+                        f"{key} of the call of {call.name} holds {closing(keys)!r}, which ends a value in this model's "
+                        "format of calls.",
+                        remedy="Leave the mark out of the text, or take the text in an array, where it has quotes.",
+                    )
+        return carried
 
     def _cut(self, region: tuple[Part, ...], shapes: Sequence[Shape], place: int, number: int) -> list[Part]:
         """A message's parts without what closed the one before it."""

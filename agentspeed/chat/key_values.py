@@ -9,12 +9,11 @@ there, a template writes none, and both are read back as what they were.
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Mapping
+from typing import Final, final
 
-from agentspeed.chat.calls import Keys
+from agentspeed.chat.calls import Keys, finite
 from agentspeed.tools.schema import EntryKinds, Schema, entry_kinds
 
 ANYTHING: Final = EntryKinds(
@@ -27,11 +26,19 @@ _SPACE: Final = " \t\r\n"
 _STARTS: Final = {"string": '"', "array": "[", "object": "{"}
 
 
-def kinds_by_key(schema: Schema | None) -> Callable[[str], EntryKinds]:
-    """What the values of an argument may be, by its key, of the parameters of a tool; anything where nothing is said
-    of it."""
-    known = {} if schema is None else entry_kinds(schema)
-    return lambda key: known.get(key, ANYTHING)
+@final
+class ArgumentKinds:
+    """What the arguments of tools may be, of each tool's parameters by its name."""
+
+    def __init__(self, tools: Mapping[str, Schema]) -> None:
+        self._tools = tools
+        self._known: dict[str, Mapping[str, EntryKinds]] = {}
+
+    def of(self, tool: str, key: str) -> EntryKinds:
+        """Anything where no schema says more."""
+        if tool not in self._known:
+            self._known[tool] = entry_kinds(self._tools[tool]) if tool in self._tools else {}
+        return self._known[tool].get(key, ANYTHING)
 
 
 def is_bare(kinds: EntryKinds, close: str) -> bool:
@@ -61,6 +68,18 @@ def read_value(text: str, kinds: EntryKinds, keys: Keys) -> str:
     return told
 
 
+def write_text(text: str, kinds: EntryKinds, keys: Keys) -> str | None:
+    """What a template that writes a text as it stands is given for it, so that it is read back: the text, or its JSON
+    where the text would be read as something else. None where neither is."""
+    if keys.text_open != keys.json_open:  # the template says that it is a text
+        kinds = TEXT
+    for said in (text, _quoted(text)):
+        ends = end_of(said + keys.value_close, 0, kinds, closing(keys)) == len(said)
+        if ends and read_value(said, kinds, keys) == _quoted(text):
+            return said
+    return None
+
+
 def closing(keys: Keys) -> str:
     """What ends a value for who reads it: the space after it may be any."""
     return keys.value_close.rstrip()
@@ -76,7 +95,7 @@ def _allows(kinds: EntryKinds, kind: str, told: str) -> bool:
 def _kind(text: str) -> str | None:
     """The kind of a JSON text; None for one that is not JSON, or holds a number that is too large for one."""
     try:
-        value = json.loads(text, parse_int=_Whole, parse_float=_finite, parse_constant=_finite)
+        value = json.loads(text, parse_int=_Whole, parse_float=finite, parse_constant=finite)
     except (ValueError, RecursionError):
         return None
     match value:
@@ -98,13 +117,6 @@ class _Whole(str):
     """A whole number as it was written: Python reads none of more than some thousand digits."""
 
     __slots__ = ()
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is no number of JSON")
-    return value
 
 
 def _starts(kinds: EntryKinds) -> str:

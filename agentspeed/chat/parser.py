@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Final, Literal, TypeAlias, final
 
 from agentspeed.chat.call_reader import CallReader
+from agentspeed.chat.key_values import ArgumentKinds
 from agentspeed.chat.pieces import CallBroken as CallBroken
 from agentspeed.chat.pieces import CallDelta as CallDelta
 from agentspeed.chat.pieces import CallOpened as CallOpened
@@ -43,7 +44,7 @@ class TurnParser:
         """`marked` False: nothing in the text is a mark."""
         self._tags = tags
         self._form = tags.calls
-        self._tools = tools or {}
+        self._kinds = ArgumentKinds(tools or {})
         self._marked = marked
         starts_thinking = marked and (starts_thinking or tags.thinking)
         self._may_think = reasoning or starts_thinking or tags.thinks
@@ -189,7 +190,7 @@ class TurnParser:
         elif self._between and bare == form.section_close.strip(_SPACE):
             pass
         elif bare in (form.trigger.lstrip(_SPACE), form.next_trigger.lstrip(_SPACE)):
-            self._call = CallReader(self._calls, form, bare, self._tools)
+            self._call = CallReader(self._calls, form, bare, self._kinds)
             self._calls += 1
             self._at_start = self._between = False
 

@@ -14,6 +14,7 @@ import msgspec
 
 from agentspeed import __version__
 from agentspeed.chat import transcript
+from agentspeed.chat.key_values import ArgumentKinds
 from agentspeed.chat.token_log import TokenLog
 from agentspeed.engine import Engine
 from agentspeed.history import Conversation, History, Limits, Taken
@@ -107,7 +108,8 @@ class Service:
 
     def count(self, conversation: Conversation) -> int:
         """Tokens that the model would read before it speaks."""
-        codec = self.engine.codec
+        kinds = ArgumentKinds({tool.name: tool.schema for tool in conversation.tools})
+        codec = self.engine.codec.with_tools(kinds)
         log = TokenLog()
         log.append(codec.opening(conversation.system, [tool.definition() for tool in conversation.tools]))
         _ = transcript.open_reply(log, codec, list(conversation.messages))

@@ -169,3 +169,25 @@ async def test_two_calls_that_a_model_gave_one_id_are_two_calls(tmp_path: Path) 
     async with ScriptedEngine([calls, "Done."], model=folder) as engine, engine.session(tools=[echo]) as s:
         result = await s.run("Go.")
     assert [message.text for message in result.tools] == ["a", "b"]
+
+
+async def test_a_text_that_looks_like_a_number_stays_one_in_a_family_that_writes_no_quotes(tmp_path: Path) -> None:
+    def either(value: str | int) -> str:
+        """Take both."""
+        return type(value).__name__
+
+    def text(value: str) -> str:
+        """Take texts."""
+        return type(value).__name__
+
+    coder = FAMILIES["qwen 3 coder"]
+    folder = folder_of(tmp_path / "m", coder.template, coder.controls, plain=coder.plain, end="<|im_end|>")
+    call = "<tool_call>\n<function={}>\n<parameter=value>\n{}\n</parameter>\n</function>\n</tool_call>"
+    script = ["\n".join((call.format("either", 5), call.format("either", '"5"'), call.format("text", 5))), "Done."]
+    async with ScriptedEngine(script, model=folder) as engine, engine.session(tools=[either, text]) as s:
+        result = await s.run("Go.")
+        assert [message.text for message in result.tools] == ["int", "str", "str"]
+        calls = tuple(ToolCall(id=name, name=name, arguments='{"value": "5"}') for name in ("either", "text"))
+        _ = await s.add("On.", Assistant("", calls))
+        written = engine.codec.tokenizer.text(list(s.ids))
+        assert written.count(call.format("either", '"5"')) == 2 and written.count(call.format("text", 5)) == 2

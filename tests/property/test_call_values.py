@@ -12,7 +12,7 @@ from llguidance import LLMatcher
 
 from agentspeed.chat.calls import CallFormat, Keys
 from agentspeed.chat.grammar import turn_grammar
-from agentspeed.chat.key_values import closing, is_bare, kinds_by_key
+from agentspeed.chat.key_values import ArgumentKinds, closing, is_bare
 from agentspeed.chat.parser import CallReady, TurnParser
 from agentspeed.chat.tags import Tags
 from agentspeed.errors import SchemaUnsupported
@@ -118,7 +118,7 @@ def test_every_value_that_the_grammar_lets_a_model_write_is_read_back(
     grammar = None if made is None else matcher(form, made)
     if made is None or grammar is None or keys is None:
         return
-    bare = is_bare(kinds_by_key(made.schema)("v"), closing(keys))
+    bare = is_bare(ArgumentKinds({"act": made.schema}).of("act", "v"), closing(keys))
     for value in [drawn, *STRINGS, *OTHERS]:
         told = json.dumps(value, ensure_ascii=False)
         if bare and not isinstance(value, str):

@@ -172,3 +172,9 @@ def test_no_piece_of_a_turn_fed_by_characters_holds_a_whole_opening_mark(parts: 
             assert "<tool_call>" not in piece.text
         if isinstance(piece, ReasoningPiece):
             assert "</think>" not in piece.text
+
+
+@pytest.mark.parametrize("word", ["NaN", "-Infinity"])
+def test_what_only_python_takes_for_a_number_breaks_a_call(word: str) -> None:
+    (last,) = parse([f'<tool_call>{{"name":"add","arguments":{{"a":{word}}}}}</tool_call>'])[-1:]
+    assert isinstance(last, CallBroken) and word in last.why
