@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from agentspeed import Assistant, Session, ToolCall, ToolContext, ToolMessage
+from agentspeed.chat.codec import ChatCodec
 from agentspeed.errors import ContextOverflow, InvalidRequest
 from agentspeed.testing import ScriptedEngine, tool_call
 from tests.support.chat_templates import FAMILIES
@@ -189,5 +190,5 @@ async def test_a_text_that_looks_like_a_number_stays_one_in_a_family_that_writes
         assert [message.text for message in result.tools] == ["int", "str", "str"]
         calls = tuple(ToolCall(id=name, name=name, arguments='{"value": "5"}') for name in ("either", "text"))
         _ = await s.add("On.", Assistant("", calls))
-        written = engine.codec.tokenizer.text(list(s.ids))
+        written = ChatCodec(folder).tokenizer.text(list(s.ids))
         assert written.count(call.format("either", '"5"')) == 2 and written.count(call.format("text", 5)) == 2
