@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from agentspeed_kernels.triton.device.rows import shares_of, weight_of
+from agentspeed_kernels.triton.device.rows import soften, weight_of
 
 
 @triton.jit
@@ -21,7 +21,7 @@ def _tile(
     if EDGE:
         t = token + tl.arange(0, BN)
         s = tl.where((t[None, :] < sees[:, None]) & (t < tokens)[None, :], s, -float("inf"))
-    p, shrink, higher = shares_of(s, peak, scale2)
+    p, shrink, higher = soften(s, peak, scale2)
     mass = mass * shrink + tl.sum(p, 1)
     v = values.load([head_row + token, 0])
     held = tl.dot(p.to(v.dtype), v, held * shrink[:, None], input_precision="ieee")

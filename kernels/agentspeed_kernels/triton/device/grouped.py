@@ -11,16 +11,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from agentspeed_kernels.triton.device.fp8_numbers import coded, scale_of, sizes
-from agentspeed_kernels.triton.device.rows import (
-    NEVER,
-    item_of,
-    items_of,
-    rows_of,
-    seen_in,
-    seen_of,
-    shares_of,
-    weight_of,
-)
+from agentspeed_kernels.triton.device.rows import NEVER, item_of, items_of, seen_in, seen_of, soften, tile_of, weight_of
 
 
 @triton.jit
@@ -111,7 +102,6 @@ def attend_groups(
     program = tl.program_id(0)
     group = tl.program_id(1)
     groups = tl.num_programs(1)
-    TILES: tl.constexpr = PAGE // T
     first, last = items_of(bounds, program, ONE)
     r = tl.arange(0, R)
     t = tl.arange(0, T)
@@ -121,9 +111,7 @@ def attend_groups(
         # As in `attend_rows`: dependents begin when this kernel ends.
         gdc_wait()
     for item in range(first, last):
-        block, page_at, tokens, slot = item_of(items, item)
-        page_ahead = tl.load(pages + page_at)
-        row, live = rows_of(rows, items, item, block, R, RUN)
+        block, page_at, page, tokens, slot, row, live = item_of(items, item, pages, rows, R, RUN)
         token = row // heads
         head = group * heads + row % heads
         sees = seen_of(visible, items, item, block, tokens, R, EDGE)
@@ -134,13 +122,11 @@ def attend_groups(
         total = tl.zeros((R, T), tl.float32)
         held = tl.zeros((R, WIDE), tl.float32)
         for i in tl.range(0, tl.cdiv(tokens, T), num_stages=STAGES):
-            page = page_ahead
-            page_ahead = tl.load(pages + page_at + (i + 1) // TILES)
-            at = page * PAGE + (i % TILES) * T
+            at, page = tile_of(pages, page_at, page, i, T, PAGE)
             k = keys.load([at, column])
             s = tl.dot(asked, tl.trans(k), input_precision="ieee")
             s = tl.where(seen_in(i * T + t, sees, EDGE), s, -float("inf"))
-            p, shrink, higher = shares_of(s, peak, scale2)
+            p, shrink, higher = soften(s, peak, scale2)
             total = total * shrink[:, None] + p
             v = values.load([at, column])
             held = tl.dot(p.to(v.dtype), v, held * shrink[:, None], input_precision="ieee")
@@ -166,7 +152,7 @@ def _tile(asked, keys, values, at, column, token, sees, peak, mass, held, scale2
     if EDGE:
         t = token + tl.arange(0, BN)
         s = tl.where(t[None, :] < sees[:, None], s, -float("inf"))
-    p, shrink, higher = shares_of(s, peak, scale2)
+    p, shrink, higher = soften(s, peak, scale2)
     mass = mass * shrink + tl.sum(p, 1)
     v = values.load([at, column])
     held = tl.dot(p.to(v.dtype), v, held * shrink[:, None], input_precision="ieee")

@@ -7,16 +7,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from agentspeed_kernels.triton.device.fp8_numbers import HALF_POWER, pairs
-from agentspeed_kernels.triton.device.rows import (
-    NEVER,
-    item_of,
-    items_of,
-    rows_of,
-    seen_in,
-    seen_of,
-    shares_of,
-    weight_of,
-)
+from agentspeed_kernels.triton.device.rows import NEVER, item_of, items_of, seen_in, seen_of, soften, tile_of, weight_of
 from agentspeed_kernels.triton.device.rows_fp8 import asked_by, put_pairs, scale_in
 
 
@@ -35,7 +26,6 @@ def attend_groups(
     program = tl.program_id(0)
     group = tl.program_id(1)
     groups = tl.num_programs(1)
-    TILES: tl.constexpr = PAGE // T
     first, last = items_of(bounds, program, ONE)
     r = tl.arange(0, R)
     t = tl.arange(0, T)
@@ -47,9 +37,7 @@ def attend_groups(
         # As in `rows.attend_rows`: dependents begin when this kernel ends.
         gdc_wait()
     for item in range(first, last):
-        block, page_at, tokens, slot = item_of(items, item)
-        page_ahead = tl.load(pages + page_at)
-        row, live = rows_of(rows, items, item, block, R, RUN)
+        block, page_at, page, tokens, slot, row, live = item_of(items, item, pages, rows, R, RUN)
         token = row // heads
         head = group * heads + row % heads
         sees = seen_of(visible, items, item, block, tokens, R, EDGE)
@@ -61,16 +49,14 @@ def attend_groups(
         held_even = tl.zeros((R, WIDE), tl.float32)
         held_odd = tl.zeros((R, WIDE), tl.float32)
         for i in tl.range(0, tl.cdiv(tokens, T), num_stages=STAGES):
-            page = page_ahead
-            page_ahead = tl.load(pages + page_at + (i + 1) // TILES)
-            at = page * PAGE + (i % TILES) * T
+            at, page = tile_of(pages, page_at, page, i, T, PAGE)
             k_even, k_odd = pairs(keys.load([at, column]), ASM)
             by = scale_in(key_scales.load([at, at_scales]), mine)
             s = tl.dot(q_even, tl.trans(k_even.to(q.dtype.element_ty)), input_precision="ieee")
             s = tl.dot(q_odd, tl.trans(k_odd.to(q.dtype.element_ty)), s, input_precision="ieee")
             seen = seen_in(i * T + t, sees, EDGE)
             s = tl.where(seen, s * by[None, :], -float("inf"))
-            p, shrink, higher = shares_of(s, peak, scale2)
+            p, shrink, higher = soften(s, peak, scale2)
             total = total * shrink[:, None] + p
             v_even, v_odd = pairs(values.load([at, column]), ASM)
             by = scale_in(value_scales.load([at, at_scales]), mine)

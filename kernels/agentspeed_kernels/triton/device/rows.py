@@ -31,18 +31,14 @@ def items_of(bounds, program, ONE: tl.constexpr):
 
 
 @triton.jit
-def item_of(items, item):
-    """Of an item its block, where its pages begin, how many tokens it reads, and its partial slot."""
+def item_of(items, item, pages, rows, R: tl.constexpr, RUN: tl.constexpr):
+    """Of an item its block, where its pages begin, the first of them, how many tokens it reads, its partial slot, the R
+    rows of its block, 0 where it has fewer, and which there are. RUN: they follow one another."""
     block = tl.load(items + item * ITEM)
     page_at = tl.load(items + item * ITEM + 1)
     tokens = tl.load(items + item * ITEM + 2)
     slot = tl.load(items + item * ITEM + 3)
-    return block, page_at, tokens, slot
-
-
-@triton.jit
-def rows_of(rows, items, item, block, R: tl.constexpr, RUN: tl.constexpr):
-    """Of an item's block its R rows, 0 where it has fewer, and which there are. RUN: they follow one another."""
+    page = tl.load(pages + page_at)
     r = tl.arange(0, R)
     if RUN:
         row = tl.load(items + item * ITEM + 4) + r
@@ -50,7 +46,7 @@ def rows_of(rows, items, item, block, R: tl.constexpr, RUN: tl.constexpr):
     else:
         row = tl.load(rows + block * R + r)
         live = row >= 0
-    return tl.where(live, row, 0), live
+    return block, page_at, page, tokens, slot, tl.where(live, row, 0), live
 
 
 @triton.jit
@@ -65,6 +61,14 @@ def seen_of(visible, items, item, block, tokens, R: tl.constexpr, EDGE: tl.const
 
 
 @triton.jit
+def tile_of(pages, page_at, page, i, T: tl.constexpr, PAGE: tl.constexpr):
+    """The first row of tile i, which is in `page`, and the page of the next tile: of the last one no page of the item,
+    but plans have an entry there."""
+    ahead = tl.load(pages + page_at + (i + 1) // (PAGE // T))
+    return page * PAGE + (i % (PAGE // T)) * T, ahead
+
+
+@triton.jit
 def seen_in(token, sees, EDGE: tl.constexpr):
     """Which of a tile's tokens are seen, by each row or by all of them; `sees` as `seen_of` gives it."""
     if EDGE:
@@ -75,7 +79,7 @@ def seen_in(token, sees, EDGE: tl.constexpr):
 
 
 @triton.jit
-def shares_of(s, peak, scale2):
+def soften(s, peak, scale2):
     """Of a tile's scores [rows, tokens] the shares, what earlier ones shrink by, and the maximum of each row so far."""
     higher = tl.maximum(peak, tl.max(s, 1) * scale2)
     shrink = tl.exp2(peak - higher)
@@ -124,7 +128,6 @@ def attend_rows(
     """
     program = tl.program_id(0)
     D: tl.constexpr = RANK + ROPE
-    TILES: tl.constexpr = PAGE // T
     first, last = items_of(bounds, program, ONE)
     r = tl.arange(0, R)
     t = tl.arange(0, T)
@@ -134,9 +137,7 @@ def attend_rows(
         # wait beside running ones cost more than they save.
         gdc_wait()
     for item in range(first, last):
-        block, page_at, tokens, slot = item_of(items, item)
-        page_ahead = tl.load(pages + page_at)
-        row, live = rows_of(rows, items, item, block, R, RUN)
+        block, page_at, page, tokens, slot, row, live = item_of(items, item, pages, rows, R, RUN)
         sees = seen_of(visible, items, item, block, tokens, R, EDGE)
         if SPLIT:
             x = tl.arange(0, ROPE)
@@ -148,9 +149,7 @@ def attend_rows(
         total = tl.zeros((R, T), tl.float32)
         held = tl.zeros((R, WIDE), tl.float32)
         for i in tl.range(0, tl.cdiv(tokens, T), num_stages=STAGES):
-            page = page_ahead
-            page_ahead = tl.load(pages + page_at + (i + 1) // TILES)
-            at = page * PAGE + (i % TILES) * T
+            at, page = tile_of(pages, page_at, page, i, T, PAGE)
             k = latents.load([at, 0])
             if SPLIT:
                 k_rope = turned.load([at, RANK])
@@ -159,7 +158,7 @@ def attend_rows(
             else:
                 s = tl.dot(q_rank, tl.trans(k), input_precision="ieee")
             s = tl.where(seen_in(i * T + t, sees, EDGE), s, -float("inf"))
-            p, shrink, higher = shares_of(s, peak, scale2)
+            p, shrink, higher = soften(s, peak, scale2)
             total = total * shrink[:, None] + p
             held = held * shrink[:, None]
             held = tl.dot(p.to(k.dtype), k, held, input_precision="ieee")

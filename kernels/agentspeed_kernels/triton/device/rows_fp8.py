@@ -14,16 +14,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from agentspeed_kernels.triton.device.fp8_numbers import HALF_POWER, pairs
-from agentspeed_kernels.triton.device.rows import (
-    NEVER,
-    item_of,
-    items_of,
-    rows_of,
-    seen_in,
-    seen_of,
-    shares_of,
-    weight_of,
-)
+from agentspeed_kernels.triton.device.rows import NEVER, item_of, items_of, seen_in, seen_of, soften, tile_of, weight_of
 
 
 @triton.jit
@@ -59,7 +50,6 @@ def attend_rows(
     TURNED_AT on. Columns past a section are met by zeros of q. The others as of `rows.attend_rows`."""
     program = tl.program_id(0)
     D: tl.constexpr = RANK + ROPE
-    TILES: tl.constexpr = PAGE // T
     first, last = items_of(bounds, program, ONE)
     r = tl.arange(0, R)
     t = tl.arange(0, T)
@@ -70,9 +60,7 @@ def attend_rows(
         # As in `rows.attend_rows`: dependents begin when this kernel ends.
         gdc_wait()
     for item in range(first, last):
-        block, page_at, tokens, slot = item_of(items, item)
-        page_ahead = tl.load(pages + page_at)
-        row, live = rows_of(rows, items, item, block, R, RUN)
+        block, page_at, page, tokens, slot, row, live = item_of(items, item, pages, rows, R, RUN)
         sees = seen_of(visible, items, item, block, tokens, R, EDGE)
         own = q + row[:, None].to(tl.int64) * D
         q_even, q_odd = asked_by(own + c[None, :], inside)
@@ -82,9 +70,7 @@ def attend_rows(
         held_even = tl.zeros((R, WIDE), tl.float32)
         held_odd = tl.zeros((R, WIDE), tl.float32)
         for i in tl.range(0, tl.cdiv(tokens, T), num_stages=STAGES):
-            page = page_ahead
-            page_ahead = tl.load(pages + page_at + (i + 1) // TILES)
-            at = page * PAGE + (i % TILES) * T
+            at, page = tile_of(pages, page_at, page, i, T, PAGE)
             k_even, k_odd = pairs(latents.load([at, 0]), ASM)
             k_even = k_even.to(q.dtype.element_ty)
             k_odd = k_odd.to(q.dtype.element_ty)
@@ -95,7 +81,7 @@ def attend_rows(
             s = s * by[None, :] + tl.dot(q_rope, tl.trans(k_rope), input_precision="ieee")
             seen = seen_in(i * T + t, sees, EDGE)
             s = tl.where(seen, s, -float("inf"))
-            p, shrink, higher = shares_of(s, peak, scale2)
+            p, shrink, higher = soften(s, peak, scale2)
             total = total * shrink[:, None] + p
             share = tl.where(seen, p * by[None, :], 0.0).to(q.dtype.element_ty)
             held_even = tl.dot(share, k_even, held_even * shrink[:, None], input_precision="ieee")
