@@ -6,7 +6,8 @@
     python bench/peers_cpu.py --server name=http://127.0.0.1:8001   # and what serves OpenAI's completions already
 
 Cases: eight turns, decode at 4 k of one and of 16, prefill of 4 k, eight branches at 8 k, 16 agents that pause with
-half the cache they would like, and a recorded coding agent with lengths and tool times scaled by 0.1. In each round
+half the cache they would like, measured in a window while all of them go on (`bench/peers_loop.py`), and a recorded
+coding agent with lengths and tool times scaled by 0.1. In each round
 of a case every engine plays it, with texts and an order drawn anew; a ratio is taken within a round and told as the
 median. A peer that was much slower than the best one plays a case once. Servers are started here and stay until the
 end; none but the one that plays has anything to do. A peer that is not there is named in the JSON, which is the last

@@ -17,13 +17,16 @@ from typing import Any, Protocol, final
 
 import httpx
 
-from bench.peers_workload import Case, Played, Step, Timing
+from bench.peers_loop import going_on
+from bench.peers_turns import Played, Step, Timing, talk
+from bench.peers_workload import Case
 
 START_SECONDS = 400
 """For a server to load its model, and to compile it."""
 MOST_TOGETHER = 16
-SLOTS_IN_SMALL = 2
-"""Of llama.cpp in a small cache, which ends with an error where its slots together want more: what surely fits."""
+SLOTS_IN_SMALL = 1
+"""Of llama.cpp in a small cache, which ends with an error where its slots together want more: what surely fits, for a
+long conversation takes more than half of it."""
 ROOM_TOKENS = 90_112
 """Of a cache that is not to be small: more than any case holds at once."""
 
@@ -166,23 +169,13 @@ class Served:
                 start = list(case.prefix.encode())
                 if case.warm:
                     await self.complete([*start, ord("W")], 1)
+                if case.loop is not None:
+                    return await going_on(case.loop, lambda: contextlib.nullcontext(_Talk(self, list(start))))
                 barrier = asyncio.Barrier(len(case.scripts)) if case.together else None
-                return list(await asyncio.gather(*(self._talk(list(start), one, barrier) for one in case.scripts)))
+                talks = (talk(_Talk(self, list(start)), script, barrier) for script in case.scripts)
+                return list(await asyncio.gather(*talks))
         except TimeoutError as error:
             raise TooSlow from error
-
-    async def _talk(self, known: list[int], script: Sequence[Step], barrier: asyncio.Barrier | None) -> list[Timing]:
-        timings: list[Timing] = []
-        for step in script:
-            await asyncio.sleep(step.pause)
-            if barrier is not None:
-                await barrier.wait()
-            known += step.add.encode()
-            begun = time.perf_counter()
-            drawn = await self.complete(known, step.out)
-            timings.append(Timing(begun, drawn.first - begun, time.perf_counter() - begun, drawn.count))
-            known += drawn.ids
-        return timings
 
     async def complete(self, ids: list[int], out: int) -> Drawn:
         """Raises `Absent`. Events are read when all have come: what a client does with them is not timed."""
@@ -223,6 +216,22 @@ class Served:
 
     async def close(self) -> None:
         await self._client.aclose()
+
+
+@final
+class _Talk:
+    """A conversation whose whole context goes with each request."""
+
+    def __init__(self, server: Served, known: list[int]) -> None:
+        self._server, self._known = server, known
+
+    async def step(self, step: Step) -> Timing:
+        self._known += step.add.encode()
+        begun = time.perf_counter()
+        drawn = await self._server.complete(self._known, step.out)
+        whole = time.perf_counter() - begun
+        self._known += drawn.ids
+        return Timing(begun, drawn.first - begun, whole, drawn.count)
 
 
 @final

@@ -6,14 +6,16 @@ import asyncio
 import contextlib
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, final
 
 from agentspeed import Engine, Session
 from agentspeed_engine.ids import pages_for
+from bench.peers_loop import going_on
 from bench.peers_served import Absent, TooSlow
-from bench.peers_workload import Case, Played, Step, Timing
+from bench.peers_turns import Played, Step, Timing, talk
+from bench.peers_workload import Case
 
 PAGE = 64
 
@@ -59,6 +61,8 @@ class Ours:
             raise TooSlow from error
 
     async def _play(self, engine: Engine, case: Case) -> Played:
+        if case.loop is not None:
+            return await going_on(case.loop, lambda: _opened(engine, case))
         barrier = asyncio.Barrier(len(case.scripts)) if case.together else None
         if not case.warm:
             return list(await asyncio.gather(*(self._alone(engine, case, script, barrier) for script in case.scripts)))
@@ -66,28 +70,34 @@ class Ours:
             await trunk.generate("W", max_tokens=1)
             async with trunk.fork(len(case.scripts)) as branches:
                 pairs = zip(branches, case.scripts, strict=True)
-                return list(await asyncio.gather(*(self._talk(branch, script, barrier) for branch, script in pairs)))
+                return list(await asyncio.gather(*(talk(_Talk(branch), script, barrier) for branch, script in pairs)))
 
     async def _alone(
         self, engine: Engine, case: Case, script: Sequence[Step], barrier: asyncio.Barrier | None
     ) -> list[Timing]:
-        async with engine.session(system=case.prefix or None) as session:
-            return await self._talk(session, script, barrier)
-
-    async def _talk(self, session: Session, script: Sequence[Step], barrier: asyncio.Barrier | None) -> list[Timing]:
-        timings: list[Timing] = []
-        for step in script:
-            await asyncio.sleep(step.pause)
-            if barrier is not None:
-                await barrier.wait()
-            begun = time.perf_counter()
-            reply = await session.generate(step.add, max_tokens=step.out)
-            whole = time.perf_counter() - begun
-            timings.append(Timing(begun, whole - reply.usage.decode_seconds, whole, len(reply.ids)))
-        return timings
+        async with _opened(engine, case) as conversation:
+            return await talk(conversation, script, barrier)
 
     async def close(self) -> None:
         await self._stack.aclose()
+
+
+@contextlib.asynccontextmanager
+async def _opened(engine: Engine, case: Case) -> AsyncIterator[_Talk]:
+    async with engine.session(system=case.prefix or None) as session:
+        yield _Talk(session)
+
+
+@final
+class _Talk:
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    async def step(self, step: Step) -> Timing:
+        begun = time.perf_counter()
+        reply = await self._session.generate(step.add, max_tokens=step.out)
+        whole = time.perf_counter() - begun
+        return Timing(begun, whole - reply.usage.decode_seconds, whole, len(reply.ids))
 
 
 class Transformers:
@@ -115,24 +125,23 @@ class Transformers:
         return await asyncio.to_thread(self._batch, case) if _is_batch(case) else await self._in_turns(case)
 
     async def _in_turns(self, case: Case) -> Played:
+        if case.loop is not None:
+            try:
+                return await going_on(case.loop, lambda: contextlib.nullcontext(_Row(self, None, _ids(case.prefix))))
+            finally:
+                self._until = 0.0  # a turn that was left goes on in its thread until it looks
         trunk = await asyncio.to_thread(self._feed, None, _ids(case.prefix)) if case.warm else None
-        return list(await asyncio.gather(*(self._talk(case, script, trunk) for script in case.scripts)))
-
-    async def _talk(self, case: Case, script: Sequence[Step], trunk: Any) -> list[Timing]:
-        cache = copy.deepcopy(trunk[0]) if trunk is not None else None
         pending = [] if case.warm else _ids(case.prefix)
-        timings: list[Timing] = []
-        for step in script:
-            await asyncio.sleep(step.pause)
-            begun = time.perf_counter()
-            async with self._lock:
-                cache, last, first = await asyncio.to_thread(self._draw, cache, [*pending, *_ids(step.add)], step.out)
-            timings.append(Timing(begun, first - begun, time.perf_counter() - begun, step.out))
-            pending = [last]
-        return timings
+        rows = [_Row(self, copy.deepcopy(trunk[0]) if trunk else None, pending) for _ in case.scripts]
+        pairs = zip(rows, case.scripts, strict=True)
+        return list(await asyncio.gather(*(talk(row, script, None) for row, script in pairs)))
+
+    async def draw(self, cache: Any, ids: list[int], out: int) -> tuple[Any, int, float]:
+        """(cache, the last token, which it lacks, when the first one came), in turns"""
+        async with self._lock:
+            return await asyncio.to_thread(self._draw, cache, ids, out)
 
     def _draw(self, cache: Any, ids: list[int], out: int) -> tuple[Any, int, float]:
-        """(cache, the last token, which it lacks, when the first one came)"""
         cache, token = self._feed(cache, ids)
         first = time.perf_counter()
         for _ in range(out - 1):
@@ -170,6 +179,20 @@ class Transformers:
 
     async def close(self) -> None:
         del self._model
+
+
+@final
+class _Row:
+    """A conversation with a cache of its own."""
+
+    def __init__(self, side: Transformers, cache: Any, pending: list[int]) -> None:
+        self._side, self._cache, self._pending = side, cache, pending
+
+    async def step(self, step: Step) -> Timing:
+        begun = time.perf_counter()
+        self._cache, last, first = await self._side.draw(self._cache, [*self._pending, *_ids(step.add)], step.out)
+        self._pending = [last]
+        return Timing(begun, first - begun, time.perf_counter() - begun, step.out)
 
 
 def _ids(text: str) -> list[int]:

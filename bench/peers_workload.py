@@ -6,48 +6,31 @@ A text is capitals, each of which is one token of the random checkpoints, so tha
 from __future__ import annotations
 
 import json
+import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from string import ascii_uppercase
 from typing import final
 
-from bench.pauses_workload import TRACE
+from bench.pauses_workload import CALLS_PER_JOB, TRACE, pause_at
+from bench.peers_loop import Loop, Script, figures
+from bench.peers_turns import Played, Step
 
 SCALE = 0.1
-"""Of the replayed trace: its lengths and its tool times."""
-AGENTS, AGENT_TURNS, SHARED = 16, 4, 2048
+"""Of the replayed trace and of the published laws: lengths and tool times."""
+AGENTS, SHARED = 16, 2048
+AGENT_TURNS = round(CALLS_PER_JOB)
+"""Of a conversation, which is as long as what a user asks for takes."""
+AGENT_OUT, APPEND_LOG_MEAN, APPEND_SPREAD = 40, 4.5, 0.6
+PRESSURE = 2.0
+"""What conversations hold at once ÷ room for it."""
+WARM_UP, WINDOW = 10.0, 45.0
+"""Seconds. Pauses have no other bound than the law's own, 60 s after `SCALE`, which is longer than both together: it
+shortens none that a window could hold."""
 BEST = "best peer"
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One call of a conversation."""
-
-    add: str
-    """What is new to the context."""
-    out: int
-    pause: float = 0.0
-    """Seconds before it, as a tool takes."""
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """Of one step, in seconds."""
-
-    begun: float
-    first: float
-    """Until the first token."""
-    whole: float
-    drawn: int
-
-
-Played = list[list[Timing]]
-"""By conversation and step."""
 
 
 @final
@@ -76,31 +59,23 @@ class Case:
     """No conversation begins a step before all have ended the last."""
     pool_tokens: int | None = None
     """Room of the cache, where the case is about having too little."""
+    loop: Loop | None = None
+    """Agents that go on, instead of scripts."""
 
 
-MORE_IS_BETTER = frozenset({"tokens_per_second", "of_possible"})
+MORE_IS_BETTER = frozenset({"tokens_per_second", "of_possible", "resumes"})
 
 
 def cases(part: float, seed: int) -> list[Case]:
     """`part`: of the lengths, for a quick look; 1 is what figures are told from. `seed`: of the texts, so that no cache
     has seen them before."""
-    draw = random.Random(seed)
-
-    def text(tokens: float) -> str:
-        return "".join(draw.choices(ascii_uppercase, k=max(4, round(tokens * part))))
-
-    def out(tokens: float) -> int:
-        return max(4, round(tokens * part))
-
+    text, out = partial(_text, random.Random(seed), part), partial(_out, part)
     turns = tuple(Step(text(200), out(50)) for _ in range(8))
     batch = tuple((Step(text(4096), 1), Step(text(8), out(64))) for _ in range(16))
     prompt = text(4096)
     branches = tuple((Step(text(8), out(64)),) for _ in range(8))
-    agents = tuple(
-        tuple(Step(text(draw.lognormvariate(4.5, 0.6)), out(40), _pause(draw)) for _ in range(AGENT_TURNS))
-        for _ in range(AGENTS)
-    )
-    held = SHARED * part + sum(len(step.add) + step.out for script in agents for step in script)
+    agents = tuple(partial(_agent, seed, number, part) for number in range(AGENTS))
+    loop = Loop(agents, WARM_UP * part, WINDOW * part)
     return [
         Case(
             "8 turns",
@@ -124,19 +99,51 @@ def cases(part: float, seed: int) -> list[Case]:
             "16 agents with pauses",
             text(SHARED),
             False,
-            agents,
-            partial(_agents, _least_span(agents)),
+            (),
+            partial(figures, loop),
             (Must("tokens_per_second", 2.0), Must("resume_p99", 0.4)),
-            pool_tokens=int(held / 2),
+            pool_tokens=int(live_tokens() * part / PRESSURE),
+            loop=loop,
         ),
         Case("batch 16 at 4 k", "", False, batch, _rate, (Must("tokens_per_second", 1.7),), together=True),
         Case("coding agent replayed", "", False, (_replay(text, out),), _wall),
     ]
 
 
-def _pause(draw: random.Random) -> float:
-    """By the published law of tool times, and scaled: half take 0.3 s or less, a tenth 13.6 s and more."""
-    return min(SCALE * draw.lognormvariate(-1.2, 2.98), 60 * SCALE)
+def _text(draw: random.Random, part: float, tokens: float) -> str:
+    return "".join(draw.choices(ascii_uppercase, k=max(4, round(tokens * part))))
+
+
+def _out(part: float, tokens: float) -> int:
+    return max(4, round(tokens * part))
+
+
+def live_tokens() -> float:
+    """What all agents' conversations hold on average, each halfway between its beginning and its end, the shared prefix
+    once."""
+    append = math.exp(APPEND_LOG_MEAN + APPEND_SPREAD**2 / 2)
+    return SHARED + AGENTS * AGENT_TURNS * (append + AGENT_OUT) / 2
+
+
+def _agent(seed: int, number: int, part: float) -> Iterator[Script]:
+    """Without end. The first conversation is joined at a random age, and at once, so that contexts differ from the
+    start; what was said before is then new to every engine."""
+    draw = random.Random(f"{seed}/{number}")
+
+    def append() -> float:
+        return draw.lognormvariate(APPEND_LOG_MEAN, APPEND_SPREAD)
+
+    def step(tokens: float, pause: float) -> Step:
+        return Step(_text(draw, part, tokens), _out(part, AGENT_OUT), pause)
+
+    def pause() -> float:
+        return SCALE * pause_at(draw.random())
+
+    age = draw.randrange(AGENT_TURNS)
+    joined = step(sum(append() + AGENT_OUT for _ in range(age)) + append(), 0.0)
+    yield (joined, *(step(append(), pause()) for _ in range(AGENT_TURNS - age - 1)))
+    while True:
+        yield tuple(step(append(), pause()) for _ in range(AGENT_TURNS))
 
 
 def _replay(text: Callable[[float], str], out: Callable[[float], int], trace: Path = TRACE) -> tuple[Step, ...]:
@@ -156,7 +163,7 @@ def _wall(played: Played) -> dict[str, float]:
     if len(played) == 1:
         return {"wall": sum(step.whole for step in played[0])}
     steps = [step for script in played for step in script]
-    return {"wall": max(step.begun + step.whole for step in steps) - min(step.begun for step in steps)}
+    return {"wall": max(step.ended for step in steps) - min(step.begun for step in steps)}
 
 
 def _rate(played: Played) -> dict[str, float]:
@@ -164,30 +171,10 @@ def _rate(played: Played) -> dict[str, float]:
     time the last one begins: all tokens over all of the time."""
     steps = [script[-1] for script in played]
     begun = min(step.begun + step.first for step in steps)
-    ended = max(step.begun + step.whole for step in steps)
+    ended = max(step.ended for step in steps)
     return {"tokens_per_second": sum(step.drawn - 1 for step in steps) / (ended - begun)}
 
 
 def _prefill(tokens: int, played: Played) -> dict[str, float]:
     ((step,),) = played
     return {"tokens_per_second": tokens / step.first}
-
-
-def _least_span(scripts: Sequence[Sequence[Step]]) -> float:
-    """Seconds from the first step's beginning to the last one's end if every engine answered at once."""
-    return max(sum(step.pause for step in script) for script in scripts) - min(script[0].pause for script in scripts)
-
-
-def _agents(least_span: float, played: Played) -> dict[str, float]:
-    """`of_possible`: what an engine that takes no time needs, of what was taken; `beyond_pauses`: the rest, in
-    seconds."""
-    steps = [step for script in played for step in script]
-    span = max(step.begun + step.whole for step in steps) - min(step.begun for step in steps)
-    resumes = sorted(step.first for script in played for step in script[1:])
-    return {
-        "tokens_per_second": sum(step.drawn for step in steps) / span,
-        "of_possible": least_span / span,
-        "beyond_pauses": span - least_span,
-        "resume_p50": resumes[len(resumes) // 2],
-        "resume_p99": resumes[min(len(resumes) - 1, int(0.99 * len(resumes)))],
-    }
