@@ -141,7 +141,7 @@ def draws(model_type: str, seed: int = 0) -> dict[str, int]:
                 with engine(Path(other), model=str(checkpoint), **crowd, **ENGINE) as small:
                     crowded(small.connect(), front, chance, count)
             with tempfile.TemporaryDirectory() as other:
-                tiers = {"pages": 40, "host_slots": 200, "context_limit": 400}
+                tiers = {"pages": 40, "host_slots": 200, "host_saves": "always", "context_limit": 400}
                 with engine(Path(other), model=str(checkpoint), **tiers, **ENGINE) as tiered:
                     moved(tiered.connect(), front, chance, count)
     return counts

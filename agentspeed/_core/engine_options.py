@@ -30,6 +30,7 @@ class EngineOptions(TypedDict, total=False):
     rank_seconds: float
     depth: int
     host_slots: int
+    host_saves: Literal["measured", "always"]
     prefill_chunk: int
     extend_tokens: int
     firm_pages: int | None

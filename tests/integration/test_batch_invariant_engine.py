@@ -28,6 +28,7 @@ def cache(request: pytest.FixtureRequest) -> Any:
 def front(request: pytest.FixtureRequest, cache: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
     """Of a pool that the tests' sessions do not all fit into."""
     options: dict[str, Any] = {"pages": 40, "host_slots": 80, "context_limit": 1024, "prefill_chunk": 192}
+    options |= {"host_saves": "always", "ticket_deadline": 60.0}
     device, dtype = request.param, "bfloat16" if request.param == "cuda" else "float32"
     with engine(tmp_path_factory.mktemp("engine"), model=str(NANO), device=device, dtype=dtype, kv_cache_dtype=cache,
                 batch_invariant=True, check_every_step=True, **options) as process:  # fmt: skip
@@ -75,5 +76,6 @@ def test_sessions_that_lost_their_pages_go_on_with_the_bits_they_would_have_had(
     front.finish(*later)
     for branch, _ in held:
         front.end(branch)
+    assert sum(turn.ended.usage.resumed_host for turn in later if turn.ended) > 400, "a session, at least"
     for turn, log in zip(later, logs, strict=True):
         assert told(turn) == told(alone(front, [*log, 9], max_tokens=6, sampling=HOT, seed=1))

@@ -116,17 +116,21 @@ def test_siblings_that_run_together_draw_what_each_draws_alone(exact: Front, fas
 
 def test_sessions_that_were_paged_out_to_the_host_go_on_as_if_never(exact: Front, tmp_path: Path) -> None:
     draw = random.Random(8)
-    with engine(tmp_path, device="cuda", dtype="float32", pages=36, host_slots=120, **COMMON) as process:
+    with engine(tmp_path, device="cuda", dtype="float32", pages=36, host_slots=120,
+                host_saves="always", ticket_deadline=60.0, **COMMON) as process:  # fmt: skip
         front = process.connect()
         front.socket.settimeout(120.0)
         held = [(front.open(), prompt(draw, 400)) for _ in range(6)]
-        logs = []
+        logs, resumed = [], 0
         for branch, ids in held:
             turn = front.generate(branch, ids, max_tokens=4, sampling=GREEDY, seed=0)
             logs.append(ids + turn.ids)
         for (branch, _), log in zip(held, logs, strict=True):
             turn = front.generate(branch, [9], max_tokens=6, sampling=GREEDY, seed=1)
             assert_agrees(exact, [*log, 9], turn, GREEDY, 1)
+            assert turn.ended is not None
+            resumed += turn.ended.usage.resumed_host
+        assert resumed > 400, "a session, at least"
 
 
 def weather(city: str) -> str:

@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DEVICE = "cuda"
 EXACT: dict[str, Any] = {"device": DEVICE, "dtype": "float32"}
 """Of models whose sums are compared: near ties are as rare as in float64."""
+SAVED: dict[str, Any] = {"host_slots": 120, "host_saves": "always", "ticket_deadline": 60.0}
+"""Rows that leave the device come back from the host, also where a prefill takes less time, as it does here."""
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +143,7 @@ async def test_sessions_that_went_to_the_host_and_back_say_what_undisturbed_ones
     model: str, request: pytest.FixtureRequest
 ) -> None:
     folder: Path = request.getfixturevalue(model)
-    small = Engine(folder, pages=14, host_slots=120, context_limit=640, firm_pages=0, **EXACT)
+    small = Engine(folder, pages=14, context_limit=640, firm_pages=0, **SAVED, **EXACT)
     async with undisturbed(folder, PROMPTS, 3, 6) as said, small as engine, AsyncExitStack() as held:
         sessions = [await held.enter_async_context(engine.session()) for _ in PROMPTS]
         for turn in range(3):
@@ -149,7 +151,7 @@ async def test_sessions_that_went_to_the_host_and_back_say_what_undisturbed_ones
                 _ = await session.generate(prompt if turn == 0 else f"Turn {turn}.", max_tokens=6)
         assert [list(session.ids) for session in sessions] == said
         usage = [session.usage for session in sessions]
-    assert any(one.resumed_host for one in usage)
+    assert sum(one.resumed_host for one in usage) > 200, "a session, at least"
 
 
 async def test_more_sessions_than_the_pool_holds_are_preempted_and_say_what_undisturbed_ones_say(latent: Path) -> None:

@@ -21,7 +21,10 @@ OPTIONS = {
     "threads": 1,
     "check_every_step": True,
     "firm_pages": 0,
+    "host_saves": "always",
+    "ticket_deadline": 60.0,
 }
+"""Whatever copies and prefill cost on the machine."""
 HOT = wire.Sampling(temperature=1.2, logprobs=0)
 SESSIONS, PROMPT = 5, 200
 PAGES = 40

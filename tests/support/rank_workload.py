@@ -15,6 +15,7 @@ OPTIONS = {
     "pages": 30,
     "firm_pages": 0,
     "host_slots": 120,
+    "host_saves": "always",
     "prefill_chunk": 96,
     "threads": 1,
     "check_every_step": True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, final
 
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.ids import pages_for
@@ -35,6 +35,9 @@ class CoreConfig:
     """Turns with a grammar or stop strings wait until the loop says that the executor is ready for them
     (`Core.preparations`, `Core.prepared`). Else the step that samples them first makes that ready."""
     host_slots: int = 0
+    host_saves: Literal["measured", "always"] = "measured"
+    """Which rows that leave the device are saved there first: those for which two copies cost less than computing them
+    again, or all."""
     firm_pages: int | None = None
     """Most pages under firm leases; None: a quarter of what L1 leaves."""
     max_links: int = 256

@@ -14,6 +14,7 @@ from agentspeed_engine.kv.branch_states import Decoding, Held, Next, Prefilling,
 from agentspeed_engine.kv.node_states import Both, Device, Host
 from agentspeed_engine.kv.tree import Node, tenant_of, upward
 from agentspeed_engine.sched import tickets
+from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.sched.policy import POLICIES, Facts, needed_in, worth_saving
 from agentspeed_engine.sched.ranking import Key, Ranking, Rankings
 from agentspeed_engine.sched.state import SchedulerState
@@ -169,10 +170,8 @@ def _drop(world: SchedulerState, victim: Node, missing: int) -> None:
 
 def _to_host(world: SchedulerState, victim: Node, missing: int, now: float) -> bool:
     """Begins to save the end of a victim, if that is worth it and the host has room or something of later use."""
-    config, kv = world.config, world.kv
-    if not config.host_slots or victim.failures or not _held_below(victim):
-        return False
-    if not worth_saving(config.copy_seconds_per_token, config.recompute_seconds_per_token):
+    kv = world.kv
+    if victim.failures or not _held_below(victim) or not _saves(world.config):
         return False
     count = min(len(victim.pages), max(missing, _SAVE_PAGES))
     if not _host_room(world, count, _key(world, victim, now), now):
@@ -222,9 +221,7 @@ def save_early(world: SchedulerState, now: float) -> None:
     that enters would wait for the copies, and the turns behind it for theirs after that."""
     kv, config = world.kv, world.config
     ahead, budget = config.pages // _AHEAD, _SAVE_PAGES - tickets.saving(world)
-    if not config.host_slots or kv.pages.free >= ahead or budget <= 0 or world.early_seen == world.pressure():
-        return
-    if not worth_saving(config.copy_seconds_per_token, config.recompute_seconds_per_token):
+    if kv.pages.free >= ahead or budget <= 0 or world.early_seen == world.pressure() or not _saves(config):
         return
     world.early_seen = world.pressure()
     if not any(map(_is_unsaved, kv.tree.tips.values())):
@@ -243,6 +240,12 @@ def save_early(world: SchedulerState, now: float) -> None:
         if count < len(node.pages):
             _ = kv.tree.split(node, len(node.pages) - count)
         _ = tickets.save(world, node, now)
+
+
+def _saves(config: CoreConfig) -> bool:
+    """Whether rows are saved before they leave the device."""
+    measured = config.copy_seconds_per_token, config.recompute_seconds_per_token
+    return config.host_slots > 0 and (config.host_saves == "always" or worth_saving(*measured))
 
 
 def _to_be_saved(node: Node) -> bool:

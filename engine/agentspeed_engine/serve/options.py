@@ -96,6 +96,10 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     of this one are on the host, else 0."""
     host_slots: int = 0
     """Pages of host memory that device pages can be saved to."""
+    host_saves: Literal["measured", "always"] = "measured"
+    """What is saved there before it leaves the device. measured: rows that two copies bring back sooner than a prefill
+    would, by what both cost alone at the start; always: all that there is room for, so that a prefill of rows that were
+    computed once never takes the time of other turns."""
     prefill_chunk: int = 512
     """Most tokens of cold prompts in a step."""
     extend_tokens: int = 256
@@ -468,6 +472,7 @@ def _core(options: EngineOptions, pages: int, limit: int, vocab_size: int, name:
         depth=options.depth or 0,
         decode_ahead=options.device == "cuda" and bool(options.depth),
         host_slots=options.host_slots,
+        host_saves=options.host_saves,
         ticket_deadline=options.ticket_deadline,
         max_lease_seconds=options.max_lease_seconds,
         tenant_pages=options.tenant_pages,

@@ -38,6 +38,22 @@ def test_without_host_slots_the_same_rows_are_computed_again() -> None:
     assert usage.resumed_host == 0 and usage.recomputed > 4 and usage.why
 
 
+COPIES_COST_MORE = {"copy_seconds_per_token": 1.0, "recompute_seconds_per_token": 1e-6}
+
+
+def test_rows_that_are_computed_sooner_than_copied_are_not_saved() -> None:
+    world, first, _ = two_sessions_and_room_for_one(**COPIES_COST_MORE)
+    assert world.residence(first).host == 0
+    assert world.turn(first, (7,)).recomputed > 4
+
+
+def test_where_rows_are_always_saved_no_cost_decides() -> None:
+    world, first, _ = two_sessions_and_room_for_one(**COPIES_COST_MORE, host_saves="always")
+    assert world.residence(first).host > 0
+    usage = world.turn(first, (7,))
+    assert usage.resumed_host > 4 and usage.recomputed <= 4
+
+
 def test_a_save_that_fails_drops_the_rows_and_the_turn_that_needed_room_goes_on() -> None:
     world = Scheduled(pages=9, host_slots=16)
     first, second = world.open(FIRST), world.open(SECOND)
