@@ -15,7 +15,20 @@ import msgspec
 
 from agentspeed_engine.kv.transitions import BRANCHES, NODES
 from tests.modelcheck.explorer import Bounds, pairs
-from tests.modelcheck.mutants import AHEAD, AHEAD_FAR, AHEAD_TWO, HOST, LOADED, MUTANTS, PREPARED, QUOTA
+from tests.modelcheck.mutants import (
+    AHEAD,
+    AHEAD_FAR,
+    AHEAD_TWO,
+    HOST,
+    LOADED,
+    MUTANTS,
+    PREPARED,
+    QUOTA,
+    SPOILT,
+    SPOILT_LOADED,
+    SPOILT_SAVED,
+    SPOILT_SHARED,
+)
 from tests.modelcheck.runs import Ended, Job, run
 
 SMALL = (
@@ -36,6 +49,15 @@ SMALL_LATER = (
     replace(HOST, verbs=2, depth=1, decode_ahead=True),
     replace(QUOTA, verbs=1, depth=1, decode_ahead=True),
     PREPARED,
+)
+SMALL_SPOILT = (
+    replace(SPOILT, verbs=4, depth=0),
+    SPOILT_SAVED,
+    replace(HOST, verbs=2, depth=1, decode_ahead=True, spoils=True),
+    replace(AHEAD, spoils=True),
+    SPOILT_LOADED,
+    SPOILT_SHARED,
+    SPOILT,
 )
 _PROMPTS = ((1, 1, 1), (2, 1, 1, 1))
 LARGE = (
@@ -61,6 +83,15 @@ LARGE_LATER = (
 )
 """With rows for tokens in flight, and turns that wait for their grammar. They are counted apart, so that what the
 others come to can be compared with what they came to before there was either."""
+LARGE_SPOILT = (
+    replace(SPOILT, verbs=5),
+    replace(SPOILT_LOADED, verbs=3),
+    replace(HOST, verbs=3, turns=(1,), depth=1, decode_ahead=True, spoils=True),
+    replace(SPOILT_SAVED, verbs=3),
+    replace(HOST, verbs=3, turns=(1, 2), spoils=True),
+    replace(SPOILT_SHARED, verbs=3, depth=1),
+)
+"""With turns whose logits are no finite numbers, and so counted apart as well."""
 ENDS = {"Closed"}
 """What is in no table any more."""
 
@@ -75,12 +106,15 @@ def told(bounds: Bounds) -> str:
     )
 
 
-def jobs_of(bounds: str) -> tuple[list[Job], list[Job], list[Job]]:
-    """The searches, those counted apart, and the mutants. Names are unique; those of searches say the bounds."""
-    plain, later = (SMALL, SMALL_LATER) if bounds == "small" else (LARGE, LARGE_LATER)
+def jobs_of(bounds: str) -> tuple[dict[str, list[Job]], list[Job]]:
+    """The searches by what is said of those that are counted together, and the mutants. Names are unique; those of
+    searches say the bounds."""
+    plain, later, spoilt = (
+        (SMALL, SMALL_LATER, SMALL_SPOILT) if bounds == "small" else (LARGE, LARGE_LATER, LARGE_SPOILT)
+    )
+    counted = {"": plain, " with rows for tokens in flight or turns to prepare": later, " with spoilt turns": spoilt}
     return (
-        [Job(told(one), bounds=one) for one in plain],
-        [Job(told(one), bounds=one) for one in later],
+        {what: [Job(told(one), bounds=one) for one in group] for what, group in counted.items()},
         [Job(mutant.name, mutant=place) for place, mutant in enumerate(MUTANTS)],
     )
 
@@ -136,27 +170,29 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """0: everything that was asked for ended as it must."""
     options = options_of(arguments)
-    plain, later, mutants = jobs_of(options.bounds)
+    searches, mutants = jobs_of(options.bounds)
     done: dict[str, Ended] = {}
     if options.skip_done is not None and options.skip_done.exists():
         done = {one.name: one for one in msgspec.json.decode(options.skip_done.read_bytes(), type=list[Ended])}
-    asked = [*later, *plain, *([] if options.skip_mutants else mutants)]  # the largest searches first
+    every = [job for group in (*list(searches.values())[1:], searches[""]) for job in group]  # the largest first
+    asked = [*every, *([] if options.skip_mutants else mutants)]
     if options.only:
         asked = [job for job in asked if any(part.strip() in job.name for part in options.only.split(";"))]
     started = time.monotonic()
-    for ended in run([job for job in asked if job.name not in done], options.jobs, options.searches):
-        done[ended.name] = ended
-        print(line(ended, any(job.name == ended.name for job in mutants)), flush=True)
+    for one in run([job for job in asked if job.name not in done], options.jobs, options.searches):
+        done[one.name] = one
+        print(line(one, any(job.name == one.name for job in mutants)), flush=True)
         if options.json is not None:
             written = options.json.with_suffix(".part")
             written.write_bytes(msgspec.json.encode(list(done.values())))
             written.replace(options.json)
     seconds = time.monotonic() - started
-    sound = summary("", plain, done, seconds)
-    sound &= summary(" with rows for tokens in flight or turns to prepare", later, done, seconds)
-    searches = [done[job.name] for job in (*plain, *later) if job.name in done]
-    if len(searches) == len(plain) + len(later):
-        sound &= reached_all(searches)
+    sound = True
+    for what, group in searches.items():
+        sound &= summary(what, group, done, seconds)
+    ended = [done[job.name] for job in every if job.name in done]
+    if len(ended) == len(every):
+        sound &= reached_all(ended)
     if not options.skip_mutants:
         tried = [done[job.name] for job in mutants if job.name in done]
         caught = sum(bool(one.rule) for one in tried)

@@ -24,6 +24,7 @@ from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.sched.core import Core
 from agentspeed_engine.sched.plan import Drawn, StepResult
 from agentspeed_engine.sched.state import SchedulerState
+from tests.modelcheck.spoilt import SPOILT, check_suspects, first_sampled, suspects
 
 LINK = LinkId(1)
 STOP = 3
@@ -50,6 +51,9 @@ class Bounds:
     decode_ahead: bool = False
     """Rows are issued for tokens in flight. Then a step may also draw the token that ends a turn, or refuse one; and a
     turn of those that a user begins has a stop string, so nothing runs ahead of its tokens."""
+    spoils: bool = False
+    """The first sample of a step may be no finite numbers, and what its turn read and wrote is then to be found by
+    nobody (`spoilt`)."""
     prepares: bool = False
     """Turns with stop strings wait to be prepared, which ends well or not, at any moment."""
     firm_pages: int = 0
@@ -224,9 +228,11 @@ def expand(core: Core, bounds: Bounds, is_new: Callable[[bytes], bool], world: S
             core.world = world
         try:
             oldest = _oldest(core.world)
+            suspected = suspects(core.world, action) if bounds.spoils else []
             carry_out(core, action)
             core.check()
             _check_oldest(core.world, oldest)
+            check_suspects(core.world, suspected)
         except (BrokenInvariant, LookupError, ValueError) as broken:
             rule = str(broken) if isinstance(broken, BrokenInvariant) else f"crash: {broken!r}"
             return Expanded(moves, reached, (rule, _name(action)))
@@ -267,9 +273,12 @@ def actions(world: SchedulerState, bounds: Bounds, verbs: int) -> Iterator[Any]:
         yield "plan"
     if world.flights:
         yield "acknowledge"
-        if bounds.decode_ahead and any(row.sample is not None for row in world.flights[min(world.flights)].rows):
+        sampled = first_sampled(world) is not None
+        if bounds.decode_ahead and sampled:
             yield "acknowledge stop"
             yield "acknowledge refused"
+        if bounds.spoils and sampled:
+            yield SPOILT
     for index in range(len(world.tickets)):
         yield f"copied {index}"
     for index in range(len(world.tickets)):
@@ -335,16 +344,18 @@ def carry_out(core: Core, action: Any) -> None:
 
 
 def _result(world: SchedulerState, first: str) -> StepResult:
-    """Of the oldest step. `first`: what the first of its samples came to, a `stop` or `refused`; the others go on."""
+    """Of the oldest step. `first`: what the first of its samples came to, a `stop`, `refused` or `spoilt`; the others
+    go on."""
     seq = StepSeq(min(world.flights))
     rows = [row for row in world.flights[seq].rows if row.sample is not None]
-    refused = [(row.branch, row.epoch, "refused") for row in rows[:1]] if first == "refused" else []
+    refused = [(row.branch, row.epoch, first) for row in rows[:1]] if first in ("refused", "spoilt") else []
     drawn = [
         Drawn(row.branch, row.epoch, STOP if first == "stop" and not place else 1)
         for place, row in enumerate(rows)
         if place or not refused
     ]
-    return StepResult(seq, tuple(drawn), tuple(refused))
+    spoilt = frozenset((branch, epoch) for branch, epoch, reason in refused if reason == "spoilt")
+    return StepResult(seq, tuple(drawn), tuple(refused), spoilt=spoilt)
 
 
 def _play(core: Core, number: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -12,7 +12,7 @@ from agentspeed_engine.kv import branch_states
 from agentspeed_engine.kv.branch_states import Held, Next, Queued, Settling, Then
 from agentspeed_engine.kv.kv_cache import KvCache
 from agentspeed_engine.kv.node_states import Device, Saving
-from agentspeed_engine.kv.tree import upward
+from agentspeed_engine.kv.tree import subtree, upward
 from agentspeed_engine.sched import leases, outcome, quotas, reclaim, step, tickets
 from agentspeed_engine.sched.plan import TokenOf
 from agentspeed_engine.sched.reclaim import Grant
@@ -230,6 +230,66 @@ def _forgets_what_waits(original: Any) -> Any:
     return dequeue
 
 
+SPOILT = Bounds(verbs=3, depth=1, spoils=True)
+"""What a turn computes may be no finite numbers."""
+SPOILT_LOADED = replace(LOADED, spoils=True)
+"""Also of rows that come back from the host."""
+SPOILT_SAVED = Bounds(
+    verbs=2, pages=8, context_limit=12, host_slots=8, setup=((1,) * 6, (2, *(1,) * 5)), turns=(1, 2), spoils=True
+)
+"""Also while rows are copied there: free pages are few, so those at rest are saved before any are needed."""
+SPOILT_SHARED = Bounds(verbs=2, pages=6, setup=((1, 1, 1), (1, 1, 2)), turns=(1,), spoils=True)
+"""Two sessions begin with the same page."""
+
+
+def _rows_are_kept(self: Any, branch: Any, room: Any, now: float, why: str) -> None:
+    self.freeze(branch, room, now)
+
+
+def _only_a_branch_that_stays_gives_up(original: Any) -> Any:
+    def rest(kv: Any, branch: Any, turn: Any, room: Any, then: Any, now: float) -> Any:
+        turn.spoilt &= then.next is Next.HOLD
+        return original(kv, branch, turn, room, then, now)
+
+    return rest
+
+
+def _spoilt_too_late(original: Any) -> Any:
+    """Where a turn has been left already, nobody looks at what its rows came to."""
+
+    def came_back(world: Any, row: Any, token: Any, refusal: Any, now: float) -> None:
+        settling = isinstance(world.states.get(row.branch), Settling)
+        original(world, row, token, None if settling else refusal, now)
+
+    return came_back
+
+
+def _copies_are_not_waited_for(original: Any) -> Any:
+    def disown_from(self: Any, tip: Any) -> None:
+        original(self, tip)
+        for node in self.tree.nodes.values():
+            node.disowned = False
+
+    return disown_from
+
+
+def _copy_ends_and_the_rows_stay(self: Any, node: Any) -> None:
+    node.disowned = False
+
+
+def _the_cache_keeps_them(self: Any, tip: Any) -> None:
+    """Rows that no branch has hang below, and lead there."""
+    waits = self._drop_unreferenced(tip)
+    if waits is not None:
+        waits.disowned = True
+
+
+def _all_rows_go(self: Any, tip: Any) -> None:
+    """Also those that others rest on or run on."""
+    for node in [] if tip.parent is None else reversed(list(subtree(tip))):
+        _ = self.drop(node)
+
+
 MUTANTS = (
     Mutant(
         "held-with-rows-in-flight",
@@ -383,6 +443,48 @@ MUTANTS = (
         "a turn that ended while its grammar was compiled is awaited",
         ((SchedulerState, "dequeue", _forgets_what_waits(SchedulerState.dequeue)),),
         PREPARED,
+    ),
+    Mutant(
+        "spoilt-rows-are-kept",
+        "what a spoilt turn wrote is published like any other rows",
+        ((KvCache, "disown", _rows_are_kept),),
+        SPOILT,
+    ),
+    Mutant(
+        "spoilt-rows-outlive-the-turn",
+        "a spoilt turn that waits again or is closed leaves its rows",
+        ((branch_states, "_come_to_rest", _only_a_branch_that_stays_gives_up(branch_states._come_to_rest)),),
+        SPOILT,
+    ),
+    Mutant(
+        "spoilt-after-it-was-left",
+        "rows that come back after their turn was left are taken for sound",
+        ((outcome, "_row_came_back", _spoilt_too_late(outcome._row_came_back)),),
+        SPOILT,
+    ),
+    Mutant(
+        "spoilt-rows-in-copy-stay",
+        "rows of a spoilt turn that are being copied are not marked",
+        ((KvCache, "_disown_from", _copies_are_not_waited_for(KvCache._disown_from)),),
+        SPOILT_SAVED,
+    ),
+    Mutant(
+        "spoilt-rows-outlive-the-copy",
+        "the end of a copy does not drop the rows that are marked",
+        ((KvCache, "copy_ended", _copy_ends_and_the_rows_stay),),
+        SPOILT_SAVED,
+    ),
+    Mutant(
+        "spoilt-rows-below-cached-ones",
+        "rows that only the cache holds keep those of a spoilt turn above them",
+        ((KvCache, "_disown_from", _the_cache_keeps_them),),
+        SPOILT_LOADED,
+    ),
+    Mutant(
+        "spoilt-rows-of-others",
+        "a spoilt turn takes rows from branches that run on them",
+        ((KvCache, "_disown_from", _all_rows_go),),
+        SPOILT_SHARED,
     ),
 )
 

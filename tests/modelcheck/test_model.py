@@ -10,7 +10,20 @@ import pytest
 from agentspeed_engine.kv.transitions import BRANCHES, NODES
 from tests.modelcheck.__main__ import main
 from tests.modelcheck.explorer import Bounds, explore, pairs
-from tests.modelcheck.mutants import AHEAD, AHEAD_FAR, HOST, LOADED, MUTANTS, PREPARED, QUOTA, Mutant
+from tests.modelcheck.mutants import (
+    AHEAD,
+    AHEAD_FAR,
+    HOST,
+    LOADED,
+    MUTANTS,
+    PREPARED,
+    QUOTA,
+    SPOILT,
+    SPOILT_LOADED,
+    SPOILT_SAVED,
+    SPOILT_SHARED,
+    Mutant,
+)
 from tests.modelcheck.packing import packed
 from tests.modelcheck.split import split
 from tests.modelcheck.successors import unlike
@@ -28,6 +41,10 @@ from tests.modelcheck.successors import unlike
         AHEAD,
         AHEAD_FAR,
         replace(PREPARED, verbs=3),
+        SPOILT,
+        SPOILT_LOADED,
+        SPOILT_SAVED,
+        SPOILT_SHARED,
     ],
 )
 def test_every_state_is_sound_and_every_turn_ends(bounds: Bounds) -> None:
@@ -48,6 +65,8 @@ def test_every_state_is_sound_and_every_turn_ends(bounds: Bounds) -> None:
         ),
         AHEAD,
         replace(PREPARED, verbs=3),
+        SPOILT,
+        SPOILT_SAVED,
     ],
 )
 def test_worlds_that_the_search_takes_for_one_go_on_alike(bounds: Bounds) -> None:
@@ -56,7 +75,7 @@ def test_worlds_that_the_search_takes_for_one_go_on_alike(bounds: Bounds) -> Non
     assert found == []
 
 
-@pytest.mark.parametrize("bounds", [Bounds(verbs=3, depth=1), HOST, AHEAD, replace(PREPARED, verbs=3)])
+@pytest.mark.parametrize("bounds", [Bounds(verbs=3, depth=1), HOST, AHEAD, replace(PREPARED, verbs=3), SPOILT])
 def test_a_search_that_is_split_over_processes_finds_the_same(bounds: Bounds) -> None:
     assert explore(bounds, expanding=split(bounds, 2, few=64), kept=packed) == explore(bounds)
 

@@ -130,9 +130,18 @@ class KvCache:
             self._disown_from(node)
 
     def _disown_from(self, tip: Node) -> None:
-        waits = self._drop_unreferenced(tip)
-        if waits is not None:
-            waits.disowned = True
+        """Drops a node and those above it as far as no branch has rows there or below. What only the cache holds below
+        them was computed from theirs, and would keep them to be found: it goes too. A copy is waited for."""
+        top: Node | None = None
+        for node in upward(tip):
+            beside = [child for child in (*node.children.values(), *node.stubs.values()) if child is not top]
+            if node.held or any(below.held for child in beside for below in subtree(child)):
+                break
+            top = node
+        for node in [] if top is None else reversed(list(subtree(top))):
+            waits = self._drop_unreferenced(node)
+            if waits is not None:
+                waits.disowned = True
 
     def _drop_unreferenced(self, tip: Node) -> Node | None:
         """Drops a node that nobody refers to or pins, and those above it that only it referred to. Returns the first

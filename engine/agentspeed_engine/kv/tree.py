@@ -93,6 +93,11 @@ class Node:
         return bool(self.leaf_of or self.seed_of or self.children or self.stubs)
 
     @property
+    def held(self) -> bool:
+        """A branch itself refers to it or runs on it."""
+        return bool(self.leaf_of or self.seed_of or self.pinned_by)
+
+    @property
     def pages(self) -> tuple[PageId, ...]:
         """Device pages; none for a root and for rows on the host."""
         match self.state:

@@ -147,6 +147,39 @@ def test_what_cannot_be_drawn_for_another_reason_costs_no_rows() -> None:
     assert one.residence(branch).device == len(PROMPT)
 
 
+def test_rows_that_only_the_cache_holds_keep_none_above_them_to_be_found() -> None:
+    """Else whoever begins with the same prompt reads the same rows, until they are evicted."""
+    one = world()
+    first = one.open()
+    _ = one.turn(first, (*PROMPT, 20, 21, 22, 23))
+    _ = one.send(wire.Close(request=1, branch=first))
+    second = one.open()
+    _ = spoilt(one, second, (*PROMPT[:8], POISON))
+    again = one.turn(one.open(), (*PROMPT[:8], 30))
+    assert (again.shared, again.new) == (0, 9)
+
+
+def test_neither_does_what_hangs_below_a_page_that_was_copied() -> None:
+    one = world()
+    first = one.open()
+    _ = one.turn(first, PROMPT)
+    _ = one.send(wire.Close(request=1, branch=first))
+    second = one.open()
+    assert one.core.world.kv.tree.nodes
+    _ = spoilt(one, second, (*PROMPT[:2], POISON))
+    again = one.turn(one.open(), (*PROMPT[:2], 30))
+    assert (again.shared, again.new) == (0, 3)
+
+
+def test_rows_below_them_that_a_branch_rests_on_keep_what_leads_there() -> None:
+    one = world()
+    first = one.open()
+    _ = one.turn(first, (*PROMPT, 20, 21, 22, 23))
+    second = one.open()
+    _ = spoilt(one, second, (*PROMPT[:8], POISON))
+    assert one.turn(first, (5,)).recomputed == 0
+
+
 def planned(one: Scheduled) -> StepPlan:
     plan = one.core.plan(0.0)
     assert plan is not None
