@@ -15,6 +15,7 @@ from agentspeed_kernels.attention import paths
 from agentspeed_kernels.tiles import Int32s, Int64s, Piece
 from agentspeed_kernels.triton import fp8_cache_kernels, launching
 from agentspeed_kernels.triton.device_code import device_code
+from agentspeed_kernels.triton.launching import block_of
 from agentspeed_kernels.triton.plan import FIXED_TAKE, Cut, RowsPlan, merge_shape, plan_rows, segments
 from agentspeed_kernels.workspace import Workspace
 
@@ -271,7 +272,7 @@ def launch_rows(q: Tensor, pool: Tensor, step: RowsOnDevice, scale: float, works
     rows = device_code("rows")
 
     split = _power_of_two(rank) and _power_of_two(rope) and rope >= 16
-    wide = rank if split else 1 << (rank + rope - 1).bit_length()
+    wide = rank if split else block_of(rank + rope)
     latents, turned = descriptors(pool, form.tile, wide, rope if split else wide)
     early = launching.early(q)
     rows.attend_rows[(plan.programs,)](
@@ -291,7 +292,7 @@ def launch_merge(step: RowsOnDevice, workspace: Workspace, out: Tensor, groups: 
     fixed = step.plan.fixed
     columns, take, warps = merge_shape(FIXED_TAKE if fixed else parts)
     rank = out.shape[-1]
-    columns, early = min(columns, 1 << (rank - 1).bit_length()), launching.early(out)
+    columns, early = min(columns, block_of(rank)), launching.early(out)
     rows.merge[(units * step.plan.unit, -(-rank // columns), groups)](
         part, weight, out, step.arrays["unit_row"], step.arrays["table"], parts, out.shape[1] // groups,
         part.shape[0] // groups, UNIT=step.plan.unit, RANK=rank, COLUMNS=columns, TAKE=take,

@@ -20,6 +20,7 @@ from agentspeed_kernels.fp8_cache import latent_row
 from agentspeed_kernels.tiles import Int64s, Piece
 from agentspeed_kernels.triton import fp8_cache_kernels
 from agentspeed_kernels.triton.device_code import device_code
+from agentspeed_kernels.triton.launching import block_of
 from agentspeed_kernels.triton.plan import merge_shape, segments
 from agentspeed_kernels.uploads import unwaited
 from agentspeed_kernels.workspace import Workspace
@@ -180,9 +181,9 @@ def _decompress(
         return TensorDescriptor(tensor, [count, size], [size, 1], [form.tokens, columns])
 
     return (
-        rows_of(keys.view(-1, nope), _above(nope)),
-        rows_of(latents, _above(width - rank)),
-        rows_of(values.view(-1, value), _above(value)),
+        rows_of(keys.view(-1, nope), block_of(nope)),
+        rows_of(latents, block_of(width - rank)),
+        rows_of(values.view(-1, value), block_of(value)),
     )
 
 
@@ -198,8 +199,8 @@ def _attend(
     device.attend_chunk[(-(-branch.count // form.rows), heads, parts)](
         q, keys, turned, values, part, weight, out, q.stride(0), q.stride(1), out.stride(0), out.stride(1),
         branch.count, tokens, keys.shape[0] // heads, before, branch.seen_first, scale2,
-        HEADS=heads, NOPE=nope, ROPE=rope, RANK=rank, VALUE=value, WIDE_NOPE=_above(nope), WIDE_ROPE=_above(rope),
-        WIDE_VALUE=_above(value), BM=form.rows, BN=form.tokens, PARTS=parts, CARRY=before > 0, LAST=last,
+        HEADS=heads, NOPE=nope, ROPE=rope, RANK=rank, VALUE=value, WIDE_NOPE=block_of(nope), WIDE_ROPE=block_of(rope),
+        WIDE_VALUE=block_of(value), BM=form.rows, BN=form.tokens, PARTS=parts, CARRY=before > 0, LAST=last,
         num_warps=form.warps, num_stages=form.stages,
     )  # fmt: skip
 
@@ -212,7 +213,7 @@ def merge_parts(part: Tensor, weight: Tensor, out: Tensor, branch: ExtendedBranc
 
     count, heads, value = out.shape
     columns, take, warps = merge_shape(parts)
-    columns = min(columns, _above(value))
+    columns = min(columns, block_of(value))
     padded = -(-parts // take) * take
     table = branch.tables.get(parts)
     if table is None:
@@ -234,7 +235,3 @@ def form_for(count: int, element_bytes: int) -> ExtendForm:
 
 def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
-def _above(number: int) -> int:
-    return 1 << max(number - 1, 0).bit_length()

@@ -12,6 +12,7 @@ from torch import Tensor
 from agentspeed_kernels.fp8_cache import CacheRow, heads_in, latent_row
 from agentspeed_kernels.triton import launching
 from agentspeed_kernels.triton.device_code import device_code
+from agentspeed_kernels.triton.launching import block_of
 from agentspeed_kernels.triton.plan import RowsPlan
 
 LEAST_PAIRS = 16
@@ -64,7 +65,7 @@ def latent_rows(
             RING=form.stages, EDGE=plan.edge, num_warps=form.warps,
         )  # fmt: skip
         return
-    wide, wide_rope = max(LEAST_PAIRS, _above(rank) // 2), _above(rope)
+    wide, wide_rope = max(LEAST_PAIRS, block_of(rank) // 2), block_of(rope)
     device_code("rows_fp8").attend_rows[(plan.programs,)](
         q, _tiles(pool, torch.int16, form.tile, wide), _tiles(pool, torch.float32, form.tile, SCALES),
         _tiles(pool, torch.bfloat16, form.tile, wide_rope), *fixed, *rest, R=form.block_rows, T=form.tile,
@@ -82,7 +83,7 @@ def group_rows(
     plan, form, arrays = step.plan, step.form, step.arrays
     _, heads, width = q.shape
     row, early = _checked(heads_in(key_pool.shape[2], width), key_pool), launching.early(q)
-    wide = max(LEAST_PAIRS, _above(width) // 2)
+    wide = max(LEAST_PAIRS, block_of(width) // 2)
     pools = [
         _tiles(pool, dtype, form.tile, columns)
         for pool in (key_pool, value_pool)
@@ -103,7 +104,7 @@ def decode(pool: Tensor, pages: Tensor, row: CacheRow, out: Tensor) -> None:
     device_code("elementwise").decode_pages[(pages.shape[0], page // tokens, row.heads)](
         pool, pages, out, pool.stride(0), HEADS=row.heads, WIDTH=row.width, PLAIN=row.plain,
         BYTES=_checked(row, pool).nbytes, SCALES_AT=row.scales_at, PLAIN_AT=row.plain_at, PAGE=page, TOKENS=tokens,
-        BLOCK=_above(row.width), BLOCK_PLAIN=_above(row.plain), num_warps=4,
+        BLOCK=block_of(row.width), BLOCK_PLAIN=block_of(row.plain), num_warps=4,
     )  # fmt: skip
 
 
@@ -138,7 +139,3 @@ def _hopper_tiles(pool: Tensor) -> tuple[Any, Any]:
         return TensorDescriptor(flat, list(flat.shape), [flat.stride(0), 1], [64, 64], layout)
 
     return described(torch.int16), described(torch.bfloat16)
-
-
-def _above(number: int) -> int:
-    return 1 << max(number - 1, 0).bit_length()

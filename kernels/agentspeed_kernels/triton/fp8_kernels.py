@@ -8,7 +8,8 @@ from torch import Tensor
 from agentspeed_kernels.fp8_blocks import Fp8Blocks
 from agentspeed_kernels.triton import launching
 from agentspeed_kernels.triton.device_code import device_code
-from agentspeed_kernels.triton.kernels import add_norm
+from agentspeed_kernels.triton.kernels import activated, add_norm, arranged, combine
+from agentspeed_kernels.triton.launching import block_of
 from agentspeed_kernels.workspace import Workspace
 
 MOST_FEW_ROWS = 4
@@ -74,7 +75,7 @@ def _few(
 
 def _cuts(width: int) -> int:
     """Of 512 columns each that are read at once."""
-    return min(4, _above(-(-width // 512)))
+    return min(4, block_of(-(-width // 512)))
 
 
 def _tiled(x: Tensor, weight: Fp8Blocks, bias: Tensor | None, out: Tensor) -> None:
@@ -147,16 +148,12 @@ def experts_and_shared(
 
 def _swiglu(x: Tensor, gate_up: Fp8Blocks, down: Fp8Blocks, workspace: Workspace) -> Tensor:
     """Of one expert that every row visits."""
-    device = device_code("experts")
     rows, inner = x.shape[0], down.shape[2]
     both = workspace.take("dense_gate_up", (rows, 2 * inner), x.dtype)
-    act = workspace.take("dense_inner", (rows, inner), x.dtype)
     linear(x, gate_up.part(0, 0), None, both[:, :inner])
     linear(x, gate_up.part(0, 1), None, both[:, inner:])
-    block = min(_above(inner), 1024)
-    device.activate[(-(-inner // block), rows)](both, act, I=inner, BLOCK=block, num_warps=4)
     out = workspace.take("dense_out", (rows, x.shape[1]), x.dtype)
-    linear(act, down.part(0), None, out)
+    linear(activated(both, workspace), down.part(0), None, out)
     return out
 
 
@@ -200,16 +197,14 @@ def _experts_grouped(
     out: Tensor,
 ) -> None:
     """`shared`: the weights of the expert that every row visits; of few rows it is in the launches of the others."""
-    device, ordering, early = device_code("experts_fp8"), device_code("experts"), launching.early(x)
+    device, early = device_code("experts_fp8"), launching.early(x)
     count, width, inner = down.shape
     tokens, top = ids.shape
     pairs = tokens * top
     apart = shared is not None and tokens > MOST_TILED_ROWS
     shared_gate_up, shared_down = (gate_up, down) if shared is None or apart else shared
     beside = 0 if shared is None or apart else shared_down.shape[2]
-    order = workspace.take("expert_order", (pairs,), torch.int32)
-    starts = workspace.take("expert_starts", (count + 1,), torch.int32)
-    ordering.arrange[(count,)](ids, order, starts, pairs, E=count, BLOCK=min(max(_above(pairs), 16), 1024), num_warps=4)
+    order, starts = arranged(ids, count, workspace)
     act = workspace.take("expert_inner", (pairs, inner), x.dtype)
     shared_act = workspace.take("shared_inner", (tokens, beside), x.dtype) if beside else act
     part = workspace.take("expert_part", (pairs + (tokens if beside else 0), width), torch.float32)
@@ -225,11 +220,7 @@ def _experts_grouped(
         tokens, pairs, D=width, I=inner, S=beside, BM=rows, BN=columns, EARLY=early, **shape,
     )  # fmt: skip
     added = part[pairs:] if beside else _swiglu(x, *shared, workspace) if shared is not None else None
-    block = min(_above(width), 1024)
-    ordering.combine[(-(-width // block), tokens)](
-        part, ids, added if added is not None else part, out, E=count, TOP=top, D=width, BLOCK=block,
-        SHARED=added is not None, num_warps=4,
-    )  # fmt: skip
+    combine(part, ids, added, count, out)
 
 
 def grouped_shape(rows_an_expert: float, element_bytes: int = 2) -> tuple[int, int, int, int]:
@@ -239,8 +230,3 @@ def grouped_shape(rows_an_expert: float, element_bytes: int = 2) -> tuple[int, i
     if rows_an_expert <= 16:
         return 16, 64, 4, 4
     return (32, 64, 4, 3) if rows_an_expert <= 32 else (64, 64, 8, 3)
-
-
-def _above(number: int) -> int:
-    """The next power of two."""
-    return 1 << max(number - 1, 0).bit_length()

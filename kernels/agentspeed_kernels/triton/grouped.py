@@ -14,6 +14,7 @@ from agentspeed_kernels.triton import fp8_cache_kernels, launching
 from agentspeed_kernels.triton.attention import GROUP_WIDE, RowsOnDevice, launch_merge, partials
 from agentspeed_kernels.triton.device_code import device_code
 from agentspeed_kernels.triton.extend import ExtendedBranch, ExtendForm, form_for, merge_parts, processors
+from agentspeed_kernels.triton.launching import block_of
 from agentspeed_kernels.workspace import Workspace
 
 LEAST_COLUMNS = 16
@@ -38,7 +39,7 @@ def qkv_append(
     value_pool: Tensor,
 ) -> None:
     """Heads of queries and keys are normed and turned in float32; a negative slot writes nothing to the pools."""
-    together = 1 if qkv.shape[0] <= MOST_SINGLE_HEADS else min(HEADS_TOGETHER, _above(qkv.shape[1]))
+    together = 1 if qkv.shape[0] <= MOST_SINGLE_HEADS else min(HEADS_TOGETHER, block_of(qkv.shape[1]))
     _append(qkv, q_gain, k_gain, eps, cos, sin, slots, q, key_pool, value_pool, together)
 
 
@@ -71,7 +72,7 @@ def _append(
     scales_at = heads_row(groups, 2 * half).scales_at if key_pool.dtype == torch.uint8 else 0
     grouped.qkv_append[(tokens, -(-qkv.shape[1] // together))](
         qkv, q_gain if q_gain is not None else q, k_gain if k_gain is not None else q, cos, sin, slots, q, key_pool,
-        value_pool, qkv.stride(0), qkv.stride(1), eps, HEADS=heads, GROUPS=groups, HALF=half, BLOCK=_above(half),
+        value_pool, qkv.stride(0), qkv.stride(1), eps, HEADS=heads, GROUPS=groups, HALF=half, BLOCK=block_of(half),
         BH=together, Q_NORM=q_gain is not None, K_NORM=k_gain is not None, ROW=key_pool.shape[-1],
         SCALES_AT=scales_at, EARLY=early, num_warps=1 if together == 1 else 4, **launching.options(early),
     )  # fmt: skip
@@ -188,8 +189,4 @@ def _tiles(pool: Tensor, tokens: int, columns: int) -> Any:
 
 
 def _columns(width: int) -> int:
-    return max(LEAST_COLUMNS, _above(width))
-
-
-def _above(number: int) -> int:
-    return 1 << max(number - 1, 0).bit_length()
+    return max(LEAST_COLUMNS, block_of(width))

@@ -8,6 +8,7 @@ from torch import Tensor
 from agentspeed_kernels.routing import RouteRule
 from agentspeed_kernels.triton import launching
 from agentspeed_kernels.triton.device_code import device_code
+from agentspeed_kernels.triton.launching import block_of
 from agentspeed_kernels.workspace import Workspace
 
 MOST_LINEAR_ROWS = 1
@@ -29,7 +30,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
     assert x.stride(1) == 1 and out.stride(1) == 1
     rows, width = x.shape
     elementwise.rms_norm[(rows,)](
-        x, weight, out, x.stride(0), out.stride(0), eps, D=width, BLOCK=_above(width), num_warps=_warps(width)
+        x, weight, out, x.stride(0), out.stride(0), eps, D=width, BLOCK=block_of(width), num_warps=_warps(width)
     )
 
 
@@ -44,7 +45,7 @@ def add_norm(x: Tensor, residual: Tensor, gain: Tensor, eps: float, out: Tensor,
     assert x.is_contiguous() and residual.is_contiguous() and out.is_contiguous() and total.is_contiguous()
     rows, width = x.shape
     elementwise.add_rms_norm[(rows,)](
-        x, residual, gain, out, total, eps, D=width, BLOCK=_above(width), num_warps=_warps(width)
+        x, residual, gain, out, total, eps, D=width, BLOCK=block_of(width), num_warps=_warps(width)
     )
 
 
@@ -55,7 +56,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     tokens, heads, _ = x.shape
     half = cos.shape[1]
     elementwise.rope[(tokens,)](
-        x, cos, sin, x.stride(0), x.stride(1), HEADS=heads, HALF=half, H2=_above(heads), BLOCK=_above(half)
+        x, cos, sin, x.stride(0), x.stride(1), HEADS=heads, HALF=half, H2=block_of(heads), BLOCK=block_of(half)
     )
 
 
@@ -69,7 +70,7 @@ def latent_append(
     rank, half = weight.shape[0], cos.shape[1]
     elementwise.latent_append[(raw.shape[0],)](
         raw, weight, cos, sin, slots, pool, raw.stride(0), eps,
-        RANK=rank, HALF=half, BLOCK=_above(rank), BLOCK_HALF=_above(half), num_warps=_warps(rank),
+        RANK=rank, HALF=half, BLOCK=block_of(rank), BLOCK_HALF=block_of(half), num_warps=_warps(rank),
     )  # fmt: skip
 
 
@@ -125,7 +126,7 @@ def add_norm_linear(
 
 def linear_shape(width: int, norm: bool) -> tuple[int, int, int]:
     """(rows of the weights, columns at once, warps) of a program."""
-    block = min(_above(width), 2048)
+    block = min(block_of(width), 2048)
     if block < 512:
         return 16, block, 4
     return (4, block, 8) if norm else (2, block, 4)
@@ -141,7 +142,7 @@ def heads_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
         strides = (x.stride(0), x.stride(1), out.stride(0), out.stride(1))
         columns, early = _head_columns(count, width), launching.early(x)
         products.heads_few[(-(-count // columns), heads, tokens)](
-            x, weight, out, *strides, N=count, K=width, BN=columns, BK=_above(width), EARLY=early, num_warps=4,
+            x, weight, out, *strides, N=count, K=width, BN=columns, BK=block_of(width), EARLY=early, num_warps=4,
             **launching.options(early),
         )  # fmt: skip
         return
@@ -155,8 +156,8 @@ def heads_many(x: Tensor, weight: Tensor, out: Tensor, block_t: int) -> None:
     tokens, heads, width = x.shape
     count = weight.shape[1]
     # Narrow blocks where there are few columns: programs enough to fill the device count for more than reuse.
-    block_n = 32 if count <= 128 and tokens <= 64 else min(128, max(16, _above(count)))
-    block_k = min(64, max(16, _above(width)))
+    block_n = 32 if count <= 128 and tokens <= 64 else min(128, max(16, block_of(count)))
+    block_k = min(64, max(16, block_of(width)))
     products.heads_many[(-(-tokens // block_t), -(-count // block_n), heads)](
         x,
         weight,
@@ -177,7 +178,7 @@ def heads_many(x: Tensor, weight: Tensor, out: Tensor, block_t: int) -> None:
 
 
 def _head_columns(count: int, width: int) -> int:
-    return max(1, min(_above(count), 8192 // _above(width)))
+    return max(1, min(block_of(count), 8192 // block_of(width)))
 
 
 def mla_queries(
@@ -203,8 +204,8 @@ def mla_queries(
     given = (q, raw, gain, cos, sin, slots)
     strides = (q.stride(0), q.stride(1), raw.stride(0), eps)
     sizes = {
-        "HEADS": heads, "H2": _above(heads), "RANK": rank, "NOPE": nope, "HALF": half, "BLOCK": _above(rank),
-        "BLOCK_HALF": _above(half),
+        "HEADS": heads, "H2": block_of(heads), "RANK": rank, "NOPE": nope, "HALF": half, "BLOCK": block_of(rank),
+        "BLOCK_HALF": block_of(half),
     }  # fmt: skip
     if tokens > MOST_HEADS_FEW:
         queries.turn_and_append[(tokens, 2)](*given, pool, out, *strides, **sizes, num_warps=4)
@@ -213,7 +214,7 @@ def mla_queries(
     columns, early = _head_columns(rank, nope), launching.early(q)
     blocks = -(-rank // columns)
     queries.queries_few[(heads * blocks + 1, tokens)](
-        *given, key_up, pool, out, *strides, **sizes, BN=columns, BLOCKS=blocks, BK=_above(nope), EARLY=early,
+        *given, key_up, pool, out, *strides, **sizes, BN=columns, BLOCKS=blocks, BK=block_of(nope), EARLY=early,
         num_warps=4, **launching.options(early),
     )  # fmt: skip
 
@@ -231,8 +232,8 @@ def route_by_token(x: Tensor, weight: Tensor, bias: Tensor | None, rule: RouteRu
     device, early = device_code("experts"), launching.early(x)
     logits = torch.empty(tokens, weight.shape[0], dtype=torch.float32, device=x.device)
     device.scores[(-(-weight.shape[0] // 4), tokens)](
-        x, x, x, weight, logits, x, x, x.stride(0), 0.0, E=weight.shape[0], D=width, BE=4, BD=min(_above(width), 1024),
-        NORM=False, EARLY=early, num_warps=4, **launching.options(early),
+        x, x, x, weight, logits, x, x, x.stride(0), 0.0, E=weight.shape[0], D=width, BE=4,
+        BD=min(block_of(width), 1024), NORM=False, EARLY=early, num_warps=4, **launching.options(early),
     )  # fmt: skip
     return _chosen(logits, bias, rule, None)
 
@@ -258,7 +259,7 @@ def add_norm_route(
         add_norm(x, residual, gain, eps, normed, total)
         return _chosen(normed.float() @ weight.T, bias, rule, slots)
     device, early = device_code("experts"), launching.early(x)
-    count, block = weight.shape[0], _above(width)
+    count, block = weight.shape[0], block_of(width)
     logits = torch.empty(tokens, count, dtype=torch.float32, device=x.device)
     rows = max(1, min(4, 8192 // block))
     device.scores[(-(-count // rows), tokens)](
@@ -276,9 +277,9 @@ def _chosen(logits: Tensor, bias: Tensor | None, rule: RouteRule, slots: Tensor 
     group = count // rule.groups
     device.choose[(tokens,)](
         logits, bias if bias is not None else logits, slots if slots is not None else ids, ids, weights, rule.scale,
-        E=count, GROUP=group, GROUPS=rule.groups, PAD_GROUP=_above(group), PAD_GROUPS=_above(rule.groups), TOP=rule.top,
-        PAD_TOP=_above(rule.top), TOP_GROUPS=rule.top_groups, SIGMOID=rule.score == "sigmoid", BIAS=bias is not None,
-        SUM_OF_TWO=rule.group_score == "top2", NORMALISE=rule.normalise,
+        E=count, GROUP=group, GROUPS=rule.groups, PAD_GROUP=block_of(group), PAD_GROUPS=block_of(rule.groups),
+        TOP=rule.top, PAD_TOP=block_of(rule.top), TOP_GROUPS=rule.top_groups, SIGMOID=rule.score == "sigmoid",
+        BIAS=bias is not None, SUM_OF_TWO=rule.group_score == "top2", NORMALISE=rule.normalise,
         SLOTS=slots is not None, EARLY=early, num_warps=1 if count <= 128 else 4, **launching.options(early),
     )  # fmt: skip
     return ids, weights
@@ -347,7 +348,7 @@ def activated(both: Tensor, workspace: Workspace) -> Tensor:
 
     rows, inner = both.shape[0], both.shape[1] // 2
     act = workspace.take("dense_inner", (rows, inner), both.dtype)
-    block = min(_above(inner), 1024)
+    block = min(block_of(inner), 1024)
     device.activate[(-(-inner // block), rows)](both, act, I=inner, BLOCK=block, num_warps=4)
     return act
 
@@ -373,9 +374,9 @@ def experts_few(
     rows = GATE_UP_ROWS
     device.gate_up_few[(top * -(-inner // rows) + -(-beside // rows), tokens)](
         x, gate_up, shared_gate_up, ids, act, E=count, TOP=top, D=width, I=inner, S=beside, BI=rows,
-        BD=min(_above(width), 2048), EARLY=early, num_warps=GATE_UP_WARPS, **launching.options(early),
+        BD=min(block_of(width), 2048), EARLY=early, num_warps=GATE_UP_WARPS, **launching.options(early),
     )  # fmt: skip
-    block = min(_above(inner), DOWN_BLOCK)
+    block = min(block_of(inner), DOWN_BLOCK)
     rows = DOWN_ROWS if inner > 64 else 32
     device.down_few[(-(-width // rows), tokens)](
         act, down, shared_down, ids, weights, out, E=count, TOP=top, D=width, I=inner, S=beside, BN=rows, BI=block,
@@ -400,9 +401,7 @@ def experts_grouped(
     count, width, inner = down.shape
     tokens, top = ids.shape
     pairs = tokens * top
-    order = workspace.take("expert_order", (pairs,), torch.int32)
-    starts = workspace.take("expert_starts", (count + 1,), torch.int32)
-    device.arrange[(count,)](ids, order, starts, pairs, E=count, BLOCK=min(max(_above(pairs), 16), 1024), num_warps=4)
+    order, starts = arranged(ids, count, workspace)
     act = workspace.take("expert_inner", (pairs, inner), x.dtype)
     part = workspace.take("expert_part", (pairs, width), torch.float32)
     rows, columns, depth, warps, stages = grouped_shape(min(pairs / count, most_rows or pairs), x.element_size())
@@ -415,10 +414,25 @@ def experts_grouped(
         act, down, order, starts, weights, part, D=width, I=inner, BM=rows, BN=columns, BI=depth, num_warps=warps,
         num_stages=stages,
     )  # fmt: skip
-    block = min(_above(width), 1024)
-    device.combine[(-(-width // block), tokens)](
-        part, ids, shared if shared is not None else part, out, E=count, TOP=top, D=width, BLOCK=block,
-        SHARED=shared is not None, num_warps=4,
+    combine(part, ids, shared, count, out)
+
+
+def arranged(ids: Tensor, count: int, workspace: Workspace) -> tuple[Tensor, Tensor]:
+    """The pairs (token, choice) of `count` experts one expert after the other, and where each one's begin."""
+    pairs, block = ids.numel(), min(max(block_of(ids.numel()), 16), 1024)
+    order = workspace.take("expert_order", (pairs,), torch.int32)
+    starts = workspace.take("expert_starts", (count + 1,), torch.int32)
+    device_code("experts").arrange[(count,)](ids, order, starts, pairs, E=count, BLOCK=block, num_warps=4)
+    return order, starts
+
+
+def combine(part: Tensor, ids: Tensor, added: Tensor | None, count: int, out: Tensor) -> None:
+    """out = the sums of each token's pairs in `part` [pairs, D], and what is added to every row."""
+    (tokens, top), width = ids.shape, out.shape[1]
+    block = min(block_of(width), 1024)
+    device_code("experts").combine[(-(-width // block), tokens)](
+        part, ids, added if added is not None else part, out, E=count, TOP=top, D=width, BLOCK=block,
+        SHARED=added is not None, num_warps=4,
     )  # fmt: skip
 
 
@@ -462,11 +476,6 @@ def _move_pages(pool: Tensor, pages: Tensor, packed: Tensor, *, back: bool) -> N
     elementwise.gather_pages[(pages.shape[0], layers)](
         pool, pages, packed, pool.stride(0), packed.stride(0), SIZE=tokens * width, BLOCK=4096, BACK=back, num_warps=8
     )
-
-
-def _above(number: int) -> int:
-    """The next power of two."""
-    return 1 << max(number - 1, 0).bit_length()
 
 
 def _warps(width: int) -> int:

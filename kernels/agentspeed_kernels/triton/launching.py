@@ -1,4 +1,4 @@
-"""How the kernels of a decode step are launched: early, where the chip can, so that one begins while another ends."""
+"""How kernels are launched: in blocks that hold enough, and early, where the chip can, while another one ends."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ def early(given: Tensor) -> bool:
 def options(early: bool) -> dict[str, bool]:
     """What such a launch is told."""
     return {"launch_pdl": True} if early else {}
+
+
+def block_of(number: int) -> int:
+    """How many numbers a program holds to have room for `number`: a power of two, for Triton has no other blocks."""
+    return 1 << max(number - 1, 0).bit_length()
 
 
 @cache

@@ -52,6 +52,43 @@ def _value(key):
 
 
 @triton.jit
+def _edge(
+    logits, changed, changed_row, mask_words, mask_row, row, stride, V, goal, highest, peak, cool,
+    BLOCK: tl.constexpr, BITS: tl.constexpr, CHANGED: tl.constexpr, MASS: tl.constexpr,
+):  # fmt: skip
+    """The largest key that has at least `goal` ids at or above it, or, with MASS, that much of exp((logit - peak) *
+    cool); two bits a pass. No id is above `highest`: such trials cost nothing."""
+    SUM: tl.constexpr = tl.float64 if MASS else tl.int32
+    j = tl.arange(0, BLOCK)
+    key = tl.zeros((), tl.int64)
+    one = tl.full((), 1, tl.int64)
+    for shift in range(30, 30 - BITS, -2):
+        low = key + (one << shift)
+        if low <= highest:
+            middle = key + (one << (shift + 1))
+            high = low + (one << (shift + 1))
+            sum1 = tl.zeros((BLOCK,), SUM)
+            sum2 = tl.zeros((BLOCK,), SUM)
+            sum3 = tl.zeros((BLOCK,), SUM)
+            least1 = _value(low)
+            least2 = _value(middle)
+            least3 = _value(high)
+            for at in range(0, V, BLOCK):
+                _, value = _load(logits, changed, changed_row, mask_words, mask_row, row, stride, at + j, V, CHANGED)
+                if MASS:
+                    share = tl.exp((value - peak) * cool).to(SUM)
+                else:
+                    share = (value > -float("inf")).to(SUM)
+                sum1 += tl.where(value >= least1, share, 0)
+                sum2 += tl.where(value >= least2, share, 0)
+                sum3 += tl.where(value >= least3, share, 0)
+            key = tl.where(tl.sum(sum1, 0) >= goal, low, key)
+            key = tl.where(tl.sum(sum2, 0) >= goal, middle, key)
+            key = tl.where(tl.sum(sum3, 0) >= goal, high, key)
+    return key
+
+
+@triton.jit
 def bounds(
     logits, changed, changed_row, mask_words, mask_row, temperature, top_k, top_p, asked, stride, V,
     best_id, best, least, total, faulty,
@@ -96,34 +133,13 @@ def bounds(
     k = tl.load(top_k + row)
     p = tl.load(top_p + row)
     key = tl.zeros((), tl.int64)
-    one = tl.full((), 1, tl.int64)
     highest = _key(peak)
     if (fault == 0) & (warm > 0):
         if (k > 0) & (k < V):
-            # The largest key with at least k ids at or above it, two bits a pass. No id is above the best: such trials
-            # cost nothing.
-            for shift in range(30, 30 - BITS, -2):
-                low = key + (one << shift)
-                if low <= highest:
-                    middle = key + (one << (shift + 1))
-                    high = low + (one << (shift + 1))
-                    count1 = tl.zeros((BLOCK,), tl.int32)
-                    count2 = tl.zeros((BLOCK,), tl.int32)
-                    count3 = tl.zeros((BLOCK,), tl.int32)
-                    least1 = _value(low)
-                    least2 = _value(middle)
-                    least3 = _value(high)
-                    for at in range(0, V, BLOCK):
-                        _, value = _load(
-                            logits, changed, other_row, mask_words, words_row, row, stride, at + j, V, CHANGED
-                        )
-                        finite = value > -float("inf")
-                        count1 += (finite & (value >= least1)).to(tl.int32)
-                        count2 += (finite & (value >= least2)).to(tl.int32)
-                        count3 += (finite & (value >= least3)).to(tl.int32)
-                    key = tl.where(tl.sum(count1, 0) >= k, low, key)
-                    key = tl.where(tl.sum(count2, 0) >= k, middle, key)
-                    key = tl.where(tl.sum(count3, 0) >= k, high, key)
+            key = _edge(
+                logits, changed, other_row, mask_words, words_row, row, stride, V, k, highest, peak, 1.0, BLOCK, BITS,
+                CHANGED, False,
+            )  # fmt: skip
         if p < 1.0:
             cool = (1.0 / warm).to(tl.float32)
             of_top_k = _value(key)
@@ -131,31 +147,11 @@ def bounds(
             for at in range(0, V, BLOCK):
                 _, value = _load(logits, changed, other_row, mask_words, words_row, row, stride, at + j, V, CHANGED)
                 kept += tl.where(value >= of_top_k, tl.exp((value - peak) * cool), 0.0).to(tl.float64)
-            goal = p * tl.sum(kept, 0)
-            # The largest key with the goal at or above it: strictly above it there is less, so it is the last one kept.
-            edge = tl.zeros((), tl.int64)
-            for shift in range(30, 30 - BITS, -2):
-                low = edge + (one << shift)
-                if low <= highest:
-                    middle = edge + (one << (shift + 1))
-                    high = low + (one << (shift + 1))
-                    mass1 = tl.zeros((BLOCK,), tl.float64)
-                    mass2 = tl.zeros((BLOCK,), tl.float64)
-                    mass3 = tl.zeros((BLOCK,), tl.float64)
-                    least1 = _value(low)
-                    least2 = _value(middle)
-                    least3 = _value(high)
-                    for at in range(0, V, BLOCK):
-                        _, value = _load(
-                            logits, changed, other_row, mask_words, words_row, row, stride, at + j, V, CHANGED
-                        )
-                        share = tl.exp((value - peak) * cool).to(tl.float64)
-                        mass1 += tl.where(value >= least1, share, 0.0)
-                        mass2 += tl.where(value >= least2, share, 0.0)
-                        mass3 += tl.where(value >= least3, share, 0.0)
-                    edge = tl.where(tl.sum(mass1, 0) >= goal, low, edge)
-                    edge = tl.where(tl.sum(mass2, 0) >= goal, middle, edge)
-                    edge = tl.where(tl.sum(mass3, 0) >= goal, high, edge)
+            # Strictly above this key there is less than the goal, so it is the last one kept.
+            edge = _edge(
+                logits, changed, other_row, mask_words, words_row, row, stride, V, p * tl.sum(kept, 0), highest, peak,
+                cool, BLOCK, BITS, CHANGED, True,
+            )  # fmt: skip
             key = tl.maximum(key, edge)
     tl.store(least + row, _value(key))
 
