@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from agentspeed_engine.models.moe_config import MoeConfig, expert_shapes, feed_forward_shapes
+from agentspeed_engine.models.moe_config import MoeConfig, expert_shapes, experts_of, feed_forward_shapes
 from agentspeed_engine.models.tensor_shapes import Shape
 
 
 class DecoderConfig(Protocol):
-    """What of a family's configuration says so."""
+    """What of a family's configuration says how they are made."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -24,7 +24,8 @@ class DecoderConfig(Protocol):
     def moe(self) -> MoeConfig | None: ...
     @property
     def tied(self) -> bool: ...
-    def is_dense(self, layer: int) -> bool: ...
+    @property
+    def eps(self) -> float: ...
 
 
 def decoder_shapes(
@@ -38,10 +39,11 @@ def decoder_shapes(
         yield at + "input_layernorm.weight", (config.hidden,)
         yield from attention(layer, at + "self_attn.")
         yield at + "post_attention_layernorm.weight", (config.hidden,)
-        if config.moe is None or config.is_dense(layer):
+        moe = experts_of(config.moe, layer)
+        if moe is None:
             yield from feed_forward_shapes(at + "mlp.", config.hidden, config.inner)
         else:
-            yield from expert_shapes(config.moe, config.hidden, at + "mlp.")
+            yield from expert_shapes(moe, config.hidden, at + "mlp.")
     yield "model.norm.weight", (config.hidden,)
     if not config.tied:
         yield "lm_head.weight", (config.vocab_size, config.hidden)

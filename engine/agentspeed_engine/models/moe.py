@@ -32,7 +32,7 @@ Matrices: TypeAlias = tuple[Weight, Weight]
 class Places:
     """Where every expert's copies lie. A place is one copy: those of a group follow each other."""
 
-    __slots__ = ("_copies", "_counts", "first", "groups", "held", "own")
+    __slots__ = ("_copies", "first", "groups", "held", "own")
 
     def __init__(self, experts: int, rank: Rank) -> None:
         spread, self.groups = rank.mesh.experts, rank.mesh.expert_groups
@@ -42,18 +42,20 @@ class Places:
         """The experts of this rank, in the order of their places."""
         self.first = rank.expert_group * self.held
         copies = copies_of(dealt, experts)
-        self._copies: Tensor | None = None
+        self._copies: tuple[Tensor, Tensor] | None = None
+        """Each expert's places [experts, most copies] and how many they are; None where each has its own number."""
         if copies != [[expert] for expert in range(experts)]:
             most = max(len(places) for places in copies)
-            self._copies = torch.tensor([places + places[:1] * (most - len(places)) for places in copies])
-            self._counts = torch.tensor([len(places) for places in copies])
+            filled = torch.tensor([places + places[:1] * (most - len(places)) for places in copies])
+            self._copies = filled, torch.tensor([len(places) for places in copies])
 
     def of(self, ids: Tensor) -> Tensor:
         """The places [T, top] that rows go to; copies of an expert take rows in turn."""
         if self._copies is None:
             return ids
-        turn = torch.arange(ids.shape[0], device=ids.device)[:, None] % self._counts.to(ids.device)[ids]
-        return self._copies.to(ids.device)[ids, turn]
+        places, counts = (held.to(ids.device) for held in self._copies)
+        turn = torch.arange(ids.shape[0], device=ids.device)[:, None] % counts[ids]
+        return places[ids, turn]
 
     def keep_own(self, places: Tensor, weights: Tensor, kernels: Kernels) -> None:
         """Choices of experts that live elsewhere count nothing here. In place."""
@@ -62,37 +64,49 @@ class Places:
 
 
 @final
+class ExpertChoice:
+    """Scores rows: the places that each goes to, and the weight of each choice."""
+
+    __slots__ = ("_bias", "_kernels", "_places", "_router", "_rule", "top", "wide")
+
+    def __init__(self, router: Tensor, bias: Tensor | None, rule: RouteRule, places: Places, kernels: Kernels) -> None:
+        self._router, self._bias, self._rule, self._places, self._kernels = router, bias, rule, places, kernels
+        self.top, self.wide = rule.top, router.dtype
+        """Choices of a row, and the format of their weights."""
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(places, weights) [T, top] of one row or more."""
+        ids, weights = self._kernels["route"].at(x.shape[0])(x, self._router, self._bias, self._rule)
+        return self._places.of(ids), weights
+
+    def after_norm(
+        self, norm: AddNorm, x: Tensor, residual: Tensor, slots: Tensor, normed: Tensor, total: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Likewise of what `norm` makes of the rows, which `normed` and `total` get. Rows without a slot go nowhere."""
+        route = self._kernels["add_norm_route"].at(x.shape[0])
+        given = (x, residual, norm.gain, norm.eps, self._router, self._bias, self._rule)
+        ids, weights = route(*given, slots, normed, total)
+        return self._places.of(ids), weights
+
+
+@final
 class Moe:
     """R -> P over dp × tp: each rank adds what its experts and its slice of the shared expert give."""
 
-    __slots__ = (
-        "_bias",
-        "_down",
-        "_gate_up",
-        "_kernels",
-        "_places",
-        "_router",
-        "_rule",
-        "_shared_down",
-        "_shared_gate_up",
-        "boundary",
-    )
+    __slots__ = ("_choice", "_experts", "_kernels", "_places", "_shared", "boundary")
 
     def __init__(
         self,
         boundary: Boundary,
-        router: Tensor,
-        bias: Tensor | None,
-        rule: RouteRule,
+        choice: ExpertChoice,
         experts: Matrices,
         shared: Matrices | None,
         places: Places,
         kernels: Kernels,
     ) -> None:
         """`experts` and `shared` are this rank's own pieces."""
-        self._router, self._bias, self._rule, self._kernels, self._places = router, bias, rule, kernels, places
-        self._gate_up, self._down = experts
-        self._shared_gate_up, self._shared_down = _both(shared)
+        self._choice, self._experts, self._shared = choice, experts, shared
+        self._places, self._kernels = places, kernels
         self.boundary = boundary
 
     def __call__(self, x: Tensor, residual: Tensor | None, state: StepState) -> tuple[Tensor, Tensor | None]:
@@ -100,12 +114,10 @@ class Moe:
         if not rows:  # no rank has any
             return x, residual
         out = state.workspace.take("fed", (rows, x.shape[1]), x.dtype)
-        ids, weights = self._kernels["route"].at(rows)(x, self._router, self._bias, self._rule)
-        ids = self._places.of(ids)
-        self._places.keep_own(ids, weights, self._kernels)
-        run = self._kernels["experts"].at(rows)
-        run(x, self._gate_up, self._down, ids, weights, state.workspace, out)
-        shared = _always(x, self._shared_gate_up, self._shared_down, self._kernels, weights.dtype, state)
+        places, weights = self._choice(x)
+        self._places.keep_own(places, weights, self._kernels)
+        self._kernels["experts"].at(rows)(x, *self._experts, places, weights, state.workspace, out)
+        shared = _always(x, self._shared, self._kernels, weights.dtype, state)
         if shared is not None:
             self._kernels.add(shared, out)
         return out, residual
@@ -119,18 +131,14 @@ class Moe:
         if not rows or residual is None or not run.has("add_norm_route"):
             return self(*norm(x, residual, state), state)
         normed, total = take("normed", (rows, x.shape[1]), x.dtype), other_sum(residual, state)
-        route = run["add_norm_route"].at(rows)
-        given = (x, residual, norm.gain, norm.eps, self._router, self._bias, self._rule)
-        ids, weights = route(*given, state.slots, normed, total)
-        ids = self._places.of(ids)
-        self._places.keep_own(ids, weights, run)
+        places, weights = self._choice.after_norm(norm, x, residual, state.slots, normed, total)
+        self._places.keep_own(places, weights, run)
         out = take("fed", (rows, x.shape[1]), x.dtype)
-        own = (normed, self._gate_up, self._down, ids, weights)
-        if self._shared_gate_up is None or self._shared_down is None:
+        own = (normed, *self._experts, places, weights)
+        if self._shared is None:
             run["experts"].at(rows)(*own, state.workspace, out)
         else:
-            both = run["experts_and_shared"].at(rows)
-            both(*own, self._shared_gate_up, self._shared_down, state.workspace, out)
+            run["experts_and_shared"].at(rows)(*own, *self._shared, state.workspace, out)
         return out, total
 
 
@@ -138,32 +146,19 @@ class Moe:
 class Router:
     """Local rows to the ranks of the experts that each chooses, with what the shared expert gives for them at home."""
 
-    __slots__ = (
-        "_bias",
-        "_column",
-        "_kernels",
-        "_places",
-        "_router",
-        "_rule",
-        "_shared_down",
-        "_shared_gate_up",
-        "boundary",
-    )
+    __slots__ = ("_choice", "_column", "_held", "_kernels", "_shared", "boundary")
 
     def __init__(
         self,
         boundary: Boundary,
-        router: Tensor,
-        bias: Tensor | None,
-        rule: RouteRule,
+        choice: ExpertChoice,
         shared: Matrices | None,
-        places: Places,
+        held: int,
         rank: Rank,
         kernels: Kernels,
     ) -> None:
-        """`shared` is cut over tp alone."""
-        self._router, self._bias, self._rule, self._kernels, self._places = router, bias, rule, kernels, places
-        self._shared_gate_up, self._shared_down = _both(shared)
+        """`shared` is cut over tp alone; each group has `held` places."""
+        self._choice, self._shared, self._held, self._kernels = choice, shared, held, kernels
         # Along dp alone: the other tp ranks have the same rows and bring them to the experts of their own columns.
         self._column = tuple(peer.expert_group for peer in rank.mesh.ranks() if peer.tp == rank.tp)
         self.boundary = boundary
@@ -171,14 +166,13 @@ class Router:
     def __call__(self, x: Tensor, residual: Tensor | None, state: StepState) -> tuple[Routed, Tensor | None]:
         rows = x.shape[0]
         if not rows:  # a dp rank whose branches all rest: it computes for others
-            places = torch.empty(0, self._rule.top, dtype=torch.int64, device=x.device)
-            weights = torch.empty(0, self._rule.top, dtype=self._router.dtype, device=x.device)
+            places = torch.empty(0, self._choice.top, dtype=torch.int64, device=x.device)
+            weights = torch.empty(0, self._choice.top, dtype=self._choice.wide, device=x.device)
             base = None
         else:
-            ids, weights = self._kernels["route"].at(rows)(x, self._router, self._bias, self._rule)
-            places = self._places.of(ids)
-            base = _always(x, self._shared_gate_up, self._shared_down, self._kernels, weights.dtype, state)
-        groups = places // self._places.held
+            places, weights = self._choice(x)
+            base = _always(x, self._shared, self._kernels, weights.dtype, state)
+        groups = places // self._held
         sends = tuple((groups == group).any(1).nonzero().squeeze(1) for group in self._column)
         return Routed(x=x, places=places, weights=weights, sends=sends, base=base, home=rows), residual
 
@@ -187,22 +181,20 @@ class Router:
 class Experts:
     """Rows that were sent here, through the experts of this rank that each of them chose."""
 
-    __slots__ = ("_down", "_gate_up", "_kernels", "_places", "boundary")
+    __slots__ = ("_experts", "_kernels", "_places", "boundary")
 
     def __init__(self, boundary: Boundary, experts: Matrices, places: Places, kernels: Kernels) -> None:
-        self._kernels, self._places = kernels, places
-        self._gate_up, self._down = experts
+        self._experts, self._places, self._kernels = experts, places, kernels
         self.boundary = boundary
 
     def __call__(self, x: Routed, residual: Tensor | None, state: StepState) -> tuple[Routed, Tensor | None]:
         rows = x.x.shape[0]
         if not rows:
             return x, residual
-        ids, weights = x.places.clone(), x.weights.clone()
-        self._places.keep_own(ids, weights, self._kernels)
+        places, weights = x.places.clone(), x.weights.clone()
+        self._places.keep_own(places, weights, self._kernels)
         out = state.workspace.take("fed", (rows, x.x.shape[1]), x.x.dtype)
-        run = self._kernels["experts"].at(rows)
-        run(x.x, self._gate_up, self._down, ids, weights, state.workspace, out)
+        self._kernels["experts"].at(rows)(x.x, *self._experts, places, weights, state.workspace, out)
         return replace(x, x=out), residual
 
 
@@ -217,14 +209,15 @@ def feed_forward(
     router = weights.tensor(name + ".gate.weight", wide)
     bias = weights.tensor(name + ".gate.e_score_correction_bias", wide) if moe.corrected else None
     places = Places(moe.experts, rank)
+    choice = ExpertChoice(router, bias, _rule(moe), places, kernels)
     experts = _stacked([f"{name}.experts.{expert}" for expert in places.own], weights, kernels)
     shared = _stacked([name + ".shared_experts"], weights, kernels) if moe.shared else None
     declared = boundaries.experts(name, width, moe, rank.mesh)
     if rank.mesh.exchange == "sum":
-        return [Moe(declared[0], router, bias, _rule(moe), experts, shared, places, kernels)]
+        return [Moe(declared[0], choice, experts, shared, places, kernels)]
     to, of = declared
     return [
-        Router(to, router, bias, _rule(moe), shared, places, rank, kernels),
+        Router(to, choice, shared, places.held, rank, kernels),
         Experts(of, experts, places, kernels),
     ]
 
@@ -238,21 +231,15 @@ def _stacked(experts: Sequence[str], weights: RankWeights, kernels: Kernels) -> 
     return kernels.experts(len(experts), of("gate"), of("up")), kernels.experts(len(experts), of("down"))
 
 
-def _both(shared: Matrices | None) -> tuple[Weight | None, Weight | None]:
-    return (None, None) if shared is None else shared
-
-
-def _always(
-    x: Tensor, gate_up: Weight | None, down: Weight | None, kernels: Kernels, wide: torch.dtype, state: StepState
-) -> Tensor | None:
+def _always(x: Tensor, shared: Matrices | None, kernels: Kernels, wide: torch.dtype, state: StepState) -> Tensor | None:
     """What the shared expert gives: every row visits it."""
-    if gate_up is None or down is None:
+    if shared is None:
         return None
     rows, take = x.shape[0], state.workspace.take
     out = take("shared", (rows, x.shape[1]), x.dtype)
     ids = state.workspace.constant(0, (rows, 1), torch.int64)
     ones = state.workspace.constant(1, (rows, 1), wide)
-    kernels["experts"].at(rows)(x, gate_up, down, ids, ones, state.workspace, out)
+    kernels["experts"].at(rows)(x, *shared, ids, ones, state.workspace, out)
     return out
 
 

@@ -39,6 +39,11 @@ class MoeConfig:
     """Choices are made by scores plus a bias per expert that the checkpoint holds."""
 
 
+def experts_of(moe: MoeConfig | None, layer: int) -> MoeConfig | None:
+    """None for a layer with one feed-forward instead of experts."""
+    return moe if moe is not None and layer in moe.layers else None
+
+
 def check_experts(fields: Fields, moe: MoeConfig, layers: int, name: str) -> None:
     """`name` is the family's field that counts experts. Raises `EngineFault` (bad_config)."""
     fields.require(

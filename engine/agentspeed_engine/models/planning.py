@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Literal, cast, final
 
@@ -147,13 +147,20 @@ def _limit(source: ModelSource, mesh: Mesh, axis: Axis) -> AxisLimit:
 
 def _weight_bytes(chain: list[Module[StepState]]) -> int:
     """Of what the modules hold, each tensor once: a tied head is the embedding."""
-    held: dict[int, int] = {}
-    for module in chain:
-        for name in getattr(type(module), "__slots__", ()):
-            value = getattr(module, name)
-            if isinstance(value, Fp8Blocks) or (isinstance(value, Tensor) and value.is_meta):
-                held[id(value)] = value.nbytes
-    return sum(held.values())
+    weights = (held for held in _held(chain) if isinstance(held, Fp8Blocks) or held.is_meta)
+    return sum({id(held): held.nbytes for held in weights}.values())
+
+
+def _held(value: object) -> Iterator[Tensor | Fp8Blocks]:
+    """The tensors of modules, and of what they are made of."""
+    if isinstance(value, Tensor | Fp8Blocks):
+        yield value
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _held(one)
+    elif type(value).__module__.startswith("agentspeed_engine.models"):
+        for name in getattr(type(value), "__slots__", ()):
+            yield from _held(getattr(value, name))
 
 
 def _workspace_bytes(

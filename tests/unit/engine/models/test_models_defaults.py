@@ -66,7 +66,7 @@ def seen(config: Any) -> dict[str, Any]:
             found |= {"routed_scaling_factor": moe.scale, "n_shared_experts": moe.shared}
             if config.model_type != "deepseek_v2" or moe.groups > 1:  # greedy choices know no groups
                 found |= {"n_group": moe.groups, "topk_group": moe.top_groups}
-            dense = [layer for layer in range(config.layers) if config.is_dense(layer)]
+            dense = [layer for layer in range(config.layers) if layer not in moe.layers]
             found["dense layers"] = dense
     return found
 

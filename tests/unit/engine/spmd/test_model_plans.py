@@ -16,6 +16,7 @@ from agentspeed_engine.models.catalog import read_source
 from agentspeed_engine.models.kv_pools import KvPools
 from agentspeed_engine.models.loaded import weight_source
 from agentspeed_engine.models.mesh_choice import Weights
+from agentspeed_engine.models.moe import Places
 from agentspeed_engine.models.planning import plan_model
 from agentspeed_engine.spmd.placement import Mesh
 from agentspeed_engine.spmd.report import ModelPlan, room_in
@@ -123,10 +124,15 @@ def test_planned_weights_are_the_bytes_that_a_rank_holds(tmp_path: Path, config:
     chain = source.family.build(source.config, weight_source(source, "float32"), pools, mesh.rank(0), kernels)
     theirs = {tensor.untyped_storage().data_ptr() for tensor in pools.tensors}
     held: dict[int, int] = {}
-    for module in chain:
-        for value in (getattr(module, name) for name in type(module).__slots__):
-            if isinstance(value, torch.Tensor) and (at := value.untyped_storage().data_ptr()) not in theirs:
-                held[at] = value.untyped_storage().nbytes()
+    left: list[Any] = [chain]
+    while left:
+        value = left.pop()
+        if isinstance(value, torch.Tensor) and (at := value.untyped_storage().data_ptr()) not in theirs:
+            held[at] = value.untyped_storage().nbytes()
+        elif isinstance(value, list | tuple):
+            left += value
+        elif type(value).__module__.startswith("agentspeed_engine.models") and not isinstance(value, Places):
+            left += [getattr(value, name) for name in getattr(type(value), "__slots__", ())]
     assert plan_model(source, mesh, dtype="float32", rows=3).weight_bytes == sum(held.values())
 
 

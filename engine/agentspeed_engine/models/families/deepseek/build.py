@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import torch
 
+from agentspeed_engine.models.decoder import Chain, decoder
 from agentspeed_engine.models.families.deepseek.config import DeepseekConfig
 from agentspeed_engine.models.families.deepseek.indexer import Chosen, Indexer, IndexerWeights
 from agentspeed_engine.models.families.deepseek.mla import Mla, MlaWeights
 from agentspeed_engine.models.families.deepseek.shapes import INDEX, LATENT, cuts, shapes
-from agentspeed_engine.models.kv_pools import TORCH_DTYPES, KvPools
-from agentspeed_engine.models.layers import AddNorm, Embed, Head
+from agentspeed_engine.models.kv_pools import KvPools
 from agentspeed_engine.models.mesh import check_cuts
-from agentspeed_engine.models.moe import feed_forward
 from agentspeed_engine.models.pieces import RankWeights
-from agentspeed_engine.models.state import StepState
 from agentspeed_engine.models.weights import WeightSource
-from agentspeed_engine.spmd.lower import Module
 from agentspeed_engine.spmd.placement import Rank
-from agentspeed_kernels.selection import HEAD, Kernels
-
-Chain = list[Module[StepState]]
+from agentspeed_kernels.selection import Kernels
 
 
 def build(config: DeepseekConfig, weights: WeightSource, pools: KvPools, rank: Rank, kernels: Kernels) -> Chain:
@@ -30,34 +25,28 @@ def build(config: DeepseekConfig, weights: WeightSource, pools: KvPools, rank: R
     check_cuts(cuts(config, rank.mesh))
     latents, own = pools[LATENT], RankWeights(weights, shapes(config), rank)
     chosen = None if config.indexer is None else Chosen()
-    embedding = own.tensor("model.embed_tokens.weight", kernels.kept)
-    head = kernels.weight(embedding if config.tied else own.tensor("lm_head.weight", kernels.kept), op=HEAD)
-    chain: Chain = [Embed("embed", head if config.tied else embedding, rank, TORCH_DTYPES[kernels.dtype])]
-    for layer in range(config.layers):
-        at = f"model.layers.{layer}."
-        chain.append(_norm(config, own, at + "input_layernorm", kernels))
-        held = _mla_weights(config, own, at, kernels)
-        indexer = _indexer(config, own, pools, layer, chosen, kernels)
-        chain.append(Mla(at + "self_attn", config, held, latents[layer], rank, kernels, indexer, chosen))
-        chain.append(_norm(config, own, at + "post_attention_layernorm", kernels))
-        moe = None if config.is_dense(layer) else config.moe
-        chain += feed_forward(at + "mlp", config.hidden, own, moe, rank, kernels)
-    chain.append(_norm(config, own, "model.norm", kernels))
-    chain.append(Head("head", head, rank, kernels))
-    return chain
 
+    def attention(layer: int, name: str) -> Mla:
+        held = _mla_weights(config, own, name, kernels)
+        indexer = _indexer(config, own, name, pools, layer, chosen, kernels)
+        return Mla(name, config, held, latents[layer], rank, kernels, indexer, chosen)
 
-def _norm(config: DeepseekConfig, weights: RankWeights, name: str, kernels: Kernels) -> AddNorm:
-    return AddNorm(name, weights.tensor(name + ".weight"), config.eps, kernels)
+    return decoder(config, own, rank, kernels, attention)
 
 
 def _indexer(
-    config: DeepseekConfig, weights: RankWeights, pools: KvPools, layer: int, chosen: Chosen | None, kernels: Kernels
+    config: DeepseekConfig,
+    weights: RankWeights,
+    name: str,
+    pools: KvPools,
+    layer: int,
+    chosen: Chosen | None,
+    kernels: Kernels,
 ) -> Indexer | None:
     """None for a layer that reads everything, or what a layer before it chose."""
     if config.indexer is None or chosen is None or layer not in config.indexer.layers:
         return None
-    at = f"model.layers.{layer}.self_attn.indexer."
+    at = name + ".indexer."
     wide = torch.float64 if kernels.dtype == "float64" else torch.float32
     held = IndexerWeights(
         q=weights.matrix(at + "wq_b.weight"),
@@ -70,8 +59,8 @@ def _indexer(
     return Indexer(config.indexer, config.rope.width, held, pool, chosen, kernels)
 
 
-def _mla_weights(config: DeepseekConfig, weights: RankWeights, layer_at: str, kernels: Kernels) -> MlaWeights:
-    at = layer_at + "self_attn."
+def _mla_weights(config: DeepseekConfig, weights: RankWeights, name: str, kernels: Kernels) -> MlaWeights:
+    at = name + "."
     low, bias = config.q_rank is not None, config.attention_bias
     return MlaWeights(
         q_a=weights.matrix(at + "q_a_proj.weight") if low else None,

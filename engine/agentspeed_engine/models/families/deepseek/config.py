@@ -67,10 +67,6 @@ class DeepseekConfig:
         """The stretching of angles, which in these families also scales attention scores."""
         return self.rope.scaling if isinstance(self.rope.scaling, Yarn) else None
 
-    def is_dense(self, layer: int) -> bool:
-        """Whether a layer has one feed-forward instead of experts."""
-        return self.moe is None or layer not in self.moe.layers
-
 
 def parse_v2(fields: Fields) -> DeepseekConfig:
     """`deepseek_v2`. Absent fields take the defaults of transformers' DeepseekV2Config, or are refused."""

@@ -40,10 +40,6 @@ class GroupedConfig:
     tied: bool
     moe: MoeConfig | None
 
-    def is_dense(self, layer: int) -> bool:
-        """Whether a layer has one feed-forward instead of experts."""
-        return self.moe is None or layer not in self.moe.layers
-
 
 def parse_llama(fields: Fields) -> GroupedConfig:
     """`llama`. Absent fields take the defaults of transformers' LlamaConfig, or are refused."""
