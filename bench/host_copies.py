@@ -50,10 +50,10 @@ def main() -> None:
         "pages": BATCH,
         "arena_seconds": round(made, 2),
         "wrong_pages": wrong_pages(pool, arena, repeats),
-        **throughput(pool, arena, repeats),
+        **throughput(arena, repeats),
     }
     if ON_GPU:
-        figures |= {**milliseconds_beside_a_long_step(pool, arena), **slowdown(pool, arena, repeats)}
+        figures |= {**milliseconds_beside_a_long_step(arena), **slowdown(pool, arena, repeats)}
     print(json.dumps({"bench": "host_copies", **figures}))
 
 
@@ -76,7 +76,7 @@ def wrong_pages(pool: torch.Tensor, arena: HostArena, repeats: int) -> int:
     return wrong
 
 
-def throughput(pool: torch.Tensor, arena: HostArena, repeats: int) -> dict[str, Any]:
+def throughput(arena: HostArena, repeats: int) -> dict[str, Any]:
     """Ours and the limit in turns, both ways."""
     plain_device = torch.empty((BATCH, PAGE_BYTES), dtype=torch.uint8, device=DEVICE)
     plain_host = torch.zeros((BATCH, PAGE_BYTES), dtype=torch.uint8, pin_memory=ON_GPU)
@@ -106,7 +106,7 @@ def throughput(pool: torch.Tensor, arena: HostArena, repeats: int) -> dict[str, 
     }
 
 
-def milliseconds_beside_a_long_step(pool: torch.Tensor, arena: HostArena) -> dict[str, float]:
+def milliseconds_beside_a_long_step(arena: HostArena) -> dict[str, float]:
     """How long a save of eight pages takes that is ordered while a step runs, and how long that step still ran."""
     pages = list(range(8))
     arena.save(pages, pages)

@@ -72,7 +72,7 @@ def main() -> None:
         ours = asyncio.run(run_sdk(checkpoint, arguments))
     else:
         ours = run_runner(checkpoint, arguments)
-    theirs = run_transformers(checkpoint, ours, arguments)
+    theirs = run_transformers(checkpoint, ours)
     ours.logits = logits_of(checkpoint, ours, arguments)
     report(ours, theirs, arguments)
 
@@ -195,7 +195,7 @@ def run_runner(checkpoint: Path, arguments: argparse.Namespace) -> Side:
     return side
 
 
-def run_transformers(checkpoint: Path, ours: Side, arguments: argparse.Namespace) -> Side:
+def run_transformers(checkpoint: Path, ours: Side) -> Side:
     """The same ids turn by turn, with a cache that is kept; draws greedily but follows what the session drew."""
     import torch
     import transformers

@@ -14,7 +14,6 @@ from pydantic_ai.exceptions import ModelAPIError, UserError
 from pydantic_ai.messages import (
     FinishReason,
     ModelMessage,
-    ModelRequest,
     ModelResponse,
     ModelResponseStreamEvent,
     SystemPromptPart,
@@ -307,11 +306,11 @@ def _messages(messages: Sequence[ModelMessage], instructions: Sequence[str]) -> 
             if isinstance(part, SystemPromptPart):
                 above.append(part.content)
             else:
-                found.append(_asked(part, message))
+                found.append(_asked(part))
     return [{"role": "system", "content": text} for text in [*above, *instructions]] + found
 
 
-def _asked(part: object, message: ModelRequest) -> dict[str, Any]:
+def _asked(part: object) -> dict[str, Any]:
     if isinstance(part, UserPromptPart):
         content = [part.content] if isinstance(part.content, str) else part.content
         return {"role": "user", "content": "\n".join(_text(item) for item in content)}

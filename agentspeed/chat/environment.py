@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, ClassVar, Final, Protocol, final
+from typing import Any, ClassVar, Final, final
 
 from agentspeed.errors import ExtraMissing, ModelBroken
 
@@ -18,14 +18,6 @@ _CONSTANTS: Final = ("bos_token", "eos_token", "pad_token", "unk_token")
 _DEFAULT: Final = "default"
 _WITH_TOOLS: Final = "tool_use"
 """Names that published folders give their templates when they have several."""
-
-
-class Render(Protocol):
-    """A chat template, ready to be run."""
-
-    def __call__(
-        self, messages: list[dict[str, Any]], *, tools: list[dict[str, Any]] | None = None, generate: bool = False
-    ) -> str: ...
 
 
 @final

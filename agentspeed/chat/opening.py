@@ -72,7 +72,7 @@ class Opening:
         messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": _SLOT}]
         shape = self.shape() if tools else None
         text = self._head(messages, shape, tools, now)
-        system = None if system is None else self._trimmed(system, shape, tools, now)
+        system = None if system is None else self._trimmed(system, shape, now)
         if shape is None:
             return self._around_system(text, text, system)
         shadow = self._head(messages, shape, [provenance.veiled(tool) for tool in tools], now)
@@ -165,7 +165,7 @@ class Opening:
         frame = later.removeprefix(silent)
         return frame if frame and text.endswith(frame) else None
 
-    def _trimmed(self, system: str, shape: _Shape | None, tools: list[dict[str, Any]], now: datetime) -> str:
+    def _trimmed(self, system: str, shape: _Shape | None, now: datetime) -> str:
         """The system text with the space around it that the template leaves."""
         given = None if shape is None else [shape(_TOOL)]
 

@@ -94,8 +94,6 @@ class KernelSpec:
     """Formats of the pools; None: that of the activations."""
     sizes: Mapping[str, Widths] = field(default_factory=dict)
     """Limits on axes; an axis that is not named may have any size."""
-    rope_order: Literal["half"] = "half"
-    """Coordinate i turns with coordinate i + rope / 2; models of the interleaved order are reordered when loaded."""
     invariant: bool = False
     """A row of its output has the same bits whatever other rows are in the call and however many they are; of
     attention, where the plan is cut at fixed places (`AttentionBackend`)."""

@@ -106,11 +106,6 @@ class TilePlan:
     def entries(self) -> int:
         return int(self.rows.size)
 
-    @property
-    def context_tokens(self) -> int:
-        """Cached tokens that are read, each as often as a tile names it."""
-        return int(self.tokens.sum())
-
 
 def plan_tiles(
     pieces: Sequence[Piece],

@@ -63,7 +63,7 @@ def _take_from_anyone(world: Any, pages: int, age: int, now: float) -> Grant:
     return Grant.GOT
 
 
-def _firm_without_bound(world: Any, branch: Any, pages: int, now: float) -> str:
+def _firm_without_bound(world: Any, branch: Any, pages: int) -> str:
     return ""
 
 

@@ -244,7 +244,7 @@ def _asked(rng: Random, words: Pool, tool: NamedTool, held: bool) -> tuple[str, 
         for key, shape in tool.properties.items()
         if key in required or rng.random() < 0.5
     }
-    said, tail = _arguments(rng, words, values, held)
+    said, tail = _arguments(rng, values, held)
     return f"{_head(rng, tool, held)}{said}", Call(tool.name, values, f"the {tool.noun}{tail}")
 
 
@@ -268,7 +268,7 @@ def value_for(rng: Random, words: Pool, key: str, shape: dict[str, Any]) -> Any:
     return (named or phrase)(rng, words)
 
 
-def _arguments(rng: Random, words: Pool, values: dict[str, Any], held: bool) -> tuple[str, str]:
+def _arguments(rng: Random, values: dict[str, Any], held: bool) -> tuple[str, str]:
     """ " with city Oslo and days 3", in one of many forms; and what an answer says of it: " for {city}"."""
     if not values:
         return "", ""

@@ -158,7 +158,7 @@ def json_task(rng: Random, *, held: bool) -> Task:
     facts = list(chosen.items())
     if rng.random() < 0.4:
         rng.shuffle(facts)
-    said = _facts(rng, words, [(key, _spoken(value)) for key, (_, value) in facts], held)
+    said = _facts(rng, [(key, _spoken(value)) for key, (_, value) in facts], held)
     shape = json.dumps(schema, separators=(",", ":"))
     asking = "Return JSON for this schema: " if held else _asking(rng, words)
     if rng.random() < 0.5:
@@ -184,7 +184,7 @@ def _asking(rng: Random, words: Pool) -> str:
     return f"{opening(rng, words)}{said} JSON {filler(rng)} schema: "
 
 
-def _facts(rng: Random, words: Pool, facts: list[tuple[str, str]], held: bool) -> str:
+def _facts(rng: Random, facts: list[tuple[str, str]], held: bool) -> str:
     simple = (
         ("{k} should be {v}", "{k} = {v}")
         if held
@@ -255,7 +255,7 @@ def copy_task(rng: Random) -> Task:
         return Task("copy", [_user(asking), {"role": "assistant", "content": text}])
     facts = {noun(rng, TRAIN): rng.choice(draws)(rng, TRAIN) for _ in range(rng.randint(2, 6))}
     messages = []
-    said = _facts(rng, TRAIN, list(facts.items()), held=False) + " "
+    said = _facts(rng, list(facts.items()), held=False) + " "
     for key in rng.sample(list(facts), min(len(facts), 3)):
         messages += [_user(f"{said}What is {key}?"), {"role": "assistant", "content": facts[key]}]
         said = ""

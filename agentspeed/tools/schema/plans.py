@@ -134,9 +134,9 @@ class Planner:
         """One for each way; none where no value is such. Raises `SchemaUnsupported` for what no grammar can hold."""
         at = self._terms.at(term)
         found: list[Plan] = []
-        for kind, atoms in self.shape(term).items():
+        for atoms in self.shape(term).values():
             for atom in atoms:
-                found += self._of_values(atom, at) if _is_listed(atom) else self._of(kind, atom, at)
+                found += self._of_values(atom, at) if _is_listed(atom) else self._of(atom, at)
         return list(dict.fromkeys(found))
 
     def shape(self, term: Term) -> Shape:
@@ -148,7 +148,7 @@ class Planner:
             return {kind: atoms for kind, atoms in shape.items() if kind not in silent}
         return shape
 
-    def _of(self, kind: str, atom: Atom, at: str) -> list[Plan]:
+    def _of(self, atom: Atom, at: str) -> list[Plan]:
         match atom:
             case Plain():
                 words = {"None": "null", "True": "true", "False": "false"}
@@ -156,7 +156,7 @@ class Planner:
             case Number():
                 return self._number(atom, at)
             case Text():
-                body = text_terminal(atom, self._bounds, usual=self._bounds.string_chars)
+                body = text_terminal(atom, usual=self._bounds.string_chars)
                 return [Leaf(body)]
             case Array():
                 return self._array(atom, at)
@@ -183,7 +183,7 @@ class Planner:
             case Number():
                 return [Leaf(number_terminal(Number(values=only, whole=atom.whole), self._bounds))]
             case Text():
-                return [Leaf(text_terminal(Text(values=only), self._bounds, usual=0))]
+                return [Leaf(text_terminal(Text(values=only), usual=0))]
             case _:
                 return [self._constant(value, at) for value in kept]
 
@@ -302,7 +302,7 @@ class Planner:
         if len(patterns) > _MAX_PATTERNS:
             self._terms.give_up(at, f"has more than {_MAX_PATTERNS} patterns of names", "Name fewer.")
             patterns = []
-        keys = self._key_atoms(atom, at)
+        keys = self._key_atoms(atom)
         extras: list[Extra] = []
         for matched in product((True, False), repeat=len(patterns)):
             mine = {pattern for pattern, yes in zip(patterns, matched, strict=True) if yes}
@@ -337,9 +337,9 @@ class Planner:
             key = Text(values=Values(kept))
             if not kept:
                 return ""
-        return text_terminal(key, self._bounds, usual=self._bounds.key_chars, ending=self._colon)
+        return text_terminal(key, usual=self._bounds.key_chars, ending=self._colon)
 
-    def _key_atoms(self, atom: Object, at: str) -> list[Text]:
+    def _key_atoms(self, atom: Object) -> list[Text]:
         found = self._terms.shape(atom.names).get("string", ())
         return [one for one in found if isinstance(one, Text)]
 

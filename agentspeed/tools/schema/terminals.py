@@ -25,7 +25,7 @@ class Unsayable(Exception):
     """The reason why no terminal says it."""
 
 
-def text_terminal(atom: Text, bounds: Bounds, *, usual: int, ending: str = "") -> str:
+def text_terminal(atom: Text, *, usual: int, ending: str = "") -> str:
     """A text in quotes, and what follows them. `usual`: characters at most where the atom names no bound."""
     if atom.values.only is not None:
         return " | ".join(_slashed(literal(str(value)), ending) for value in atom.values.only)

@@ -23,7 +23,7 @@ from agentspeed_engine.spmd.legality import check_plan
 from agentspeed_engine.spmd.lower import Module
 from agentspeed_engine.spmd.machine import MeshChoice
 from agentspeed_engine.spmd.placement import AXES, Axis, Mesh, Owners
-from agentspeed_engine.spmd.plan import Plan, PlanError, fuse, plan
+from agentspeed_engine.spmd.plan import PlanError, fuse, plan
 from agentspeed_engine.spmd.report import AxisLimit, ModelPlan, Room, StepLine, room_in, step_lines
 from agentspeed_engine.spmd.spec import TOKEN_SHARD
 from agentspeed_kernels.attention import AttentionStep
@@ -81,7 +81,7 @@ def plan_model(
         raise EngineFault("bad_config", str(error), "") from error
     item = DTYPE_BYTES[dtype]
     lines = step_lines(made, boundaries, rows=rows, start=TOKEN_SHARD, item_bytes=item)
-    held, workspace = _weight_bytes(chain), _workspace_bytes(made, chain, lines, TORCH_DTYPES[dtype])
+    held, workspace = _weight_bytes(chain), _workspace_bytes(chain, lines, TORCH_DTYPES[dtype])
     room: Room | None = None
     if memory is not None:
         room = room_in(
@@ -163,9 +163,7 @@ def _held(value: object) -> Iterator[Tensor | Fp8Blocks]:
             yield from _held(getattr(value, name))
 
 
-def _workspace_bytes(
-    made: Plan, chain: list[Module[StepState]], lines: tuple[StepLine, ...], dtype: torch.dtype
-) -> int:
+def _workspace_bytes(chain: list[Module[StepState]], lines: tuple[StepLine, ...], dtype: torch.dtype) -> int:
     """Calls every module with a value of the shape that the plan gives it; raises where it gives another one back."""
     workspace = _Measured()
     rows = lines[0].before[0]

@@ -299,7 +299,7 @@ def adopt(world: SchedulerState, link: LinkId, command: Adopt, now: float) -> No
     world.rest(held)
     world.forget(gone)
     world.tell(held.branch, Done(request=command.request, known=held.branch.known))
-    leases.take_over_firm(world, held.branch, given, now)
+    leases.take_over_firm(world, held.branch, given)
 
 
 def close(world: SchedulerState, link: LinkId, command: Close, now: float) -> None:

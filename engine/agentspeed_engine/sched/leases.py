@@ -24,7 +24,7 @@ def grant(world: SchedulerState, branch: Branch, command: Expect, now: float) ->
     pages = _pages_kept(world, branch)
     keep = command.keep
     if keep == "firm":
-        refusal = _no_firm(world, branch, pages, now)
+        refusal = _no_firm(world, branch, pages)
         if refusal:
             keep = "soft"
             why.append(refusal)
@@ -53,7 +53,7 @@ def _pages_kept(world: SchedulerState, branch: Branch) -> int:
     return pages_for(end, world.config.page_tokens)
 
 
-def take_over_firm(world: SchedulerState, branch: Branch, given: Lease | None, now: float) -> None:
+def take_over_firm(world: SchedulerState, branch: Branch, given: Lease | None) -> None:
     """A firm lease of the trunk or of the child it adopted, the one that ends later, goes on over the rows that it
     took over, if the budget has room for them."""
     firm = world.firm.pop(branch.id, None)
@@ -65,14 +65,14 @@ def take_over_firm(world: SchedulerState, branch: Branch, given: Lease | None, n
     elif firm is None:
         return
     pages = _pages_kept(world, branch)
-    refusal = _no_firm(world, branch, pages, now)
+    refusal = _no_firm(world, branch, pages)
     if refusal:
         world.soften(branch.id, f"soft since it took over a child's rows; {refusal}")
     else:
         world.hold_firm(branch.id, until, pages)
 
 
-def _no_firm(world: SchedulerState, branch: Branch, pages: int, now: float) -> str:
+def _no_firm(world: SchedulerState, branch: Branch, pages: int) -> str:
     """Why a firm lease cannot be granted; empty when it can."""
     if world.kv.on_device(branch) < max(branch.resident, min(branch.computed, branch.known)):
         return "firm refused: not all rows are on the device"

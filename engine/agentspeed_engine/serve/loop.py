@@ -345,31 +345,23 @@ class EngineLoop:
         seconds = self._schedulers.seconds() | {"clock": self._clock.now()}
         return Stats(request=request, counts=counts, seconds=seconds, dp=each)
 
+    def _owes(self, link: Link, kind: type[Picture | FilePart], what: str, request: int) -> bool:
+        """Whether it has not read the last of these, which it is told: they must not pile up here."""
+        if not link.owes(kind):
+            return False
+        message = f"The last {what} was not read yet."
+        link.put(Failed(request=request, code="overloaded", message=message, remedy="Read it first."))
+        return True
+
     def _look(self, link: Link, command: Look) -> None:
-        if link.owes(Picture):  # a client that does not read its pictures must not pile them up here
-            link.put(
-                Failed(
-                    request=command.request,
-                    code="overloaded",
-                    message="The last picture was not read yet.",
-                    remedy="Read it first.",
-                )
-            )
+        if self._owes(link, Picture, "picture", command.request):
             return
         picture = self._cores.picture(command, self._clock.now())
         counts = picture.counts | {"steps": self._schedulers.steps, "tokens_drawn": self._schedulers.tokens}
         link.put(replace(picture, counts=counts, ranks=() if self._ranks is None else self._ranks.views()))
 
     def _read_file(self, link: Link, command: ReadModelFile) -> None:
-        if link.owes(FilePart):  # as with pictures: parts that a client does not read must not pile up here
-            link.put(
-                Failed(
-                    request=command.request,
-                    code="overloaded",
-                    message="The last part was not read yet.",
-                    remedy="Read it first.",
-                )
-            )
+        if self._owes(link, FilePart, "part", command.request):
             return
         try:
             link.put(self._files.part(command))

@@ -24,7 +24,7 @@ def decode_runs(branches: int, prefix: int) -> list[Run]:
 def test_a_shared_prefix_is_read_once_for_all_branches_below_it() -> None:
     positions = np.full(8, 4096, dtype=np.int64)
     plan = plan_tiles(decode_runs(8, 4096), positions, page_tokens=PAGE, chunk_tokens=512, block_rows=32)
-    assert plan.context_tokens == 4096 + 8
+    assert plan.tokens.sum() == 4096 + 8
 
 
 def test_a_long_prefix_is_split_so_that_every_core_has_a_part() -> None:
@@ -35,7 +35,7 @@ def test_a_long_prefix_is_split_so_that_every_core_has_a_part() -> None:
 
 def test_a_step_without_runs_has_no_tiles() -> None:
     plan = plan_tiles([], np.zeros(0, np.int64), page_tokens=PAGE, chunk_tokens=512, block_rows=32)
-    assert (plan.count, plan.entries, plan.context_tokens) == (0, 0, 0)
+    assert (plan.count, plan.entries, plan.tokens.sum()) == (0, 0, 0)
 
 
 def test_a_prompts_own_block_is_a_triangle_and_what_is_before_it_a_rectangle() -> None:
