@@ -48,11 +48,25 @@ def test_generated_pages_are_up_to_date() -> None:
     assert done.returncode == 0, f"{done.stdout}{done.stderr}\nRun: python tools/docs/reference.py"
 
 
+def anchors(page: Path) -> set[str]:
+    """What links to a page may name behind a #: its headings, as GitHub writes them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    titles = [
+        re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title) for title in re.findall(r"^#+ (.+?) *$", text, re.MULTILINE)
+    ]
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 def test_links_between_pages_lead_somewhere() -> None:
+    elsewhere = [
+        ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "agentspeed/models/nano/README.md")
+    ]
     broken = []
-    for page in PAGES:
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
-            if not (page.parent / target).exists():
+    for page in [*PAGES, *elsewhere]:
+        for target in re.findall(r"\]\(([^)\s:]+)\)", page.read_text(encoding="utf-8")):
+            name, _, anchor = target.partition("#")
+            to = page.parent / name if name else page
+            if not to.exists() or (anchor and anchor not in anchors(to)):
                 broken.append(f"{page.relative_to(ROOT)} -> {target}")
     assert not broken
 
