@@ -19,6 +19,7 @@ ARCHITECTURE = {
     "kimi_k25": "Kimi_K25ForConditionalGeneration",
     "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
     "youtu": "YoutuForCausalLM",
+    "youtu_llm": "YoutuForCausalLM",
     "deepseek_v32": "DeepseekV32ForCausalLM",
     "glm_moe_dsa": "GlmMoeDsaForCausalLM",
     "llama": "LlamaForCausalLM",
@@ -85,7 +86,7 @@ def _latent(model_type: str, config: dict[str, Any], chance: random.Random) -> d
         }  # fmt: skip
     elif model_type != "deepseek_v2" and chance.random() < 0.5:
         found["rope_interleave"] = chance.random() < 0.5
-    if model_type == "youtu":
+    if model_type in ("youtu", "youtu_llm"):
         return found
     groups = chance.choice([1, 2, 4])
     found |= {

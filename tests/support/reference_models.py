@@ -18,7 +18,7 @@ _MODULES = (
     "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu", "llama", "qwen2", "qwen3", "qwen3_moe", "kimi_k25",
     "deepseek_v32", "glm_moe_dsa",
 )  # fmt: skip
-_KNOWN_AS = {"kimi_k2": "deepseek_v3"}
+_KNOWN_AS = {"kimi_k2": "deepseek_v3", "youtu_llm": "youtu"}
 """Published with code of its own, which transformers reads as another type."""
 
 

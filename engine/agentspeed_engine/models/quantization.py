@@ -16,6 +16,7 @@ _SUPPORTED = (
     f"Supported are bfloat16, float16 and float32 weights, fp8 e4m3 with a scale for each block of {FP8_BLOCK} × "
     f"{FP8_BLOCK}, and compressed-tensors in 4 bits, packed and symmetric in groups; take such a version of the model."
 )
+_INT4: dict[str, Any] = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
 _SIDE_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 """Where tools other than transformers declare it: ModelOpt, GPTQ and AWQ."""
 PACKED = re.compile(
@@ -36,7 +37,7 @@ def declared_scheme(raw: Mapping[str, Any], folder: Path | None = None) -> Schem
     declared = _declared(raw)
     if declared is None:
         return "none"
-    method = declared.get("quant_method")
+    method = declared.get("quant_method", "mlx" if "bits" in declared else None)
     if method is None:
         raise EngineFault("bad_config", "config.json: quantization_config has no quant_method.", _SUPPORTED)
     if method == "compressed-tensors" and _is_int4_groups(declared):
@@ -77,9 +78,10 @@ def torn_block(
 
 
 def _declared(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Of the model or of its text part; null and an empty object declare nothing."""
+    """Of the model or of its text part; null and an empty object declare nothing. Under `quantization` MLX writes it,
+    and names no method."""
     for holder in _holders(raw):
-        for key in ("quantization_config", "compression_config"):
+        for key in ("quantization_config", "compression_config", "quantization"):
             found = holder.get(key)
             if not found:
                 continue
@@ -126,15 +128,25 @@ def _is_int4_group(group: object) -> bool:
     weights = group.get("weights") if isinstance(group, Mapping) else None
     if not isinstance(group, Mapping) or not isinstance(weights, Mapping):
         return False
-    told = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
     alone = group.get("input_activations") is None and group.get("output_activations") is None
-    plain = not weights.get("actorder") and not weights.get("dynamic")
-    return alone and plain and all(weights.get(key) == value for key, value in told.items())
+    return alone and not _unlike_int4(weights)
+
+
+def _unlike_int4(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """What a group says of its weights that is not as `int4_groups` reads them."""
+    other = {key: weights.get(key) for key, value in _INT4.items() if weights.get(key) != value}
+    return other | {key: weights[key] for key in ("actorder", "dynamic") if weights.get(key)}
 
 
 def _details(declared: Mapping[str, Any]) -> str:
     """The few words of a declaration by which people know it."""
     words = [f"{key} {declared[key]}" for key in ("format", "bits", "group_size", "load_in_4bit") if key in declared]
+    groups = declared.get("config_groups")
+    if declared.get("format") == "pack-quantized" and isinstance(groups, Mapping):
+        for group in groups.values():
+            weights = group.get("weights") if isinstance(group, Mapping) else None
+            other = _unlike_int4(weights) if isinstance(weights, Mapping) else {}
+            words += [f"{key} {value}" for key, value in other.items() if f"{key} {value}" not in words]
     return f" ({', '.join(words)})" if words else ""
 
 

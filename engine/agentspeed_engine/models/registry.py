@@ -25,7 +25,7 @@ def family_of(raw: Mapping[str, Any]) -> Family[Any]:
     kind = raw.get("model_type")
     family = BY_TYPE.get(kind) if isinstance(kind, str) else None
     if family is None:
-        what, nearest = missing(raw)
+        what, nearest = missing(raw, BY_TYPE)
         raise EngineFault(
             "unsupported_model",
             f"model_type {kind!r} is not supported: {what}.",

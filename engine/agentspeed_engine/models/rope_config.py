@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
-from agentspeed_engine.models.fields import Fields
+from agentspeed_engine.models.fields import MOST, Fields
 
 DEFAULT_THETA = 10_000.0
 """Of the published modelling code, for every family here."""
@@ -46,6 +46,12 @@ class RopeConfig:
     width: int
     theta: float
     scaling: Yarn | Llama3Rope | None
+
+    def reach(self, context: int) -> int:
+        """The longest context of a model whose max_position_embeddings are `context`: as far as yarn stretches its
+        angles, which people add to a published model that was trained for less."""
+        stretched = self.scaling.original_context * self.scaling.factor if isinstance(self.scaling, Yarn) else 0
+        return max(context, min(int(stretched), MOST))
 
 
 def parse_rope(fields: Fields, width: int) -> RopeConfig:

@@ -41,7 +41,20 @@ def refusal(folder: Path) -> EngineFault:
     return caught.value
 
 
+INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+
+
+def packed(**weights: Any) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "input_activations": None, "weights": INT4 | weights}
+    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}}
+
+
 DECLARED: list[tuple[Any, str]] = [
+    (packed(symmetric=False), "(format pack-quantized, symmetric False)"),
+    (packed(num_bits=8), "(format pack-quantized, num_bits 8)"),
+    (packed(strategy="channel", group_size=None), "(format pack-quantized, strategy channel)"),
+    (packed(actorder="group"), "(format pack-quantized, actorder group)"),
+    ({"bits": 4, "group_size": 64}, "'mlx' (bits 4, group_size 64)"),
     (
         {"quant_method": "compressed-tensors", "format": "pack-quantized"},
         "'compressed-tensors' (format pack-quantized)",
@@ -84,7 +97,7 @@ def test_a_quantisation_that_is_declared_in_a_file_of_its_own_is_refused(folder:
     assert fault.code == "unsupported_model" and name in fault.message
 
 
-@pytest.mark.parametrize("declared", ["fp8", ["fp8"], 8, {"bits": 4}])
+@pytest.mark.parametrize("declared", ["fp8", ["fp8"], 8, {"ignore": []}])
 def test_a_declaration_that_says_nothing_is_refused(folder: Path, declared: Any) -> None:
     declare(folder, quantization_config=declared)
     fault = refusal(folder)
@@ -205,3 +218,12 @@ def test_a_tensor_that_two_files_hold_is_refused(folder: Path) -> None:
     index = {"weight_map": {"model.norm.weight": "other.safetensors", "lm_head.weight": "model.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "model.norm.weight is in two files" in refusal(folder).message
+
+
+def test_a_quantisation_by_mlx_is_refused_by_name_before_any_weight_is_read(folder: Path) -> None:
+    """Older folders of MLX say it under a key of their own, and nowhere else."""
+    declare(folder, quantization={"bits": 4, "group_size": 64})
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(EngineFault, match=r"'mlx' \(bits 4, group_size 64\)") as caught:
+        describe(folder)
+    assert caught.value.code == "unsupported_model"

@@ -58,7 +58,40 @@ UNLISTED: list[tuple[dict[str, Any], str, str]] = [
     ({"model_type": "new", "num_key_value_heads": 2}, "grouped-query attention", "llama"),
     ({"model_type": "new", "num_key_value_heads": 2, "num_experts": 4}, "grouped-query attention", "qwen3_moe"),
     ({"model_type": "new", "is_encoder_decoder": True}, "an encoder with a decoder", ""),
-    ({"model_type": "new", "text_config": {"model_type": "llama"}}, "it holds a language model ('llama')", ""),
+    ({"model_type": "new", "num_key_value_heads": 2, "sliding_window": 64}, "sliding-window attention", "llama"),
+    (
+        {"model_type": "new", "kv_lora_rank": 8, "layer_types": ["sliding_attention", "full_attention"]},
+        "sliding-window attention",
+        "deepseek_v3",
+    ),
+    ({"model_type": "new", "num_key_value_heads": 2, "mamba_d_state": 16}, "recurrent state", "llama"),
+    ({"model_type": "new", "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}, "recurrent", "llama"),
+    (
+        {"model_type": "new", "num_key_value_heads": 2, "layer_types": ["chunked_attention"]},
+        "attention in chunks",
+        "llama",
+    ),
+    (
+        {"model_type": "new", "num_key_value_heads": 2, "sliding_window": 64, "use_sliding_window": False},
+        "it has grouped-query attention, but",
+        "llama",
+    ),
+    (
+        {"model_type": "new", "num_key_value_heads": 2, "vision_config": {}},
+        "it reads more than text, which is not implemented",
+        "llama",
+    ),
+    ({"model_type": "new", "text_config": {"model_type": "llama"}}, "it holds a language model ('llama')", "llama"),
+    (
+        {"model_type": "new", "text_config": {"model_type": "qwen3_next"}},
+        "it holds a language model ('qwen3_next') among others, which is not implemented, and a Qwen3-Next",
+        "qwen3_moe",
+    ),
+    (
+        {"model_type": "new", "language_config": {"num_key_value_heads": 2, "num_experts": 4}},
+        "it holds a language model among others, which is not implemented",
+        "qwen3_moe",
+    ),
     ({"model_type": "new"}, "nobody implemented", ""),
     ({"model_type": ["llama"]}, "does not say which architecture", ""),
     ({}, "does not say which architecture", ""),
@@ -264,6 +297,21 @@ _LITE = _MLA | {
     "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6, "q_lora_rank": None,
     "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("nested", ["rope_scaling", "rope_parameters"])
+def test_a_context_is_as_long_as_the_angles_are_stretched(nested: str, tmp_path: Path) -> None:
+    """As Qwen's makers say how to read longer texts: they have yarn added, and leave max_position_embeddings."""
+    plain = random_config("qwen3", 1) | {"max_position_embeddings": 40960, "rope_scaling": None}
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    if nested == "rope_parameters":
+        yarn["rope_theta"] = 1e6
+    (tmp_path / "config.json").write_text(json.dumps(plain | {nested: yarn}))
+    assert describe(tmp_path).context_limit == 131072
+    (tmp_path / "config.json").write_text(json.dumps(plain | {nested: yarn | {"factor": 1.0}}))
+    assert describe(tmp_path).context_limit == 40960
+
+
 _QWEN3 = {"max_position_embeddings": 40960, "vocab_size": 151936, "num_attention_heads": 32, "head_dim": 128}
 PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
     "DeepSeek-V3": (_V3 | {"model_type": "deepseek_v3"}, 671_026_419_200),
@@ -275,6 +323,10 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         _LITE | {"model_type": "deepseek_v2", "vocab_size": 102400, "intermediate_size": 10944}, 15_706_484_224),
     "Moonlight": (
         _LITE | {"model_type": "deepseek_v3", "vocab_size": 163840, "intermediate_size": 11264}, 15_960_110_208),
+    "Youtu-LLM-2B as it was first published": (
+        _MLA | {"model_type": "youtu_llm", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 6144,
+                "num_hidden_layers": 32, "num_attention_heads": 16, "q_lora_rank": 1536},
+        1_961_560_064),
     "Llama 3.1 8B": (
         {"model_type": "llama", "max_position_embeddings": 131072, "vocab_size": 128256, "hidden_size": 4096,
          "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},

@@ -80,7 +80,7 @@ FAMILIES: tuple[Family[DeepseekConfig], ...] = (
         notice="Its vision tower is left unread: it takes text only.",
     ),
     _family("GLM-4.7-Flash", ("glm4_moe_lite",), parse_glm),
-    _family("Youtu", ("youtu",), parse_youtu),
+    _family("Youtu", ("youtu", "youtu_llm"), parse_youtu),
     _family("DeepSeek-V3.2", ("deepseek_v32",), parse_v32, sparse=True),
     _family("GLM-5", ("glm_moe_dsa",), parse_glm_dsa, sparse=True),
 )

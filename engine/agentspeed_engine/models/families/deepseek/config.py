@@ -91,7 +91,7 @@ def parse_glm(fields: Fields) -> DeepseekConfig:
 
 
 def parse_youtu(fields: Fields) -> DeepseekConfig:
-    """`youtu`. Defaults of transformers' YoutuConfig: all layers are dense."""
+    """`youtu`, first published as `youtu_llm`. Defaults of transformers' YoutuConfig: all layers are dense."""
     fields.require(not fields.raw.get("n_routed_experts"), "n_routed_experts is given", "Youtu models have no experts.")
     return parsed(fields, moe=None, tied=True)
 
@@ -125,6 +125,7 @@ def parsed(
     indexer: IndexerConfig | None = None,
 ) -> DeepseekConfig:
     """What all types share. `interleaved` is fixed by the family, or None where `rope_interleave` says it."""
+    rope = parse_rope(fields, fields.count("qk_rope_head_dim"))
     config = DeepseekConfig(
         model_type=str(fields.raw["model_type"]),
         vocab_size=fields.count("vocab_size"),
@@ -138,8 +139,8 @@ def parsed(
         nope=fields.count("qk_nope_head_dim"),
         value=fields.count("v_head_dim"),
         eps=fields.number("rms_norm_eps", eps),
-        context_limit=fields.count("max_position_embeddings"),
-        rope=parse_rope(fields, fields.count("qk_rope_head_dim")),
+        context_limit=rope.reach(fields.count("max_position_embeddings")),
+        rope=rope,
         interleaved=fields.flag("rope_interleave", True) if interleaved is None else interleaved,
         attention_bias=fields.flag("attention_bias", False),
         tied=fields.flag("tie_word_embeddings", tied),

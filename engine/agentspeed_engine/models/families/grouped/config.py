@@ -114,7 +114,7 @@ def _parsed(fields: Fields, *, head_norm: bool, head: int | None, moe: MoeConfig
         head_norm=head_norm,
         inner=fields.count("intermediate_size"),
         eps=fields.number("rms_norm_eps", 1e-6),
-        context_limit=fields.count("max_position_embeddings"),
+        context_limit=rope.reach(fields.count("max_position_embeddings")),
         rope=rope,
         attention_bias=fields.flag("attention_bias", False),
         output_bias=fields.flag("attention_bias", False),
