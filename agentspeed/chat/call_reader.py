@@ -29,7 +29,11 @@ class CallReader:
         first = mark == form.trigger.lstrip()
         self._begun = form.opening[len(form.trigger) :] if first else form.call_open[len(form.next_trigger) :]
         """What of the opening was not taken: it stands before the name."""
-        self._raw = mark if form.only_at_start else ""
+        whole = mark + self._begun
+        brace = max(whole.find("{"), 0) if form.kind == "object" else len(mark)
+        self._around = whole[len(mark) : brace].strip()
+        """What of the opening stands before a call that is a JSON object."""
+        self._raw = mark[brace:]
         self._unread = len(self._raw)
         self._name: str | None = None
         self._id: str | None = None
@@ -41,9 +45,8 @@ class CallReader:
         self._arguments_at = 0
         self._arguments_end: int | None = None
         self._json = JsonDepth()
-        if form.only_at_start:
-            for character in self._raw:
-                _ = self._json.take(character)
+        for character in self._raw:
+            _ = self._json.take(character)
 
     def read(self, text: str, pieces: list[Piece]) -> str | None:
         """Takes what belongs to the call; gives what follows its end, or None while it is open."""
@@ -65,6 +68,11 @@ class CallReader:
 
     # ---- one JSON object with a name and arguments ----------------------------------------------------------------
     def _read_object(self, pieces: list[Piece]) -> str | None:
+        if self._around:
+            bare = self._raw.lstrip()
+            if len(bare) < len(self._around) and self._around.startswith(bare):
+                return None
+            self._raw, self._around = bare.removeprefix(self._around), ""
         for place in range(self._unread, len(self._raw)):
             depth = self._json.take(self._raw[place])
             if depth == 1 and self._arguments_end is None:

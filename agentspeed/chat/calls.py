@@ -17,6 +17,8 @@ from agentspeed.messages import ToolCall
 
 Kind: TypeAlias = Literal["object", "framed", "keys"]
 _TAG: Final = re.compile(r"<[^<>\s\"]+>|\[/?[A-Z_]+\]")
+_NAMED: Final = re.compile(r"<[A-Za-z_:]+=\Z")
+"""A tag that holds the name of the tool."""
 _TOKEN_IN_JSON: Final = re.compile(r'("(?:[^"\\]|\\.)*")|\s+|([,:])')
 """Also matches whole strings, in which space stays."""
 _NUMBERED: Final = re.compile(r"functions\.(.+):(\d+)")
@@ -86,7 +88,7 @@ class CallFormat:
     @property
     def only_at_start(self) -> bool:
         """Without a tag a call is only told from text where the message begins."""
-        return _TAG.search(self.opening) is None
+        return _TAG.search(self.opening) is None and _NAMED.search(self.opening) is None
 
     @property
     def close_mark(self) -> str:

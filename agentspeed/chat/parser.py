@@ -183,6 +183,8 @@ class TurnParser:
     def _enter(self, mark: str) -> None:
         tags, form = self._tags, self._form
         bare = mark.lstrip(_SPACE)
+        if self._between and mark == form.joint + form.next_trigger:
+            bare = form.next_trigger.lstrip(_SPACE)  # what joins calls may be more than space
         if self._mode == "reasoning":
             self._mode, self._at_start, self._fresh = "text", False, tags.roomy
         elif mark == tags.think_open:

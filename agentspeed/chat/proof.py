@@ -5,13 +5,17 @@ What holds is found by trying: how a template wants calls without a text, and wh
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Final
 
 from agentspeed.chat.calls import CallFormat
 from agentspeed.chat.frames import ANSWER, RESULT, THOUGHT, TRIMS, USER, Frames, Place, Trim, open_calls
+from agentspeed.chat.parser import CallReady, TurnParser
 from agentspeed.chat.skeleton import Empty, Part, Script, Shape, Skeletons, arguments_skeleton
+from agentspeed.chat.tags import Tags
 from agentspeed.errors import TemplateUnstable
 
 _SPACED: Final = ("\n x \n", " x\n", "\n\nx", "x  ", " x")
@@ -98,12 +102,15 @@ def trims(frames: Frames, form: CallFormat | None) -> dict[Place, Trim]:
     return found
 
 
-def problem(frames: Frames, form: CallFormat | None, *, reasoning: bool) -> str | None:
+def problem(frames: Frames, form: CallFormat | None, think: tuple[str, str], *, reasoning: bool) -> str | None:
     """What is not as the template writes it, on conversations made up at random (the same at every load)."""
     chance = random.Random(20)
     made = [conversation(chance, frames, form, reasoning=reasoning, most=_LONGEST) for _ in range(_CONVERSATIONS)]
     if form is not None:
         call = _call(frames.skeletons, frames.skeletons.as_text)
+        ends, others = frames.tail([USER, call]), frames.tail([USER, ANSWER])
+        if not ends.endswith(others):
+            return f"it ends a message with calls with {ends!r}, and others with {others!r}"
         steps = [USER, call, RESULT, call, RESULT, ANSWER, USER]
         made.append((steps, [_neutral(shape) for shape in steps]))
     for shapes, contents in made:
@@ -114,6 +121,7 @@ def problem(frames: Frames, form: CallFormat | None, *, reasoning: bool) -> str 
                 _ = frames.parts(shapes, length)
             if not open_calls(shapes):
                 _ = frames.prompt(shapes)
+            _check_prompts(frames, shapes, think)
             if form is not None:
                 _check_calls(form, script, shapes)
             slots = _filled(frames, script, shapes, contents)
@@ -124,6 +132,41 @@ def problem(frames: Frames, form: CallFormat | None, *, reasoning: bool) -> str 
             at = next((n for n, (a, b) in enumerate(zip(slots, whole, strict=False)) if a != b), len(slots))
             return f"it rewrites what is said: {whole[max(0, at - 20) : at + 20]!r}"
     return None
+
+
+def unread(frames: Frames, tags: Tags, count: int) -> str | None:
+    """What the template writes of `count` calls in one message, where a turn that writes it is not read as these."""
+    arguments: dict[str, object] = {"word": 'two\nlines, "é"', "count": 2}
+    skeleton, strings = arguments_skeleton(arguments)
+    text = json.dumps(arguments, ensure_ascii=False)
+    said: dict[str, str] = {}
+    for number in range(count):
+        said |= {f"name{number}": f"tool{number}", f"id{number}": f"functions.tool{number}:{number}"}
+        said |= {f"arguments{number}": text} | {f"string{number}.{at}": word for at, word in enumerate(strings)}
+    call = Shape("assistant", False, False, ("" if frames.skeletons.as_text else skeleton,) * count, count)
+    script = frames.skeletons.script([USER, call])
+    whole = _filled(frames, script, [USER, call], [{"text": ""}, said])
+    raw = whole[whole.rfind(tags.calls.opening, 0, whole.find("tool0")) :]
+    raw = raw.removesuffix(frames.tail([USER, ANSWER]))
+    schema = {"type": "object", "properties": {"word": {"type": "string"}, "count": {"type": "integer"}}}
+    parser = TurnParser(replace(tags, lead="", thinking=False), tools={f"tool{n}": schema for n in range(count)})
+    read = [piece for piece in [*parser.feed(raw), *parser.finish()] if isinstance(piece, CallReady)]
+    told = [(piece.name, json.loads(piece.arguments)) for piece in read]
+    return None if told == [(f"tool{number}", arguments) for number in range(count)] else raw
+
+
+def _check_prompts(frames: Frames, shapes: Sequence[Shape], think: tuple[str, str]) -> None:
+    """Raises ValueError where the model would be asked to speak with another text than stands before what it says."""
+    for place, shape in enumerate(shapes):
+        before = shapes[:place]
+        if shape.role != "assistant" or not before or before[-1].role == "assistant":
+            continue
+        asked = frames.closing(before) + frames.prompt(before)
+        written = frames.before(before, shape)
+        if not _bare(written, think).startswith(_bare(asked, think)):
+            raise ValueError(
+                f"it asks for an answer after {_told_roles(before)} with {asked!r}, and writes {written!r}"
+            )
 
 
 def _check_calls(form: CallFormat, script: Script, shapes: Sequence[Shape]) -> None:

@@ -9,11 +9,11 @@ from typing import Any, Final, final
 
 from agentspeed._base.validate import is_whole
 from agentspeed.chat.call_forms import call_format
-from agentspeed.chat.calls import DEFAULT_CALLS
+from agentspeed.chat.calls import DEFAULT_CALLS, CallFormat
 from agentspeed.chat.environment import ChatTemplate, load_template, read_json
 from agentspeed.chat.frames import ANSWER, USER, Frames
 from agentspeed.chat.opening import Opening
-from agentspeed.chat.proof import check_base, problem, trims, ways_of_calls
+from agentspeed.chat.proof import check_base, problem, trims, unread, ways_of_calls
 from agentspeed.chat.skeleton import Shape, Skeletons, TextMissing, arguments_skeleton
 from agentspeed.chat.tags import Tags
 from agentspeed.chat.tokenizer import TextTokenizer
@@ -91,8 +91,11 @@ class TemplateReading:
         self.form = derived or DEFAULT_CALLS
         """How calls are written."""
         self.frames.trims.update(trims(self.frames, self.form if self.calls else None))
-        self._prove(tools)
-        self.tags = tags_of(self.frames, self._base_tags(think, tools), [USER])
+        self._prove(tools, think)
+        base = self._base_tags(think, tools)
+        if tools and self.calls:
+            self.form = self._read_back(base)
+        self.tags = tags_of(self.frames, replace(base, calls=self.form), [USER])
         """The marks of an answer to a question."""
         self.stop_ids = self._stop_ids()
         """Ids that end a turn."""
@@ -127,20 +130,33 @@ class TemplateReading:
         given = self.opening.probes() if tools else None
         return self._model.template(messages, tools=given, generate=generate, variables=self.variables)
 
-    def _prove(self, tools: bool) -> None:
+    def _read_back(self, tags: Tags) -> CallFormat:
+        """The format, with no more calls in a message than are read back as they are written. Raises `InvalidRequest`
+        where none are."""
+        raw = unread(self.frames, tags, 1)
+        if raw is not None:
+            raise self._no_calls(f"a call is not read back as it is written: {raw!r}")
+        several = any(unread(self.frames, tags, count) is not None for count in range(2, min(3, self.form.most) + 1))
+        return replace(self.form, most=1) if several else self.form
+
+    @staticmethod
+    def _no_calls(why: str) -> InvalidRequest:
+        return InvalidRequest(
+            f"This model's template cannot hold calls and their results: {why}.",
+            remedy="Open the session without tools, or use a template that only frames what is said.",
+        )
+
+    def _prove(self, tools: bool, think: tuple[str, str]) -> None:
         """Raises `TemplateUnstable` where slots do not tell what the template writes. Calls are proven where some may
         come."""
-        told = problem(self.frames, None, reasoning=False)
+        told = problem(self.frames, None, think, reasoning=False)
         if told is not None:
             raise TemplateUnstable(
                 f"The template cannot be appended to: {told}.", remedy="Use a template that only frames what is said."
             )
-        told = problem(self.frames, self.form, reasoning=False) if tools and self.calls else None
+        told = problem(self.frames, self.form, think, reasoning=False) if tools and self.calls else None
         if told is not None:
-            raise InvalidRequest(
-                f"This model's template cannot hold calls and their results: {told}.",
-                remedy="Open the session without tools, or use a template that only frames what is said.",
-            )
+            raise self._no_calls(told)
 
     def _framed(self, think_close: str, system: bool, tools: bool) -> Frames:
         """Frames under the way of giving calls that the template understands."""

@@ -7,11 +7,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from llguidance import LLMatcher, LLTokenizer
 
 from agentspeed import Assistant, ToolCall, ToolMessage, User, errors
+from agentspeed.chat.grammar import turn_grammar
+from agentspeed.chat.parser import CallReady, TurnParser
 from agentspeed.chat.rehearsal import converse, rehearse
+from agentspeed.tools import declared_tool
+from tests.support.call_samples import calls_of
 from tests.support.chat_templates import FAMILIES
-from tests.support.conversations import folder_of, log_of
+from tests.support.conversations import TOOLS, folder_of, log_of, written
 
 KIMI = FAMILIES["kimi k2"]
 COUNTED = KIMI.template.replace("c.id", "'functions.' + c.function.name + ':' + loop.index0 | string")
@@ -36,6 +41,100 @@ TWICE = DEEPSEEK.template.replace(
     "{{- '<｜tool▁calls▁end｜>' if loop.last -}}", "{{- '<｜tool▁calls▁end｜>' if not loop.first -}}"
 )
 """A single call has no end of its section, the third of three has two."""
+_PLAIN = """{%- if tools %}{{ '<|im_start|>system\n' + tools | tojson + '<|im_end|>\n' }}{% endif -%}
+{%- for m in messages -%}
+{{- '<|im_start|>' + m.role + '\n' + (m.content or '') -}}
+{%- for c in m.tool_calls or [] -%}
+{%- set f = c.function -%}
+{%- set given = f.arguments if f.arguments is string else f.arguments | tojson -%}
+CALL
+{%- endfor -%}
+{{- '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif -%}"""
+_OBJECT = """'{"name": "' + f.name + '", "arguments": ' + given + '}'"""
+LISTED = _PLAIN.replace(
+    "CALL", "{{- ('<calls>[' if loop.first else ', ') + " + _OBJECT + " + (']</calls>' if loop.last else '') -}}"
+)
+IN_LINES = _PLAIN.replace(
+    "CALL", "{{- ('<calls>\n' if loop.first else '') + " + _OBJECT + " + '\n' + ('</calls>' if loop.last else '') -}}"
+)
+NAMED = _PLAIN.replace("CALL", "{{- '<function=' + f.name + '>' + given + '</function>' -}}")
+SECTIONS = {"in one array": LISTED, "one in a line": IN_LINES, "in marks that name them": NAMED}
+"""Calls that have no mark of their own, or one that holds a name."""
+NAMED_TWICE = _PLAIN.replace("CALL", "{{- '<call>' + f.name + ' of ' + f.name + given + '</call>' -}}")
+"""A call has the name of its tool twice."""
+_MARKED = "{{- '<call>' + " + _OBJECT + " + '</call>' -}}"
+OTHER_END = _PLAIN.replace("CALL", _MARKED).replace(
+    "{{- '<|im_end|>\n' -}}", "{{- '<|eom|>' if m.tool_calls else '<|im_end|>\n' -}}"
+)
+MISCOUNTED = """{%- set first = messages[0].role == 'system' -%}
+{%- if first %}{{ messages[0].content + '<|im_end|>\n' }}{% endif -%}
+{%- if tools %}{{ tools | tojson + '<|im_end|>\n' }}{% endif -%}
+{%- for m in messages[1 if first else 0:] -%}
+{%- if m.role == 'tool' -%}
+{%- if messages[loop.index0 - 1].role != 'tool' %}{{ '<|im_start|>user\n' }}{% endif -%}
+{{- '<result>' + m.content + '</result>' -}}
+{%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{ '<|im_end|>\n' }}{% endif -%}
+{%- else -%}
+{{- '<|im_start|>' + m.role + '\n' + (m.content or '') -}}
+{%- for c in m.tool_calls or [] -%}
+{{- '<call>{"name": "' + c.function.name + '", "arguments": ' + c.function.arguments | tojson + '}</call>' -}}
+{%- endfor -%}
+{{- '<|im_end|>\n' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif -%}"""
+"""With a system text it looks at the wrong neighbours of a result, and so closes results before a prompt only."""
+_MARKS = ("<|im_start|>", "<|im_end|>")
+
+
+@pytest.mark.parametrize("template", SECTIONS.values(), ids=SECTIONS.keys())
+def test_several_calls_are_read_back_however_a_section_holds_them(tmp_path: Path, template: str) -> None:
+    folder = folder_of(tmp_path / "m", template, _MARKS)
+    for seed in range(12):
+        converse(log_of(folder, reasoning=False, system="Be brief.", tools=True), random.Random(seed))
+    log = log_of(folder, reasoning=False, system=None, tools=True)
+    assert log.codec.tags.calls.most > 1 and log.codec.tags.calls.text_beside
+    log.ask(User("Go."))
+    tokenizer = LLTokenizer((folder / "tokenizer.json").read_text())
+    source = turn_grammar(tools=[declared_tool(tool, print) for tool in TOOLS], tags=log.tags)
+    assert source is not None
+    chance = random.Random(7)
+    for count in (1, 2, 3):
+        for text in ("", "I look."):
+            said = Assistant(text, calls_of(log, count, chance))
+            raw = written(log.codec, log.tags, [User("Go.")], said)
+            ids = log.codec.tokenizer.template_ids(raw)
+            matcher = LLMatcher(tokenizer, source)
+            assert matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting(), (raw, matcher.get_error())
+            _ = log.parsed(raw, said)  # compares
+            parser = TurnParser(log.tags)
+            pieces = [piece for letter in raw for piece in parser.feed(letter)] + parser.finish()
+            told = [(piece.name, piece.arguments) for piece in pieces if isinstance(piece, CallReady)]
+            assert told == [(call.name, call.arguments) for call in said.tool_calls]
+
+
+def test_a_template_whose_calls_cannot_be_read_back_holds_no_tools(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "m", NAMED_TWICE, _MARKS)
+    _ = log_of(folder, reasoning=False, system=None, tools=False)
+    with pytest.raises(errors.InvalidRequest, match="a call is not read back as it is written: '<call>"):
+        _ = log_of(folder, reasoning=False, system=None, tools=True)
+
+
+def test_a_template_that_ends_messages_with_calls_otherwise_holds_no_tools(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "m", OTHER_END, (*_MARKS, "<|eom|>"))
+    _ = log_of(folder, reasoning=False, system=None, tools=False)
+    words = r"it ends a message with calls with '}</call><\|eom\|>', and others with '<\|im_end\|>"
+    with pytest.raises(errors.InvalidRequest, match=words):
+        _ = log_of(folder, reasoning=False, system=None, tools=True)
+
+
+def test_a_template_that_writes_another_prompt_than_it_asked_with_holds_no_tools(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "m", MISCOUNTED, _MARKS)
+    converse(log_of(folder, reasoning=False, system=None, tools=True), random.Random(1))
+    with pytest.raises(errors.InvalidRequest, match="it asks for an answer after user, a call, a result with"):
+        _ = log_of(folder, reasoning=False, system="Be brief.", tools=True)
 
 
 @pytest.mark.parametrize("template", [COUNTED, QUEUED], ids=["anew in each message", "in a list of its own"])
