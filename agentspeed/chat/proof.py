@@ -17,6 +17,7 @@ from agentspeed.chat.parser import CallReady, TurnParser
 from agentspeed.chat.skeleton import Empty, Part, Script, Shape, Skeletons, arguments_skeleton
 from agentspeed.chat.tags import Tags
 from agentspeed.errors import TemplateUnstable
+from agentspeed.tools.schema import Schema
 
 _SPACED: Final = ("\n x \n", " x\n", "\n\nx", "x  ", " x")
 """Contents by which it is seen what a template does to the space around them."""
@@ -148,7 +149,7 @@ def unread(frames: Frames, tags: Tags, count: int) -> str | None:
     whole = _filled(frames, script, [USER, call], [{"text": ""}, said])
     raw = whole[whole.rfind(tags.calls.opening, 0, whole.find("tool0")) :]
     raw = raw.removesuffix(frames.tail([USER, ANSWER]))
-    schema = {"type": "object", "properties": {"word": {"type": "string"}, "count": {"type": "integer"}}}
+    schema: Schema = {"type": "object", "properties": {"word": {"type": "string"}, "count": {"type": "integer"}}}
     parser = TurnParser(replace(tags, lead="", thinking=False), tools={f"tool{n}": schema for n in range(count)})
     read = [piece for piece in [*parser.feed(raw), *parser.finish()] if isinstance(piece, CallReady)]
     told = [(piece.name, json.loads(piece.arguments)) for piece in read]
