@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -109,11 +112,85 @@ def test_a_rank_that_finds_a_sum_wrong_still_makes_all_that_the_others_wait_for(
 
     one = memories()[0]
     monkeypatch.setattr(ipc, "offered", lambda held: bytes([1]) * ipc.OFFER_BYTES)
-    monkeypatch.setattr(ipc, "opened", lambda offer: one.block.data_ptr())
+    monkeypatch.setattr(ipc, "MappedMemory", lambda offer: SimpleNamespace(at=one.block.data_ptr(), close=lambda: None))
     monkeypatch.setattr(PeerMemory, "sum", wrong)
     monkeypatch.setattr(PeerMemory, "gather", lambda memory, x: x.repeat(1, RANKS))
     assert "wrong" in str(reached(one, lambda mine: [mine] * RANKS, seconds=1.0))
     assert sums == 4
+
+
+class Driver:
+    """As much of CUDA's as handles of memory need: a handle is the address, and nothing is reached."""
+
+    def __init__(self, refused: int | None = None) -> None:
+        """`refused`: whose memory is not let into."""
+        self.open: list[int] = []
+        self.contexts = [7]
+        self._refused = refused
+
+    def cuMemGetAddressRange_v2(self, base: Any, size: Any, at: Any) -> int:
+        base.contents.value = at.value
+        return 0
+
+    def cuIpcGetMemHandle(self, handle: Any, base: Any) -> int:
+        handle.contents.data[:8] = base.value.to_bytes(8, "little")
+        return 0
+
+    def cuCtxGetCurrent(self, context: Any) -> int:
+        context.contents.value = self.contexts[-1]
+        return 0
+
+    def cuCtxPushCurrent_v2(self, context: Any) -> int:
+        self.contexts.append(context.value)
+        return 0
+
+    def cuCtxPopCurrent_v2(self, context: Any) -> int:
+        context.contents.value = self.contexts.pop()
+        return 0
+
+    def cuIpcOpenMemHandle_v2(self, base: Any, handle: Any, how: Any) -> int:
+        at = int.from_bytes(bytes(handle.data[:8]), "little")
+        if at == self._refused:
+            return 217
+        base.contents.value = at
+        self.open.append(at)
+        return 0
+
+    def cuIpcCloseMemHandle(self, base: Any) -> int:
+        assert self.contexts[-1] == 7, "the GPU that it was opened for is the thread's"
+        self.open.remove(base.value)
+        return 0
+
+
+@pytest.fixture
+def blocks() -> list[PeerMemory]:
+    row = RANKS * 6 * 4
+    return [PeerMemory(rank, RANKS, CPU, sum_bytes=16 * WORDS, rows=ROWS, row_bytes=row) for rank in range(RANKS)]
+
+
+def test_the_memory_of_others_is_let_go_of_from_whatever_thread(
+    blocks: list[PeerMemory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = Driver()
+    monkeypatch.setattr(ipc, "driver", lambda: driver)
+    blocks[1].open([ipc.offered(one.block) for one in blocks])
+    assert blocks[1].reaches and driver.open == [blocks[0].block.data_ptr(), blocks[2].block.data_ptr()]
+    driver.contexts = [0]  # of a thread that never used a GPU
+    blocks[1].close()
+    assert driver.open == [] and driver.contexts == [0] and not blocks[1].reaches
+    blocks[1].close()  # once more is no fault
+
+
+def test_what_was_opened_before_a_gpu_did_not_let_others_in_is_let_go_of_too(
+    blocks: list[PeerMemory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = Driver(refused=blocks[2].block.data_ptr())
+    monkeypatch.setattr(ipc, "driver", lambda: driver)
+    with pytest.raises(ipc.NoAccess, match="error 217"):
+        blocks[0].open([ipc.offered(one.block) for one in blocks])
+    assert driver.open == [blocks[1].block.data_ptr()]
+    blocks[0].close()
+    assert driver.open == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

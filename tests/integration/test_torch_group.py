@@ -17,6 +17,7 @@ from agentspeed_engine.exec.ranks.group import GroupBroken, TorchGroup
 from agentspeed_engine.spmd.distributed import DistributedComm
 from agentspeed_engine.spmd.placement import Mesh
 from agentspeed_engine.spmd.plan import Collective
+from agentspeed_kernels.triton import peers
 
 CPU = torch.device("cpu")
 SUM = Collective(kind="all_reduce", axis="tp", value="x", dim=0, width=3, between=("partial", "whole"))
@@ -61,6 +62,30 @@ def test_a_closed_group_leaves_room_for_another_and_an_open_one_is_named(alone: 
     (tmp_path / "meet").unlink(missing_ok=True)
     TorchGroup(tmp_path, Mesh(tp=1).rank(0), seconds=5, device=CPU).close()
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("reached", [None, "sums are wrong"], ids=["of an engine that ends", "that was not used"])
+def test_the_memory_of_other_gpus_is_let_go_of(
+    alone: TorchGroup, monkeypatch: pytest.MonkeyPatch, reached: str | None
+) -> None:
+    closed: list[bool] = []
+
+    class Held:
+        given_up = False
+
+        def __init__(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def close(self) -> None:
+            closed.append(dist.is_initialized())
+
+    monkeypatch.setattr(peers, "PeerMemory", Held)
+    monkeypatch.setattr(peers, "reached", lambda held, gather, seconds: reached)
+    monkeypatch.setattr(alone, "_device", torch.device("cuda"))
+    assert alone.reach(sum_bytes=8, rows=1, row_bytes=8) == reached
+    assert closed == ([] if reached is None else [True])
+    alone.close()
+    assert closed == [reached is not None], "after the last sum of the others has ended"
 
 
 def test_a_module_that_fails_beside_a_sum_is_no_lost_rank(alone: TorchGroup) -> None:

@@ -12,10 +12,18 @@ _SAID = 16
 """How many graphs are captured between two lines that say so."""
 
 
-def captured(model: LoadedModel, context_limit: int, most_new: int, say: Callable[[str], None]) -> None:
-    """For contexts of up to `context_limit` tokens and up to `most_new` of prompts in a step."""
+def captured(
+    model: LoadedModel,
+    context_limit: int,
+    most_new: int,
+    say: Callable[[str], None],
+    each: Callable[[int], None] = lambda count: None,
+) -> None:
+    """For contexts of up to `context_limit` tokens and up to `most_new` of prompts in a step. `each` is told the count
+    of graphs with every one."""
 
     def told(count: int) -> None:
+        each(count)
         if count % _SAID == 0:
             say(f"capturing steps: {count} graphs")
 

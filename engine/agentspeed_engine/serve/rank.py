@@ -1,6 +1,7 @@
 """`python -m agentspeed_engine.serve.rank`: one rank beside rank 0, which starts it, tells it what to do and ends it.
 
-It says on `--status` how far its start is, as an engine does: {"progress": ...}, {"arrived": true}
+It says on `--status` how far its start is, as an engine does: {"progress": ...}, {"doing": ...} for rank 0 alone, each
+hundredth of its weights and each graph, so that it can be seen to hang; {"arrived": true}
 where it is about to meet the others over torch.distributed, {"loaded": true} where it waits for an order to capture
 graphs, then {"ready": true}; what it refuses
 or fails by, at any time, is one line {"code", "message", "remedy"}, and where other ranks do not come it is {"left":
@@ -19,6 +20,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from typing import Final, TextIO
 
 import msgspec
@@ -78,13 +80,18 @@ def _run(options: RankOptions, arguments: argparse.Namespace, status: TextIO) ->
     try:
         answers = options.dp_rank > 0 and options.rank % options.tp == 0
         heartbeat = _BEATS * options.seconds if answers else None
-        model, orders = loaded_shard(options, group), Channel(steps)
+        model, orders = loaded_shard(options, group, _reading(status)), Channel(steps)
         launcher = None
         if options.launches:
             _say(status, loaded=True)
             if orders.receive() is None:  # rank 0 has ended
                 return 0
-            capture(options, model, lambda what: _say(status, progress=what))
+            capture(
+                options,
+                model,
+                lambda what: _say(status, progress=what),
+                lambda count: _say(status, doing=f"capturing steps: {count} graphs"),
+            )
             assert isinstance(model, TorchModel)
             launcher = Launcher(model, group, depth=options.depth, seconds=options.seconds)
         follower = Follower(model, group, orders, Channel(copies), heartbeat=heartbeat, launcher=launcher)
@@ -117,6 +124,18 @@ def _end_with_the_leader() -> None:
     while os.read(sys.stdin.fileno(), 4096):
         pass
     os.kill(os.getpid(), signal.SIGTERM)  # also in the middle of a step
+
+
+def _reading(status: TextIO) -> Callable[[float], None]:
+    said = 0
+
+    def read(part: float) -> None:
+        nonlocal said
+        if int(100 * part) > said:
+            said = int(100 * part)
+            _say(status, doing=f"reading its weights: {said} %")
+
+    return read
 
 
 def _say(status: TextIO, **line: object) -> None:

@@ -145,16 +145,21 @@ def loaded_shard(options: RankOptions, group: Group, progress: Callable[[float],
     return model
 
 
-def capture(options: RankOptions, model: ShardModel, say: Callable[[str], None]) -> None:
-    """Graphs of usual steps, once all ranks have loaded: all capture the same ones in the same order. Raises
-    `EngineFault`, and `GroupBroken` where another rank is gone."""
+def capture(
+    options: RankOptions,
+    model: ShardModel,
+    say: Callable[[str], None],
+    each: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Graphs of usual steps, once all ranks have loaded: all capture the same ones in the same order; `each` is told
+    their count with every one. Raises `EngineFault`, and `GroupBroken` where another rank is gone."""
     # Imported late, with the tensors that they need.
     from agentspeed_engine.exec.torch_model import TorchModel
     from agentspeed_engine.models.loaded import out_of_memory
 
     assert isinstance(model, TorchModel)
     with out_of_memory("graphs of steps"):
-        captured(model.loaded, options.context_limit, options.most_new, say)
+        captured(model.loaded, options.context_limit, options.most_new, say, each)
 
 
 def _reached(options: RankOptions, group: Group) -> str | None:

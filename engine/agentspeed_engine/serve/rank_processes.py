@@ -1,155 +1,41 @@
-"""The other ranks of a model as processes: started beside rank 0, watched, told apart in the log, and ended with it."""
+"""The other ranks of a model: started beside rank 0, waited for while they start, watched, and ended with it."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import os
 import queue
 import shutil
-import socket
-import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 import msgspec
 
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.protocol.messages import RankView
-from agentspeed_engine.serve.import_path import with_import_path
 from agentspeed_engine.serve.rank_memory import RankMemory, memory_of
 from agentspeed_engine.serve.rank_options import Files, RankOptions, opened_group
+from agentspeed_engine.serve.rank_process import STOP_SECONDS, RankProcess
 
 if TYPE_CHECKING:
     from agentspeed_engine.exec.ranks.group import Group
     from agentspeed_engine.exec.ranks.sides import Followers
 
 _LOG: Final = logging.getLogger("agentspeed.engine")
-_STOP_SECONDS = 2.0
-"""What a rank gets to end by itself."""
 _NEWS_SECONDS = 2.0
 """How long after a step went wrong one looks whether a rank has died."""
-_LEVELS: Final = ("DEBUG ", "INFO ", "WARNING ", "ERROR ", "CRITICAL ")
+_START_SECONDS: Final = 300.0
+"""How long a rank may say nothing while it starts, or `rank_seconds` where that is longer: it tells each
+hundredth of its weights and each graph."""
+_ENDING: Final = 5.0
+"""Seconds that what ranks do together has to end in, once one of them is given up."""
+_LOOKS: Final = 0.2
+"""Seconds between two looks at ranks that start."""
 _REMEDY: Final = "Sessions go on in a new engine; what the rank said last is in the log."
-
-
-@final
-class RankProcess:
-    """One of them. Two threads of it read what it says."""
-
-    def __init__(self, options: RankOptions, memory: Files | None, heard: Callable[[RankProcess, Any], None]) -> None:
-        """`heard`: called with each line of its status, and with None when it has ended. Raises `OSError`
-        and `RuntimeError` where the system gives no process, thread or descriptor, and leaves none."""
-        self.rank = options.rank
-        self.fault: EngineFault | None = None
-        """What it named before it ended."""
-        self.left = ""
-        """Why it ended, where others did not come."""
-        self.late: int | None = None
-        """The rank that it waited for in vain."""
-        self._heard = heard
-        self._threads: tuple[threading.Thread, ...] = ()
-        with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
-            self.steps, steps = _pair(ours, theirs)
-            self.copies, copies = _pair(ours, theirs)
-            status, their_status = os.pipe()
-            theirs.callback(os.close, their_status)
-            self._status = ours.enter_context(open(status, encoding="utf-8"))
-            shared = {} if memory is None else {"--tp-memory": memory.tp, "--dp-memory": memory.dp}
-            fds = (steps, copies, their_status, *(file for file in shared.values() if file is not None))
-            words = ["--options", msgspec.json.encode(options).decode(), "--steps", str(steps), "--copies", str(copies)]
-            words += ["--status", str(their_status), *(() if memory is None else ("--shared",))]
-            words += [word for name, file in shared.items() if file is not None for word in (name, str(file))]
-            # Linux ends a rank with the thread that started it, which has to be one that lasts as long as the engine.
-            if threading.current_thread() is threading.main_thread():
-                words += ["--leader", str(os.getpid())]
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "agentspeed_engine.serve.rank", *words],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                env=_environment(options),
-                pass_fds=fds,
-            )
-            ours.callback(self._stop)
-            assert self._process.stdout is not None
-            self._threads = (
-                threading.Thread(target=self._read, name=f"agentspeed-rank-{self.rank}", daemon=True),
-                threading.Thread(
-                    target=self._log, args=(self._process.stdout,), name="agentspeed-rank-log", daemon=True
-                ),
-            )
-            for thread in self._threads:
-                thread.start()
-            _ = ours.pop_all()  # it stays: `end` gives everything back
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    @property
-    def ended(self) -> str:
-        """How; empty while it runs."""
-        status = self._process.poll()
-        if status is None:
-            return ""
-        return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-
-    def tell_end(self) -> None:
-        """By the end of its stdin and of its lines; whoever waits at those, here or there, waits no more."""
-        for line in (self.steps, self.copies):
-            with contextlib.suppress(OSError):  # it has ended already
-                line.shutdown(socket.SHUT_RDWR)
-        if self._process.stdin is not None:
-            with contextlib.suppress(OSError):
-                self._process.stdin.close()
-
-    def end(self, until: float) -> None:
-        """Waits until then, then kills it."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(max(0.0, until - time.monotonic()))
-        self._stop()
-        self.steps.close()
-        self.copies.close()
-
-    def _stop(self) -> None:
-        """At once."""
-        self._process.kill()
-        self._process.wait()
-        if self._process.stdin is not None:
-            with contextlib.suppress(OSError):
-                self._process.stdin.close()
-        for thread in self._threads:
-            if thread.ident is not None:  # one that could not be started reads nothing
-                thread.join(_STOP_SECONDS)
-        if self._threads[-1].ident is None and self._process.stdout is not None:
-            self._process.stdout.close()
-
-    def _read(self) -> None:
-        with self._status as lines:
-            for line in lines:
-                said = json.loads(line)
-                if "code" in said:
-                    self.fault = EngineFault(said["code"], f"Rank {self.rank}: {said['message']}", said["remedy"])
-                elif "left" in said:
-                    self.left, self.late = said["left"], said["late"]
-                self._heard(self, said)
-        self._process.wait()
-        self._heard(self, None)
-
-    def _log(self, output: IO[bytes]) -> None:
-        """Keeps the level in front, where the log of whoever started the engine looks for it."""
-        with output:
-            for raw in output:
-                text = raw.decode("utf-8", "replace").rstrip()
-                level = next((level for level in _LEVELS if text.startswith(level)), "")
-                print(f"{level}rank {self.rank}: {text.removeprefix(level)}", file=sys.stderr, flush=True)
 
 
 @final
@@ -173,6 +59,7 @@ class RankProcesses:
         """The rank that rank 0 waited for in vain."""
         self._shares = False
         """Ranks sum in shared memory."""
+        self._starting = True
         try:
             self._memory = memory_of(options)
             self._folder = Path(tempfile.mkdtemp(prefix="agentspeed-ranks-"))
@@ -221,18 +108,52 @@ class RankProcesses:
     def await_loaded(self) -> None:
         """Blocks until all wait for an order to capture graphs, and gives it. Raises `EngineFault` where one cannot."""
         self._await("loaded")
+        for one in self.all:
+            one.start.heard = time.monotonic()
         for dp_rank in range(self._options.dp):
             self.followers(dp_rank).begin()
 
     def await_readiness(self) -> None:
-        """Blocks until all have loaded. Raises `EngineFault` where one cannot."""
+        """Blocks until all have loaded. Raises `EngineFault` where one cannot, or says nothing for long."""
         self._await("ready")
+        self._starting = False
+
+    def together(self, work: Callable[[], None]) -> None:
+        """Does what all ranks do at this point of the start, in a thread that ends with it (`serve.aside`). Raises what
+        `work` raises, and `EngineFault` where a rank says nothing for long: this one may wait for it, on a GPU, where
+        nothing else ends that."""
+        raised: list[BaseException] = []
+
+        def carried_out() -> None:
+            try:
+                work()
+            except BaseException as error:  # noqa: BLE001 - raised below
+                raised.append(error)
+
+        thread = threading.Thread(target=carried_out, name="agentspeed-start", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(_LOOKS)
+            fault = self._silent(one for one in self.all if not one.start.ready) if thread.is_alive() else None
+            if fault is not None:
+                self.abandon()
+                thread.join(_ENDING)
+                if thread.is_alive():  # to close it would wait for what never ends; it ends with the process
+                    self._group = None
+                raise fault
+        if raised:
+            raise raised[0]
 
     def _await(self, what: str) -> None:
-        """Until all have said it. Raises `EngineFault` where one ends before."""
+        """Until all have said it. Raises `EngineFault` where one ends before, or says nothing for long."""
         waiting = {one.rank for one in self.all}
         while waiting:
-            one, said = self._news.get()
+            try:
+                one, said = self._news.get(timeout=_LOOKS)
+            except queue.Empty:
+                if (fault := self._silent(one for one in self.all if one.rank in waiting)) is not None:
+                    raise fault from None
+                continue
             if said is None:
                 raise self._fault_of(one)
             if "progress" in said:
@@ -263,6 +184,8 @@ class RankProcesses:
         if isinstance(error, TimeoutError):
             return EngineFault("rank_lost", f"A rank took no order for {self._seconds}.", _REMEDY)
         if isinstance(error, GroupBroken):
+            if (fault := self._absent()) is not None:
+                return fault
             return EngineFault("rank_lost", f"The ranks did not come together: {error}.", _REMEDY)
         return None
 
@@ -294,7 +217,7 @@ class RankProcesses:
         """Ends them; none is left when it returns."""
         self.abandon()
         # One that is stopped or stuck, for which the engine ends, will not end by itself.
-        until = time.monotonic() + (0.0 if self._lost.is_set() else _STOP_SECONDS)
+        until = time.monotonic() + (0.0 if self._lost.is_set() else STOP_SECONDS)
         for one in self.all:
             one.end(until)
         if self._memory is not None:
@@ -346,10 +269,33 @@ class RankProcesses:
             return _loss(hangs, alive[hangs], f"did not answer for {self._seconds}")
         if named:
             return named[0]
+        if one is not None and one.left and (absent := self._absent()) is not None:
+            return absent
         ended = next((rank for rank in self.all if rank.ended and not rank.left), one)
         if ended is None:
             return EngineFault("rank_lost", "The ranks did not come together.", _REMEDY)
         return _loss(ended.rank, ended.pid, f"gave up: {ended.left}" if ended.left else ended.ended)
+
+    def _silent(self, among: Iterable[RankProcess]) -> EngineFault | None:
+        """Of ranks that start: the one that has been silent for longest, where that is too long."""
+        limit = max(_START_SECONDS, self._options.seconds)
+        first = min((one for one in among if not one.ended), key=lambda one: one.start.heard, default=None)
+        if first is None or time.monotonic() - first.start.heard <= limit:
+            return None
+        self._lost.set()
+        return _loss(first.rank, first.pid, f"said nothing for {limit:g} s while it started{_last(first)}")
+
+    def _absent(self) -> EngineFault | None:
+        """Ranks that start waited in vain, and none knows for whom: it is the one that is at it still."""
+        if not self._starting:
+            return None
+        time.sleep(_NEWS_SECONDS)  # those that waited end one after the other
+        still = [one for one in self.all if not (one.ended or one.left or one.start.ready)]
+        if not still:
+            return None
+        self._lost.set()
+        first = min(still, key=lambda one: one.start.heard)
+        return _loss(first.rank, first.pid, f"did not come to the others within {self._seconds}{_last(first)}")
 
     def _hear_out(self) -> None:
         """Along two axes one rank may wait for another that waits for a third: each says so, but not at once."""
@@ -364,31 +310,12 @@ class RankProcesses:
         return sorted(late.values(), key=lambda rank: rank in late)
 
 
+def _last(one: RankProcess) -> str:
+    return f"; the last that it said of its start: {one.start.doing}"
+
+
 def _loss(rank: int, pid: int, how: str) -> EngineFault:
     return EngineFault("rank_lost", f"Rank {rank} (process {pid}) {how}.", _REMEDY)
-
-
-def _pair(ours: contextlib.ExitStack, theirs: contextlib.ExitStack) -> tuple[socket.socket, int]:
-    """(Our end, the descriptor of theirs), closed with `ours` and with `theirs`."""
-    mine, other = socket.socketpair()
-    theirs.callback(other.close)
-    return ours.enter_context(mine), other.fileno()
-
-
-def visible_gpus(rank: int, ranks: int) -> str:
-    """For CUDA_VISIBLE_DEVICES of a rank: its own GPU first, which is the one that it takes. It sees the others behind
-    it, for they write into each other's memory."""
-    named = [one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]
-    visible = named or [str(other) for other in range(ranks)]
-    own = visible[rank] if rank < len(visible) else str(rank)
-    return ",".join([own, *(one for one in visible if one != own)])
-
-
-def _environment(options: RankOptions) -> dict[str, str]:
-    said = with_import_path(os.environ)
-    if options.device == "cuda":
-        said["CUDA_VISIBLE_DEVICES"] = visible_gpus(options.rank, options.dp * options.tp)
-    return said
 
 
 def _resident(pid: int) -> int:

@@ -101,7 +101,7 @@ def _launching(
     ranks.await_loaded()
     leader = DeviceLeader(ranks.followers(0), group, ranks, seconds=options.seconds)
     with leader.named():
-        aside(lambda: capture(options, model, say))
+        ranks.together(lambda: capture(options, model, say))
     ranks.await_readiness()
     executor = CudaExecutor(model, vocabulary, depth=core.depth, others=leader)
     if options.host_slots:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any, Final
+from typing import Any, Final, final
 
 from torch import Tensor
 
@@ -26,22 +26,39 @@ def offered(held: Tensor) -> bytes:
     """What another process needs to reach a tensor on this process's GPU, as long as this process lives. Raises
     `NoAccess`."""
     handle, base, size = _Handle(), ctypes.c_uint64(), ctypes.c_size_t()
-    driver = _driver()
+    cuda = driver()
     at = ctypes.c_uint64(held.data_ptr())
-    _checked(driver.cuMemGetAddressRange_v2(ctypes.byref(base), ctypes.byref(size), at), "where it begins")
-    _checked(driver.cuIpcGetMemHandle(ctypes.byref(handle), base), "a handle of it")
+    _checked(cuda.cuMemGetAddressRange_v2(ctypes.pointer(base), ctypes.pointer(size), at), "where it begins")
+    _checked(cuda.cuIpcGetMemHandle(ctypes.pointer(handle), base), "a handle of it")
     return bytes(handle.data) + (held.data_ptr() - base.value).to_bytes(8, "little")
 
 
-def opened(offer: bytes) -> int:
-    """Where the tensor begins that another process offered, for kernels of the calling thread's GPU; until this process
-    ends. Raises `NoAccess`."""
-    handle, base = _Handle.from_buffer_copy(offer[:_HANDLE_BYTES]), ctypes.c_uint64()
-    _checked(_driver().cuIpcOpenMemHandle_v2(ctypes.byref(base), handle, ctypes.c_uint(_LAZY_PEER_ACCESS)), "a way in")
-    return base.value + int.from_bytes(offer[_HANDLE_BYTES:OFFER_BYTES], "little")
+@final
+class MappedMemory:
+    """Memory of another process, for kernels of the GPU that was the calling thread's when it was opened."""
+
+    def __init__(self, offer: bytes) -> None:
+        """Raises `NoAccess`."""
+        handle, base, context = _Handle.from_buffer_copy(offer[:_HANDLE_BYTES]), ctypes.c_uint64(), ctypes.c_void_p()
+        cuda = driver()
+        _checked(cuda.cuCtxGetCurrent(ctypes.pointer(context)), "which GPU it is for")
+        lazily = ctypes.c_uint(_LAZY_PEER_ACCESS)
+        _checked(cuda.cuIpcOpenMemHandle_v2(ctypes.pointer(base), handle, lazily), "a way in")
+        self._base, self._context = base, context
+        self.at = base.value + int.from_bytes(offer[_HANDLE_BYTES:OFFER_BYTES], "little")
+        """Where the tensor begins that was offered."""
+
+    def close(self) -> None:
+        """Nothing may use it any more. From any thread; raises `NoAccess`."""
+        cuda = driver()
+        _checked(cuda.cuCtxPushCurrent_v2(self._context), "the GPU that it was opened for")
+        try:
+            _checked(cuda.cuIpcCloseMemHandle(self._base), "its end")
+        finally:
+            cuda.cuCtxPopCurrent_v2(ctypes.pointer(ctypes.c_void_p()))
 
 
-def _driver() -> Any:
+def driver() -> Any:
     try:
         return ctypes.CDLL("libcuda.so.1")
     except OSError as error:

@@ -47,6 +47,8 @@ class PeerMemory:
         self.block = torch.zeros(bytes_in_all, dtype=torch.uint8, device=device)
         """That others write to."""
         self._table: Tensor | None = None
+        self._opened: list[ipc.MappedMemory] = []
+        """Of the other ranks."""
         self._counts = torch.zeros(self._parts, dtype=torch.int32, device=device)
         self._meetings = torch.zeros(1, dtype=torch.int32, device=device)
         self._over = torch.zeros(2, dtype=torch.int32, device=device)
@@ -61,6 +63,15 @@ class PeerMemory:
         """`places`: where the block of each rank begins, as this process's GPU sees it."""
         assert len(places) == self.ranks and places[self.rank] == self.block.data_ptr()
         self._table = torch.tensor(list(places), dtype=torch.int64).to(self.block.device)
+
+    def open(self, offers: Sequence[bytes]) -> None:
+        """Reaches what the ranks offered (`ipc.offered`). Raises `ipc.NoAccess`; `close` is due then too."""
+        places: list[int] = []
+        for rank, offer in enumerate(offers):
+            if rank != self.rank:
+                self._opened.append(ipc.MappedMemory(offer))
+            places.append(self.block.data_ptr() if rank == self.rank else self._opened[-1].at)
+        self.reach(places)
 
     @property
     def reaches(self) -> bool:
@@ -119,6 +130,15 @@ class PeerMemory:
         except RuntimeError as error:  # the GPU is lost to this process: nothing waits on it
             log.warning("a GPU that waits for others is not told that they are given up: %s", error)
 
+    def close(self) -> None:
+        """Lets go of the memory of others: a process may have several engines. Nothing here runs any more."""
+        self._table = None
+        while self._opened:
+            try:
+                self._opened.pop().close()
+            except ipc.NoAccess as error:  # the GPU is lost to this process
+                log.warning("memory of another GPU is held until this process ends: %s", error)
+
     @property
     def late(self) -> int | None:
         """The rank that something here waited for when it was given up; known once that has ended."""
@@ -137,8 +157,7 @@ def reached(memory: PeerMemory, gather: Callable[[bytes], list[bytes]], seconds:
     offers = gather(offer.ljust(ipc.OFFER_BYTES, b"\0"))
     try:
         if all(any(one) for one in offers):
-            own = memory.block.data_ptr()
-            memory.reach([own if rank == memory.rank else ipc.opened(one) for rank, one in enumerate(offers)])
+            memory.open(offers)
     except ipc.NoAccess as reason:
         why = str(reason)
     if not _all(gather, memory.reaches):

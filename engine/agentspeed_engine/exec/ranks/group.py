@@ -245,9 +245,12 @@ class TorchGroup:
             held = PeerMemory(self._rank.tp, mesh.tp, self._device, sum_bytes=sum_bytes, rows=rows, row_bytes=row_bytes)
         if not self.agree(held is not None) or held is None:
             return "there is no memory for it"
-        why = reached(held, self._bytes, self._seconds)
-        if why is None:
-            self._memory, self.comm = held, PeerComm(held, self._anything)
+        with contextlib.ExitStack() as opened:
+            opened.callback(held.close)
+            why = reached(held, self._bytes, self._seconds)
+            if why is None:
+                self._memory, self.comm = held, PeerComm(held, self._anything)
+                _ = opened.pop_all()
         return why
 
     def agree(self, mine: bool) -> bool:
@@ -272,4 +275,7 @@ class TorchGroup:
 
     def close(self) -> None:
         if dist.is_initialized():
-            dist.destroy_process_group()
+            dist.destroy_process_group()  # which ends what waits on a GPU for ranks that are gone
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None

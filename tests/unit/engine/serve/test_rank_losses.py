@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+import signal
 import sys
 import threading
 import time
@@ -27,6 +29,7 @@ from agentspeed_engine.serve import rank_processes
 from agentspeed_engine.serve.loop import EngineLoop
 from agentspeed_engine.serve.options import build, options_from
 from agentspeed_engine.serve.rank_options import RankOptions
+from agentspeed_engine.serve.rank_process import RankStart, visible_gpus
 from agentspeed_engine.serve.rank_processes import RankProcesses
 from tests.support.engine_client import until
 
@@ -45,6 +48,7 @@ class FakeProcess:
         self.fault: EngineFault | None = None
         self.left, self.ended = "", ""
         self.late: int | None = None
+        self.start = RankStart()
         self.steps: Any = None
         self.copies: Any = None
 
@@ -60,6 +64,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[RankProcesses]:
     monkeypatch.setattr(rank_processes, "RankProcess", FakeProcess)
     monkeypatch.setattr(rank_processes, "_NEWS_SECONDS", 0.0)
     made = RankProcesses(OPTIONS, lambda text: None)
+    monkeypatch.setattr(made, "_starting", False)
     yield made
     made.close()
 
@@ -149,6 +154,122 @@ def test_a_rank_that_ends_before_it_has_met_the_others_is_noticed_by_its_end(
         _ = ranks.group()
 
 
+# ---- the start ----------------------------------------------------------------------------------------------------
+@pytest.fixture
+def impatient(ranks: RankProcesses, monkeypatch: pytest.MonkeyPatch) -> RankProcesses:
+    """Of them rank 2 says nothing any more; the others just did."""
+    monkeypatch.setattr(rank_processes, "_START_SECONDS", 0.2)
+    monkeypatch.setattr(rank_processes, "_LOOKS", 0.01)
+    monkeypatch.setattr(rank_processes, "_ENDING", 0.2)
+    monkeypatch.setattr(ranks, "_options", replace(OPTIONS, seconds=0.1))
+    monkeypatch.setattr(ranks, "_starting", True)
+    for one in ranks.all:
+        one.start.hear({"doing": "reading its weights: 40 %"})
+        if one.rank != 2:
+            one.start.heard = math.inf
+    return ranks
+
+
+SILENT = r"Rank 2 \(process 1002\) said nothing for 0.2 s while it started; the last that it said of its start: "
+
+
+@pytest.mark.parametrize("awaited", [RankProcesses.await_loaded, RankProcesses.await_readiness])
+def test_a_rank_that_hangs_while_it_loads_is_named_with_what_it_did(impatient: RankProcesses, awaited: Any) -> None:
+    began = time.monotonic()
+    with pytest.raises(EngineFault, match=SILENT + "reading its weights: 40 %") as lost:
+        awaited(impatient)
+    assert lost.value.code == "rank_lost" and time.monotonic() - began < 5
+
+
+def test_a_rank_that_says_how_far_it_is_may_take_as_long_as_it_takes(impatient: RankProcesses) -> None:
+    def reads() -> None:
+        for part in range(10):
+            time.sleep(0.05)
+            impatient.all[1].start.hear({"doing": f"reading its weights: {50 + part} %"})
+        for one in impatient.all:
+            fake: Any = one
+            fake.heard(one, {"ready": True})
+
+    thread = threading.Thread(target=reads)
+    thread.start()
+    impatient.await_readiness()
+    thread.join()
+
+
+class Given:
+    """A group whose kernels end when it is given up."""
+
+    def __init__(self) -> None:
+        self.over = threading.Event()
+
+    def abandon(self) -> None:
+        self.over.set()
+
+    def close(self) -> None:
+        assert self.over.is_set()
+
+
+def test_whoever_captures_beside_a_rank_that_hangs_waits_for_it_no_longer(
+    impatient: RankProcesses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group: Any = Given()
+    monkeypatch.setattr(impatient, "_group", group)
+    with pytest.raises(EngineFault, match=SILENT):
+        impatient.together(lambda: [group.over.wait(60)])
+    impatient.close()
+
+
+def test_not_even_where_nothing_ends_what_it_does(impatient: RankProcesses, monkeypatch: pytest.MonkeyPatch) -> None:
+    never = threading.Event()
+    group: Any = Given()
+    monkeypatch.setattr(group, "close", never.wait)
+    monkeypatch.setattr(impatient, "_group", group)
+    with pytest.raises(EngineFault, match=SILENT):
+        impatient.together(lambda: [never.wait(60)])
+    impatient.close()
+    never.set()
+
+
+def test_what_goes_wrong_in_a_capture_is_told_as_it_is(impatient: RankProcesses) -> None:
+    def fails() -> None:
+        raise GroupBroken("they did not come", 1)
+
+    with pytest.raises(GroupBroken, match="they did not come"):
+        impatient.together(fails)
+
+
+def test_a_rank_that_is_ready_may_be_silent_while_rank_0_captures(impatient: RankProcesses) -> None:
+    impatient.all[1].start.hear({"ready": True})
+    impatient.all[1].start.heard = -math.inf
+    impatient.together(lambda: time.sleep(0.1))
+
+
+def test_of_ranks_that_waited_in_vain_at_the_start_the_one_that_is_at_it_still_is_named(
+    impatient: RankProcesses,
+) -> None:
+    """Over sockets nobody knows who did not come."""
+    for rank in (1, 3):
+        ends(impatient, rank, "ended with status 3", left="a connection timed out")
+    impatient.all[1].start.hear({"doing": "capturing steps: 3 graphs"})
+    wanted = "Rank 2 (process 1002) did not come to the others within 0.1 s (rank_seconds); the last that it said of "
+    assert named(impatient) == wanted + "its start: capturing steps: 3 graphs."
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process is stopped by a signal")
+def test_a_process_that_hangs_at_its_start_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_processes, "_START_SECONDS", 0.5)
+    made = RankProcesses(replace(OPTIONS, tp=2, seconds=0.1), lambda text: None)
+    try:
+        other = made.all[0].pid
+        os.kill(other, signal.SIGSTOP)
+        with pytest.raises(EngineFault, match=rf"Rank 1 \(process {other}\) said nothing for 0.5 s"):
+            made.await_readiness()
+    finally:
+        made.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(other, 0)
+
+
 def test_whoever_waits_for_a_rank_waits_no_more_when_the_engine_ends(
     ranks: RankProcesses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,4 +341,4 @@ def test_a_rank_sees_its_own_gpu_first_and_those_of_others_behind_it(
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
-    assert rank_processes.visible_gpus(rank, 3) == seen
+    assert visible_gpus(rank, 3) == seen
