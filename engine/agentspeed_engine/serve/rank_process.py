@@ -32,7 +32,7 @@ class RankStart:
         self.doing = "nothing yet"
         self.ready = False
         self.heard = time.monotonic()
-        """When it said something last, or was told to go on."""
+        """When it said something last."""
 
     def hear(self, said: Mapping[str, Any]) -> None:
         self.heard = time.monotonic()

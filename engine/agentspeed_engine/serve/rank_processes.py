@@ -108,8 +108,6 @@ class RankProcesses:
     def await_loaded(self) -> None:
         """Blocks until all wait for an order to capture graphs, and gives it. Raises `EngineFault` where one cannot."""
         self._await("loaded")
-        for one in self.all:
-            one.start.heard = time.monotonic()
         for dp_rank in range(self._options.dp):
             self.followers(dp_rank).begin()
 
@@ -131,10 +129,13 @@ class RankProcesses:
                 raised.append(error)
 
         thread = threading.Thread(target=carried_out, name="agentspeed-start", daemon=True)
+        began = time.monotonic()
         thread.start()
         while thread.is_alive():
             thread.join(_LOOKS)
-            fault = self._silent(one for one in self.all if not one.start.ready) if thread.is_alive() else None
+            if not thread.is_alive():
+                break
+            fault = self._silent((one for one in self.all if not one.start.ready), began)
             if fault is not None:
                 self.abandon()
                 thread.join(_ENDING)
@@ -146,12 +147,12 @@ class RankProcesses:
 
     def _await(self, what: str) -> None:
         """Until all have said it. Raises `EngineFault` where one ends before, or says nothing for long."""
-        waiting = {one.rank for one in self.all}
+        waiting, began = {one.rank for one in self.all}, time.monotonic()
         while waiting:
             try:
                 one, said = self._news.get(timeout=_LOOKS)
             except queue.Empty:
-                if (fault := self._silent(one for one in self.all if one.rank in waiting)) is not None:
+                if (fault := self._silent((one for one in self.all if one.rank in waiting), began)) is not None:
                     raise fault from None
                 continue
             if said is None:
@@ -276,11 +277,12 @@ class RankProcesses:
             return EngineFault("rank_lost", "The ranks did not come together.", _REMEDY)
         return _loss(ended.rank, ended.pid, f"gave up: {ended.left}" if ended.left else ended.ended)
 
-    def _silent(self, among: Iterable[RankProcess]) -> EngineFault | None:
-        """Of ranks that start: the one that has been silent for longest, where that is too long."""
+    def _silent(self, among: Iterable[RankProcess], since: float) -> EngineFault | None:
+        """Of ranks that start: the one that has been silent for longest, where that is too long. It counts from `since`
+        on, when rank 0 began to wait: what takes rank 0 long takes the others as long."""
         limit = max(_START_SECONDS, self._options.seconds)
         first = min((one for one in among if not one.ended), key=lambda one: one.start.heard, default=None)
-        if first is None or time.monotonic() - first.start.heard <= limit:
+        if first is None or time.monotonic() - max(first.start.heard, since) <= limit:
             return None
         self._lost.set()
         return _loss(first.rank, first.pid, f"said nothing for {limit:g} s while it started{_last(first)}")

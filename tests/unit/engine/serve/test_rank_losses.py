@@ -196,6 +196,21 @@ def test_a_rank_that_says_how_far_it_is_may_take_as_long_as_it_takes(impatient: 
     thread.join()
 
 
+def test_what_takes_rank_0_long_may_take_the_others_as_long(impatient: RankProcesses) -> None:
+    """Rank 0 reads its own piece before it waits for theirs."""
+    impatient.all[1].start.heard = -math.inf
+
+    def ready() -> None:
+        for one in impatient.all:
+            fake: Any = one
+            fake.heard(one, {"ready": True})
+
+    soon = threading.Timer(0.05, ready)
+    soon.start()
+    impatient.await_readiness()
+    soon.join()
+
+
 class Given:
     """A group whose kernels end when it is given up."""
 
