@@ -113,9 +113,10 @@ INLINE void transpose16(__m512i r[16]) {
     }
 }
 
-/* 2^x for x up to 126, relative error about 4e-6: far below the rounding of a share to bf16. */
+/* 2^x for x up to 126, relative error about 4e-6: far below the rounding of a share to bf16. Of no number it is none: a maximum
+   is its second operand then. */
 INLINE __m512 exp2_16(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-126.0f));
+    x = _mm512_max_ps(_mm512_set1_ps(-126.0f), x);
     __m512 n = _mm512_roundscale_ps(x, 8), f = _mm512_sub_ps(x, n);
     __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(0.0096181291f), f, _mm512_set1_ps(0.0555041087f));
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.2402265070f));

@@ -57,7 +57,8 @@ INLINE int soften(float *scores, long n, long at, __m512i seen, int whole, float
         for (int i = 0; i < 4; i++) {
             __m512 score = _mm512_load_ps(scores + (t + i) * 16);
             __m512 share = exp2_16(_mm512_fmsub_ps(score, by, of->most));
-            if (!whole) share = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(score, never, _CMP_GT_OQ), share);
+            /* Not "greater": what is no number stays none. */
+            if (!whole) share = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(score, never, _CMP_NLE_UQ), share);
             total[i] = _mm512_add_ps(total[i], share);
             _mm512_store_ps(scores + (t + i) * 16, share);
         }

@@ -243,12 +243,17 @@ EXPORT void NAME(route)(const num *x, const float *weight, const float *bias, in
             for (long t = block; t < block + count; t++) {
                 float *score = scores + (t - block) * experts;
                 scores_of(score, experts, softmax);
-                for (long e = 0; e < experts; e++) choice[e] = score[e] + (bias ? bias[e] : 0.0f);
+                int broken = 0;
+                for (long e = 0; e < experts; e++) {
+                    choice[e] = score[e] + (bias ? bias[e] : 0.0f);
+                    broken |= choice[e] != choice[e];
+                }
                 if (groups > 1) keep_groups(choice, worth, kept, experts, groups, top_groups, top2);
                 take_top(choice, experts, top, ids + t * top);
                 float sum = 0;
                 for (long c = 0; c < top; c++) sum += out[t * top + c] = score[ids[t * top + c]];
-                float by = normalise ? scale / (sum + 1e-20f) : scale;
+                /* A score that is no number would never be chosen, and nobody would know. */
+                float by = broken ? NAN : normalise ? scale / (sum + 1e-20f) : scale;
                 for (long c = 0; c < top; c++) out[t * top + c] *= by;
             }
         }

@@ -28,7 +28,8 @@ def index_append(
 def index_select(
     q: Tensor, x: Tensor, weight: Tensor, pool: Tensor, plan: TilePlan, top: int, workspace: Workspace
 ) -> Tensor:
-    """Tile by tile in the order of positions; the sort is stable, so the earlier of equals stays before the later."""
+    """Tile by tile in the order of positions; the sort is stable, so the earlier of equals stays before the later. A
+    score that is no number comes first; its row chooses nothing, and attention to nothing is no number either."""
     tokens, wide = q.shape[0], weight.dtype
     shares = x.to(wide) @ weight.T
     most = int(np.bincount(plan.rows, weights=plan.visible).max()) if plan.count else 0
@@ -46,7 +47,7 @@ def index_select(
         slots = torch.cat([chosen[rows], _slots(tile, pool).expand(scores.shape[0], -1)], dim=1)
         order = scores.argsort(dim=1, descending=True, stable=True)[:, : best.shape[1]]
         best[rows], chosen[rows] = scores.gather(1, order), slots.gather(1, order)
-    return chosen.masked_fill_(best == float("-inf"), -1)
+    return chosen.masked_fill_((best == float("-inf")) | best.isnan().any(1, keepdim=True), -1)
 
 
 def mla_selected(q: Tensor, pool: Tensor, chosen: Tensor, scale: float, out: Tensor) -> None:
