@@ -178,10 +178,12 @@ class EngineProcess:
         if refusal is not None:
             raise refusal
         ended = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        said_last = " | ".join(self._complaints[-3:]) or "it said nothing"
+        said_last = " | ".join(self._complaints[-3:])
         raise errors.EngineStartFailed(
-            f"The engine process {ended} before it was ready: {said_last}",
-            remedy="Its whole output is in the log `agentspeed.engine`.",
+            f"The engine process {ended} before it was ready: {said_last or 'it said nothing.'}",
+            remedy="Its whole output is in the log `agentspeed.engine`."
+            if said_last
+            else f"See that {launch.PYTHON} or sys.executable is a python: another program may end without a word.",
         )
 
     def _log(self, output: IO[bytes]) -> None:
@@ -238,10 +240,10 @@ def open_socket(path: Path) -> socket.socket:
         if peer is not None:
             peer.close()
         attached = bool(os.environ.get(ATTACH)) and Path(os.environ[ATTACH]).resolve() == path.resolve()
-        raise errors.ConnectFailed(
-            f"No engine listens at {path}: {error}.",
-            remedy=f"Start one, or {f'unset {ATTACH}' if attached else 'give the path of another'}.",
-        ) from error
+        remedy = f"Start one, or {f'unset {ATTACH}' if attached else 'give the path of another'}."
+        if attached and "://" in os.environ[ATTACH]:
+            remedy = f"{ATTACH} is the path of a socket; give a server's address to Session instead."
+        raise errors.ConnectFailed(f"No engine listens at {path}: {error}.", remedy=remedy) from error
     return peer
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -244,6 +245,14 @@ def test_a_frozen_program_is_not_started_again_as_an_engine(monkeypatch: pytest.
     monkeypatch.setenv("AGENTSPEED_PYTHON", str(tmp_path / "nowhere"))
     with pytest.raises(errors.EngineStartFailed, match="could not be started"):
         _ = EngineProcess(NOOP)
+
+
+def test_a_program_that_ends_without_a_word_is_no_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    silent = shutil.which("true")
+    assert silent is not None
+    monkeypatch.setenv("AGENTSPEED_PYTHON", silent)
+    with pytest.raises(errors.EngineStartFailed, match=r"it said nothing\. See that AGENTSPEED_PYTHON"):
+        EngineProcess(NOOP).await_readiness()
 
 
 def test_an_engine_that_computes_nothing_needs_no_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,6 +156,10 @@ async def test_a_named_engine_is_attached_to_and_outlives_its_sessions(
         with pytest.raises(errors.ConnectFailed, match="nowhere"):
             async with Session(checkpoint):
                 raise AssertionError("a session was opened on an engine that is not there")
+        monkeypatch.setenv(ATTACH, "http://127.0.0.1:8000")
+        with pytest.raises(errors.ConnectFailed, match="give a server's address to Session"):
+            async with Session(checkpoint):
+                raise AssertionError("a session was opened on a socket that is a server's address")
     finally:
         process.stop()
 
