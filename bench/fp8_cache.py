@@ -35,7 +35,7 @@ from agentspeed_engine.models.catalog import describe, load
 from agentspeed_engine.models.kv_layout import KvPool
 from agentspeed_engine.models.loaded import LoadedModel
 from bench.int8 import SHAPES, checkpoint, moved
-from bench.nano import AT_ONCE, UNSEEN, asked, each, held_out, offered, share, system_of, tool_task
+from bench.nano import AT_ONCE, UNSEEN, asked, each, held_out, offered, system_of, tool_shares
 from tests.support.paged import Trail, batch
 
 PAGE, DECODED = 64, 24
@@ -175,11 +175,7 @@ def of_text(model: LoadedModel, ids: list[int], pages: int) -> torch.Tensor:
 
 async def tasks(way: Way, count: int) -> dict[str, float]:
     async with Engine(NANO, dtype=way.dtype, kv_cache_dtype=way.cache or "dtype", device="cpu") as engine:
-        done = await each(held_out("tool", count, UNSEEN), lambda task: tool_task(engine, task), AT_ONCE)
-    return {
-        "tool_call_exact": share([calls for calls, _ in done]),
-        "tool_answer_exact": share([both for _, both in done]),
-    }
+        return await tool_shares(engine, count)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import torch
 from agentspeed import Engine
 from agentspeed.engine import NANO
 from agentspeed_engine.models.catalog import load
-from bench.nano import AT_ONCE, UNSEEN, each, held_out, share, tool_task
+from bench.nano import tool_shares
 from tests.support.paged import Trail, batch
 from tests.support.random_checkpoint import make_checkpoint
 
@@ -89,11 +89,7 @@ def run(folder: Path, dtype: Any, weights: Any) -> torch.Tensor:
 
 async def tasks(weights: Any, count: int) -> dict[str, float]:
     async with Engine(NANO, dtype="bfloat16", weights=weights or "dtype") as engine:
-        done = await each(held_out("tool", count, UNSEEN), lambda task: tool_task(engine, task), AT_ONCE)
-    return {
-        "tool_call_exact": share([calls for calls, _ in done]),
-        "tool_answer_exact": share([both for _, both in done]),
-    }
+        return await tool_shares(engine, count)
 
 
 if __name__ == "__main__":

@@ -145,6 +145,13 @@ async def tool_task(engine: Engine, task: Task) -> tuple[bool, bool]:
         return True, check_answer(answer.text, task)
 
 
+async def tool_shares(engine: Engine, count: int, seed: int = UNSEEN) -> dict[str, float]:
+    """Of so many held-out tasks with tools: exact calls, and those with an exact answer too."""
+    done = await each(held_out("tool", count, seed), lambda task: tool_task(engine, task), AT_ONCE)
+    calls, answers = ([task[place] for task in done] for place in range(2))
+    return {"tool_call_exact": share(calls), "tool_answer_exact": share(answers)}
+
+
 async def conversation(engine: Engine, task: Task) -> bool:
     """Whether every reply of a whole conversation is exact, each asked for after the right ones before it."""
     rest = [message for message in task.messages if message["role"] != "system"]
@@ -286,11 +293,8 @@ def ratio(found: Sequence[Found]) -> float:
 async def measure(model: Path | None, count: int, tries: int, seed: int) -> Scores:
     started = time.perf_counter()
     async with Engine(model) as engine:
-        tools = await each(held_out("tool", count, seed), lambda task: tool_task(engine, task), AT_ONCE)
-        print(
-            f"tools: {share([calls for calls, _ in tools])} calls, {share([both for _, both in tools])} answers",
-            flush=True,
-        )
+        tools = await tool_shares(engine, count, seed)
+        print(f"tools: {tools['tool_call_exact']} calls, {tools['tool_answer_exact']} answers", flush=True)
         whole = {
             kind: share(await each(held_out(kind, count, seed), lambda task: conversation(engine, task), AT_ONCE))
             for kind in ("structured", "chain", "follow")
@@ -315,8 +319,7 @@ async def measure(model: Path | None, count: int, tries: int, seed: int) -> Scor
             flush=True,
         )
     return Scores(
-        tool_call_exact=share([calls for calls, _ in tools]),
-        tool_answer_exact=share([both for _, both in tools]),
+        **tools,
         refuse_exact=share(refused),
         structured_exact=whole["structured"],
         chain_exact=whole["chain"],

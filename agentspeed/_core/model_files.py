@@ -6,24 +6,16 @@ from functools import lru_cache
 from pathlib import Path
 
 from agentspeed.chat.codec import ChatCodec
+from agentspeed.transport.base import wire
 
 NANO = Path(__file__).parent.parent / "models" / "nano"
 """The model that ships with the package."""
-_CODEC_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tiktoken.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "config.json",
-    "generation_config.json",
-)
 
 
 def codec_of(folder: Path) -> ChatCodec:
     """The folder's codec; the same one until a file of it changes, for sessions come by the thousand. Raises what
     `ChatCodec` raises."""
-    files = (folder / name for name in _CODEC_FILES)
+    files = (folder / name for name in wire.TEXT_FILES)
     stamps = tuple((path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None for path in files)
     return _cached_codec(folder.resolve(), stamps)
 

@@ -15,6 +15,7 @@ from agentspeed.testing.scripted_server import ScriptedServer
 from agentspeed.transport.base import Transport, wire
 from agentspeed.transport.in_thread import ThreadTransport
 from agentspeed.transport.model_files import fetch_model_files
+from agentspeed_engine.protocol.messages import TEXT_FILES
 from agentspeed_engine.serve import model_files
 from tests.support.loops import without_uvloop as without_uvloop
 
@@ -44,7 +45,7 @@ async def test_a_folder_from_the_engine_gives_the_same_ids_and_text(
     monkeypatch.setattr(model_files, "PART_BYTES", 1000)  # many parts
     connection = await transport.connect(after_death=False)
     fetched = await fetch_model_files(connection, tmp_path / "cache")
-    assert contents(fetched) == {name: data for name, data in contents(model).items() if name in model_files.NAMES}
+    assert contents(fetched) == {name: data for name, data in contents(model).items() if name in TEXT_FILES}
     here, there = [await anyio.to_thread.run_sync(ChatCodec, folder) for folder in (model, fetched)]
     text = "Which of them is it? \u2014 <|user|> \U0001f9ed"
     assert here.tokenizer.content_ids(text) == there.tokenizer.content_ids(text)

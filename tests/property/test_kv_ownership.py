@@ -40,34 +40,26 @@ def small_core(page: int, limit: int, spare: int, chunk: int, depth: int, ahead:
     )
 
 
+CORES = st.builds(
+    small_core,
+    page=st.sampled_from([2, 3, 4]),
+    limit=st.sampled_from([12, 20]),
+    spare=st.integers(0, 6),
+    chunk=st.sampled_from([3, 8]),
+    depth=st.integers(0, 2),
+    ahead=st.booleans(),
+    slots=st.sampled_from([0, 2, 5, 40]),
+    policy=st.sampled_from(["next_use", "lru", "ttl", "min_waste"]),
+)
+
+
 class Ownership(RuleBasedStateMachine):
     """The engine's core between a user who does anything at any time and a device that checks every row."""
 
-    @initialize(
-        page=st.sampled_from([2, 3, 4]),
-        limit=st.sampled_from([12, 20]),
-        spare=st.integers(0, 6),
-        chunk=st.sampled_from([3, 8]),
-        depth=st.integers(0, 2),
-        ahead=st.booleans(),
-        slots=st.sampled_from([0, 2, 5, 40]),
-        policy=st.sampled_from(["next_use", "lru", "ttl", "min_waste"]),
-        poison=st.sampled_from([None, 5]),
-    )
-    def start(
-        self,
-        page: int,
-        limit: int,
-        spare: int,
-        chunk: int,
-        depth: int,
-        ahead: bool,
-        slots: int,
-        policy: str,
-        poison: int | None,
-    ) -> None:
-        self.core = small_core(page, limit, spare, chunk, depth, ahead, slots, policy)
-        self.device = FakeDevice(page, VOCABULARY, poison)
+    @initialize(core=CORES, poison=st.sampled_from([None, 5]))
+    def start(self, core: Core, poison: int | None) -> None:
+        self.core = core
+        self.device = FakeDevice(core.config.page_tokens, VOCABULARY, poison)
         self.logs: dict[int, list[int]] = {}
         self.running: set[int] = set()
         self.flights: list[StepResult] = []

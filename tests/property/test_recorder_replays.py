@@ -13,47 +13,25 @@ from hypothesis.stateful import initialize, rule
 from agentspeed_engine.ids import LinkId
 from agentspeed_engine.protocol import messages as wire
 from agentspeed_engine.protocol.token_ids import pack_ids
+from agentspeed_engine.sched.core import Core
 from agentspeed_engine.sched.digest import digests
 from agentspeed_engine.serve.recording import SUFFIX, RecordingOrder, Tape
 from agentspeed_engine.serve.replay import Replay
-from tests.property.test_kv_ownership import IDS, VOCABULARY, Ownership, small_core
+from tests.property.test_kv_ownership import CORES, IDS, VOCABULARY, Ownership
 from tests.support.fake_device import FakeDevice
 
 
 class Recorded(Ownership):
     """The histories of the ownership test, through a recorded core. A digest is noted after every step."""
 
-    @initialize(
-        page=st.sampled_from([2, 3, 4]),
-        limit=st.sampled_from([12, 20]),
-        spare=st.integers(0, 6),
-        chunk=st.sampled_from([3, 8]),
-        depth=st.integers(0, 2),
-        ahead=st.booleans(),
-        slots=st.sampled_from([0, 2, 5, 40]),
-        policy=st.sampled_from(["next_use", "lru"]),
-        content=st.booleans(),
-        poison=st.sampled_from([None, 5]),
-    )
-    def start(  # type: ignore[override]
-        self,
-        page: int,
-        limit: int,
-        spare: int,
-        chunk: int,
-        depth: int,
-        ahead: bool,
-        slots: int,
-        policy: str,
-        content: bool,
-        poison: int | None,
-    ) -> None:
-        self.inner = small_core(page, limit, spare, chunk, depth, ahead, slots, policy)
+    @initialize(core=CORES, content=st.booleans(), poison=st.sampled_from([None, 5]))
+    def start(self, core: Core, content: bool, poison: int | None) -> None:  # type: ignore[override]
+        self.inner = core
         self.folder = Path(tempfile.mkdtemp(prefix="agentspeed-recorder-"))
         order = RecordingOrder(folder=self.folder, most_bytes=1 << 20, content=content, every=1)
         self.tape = Tape(self.inner, order, began=0.0)
         self.core = self.tape.core  # type: ignore[assignment]
-        self.device = FakeDevice(page, VOCABULARY, poison)
+        self.device = FakeDevice(core.config.page_tokens, VOCABULARY, poison)
         self.logs, self.running, self.flights, self.orders = {}, set(), [], []
         self.now, self.request, self.asked = 0.0, 0, {}
 

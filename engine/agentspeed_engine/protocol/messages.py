@@ -13,6 +13,7 @@ from typing import Literal
 import msgspec
 
 from agentspeed_engine.protocol.codes import RETRYABLE
+from agentspeed_engine.protocol.values import TEXT_FILES as TEXT_FILES
 from agentspeed_engine.protocol.values import BranchView as BranchView
 from agentspeed_engine.protocol.values import DpView as DpView
 from agentspeed_engine.protocol.values import Keep as Keep

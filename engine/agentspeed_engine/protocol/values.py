@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
@@ -92,6 +92,18 @@ class TurnUsage(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     decode_seconds: float = 0.0
     why: str = ""
     """Why rows were recomputed; empty if none were."""
+
+
+TEXT_FILES: Final = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tiktoken.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "config.json",
+    "generation_config.json",
+)
+"""The files of a model that a client reads texts with: an engine serves these and no others."""
 
 
 class ModelFile(msgspec.Struct, frozen=True, kw_only=True, array_like=True):

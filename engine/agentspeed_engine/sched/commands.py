@@ -108,60 +108,15 @@ def generate(world: SchedulerState, link: LinkId, command: Generate, now: float)
     branch = held.branch
     ids = _ids(world, command.ids)
     known = branch.known + len(ids)
-    if known == 0:
-        raise EngineFault("invalid_request", "The branch has no ids to compute from.", "Add a message first.")
-    if command.max_tokens is not None and command.max_tokens < 0:
-        raise EngineFault("invalid_request", f"max_tokens is {command.max_tokens}.", "Give 0 (prefill only) or more.")
-    left = config.context_limit - known
-    within = quotas.check_turn(world, branch, known, 0 if command.max_tokens == 0 else 1)
-    if left < 0 or (left < 1 and command.max_tokens != 0):
-        raise _overflow(world, known)
-    if world.waiting_turns >= config.max_waiting:
-        raise EngineFault("overloaded", f"{config.max_waiting} turns are waiting.", "Try again later.")
-    validate_sampling(command.sampling, config.vocab_size)
-    if len(command.stop_strings) > MAX_STOP_STRINGS or sum(map(len, command.stop_strings)) > MAX_STOP_BYTES:
-        raise EngineFault(
-            "invalid_request",
-            "Too many or too long stop strings.",
-            f"At most {MAX_STOP_STRINGS} of {MAX_STOP_BYTES} bytes together.",
-        )
-    if any(not stop for stop in command.stop_strings):
-        raise EngineFault("invalid_request", "A stop string is empty.", "Leave it out.")
-    grammar = command.grammar
-    consumed = 0 if grammar is None else grammar.consumed
-    if not 0 <= consumed <= known:
-        raise EngineFault("invalid_request", f"The grammar is to consume {consumed} of {known} ids.")
-    if not 0 <= command.stop_consumed <= known:
-        raise EngineFault("invalid_request", f"Stop strings are to consume {command.stop_consumed} of {known} ids.")
-    if not 0 <= command.penalty_consumed <= known:
-        raise EngineFault("invalid_request", f"Penalties are to count {command.penalty_consumed} of {known} ids.")
-    if grammar is None and command.stop_strings:
-        consumed = command.stop_consumed
+    left, bound = _room_of_turn(world, branch, command, known)
+    _check_turn(world, command, known)
+    wanted = left if command.max_tokens is None else min(command.max_tokens, left)
     _learn_pause(world, branch, now)
     held = held.append(ids)
     world.next_turn += 1
     world.next_age += 1
-    draw_key = (branch.draw_seed, branch.serial + 1, branch.child_index)
-    if command.seed is not None:
-        draw_key = (command.seed, 0, 0)
-    spec = TurnSpec(
-        turn=world.next_turn,
-        branch=branch.id,
-        sampling=command.sampling,
-        draw_key=draw_key,
-        stop_strings=command.stop_strings,
-        grammar=grammar,
-        consumed_ids=tuple(branch.log.ids(known - consumed, known)) if consumed else (),
-        prompt_tokens=known,
-        stop_ids=frozenset(command.stop_ids),
-        seen=branch.log.packed(0, known) if counts_log(command.sampling) else b"",
-        counted=branch.log.packed(known - command.penalty_consumed, known) if counts_message(command.sampling) else b"",
-    )
-    bound = f"the context limit of {config.context_limit} tokens"
-    if within < left:
-        left, bound = within, f"the tenant's quota of {config.tenant_pages} pages"
-    wanted = left if command.max_tokens is None else min(command.max_tokens, left)
-    waits = config.prepares and (grammar is not None or bool(command.stop_strings))
+    spec = _spec(world.next_turn, branch, command)
+    waits = config.prepares and (command.grammar is not None or bool(command.stop_strings))
     if waits:
         world.unprepared.append(spec)
     world.enqueue(
@@ -177,6 +132,70 @@ def generate(world: SchedulerState, link: LinkId, command: Generate, now: float)
         )
     )
     world.tell(branch, Done(request=command.request, known=known))
+
+
+def _check_turn(world: SchedulerState, command: Generate, known: int) -> None:
+    """Raises what a turn after `known` ids is refused for, for which there is room."""
+    config, stops = world.config, command.stop_strings
+    if known == 0:
+        raise EngineFault("invalid_request", "The branch has no ids to compute from.", "Add a message first.")
+    if command.max_tokens is not None and command.max_tokens < 0:
+        raise EngineFault("invalid_request", f"max_tokens is {command.max_tokens}.", "Give 0 (prefill only) or more.")
+    if world.waiting_turns >= config.max_waiting:
+        raise EngineFault("overloaded", f"{config.max_waiting} turns are waiting.", "Try again later.")
+    validate_sampling(command.sampling, config.vocab_size)
+    if len(stops) > MAX_STOP_STRINGS or sum(map(len, stops)) > MAX_STOP_BYTES:
+        raise EngineFault(
+            "invalid_request",
+            "Too many or too long stop strings.",
+            f"At most {MAX_STOP_STRINGS} of {MAX_STOP_BYTES} bytes together.",
+        )
+    if any(not stop for stop in stops):
+        raise EngineFault("invalid_request", "A stop string is empty.", "Leave it out.")
+    counts = {
+        "The grammar is to consume": 0 if command.grammar is None else command.grammar.consumed,
+        "Stop strings are to consume": command.stop_consumed,
+        "Penalties are to count": command.penalty_consumed,
+    }
+    for what, count in counts.items():
+        if not 0 <= count <= known:
+            raise EngineFault("invalid_request", f"{what} {count} of {known} ids.", "Name ids that the branch has.")
+
+
+def _room_of_turn(world: SchedulerState, branch: Branch, command: Generate, known: int) -> tuple[int, str]:
+    """Tokens that may come after `known`, and what bounds them. Raises `EngineFault` where there is no room for one,
+    or, if none is asked for, for what is known."""
+    config, least = world.config, 0 if command.max_tokens == 0 else 1
+    left, within = config.context_limit - known, quotas.check_turn(world, branch, known, least)
+    if left < least:
+        raise _overflow(world, known)
+    if within < left:
+        return within, f"the tenant's quota of {config.tenant_pages} pages"
+    return left, f"the context limit of {config.context_limit} tokens"
+
+
+def _spec(number: int, branch: Branch, command: Generate) -> TurnSpec:
+    """Of a turn over all that the branch knows."""
+    log, known, sampling = branch.log, branch.known, command.sampling
+    consumed = 0
+    if command.grammar is not None:
+        consumed = command.grammar.consumed
+    elif command.stop_strings:
+        consumed = command.stop_consumed
+    own_key = (branch.draw_seed, branch.serial + 1, branch.child_index)
+    return TurnSpec(
+        turn=number,
+        branch=branch.id,
+        sampling=sampling,
+        draw_key=own_key if command.seed is None else (command.seed, 0, 0),
+        stop_strings=command.stop_strings,
+        grammar=command.grammar,
+        consumed_ids=tuple(log.ids(known - consumed, known)) if consumed else (),
+        prompt_tokens=known,
+        stop_ids=frozenset(command.stop_ids),
+        seen=log.packed(0, known) if counts_log(sampling) else b"",
+        counted=log.packed(known - command.penalty_consumed, known) if counts_message(sampling) else b"",
+    )
 
 
 def cancel(world: SchedulerState, link: LinkId, command: Cancel, now: float) -> None:

@@ -7,29 +7,27 @@ from pathlib import Path
 from typing import Final, final
 
 from agentspeed_engine.errors import EngineFault
-from agentspeed_engine.protocol.messages import FilePart, GetModelFiles, ModelFile, ModelFiles, ReadModelFile
-
-NAMES: Final = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tiktoken.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "config.json",
-    "generation_config.json",
+from agentspeed_engine.protocol.messages import (
+    TEXT_FILES,
+    FilePart,
+    GetModelFiles,
+    ModelFile,
+    ModelFiles,
+    ReadModelFile,
 )
+
 PART_BYTES: Final = 1 << 20
 
 
 @final
 class ServedFiles:
-    """Those of `NAMES` that the folder has, with their digests as they are now. No other file can be read."""
+    """Those of `TEXT_FILES` that the folder has, with their digests as they are now. No other file can be read."""
 
     def __init__(self, folder: Path | None) -> None:
         """`folder`: None for an engine without a model. A file that cannot be read is not served."""
         self._folder = folder
         self._files: dict[str, ModelFile] = {}
-        for name in () if folder is None else NAMES:
+        for name in () if folder is None else TEXT_FILES:
             try:
                 data = (folder / name).read_bytes() if folder is not None else b""
             except OSError:  # not every model has all of them; what a client cannot do without, it asks for by name

@@ -301,7 +301,7 @@ def build(
     options = msgspec.structs.replace(options, dtype=dtype, device=device, depth=depth)
     cache = None if options.kv_cache_dtype == "dtype" else options.kv_cache_dtype
     weights = _weights(options, dtype, place.platform, cache)
-    ranks = options.dp * options.tp
+    launches = device == "cuda" and dtype != "float64" and "triton" in place.platform.features
     info = describe(options.model, dtype=dtype, page_tokens=options.page_tokens, weights=weights, cache=cache)
     shares = shares_of(options, info, weights)
     pages, limit = sizes(
@@ -324,11 +324,10 @@ def build(
     texts = folder if folder.is_dir() else folder.parent
     vocabulary = Vocabulary(texts, info.vocab_size, info.eos_ids)
     read = _steps(say, part or (lambda part: None), folder.name)
-    if ranks > 1:
-        source = str(folder.resolve())
-        launches = device == "cuda" and dtype != "float64" and "triton" in place.platform.features and options.dp == 1
-        return _on_ranks(options, core, vocabulary, source, say, lock_step=shares.lock_step, launches=launches,
-                         weights=weights, progress=read)  # fmt: skip
+    source = str(folder.resolve())
+    if options.dp * options.tp > 1:
+        return _on_ranks(options, core, vocabulary, source, say, lock_step=shares.lock_step,
+                         launches=launches and options.dp == 1, weights=weights, progress=read)  # fmt: skip
     with ThreadPoolExecutor(1) as beside:  # it takes the interpreter's lock for long, so no step may run beside it
         unusable = beside.submit(vocabulary.load)
         loaded = aside(
@@ -357,11 +356,11 @@ def build(
         say("measuring what copies and prefill cost")
         core = aside(partial(calibrated, core, model))
     executors: tuple[Executor, ...] = ()
-    if device == "cuda" and dtype != "float64" and "triton" in place.platform.features:
+    if launches:
         from agentspeed_engine.exec.cuda import CudaExecutor
 
         executors = (CudaExecutor(model, vocabulary, depth=core.depth),)
-    return Built(core, model, vocabulary, str(folder.resolve()), executors)
+    return Built(core, model, vocabulary, source, executors)
 
 
 def _steps(say: Callable[[str], None], part: Callable[[float], None], name: str) -> Callable[[float], None]:
