@@ -161,11 +161,18 @@ def load(data: bytes) -> Snapshot:
     except (msgspec.DecodeError, ValueError, TypeError, RecursionError) as error:
         raise InvalidRequest(f"This is no session snapshot: {error}.", remedy="Give what snapshot() gave.") from error
     if logprobs != {tokens} or len(found.made) != tokens:
-        raise InvalidRequest("The snapshot is damaged: its parts have different lengths.")
+        raise _damaged("its parts have different lengths")
     points = [(found.spans, found.open_at, tokens), *((mark.spans, mark.open_at, mark.tokens) for mark in found.marks)]
     if not all(length in range(tokens + 1) and _fits(spans, open_at, length) for spans, open_at, length in points):
-        raise InvalidRequest("The snapshot is damaged: it names places that its log does not have.")
+        raise _damaged("it names places that its log does not have")
     return found
+
+
+def _damaged(why: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"The snapshot is damaged: {why}.",
+        remedy="Restore an earlier one, or add the messages that you have to a new session.",
+    )
 
 
 def options_of(found: Snapshot, given: SessionOptions) -> SessionOptions:

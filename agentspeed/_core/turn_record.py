@@ -145,7 +145,9 @@ class TurnRecord:
         self.ended = event
         self.usage = usage_of(event.usage)
         if event.reason == "closed":
-            raise errors.SessionClosed("The session was closed during the turn.")
+            raise errors.SessionClosed(
+                "The session was closed during the turn.", remedy="Let its turns end before it is closed."
+            )
         self._close_text()
         if event.reason == "error":
             raise errors.OutputError(f"The turn could not go on: {event.message}", text=self.text)

@@ -103,7 +103,10 @@ class Watcher:
                 wire.Hello(request=self._number(), client="agentspeed top", credential=shown_credential())
             )
         except errors.EngineDied as error:
-            raise errors.ConnectFailed(f"What listens at {self.path} did not greet: {error}") from error
+            raise errors.ConnectFailed(
+                f"What listens at {self.path} did not greet: {error}",
+                remedy="Give the socket of an engine that runs this version.",
+            ) from error
         if not isinstance(welcome, wire.Welcome):
             raise errors.InternalError(f"The engine answered a greeting with {type(welcome).__name__}.")
         return welcome
