@@ -111,7 +111,11 @@ class CallRules:
         if entry.texts is not None and is_bare(kinds, closing(keys)):
             return f" {self._marks.rule(keys.text_open)} {self._text(name, entry.texts)}"
         end = self._marks.after(keys.value_close)
-        return f" {self._marks.rule(keys.json_open)} {self._json(entry.value)}{end}"
+        value = f"{self._marks.rule(keys.json_open)} {self._json(entry.value)}{end}"
+        if entry.among is None or keys.text_open == keys.json_open or not _holds_no(entry.among, closing(keys)):
+            return f" {value}"
+        # The family marks a text as one, so it needs no quotes beside other values either.
+        return f" ({self._marks.rule(keys.text_open)} {self._text(name, entry.among)} | {value})"
 
     def _text(self, name: str, texts: Wording) -> str:
         """Bare text and what closes it. A text may begin as its close does, so both are told apart in one lexeme."""
@@ -124,6 +128,11 @@ class CallRules:
             return self._add(f"value_{name}[lazy]", f"/{text}/ {quoted(close)}")
         rule = f"/{text}{literal(spelt)}/{without(close.rstrip()[len(spelt) :])}"
         return f"{self._add(f'VALUE_{name}', rule)}{self._marks.after(close[len(spelt) :])}"
+
+
+def _holds_no(texts: Wording, close: str) -> bool:
+    """Whether none of the texts, where they are named, has in it what ends a value."""
+    return not any(close in text for text in texts.only or ())
 
 
 def without(mark: str) -> str:

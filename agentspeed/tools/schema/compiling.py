@@ -55,6 +55,8 @@ class Entry:
     value: Compiled
     texts: Wording | None
     """What texts there are, where every value is a text and nothing is said but its length or which it may be."""
+    among: Wording | None = None
+    """The same of the texts among other values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +213,8 @@ class _Compiler:
             value = self.compile(field.term)
             if value is not None:
                 spelt = self._spelt(field.term, value, words)
-                found.append(Entry(field.name, field.required, spelt, self._wording(field.term)))
+                texts, among = self._wording(field.term), self._wording(field.term, among=True)
+                found.append(Entry(field.name, field.required, spelt, texts, among))
             elif field.required:
                 return None
         return tuple(found)
@@ -241,10 +244,11 @@ class _Compiler:
         start = self._rules.either(name for name in names if name is not None)
         return value if start is None else replace(value, start=start, rules=tuple(self._rules.reached(start)))
 
-    def _wording(self, term: Term) -> Wording | None:
+    def _wording(self, term: Term, *, among: bool = False) -> Wording | None:
+        """Of a term that has texts only, or `among` other values."""
         shape = self._planner.shape(term)
         atoms = shape.get("string", ())
-        if shape.keys() != {"string"} or len(atoms) != 1 or not isinstance(atoms[0], Text):
+        if (shape.keys() != {"string"} and not among) or len(atoms) != 1 or not isinstance(atoms[0], Text):
             return None
         atom = atoms[0]
         if atom.values.only is not None:

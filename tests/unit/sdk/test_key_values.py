@@ -103,3 +103,38 @@ def test_what_no_schema_speaks_of_is_json_where_it_can_be() -> None:
     parser = TurnParser(Tags(calls=FORM))
     pieces = [*parser.feed(call("5")), *parser.finish()]
     assert [piece.arguments for piece in pieces if isinstance(piece, CallReady)] == ['{"v": 5}']
+
+
+MARKED = CallFormat(
+    kind="keys",
+    call_open="<invoke>",
+    name_end="\n",
+    call_close="</invoke>",
+    spaced=True,
+    keys=Keys(key_open="<p ", text_open=" text>", json_open=" json>", value_close="</p>", joint=""),
+)
+
+
+@pytest.mark.parametrize(
+    ("schema", "written", "value"),
+    [
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, " text>hello</p>", "hello"),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, " text>null</p>", "null"),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, " json>null</p>", None),
+        (EITHER, " text>5</p>", "5"),
+        (EITHER, " json>5</p>", 5),
+        ({"anyOf": [{"enum": ["a", "b"]}, {"type": "array", "items": {"type": "integer"}}]}, " text>b</p>", "b"),
+        ({"anyOf": [{"enum": ["a", "b"]}, {"type": "array", "items": {"type": "integer"}}]}, " json>[1]</p>", [1]),
+    ],
+)
+def test_a_text_among_other_values_is_bare_where_its_mark_says_that_it_is_one(
+    schema: dict[str, Any], written: str, value: object
+) -> None:
+    """As DeepSeek-V3.2 writes an optional text."""
+    raw = f"<invoke>act\n<p v{written}</invoke>"
+    source = turn_grammar(tools=[act(schema)], tool_choice="required", tags=Tags(calls=MARKED))
+    assert source is not None
+    assert takes(LLMatcher(BYTES, source), raw)
+    parser = TurnParser(Tags(calls=MARKED), tools={"act": act(schema).schema})
+    (found,) = (one for one in [*parser.feed(raw), *parser.finish()] if isinstance(one, CallReady))
+    assert json.loads(found.arguments) == {"v": value}
