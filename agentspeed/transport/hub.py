@@ -78,14 +78,37 @@ class _Repository:
         try:
             folder = Path(snapshot_download(self.name, revision=self._revision, allow_patterns=list(names)))
         except (HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError, OSError, ValueError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-            raise errors.ModelBroken(
-                f"{self.name} could not be fetched: {reason}.",
-                remedy="Check the name, the revision and the network, or give a local folder.",
-            ) from error
+            reason, remedy = self._told(error)
+            raise errors.ModelBroken(f"{self.name} could not be fetched: {reason}.", remedy=remedy) from error
         if _COMMIT.fullmatch(folder.name):
             self._revision = folder.name
         return folder
+
+    def _told(self, error: Exception) -> tuple[str, str]:
+        """(Why a download failed, what to do). The hub says that a repository is not there where a token may not see
+        it, and who has none is answered likewise."""
+        from huggingface_hub.errors import (
+            GatedRepoError,
+            HfHubHTTPError,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+
+        told = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        if isinstance(error, RevisionNotFoundError):
+            return f"it has no revision {self._revision or 'main'!r}", "Give a branch, a tag or a commit that it has."
+        if isinstance(error, GatedRepoError):
+            return (
+                f"its owner gives it to those only who have agreed to the terms on its page ({told})",
+                "Agree to them there, then log in with `hf auth login`, or set HF_TOKEN.",
+            )
+        if isinstance(error, RepositoryNotFoundError) or status in (401, 403):
+            return (
+                f"there is none of this name, or none that you may read ({told})",
+                "Check the name. For a private or gated one log in with `hf auth login`, or set HF_TOKEN.",
+            )
+        return told, "Check the name, the revision and the network, or give a local folder."
 
 
 def _fetched(repository: _Repository, *, weights: bool) -> Path:

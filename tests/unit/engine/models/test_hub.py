@@ -30,6 +30,7 @@ class Hub:
         self.fetched: list[str] = []
         self.revisions: list[str] = []
         self.broken: set[str] = set()
+        self.closed = ""
 
     def publish(self, revision: str, files: dict[str, bytes]) -> str:
         commit = hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
@@ -39,6 +40,8 @@ class Hub:
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
         """(Status, headers, body) of a GET."""
         path = path.split("?")[0]
+        if self.closed:
+            return 401, {"X-Error-Code": self.closed} if self.closed != "401" else {}, b"{}"
         if path.startswith(f"/api/models/{REPO}"):
             *_, kind, revision = (
                 path.removeprefix(f"/api/models/{REPO}").split("/") if path.count("/") > 4 else ("", "revision", "main")
@@ -257,6 +260,28 @@ def test_a_repository_that_is_not_there_is_told_so(hub: Hub, name: str) -> None:
     with pytest.raises(errors.ModelBroken, match="could not be fetched") as caught:
         resolve(name)
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("closed", "words"),
+    [
+        ("GatedRepo", "agreed to the terms"),
+        ("RepoNotFound", "none that you may read"),
+        ("401", "none that you may read"),
+    ],
+)
+def test_a_repository_that_needs_a_token_is_told_so(hub: Hub, model: dict[str, bytes], closed: str, words: str) -> None:
+    hub.publish("main", model)
+    hub.closed = closed
+    with pytest.raises(errors.ModelBroken, match=words) as caught:
+        resolve(REPO)
+    assert caught.value.remedy is not None and "HF_TOKEN" in caught.value.remedy
+
+
+def test_a_revision_that_is_not_there_is_told_by_its_name(hub: Hub, model: dict[str, bytes]) -> None:
+    hub.publish("main", model)
+    with pytest.raises(errors.ModelBroken, match="it has no revision 'v9'"):
+        resolve(REPO, "v9")
 
 
 def test_a_server_that_fails_is_told_by_our_own_error(hub: Hub, model: dict[str, bytes]) -> None:
