@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
-from agentspeed_kernels.quantised import stacked
+from agentspeed_kernels.workspace import Workspace
 
 BLOCK = 128
 """Outputs, and inputs, that share a scale."""
@@ -18,6 +19,8 @@ MOST = 448.0
 _KIND = torch.float8_e4m3fn
 _AT_ONCE = 1 << 17
 """Numbers that are taken to fp8 together: what is made on the way stays in a cache, and takes little memory."""
+_A_FEW = 1 << 14
+"""Numbers of which what is made on the way is so small that allocators have it at hand."""
 _NO_NUMBER = 0x7F
 """The bits of a byte, but for its sign, that are not a number."""
 
@@ -47,9 +50,42 @@ class Fp8Blocks:
     def nbytes(self) -> int:
         return self.data.nbytes + self.scales.nbytes
 
-    def stacked(self, data: Tensor, scales: Tensor) -> Fp8Blocks:
-        """Such matrices, which `data` and `scales` have one after the other."""
-        return replace(self, data=data, scales=scales)
+    @staticmethod
+    def empty(shape: Sequence[int], device: torch.device) -> Fp8Blocks:
+        """Memory of a weight [..., N, K], which `fill` writes."""
+        *front, outputs, inputs = shape
+        scales = torch.empty(*front, -(-outputs // BLOCK), -(-inputs // BLOCK), device=device)
+        return Fp8Blocks(torch.empty(*front, outputs, inputs, dtype=_KIND, device=device), scales)
+
+    def fill(self, stored: Stored, workspace: Workspace) -> None:
+        """Of a weight [N, K], as `in_blocks` says."""
+        if isinstance(stored, Fp8Rows) and (blocks := stored.blocks()) is not None:
+            self.data.view(torch.uint8).copy_(stored.data.view(torch.uint8))
+            self.scales.copy_(blocks)
+        else:
+            self._nearest(stored, workspace)
+
+    def _nearest(self, weight: Stored, workspace: Workspace) -> None:
+        """[N, K] in any format, some rows after the others. A number that is not finite makes its block no number, and
+        no other."""
+        (outputs, inputs), across = weight.shape, self.scales.shape[1]
+        width, many = across * BLOCK, min(max(_AT_ONCE // inputs // BLOCK, 1), self.scales.shape[0])
+        floats = workspace.take("floats", (many * BLOCK, width), torch.float32)
+        sizes = workspace.take("sizes", (many * BLOCK, width), torch.float32)
+        for low in range(0, outputs, many * BLOCK):
+            some = weight[low : low + many * BLOCK]
+            given, high = some.shape[0], -(-some.shape[0] // BLOCK)
+            if width > inputs:
+                floats[:, inputs:].zero_()
+            floats[given : high * BLOCK].zero_()
+            floats[:given, :inputs].copy_(some.float() if isinstance(some, Fp8Rows) else some)
+            blocks = floats[: high * BLOCK].view(high, BLOCK, across, BLOCK)
+            most = torch.abs(blocks, out=sizes[: high * BLOCK].view(blocks.shape)).amax(3).amax(1) / MOST
+            by = most.where(most.isfinite() & (most > 0), 1)
+            blocks.div_(by[:, None, :, None]).clamp_(-MOST, MOST).nan_to_num_()
+            self.data[low : low + given].copy_(floats[:given, :inputs])
+            first = low // BLOCK
+            self.scales[first : first + high] = most.where(most.isfinite(), float("nan"))
 
     def part(self, *at: int) -> Fp8Blocks:
         """One of the matrices that are stacked, in the same memory."""
@@ -80,16 +116,21 @@ class Fp8Rows:
     def of(data: Tensor, scales: Tensor) -> Fp8Rows:
         """`scales` [N / 128, K / 128], both rounded up, in any format."""
         rows = _spread(scales.float(), 0, data.shape[0])
-        odd = data.view(torch.uint8).bitwise_and(_NO_NUMBER) == _NO_NUMBER
-        if bool(odd.any()):
-            n, k = odd.nonzero(as_tuple=True)
-            rows = rows.clone()
-            rows[n, k // BLOCK] = float("nan")
+        many = max(_A_FEW // max(data.shape[1], 1), 1)
+        for low in range(0, data.shape[0], many):
+            odd = data[low : low + many].view(torch.uint8).bitwise_and(_NO_NUMBER) == _NO_NUMBER
+            if bool(odd.any()):
+                n, k = odd.nonzero(as_tuple=True)
+                rows[low + n, k // BLOCK] = float("nan")
         return Fp8Rows(data, rows)
 
     @property
     def shape(self) -> torch.Size:
         return self.data.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
 
     def to(self, device: torch.device) -> Fp8Rows:
         return Fp8Rows(self.data.to(device), self.scales.to(device))
@@ -97,9 +138,22 @@ class Fp8Rows:
     def __getitem__(self, rows: Tensor | slice) -> Fp8Rows:
         return Fp8Rows(self.data.view(torch.uint8)[rows].view(_KIND), self.scales[rows])
 
+    def blocks(self) -> Tensor | None:
+        """Scales [N / 128, K / 128] of blocks; None where rows with scales of their own came into one."""
+        first = self.scales[::BLOCK]
+        return first if torch.equal(_spread(first, 0, self.shape[0]), self.scales) else None
+
     def float(self) -> Tensor:
         """float32 [N, K]."""
         return self.data.float().mul_(_spread(self.scales, 1, self.shape[1]))
+
+    def wide(self, dtype: torch.dtype) -> Tensor:
+        """[N, K], some rows after the others: floats of all would take four times what is stored."""
+        held = torch.empty(self.shape, dtype=dtype, device=self.data.device)
+        many = max(_A_FEW // max(self.shape[1], 1), 1)
+        for low in range(0, self.shape[0], many):
+            held[low : low + many] = self[low : low + many].float()
+        return held
 
 
 Stored = Tensor | Fp8Rows
@@ -117,42 +171,27 @@ def joined(parts: Sequence[Stored]) -> Stored:
     return torch.cat([part.float() if isinstance(part, Fp8Rows) else part for part in parts])
 
 
-def in_blocks(stored: Stored, parts: int = 1) -> Fp8Blocks:
+def in_blocks(stored: Stored, parts: int = 1, workspace: Workspace | None = None) -> Fp8Blocks:
     """Of a weight [..., N, K] in fp8 its own bytes. Of floats, and of fp8 where rows with scales of their own came into
     one block, the nearest bytes, with scales that make the largest number of a block `MOST`.
 
     `parts`: matrices of equal height that N joins (gate and up), each of which begins blocks of its own, as a dimension
     before N."""
-    if isinstance(stored, Tensor) and stored.dim() > 2:
-        return stacked(len(stored), lambda i: in_blocks(stored[i], parts))
-    if parts > 1:
-        height = stored.shape[0] // parts
-        return stacked(parts, lambda at: in_blocks(stored[at * height : (at + 1) * height]))
-    if isinstance(stored, Fp8Rows):
-        first = stored.scales[::BLOCK]
-        if torch.equal(_spread(first, 0, stored.shape[0]), stored.scales):
-            return Fp8Blocks(stored.data.contiguous(), first.contiguous())
-        return in_blocks(stored.float())
-    return _nearest(stored)
-
-
-def _nearest(weight: Tensor) -> Fp8Blocks:
-    """[N, K] in any format, some rows after the others. A number that is not finite makes its block no number, and no
-    other."""
-    outputs, inputs = weight.shape
-    data = torch.empty(outputs, inputs, dtype=torch.uint8, device=weight.device)
-    scales = torch.empty(-(-outputs // BLOCK), -(-inputs // BLOCK), device=weight.device)
-    rows = max(_AT_ONCE // inputs // BLOCK, 1) * BLOCK
-    for low in range(0, outputs, rows):
-        some = weight[low : low + rows].float()
-        blocks = torch.nn.functional.pad(some, (0, -inputs % BLOCK, 0, -len(some) % BLOCK))
-        blocks = blocks.view(-1, BLOCK, scales.shape[1], BLOCK)
-        most = torch.linalg.vector_norm(blocks, float("inf"), (1, 3)) / MOST
-        by = most.where(most.isfinite() & (most > 0), 1)
-        nearest = (blocks / by[:, None, :, None]).clamp_(-MOST, MOST).nan_to_num_().to(_KIND).view(torch.uint8)
-        data[low : low + rows] = nearest.view(-1, scales.shape[1] * BLOCK)[: len(some), :inputs]
-        scales[low // BLOCK : low // BLOCK + len(most)] = most.where(most.isfinite(), float("nan"))
-    return Fp8Blocks(data.view(_KIND), scales)
+    workspace = workspace or Workspace(stored.device)
+    if isinstance(stored, Tensor):
+        if parts > 1:
+            stored = stored.reshape(*stored.shape[:-2], parts, -1, stored.shape[-1])
+        held = Fp8Blocks.empty(stored.shape, stored.device)
+        for at in product(*map(range, stored.shape[:-2])):
+            held.part(*at).fill(stored[at], workspace)
+        return held
+    if parts == 1 and (blocks := stored.blocks()) is not None:
+        return Fp8Blocks(stored.data.contiguous(), blocks.contiguous())
+    height = stored.shape[0] // parts
+    held = Fp8Blocks.empty((parts, height, stored.shape[1]), stored.device)
+    for i in range(parts):
+        held.part(i).fill(stored[i * height : (i + 1) * height], workspace)
+    return held if parts > 1 else held.part(0)
 
 
 def _spread(scales: Tensor, dim: int, extent: int) -> Tensor:

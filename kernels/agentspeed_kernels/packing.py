@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import final
+from itertools import product
+from typing import TypeVar, final
 
 import torch
 from torch import Tensor
 
 from agentspeed_kernels.fp8_blocks import Fp8Blocks, Stored, in_blocks
-from agentspeed_kernels.quantised import GROUPS, Quantised, quantise, stacked
+from agentspeed_kernels.quantised import GROUPS, Quantised, quantise
 from agentspeed_kernels.signature import ByteFormat, WeightFormat
+from agentspeed_kernels.workspace import Workspace
 
 TILE_OUTPUTS, TILE_INPUTS = 16, 32
 """A tile holds 32 inputs of 16 outputs: 1 KB of bfloat16."""
@@ -26,6 +28,26 @@ class Packed:
     data: Tensor
     shape: tuple[int, ...]
     """Of the weight before it was packed."""
+
+    @staticmethod
+    def empty(shape: Sequence[int], like: Tensor) -> Packed:
+        """Memory of a weight [..., N, K] in the format of `like`, which `fill` writes."""
+        *front, outputs, inputs = shape
+        tiles, steps = -(-outputs // TILE_OUTPUTS), -(-inputs // TILE_INPUTS)
+        return Packed(like.new_empty(*front, tiles, steps, TILE_INPUTS // 2, TILE_OUTPUTS, 2), tuple(shape))
+
+    def fill(self, weight: Tensor) -> None:
+        """Of a weight [N, K]."""
+        (outputs, inputs), (tiles, steps) = weight.shape, self.data.shape[:2]
+        if (tiles * TILE_OUTPUTS, steps * TILE_INPUTS) != (outputs, inputs):
+            padding = (0, steps * TILE_INPUTS - inputs, 0, tiles * TILE_OUTPUTS - outputs)
+            weight = torch.nn.functional.pad(weight, padding)
+        split = weight.reshape(tiles, TILE_OUTPUTS, steps, TILE_INPUTS // 2, 2)
+        self.data.copy_(split.permute(0, 2, 3, 1, 4))
+
+    def part(self, *at: int) -> Packed:
+        """One of the matrices that are stacked, in the same memory."""
+        return Packed(self.data[at], self.shape[len(at) :])
 
     def data_ptr(self) -> int:
         return self.data.data_ptr()
@@ -50,12 +72,18 @@ Weight = Tensor | Packed | Quantised | Fp8Blocks
 """What an op with weights is given: the layout its kernel asks for."""
 
 
-def in_bytes(stored: Stored, kind: ByteFormat, parts: int = 1) -> Quantised | Fp8Blocks:
-    """A matrix in 8 bits. `parts` as in `pack`."""
+def in_bytes(
+    stored: Stored, kind: ByteFormat, parts: int = 1, workspace: Workspace | None = None
+) -> Quantised | Fp8Blocks:
+    """A matrix in 8 bits. `parts` as in `pack`; `workspace`: what is made on the way, for several in turn."""
     if kind == "fp8":
-        return in_blocks(stored, parts)
-    assert isinstance(stored, Tensor), "only an engine of fp8 is given fp8"
-    return quantise(stored, GROUPS[kind], parts)
+        return in_blocks(stored, parts, workspace)
+    if isinstance(stored, Tensor):
+        return quantise(stored, GROUPS[kind], parts, workspace)
+    assert parts == 1, "what is published in fp8 is joined by `in_bytes_each`"
+    held = Quantised.empty(stored.shape, GROUPS[kind], torch.float32, stored.device)
+    held.fill(stored, workspace or Workspace(stored.device))
+    return held
 
 
 def kept_in(weight: Tensor, kind: WeightFormat, parts: int = 1) -> Tensor | Quantised | Fp8Blocks:
@@ -63,15 +91,69 @@ def kept_in(weight: Tensor, kind: WeightFormat, parts: int = 1) -> Tensor | Quan
     return weight.to(torch.bfloat16) if kind == "bfloat16" else in_bytes(weight, kind, parts)
 
 
-def in_bytes_each(count: int, parts: Sequence[Callable[[int], Stored]], kind: ByteFormat) -> Quantised | Fp8Blocks:
-    """As `in_bytes` gives [count, N of all parts, K] of what each part gives, one matrix at a time."""
+Part = Callable[[int], Stored]
+"""Gives a matrix [N, K] of each of several, one after the other, whenever it is asked."""
 
-    def made(i: int) -> Quantised | Fp8Blocks:
-        if len(parts) == 1:
-            return in_bytes(parts[0](i), kind)
-        return stacked(len(parts), lambda part: in_bytes(parts[part](i), kind))
 
-    return stacked(count, made)
+def in_bytes_each(count: int, parts: Sequence[Part], kind: ByteFormat, workspace: Workspace) -> Quantised | Fp8Blocks:
+    """As `in_bytes` gives [count, N of all parts, K] of what each part gives. One matrix at a time is in memory beside
+    the whole."""
+
+    def empty(front: tuple[int, ...], like: Stored) -> Quantised | Fp8Blocks:
+        shape = (*front, *like.shape)
+        if kind == "fp8":
+            return Fp8Blocks.empty(shape, like.device)
+        dtype = like.dtype if isinstance(like, Tensor) else torch.float32
+        return Quantised.empty(shape, GROUPS[kind], dtype, like.device)
+
+    return _filled(count, parts, empty, lambda held, at, stored: held.part(*at).fill(stored, workspace))
+
+
+def pack_each(count: int, parts: Sequence[Part]) -> Packed:
+    """As `pack` gives [count, N of all parts, K] of what each part gives, one matrix at a time."""
+
+    def fill(held: Packed, at: tuple[int, ...], stored: Stored) -> None:
+        held.part(*at).fill(_floats(stored))
+
+    return _filled(count, parts, lambda front, like: Packed.empty((*front, *like.shape), _floats(like)), fill)
+
+
+def gathered(count: int, parts: Sequence[Part]) -> Tensor:
+    """[count, N of all parts, K] of what each part gives, one matrix at a time; of one matrix that itself."""
+    if count == len(parts) == 1:
+        return _floats(parts[0](0))[None]
+
+    def fill(held: Tensor, at: tuple[int, ...], stored: Stored) -> None:
+        held[at] = _floats(stored)
+
+    whole = _filled(count, parts, lambda front, like: _floats(like).new_empty(*front, *like.shape), fill)
+    return whole if len(parts) == 1 else whole.flatten(1, 2)
+
+
+W = TypeVar("W")
+
+
+def _filled(
+    count: int,
+    parts: Sequence[Part],
+    empty: Callable[[tuple[int, ...], Stored], W],
+    fill: Callable[[W, tuple[int, ...], Stored], None],
+) -> W:
+    """What `empty` gives for the numbers of matrices in front of one, filled with each."""
+    held: W | None = None
+    for i, j in product(range(count), range(len(parts))):
+        stored = parts[j](i)
+        if held is None:
+            held = empty((count,) if len(parts) == 1 else (count, len(parts)), stored)
+        fill(held, (i,) if len(parts) == 1 else (i, j), stored)
+        del stored  # before the next one is read
+    assert held is not None, "nothing is made of no matrix"
+    return held
+
+
+def _floats(stored: Stored) -> Tensor:
+    assert isinstance(stored, Tensor), "only kernels of 8 bits are given fp8"
+    return stored
 
 
 def side_by_side(count: int, parts: Sequence[Callable[[int], Tensor]]) -> Tensor:
@@ -81,39 +163,12 @@ def side_by_side(count: int, parts: Sequence[Callable[[int], Tensor]]) -> Tensor
     return held[0] if len(held) == 1 else torch.cat(held, dim=1)
 
 
-def gathered(count: int, made: Callable[[int], Tensor]) -> Tensor:
-    """[count, ...] of what is made for each: no more than one of them is in memory beside the whole."""
-    first = made(0)
-    whole = first.new_empty(count, *first.shape)
-    whole[0] = first
-    for i in range(1, count):
-        whole[i] = made(i)
-    return whole
-
-
-def pack_each(count: int, made: Callable[[int], Tensor], parts: int = 1) -> Packed:
-    """As `pack` gives [count, N, K] of what is made for each, one at a time."""
-    shape: tuple[int, ...] = ()
-
-    def tiles(i: int) -> Tensor:
-        nonlocal shape
-        one = pack(made(i), parts)
-        shape = one.shape
-        return one.data
-
-    data = gathered(count, tiles)
-    return Packed(data, (count, *shape))
-
-
 def pack(weight: Tensor, parts: int = 1) -> Packed:
     """[..., N, K] in bfloat16. `parts`: matrices of equal height that N joins (gate and up), each of which begins a
     tile of its own. The result is aligned as torch aligns: to 64 bytes, which tile rows need."""
     if parts > 1:
         weight = weight.reshape(*weight.shape[:-2], parts, -1, weight.shape[-1])
-    outputs, inputs = weight.shape[-2:]
-    tiles, steps = -(-outputs // TILE_OUTPUTS), -(-inputs // TILE_INPUTS)
-    padding = (0, steps * TILE_INPUTS - inputs, 0, tiles * TILE_OUTPUTS - outputs)
-    whole = torch.nn.functional.pad(weight, padding) if any(padding) else weight
-    split = whole.reshape(-1, tiles, TILE_OUTPUTS, steps, TILE_INPUTS // 2, 2)
-    data = split.permute(0, 1, 3, 4, 2, 5).contiguous()
-    return Packed(data.view(*weight.shape[:-2], *data.shape[1:]), tuple(weight.shape))
+    held = Packed.empty(weight.shape, weight)
+    for at in product(*map(range, weight.shape[:-2])):
+        held.part(*at).fill(weight[at])
+    return held

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, TypeVar, final
+from itertools import product
+from typing import ClassVar, Protocol, final
 
 import torch
 from torch import Tensor
 
 from agentspeed_kernels.signature import ByteFormat
+from agentspeed_kernels.workspace import Workspace
 
 GROUPS: dict[ByteFormat, int] = {"int8": 0, "int8-32": 32}
 """Of formats in int8: inputs that share a scale; 0: all of an output."""
@@ -20,6 +22,15 @@ MIDDLE = 128
 _MOST = 127
 _AT_ONCE = 1 << 17
 """Numbers that are taken to int8 together: what is made on the way stays in a cache, and takes little memory."""
+
+
+class Rows(Protocol):
+    """A matrix [N, K] of which some rows at a time are taken to floats."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+    def __getitem__(self, rows: slice, /) -> Rows: ...
+    def float(self) -> Tensor: ...
 
 
 @final
@@ -47,9 +58,37 @@ class Quantised:
     def nbytes(self) -> int:
         return self.data.nbytes + self.scales.nbytes
 
-    def stacked(self, data: Tensor, scales: Tensor) -> Quantised:
-        """Such matrices, which `data` and `scales` have one after the other."""
-        return Quantised(data, scales, self.group, (len(data), *self.shape), self.dtype)
+    @staticmethod
+    def empty(shape: Sequence[int], group: int, dtype: torch.dtype, device: torch.device) -> Quantised:
+        """Memory of a weight [..., N, K], which `fill` writes."""
+        *front, outputs, inputs = shape
+        tiles, steps = -(-outputs // OUTPUTS), -(-inputs // INPUTS)
+        data = torch.empty(*front, tiles, steps, INPUTS // DEEP, OUTPUTS, DEEP, dtype=torch.uint8, device=device)
+        scales = torch.empty(*front, steps * INPUTS // group if group else 1, tiles * OUTPUTS, device=device)
+        return Quantised(data, scales, group, tuple(shape), dtype)
+
+    def fill(self, weight: Rows, workspace: Workspace) -> None:
+        """Of a weight [N, K]: some rows after the others, which go through `workspace`."""
+        (outputs, inputs), (tiles, steps) = weight.shape, self.data.shape[:2]
+        width, many = steps * INPUTS, min(max(_AT_ONCE // inputs // OUTPUTS, 1), tiles)
+        floats = workspace.take("floats", (many * OUTPUTS, width), torch.float32)
+        sizes = workspace.take("sizes", (many * OUTPUTS, width), torch.float32)
+        whole = workspace.take("whole", (many * OUTPUTS, width), torch.uint8)
+        for low in range(0, tiles, many):
+            first, high = low * OUTPUTS, min(low + many, tiles)
+            given, rows = min(high * OUTPUTS, outputs) - first, (high - low) * OUTPUTS
+            if width > inputs:
+                floats[:, inputs:].zero_()
+            floats[given:rows].zero_()
+            held = weight[first : first + given]
+            floats[:given, :inputs].copy_(held if isinstance(held, Tensor) else held.float())
+            groups = floats[:rows].view(rows, -1, self.group or width)
+            by = torch.abs(groups, out=sizes[:rows].view(groups.shape)).amax(-1, keepdim=True) / _MOST
+            groups.div_(by.where(by > 0, 1)).round_().add_(MIDDLE).nan_to_num_(MIDDLE)
+            # DEEP bytes are moved as one number.
+            moved = whole[:rows].copy_(floats[:rows]).view(torch.int32).view(-1, OUTPUTS, steps, INPUTS // DEEP)
+            self.data[low:high].view(torch.int32).squeeze(-1).copy_(moved.permute(0, 2, 3, 1))
+            self.scales[:, first : high * OUTPUTS] = by.squeeze(-1).T
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows `ids` [T] of a weight [N, K], as [T, K]: a tied embedding is looked up in the head's own weight."""
@@ -81,50 +120,13 @@ class Quantised:
         return (held[..., : self.shape[-1]].float() - MIDDLE) * scales[..., : self.shape[-1]]
 
 
-B = TypeVar("B", bound="_Bytes")
-
-
-class _Bytes(Protocol):
-    """A matrix in 8 bits, whatever their format."""
-
-    @property
-    def data(self) -> Tensor: ...
-    @property
-    def scales(self) -> Tensor: ...
-    def stacked(self: B, data: Tensor, scales: Tensor) -> B: ...
-
-
-def stacked(count: int, made: Callable[[int], B]) -> B:
-    """[count, ...] of what is made for each, all of one shape: one at a time is in memory beside the whole."""
-    first = made(0)
-    if count == 1:
-        return first.stacked(first.data[None], first.scales[None])
-    data, scales = (held.new_empty(count, *held.shape) for held in (first.data, first.scales))
-    for i in range(count):
-        one = made(i) if i else first
-        data[i], scales[i] = one.data, one.scales
-    return first.stacked(data, scales)
-
-
-def quantise(weight: Tensor, group: int = 0, parts: int = 1) -> Quantised:
+def quantise(weight: Tensor, group: int = 0, parts: int = 1, workspace: Workspace | None = None) -> Quantised:
     """[..., N, K] in any format. `parts`: matrices of equal height that N joins (gate and up), each of which begins a
     tile of its own, as a dimension before N. A weight that is not finite gives what is not finite either."""
     if parts > 1:
         weight = weight.reshape(*weight.shape[:-2], parts, -1, weight.shape[-1])
-    if weight.dim() > 2:  # one matrix after the other: floats of all experts at once would be twice the model
-        return stacked(len(weight), lambda i: quantise(weight[i], group))
-    outputs, inputs = weight.shape
-    tiles, steps = -(-outputs // OUTPUTS), -(-inputs // INPUTS)
-    data = torch.empty(tiles, steps, INPUTS // DEEP, OUTPUTS, DEEP, dtype=torch.uint8, device=weight.device)
-    scales = torch.empty(steps * INPUTS // group if group else 1, tiles * OUTPUTS, device=weight.device)
-    many = max(_AT_ONCE // inputs // OUTPUTS, 1)
-    for low in range(0, tiles, many):
-        some = weight[low * OUTPUTS : (low + many) * OUTPUTS].float()
-        padded = torch.nn.functional.pad(some, (0, steps * INPUTS - inputs, 0, -len(some) % OUTPUTS))
-        groups = padded.view(len(padded), -1, group or steps * INPUTS)
-        by = groups.abs().amax(-1, keepdim=True) / _MOST
-        whole = (groups / by.where(by > 0, 1)).round_().add_(MIDDLE).nan_to_num_(MIDDLE).to(torch.uint8)
-        high = low + len(padded) // OUTPUTS
-        data[low:high] = whole.view(-1, OUTPUTS, steps, INPUTS // DEEP, DEEP).permute(0, 2, 3, 1, 4)
-        scales[:, low * OUTPUTS : high * OUTPUTS] = by.squeeze(-1).T
-    return Quantised(data, scales, group, tuple(weight.shape), weight.dtype)
+    held = Quantised.empty(weight.shape, group, weight.dtype, weight.device)
+    scratch = workspace or Workspace(weight.device)
+    for at in product(*map(range, weight.shape[:-2])):
+        held.part(*at).fill(weight[at], scratch)
+    return held

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from agentspeed_kernels.cpu.native_kernels import moves
-from agentspeed_kernels.fp8_blocks import Stored, joined
+from agentspeed_kernels.fp8_blocks import Stored
 from agentspeed_kernels.ops import (
     BYTE_OPS,
     CACHE_OPS,
@@ -45,6 +45,7 @@ from agentspeed_kernels.packing import Weight, gathered, in_bytes, in_bytes_each
 from agentspeed_kernels.platform import Platform
 from agentspeed_kernels.registry import Registry
 from agentspeed_kernels.signature import OWN, ByteFormat, CacheFormat, Dtype, KernelSpec, Layout, Need, WeightFormat
+from agentspeed_kernels.workspace import Workspace
 
 log = logging.getLogger("agentspeed.kernels")
 
@@ -225,7 +226,7 @@ class Kernels:
     A kernel from outside is checked when it would be chosen for the first time; one that fails, or raises, is left out
     with a warning that names it, and the next best is taken."""
 
-    __slots__ = ("_head", "_ladders", "_moves", "_skips", "cache", "dtype", "invariant", "layout", "weights")
+    __slots__ = ("_head", "_ladders", "_laying", "_moves", "_skips", "cache", "dtype", "invariant", "layout", "weights")
 
     def __init__(
         self,
@@ -265,6 +266,7 @@ class Kernels:
         apart = weights == "fp8" and "linear" in ops
         self._head: Ladder[Linear] | None = chooser.ladder("linear", wide=True) if apart else None
         self._moves = moves(platform.features, dtype)
+        self._laying = Workspace(platform.device)
         visit = [self._ladders[op] for op in ("experts", "experts_and_shared") if op in self._ladders]
         self._skips = bool(visit) and all(choice.kernel.nobody for ladder in visit for _, choice in ladder.choices())
         for feature, why in platform.absent.items():
@@ -341,22 +343,20 @@ class Kernels:
         the result and drop `held`: then there is no second copy."""
         bytes_of = self._bytes
         if bytes_of is not None and (op in BYTE_OPS or (op == HEAD and self._head is None)):
-            return in_bytes(held, bytes_of, parts)
+            return in_bytes(held, bytes_of, parts, self._laying)
         assert isinstance(held, Tensor) and held.dtype == self.kept
         return held if self.layout == "rows" else pack(held, parts)
 
     def experts(self, count: int, *parts: Callable[[int], Stored]) -> Weight:
-        """What each part gives of the experts 0 to `count`, as `weight` gives [count, N of all parts, K]. The matrices
-        of one expert at a time are in memory beside what is made of them, not those of all."""
+        """What each part gives of the experts 0 to `count`, as `weight` gives [count, N of all parts, K]. One matrix at
+        a time is in memory beside what is made of them."""
         if self._bytes is not None:
-            return in_bytes_each(count, parts, self._bytes)
+            return in_bytes_each(count, parts, self._bytes, self._laying)
+        return gathered(count, parts) if self.layout == "rows" else pack_each(count, parts)
 
-        def floats(i: int) -> Tensor:
-            found = joined([part(i) for part in parts])
-            assert isinstance(found, Tensor)
-            return found
-
-        return gathered(count, floats) if self.layout == "rows" else pack_each(count, floats, len(parts))
+    def laid_out(self) -> None:
+        """No weight is asked for any more: what their making took is given back."""
+        self._laying = Workspace(self._laying.device)
 
     def copy(self, x: Tensor, out: Tensor) -> None:
         """out[T, H, N] = x; both may be strided. Like `add`, what lies between ops: part of a recorded step."""

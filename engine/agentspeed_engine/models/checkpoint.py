@@ -105,11 +105,13 @@ class Checkpoint:
             unpacked = int4_groups.unpacked(*(self._read(stored, part) for stored in self._parts_of(name)))
             return unpacked.to(dtype or self._dtype)
         held = self._stored(name, part)
-        return (held.float() if isinstance(held, Fp8Rows) else held).to(dtype or self._dtype).contiguous()
+        dtype = dtype or self._dtype
+        return held.wide(dtype) if isinstance(held, Fp8Rows) else held.to(dtype).contiguous()
 
     def matrix(self, name: str, part: Part | None = None) -> Stored:
         """As `tensor`, or in the format that is kept."""
-        if self._weights == "fp8" and name not in self._packed and self._kind(name) == _FP8:
+        in_bytes = self._weights not in (None, "bfloat16")
+        if in_bytes and name not in self._packed and self._kind(name) == _FP8:
             return self._stored(name, part)
         return self.tensor(name, torch.bfloat16 if self._weights == "bfloat16" else None, part)
 

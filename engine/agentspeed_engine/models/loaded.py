@@ -143,6 +143,7 @@ class LoadedModel:
             _adds_alike(self.device)
         with given_back():
             chain = source.family.build(source.config, held, self.pools, rank, self._kernels)
+            self._kernels.laid_out()
         if progress is not None:  # of experts that live elsewhere nothing was read
             progress(1.0)
         boundaries = [module.boundary for module in chain]

@@ -15,8 +15,9 @@ from torch import Tensor
 
 _NUMBERS: Final = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_TOP_PAD_": -2, "MALLOC_MMAP_THRESHOLD_": -3}
 """What glibc calls the settings that a process may have been started with (`serve.tuning`)."""
-_MEANWHILE: Final = {"MALLOC_TRIM_THRESHOLD_": 1 << 20, "MALLOC_TOP_PAD_": 0, "MALLOC_MMAP_THRESHOLD_": 1 << 20}
-"""Bytes: what is larger is mapped by itself, if no room lies above the heap, and unmapped when it is freed."""
+_MEANWHILE: Final = {"MALLOC_TRIM_THRESHOLD_": 1 << 17, "MALLOC_TOP_PAD_": 0, "MALLOC_MMAP_THRESHOLD_": 1 << 17}
+"""Bytes: what is larger is mapped by itself, and unmapped when it is freed. What is smaller may be freed below a scale
+or a norm that stays and so leave a hole; holes for larger ones came to a third of a model in int8."""
 _MOST: Final = (1 << 31) - 1
 """That a call can set one to."""
 

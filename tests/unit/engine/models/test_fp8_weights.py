@@ -66,6 +66,24 @@ def test_logits_are_those_of_what_the_bytes_stand_for(dtype: Any, tmp_path: Path
     assert held < 1.1 * wide + 1e-6
 
 
+@pytest.mark.parametrize("config", [LATENT, TORN, GROUPED], ids=["latent", "torn", "grouped"])
+@pytest.mark.parametrize("weights", ["int8", "int8-32"])
+def test_int8_is_made_of_what_a_checkpoint_in_fp8_stands_for(
+    config: dict[str, Any], weights: Any, tmp_path: Path
+) -> None:
+    folder = make_fp8_checkpoint(config, tmp_path, seed=3)
+    wide = logits(load(folder, dtype="float64", pages=6, page_tokens=PAGE))
+    assert apart(logits(load(folder, dtype="float32", pages=6, page_tokens=PAGE, weights=weights)), wide) < 0.02
+
+
+def test_blocks_that_are_not_numbers_are_found_far_down_a_matrix() -> None:
+    odd = torch.ones(700, 300)
+    odd[650, 140] = float("nan")
+    wide = Fp8Rows.of(odd.to(torch.float8_e4m3fn), torch.full((6, 3), 2.0)).wide(torch.bfloat16)
+    assert not bool(wide[650, 128:256].isfinite().any())
+    assert bool((wide[torch.arange(700) != 650] == 2).all())
+
+
 def test_a_piece_of_whole_blocks_has_their_bytes_and_scales() -> None:
     weight = torch.randn(300, 257, generator=torch.Generator().manual_seed(1))
     blocks = in_blocks(weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,9 @@ from agentspeed_engine.models.shard_file import ShardFile
 from bench import load as load_bench
 from tests.support.paged import CONFIG
 from tests.support.random_checkpoint import make_checkpoint
+
+BESIDE = 12
+"""MB of a load beside what stays and the matrix at hand: rows on the way to other formats, chunks of files, objects."""
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +71,17 @@ def test_wide_columns_are_those_of_the_tensor(tmp_path: Path, columns: slice) ->
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("way", ["bfloat16", "fp8 as it is"])
-def test_a_load_takes_little_more_than_what_stays(tmp_path: Path, way: str) -> None:
-    shape = load_bench.SHAPES["experts"] | {"num_hidden_layers": 3}
-    folder = load_bench.made(shape, tmp_path, load_bench.WAYS[way])
+@pytest.mark.parametrize(("shape", "way"), [
+    ("dense", "quantised to int8"), ("dense", "fp8 to bfloat16"), ("dense", "fp8 to int8"),
+    ("experts", "bfloat16"), ("experts", "fp8 as it is"), ("experts", "fp8 to int8-32"),
+])  # fmt: skip
+def test_a_load_takes_one_matrix_in_16_bits_beside_what_stays(tmp_path: Path, shape: str, way: str) -> None:
+    config = load_bench.SHAPES[shape] | {"num_hidden_layers": 3, "vocab_size": 512}
+    folder = load_bench.made(config, tmp_path, load_bench.WAYS[way])
+    stored = ShardFile(folder / "model.safetensors")
+    most = 2 * max(math.prod(stored.shape(name)) for name in stored.names) / 1e6 + BESIDE
     # On busy cores the threads that read hold more at once: what the load itself needs is the least of a few.
-    assert min(load_bench.measured(folder, way)["ratio"] for _ in range(3)) <= load_bench.MUST
+    assert any(load_bench.measured(folder, way)["beyond_MB"] <= most for _ in range(3))
 
 
 def test_a_file_that_is_cut_while_it_is_read_is_refused(folder: Path, tmp_path: Path) -> None:
