@@ -115,8 +115,10 @@ def _numbers(folder: Path, model: ModelDescription) -> Iterator[str]:
     yield f"context        {model.context_limit:,} tokens by the model; {here}"
     beside = {f"weights={kind}": held for kind, held in model.in_bytes.items()}
     for dtype, held in {**model.in_dtype, **beside, "kv_cache_dtype=fp8": model.fp8_cache}.items():
+        kept = " (matrices in bfloat16, as they are stored)" if held.matrices == "bfloat16" else ""
         yield (
-            f"  {dtype:19}{_size(held.weight_bytes)} of weights, {held.cache_bytes_per_token:,} B of cache a token"
+            f"  {dtype:19}{_size(held.weight_bytes)} of weights{kept}"
+            f", {held.cache_bytes_per_token:,} B of cache a token"
             + (f", contexts of {held.context:,} in a pool of {held.pool_tokens:,} tokens" if held.context else "")
         )
         if held.refused:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -40,6 +41,8 @@ def chosen_kernels(
         )
     with converted():
         source = read_source(f"{RANDOM}{model}")
+        # How weights are stored is read from files, where there are some.
+        source = replace(source, random=not any(model.glob("*.safetensors")))
         return kernel_choices(
             source, platform=platform, dtype=dtype, weights=weights, cache=cache, batch_invariant=batch_invariant
         )

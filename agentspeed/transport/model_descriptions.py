@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,8 @@ class InDtype:
     """A model in one format on this machine's CPU memory, with the engine's other options as they are by default."""
 
     weight_bytes: int
+    matrices: str
+    """What matrices are kept in, where not in the format itself; else empty."""
     cache_bytes_per_token: int
     context: int
     """Tokens of the largest context that an engine gives; 0 where it does not start."""
@@ -108,13 +111,14 @@ def _in_dtype(folder: Path, dtype: Dtype, weights: WeightFormat | None = None, *
 
     options = EngineOptions(model=str(folder), dtype=dtype)
     cache: Literal["fp8"] | None = "fp8" if fp8_cache else None
+    kept = weights or _kept(folder, dtype)
     try:
-        info = describe(folder, dtype=dtype, page_tokens=options.page_tokens, weights=weights, cache=cache)
+        info = describe(folder, dtype=dtype, page_tokens=options.page_tokens, weights=kept, cache=cache)
     except EngineFault as fault:
         if cache is None:
             raise
         return replace(_in_dtype(folder, dtype, weights), context=0, pool_tokens=0, refused=_said(fault))
-    held = None if weights is None else info.weight_bytes
+    held = None if kept is None else info.weight_bytes
     try:
         pages, context = sizes(options, info.context_limit, info.bytes_per_page, info.parameters, weight_bytes=held)
         refused = ""
@@ -122,11 +126,23 @@ def _in_dtype(folder: Path, dtype: Dtype, weights: WeightFormat | None = None, *
         pages, context, refused = 0, 0, _said(fault)
     return InDtype(
         weight_bytes=info.weight_bytes,
+        matrices=kept or "",
         cache_bytes_per_token=info.kv.bytes_per_token,
         context=context,
         pool_tokens=pages * options.page_tokens,
         refused=refused,
     )
+
+
+def _kept(folder: Path, dtype: Dtype) -> Literal["bfloat16"] | None:
+    """As an engine on this machine's CPU keeps matrices that it is asked nothing about; without PyTorch none runs."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+    from agentspeed_engine.models.catalog import read_source
+    from agentspeed_engine.models.kept_weights import kept_weights
+    from agentspeed_kernels.platform import detect
+
+    return kept_weights(read_source(folder), dtype, detect())
 
 
 def _said(fault: EngineFault) -> str:

@@ -25,12 +25,12 @@ _AT_ONCE = 1 << 17
 
 
 class Rows(Protocol):
-    """A matrix [N, K] of which some rows at a time are taken to floats."""
+    """A matrix [N, K] in another format, whose rows are written as floats."""
 
     @property
     def shape(self) -> torch.Size: ...
     def __getitem__(self, rows: slice, /) -> Rows: ...
-    def float(self) -> Tensor: ...
+    def write(self, out: Tensor) -> None: ...
 
 
 @final
@@ -67,7 +67,7 @@ class Quantised:
         scales = torch.empty(*front, steps * INPUTS // group if group else 1, tiles * OUTPUTS, device=device)
         return Quantised(data, scales, group, tuple(shape), dtype)
 
-    def fill(self, weight: Rows, workspace: Workspace) -> None:
+    def fill(self, weight: Tensor | Rows, workspace: Workspace) -> None:
         """Of a weight [N, K]: some rows after the others, which go through `workspace`."""
         (outputs, inputs), (tiles, steps) = weight.shape, self.data.shape[:2]
         width, many = steps * INPUTS, min(max(_AT_ONCE // inputs // OUTPUTS, 1), tiles)
@@ -80,8 +80,11 @@ class Quantised:
             if width > inputs:
                 floats[:, inputs:].zero_()
             floats[given:rows].zero_()
-            held = weight[first : first + given]
-            floats[:given, :inputs].copy_(held if isinstance(held, Tensor) else held.float())
+            held, into = weight[first : first + given], floats[:given, :inputs]
+            if isinstance(held, Tensor):
+                into.copy_(held)
+            else:
+                held.write(into)
             groups = floats[:rows].view(rows, -1, self.group or width)
             by = torch.abs(groups, out=sizes[:rows].view(groups.shape)).amax(-1, keepdim=True) / _MOST
             groups.div_(by.where(by > 0, 1)).round_().add_(MIDDLE).nan_to_num_(MIDDLE)

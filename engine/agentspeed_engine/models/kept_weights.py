@@ -36,7 +36,8 @@ def kept_weights(
     cache: CacheFormat | None = None,
     batch_invariant: bool = False,
 ) -> Literal["bfloat16"] | None:
-    """bfloat16 where every matrix is stored so and no op is slower for it there; None: `dtype`. No weight is read.
+    """bfloat16 where every matrix is stored so and no op is slower for it there; None: `dtype`. No weight is read, and
+    none need be there: then config.json says how they are stored.
 
     Raises `EngineFault` (bad_options) for a wish in `AGENTSPEED_KERNELS` that names no choice."""
     if dtype != "float32" or platform.device != "cpu" or not _stored_so(source):
@@ -72,7 +73,7 @@ def _serves(
 
 
 def _stored_so(source: ModelSource) -> bool:
-    if source.random:
+    if source.random or not any(source.path.glob("*.safetensors")):
         return stored_as(source.raw) == (_BFLOAT16, False)
     stored = _formats(source.path)
     names = (name for name, shape in source.family.shapes(source.config) if in_sixteen_bits(name, shape))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, final
 
+from agentspeed_engine.models.kept_weights import kept_weights
 from agentspeed_engine.models.kernel_refusals import kernels_chosen
 from agentspeed_engine.models.precision import choose
 from agentspeed_engine.models.source import Dtype, ModelSource
@@ -63,7 +64,8 @@ def kernel_choices(
     page_tokens: int = 64,
     batch_invariant: bool = False,
 ) -> KernelChoices:
-    """`platform`: None for where an engine would run on this machine's CPU, else what `platform.named` takes.
+    """`weights`: None for what an engine keeps. `platform`: None for where an engine would run on this machine's CPU,
+    else what `platform.named` takes.
 
     Raises `EngineFault` (bad_options) for a platform nobody knows or that is not here, for an op without a kernel, and
     for a wish in `AGENTSPEED_KERNELS` that names none.
@@ -74,6 +76,7 @@ def kernel_choices(
     with kernels_chosen(batch_invariant=batch_invariant):
         place = detect() if platform is None else named(platform)
         chosen, why = choose(source.raw, place, cache) if dtype == "auto" else (dtype, "")
+        weights = weights or kept_weights(source, chosen, place, cache=cache, batch_invariant=batch_invariant)
         preferences = Preferences.from_environment()
         ops = family.ops_on(place.device, joins=preferences.joins and not batch_invariant, invariant=batch_invariant)
         kernels = Kernels(

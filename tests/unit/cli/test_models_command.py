@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from agentspeed.cli.app import EXIT_REFUSED, app
 from agentspeed.engine import NANO
+from agentspeed_engine.models.catalog import describe, read_source
+from agentspeed_engine.models.kept_weights import kept_weights
 from agentspeed_engine.models.registry import supported_types
+from agentspeed_kernels.platform import detect
 from tests.support.chat_templates import FAMILIES
 from tests.support.conversations import folder_of
 from tests.support.paged import CONFIG
@@ -46,6 +50,40 @@ def test_a_model_is_told_by_what_it_is_and_what_it_needs_here() -> None:
     wide = told["in_dtype"]["bfloat16"]["cache_bytes_per_token"]
     assert told["fp8_cache"]["cache_bytes_per_token"] < 0.8 * wide and not told["fp8_cache"]["refused"]
     assert "<tool_call>" in told["template"]["a call"]
+
+
+def in_float32(folder: Path) -> dict[str, Any]:
+    """What is told of a model in float32."""
+    done = RUNNER.invoke(app, ["models", str(folder), "--json"])
+    assert done.exit_code == 0, done.output
+    told: dict[str, Any] = json.loads(done.output)["in_dtype"]["float32"]
+    return told
+
+
+def test_weights_in_float32_are_counted_as_an_engine_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = kept_weights(read_source(NANO), "float32", detect())
+    told = in_float32(NANO)
+    assert told["matrices"] == (kept or "")
+    assert told["weight_bytes"] == describe(NANO, dtype="float32", weights=kept).weight_bytes
+    monkeypatch.setenv("AGENTSPEED_KERNELS", "linear=torch")
+    assert in_float32(NANO)["weight_bytes"] == describe(NANO, dtype="float32").weight_bytes
+
+
+def test_how_matrices_would_be_kept_is_told_where_only_the_configuration_is(tmp_path: Path) -> None:
+    kept = kept_weights(read_source(NANO), "float32", detect())
+    folder = spoken_by(tmp_path, "qwen 3")
+    config = json.loads((folder / "config.json").read_text())
+    for stored, matrices in (("float32", ""), ("bfloat16", kept or "")):
+        _ = (folder / "config.json").write_text(json.dumps(config | {"dtype": stored}))
+        assert in_float32(folder)["matrices"] == matrices
+
+
+def test_kernels_are_chosen_for_the_matrices_that_an_engine_keeps() -> None:
+    kept = kept_weights(read_source(NANO), "float32", detect())
+    for dtype, matrices in (("float32", kept), ("float64", None)):
+        done = RUNNER.invoke(app, ["kernels", str(NANO), "--dtype", dtype, "--json"])
+        assert done.exit_code == 0, done.output
+        assert json.loads(done.output)["weights"] == matrices
 
 
 def test_a_quantisation_that_its_text_part_declares_is_how_a_model_is_stored(tmp_path: Path) -> None:

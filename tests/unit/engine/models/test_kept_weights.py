@@ -165,13 +165,16 @@ def test_routers_and_norms_may_be_stored_in_float32_and_no_matrix_may(tmp_path: 
     assert kept_weights(read_source(folder), "float32", detect()) is None
 
 
-def test_a_folder_that_is_not_whole_is_left_to_the_load(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_whole_is_left_to_the_load_and_one_without_weights_to_its_configuration(
+    tmp_path: Path,
+) -> None:
     folder = make_checkpoint(LATENT, tmp_path, dtype="bfloat16")
     file = folder / "model.safetensors"
+    whole = kept_weights(read_source(folder), "float32", detect())
     file.write_bytes(file.read_bytes()[:40])
     assert kept_weights(read_source(folder), "float32", detect()) is None
     file.unlink()
-    assert kept_weights(read_source(folder), "float32", detect()) is None
+    assert kept_weights(read_source(folder), "float32", detect()) == whole
 
 
 def test_where_torch_alone_computes_or_a_kernel_is_forced_matrices_are_in_float32(
