@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,19 +63,28 @@ def test_logits_stay_near_those_of_the_checkpoint(folder: Path, dtype: Any, weig
         assert [program.proven for program in model._programs._programs.values()] == [True]
 
 
+def weights_in(value: Any) -> Iterator[Any]:
+    """What has data among the fields of a module, and of what it is made of."""
+    if isinstance(getattr(value, "data", None), torch.Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for one in value:
+            yield from weights_in(one)
+    elif type(value).__module__.startswith("agentspeed_engine.models"):
+        for name in getattr(type(value), "__slots__", ()):
+            yield from weights_in(getattr(value, name, None))
+
+
 def held(model: LoadedModel) -> int:
     """Bytes of all weights, each once."""
     found: dict[int, int] = {}
-    for step in model._steps:
-        for cell in step.__closure__ or ():
-            for name in getattr(type(cell.cell_contents), "__slots__", ()):
-                value = getattr(cell.cell_contents, name, None)
-                data = value.data if isinstance(value, Quantised | Fp8Blocks) else getattr(value, "data", value)
-                if isinstance(data, torch.Tensor) and not any(
-                    pool.data_ptr() <= data.data_ptr() < pool.data_ptr() + pool.nbytes for pool in model.pools.tensors
-                ):
-                    scales = value.scales.nbytes if isinstance(value, Quantised | Fp8Blocks) else 0
-                    found[data.untyped_storage().data_ptr()] = data.untyped_storage().nbytes() + scales
+    pools = {pool.untyped_storage().data_ptr() for pool in model.pools.tensors}
+    cells = (cell.cell_contents for step in model._steps for cell in step.__closure__ or ())
+    for value in (weight for cell in cells for weight in weights_in(cell)):
+        storage = value.data.untyped_storage()
+        if storage.data_ptr() not in pools:
+            scales = value.scales.nbytes if isinstance(value, Quantised | Fp8Blocks) else 0
+            found[storage.data_ptr()] = storage.nbytes() + scales
     return sum(found.values())
 
 
