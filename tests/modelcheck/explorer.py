@@ -232,7 +232,7 @@ def expand(core: Core, bounds: Bounds, is_new: Callable[[bytes], bool], world: S
             carry_out(core, action)
             core.check()
             _check_oldest(core.world, oldest)
-            check_suspects(core.world, suspected)
+            check_suspects(core, suspected)
         except (BrokenInvariant, LookupError, ValueError) as broken:
             rule = str(broken) if isinstance(broken, BrokenInvariant) else f"crash: {broken!r}"
             return Expanded(moves, reached, (rule, _name(action)))

@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from agentspeed_engine.errors import BrokenInvariant
-from agentspeed_engine.ids import BranchId, PageId, SlotId
+from agentspeed_engine.ids import BranchId, NodeId, PageId, SlotId
 from agentspeed_engine.kv.branch_states import Decoding, Prefilling, Settling
 from agentspeed_engine.kv.node_states import Both, Host, Loading, Saving
-from agentspeed_engine.kv.tree import Node, subtree, upward
+from agentspeed_engine.kv.tree import Node, RootKey, subtree, upward
+from agentspeed_engine.sched.core import Core
 from agentspeed_engine.sched.state import SchedulerState
 
 SPOILT = "acknowledge spoilt"
@@ -24,6 +25,11 @@ class Suspects:
     """None: of nodes that are to go when their copy ends."""
     epoch: int
     others: set[BranchId]
+    root: RootKey | None = None
+    ids: bytes = b""
+    """What the turn's branch knows, and where prompts of its kind begin."""
+    copied: PageId | None = None
+    """That the turn copied the end of its prefix from, and refers to no more."""
     pages: set[PageId] = field(default_factory=set[PageId])
     slots: set[SlotId] = field(default_factory=set[SlotId])
 
@@ -53,8 +59,10 @@ def suspects(world: SchedulerState, action: object) -> list[Suspects]:
             one = Suspects(number, branch.epoch, set(world.states) - {number})
             one.add(upward(branch.leaf))
             one.pages |= set(state.room.tail)
+            one.root, one.ids = branch.root, branch.log.packed(0, branch.known)
             if (copy := state.room.copy) is not None:
-                one.add(node for node in world.kv.tree.nodes.values() if copy.src in node.pages)
+                source = next(node for node in world.kv.tree.nodes.values() if copy.src in node.pages)
+                one.copied = None if _kept(source, one.others) else copy.src
             found.append(one)
     return found
 
@@ -65,18 +73,28 @@ def first_sampled(world: SchedulerState) -> tuple[BranchId, int] | None:
     return next(((row.branch, row.epoch) for row in rows if row.sample is not None), None)
 
 
-def check_suspects(world: SchedulerState, before: list[Suspects]) -> None:
-    """After the action. Raises `BrokenInvariant` where a branch that did not refer to them would find them."""
+def check_suspects(core: Core, before: list[Suspects]) -> None:
+    """After the action. Raises `BrokenInvariant` where a branch that did not refer to them would find them; a page that
+    was copied from, where a prompt of the same ids would copy from it first."""
+    world = core.world
     for one in before:
         if one.branch is not None:
             state = world.states.get(one.branch)
             if state is not None and state.branch.epoch == one.epoch:
                 continue  # it has not come to rest
         for node in world.kv.tree.nodes.values():
-            if one.pages.isdisjoint(node.pages) and one.slots.isdisjoint(_slots(node)):
+            touched = not (one.pages.isdisjoint(node.pages) and one.slots.isdisjoint(_slots(node)))
+            if not touched and not (one.copied in node.pages and _copied_first(core.snapshot(), one, node.id)):
                 continue
             if not _kept(node, one.others) and not any(below.disowned for below in subtree(node)):
                 raise BrokenInvariant(f"(10) {node!r} has rows of a spoilt turn, and a prompt would find them")
+
+
+def _copied_first(world: SchedulerState, one: Suspects, node: NodeId) -> bool:
+    """In a world of its own, for a lookup may split nodes."""
+    root = None if one.root is None else world.kv.tree.roots.get(one.root)
+    seed = None if root is None else world.kv.tree.match(root, one.ids).seed
+    return seed is not None and seed.id == node
 
 
 def _kept(node: Node, others: set[BranchId]) -> bool:
