@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--model", default="v3-50m", help="a configuration in bench/models")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--weights", choices=("dtype", "int8", "int8-32"), default="dtype", help="ours alone")
+    parser.add_argument("--turns-in-place", type=int, default=1, help="ours alone: the engine's option of that name")
     parser.add_argument("--peers", type=Path, default=ROOT / ".peers", help="where peers are installed")
     parser.add_argument("--server", action="append", default=[], metavar="NAME=URL")
     parser.add_argument("--sides", default="", help="names, or beginnings of names, with commas between; all if empty")
@@ -77,8 +78,9 @@ def seated(options: argparse.Namespace, absent: dict[str, str]) -> dict[str, Sid
     from bench.peers_table import OURS
 
     model, threads = checkpoint(options.model, options.dtype), options.threads
+    ours = {"dtype": options.dtype, "weights": options.weights, "turns_in_place": options.turns_in_place}
     makers = {
-        OURS: lambda: Ours(model, threads, dtype=options.dtype, weights=options.weights),
+        OURS: lambda: Ours(model, threads, **ours),
         "vllm eager": lambda: Launched("vllm eager", vllm(options.peers / "vllm", model, threads, eager=True)),
         "vllm compiled": lambda: Launched("vllm compiled", vllm(options.peers / "vllm", model, threads, eager=False)),
         "llama.cpp": lambda: Launched("llama.cpp", llama(options.peers / "llama.cpp", model, threads)),
@@ -123,6 +125,7 @@ async def compared(options: argparse.Namespace) -> dict[str, Any]:
     for case in chosen:
         print("\n".join(lines(case, table.found.get(case.name, {}), judged=options.part == 1)))
     asked = {"model": options.model, "dtype": options.dtype, "weights": options.weights, "threads": options.threads}
+    asked["turns_in_place"] = options.turns_in_place
     run = {"bench": "peers_cpu", **asked, "rounds": options.rounds, "part": options.part, "load": os.getloadavg()[0]}
     results = {case.name: told(case, table.found.get(case.name, {})) for case in chosen}
     return run | {"minutes": round((time.monotonic() - began) / 60, 1), "absent": absent, "cases": results}

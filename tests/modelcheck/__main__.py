@@ -22,6 +22,7 @@ from tests.modelcheck.mutants import (
     HOST,
     LOADED,
     MUTANTS,
+    PLACES,
     PREPARED,
     QUOTA,
     SPOILT,
@@ -48,6 +49,7 @@ SMALL_LATER = (
     replace(AHEAD, verbs=3, firm_pages=1, pages=5),
     replace(HOST, verbs=2, depth=1, decode_ahead=True),
     replace(QUOTA, verbs=1, depth=1, decode_ahead=True),
+    PLACES,
     PREPARED,
 )
 SMALL_SPOILT = (
@@ -79,10 +81,11 @@ LARGE_LATER = (
     replace(AHEAD_FAR, verbs=4),
     replace(HOST, verbs=4, depth=1, decode_ahead=True),
     replace(QUOTA, verbs=2, depth=1, decode_ahead=True),
+    replace(PLACES, verbs=4, depth=1),
     replace(PREPARED, verbs=5, depth=1, decode_ahead=True),
 )
-"""With rows for tokens in flight, and turns that wait for their grammar. They are counted apart, so that what the
-others come to can be compared with what they came to before there was either."""
+"""With rows for tokens in flight, places that are kept, and turns that wait for their grammar. They are counted apart,
+so that what the others come to can be compared with what they came to before there was any of it."""
 LARGE_SPOILT = (
     replace(SPOILT, verbs=5),
     replace(SPOILT_LOADED, verbs=3),

@@ -56,6 +56,8 @@ class Bounds:
     nobody (`spoilt`)."""
     prepares: bool = False
     """Turns with stop strings wait to be prepared, which ends well or not, at any moment."""
+    turns_in_place: int = 1
+    """With more, branches keep their places: pauses take no time here, so they always do while they may."""
     firm_pages: int = 0
     host_slots: int = 0
     """With any, every copy may end well or fail, at any moment."""
@@ -84,6 +86,7 @@ class Bounds:
             depth=self.depth,
             decode_ahead=self.decode_ahead,
             prepares=self.prepares,
+            turns_in_place=self.turns_in_place,
             firm_pages=self.firm_pages,
             host_slots=self.host_slots,
             tenant_pages=self.tenant_pages,

@@ -37,6 +37,7 @@ from tests.modelcheck.successors import unlike
         Bounds(verbs=3, firm_pages=1, pages=5),
         Bounds(verbs=2, setup=((1,), (2, 1, 1)), depth=1),
         Bounds(verbs=2, host_slots=4, setup=((1, 1, 1), (2, 1, 1, 1))),
+        Bounds(verbs=3, turns_in_place=2),
         QUOTA,
         AHEAD,
         AHEAD_FAR,
@@ -64,6 +65,7 @@ def test_every_state_is_sound_and_every_turn_ends(bounds: Bounds) -> None:
             verbs=2, pages=6, page_tokens=1, context_limit=4, tenant_pages=5, branches=3, setup=((1,), (1, 2), (2, 1))
         ),
         AHEAD,
+        Bounds(verbs=3, turns_in_place=2),
         replace(PREPARED, verbs=3),
         SPOILT,
         SPOILT_SAVED,

@@ -10,7 +10,7 @@ from agentspeed_engine.kv.branch import Branch
 from agentspeed_engine.kv.branch_states import Decoding, Prefilling, Promoting, Queued
 from agentspeed_engine.kv.tree import Node, tenant_of, upward
 from agentspeed_engine.kv.turn import Turn
-from agentspeed_engine.sched import tickets
+from agentspeed_engine.sched import places, tickets
 from agentspeed_engine.sched.state import SchedulerState
 
 
@@ -20,11 +20,13 @@ def target(turn: Turn, branch: Branch) -> int:
 
 
 def lacks(world: SchedulerState, state: Queued, now: float) -> str:
-    """What the whole prompt of a turn lacks beside the older turns, empty when it fits (L3). Beside them it would be
-    let in to be preempted half way, and what it computed would be lost. The oldest is always let in (L1)."""
+    """What the whole prompt of a turn lacks beside the older turns and those soon to come, empty when it fits (L3).
+    Beside them it would be let in to be preempted half way, and what it computed would be lost. The oldest is always
+    let in (L1)."""
     turn, branch = state.turn, state.branch
     older = world.active[: bisect_left(world.active, (turn.age, branch.id))]
-    return _lacking(world, state, [number for _, number in older], world.config.pages, world.firm, now)
+    resting = places.before(world, turn.age, now) if older else ()
+    return _lacking(world, state, [number for _, number in older], world.config.pages, world.firm, now, resting)
 
 
 def lacks_quota(world: SchedulerState, state: Queued, now: float) -> bool:
@@ -40,7 +42,13 @@ def lacks_quota(world: SchedulerState, state: Queued, now: float) -> bool:
 
 
 def _lacking(
-    world: SchedulerState, state: Queued, older: list[BranchId], pages: int, firm: Iterable[BranchId], now: float
+    world: SchedulerState,
+    state: Queued,
+    older: list[BranchId],
+    pages: int,
+    firm: Iterable[BranchId],
+    now: float,
+    resting: Iterable[Branch] = (),
 ) -> str:
     if not older:
         return ""
@@ -50,6 +58,8 @@ def _lacking(
     for number in older:
         held = _running(world, number)
         spare -= _path_pages(held.branch.leaf, seen) + len(held.room.tail)
+    for other in resting:  # each will want a page to go on in
+        spare -= 1 + _path_pages(other.leaf if other.seed is None else other.seed, seen)
     chain = world.kv.unreadable(branch)
     spare -= _path_pages(branch.leaf, seen) + tickets.pages_of(chain)
     spare -= pages_for(target(turn, branch) - branch.leaf.end, world.config.page_tokens)

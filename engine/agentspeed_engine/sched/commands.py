@@ -43,7 +43,7 @@ from agentspeed_engine.protocol.messages import (
 )
 from agentspeed_engine.protocol.sampling import counts_log, counts_message, validate_sampling
 from agentspeed_engine.protocol.token_ids import unpack_ids
-from agentspeed_engine.sched import leases, quotas
+from agentspeed_engine.sched import leases, places, quotas
 from agentspeed_engine.sched.inspection import waiting_for
 from agentspeed_engine.sched.pause_model import PauseModel
 from agentspeed_engine.sched.redaction import MAX_NAME, usable_name
@@ -123,7 +123,7 @@ def generate(world: SchedulerState, link: LinkId, command: Generate, now: float)
         held.enqueue(
             Turn(
                 spec=spec,
-                age=world.next_age,
+                age=places.taken(world, branch, now),
                 max_tokens=wanted,
                 queued_at=now,
                 waits=waits,

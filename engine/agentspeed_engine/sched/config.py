@@ -51,6 +51,8 @@ class CoreConfig:
     tenant_pages: int | None = None
     """Most device pages of one tenant, cached rows included (`sched.quotas`); None: no quota."""
     tenant_sessions: int | None = None
+    turns_in_place: int = 1
+    """Turns that a branch may have in a row at the age of the first, over short pauses (`sched.places`)."""
     policy: str = "next_use"
     """Who loses rows first (`sched.policy`); all but the default are there to compare with."""
     dp: int = 1
@@ -83,6 +85,7 @@ class CoreConfig:
             "max_sessions",
             "max_branches",
             "max_waiting",
+            "turns_in_place",
         ):
             if getattr(self, name) < 1:
                 raise EngineFault("bad_options", f"{name} is {getattr(self, name)}.", "Give at least 1.")

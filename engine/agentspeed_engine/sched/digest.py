@@ -97,6 +97,7 @@ def _branch(world: SchedulerState, state: BranchState) -> Any:
         turn,
         room,
         then,
+        *([branch.place, branch.turns_in_place] if branch.turns_in_place else []),  # nothing where places are not kept
     )
 
 

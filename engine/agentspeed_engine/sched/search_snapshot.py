@@ -143,6 +143,7 @@ def key(world: SchedulerState) -> Hashable:
     unborn = [child for state in settling for child in state.then.children]
     index = {number: place for place, number in enumerate(sorted([*branches, *unborn]))}
     ages = {state.turn.age for state in world.states.values() if not isinstance(state, Held)}
+    ages |= {state.branch.place for state in world.states.values() if state.branch.turns_in_place}
     rank = {age: place for place, age in enumerate(sorted(ages))}
     tree = world.kv.tree
     nodes = {number: place for place, number in enumerate(sorted(tree.nodes))}
@@ -212,6 +213,7 @@ def _branch_key(world: SchedulerState, number: BranchId, index: dict[BranchId, i
         index[min(session.branches)],
         session.orphaned,
         branch.root,
+        (rank[branch.place], branch.turns_in_place) if branch.turns_in_place else None,
         branch.private,
         turn,
         room,

@@ -122,6 +122,10 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     rows make room, then its turns wait. None: no quota."""
     tenant_sessions: int | None = None
     """Most sessions of one tenant. None: no quota."""
+    turns_in_place: int = 1
+    """Turns that a session may have in a row at its place in the queue, where each follows within half a second of the
+    last. With 3, agents whose tools answer at once keep their rows while others wait, so that a pool that is too small
+    serves more of them; who was away longer waits longer. 1: every turn goes to the end of the queue."""
     policy: str = "next_use"
     """Who loses rows first under pressure; the others are there to compare with (`sched.policy`)."""
     ticket_deadline: float = 5.0
@@ -166,6 +170,7 @@ _RANGES: dict[str, tuple[int, int]] = {
     "max_waiting": (1, _MOST),
     "tenant_pages": (1, _MOST),
     "tenant_sessions": (1, _MOST),
+    "turns_in_place": (1, _MOST),
     "outbox_bytes": (4096, _MOST),
     "record_bytes": (LEAST_BYTES, _MOST),
 }
@@ -476,5 +481,6 @@ def _core(options: EngineOptions, pages: int, limit: int, vocab_size: int, name:
         max_lease_seconds=options.max_lease_seconds,
         tenant_pages=options.tenant_pages,
         tenant_sessions=options.tenant_sessions,
+        turns_in_place=options.turns_in_place,
         policy=options.policy,
     )

@@ -1,0 +1,145 @@
+"""A branch that goes on at once keeps its place and its rows, a few turns long, where places are kept."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.protocol import messages as wire
+from agentspeed_engine.sched import places
+from agentspeed_engine.sched.config import CoreConfig
+from tests.support.scheduled import Scheduled
+
+KEPT = {"turns_in_place": 3}
+
+
+def one_draws_and_one_waits(pause: float = 0.0, **options: object) -> tuple[Scheduled, int, int]:
+    """One session draws all the time, a second has ended its turn, and a third waits: it does not fit beside both."""
+    world = Scheduled(pages=14, context_limit=48, prefill_chunk=64, **options)
+    draws, goes_on, waits = world.open(range(1, 5)), world.open(range(5, 25)), world.open(range(30, 58))
+    assert isinstance(world.start(draws, most=40), wire.Done)
+    assert isinstance(world.start(goes_on, most=2), wire.Done)
+    assert isinstance(world.start(waits, most=2), wire.Done)
+    while not ended(world, goes_on):
+        _ = world.step()
+    world.now += pause
+    return world, goes_on, waits
+
+
+def ended(world: Scheduled, branch: int) -> list[wire.TurnUsage]:
+    return [said.usage for said in world.heard if isinstance(said, wire.TurnEnded) and said.branch == branch]
+
+
+def started(world: Scheduled, branch: int) -> bool:
+    return any(isinstance(said, wire.TurnStarted) and said.branch == branch for said in world.heard)
+
+
+def test_who_goes_on_at_once_finds_its_rows_and_goes_first() -> None:
+    world, goes_on, waits = one_draws_and_one_waits(**KEPT)
+    for _ in range(3):
+        _ = world.step()  # nobody takes them while it is away
+
+    assert isinstance(world.start(goes_on, [60, 61], most=2), wire.Done)
+    while len(ended(world, goes_on)) < 2:
+        _ = world.step()
+
+    assert ended(world, goes_on)[-1].recomputed <= 1
+    assert not started(world, waits)
+
+
+def test_where_places_are_not_kept_it_goes_to_the_end_and_its_rows_make_room() -> None:
+    world, goes_on, waits = one_draws_and_one_waits()
+    _ = world.step()
+
+    assert started(world, waits)
+    assert isinstance(world.start(goes_on, [60, 61], most=2), wire.Done)
+    world.run()
+    assert ended(world, goes_on)[-1].recomputed > 4
+
+
+def test_after_a_longer_pause_the_place_is_lost_and_the_rows_make_room() -> None:
+    world, goes_on, waits = one_draws_and_one_waits(places.SECONDS + 0.01, **KEPT)
+    _ = world.step()
+
+    assert started(world, waits)
+    assert isinstance(world.start(goes_on, [60, 61], most=2), wire.Done)
+    world.run()
+    assert ended(world, goes_on)[-1].recomputed > 4
+
+
+def test_a_place_is_kept_for_so_many_turns_and_no_more() -> None:
+    world, goes_on, waits = one_draws_and_one_waits(**KEPT)
+    for turn in (2, 3):
+        assert isinstance(world.start(goes_on, [60], most=1), wire.Done)
+        while len(ended(world, goes_on)) < turn:
+            _ = world.step()
+    assert not started(world, waits)
+
+    assert isinstance(world.start(goes_on, [60], most=1), wire.Done)
+    while not ended(world, waits):
+        _ = world.step()
+
+    assert len(ended(world, goes_on)) == 3
+
+
+def test_a_session_that_is_closed_keeps_no_place() -> None:
+    world, goes_on, waits = one_draws_and_one_waits(**KEPT)
+    _ = world.send(wire.Close(request=1, branch=goes_on))
+
+    _ = world.step()
+
+    assert started(world, waits)
+
+
+def test_forks_begin_in_places_of_their_own() -> None:
+    world, goes_on, waits = one_draws_and_one_waits(**KEPT)
+    forked = world.send(wire.Fork(request=1, branch=goes_on, n=1))
+    assert isinstance(forked, wire.Forked)
+    (child,) = forked.branches
+    world.logs[child] = world.logs[goes_on].copy()
+    _ = world.send(wire.Close(request=1, branch=goes_on))
+
+    assert isinstance(world.start(child, [60], most=1), wire.Done)
+    _ = world.step()
+
+    assert started(world, waits)
+
+
+def test_who_waits_alone_is_let_in_whoever_rests() -> None:
+    world = Scheduled(pages=9, context_limit=32, prefill_chunk=64, **KEPT)
+    rests, comes = world.open(range(1, 25)), world.open(range(30, 54))
+    _ = world.turn(rests)
+
+    assert world.turn(comes).new == 24
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_turn_ends_whatever_comes(seed: int) -> None:
+    chance = random.Random(seed)
+    world = Scheduled(pages=12, host_slots=chance.choice((0, 8)), turns_in_place=chance.choice((2, 3, 8)))
+    branches: list[int] = []
+    for _ in range(120):
+        roll = chance.random()
+        if not branches or (roll < 0.15 and len(branches) < 6):
+            branches.append(world.open([chance.randrange(90) for _ in range(chance.randint(1, 8))]))
+        elif roll < 0.6:
+            ids = [chance.randrange(90) for _ in range(chance.randint(1, 3))]
+            _ = world.start(chance.choice(branches), ids, most=chance.randint(1, 3))  # or it is refused: it is busy
+        elif roll < 0.9:
+            _ = world.step()
+            world.settle_copies()
+        elif roll < 0.95:
+            world.now += chance.choice((0.1, 1.0))
+        else:
+            gone = branches.pop(chance.randrange(len(branches)))
+            _ = world.send(wire.Close(request=1, branch=gone))
+    world.run()
+
+    assert world.core.counts()["waiting_turns"] == 0
+
+
+def test_fewer_turns_than_one_are_refused() -> None:
+    with pytest.raises(EngineFault, match="turns_in_place is 0"):
+        CoreConfig(pages=12, context_limit=32, vocab_size=97, turns_in_place=0).check()
