@@ -92,7 +92,8 @@ peer-llama: .peers/llama.cpp/build/bin/llama-server
 		-d .peers/llama.cpp llama-cpp-python==0.3.36
 	tar xzf .peers/llama.cpp/llama_cpp_python-0.3.36.tar.gz -C .peers/llama.cpp/source --strip-components 1
 	cmake -S .peers/llama.cpp/source/vendor/llama.cpp -B .peers/llama.cpp/build -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
-		-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF
+		-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF \
+		-DCMAKE_BUILD_RPATH_USE_ORIGIN=ON
 	cmake --build .peers/llama.cpp/build --target llama-server -j 2
 
 # Mends what the lint rules can mend, and sets line breaks (docs/decisions/0024-ruff-formats.md).

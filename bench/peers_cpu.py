@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, default=ROOT / ".peers", help="where peers are installed")
     parser.add_argument("--server", action="append", default=[], metavar="NAME=URL")
     parser.add_argument("--sides", default="", help="names, or beginnings of names, with commas between; all if empty")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--only", default="", help="parts of names of cases, with commas between them")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=24 * 60, help="begin nothing that would end later")
     parser.add_argument("--limit", type=float, default=120, help="seconds that a side may take for a case")
@@ -110,7 +110,11 @@ async def compared(options: argparse.Namespace) -> dict[str, Any]:
     sides = seated(options, absent)
     for name, why in absent.items():
         print(f"absent: {name}: {why}", flush=True)
-    rounds = [[one for one in cases(options.part, turn) if options.only in one.name] for turn in range(options.rounds)]
+    parts = options.only.split(",")
+    rounds = [
+        [case for case in cases(options.part, turn) if any(part in case.name for part in parts)]
+        for turn in range(options.rounds)
+    ]
     chosen = rounds[0]
     table = Table(sides, absent, options.limit, began + 60 * options.minutes)
     try:
