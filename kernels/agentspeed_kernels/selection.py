@@ -142,9 +142,7 @@ def select(
     unfit = {id(spec) for spec, _ in reasons_of}
     fitting = sorted((spec for spec in candidates if id(spec) not in unfit), key=lambda spec: -spec.priority)
     if not fitting:
-        reasons = "; ".join(f"{spec.name}: {why}" for spec, why in reasons_of) or "none is registered"
-        kind = "batch-invariant kernel" if need.invariant else "kernel"
-        raise NoKernel(f"no {kind} for {need.op} in {need.dtype} with {need.rows} rows on {platform.device}: {reasons}")
+        raise NoKernel(_nothing_fits(need, reasons_of, platform))
     wanted = preferences.forced.get(need.op)
     best = next((spec for spec in fitting if spec.name == wanted), fitting[0])
     forced = best.name == wanted
@@ -154,6 +152,20 @@ def select(
         for spec in others
     ]
     return Choice(kernel=best, rejected=tuple(reasons_of))
+
+
+def _nothing_fits(need: Need, reasons_of: Iterable[tuple[KernelSpec, str]], platform: Platform) -> str:
+    """What was looked for, and why each candidate is none: those of one reason together, for there are many."""
+    names: dict[str, list[str]] = {}
+    for spec, why in reasons_of:
+        names.setdefault(why, []).append(spec.name)
+    kept = [f"{role} in {held}" for role, held in (("weights", need.weights), ("cache", need.cache)) if held]
+    rows = "any number of" if need.rows == UNBOUNDED else need.rows
+    return (
+        f"no {'batch-invariant ' if need.invariant else ''}kernel for {need.op} in {', '.join((need.dtype, *kept))} "
+        f"with {rows} rows on {platform.device}: "
+        + ("; ".join(f"{', '.join(those)}: {why}" for why, those in names.items()) or "none is registered")
+    )
 
 
 def misfit(spec: KernelSpec, need: Need, platform: Platform) -> str | None:

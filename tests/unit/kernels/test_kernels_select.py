@@ -21,7 +21,7 @@ from agentspeed_kernels.ops import OPS, WEIGHT_OPS
 from agentspeed_kernels.packing import pack
 from agentspeed_kernels.platform import NoDevice, Platform, detect
 from agentspeed_kernels.registry import Registry, RegistryError, standard
-from agentspeed_kernels.selection import Kernels, NoKernel, Preferences, WrongPreference, select
+from agentspeed_kernels.selection import UNBOUNDED, Kernels, NoKernel, Preferences, WrongPreference, select
 from agentspeed_kernels.signature import KernelSpec, Need, Widths
 from agentspeed_kernels.testing import conformance
 from agentspeed_kernels.workspace import Workspace
@@ -107,8 +107,13 @@ def test_a_batch_invariant_need_takes_no_other_kernel_whatever_its_priority() ->
 
 
 def test_nothing_that_fits_is_an_error_with_all_reasons() -> None:
-    with pytest.raises(NoKernel, match=r"no kernel for rope in float64 with 1 rows on cpu: a: formats are float32"):
-        select(Need(op="rope", dtype="float64", rows=1), (spec("a", 0),), FULL)
+    with pytest.raises(NoKernel, match=r"no kernel for rope in float64 with 1 rows on cpu: a, b: formats are float32$"):
+        select(Need(op="rope", dtype="float64", rows=1), (spec("a", 0), spec("b", 0)), FULL)
+    for_all = Need(op="rope", dtype="float32", rows=UNBOUNDED, weights="int8", cache="fp8")
+    with pytest.raises(
+        NoKernel, match=r"float32, weights in int8, cache in fp8 with any number of rows on cpu: a: weights in int8 are"
+    ):
+        select(for_all, (spec("a", 0),), FULL)
 
 
 def test_a_second_kernel_of_one_name_is_refused() -> None:
