@@ -73,7 +73,7 @@ def _yarn_factor(yarn: Yarn) -> float:
         return yarn.attention_factor
     if yarn.mscale and yarn.mscale_all_dim:
         return yarn_scale(yarn.factor, yarn.mscale) / yarn_scale(yarn.factor, yarn.mscale_all_dim)
-    return yarn_scale(yarn.factor, 1.0)
+    return yarn_scale(yarn.factor, 1.0) * yarn.attn_factor
 
 
 def _llama3_frequencies(scaling: Llama3Rope, plain: Tensor) -> Tensor:

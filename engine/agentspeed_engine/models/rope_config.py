@@ -24,6 +24,9 @@ class Yarn:
     mscale: float | None
     mscale_all_dim: float | None
     attention_factor: float | None
+    attn_factor: float
+    """Multiplies the factor where the configuration does not give all of it: SGLang's and vLLM's name, by which
+    DeepSeek-R1-0528-Qwen3-8B is published; transformers leaves it unread."""
     truncate: bool
 
 
@@ -108,6 +111,7 @@ def _yarn(scaling: Fields, fields: Fields, original: int) -> Yarn:
         mscale=scaling.optional_number("mscale"),
         mscale_all_dim=scaling.optional_number("mscale_all_dim"),
         attention_factor=None if scaling.raw.get("attention_factor") is None else scaling.number("attention_factor"),
+        attn_factor=scaling.optional_number("attn_factor") or 1.0,
         truncate=scaling.flag("truncate", True),
     )
 

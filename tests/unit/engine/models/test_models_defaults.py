@@ -144,6 +144,26 @@ def test_both_namings_of_rope_are_read_as_the_reference_reads_them(fields: dict[
         assert ours.scaling.factor == theirs["factor"]
 
 
+@pytest.mark.parametrize(
+    ("fields", "factor"),
+    [
+        ({}, 1.1386294),
+        ({"attn_factor": 0.8782488562869419}, 1.0),
+        ({"attn_factor": None}, 1.1386294),
+        ({"attn_factor": 0.5, "attention_factor": 1.2}, 1.2),
+    ],
+    ids=str,
+)
+def test_a_factor_of_yarn_is_multiplied_by_what_its_makers_publish_beside_it(
+    fields: dict[str, Any], factor: float
+) -> None:
+    """DeepSeek-R1-0528-Qwen3-8B takes back what yarn puts on scores. The angle of position 0 has a cosine of 1."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, **fields}
+    config = parse(GROUPED | {"model_type": "qwen3", "rope_scaling": yarn})
+    cos, _ = Rope(config.rope, config.context_limit, torch.float64).at(torch.tensor([0]))
+    assert torch.allclose(cos, torch.full_like(cos, factor), rtol=1e-6)
+
+
 REFUSED_ROPE: list[tuple[dict[str, Any], str]] = [
     ({"rope_scaling": "yarn"}, "rope_scaling is not an object"),
     ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "each kind of layer its own (full_attention)"),
