@@ -133,7 +133,8 @@ def _smaller(parameters: int, memory: MemoryLimit, weights: str = "dtype") -> st
 
 
 def _too_large(what: str, memory: MemoryLimit, remedy: str) -> EngineFault:
-    said = f"The weights take {what}, {memory.owner} has {_size(memory.bytes)}."
+    aside = _size(memory.bytes // SPARE_PART)
+    said = f"The weights take {what}, {memory.owner} has {_size(memory.bytes)}, of which {aside} are for steps."
     return EngineFault("out_of_memory", said, remedy)
 
 
@@ -143,4 +144,6 @@ def _room(memory: MemoryLimit, weights: int) -> int:
 
 
 def _size(count: int) -> str:
+    if count < 1e9:
+        return f"{count / 1e6:.0f} MB"
     return f"{count / 1e9:.1f} GB" if count < 1e11 else f"{count / 1e9:.0f} GB"

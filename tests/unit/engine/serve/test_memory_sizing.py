@@ -102,6 +102,12 @@ def test_weights_in_8_bits_are_counted_as_what_they_take() -> None:
         sizes(options(dtype="bfloat16", weights="int8"), 10**6, 10**6, 15 * GB, memory, 15 * GB + GB // 2)
 
 
+def test_weights_that_would_fill_a_small_memory_are_told_in_numbers_that_differ() -> None:
+    with pytest.raises(EngineFault) as caught:
+        sizes(options(dtype="bfloat16"), 4096, 10**6, 197 * 10**6, MemoryLimit(400 * 10**6, "this container"))
+    assert "take 394 MB in bfloat16, this container has 400 MB, of which 25 MB are for steps" in caught.value.message
+
+
 def test_a_pool_that_fits_alone_but_not_beside_the_weights_is_refused() -> None:
     with pytest.raises(EngineFault) as caught:
         sizes(options(pages=9000), 4096, 10**6, 2 * GB, MemoryLimit(16 * GB, "the machine"))
