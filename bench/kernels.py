@@ -18,7 +18,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -111,22 +111,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--dtype", choices=list(KINDS), action="append")
     parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--kernels", default="", help="begins of the names of kernels, with commas; torch's run always")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     figures: dict[str, dict[str, float]] = {}
     for dtype in arguments.dtype or list(KINDS):
         for case in cases(KINDS[dtype]):
             if arguments.only in case.name:
-                figures |= measured(case, dtype, arguments.rounds, arguments.threads)
+                figures |= measured(case, dtype, arguments.rounds, arguments.threads, arguments.kernels.split(","))
     print(
         json.dumps({"bench": "kernels", "threads": arguments.threads, "load": os.getloadavg()[0], "kernels": figures})
     )
 
 
-def measured(case: Case, dtype: Dtype, rounds: int, threads: int) -> dict[str, dict[str, float]]:
+def measured(
+    case: Case, dtype: Dtype, rounds: int, threads: int, begins: Sequence[str] = ("",)
+) -> dict[str, dict[str, float]]:
     rows = case.sizes["T"]
     cost = OPS[case.op].cost(case.sizes, DTYPE_BYTES[dtype])
-    runs_here = runnable(case.op, dtype, rows)
+    runs_here = [runs for runs in runnable(case.op, dtype, rows) if runs.name.startswith(("torch", *begins))]
     contestants = {runs.name: case.contestant(runs) for runs in runs_here}
     owns = {runs.name: runs.own for runs in runs_here}
     contestants["read"] = reader(cost.bytes, case.copies, threads)

@@ -1,11 +1,55 @@
 /* Attention of a few rows over paged bf16 keys and values: tiles of a plan by passes with the tiles of AMX or on vectors, and
    their merge. Latent attention has one head of the pool for all heads of queries, whose values are the first part of its
    keys. */
-#ifdef VECTOR_TILES
 #include "vector_rows.h"
-#else
+#ifndef VECTOR_TILES
 #include "amx_rows.h"
 #endif
+
+/* Up to so many pairs of (row, head of queries) for a head of the pool, vectors are faster than the tiles of AMX: they take
+   all heads at once and read rows as the stream they are. Of latents, which are one head, each number serves keys and values. */
+#define MOST_ON_VECTORS 4
+#define MOST_LATENT_ON_VECTORS 2
+
+INLINE int on_vectors(const step *s, long pairs) {
+#ifdef VECTOR_TILES
+    (void)s, (void)pairs;
+    return 1;
+#else
+    return pairs <= (s->shared ? MOST_LATENT_ON_VECTORS : MOST_ON_VECTORS);
+#endif
+}
+
+/* How a tile of so many rows is cut into jobs: heads of the pools that one pass takes, passes for all heads, and parts of the
+   pairs. */
+typedef struct {
+    long together, spans, parts;
+} cut;
+
+INLINE cut cut_of(const step *s, long rows) {
+    long pairs = rows * (s->heads / s->groups), together = on_vectors(s, pairs) ? heads_together(s, rows) : 1;
+    cut made = {together, (s->groups + together - 1) / together, (pairs + MOST_PAIRS - 1) / MOST_PAIRS};
+    return made;
+}
+
+static size_t scratch_bytes(const step *s) {
+#ifdef VECTOR_TILES
+    return vectors_scratch(s);
+#else
+    size_t vectors = vectors_scratch(s), tiles = tiles_scratch(s);
+    return vectors > tiles ? vectors : tiles;
+#endif
+}
+
+INLINE void run_part(const step *s, const part *p, const part *after, char *memory) {
+#ifndef VECTOR_TILES
+    if (!on_vectors(s, p->low + p->pairs)) {
+        run_on_tiles(s, p, after, memory);
+        return;
+    }
+#endif
+    run_on_vectors(s, p, after, memory);
+}
 
 /* out[rank] = the partial sums of a row's entries, each by its share of the whole softmax. */
 static void merge_row(const step *s, const int *entries, long count, long head, bf16 *out) {
@@ -29,9 +73,11 @@ static void merge_row(const step *s, const int *entries, long count, long head, 
     }
 }
 
-INLINE part part_of(const step *s, long job, long spans, long parts, long together) {
-    long tile = job / (spans * parts), group = job / parts % spans * together, low = job % parts * MOST_PAIRS;
-    long each = s->heads / s->groups, pairs = (s->plan.row_at[tile + 1] - s->plan.row_at[tile]) * each - low;
+/* Jobs are tiles x `spans` x `parts`; a tile that is cut into fewer leaves the rest without pairs. */
+INLINE part part_of(const step *s, long job, long spans, long parts) {
+    long tile = job / (spans * parts), rows = s->plan.row_at[tile + 1] - s->plan.row_at[tile], low = job % parts * MOST_PAIRS;
+    long together = cut_of(s, rows).together, group = job / parts % spans * together;
+    long each = s->heads / s->groups, pairs = group < s->groups ? rows * each - low : 0;
     part one = {s->plan.row_at[tile], s->plan.offset[tile], s->plan.tokens[tile], s->plan.pages + s->plan.page_at[tile],
                 group, at_most(s->groups - group, together), each, low, at_most(pairs, MOST_PAIRS),
                 from_head(s->keys, group, s->keys.width), from_head(s->held, group, s->held.width)};
@@ -40,14 +86,14 @@ INLINE part part_of(const step *s, long job, long spans, long parts, long togeth
 
 static void attend(const step *s, long tiles, long merges, const int *merge_rows, const int *merge_at, const int *merge,
                    bf16 *out, int threads) {
-    long each = s->heads / s->groups, most_rows = 0, work = 0;
+    long spans = 1, parts = 0, work = 0;
     for (long tile = 0; tile < tiles; tile++) {
         long count = s->plan.row_at[tile + 1] - s->plan.row_at[tile];
-        most_rows = count > most_rows ? count : most_rows, work += count * s->plan.tokens[tile];
+        cut made = cut_of(s, count);
+        spans = made.spans > spans ? made.spans : spans, parts = made.parts > parts ? made.parts : parts;
+        work += count * s->plan.tokens[tile];
     }
-    long together = heads_together(s, most_rows), spans = (s->groups + together - 1) / together;
     /* Parts of one tile read the same pages: they stay on one core unless there are too few tiles. */
-    long parts = (most_rows * each + MOST_PAIRS - 1) / MOST_PAIRS;
     long chunk = tiles * spans >= 2 * threads ? parts : 1;
     if (work * s->heads * (s->keys.width + s->rank) < WORTH_A_TEAM) threads = 1;
     if (parts == 0) return;
@@ -57,10 +103,11 @@ static void attend(const step *s, long tiles, long merges, const int *merge_rows
         tiles_begin(0);
 #pragma omp for schedule(dynamic, chunk)
         for (long job = 0; job < tiles * spans * parts; job++) {
-            part one = part_of(s, job, spans, parts, together), after = one;
-            int more = job + threads < tiles * spans * parts;
-            if (more) after = part_of(s, job + threads, spans, parts, together);
-            if (one.pairs > 0) run_part(s, &one, more ? &after : 0, memory);
+            part one = part_of(s, job, spans, parts), after = {0};
+            if (one.pairs <= 0) continue;
+            for (long next = job + threads; next < tiles * spans * parts && after.pairs <= 0; next += threads)
+                after = part_of(s, next, spans, parts);
+            run_part(s, &one, after.pairs > 0 ? &after : 0, memory);
         }
         tiles_end();
 #pragma omp for schedule(static)

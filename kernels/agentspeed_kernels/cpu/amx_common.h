@@ -25,8 +25,9 @@
 
 #ifdef VECTOR_TILES
 #include "vector_tiles.h"
+#elif defined(TILE_MODEL) /* a file: tests run the kernels for AMX where there is none */
+#include TILE_MODEL
 #else
-#define ROWS_TOGETHER 0
 #define TILES /* what a function that uses tiles begins with */
 #define TILE_LOAD(t, p, stride) \
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"((const void *)(p)), "r"((long)(stride)) : "memory")
@@ -35,6 +36,7 @@
     __asm__ volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"((void *)(p)), "r"((long)(stride)) : "memory")
 #define TILE_ZERO(t) __asm__ volatile("tilezero %%tmm" #t ::)
 #define TILE_DOT(sum, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #sum ::)
+#define TILE_DOT_BYTES(sum, a, b) __asm__ volatile("tdpbsud %%tmm" #b ", %%tmm" #a ", %%tmm" #sum ::)
 
 /* Tiles 0, 1, 2 and 5 to 7 have 16 rows; 3 (sums) and 4 (left operand) have `tail` rows, for the last rows of a block. */
 INLINE void tiles_begin(long tail) {
@@ -151,6 +153,9 @@ typedef struct {
     long out_stride, rows, n, k;
 } product;
 
+/* Of rows in whole tiles, COLUMNS of each. */
+INLINE size_t sums_bytes(long rows) { return whole_tiles(rows) * 16 * COLUMNS * sizeof(float); }
+
 /* Sums [rows][COLUMNS] of columns `tile` and, with `both`, the next one, to rows from `low` on of what comes out. */
 INLINE void put_columns(const product *p, const float *sums, long low, long rows, long tile, int both) {
     __mmask16 left = first_lanes(p->n - tile * 16), right = both ? first_lanes(p->n - tile * 16 - 16) : 0;
@@ -162,6 +167,13 @@ INLINE void put_columns(const product *p, const float *sums, long low, long rows
         write_some(to, left, _mm512_add_ps(_mm512_loadu_ps(sums + r * COLUMNS), more));
         if (both) write_some(to + 16, right, _mm512_add_ps(_mm512_loadu_ps(sums + r * COLUMNS + 16), further));
     }
+}
+
+/* Row `at` in its place of [rows of 16][steps][16][32], zeros behind k numbers. */
+INLINE void pack_row(const bf16 *row, long at, long k, bf16 *to) {
+    to += (at / 16 * whole_steps(k) * 16 + at % 16) * STEP;
+    for (long s = 0; s < whole_steps(k); s++)
+        _mm512_store_si512(to + s * TILE, _mm512_maskz_loadu_epi16(first_halves(k - s * STEP), row + s * STEP));
 }
 
 /* sums[16][16] = (more ? sums : 0) + rows of x times one column of tiles. */

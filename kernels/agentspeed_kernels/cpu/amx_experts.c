@@ -1,8 +1,6 @@
 /* SwiGLU of routed experts in bf16: the weights of an expert are read once for all tokens that chose it. */
 #include "amx_common.h"
 
-#define BLOCK 64
-
 typedef struct {
     const bf16 *x;
     long x_stride;
@@ -15,9 +13,7 @@ typedef struct {
     int alone; /* rows are tokens, and nothing is summed */
 } feed;
 
-#ifdef VECTOR_TILES
-#include "vector_experts.h"
-#endif
+#include "many_experts.h"
 
 /* act = silu(x . gate) * (x . up), tiles [low, high) of the inner width; padding columns become 0 by zero weights. */
 static void inner_part(const feed *f, long low, long high) {
@@ -26,27 +22,20 @@ static void inner_part(const feed *f, long low, long high) {
     for (long e = 0; e < f->experts; e++) {
         long count = f->start[e + 1] - f->start[e];
         if (!count) continue;
-#ifdef VECTOR_TILES
         if (count > FEW_ROWS) {
             inner_many(f, e, low, high);
             continue;
         }
-#endif
         const bf16 *x = f->x + f->start[e] * f->x_stride;
         const bf16 *w = f->gate_up + e * 2 * columns * steps * TILE;
         bf16 *act = f->act + f->start[e] * width;
         tiles_begin(count % 16);
-        for (long b = 0; b < count; b += BLOCK)
-            for (long t = low; t < high; t++)
-                for (long i = b; i < count && i < b + BLOCK; i += 16) {
-                    long rows = at_most(count - i, 16);
-                    const bf16 *from = x + i * f->x_stride;
-                    chain(from, 2 * f->x_stride, w + t * steps * TILE, steps, gate, rows == 16, 0, i == b);
-                    chain(from, 2 * f->x_stride, w + (columns + t) * steps * TILE, steps, up, rows == 16, 0, i == b);
-                    for (long r = 0; r < rows; r++)
-                        write16(act + (i + r) * width + t * 16,
-                                _mm512_mul_ps(silu(_mm512_load_ps(gate + r * 16)), _mm512_load_ps(up + r * 16)));
-                }
+        for (long t = low; t < high; t++) {
+            chain(x, 2 * f->x_stride, w + t * steps * TILE, steps, gate, count == 16, 0, 1);
+            chain(x, 2 * f->x_stride, w + (columns + t) * steps * TILE, steps, up, count == 16, 0, 1);
+            for (long r = 0; r < count; r++)
+                write16(act + r * width + t * 16, _mm512_mul_ps(silu(_mm512_load_ps(gate + r * 16)), _mm512_load_ps(up + r * 16)));
+        }
     }
 }
 
@@ -57,31 +46,26 @@ static void outer_part(const feed *f, long low, long high) {
     for (long e = 0; e < f->experts; e++) {
         long count = f->start[e + 1] - f->start[e];
         if (!count) continue;
-#ifdef VECTOR_TILES
         if (count > FEW_ROWS) {
             outer_many(f, e, low, high);
             continue;
         }
-#endif
         const bf16 *act = f->act + f->start[e] * width, *w = f->down + e * columns * steps * TILE;
         tiles_begin(count % 16);
-        for (long b = 0; b < count; b += BLOCK)
-            for (long t = low; t < high; t++)
-                for (long i = b; i < count && i < b + BLOCK; i += 16) {
-                    long rows = at_most(count - i, 16);
-                    chain(act + i * width, 2 * width, w + t * steps * TILE, steps, made, rows == 16, 0, i == b);
-                    for (long r = 0; r < rows; r++) {
-                        __m512 y = _mm512_load_ps(made + r * 16);
-                        if (f->alone) {
-                            write_some(f->out + (i + r) * f->hidden + t * 16, first_lanes(f->hidden - t * 16), y);
-                            continue;
-                        }
-                        int pair = f->order[f->start[e] + i + r];
-                        float *sum = f->sums + pair / f->top * columns * 16 + t * 16;
-                        __m512 weight = _mm512_set1_ps(f->weights[pair]);
-                        _mm512_storeu_ps(sum, _mm512_fmadd_ps(y, weight, _mm512_loadu_ps(sum)));
-                    }
+        for (long t = low; t < high; t++) {
+            chain(act, 2 * width, w + t * steps * TILE, steps, made, count == 16, 0, 1);
+            for (long r = 0; r < count; r++) {
+                __m512 y = _mm512_load_ps(made + r * 16);
+                if (f->alone) {
+                    write_some(f->out + r * f->hidden + t * 16, first_lanes(f->hidden - t * 16), y);
+                    continue;
                 }
+                int pair = f->order[f->start[e] + r];
+                float *sum = f->sums + pair / f->top * columns * 16 + t * 16;
+                __m512 weight = _mm512_set1_ps(f->weights[pair]);
+                _mm512_storeu_ps(sum, _mm512_fmadd_ps(y, weight, _mm512_loadu_ps(sum)));
+            }
+        }
     }
 }
 
@@ -121,13 +105,11 @@ EXPORT void NAME(experts)(const bf16 *x, const bf16 *gate_up, const bf16 *down, 
     if (tokens == 1) f.x_stride = 0;
     if (copied) f.x = gathered, f.x_stride = whole_steps(hidden) * STEP;
     if (3 * tokens * top * inner * hidden < WORTH_A_TEAM) threads = 1;
-#ifdef VECTOR_TILES
     if (alone && tokens > FEW_ROWS && in_blocks(&f, threads)) {
         f.x = x, f.x_stride = hidden; /* packing pads rows */
         dense_blocks(&f, threads);
         return;
     }
-#endif
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         long low, high;

@@ -59,6 +59,18 @@ INLINE void to_pairs(const uint8_t *quad, bf16 *to) {
     _mm512_store_si512(to, first), _mm512_store_si512(to + STEP, second);
 }
 
+#ifndef VECTOR_TILES
+INLINE int scales_in_tiles(const byte_weight *w) {
+    (void)w;
+    return 0;
+}
+INLINE void to_tiles(const byte_weight *w, long t, long from, const uint8_t *quads, bf16 *to) {
+    (void)w, (void)t, (void)from;
+#pragma GCC unroll 16 /* many constants: in one piece they stay in registers */
+    for (long q = 0; q < DEEP / 4; q++) to_pairs(quads + q * 64, to + q * 2 * STEP);
+}
+#endif
+
 EXPORT void NAME(linear_fp8)(const bf16 *x, long x_stride, const uint8_t *data, const float *scales, const bf16 *bias, bf16 *out,
                              long out_stride, long rows, long n, long k, int threads) {
     byte_linear(x, x_stride, fp8_weight(data, scales, n, k), bias, out, out_stride, rows, threads);

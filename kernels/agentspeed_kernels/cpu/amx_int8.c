@@ -2,16 +2,27 @@
 #ifndef VECTOR_TILES /* there the kernels of native_int8.c run */
 #include "amx_int8.h"
 
-#define MANY 8    /* rows above which groups of a weight are taken back to bf16 */
-#define BLOCKS 16 /* blocks of 16 rows that share one pass over the weights */
+/* Rows above which a weight becomes tiles of bf16, once for all of them (many_int8.c). */
+#define MOST_IN_GROUPS 8
+#define MOST_IN_BYTES 32
+
+void NAME(many_linear_bytes)(const bf16 *, long, const uint8_t *, const float *, long, const bf16 *, bf16 *, long, char *, long, long,
+                             long, int);
+void NAME(many_experts_bytes)(const bf16 *, const uint8_t *, const float *, const uint8_t *, const float *, long, const int64_t *,
+                              const float *, char *, bf16 *, float *, int *, bf16 *, long, long, long, long, long, int);
+
+INLINE int are_few(long rows, long group) { return rows <= (group ? MOST_IN_GROUPS : MOST_IN_BYTES); }
 
 /* left: block_bytes for each 16 rows. */
 EXPORT void NAME(linear_bytes)(const bf16 *x, long x_stride, const uint8_t *data, const float *scales, long group,
                                const bf16 *bias, bf16 *out, long out_stride, char *left, long rows, long n, long k,
                                int threads) {
+    if (!are_few(rows, group)) {
+        NAME(many_linear_bytes)(x, x_stride, data, scales, group, bias, out, out_stride, left, rows, n, k, threads);
+        return;
+    }
     byte_weight w = byte_weight_of(data, scales, n, k, group);
     long blocks = whole_tiles(rows), size = block_bytes(w.steps, groups_of(&w));
-    int numbers = group && rows > MANY;
     if (rows * n * k < WORTH_A_TEAM) threads = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -21,24 +32,21 @@ EXPORT void NAME(linear_bytes)(const bf16 *x, long x_stride, const uint8_t *data
         for (long b = 0; b < blocks; b++) {
             const bf16 *held[16];
             for (long r = 0; r < 16 && b * 16 + r < rows; r++) held[r] = x + (b * 16 + r) * x_stride;
-            prepare(held, at_most(rows - b * 16, 16), &w, numbers, left + b * size);
+            prepare(held, at_most(rows - b * 16, 16), &w, left + b * size);
         }
-        bf16 *column = numbers ? agentspeed_scratch(FOR_ROWS, 2 * w.steps * TILE * sizeof(bf16)) : 0;
         my_part(w.columns, &low, &high);
         tiles_begin(0);
-        for (long first = 0; first < blocks; first += BLOCKS)
-            for (long t = low; t < high; t++) {
-                const uint8_t *tiles = w.data + t * w.steps * BYTES;
-                __mmask16 lanes = first_lanes(n - t * 16);
-                __m512 add = bias ? read_some(bias + t * 16, lanes) : _mm512_setzero_ps();
-                if (column) to_numbers(tiles, &w, t, column);
-                for (long b = first; b < blocks && b < first + BLOCKS; b++) {
-                    long count = at_most(rows - b * 16, 16);
-                    times(left + b * size, &w, tiles, column, t, count, sums);
-                    for (long r = 0; r < count; r++)
-                        write_some(out + (b * 16 + r) * out_stride + t * 16, lanes, _mm512_add_ps(_mm512_load_ps(sums + r * 16), add));
-                }
+        for (long t = low; t < high; t++) {
+            const uint8_t *tiles = w.data + t * w.steps * BYTES;
+            __mmask16 lanes = first_lanes(n - t * 16);
+            __m512 add = bias ? read_some(bias + t * 16, lanes) : _mm512_setzero_ps();
+            for (long b = 0; b < blocks; b++) {
+                long count = at_most(rows - b * 16, 16);
+                times(left + b * size, &w, tiles, t, count, sums);
+                for (long r = 0; r < count; r++)
+                    write_some(out + (b * 16 + r) * out_stride + t * 16, lanes, _mm512_add_ps(_mm512_load_ps(sums + r * 16), add));
             }
+        }
         tiles_end();
     }
 }
@@ -48,7 +56,8 @@ typedef struct {
     int *order, *start, *block_at, *expert; /* [pairs], [experts + 1], [experts + 1], [blocks] */
 } sorted;
 
-static int sort_pairs(const int64_t *ids, long pairs, long experts, const sorted *s) {
+/* Returns the most pairs of an expert. */
+static long sort_pairs(const int64_t *ids, long pairs, long experts, const sorted *s) {
     long most = 0;
     for (long e = 0; e <= experts; e++) s->start[e] = 0;
     for (long p = 0; p < pairs; p++) s->start[ids[p] + 1]++;
@@ -63,7 +72,7 @@ static int sort_pairs(const int64_t *ids, long pairs, long experts, const sorted
     for (long p = 0; p < pairs; p++) s->order[s->start[ids[p]]++] = (int)p;
     for (long e = experts; e > 0; e--) s->start[e] = s->start[e - 1];
     s->start[0] = 0;
-    return most > MANY;
+    return most;
 }
 
 INLINE long first_of(const sorted *s, long block) {
@@ -81,23 +90,26 @@ EXPORT void NAME(experts_bytes)(const bf16 *x, const uint8_t *gate_up, const flo
                                 long inner, long hidden, int threads) {
     long pairs = tokens * top;
     sorted s = {order, order + pairs, order + pairs + experts + 1, order + pairs + 2 * experts + 2};
-    int numbers = sort_pairs(ids, pairs, experts, &s) && group;
+    if (!are_few(sort_pairs(ids, pairs, experts, &s), group)) {
+        NAME(many_experts_bytes)(x, gate_up, gate_up_scales, down, down_scales, group, ids, weights, left, act, sums, order, out, tokens,
+                                 top, experts, inner, hidden, threads);
+        return;
+    }
     long blocks = s.block_at[experts];
     byte_weight wide = byte_weight_of(gate_up, gate_up_scales, inner, hidden, group);
     byte_weight back = byte_weight_of(down, down_scales, hidden, inner, group);
     long size = block_bytes(wide.steps, groups_of(&wide)), second = block_bytes(back.steps, groups_of(&back));
-    long width = wide.columns * 16, row = back.columns * 16, deepest = wide.steps > back.steps ? wide.steps : back.steps;
+    long width = wide.columns * 16, row = back.columns * 16;
     if (3 * pairs * inner * hidden < WORTH_A_TEAM) threads = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         float gate[SUMS] __attribute__((aligned(64))), up[SUMS] __attribute__((aligned(64)));
         const bf16 *held[16];
         long low, high;
-        bf16 *column = numbers ? agentspeed_scratch(FOR_ROWS, 4 * deepest * TILE * sizeof(bf16)) : 0, *other = column ? column + 2 * deepest * TILE : 0;
 #pragma omp for schedule(static)
         for (long b = 0; b < blocks; b++) {
             for (long r = 0; r < count_of(&s, b); r++) held[r] = x + order[first_of(&s, b) + r] / top * hidden;
-            prepare(held, count_of(&s, b), &wide, numbers, left + b * size);
+            prepare(held, count_of(&s, b), &wide, left + b * size);
         }
         my_part(wide.columns, &low, &high);
         tiles_begin(0);
@@ -108,10 +120,9 @@ EXPORT void NAME(experts_bytes)(const bf16 *x, const uint8_t *gate_up, const flo
             u.data = g.data + weight_bytes(&wide), u.scales = g.scales + weight_scales(&wide);
             for (long t = low; t < high; t++) {
                 const uint8_t *gate_tiles = g.data + t * g.steps * BYTES, *up_tiles = u.data + t * u.steps * BYTES;
-                if (column) to_numbers(gate_tiles, &g, t, column), to_numbers(up_tiles, &u, t, other);
                 for (long b = s.block_at[e]; b < s.block_at[e + 1]; b++) {
-                    times(left + b * size, &g, gate_tiles, column, t, count_of(&s, b), gate);
-                    times(left + b * size, &u, up_tiles, other, t, count_of(&s, b), up);
+                    times(left + b * size, &g, gate_tiles, t, count_of(&s, b), gate);
+                    times(left + b * size, &u, up_tiles, t, count_of(&s, b), up);
                     for (long r = 0; r < count_of(&s, b); r++)
                         write16(act + (first_of(&s, b) + r) * width + t * 16,
                                 _mm512_mul_ps(silu(_mm512_load_ps(gate + r * 16)), _mm512_load_ps(up + r * 16)));
@@ -122,7 +133,7 @@ EXPORT void NAME(experts_bytes)(const bf16 *x, const uint8_t *gate_up, const flo
 #pragma omp for schedule(static)
         for (long b = 0; b < blocks; b++) {
             for (long r = 0; r < count_of(&s, b); r++) held[r] = act + (first_of(&s, b) + r) * width;
-            prepare(held, count_of(&s, b), &back, numbers, left + b * second);
+            prepare(held, count_of(&s, b), &back, left + b * second);
         }
         my_part(back.columns, &low, &high);
         for (long t = 0; t < tokens; t++) memset(sums + t * row + low * 16, 0, (high - low) * 64);
@@ -131,9 +142,8 @@ EXPORT void NAME(experts_bytes)(const bf16 *x, const uint8_t *gate_up, const flo
             d.data += e * weight_bytes(&back), d.scales += e * weight_scales(&back);
             for (long t = low; t < high && s.start[e] < s.start[e + 1]; t++) {
                 const uint8_t *tiles = d.data + t * d.steps * BYTES;
-                if (column) to_numbers(tiles, &d, t, column);
                 for (long b = s.block_at[e]; b < s.block_at[e + 1]; b++) {
-                    times(left + b * second, &d, tiles, column, t, count_of(&s, b), gate);
+                    times(left + b * second, &d, tiles, t, count_of(&s, b), gate);
                     for (long r = 0; r < count_of(&s, b); r++) {
                         int pair = order[first_of(&s, b) + r];
                         float *sum = sums + pair / top * row + t * 16;

@@ -1,11 +1,11 @@
-/* Products of bf16 rows with weights of 8 bits, a tile of 16 outputs at a time.
+/* Products of a few bf16 rows with weights of 8 bits, a tile of 16 outputs at a time (many rows: amx_byte_products.h).
 
    A row becomes two signed digits of 8 bits each, 16 bits below its largest number, so that nothing is lost beside what the
    weights have lost: y = (256 * high . w + low . w) * scale. Weights lie 128 above their value; what that adds is known
    from the digits' sums. Up to 8 rows are one left operand, the high digits above the low ones.
-   - One scale for an output: chains of byte products, any number of rows.
+   - One scale for an output: chains of byte products.
    - Groups of 32 inputs: sums of 32 products have a scale of their own, which the tile unit cannot apply between two steps
-     of a chain. A few rows multiply bytes in vectors; more take the weights back to bf16, once for all rows. */
+     of a chain. A few rows multiply bytes in vectors. */
 #ifndef AGENTSPEED_AMX_INT8_H
 #define AGENTSPEED_AMX_INT8_H
 #include "amx_common.h"
@@ -16,8 +16,6 @@
 #define DIGIT_ROWS 8   /* rows of x in a left operand of digits */
 #define LARGEST 32000.0f /* of a row, as a number of 16 bits */
 #define GROUPED 32     /* inputs that share a scale, where an output has several */
-
-#define TILE_DOT_BYTES(sum, a, b) __asm__ volatile("tdpbsud %%tmm" #b ", %%tmm" #a ", %%tmm" #sum ::)
 
 typedef struct {
     const uint8_t *data;  /* [tiles of n][steps of k][16][16][4] */
@@ -35,7 +33,7 @@ INLINE long weight_scales(const byte_weight *w) { return groups_of(w) * w->colum
 
 /* 8 rows as digits: [steps][16 rows][64], then a scale for each row, then the sums of each digit row, by group. */
 INLINE long digit_bytes(long steps, long groups) { return steps * BYTES + 64 + groups * 64; }
-/* 16 rows: as digits twice, or as bf16 tiles, which are no larger. */
+/* 16 rows: twice as much. */
 INLINE long block_bytes(long steps, long groups) { return 2 * digit_bytes(steps, groups); }
 
 INLINE void split_row(const bf16 *x, long k, long steps, long groups, char *block, long r) {
@@ -70,16 +68,11 @@ INLINE void split_row(const bf16 *x, long k, long steps, long groups, char *bloc
     }
 }
 
-/* `count` <= 16 rows as the left operand; as bf16 with `numbers`. */
-INLINE void prepare(const bf16 *const *rows, long count, const byte_weight *w, int numbers, char *block) {
+/* `count` <= 16 rows as the left operand. */
+INLINE void prepare(const bf16 *const *rows, long count, const byte_weight *w, char *block) {
     long groups = groups_of(w);
-    for (long r = 0; r < count; r++) {
-        if (numbers)
-            for (long s = 0; s < 2 * w->steps; s++)
-                _mm512_store_si512((bf16 *)block + s * TILE + r * STEP, _mm512_maskz_loadu_epi16(first_halves(w->k - s * STEP), rows[r] + s * STEP));
-        else
-            split_row(rows[r], w->k, w->steps, groups, block + r / DIGIT_ROWS * digit_bytes(w->steps, groups), r % DIGIT_ROWS);
-    }
+    for (long r = 0; r < count; r++)
+        split_row(rows[r], w->k, w->steps, groups, block + r / DIGIT_ROWS * digit_bytes(w->steps, groups), r % DIGIT_ROWS);
 }
 
 INLINE void fetch_bytes(const uint8_t *w) {
@@ -139,36 +132,8 @@ INLINE void vector_bytes(const char *block, const uint8_t *data, const byte_weig
     for (int r = 0; r < count; r++) _mm512_store_ps(to + (first + r) * 16, _mm512_mul_ps(sum[r], _mm512_set1_ps(scales[first + r])));
 }
 
-/* A column of tiles as bf16, [2 * steps][16][16][2]. */
-INLINE void to_numbers(const uint8_t *data, const byte_weight *w, long t, bf16 *to) {
-    for (long g = 0; g < 2 * w->steps; g++) {
-        __m512 by = _mm512_loadu_ps(w->scales + (w->group ? g * w->columns * 16 : 0) + t * 16);
-        for (int i = 0; i < 8; i++) {
-            const uint8_t *at = data + g * (BYTES / 2) + i * 64;
-            NEAR((const char *)at + 6144);
-            __m512i v = _mm512_xor_si512(_mm512_loadu_si512(at), _mm512_set1_epi32((int)0x80808080));
-            __m512 a = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(v, 24), 24));
-            __m512 b = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(v, 16), 24));
-            __m512 c = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(v, 8), 24));
-            __m512 d = _mm512_cvtepi32_ps(_mm512_srai_epi32(v, 24));
-            _mm512_store_si512(to + g * TILE + 2 * i * STEP, paired(_mm512_mul_ps(a, by), _mm512_mul_ps(b, by)));
-            _mm512_store_si512(to + g * TILE + (2 * i + 1) * STEP, paired(_mm512_mul_ps(c, by), _mm512_mul_ps(d, by)));
-        }
-    }
-}
-
-/* to[rows][16] of up to 16 prepared rows; `column`: the same tiles as bf16, for rows that are. */
-INLINE void times(const char *block, const byte_weight *w, const uint8_t *data, const bf16 *column, long t, long rows, float *to) {
-    if (column) {
-        TILE_ZERO(0);
-        for (long s = 0; s < 2 * w->steps; s++) {
-            TILE_LOAD(1, (const bf16 *)block + s * TILE, 64);
-            TILE_LOAD(2, column + s * TILE, 64);
-            TILE_DOT(0, 1, 2);
-        }
-        TILE_STORE(0, to, 64);
-        return;
-    }
+/* to[rows][16] of up to 16 prepared rows. */
+INLINE void times(const char *block, const byte_weight *w, const uint8_t *data, long t, long rows, float *to) {
     for (long half = 0; half * DIGIT_ROWS < rows; half++) {
         const char *from = block + half * digit_bytes(w->steps, groups_of(w));
         float *into = to + half * DIGIT_ROWS * 16;

@@ -1,19 +1,15 @@
-/* Products of bf16 rows with weights in tile order: one kernel for 1 to 16 rows, blocks of 256 above. */
+/* Products of bf16 rows with weights in tile order: chains of single tiles for few rows, panels for many. */
 #include "amx_linear.h"
-#ifdef VECTOR_TILES
-#include "vector_linear.h"
-#endif
+#include "many_linear.h"
 
 EXPORT void NAME(linear)(const bf16 *x, long x_stride, const bf16 *weight, const bf16 *bias, bf16 *out,
                                        long out_stride, long rows, long n, long k, int threads) {
     product p = {x, x_stride, weight, bias, out, out_stride, rows, n, k};
     if (rows * n * k < WORTH_A_TEAM) threads = 1;
-#ifdef VECTOR_TILES
     if (in_panels(rows)) {
         multiply_many(&p, 1, 0, 0, threads);
         return;
     }
-#endif
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         long low, high;
@@ -29,13 +25,11 @@ EXPORT void NAME(heads_linear)(const bf16 *x, long x_t, long x_h, const bf16 *we
                                              long out_h, long rows, long heads, long n, long k, int threads) {
     long columns = whole_tiles(n), numbers = columns * whole_steps(k) * TILE;
     if (rows * heads * n * k < WORTH_A_TEAM) threads = 1;
-#ifdef VECTOR_TILES
     if (in_panels(rows)) {
         product all = {x, x_t, weight, 0, out, out_t, rows, n, k};
         multiply_many(&all, heads, x_h, out_h, threads);
         return;
     }
-#endif
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         long low, high;

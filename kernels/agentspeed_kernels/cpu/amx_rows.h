@@ -5,10 +5,13 @@
    wants, and two neighbouring columns of one token are not: so
    - up to 8 pairs take cached rows as the right operand as they are. Left rows 0 to 7 hold the shares as (p, 0) and rows
      8 to 15 as (0, p): even columns come out in the former, odd ones in the latter, and no operand is packed.
-   - more pairs share rows whose tokens were interleaved two by two, 32 columns at a time, in the first cache. */
+   - more pairs share rows whose tokens were interleaved two by two, 32 columns at a time, in the first cache.
+
+   Rows in fp8 become bf16 numbers without their scales, exactly, once for scores and values: scales of keys go to the
+   scores, before the plain part of latents is added, those of values to the shares. */
 #ifndef AGENTSPEED_AMX_ROWS_H
 #define AGENTSPEED_AMX_ROWS_H
-#include "amx_sixteen.h"
+#include "vector_cache.h"
 
 #define FEW_PAIRS 8
 #define FEW_TOKENS 64
@@ -42,18 +45,138 @@ INLINE void fetch_rest(const step *s, sixteen far, long j, long parts) {
 /* Where the groups of 16 tokens from `at` on are read, and those of the next block: keys, and values. */
 typedef struct {
     sixteen keys[8], held[8], next_keys[8], next_held[8];
+    float by_key[MANY_TOKENS] __attribute__((aligned(64))), by_value[MANY_TOKENS] __attribute__((aligned(64))); /* scales */
 } rows_of_block;
 
-INLINE void find_rows(const step *s, const part *p, long at, long groups, long block, bf16 *copies, rows_of_block *b) {
+/* Whether rows are read without their scales: what is plain of a row begins a step. */
+INLINE int without_scales(const cache *c) { return c->coded && (!c->coded->plain || c->coded->width % STEP == 0); }
+
+INLINE const uint8_t *coded_head(const cache *c, const uint8_t *row) { return row + c->head * c->coded->width; }
+
+/* 16 rows in fp8 that lie together, for fetching. */
+INLINE sixteen bytes_together(const cache *c, const part *p, long at) {
+    long place = p->offset + at;
+    sixteen found = {0, 2 * c->row};
+    if (at + 16 <= p->tokens && place % c->page_tokens + 16 <= c->page_tokens)
+        found.at = (const bf16 *)coded_head(c, bytes_of(cached_row(c, p->pages, place)));
+    return found;
+}
+
+/* One row, while the first lines of the row at `next` (0: none), one for 128 numbers, go to the second cache. Its scale. */
+INLINE float take_bare(const cache *c, const uint8_t *row, bf16 *to, const char *next) {
+    const coded_row *coded = c->coded;
+    const uint8_t *from = coded_head(c, row);
+    for (long k = 0; k < coded->width; k += STEP) {
+        if (next && k % 128 == 0) FAR(next + k / 2);
+        long left = coded->width - k;
+        __m256i bytes = left >= STEP ? _mm256_loadu_si256((const __m256i *)(from + k)) : _mm256_maskz_loadu_epi8(first_halves(left), from + k);
+        _mm512_store_si512(to + k, numbers_in(bytes));
+    }
+    copy_row(to + coded->width, (const bf16 *)(row + coded->plain_at), coded->plain);
+    float scale;
+    memcpy(&scale, row + coded->scales_at + 4 * c->head, sizeof scale);
+    return scale;
+}
+
+/* Lines of a row in fp8 that a pass reads: all, or those of a head. */
+INLINE long lines_of(const cache *c) { return c->coded->heads > 1 ? c->coded->width / 64 + 1 : (c->coded->bytes + 126) / 64; }
+
+/* 16 tokens to `copy`, as `group_of` copies them but without their scales, which come to `by`. The first lines of the rows at
+   `next` are fetched meanwhile, the others while scores are made (score_bare). */
+INLINE void bare_group(const cache *c, const part *p, long at, bf16 *copy, float *by, sixteen next) {
+    for (long t = 0; t < 16; t++) {
+        bf16 *to = copy + t * c->stride;
+        by[t] = 0;
+        if (at + t < p->tokens)
+            by[t] = take_bare(c, bytes_of(cached_row(c, p->pages, p->offset + at + t)), to, next.at ? (const char *)next.at + t * next.bytes : 0);
+        else memset(to, 0, c->stride * sizeof(bf16));
+    }
+}
+
+/* `after`: the part that is likely next, or 0. */
+INLINE void find_rows(const step *s, const part *p, const part *after, long at, long groups, long block, bf16 *copies,
+                      rows_of_block *b) {
     bf16 *values = copies + block * 16 * s->keys.stride;
-    for (long g = 0; g < groups; g++) {
+    int ends = at + block * 16 >= p->tokens;
+    const part *next = ends ? after : p;
+    long then = ends ? 0 : at + block * 16;
+    int bare = without_scales(&s->keys);
+    for (long g = 0; g < groups && bare; g++) { /* score_rows fills them */
+        sixteen key = {copies + g * 16 * s->keys.stride, 2 * s->keys.stride}, value = {values + g * 16 * s->held.stride, 2 * s->held.stride};
+        b->keys[g] = key, b->held[g] = s->shared ? key : value;
+    }
+    for (long g = 0; g < groups && !bare; g++) {
         b->keys[g] = group_of(&p->keys, p->pages, p->offset, p->tokens, at + g * 16, copies + g * 16 * s->keys.stride);
         b->held[g] = s->shared ? b->keys[g]
                                : group_of(&p->held, p->pages, p->offset, p->tokens, at + g * 16, values + g * 16 * s->held.stride);
     }
     for (long g = 0; g < block; g++) {
-        b->next_keys[g] = together(&p->keys, p->pages, p->offset, p->tokens, at + (block + g) * 16);
-        b->next_held[g] = s->shared ? b->next_keys[g] : together(&p->held, p->pages, p->offset, p->tokens, at + (block + g) * 16);
+        sixteen none = {0, 0};
+        b->next_keys[g] = b->next_held[g] = none;
+        if (next && bare) {
+            b->next_keys[g] = bytes_together(&next->keys, next, then + g * 16);
+            if (!s->shared) b->next_held[g] = bytes_together(&next->held, next, then + g * 16);
+        }
+        if (!next || bare) continue;
+        b->next_keys[g] = together(&next->keys, next->pages, next->offset, next->tokens, then + g * 16);
+        b->next_held[g] = s->shared ? b->next_keys[g] : together(&next->held, next->pages, next->offset, next->tokens, then + g * 16);
+    }
+}
+
+/* As `score_group` of rows without scales; what is not fetched yet of the rows at `far` is. */
+INLINE void score_bare(const step *s, sixteen rows, const bf16 *q, float *to, const float *by, sixteen far) {
+    float more[SUMS] __attribute__((aligned(64)));
+    const coded_row *coded = s->keys.coded;
+    long steps = whole_steps(coded->width), plain = whole_steps(coded->plain), first = (coded->width + 127) / 128, lines = lines_of(&s->keys);
+    TILES;
+    TILE_ZERO(0);
+    for (long k = 0; k < steps; k++) {
+        for (long z = k * 16 / steps; far.at && z < (k + 1) * 16 / steps; z++)
+            for (long line = first; line < lines; line++) FAR((const char *)far.at + z * far.bytes + line * 64);
+        TILE_LOAD(1, rows.at + k * STEP, rows.bytes);
+        TILE_LOAD(2, q + k * TILE, 64);
+        TILE_DOT(0, 1, 2);
+    }
+    TILE_STORE(0, to, 64);
+    if (plain) {
+        TILE_ZERO(3);
+        for (long k = steps; k < steps + plain; k++) {
+            TILE_LOAD(4, rows.at + k * STEP, rows.bytes);
+            TILE_LOAD(2, q + k * TILE, 64);
+            TILE_DOT(3, 4, 2);
+        }
+        TILE_STORE(3, more, 64);
+    } else memset(more, 0, sizeof more);
+    for (int t = 0; t < 16; t++)
+        _mm512_store_ps(to + t * 16, _mm512_fmadd_ps(_mm512_load_ps(to + t * 16), _mm512_set1_ps(by[t]), _mm512_load_ps(more + t * 16)));
+}
+
+/* Scores of group `g` of the block from `at` on. With `first`, which is so for one set of pairs, rows in fp8 are taken back, each
+   group before its scores: chains run while the next group is taken back. The rows at `next_keys` and `near` are fetched. */
+INLINE void score_rows(const step *s, const part *p, rows_of_block *b, long at, long g, const bf16 *q, float *to, int first, sixteen near) {
+    const sixteen none = {0, 0};
+    if (!without_scales(&s->keys)) {
+        score_group(s, b->keys[g], q, to, first ? b->next_keys[g] : none, near);
+        return;
+    }
+    if (first) {
+        bare_group(&p->keys, p, at + g * 16, (bf16 *)b->keys[g].at, b->by_key + g * 16, b->next_keys[g]);
+        if (s->shared) memcpy(b->by_value + g * 16, b->by_key + g * 16, 64);
+        else bare_group(&p->held, p, at + g * 16, (bf16 *)b->held[g].at, b->by_value + g * 16, b->next_held[g]);
+    }
+    score_bare(s, b->keys[g], q, to, b->by_key + g * 16, first ? b->next_keys[g] : none);
+    for (long t = 0; first && b->next_held[g].at && t < 16; t++)
+        for (long line = (p->held.coded->width + 127) / 128; line < lines_of(&p->held); line++)
+            FAR((const char *)b->next_held[g].at + t * b->next_held[g].bytes + line * 64);
+}
+
+/* Shares of n tokens by the scales of their values; a token that is not seen may have none. */
+INLINE void scale_shares(const step *s, const rows_of_block *b, float *shares, long n) {
+    if (!without_scales(&s->keys)) return;
+    for (long t = 0; t < n; t++) {
+        __m512 share = _mm512_load_ps(shares + t * 16);
+        __mmask16 seen = _mm512_cmp_ps_mask(share, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+        _mm512_store_ps(shares + t * 16, _mm512_maskz_mul_ps(seen, share, _mm512_set1_ps(b->by_value[t])));
     }
 }
 
@@ -101,11 +224,11 @@ INLINE void split_shares(const float *shares, bf16 *p) {
     for (int t = 0; t < 16; t++) _mm512_store_si512(p + t * STEP, r[t]);
 }
 
-static void few_pairs(const step *s, const part *t, char *memory) {
+static void few_pairs(const step *s, const part *t, const part *after, char *memory) {
     long steps = s->keys.stride / STEP;
     bf16 *q = (bf16 *)memory, *p = q + steps * TILE, *copies = p + 4 * TILE;
     float *scores = (float *)(copies + FEW_TOKENS * (s->keys.stride + s->held.stride)), *o = scores + FEW_TOKENS * 16;
-    int seen[16];
+    int seen[16], bare = without_scales(&s->keys);
     softmax of = {_mm512_set1_ps(NEVER), _mm512_setzero_ps(), _mm512_setzero_ps()};
     load_queries(s, t, 0, 0, FEW_PAIRS, q);
     long seen_by_all = visible_to(s, t, 0, FEW_PAIRS, seen);
@@ -114,17 +237,18 @@ static void few_pairs(const step *s, const part *t, char *memory) {
     for (long at = 0; at < t->tokens; at += FEW_TOKENS) {
         long groups = whole_tiles(at_most(t->tokens - at, FEW_TOKENS));
         rows_of_block rows;
-        find_rows(s, t, at, groups, FEW_TOKENS / 16, copies, &rows);
+        find_rows(s, t, after, at, groups, FEW_TOKENS / 16, copies, &rows);
         for (long g = 0; g < groups; g++)
-            score_group(s, rows.keys[g], q, scores + g * SUMS, rows.next_keys[g], g + 1 < groups ? rows.keys[g + 1] : rows.held[0]);
+            score_rows(s, t, &rows, at, g, q, scores + g * SUMS, 1, g + 1 < groups ? rows.keys[g + 1] : rows.held[0]);
         if (soften(scores, groups * 16, at, last, at + groups * 16 <= seen_by_all, s->scale * LOG2E, &of) && at)
             rescale(o, s->values, of.keep);
+        scale_shares(s, &rows, scores, groups * 16);
         for (long g = 0; g < groups; g++) split_shares(scores + g * SUMS, p + g * TILE);
         load_four(p, groups);
         for (long j = 0; j < s->values; j++) {
             sixteen v[4];
             for (long g = 0; g < groups; g++) v[g].at = rows.held[g].at + j * STEP, v[g].bytes = rows.held[g].bytes;
-            for (long g = 0; g < 4; g++) if (rows.next_held[g].at) fetch_rest(s, rows.next_held[g], j, s->values);
+            for (long g = 0; g < 4 && !bare; g++) if (rows.next_held[g].at) fetch_rest(s, rows.next_held[g], j, s->values);
             add_four(o + j * SUMS, at == 0, groups, v);
         }
     }
@@ -156,11 +280,11 @@ INLINE void interleave(const sixteen *groups, long column, bf16 *even, bf16 *odd
 }
 
 /* Up to 16 * G pairs. */
-INLINE void many_pairs(const step *s, const part *t, char *memory, const int G) {
+INLINE void many_pairs(const step *s, const part *t, const part *after, char *memory, const int G) {
     long steps = s->keys.stride / STEP, columns = 2 * s->values;
     bf16 *q = (bf16 *)memory, *p = q + G * steps * TILE, *v = p + G * 4 * TILE, *copies = v + 8 * TILE;
     float *scores = (float *)(copies + MANY_TOKENS * (s->keys.stride + s->held.stride)), *o = scores + MANY_TOKENS * 16;
-    int seen[MOST_PAIRS] __attribute__((aligned(64)));
+    int seen[MOST_PAIRS] __attribute__((aligned(64))), bare = without_scales(&s->keys);
     TILES;
     softmax of[4];
     for (int g = 0; g < G; g++) {
@@ -171,16 +295,16 @@ INLINE void many_pairs(const step *s, const part *t, char *memory, const int G) 
     for (long at = 0; at < t->tokens; at += MANY_TOKENS) {
         long halves = (at_most(t->tokens - at, MANY_TOKENS) + 31) / 32, groups = 2 * halves;
         rows_of_block rows;
-        find_rows(s, t, at, groups, MANY_TOKENS / 16, copies, &rows);
+        find_rows(s, t, after, at, groups, MANY_TOKENS / 16, copies, &rows);
         int whole = at + groups * 16 <= seen_by_all;
         for (int g = 0; g < G; g++) {
-            const sixteen none = {0, 0};
             for (long b = 0; b < groups; b++)
-                score_group(s, rows.keys[b], q + g * steps * TILE, scores + b * SUMS, g == 0 ? rows.next_keys[b] : none,
-                            b + 1 < groups ? rows.keys[b + 1] : rows.keys[0]);
+                score_rows(s, t, &rows, at, b, q + g * steps * TILE, scores + b * SUMS, g == 0,
+                           b + 1 < groups ? rows.keys[b + 1] : rows.keys[0]);
             __m512i last = _mm512_load_si512(seen + g * 16);
             if (soften(scores, groups * 16, at, last, whole, s->scale * LOG2E, &of[g]) && at)
                 rescale(o + g * columns * SUMS, columns, of[g].keep);
+            scale_shares(s, &rows, scores, groups * 16);
             for (long h = 0; h < halves; h++) {
                 __m512i r[16];
                 for (int i = 0; i < 16; i++) {
@@ -193,7 +317,7 @@ INLINE void many_pairs(const step *s, const part *t, char *memory, const int G) 
         }
         if (G == 1) load_four(p, halves);
         for (long j = 0; j < s->values; j++) {
-            for (long b = 0; b < 8; b++) if (rows.next_held[b].at) fetch_rest(s, rows.next_held[b], j, s->values);
+            for (long b = 0; b < 8 && !bare; b++) if (rows.next_held[b].at) fetch_rest(s, rows.next_held[b], j, s->values);
             for (long h = 0; h < halves; h++) interleave(rows.held + 2 * h, j * STEP, v + h * TILE, v + (4 + h) * TILE);
             for (int side = 0; side < 2; side++) {
                 const bf16 *b = v + side * 4 * TILE;
@@ -238,25 +362,19 @@ INLINE void many_pairs(const step *s, const part *t, char *memory, const int G) 
     }
 }
 
-static void pairs_16(const step *s, const part *t, char *memory) { many_pairs(s, t, memory, 1); }
-static void pairs_32(const step *s, const part *t, char *memory) { many_pairs(s, t, memory, 2); }
-static void pairs_64(const step *s, const part *t, char *memory) { many_pairs(s, t, memory, 4); }
+static void pairs_16(const step *s, const part *t, const part *after, char *memory) { many_pairs(s, t, after, memory, 1); }
+static void pairs_32(const step *s, const part *t, const part *after, char *memory) { many_pairs(s, t, after, memory, 2); }
+static void pairs_64(const step *s, const part *t, const part *after, char *memory) { many_pairs(s, t, after, memory, 4); }
 
-static void run_part(const step *s, const part *t, const part *after, char *memory) {
-    (void)after;
-    if (t->low == 0 && t->pairs <= FEW_PAIRS) few_pairs(s, t, memory);
-    else if (t->pairs <= 16) pairs_16(s, t, memory);
-    else if (t->pairs <= 32) pairs_32(s, t, memory);
-    else pairs_64(s, t, memory);
+/* `after`: the part that is likely next, or 0. */
+static void run_on_tiles(const step *s, const part *t, const part *after, char *memory) {
+    if (t->low == 0 && t->pairs <= FEW_PAIRS) few_pairs(s, t, after, memory);
+    else if (t->pairs <= 16) pairs_16(s, t, after, memory);
+    else if (t->pairs <= 32) pairs_32(s, t, after, memory);
+    else pairs_64(s, t, after, memory);
 }
 
-/* Heads of the pools that one pass takes. */
-INLINE long heads_together(const step *s, long rows) {
-    (void)s, (void)rows;
-    return 1;
-}
-
-static size_t scratch_bytes(const step *s) {
+static size_t tiles_scratch(const step *s) {
     size_t operands = 4 * s->keys.stride / STEP + 4 * 4 + 8, sums = 4 * 2 * s->values;
     return operands * TILE * 2 + MANY_TOKENS * ((s->keys.stride + s->held.stride) * 2 + 64) + sums * SUMS * 4 + 4096;
 }

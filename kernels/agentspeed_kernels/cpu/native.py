@@ -68,7 +68,7 @@ AMX = Form(
     bit=4,
     machines=_X86,
     flags=(*_AVX512, "-mavx512bf16", "-mavx512vnni"),
-    sources=("amx_*.c",),
+    sources=("amx_*.c", "many_*.c"),
     kinds=("bf16",),
     wants="AMX-BF16 and AMX-INT8",
 )
@@ -77,7 +77,7 @@ AVX512BF16 = Form(
     bit=32,
     machines=_X86,
     flags=(*_AVX512, "-mavx512bf16", "-DVECTOR_TILES"),
-    sources=("amx_linear.c", "amx_experts.c", "amx_fp8.c", "amx_attention.c", "vector_*.c"),
+    sources=("amx_linear.c", "amx_experts.c", "amx_fp8.c", "amx_attention.c", "many_*.c", "vector_*.c"),
     kinds=("bf16",),
     wants="AVX512-BF16",
 )

@@ -17,15 +17,16 @@ typedef struct {
     float keys[BLOCK] __attribute__((aligned(64))), values[BLOCK] __attribute__((aligned(64))); /* scales */
 } coded_block;
 
-INLINE __m512i numbers_of(const uint8_t *bytes) {
+INLINE __m512i numbers_in(__m256i bytes) {
     const __m512i small = _mm512_zextsi128_si512(_mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
-    __m512i x = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)bytes));
+    __m512i x = _mm512_cvtepi8_epi16(bytes);
     /* A product instead of a shift: shifts and permutes share their pipes. */
     __m512i size = _mm512_and_si512(_mm512_mullo_epi16(x, _mm512_set1_epi16(16)), _mm512_set1_epi16(0x07f0));
     __m512i made = _mm512_add_epi16(size, _mm512_set1_epi16(120 << 7));
     made = _mm512_mask_permutexvar_epi16(made, _mm512_testn_epi16_mask(x, _mm512_set1_epi16(0x78)), x, small);
     return _mm512_ternarylogic_epi32(made, x, _mm512_set1_epi16((short)0x8000), 0xf8); /* the sign with it */
 }
+INLINE __m512i numbers_of(const uint8_t *bytes) { return numbers_in(_mm256_loadu_si256((const __m256i *)bytes)); }
 
 INLINE int taken_in_registers(const coded_row *c, long pairs) {
     return c && pairs <= 8 && c->width % DEEP_STEP == 0 && c->plain % STEP == 0;

@@ -82,7 +82,7 @@ INLINE void pack_panel(const bf16 *const *rows, long count, long k, bf16 *to) {
 }
 
 /* Rows in panels: panel i is at to + panel_at(rows, i) * (whole steps of k). */
-static void pack_rows(const bf16 *x, long stride, long rows, long k, bf16 *to) {
+static inline void pack_rows(const bf16 *x, long stride, long rows, long k, bf16 *to) {
     for (long i = 0; i < panels_of(rows); i++) {
         const bf16 *at[PANEL];
         long low = panel_at(rows, i), count = panel_at(rows, i + 1) - low;

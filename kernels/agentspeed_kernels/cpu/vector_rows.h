@@ -1,4 +1,4 @@
-/* Passes over a tile on vectors, for processors with AVX512-BF16 and no AMX.
+/* Passes over a tile on vectors: all where there is AVX512-BF16 and no AMX, those of few pairs where there is.
 
    Cached rows are read where they lie. Scores of up to 8 pairs: 32 numbers of a row meet 32 of a query, so that 16 sums of
    pairs x tokens are folded together once their rows have ended. Scores of 16 pairs, which are worth packing: two numbers of
@@ -27,7 +27,7 @@ INLINE long heads_together(const step *s, long rows) {
     return together < 1 ? 1 : at_most(together, s->groups);
 }
 
-static size_t scratch_bytes(const step *s) {
+static size_t vectors_scratch(const step *s) {
     return MOST_TOGETHER * (s->keys.stride * 2 + s->values * STEP * 4 + BLOCK * 2) + 2 * BLOCK * s->keys.stride * 2 + 4096;
 }
 
@@ -294,7 +294,7 @@ INLINE void take_back(const step *s, const part *t, long g, const long *rows, bf
 }
 
 /* `after`: the tile that is likely next, or 0. */
-static void run_part(const step *s, const part *t, const part *after, char *memory) {
+static void run_on_vectors(const step *s, const part *t, const part *after, char *memory) {
     long padded = padded_pairs(t->pairs), columns = s->values * STEP, all = padded * t->count;
     bf16 *q = (bf16 *)memory, *shares = q + all * s->keys.stride, *copies = shares + all * BLOCK;
     float *o = (float *)(copies + 2 * BLOCK * s->keys.stride);

@@ -23,7 +23,6 @@ typedef struct {
 static __thread vector_tiles tiles_of_thread;
 __attribute__((const, noinline)) static vector_tiles *my_tiles(void) { return &tiles_of_thread; }
 
-#define ROWS_TOGETHER 1 /* many rows are copied to neighbours first: 16 lines far apart, read pair by pair, are slow */
 #define TILES vector_tiles *tiles = my_tiles()
 #define SUM_OF(t) tiles->sums[(t) == 3]
 #define ROWS_OF(t) ((t) == 3 ? tiles->tail : 16)

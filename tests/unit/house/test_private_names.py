@@ -43,6 +43,7 @@ TESTS = {
     "tests/unit/engine/serve/test_run_links.py": "what waits on a link has no outcome but memory",
     "tests/unit/engine/serve/test_rank_losses.py": "a step that waits for a rank when the engine is closed",
     "tests/unit/engine/serve/test_run_thread.py": "brings the loop's thread into states that only a crash does",
+    "tests/unit/kernels/test_amx_in_software.py": "opens a library in which the tile unit is software",
     "tests/unit/kernels/test_bf16_logits.py": "counts the steps of the compiled chain",
     "tests/unit/kernels/test_kernels_select.py": "takes the compiler away",
     "tests/unit/sdk/search/test_search_failures.py": "breaks the scripted engine",

@@ -1,7 +1,7 @@
-/* Products of many rows with weights in tile order on vectors: blocks of rows and of columns, taken by whichever thread is free. */
-#ifndef AGENTSPEED_VECTOR_LINEAR_H
-#define AGENTSPEED_VECTOR_LINEAR_H
-#include "vector_products.h"
+/* Products of many rows with weights in tile order: blocks of rows and of columns, taken by whichever thread is free. */
+#ifndef AGENTSPEED_MANY_LINEAR_H
+#define AGENTSPEED_MANY_LINEAR_H
+#include "many_products.h"
 
 /* `heads` products of the same shape, their rows x_next numbers apart and what comes out out_next, by all threads. */
 static void multiply_many(const product *of, long heads, long x_next, long out_next, int threads) {
@@ -12,7 +12,7 @@ static void multiply_many(const product *of, long heads, long x_next, long out_n
     {
         long most = (of->rows + blocks - 1) / blocks, packed = -1;
         size_t bytes = packed_bytes(most, of->k);
-        char *memory = agentspeed_scratch(FOR_ROWS, bytes + most * COLUMNS * sizeof(float));
+        char *memory = agentspeed_scratch(FOR_ROWS, bytes + sums_bytes(most));
         bf16 *panels = (bf16 *)memory;
         float *sums = (float *)(memory + bytes);
 #pragma omp for schedule(dynamic)
@@ -30,6 +30,7 @@ static void multiply_many(const product *of, long heads, long x_next, long out_n
                 put_columns(&p, sums, low, rows, t, t + 1 < tiles);
             }
         }
+        tiles_end();
     }
 }
 #endif

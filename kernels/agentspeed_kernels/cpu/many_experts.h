@@ -1,8 +1,8 @@
-/* SwiGLU of many rows on vectors: a column of gate and the same one of up make one pass over the rows. Included by
+/* SwiGLU of many rows: a column of gate and the same one of up make one pass over the rows. Included by
    amx_experts.c, whose `feed` and `silu` these use. */
-#ifndef AGENTSPEED_VECTOR_EXPERTS_H
-#define AGENTSPEED_VECTOR_EXPERTS_H
-#include "vector_products.h"
+#ifndef AGENTSPEED_MANY_EXPERTS_H
+#define AGENTSPEED_MANY_EXPERTS_H
+#include "many_products.h"
 
 #define DENSE_BYTES (700L << 10) /* of a block's inner rows, twice: as they are made and packed */
 
@@ -12,7 +12,7 @@ typedef struct {
     float *sums;
 } bench;
 
-INLINE size_t bench_bytes(long rows, long k) { return packed_bytes(rows, k) + rows * COLUMNS * sizeof(float); }
+INLINE size_t bench_bytes(long rows, long k) { return packed_bytes(rows, k) + sums_bytes(rows); }
 INLINE bench bench_at(char *memory, long rows, long k) {
     bench b = {(bf16 *)memory, (float *)(memory + packed_bytes(rows, k))};
     return b;
@@ -103,6 +103,7 @@ static void dense_blocks(const feed *f, int threads) {
             pack_rows(f->act + low * width, width, rows, f->inner, inner.panels);
             outer_rows(f, &inner, low, rows, f->down, 0, whole_tiles(f->hidden));
         }
+        tiles_end();
     }
 }
 #endif
