@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import Final, final
 
 import torch
 from torch import Tensor
 
 from agentspeed_engine.models.kv_layout import KvLayout, KvPool
-from agentspeed_engine.models.memory import zeros_on_demand
+from agentspeed_engine.models.memory import LARGE_PAGE, zeros_on_demand
 from agentspeed_kernels.fp8_cache import CacheRow
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -17,6 +17,11 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
 }
 """By the names of `kv_layout.DTYPE_BYTES`."""
+_LARGE_FROM: Final = 64 << 10
+"""Bytes of one layer's page in a pool from which it lies in large pages of the kernel's: one then holds at most 32 of
+its pages. The first page of a small model would take many times what it needs."""
+_LEAST_STEPS: Final = 8
+"""Of the kernel's large pages that a layer must fill for them: one that is partly used is at most an eighth."""
 
 
 @final
@@ -62,7 +67,9 @@ def _zeros(pool: KvPool, pages: int, page_tokens: int, device: torch.device | st
     shape = (pool.layers, pages, page_tokens, pool.width if row is None else row.nbytes)
     dtype = TORCH_DTYPES[pool.dtype] if row is None else torch.uint8
     if torch.device(device).type == "cpu":
-        return zeros_on_demand(shape, dtype)
+        page = page_tokens * shape[3] * dtype.itemsize
+        streamed = page >= _LARGE_FROM and pages * page >= _LEAST_STEPS * LARGE_PAGE
+        return zeros_on_demand(shape, dtype, streamed=streamed)
     return torch.zeros(shape, dtype=dtype, device=device)
 
 

@@ -6,8 +6,9 @@ import ctypes
 import math
 import mmap
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final
 
 import torch
@@ -20,6 +21,8 @@ _MEANWHILE: Final = {"MALLOC_TRIM_THRESHOLD_": 1 << 17, "MALLOC_TOP_PAD_": 0, "M
 or a norm that stays and so leave a hole; holes for larger ones came to a third of a model in int8."""
 _MOST: Final = (1 << 31) - 1
 """That a call can set one to."""
+LARGE_PAGE: Final = 2 << 20
+"""Bytes, on x86-64 and on 64-bit ARM with pages of 4 KB."""
 
 
 @contextmanager
@@ -45,7 +48,18 @@ def given_back() -> Iterator[None]:
             library.mallopt(_NUMBERS[name], value)
 
 
-def zeros_on_demand(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros that take memory only where they are written: a pool may be large, most sessions are not."""
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
+def zeros_on_demand(shape: tuple[int, ...], dtype: torch.dtype, *, streamed: bool = False) -> Tensor:
+    """Zeros that take memory only where they are written: a pool may be large, most sessions are not.
+
+    `streamed`: steps read long ranges of it, so that it lies in pages of `LARGE_PAGE` where the kernel gives them on
+    advice. It then takes memory in such steps, never more than it has in all."""
+    size = math.prod(shape) * dtype.itemsize
+    # Memory of this process alone: what processes could share is the kernel's file system for it, and has small pages.
+    spare = LARGE_PAGE if streamed else 0
+    memory = mmap.mmap(-1, size + spare, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    begin = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % LARGE_PAGE if streamed else 0
+    whole = size // LARGE_PAGE * LARGE_PAGE if streamed else 0
+    if whole and sys.platform == "linux":
+        with suppress(OSError):  # a kernel built without large pages
+            memory.madvise(mmap.MADV_HUGEPAGE, begin, whole)
+    return torch.frombuffer(memory, dtype=dtype, offset=begin, count=size // dtype.itemsize).view(shape)

@@ -30,31 +30,33 @@ INLINE float dot(const wnum *a, const float *b, long n) {
     return sum;
 }
 
-/* out[t][r] = x[t] . w[r] for 4 weight rows and `count` (a constant) tokens: each weight is loaded once. */
-INLINE void dots4(const wnum *w, long w_stride, const float *const *x, int count, long n, float out[][4]) {
-    vec acc[4][4];
-    for (int r = 0; r < 4; r++)
-        for (int t = 0; t < count; t++) acc[r][t] = splat(0);
-    long k = 0;
-    for (; k + LANES <= n; k += LANES) {
-        vec rows[4];
-        for (int r = 0; r < 4; r++) rows[r] = weight_vec(w + r * w_stride + k);
-#ifdef WEIGHTS16
-        /* The rows that follow: half as long in bytes, these are streams too short for the hardware to run ahead on. */
-        if (k % 32 == 0)
-            for (int r = 4; r < 8; r++) __builtin_prefetch(w + r * w_stride + k, 0, 3);
-#endif
-        for (int t = 0; t < count; t++) {
-            vec v = load(x[t] + k);
-            for (int r = 0; r < 4; r++) acc[r][t] += rows[r] * v;
+/* out[t][r] = x[t] . w[r] for 4 weight rows, `many` of them at a time, and `count` tokens: both are constants.
+
+   Weights that come from memory are read one row after the other, which is one stream that the hardware runs ahead on: four
+   rows side by side come at a third of its rate, and what is fetched ahead by instructions waits in the same few places. */
+INLINE void dots4(const wnum *w, long w_stride, const float *const *x, const int count, const int many, long n,
+                  float out[][4]) {
+    for (int first = 0; first < 4; first += many) {
+        const wnum *rows = w + first * w_stride;
+        vec acc[4][4];
+        for (int r = 0; r < many; r++)
+            for (int t = 0; t < count; t++) acc[r][t] = splat(0);
+        long k = 0;
+        for (; k + LANES <= n; k += LANES) {
+            vec held[4];
+            for (int r = 0; r < many; r++) held[r] = weight_vec(rows + r * w_stride + k);
+            for (int t = 0; t < count; t++) {
+                vec v = load(x[t] + k);
+                for (int r = 0; r < many; r++) acc[r][t] += held[r] * v;
+            }
         }
+        for (int t = 0; t < count; t++)
+            for (int r = 0; r < many; r++) {
+                float sum = total(acc[r][t]);
+                for (long j = k; j < n; j++) sum = fmaf(weight_one(rows[r * w_stride + j]), x[t][j], sum);
+                out[t][first + r] = sum;
+            }
     }
-    for (int t = 0; t < count; t++)
-        for (int r = 0; r < 4; r++) {
-            float sum = total(acc[r][t]);
-            for (long j = k; j < n; j++) sum = fmaf(weight_one(w[r * w_stride + j]), x[t][j], sum);
-            out[t][r] = sum;
-        }
 }
 
 #if REGISTERS < 32
@@ -66,20 +68,18 @@ INLINE narrow weight_narrow(const wnum *at) {
 #endif
 }
 
-/* out[r] = x . w[r] for 4 weight rows and one token: the sums of more tokens would not stay in registers. */
+/* out[r] = x . w[r] for 4 weight rows, one after the other as above, and one token: the sums of more tokens would not stay
+   in registers. */
 INLINE void narrow_dots4(const wnum *w, long w_stride, const float *x, long n, float *out) {
-    narrow acc[4][2] = {{{0}, {0}}, {{0}, {0}}, {{0}, {0}}, {{0}, {0}}};
-    long k = 0;
-    for (; k + 2 * NARROW <= n; k += 2 * NARROW) {
-        narrow low = *(const narrow *)(x + k), high = *(const narrow *)(x + k + NARROW);
-        for (int r = 0; r < 4; r++) {
-            acc[r][0] += weight_narrow(w + r * w_stride + k) * low;
-            acc[r][1] += weight_narrow(w + r * w_stride + k + NARROW) * high;
+    for (int r = 0; r < 4; r++, w += w_stride) {
+        narrow low = {0}, high = {0};
+        long k = 0;
+        for (; k + 2 * NARROW <= n; k += 2 * NARROW) {
+            low += weight_narrow(w + k) * *(const narrow *)(x + k);
+            high += weight_narrow(w + k + NARROW) * *(const narrow *)(x + k + NARROW);
         }
-    }
-    for (int r = 0; r < 4; r++) {
-        float sum = narrow_total(acc[r][0] + acc[r][1]);
-        for (long j = k; j < n; j++) sum = fmaf(weight_one(w[r * w_stride + j]), x[j], sum);
+        float sum = narrow_total(low + high);
+        for (long j = k; j < n; j++) sum = fmaf(weight_one(w[j]), x[j], sum);
         out[r] = sum;
     }
 }
@@ -90,13 +90,15 @@ INLINE void dots4_any(const wnum *w, long w_stride, const float *const *x, long 
     for (long t = 0; t < count; t++) narrow_dots4(w, w_stride, x[t], n, out[t]);
     return;
 #endif
-    while (count >= 4) {
-        dots4(w, w_stride, x, 4, n, out);
-        x += 4, out += 4, count -= 4;
-    }
-    if (count == 3) dots4(w, w_stride, x, 3, n, out);
-    if (count == 2) dots4(w, w_stride, x, 2, n, out);
-    if (count == 1) dots4(w, w_stride, x, 1, n, out);
+    /* Rows that the first tokens brought into the first cache are taken side by side for the others: inputs are read once. */
+    if (count >= 4) dots4(w, w_stride, x, 4, 1, n, out);
+    else if (count == 3) dots4(w, w_stride, x, 3, 1, n, out);
+    else if (count == 2) dots4(w, w_stride, x, 2, 1, n, out);
+    else if (count == 1) dots4(w, w_stride, x, 1, 1, n, out);
+    for (x += 4, out += 4, count -= 4; count >= 4; x += 4, out += 4, count -= 4) dots4(w, w_stride, x, 4, 4, n, out);
+    if (count == 3) dots4(w, w_stride, x, 3, 4, n, out);
+    if (count == 2) dots4(w, w_stride, x, 2, 4, n, out);
+    if (count == 1) dots4(w, w_stride, x, 1, 4, n, out);
 }
 
 #endif

@@ -207,7 +207,7 @@ static void logits_of(const num *x, const float *weight, long tokens, long exper
             const float *rows[4];
             float held[4][4];
             for (int i = 0; i < 4; i++) rows[i] = weight + (e + i) * hidden;
-            dots4(x, hidden, rows, 4, hidden, held);
+            dots4(x, hidden, rows, 4, 4, hidden, held);
             for (int i = 0; i < 4; i++)
                 for (int t = 0; t < 4; t++) logits[t * experts + e + i] = held[i][t];
         }
