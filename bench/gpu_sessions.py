@@ -111,7 +111,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="groups whose name has one of these words, comma-separated")
     parser.add_argument("--log", type=Path, default=None)
-    parser.add_argument("--seconds", type=float, default=150.0, help="of a group")
+    parser.add_argument("--seconds", type=float, default=220.0, help="of a group")
     arguments = parser.parse_args()
     if arguments.log is not None:
         arguments.log.mkdir(parents=True, exist_ok=True)

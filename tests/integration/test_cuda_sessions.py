@@ -151,7 +151,7 @@ async def test_sessions_that_went_to_the_host_and_back_say_what_undisturbed_ones
                 _ = await session.generate(prompt if turn == 0 else f"Turn {turn}.", max_tokens=6)
         assert [list(session.ids) for session in sessions] == said
         usage = [session.usage for session in sessions]
-    assert sum(one.resumed_host for one in usage) > 200, "a session, at least"
+    assert sum(one.resumed_host for one in usage) >= 128, "most of a session: whole pages"
 
 
 async def test_more_sessions_than_the_pool_holds_are_preempted_and_say_what_undisturbed_ones_say(latent: Path) -> None:

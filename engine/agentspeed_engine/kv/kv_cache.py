@@ -138,7 +138,9 @@ class KvCache:
             if node.held or any(below.held for child in beside for below in subtree(child)):
                 break
             top = node
-        for node in [] if top is None else reversed(list(subtree(top))):
+        if top is None:
+            return
+        for node in reversed(list(subtree(top))):
             waits = self._drop_unreferenced(node)
             if waits is not None:
                 waits.disowned = True
