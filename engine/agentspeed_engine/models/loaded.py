@@ -13,12 +13,13 @@ from torch import Tensor
 
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.models.checkpoint import Checkpoint
+from agentspeed_engine.models.held_weights import held_by, numbers_of
 from agentspeed_engine.models.inputs import FlatBatch
 from agentspeed_engine.models.inputs_on_device import upload
 from agentspeed_engine.models.joined import joined
 from agentspeed_engine.models.kernel_refusals import kernels_chosen
 from agentspeed_engine.models.kv_pools import TORCH_DTYPES, KvPools
-from agentspeed_engine.models.memory import given_back
+from agentspeed_engine.models.memory import given_back, in_large_pages
 from agentspeed_engine.models.programs import Programs
 from agentspeed_engine.models.quantization import declared_scheme
 from agentspeed_engine.models.rope import Rope
@@ -144,6 +145,10 @@ class LoadedModel:
         with given_back():
             chain = source.family.build(source.config, held, self.pools, rank, self._kernels)
             self._kernels.laid_out()
+        if self.device.type == "cpu":
+            pools = {pool.untyped_storage().data_ptr() for pool in self.pools.tensors}
+            held_here = [numbers_of(weight) for weight in held_by(chain)]
+            in_large_pages(one for one in held_here if one.untyped_storage().data_ptr() not in pools)
         if progress is not None:  # of experts that live elsewhere nothing was read
             progress(1.0)
         boundaries = [module.boundary for module in chain]

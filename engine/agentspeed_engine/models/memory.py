@@ -1,4 +1,5 @@
-"""Memory as a model takes it: for pages where they are written, and for weights without what making them took."""
+"""Memory as a model takes it: for pages where they are written, and for weights without what making them took, in large
+pages of the kernel's."""
 
 from __future__ import annotations
 
@@ -7,8 +8,9 @@ import math
 import mmap
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Final
 
 import torch
@@ -23,6 +25,11 @@ _MOST: Final = (1 << 31) - 1
 """That a call can set one to."""
 LARGE_PAGE: Final = 2 << 20
 """Bytes, on x86-64 and on 64-bit ARM with pages of 4 KB."""
+_COLLAPSE: Final = 25
+"""Linux's MADV_COLLAPSE (6.1 and later), which Python's mmap does not name: small pages become large ones at once."""
+_APART: Final = 8 << 10
+"""Bytes between two allocations side by side, at most: the rest of a page, and what the allocator notes."""
+_ASKED: Final = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 @contextmanager
@@ -63,3 +70,46 @@ def zeros_on_demand(shape: tuple[int, ...], dtype: torch.dtype, *, streamed: boo
         with suppress(OSError):  # a kernel built without large pages
             memory.madvise(mmap.MADV_HUGEPAGE, begin, whole)
     return torch.frombuffer(memory, dtype=dtype, offset=begin, count=size // dtype.itemsize).view(shape)
+
+
+def in_large_pages(weights: Iterable[Tensor]) -> None:
+    """Moves what is resident to pages of `LARGE_PAGE`, as far as weights side by side fill them, so that no more memory
+    is taken: a product that reads a weight once runs on across the ends of small pages at two thirds of the speed.
+
+    Without effect on files that are mapped, and where the kernel gives no large pages or has been told not to."""
+    if sys.platform != "linux" or not _ASKED.exists() or "[never]" in _ASKED.read_text():
+        return
+    advise = ctypes.CDLL(None).madvise
+    advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    anonymous = _anonymous()
+    for begin, end in large_spans((weight.data_ptr(), weight.nbytes) for weight in weights):
+        for low, high in anonymous:
+            first, last = max(begin, low), min(end, high)
+            if last - first >= LARGE_PAGE:  # what is not done is left as it was, and costs speed alone
+                first += -first % LARGE_PAGE
+                size = (last - first) // LARGE_PAGE * LARGE_PAGE
+                if size and advise(first, size, mmap.MADV_HUGEPAGE) == 0:
+                    advise(first, size, _COLLAPSE)
+
+
+def large_spans(held: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(begin, end) of whole large pages that ranges (address, bytes) fill, those side by side taken together."""
+    joined: list[list[int]] = []
+    for begin, size in sorted(held):
+        if joined and begin - joined[-1][1] <= _APART:
+            joined[-1][1] = max(joined[-1][1], begin + size)
+        else:
+            joined.append([begin, begin + size])
+    whole = [(-(-begin // LARGE_PAGE) * LARGE_PAGE, end // LARGE_PAGE * LARGE_PAGE) for begin, end in joined]
+    return [(begin, end) for begin, end in whole if begin < end]
+
+
+def _anonymous() -> list[tuple[int, int]]:
+    """(begin, end) of this process's mappings that belong to no file."""
+    found: list[tuple[int, int]] = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        where, _, _, _, inode, *_ = line.split(maxsplit=5)
+        if inode == "0":
+            begin, end = where.split("-")
+            found.append((int(begin, 16), int(end, 16)))
+    return found

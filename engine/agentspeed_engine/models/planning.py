@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal, cast, final
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.models.held_weights import held_by
 from agentspeed_engine.models.kv_layout import DTYPE_BYTES
 from agentspeed_engine.models.kv_pools import TORCH_DTYPES, KvPools
 from agentspeed_engine.models.mesh_fit import check_mesh
@@ -147,20 +148,8 @@ def _limit(source: ModelSource, mesh: Mesh, axis: Axis) -> AxisLimit:
 
 def _weight_bytes(chain: list[Module[StepState]]) -> int:
     """Of what the modules hold, each tensor once: a tied head is the embedding."""
-    weights = (held for held in _held(chain) if isinstance(held, Fp8Blocks) or held.is_meta)
+    weights = (held for held in held_by(chain) if not isinstance(held, Tensor) or held.is_meta)
     return sum({id(held): held.nbytes for held in weights}.values())
-
-
-def _held(value: object) -> Iterator[Tensor | Fp8Blocks]:
-    """The tensors of modules, and of what they are made of."""
-    if isinstance(value, Tensor | Fp8Blocks):
-        yield value
-    elif isinstance(value, list | tuple):
-        for one in value:
-            yield from _held(one)
-    elif type(value).__module__.startswith("agentspeed_engine.models"):
-        for name in getattr(type(value), "__slots__", ()):
-            yield from _held(getattr(value, name))
 
 
 def _workspace_bytes(chain: list[Module[StepState]], lines: tuple[StepLine, ...], dtype: torch.dtype) -> int:

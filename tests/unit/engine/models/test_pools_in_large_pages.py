@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,16 +10,13 @@ import torch
 from agentspeed_engine.models.kv_layout import KvLayout, KvPool
 from agentspeed_engine.models.kv_pools import KvPools
 from agentspeed_engine.models.memory import LARGE_PAGE
+from tests.support.large_pages import NEEDS_LARGE_PAGES, advised, mapped, resident
 
-_ASKED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 PAGE = 64
 NOISE = 8 << 20
 """Bytes that other work of the process may take meanwhile."""
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or not _ASKED.exists() or "[never]" in _ASKED.read_text(),
-    reason="the kernel gives no large pages",
-)
+pytestmark = NEEDS_LARGE_PAGES
 
 
 def pools(width: int, pages: int) -> KvPools:
@@ -30,32 +24,6 @@ def pools(width: int, pages: int) -> KvPools:
         pools=tuple(KvPool(name=name, layers=2, width=width, dtype="float32") for name in ("key", "value"))
     )
     return KvPools(layout, pages, PAGE)
-
-
-def mapped(address: int) -> dict[str, str]:
-    """What the kernel says of the mapping around an address; nothing where there is none."""
-    found: dict[str, str] = {}
-    inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        name, rest = line.split(maxsplit=1)
-        if name.endswith(":"):
-            if inside:
-                found[name[:-1]] = rest
-            continue
-        begin, end = (int(part, 16) for part in name.split("-"))
-        inside = begin <= address < end
-    return found
-
-
-def resident() -> int:
-    """Bytes of this process in memory."""
-    said = Path("/proc/self/statm").read_text().split()
-    return int(said[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def advised(address: int) -> bool:
-    """Whether large pages were asked for there."""
-    return "hg" in mapped(address)["VmFlags"].split()
 
 
 def test_a_pool_whose_layers_are_wide_and_long_lies_in_large_pages() -> None:
