@@ -72,6 +72,7 @@ class Fp8Blocks:
         no other."""
         (outputs, inputs), across = weight.shape, self.scales.shape[1]
         width, many = across * BLOCK, min(max(_AT_ONCE // inputs // BLOCK, 1), self.scales.shape[0])
+        workspace = workspace.on(self.data.device)
         floats = workspace.take("floats", (many * BLOCK, width), torch.float32)
         sizes = workspace.take("sizes", (many * BLOCK, width), torch.float32)
         for low in range(0, outputs, many * BLOCK):

@@ -71,6 +71,7 @@ class Quantised:
         """Of a weight [N, K]: some rows after the others, which go through `workspace`."""
         (outputs, inputs), (tiles, steps) = weight.shape, self.data.shape[:2]
         width, many = steps * INPUTS, min(max(_AT_ONCE // inputs // OUTPUTS, 1), tiles)
+        workspace = workspace.on(self.data.device)
         floats = workspace.take("floats", (many * OUTPUTS, width), torch.float32)
         sizes = workspace.take("sizes", (many * OUTPUTS, width), torch.float32)
         whole = workspace.take("whole", (many * OUTPUTS, width), torch.uint8)

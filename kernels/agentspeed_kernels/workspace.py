@@ -24,6 +24,10 @@ class Workspace:
         """What was taken: most steps take the same again, hundreds of times each."""
         self._constants: dict[tuple[int, torch.dtype], torch.Tensor] = {}
 
+    def on(self, device: torch.device) -> Workspace:
+        """This one, or an empty one where what is worked on lies on another kind of device than this."""
+        return self if self.device.type == device.type else Workspace(device)
+
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised contiguous tensor."""
         key = name, shape, dtype

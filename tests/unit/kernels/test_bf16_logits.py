@@ -21,6 +21,7 @@ from tests.support.decoded_logits import apart
 from tests.support.needs import missing
 from tests.support.paged import CONFIG, Trail, batch
 from tests.support.random_checkpoint import make_checkpoint
+from tests.support.weights_held import bytes_held
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAGE = 64
@@ -136,15 +137,5 @@ def test_a_weight_is_kept_once(tmp_path: Path) -> None:
     """Packing replaces the original: what a model holds is no more than its checkpoint and the padding of tiles."""
     folder = make_checkpoint(WHOLE | {"tie_word_embeddings": True}, tmp_path, seed=8, dtype="bfloat16")
     model = load(folder, dtype="bfloat16", pages=2, page_tokens=PAGE)
-    held: dict[int, int] = {}
-    for step in model._steps:
-        for cell in step.__closure__ or ():
-            for name in getattr(type(cell.cell_contents), "__slots__", ()):
-                value = getattr(cell.cell_contents, name, None)
-                data = getattr(value, "data", value)
-                if isinstance(data, torch.Tensor) and not any(
-                    pool.data_ptr() <= data.data_ptr() < pool.data_ptr() + pool.nbytes for pool in model.pools.tensors
-                ):
-                    held[data.untyped_storage().data_ptr()] = data.untyped_storage().nbytes()
     # The router alone is kept wider than the checkpoint has it.
-    assert model.info.weight_bytes < sum(held.values()) < 1.1 * model.info.weight_bytes
+    assert model.info.weight_bytes < bytes_held(model) < 1.1 * model.info.weight_bytes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,12 @@ from agentspeed_engine.models.weight_formats import WeightFormat
 from agentspeed_engine.serve.options import build, options_from
 from agentspeed_engine.serve.rank_shares import shares_of
 from agentspeed_kernels.cpu import native
-from agentspeed_kernels.fp8_blocks import Fp8Blocks
-from agentspeed_kernels.quantised import Quantised, quantise
+from agentspeed_kernels.quantised import quantise
 from tests.support.decoded_logits import apart, decoded_logits
 from tests.support.paged import CONFIG
 from tests.support.random_checkpoint import make_checkpoint
 from tests.support.thread_sums import logits_of, on_two_ranks
+from tests.support.weights_held import bytes_held
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAGE = 64
@@ -63,37 +62,12 @@ def test_logits_stay_near_those_of_the_checkpoint(folder: Path, dtype: Any, weig
         assert [program.proven for program in model._programs._programs.values()] == [True]
 
 
-def weights_in(value: Any) -> Iterator[Any]:
-    """What has data among the fields of a module, and of what it is made of."""
-    if isinstance(getattr(value, "data", None), torch.Tensor):
-        yield value
-    elif isinstance(value, tuple):
-        for one in value:
-            yield from weights_in(one)
-    elif type(value).__module__.startswith("agentspeed_engine.models"):
-        for name in getattr(type(value), "__slots__", ()):
-            yield from weights_in(getattr(value, name, None))
-
-
-def held(model: LoadedModel) -> int:
-    """Bytes of all weights, each once."""
-    found: dict[int, int] = {}
-    pools = {pool.untyped_storage().data_ptr() for pool in model.pools.tensors}
-    cells = (cell.cell_contents for step in model._steps for cell in step.__closure__ or ())
-    for value in (weight for cell in cells for weight in weights_in(cell)):
-        storage = value.data.untyped_storage()
-        if storage.data_ptr() not in pools:
-            scales = value.scales.nbytes if isinstance(value, Quantised | Fp8Blocks) else 0
-            found[storage.data_ptr()] = storage.nbytes() + scales
-    return sum(found.values())
-
-
 @pytest.mark.parametrize("weights", list(WORST))
 def test_what_is_counted_is_what_is_held(folder: Path, weights: WeightFormat) -> None:
     model = load(folder, dtype="bfloat16", pages=2, page_tokens=PAGE, weights=weights)
     assert model.info.weight_bytes < 0.75 * load(folder, dtype="bfloat16", pages=2).info.weight_bytes
     # Tiles are padded, which small matrices feel, and the router alone is wider than the checkpoint has it.
-    assert 0.98 * model.info.weight_bytes < held(model) < 1.25 * model.info.weight_bytes
+    assert 0.98 * model.info.weight_bytes < bytes_held(model) < 1.25 * model.info.weight_bytes
 
 
 @pytest.mark.parametrize("weights", list(WORST))
@@ -105,7 +79,7 @@ def test_ranks_keep_8_bits_of_their_pieces(folder: Path, weights: WeightFormat) 
     counted = shares_of(options_from(options), described, weights).weight_bytes
     models = on_two_ranks(folder, dtype="float32", pages=6, page_tokens=PAGE, weights=weights)
     assert apart(logits_of(models, logits), exact) < WORST[weights]
-    assert counted is not None and 0.98 * counted < sum(map(held, models)) < 1.25 * counted
+    assert counted is not None and 0.98 * counted < sum(map(bytes_held, models)) < 1.25 * counted
 
 
 def test_of_experts_in_8_bits_one_at_a_time_is_in_the_format_of_the_rest(

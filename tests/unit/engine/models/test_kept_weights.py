@@ -27,7 +27,8 @@ from tests.conformance.family_configs import random_config
 from tests.support.paged import Trail, batch
 from tests.support.random_checkpoint import make_checkpoint
 from tests.support.thread_sums import logits_of, on_two_ranks
-from tests.unit.engine.models.test_int8_weights import GROUPED, LATENT, held
+from tests.support.weights_held import bytes_held
+from tests.unit.engine.models.test_int8_weights import GROUPED, LATENT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAGE = 64
@@ -126,14 +127,14 @@ def test_batch_invariant_steps_have_the_same_bits_for_any_rows(folder: Path) -> 
 def test_what_is_counted_is_what_is_held(folder: Path) -> None:
     kept, plain = loaded(folder, "bfloat16"), loaded(folder, None)
     assert kept.info.weight_bytes < 0.6 * plain.info.weight_bytes
-    assert 0.98 * kept.info.weight_bytes < held(kept) < 1.02 * kept.info.weight_bytes
+    assert 0.98 * kept.info.weight_bytes < bytes_held(kept) < 1.02 * kept.info.weight_bytes
 
 
 @needs_native
 def test_ranks_keep_their_pieces_so(folder: Path) -> None:
     def cut(weights: WeightFormat | None) -> tuple[torch.Tensor, int]:
         models = on_two_ranks(folder, dtype="float32", pages=6, page_tokens=PAGE, weights=weights)
-        return logits_of(models, logits), sum(map(held, models))
+        return logits_of(models, logits), sum(map(bytes_held, models))
 
     (kept, taken), (plain, whole) = cut("bfloat16"), cut(None)
     assert torch.equal(kept, plain)
