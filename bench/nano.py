@@ -9,6 +9,7 @@ are few, so those of any two seeds have many in common.
     tool_call_exact       every call of a request has the right tool and exactly the right arguments
     tool_answer_exact     ... and the answer made of the tools' results is exactly right
     refuse_exact          says that no tool fits, names those there are, and calls none
+    refuse_said           says that no tool fits, and calls none, which is what the first edition was asked for
     structured_exact      calls and answer exact, the tools' results being lists and objects
     chain_exact           two to three calls, each with a result of the one before, and the answer: all exact
     follow_exact          all replies of a conversation whose later requests lean on the earlier ones
@@ -48,6 +49,7 @@ from agentspeed.errors import OutputError
 from agentspeed.messages import ToolMessage
 from agentspeed.search import Budget, Found, Node, best_of_n, tree_of_thought
 from agentspeed.tools import Bounds, Tool, declared_tool
+from tools.nano.answers import NO_TOOL
 from tools.nano.tasks import Task, check_answer, check_calls, check_json, check_puzzle, held_out
 
 MUST = {
@@ -74,6 +76,7 @@ class Scores:
     tool_call_exact: float
     tool_answer_exact: float
     refuse_exact: float
+    refuse_said: float
     structured_exact: float
     chain_exact: float
     follow_exact: float
@@ -173,10 +176,12 @@ async def conversation(engine: Engine, task: Task) -> bool:
     return True
 
 
-async def refusal(engine: Engine, task: Task) -> bool:
+async def refusal(engine: Engine, task: Task) -> tuple[bool, bool]:
+    """(Whether the reply is the right one, whether it says at least that no tool fits); it calls none in both."""
     async with engine.session(system=system_of(task), tools=offered(task)) as s:
         reply = await s.generate(asked(task), max_tokens=256)
-        return not reply.tool_calls and reply.text.strip() == task.expected()["content"]
+        said = "" if reply.tool_calls else reply.text.strip()
+        return said == task.expected()["content"], said.startswith(NO_TOOL)
 
 
 async def json_task(engine: Engine, task: Task) -> tuple[bool, bool]:
@@ -303,8 +308,8 @@ async def measure(model: Path | None, count: int, tries: int, seed: int) -> Scor
         refused = await each(held_out("refuse", count, seed), lambda task: refusal(engine, task), AT_ONCE)
         shaped = await each(held_out("json", count, seed), lambda task: json_task(engine, task), AT_ONCE)
         print(
-            f"refusals: {share(refused)}, json: {share([ok for ok, _ in shaped])} valid, "
-            f"{share([ok for _, ok in shaped])} exact",
+            f"refusals: {share([ok for ok, _ in refused])} right, {share([ok for _, ok in refused])} said, "
+            f"json: {share([ok for ok, _ in shaped])} valid, {share([ok for _, ok in shaped])} exact",
             flush=True,
         )
         puzzles, hard = held_out("puzzle", count, seed), held_out("hard puzzle", count, seed)
@@ -320,7 +325,8 @@ async def measure(model: Path | None, count: int, tries: int, seed: int) -> Scor
         )
     return Scores(
         **tools,
-        refuse_exact=share(refused),
+        refuse_exact=share([ok for ok, _ in refused]),
+        refuse_said=share([ok for _, ok in refused]),
         structured_exact=whole["structured"],
         chain_exact=whole["chain"],
         follow_exact=whole["follow"],
