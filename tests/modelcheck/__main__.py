@@ -14,22 +14,9 @@ from pathlib import Path
 import msgspec
 
 from agentspeed_engine.kv.transitions import BRANCHES, NODES
+from tests.modelcheck import named_bounds
 from tests.modelcheck.explorer import Bounds, pairs
-from tests.modelcheck.mutants import (
-    AHEAD,
-    AHEAD_FAR,
-    AHEAD_TWO,
-    HOST,
-    LOADED,
-    MUTANTS,
-    PLACES,
-    PREPARED,
-    QUOTA,
-    SPOILT,
-    SPOILT_LOADED,
-    SPOILT_SAVED,
-    SPOILT_SHARED,
-)
+from tests.modelcheck.mutants import MUTANTS
 from tests.modelcheck.runs import Ended, Job, run
 
 SMALL = (
@@ -39,27 +26,27 @@ SMALL = (
     Bounds(verbs=4, firm_pages=1, pages=5),
     Bounds(verbs=3, host_slots=4, setup=((1, 1, 1), (2, 1, 1, 1))),
     Bounds(verbs=2, setup=((1,), (2, 1, 1)), depth=1),
-    LOADED,
-    QUOTA,
+    named_bounds.LOADED,
+    named_bounds.QUOTA,
 )
 SMALL_LATER = (
-    AHEAD_TWO,
-    replace(AHEAD, verbs=4),
-    replace(AHEAD_FAR, verbs=3),
-    replace(AHEAD, verbs=3, firm_pages=1, pages=5),
-    replace(HOST, verbs=2, depth=1, decode_ahead=True),
-    replace(QUOTA, verbs=1, depth=1, decode_ahead=True),
-    PLACES,
-    PREPARED,
+    named_bounds.AHEAD_TWO,
+    replace(named_bounds.AHEAD, verbs=4),
+    replace(named_bounds.AHEAD_FAR, verbs=3),
+    replace(named_bounds.AHEAD, verbs=3, firm_pages=1, pages=5),
+    replace(named_bounds.HOST, verbs=2, depth=1, decode_ahead=True),
+    replace(named_bounds.QUOTA, verbs=1, depth=1, decode_ahead=True),
+    named_bounds.PLACES,
+    named_bounds.PREPARED,
 )
 SMALL_SPOILT = (
-    replace(SPOILT, verbs=4, depth=0),
-    SPOILT_SAVED,
-    replace(HOST, verbs=2, depth=1, decode_ahead=True, spoils=True),
-    replace(AHEAD, spoils=True),
-    SPOILT_LOADED,
-    SPOILT_SHARED,
-    SPOILT,
+    replace(named_bounds.SPOILT, verbs=4, depth=0),
+    named_bounds.SPOILT_SAVED,
+    replace(named_bounds.HOST, verbs=2, depth=1, decode_ahead=True, spoils=True),
+    replace(named_bounds.AHEAD, spoils=True),
+    named_bounds.SPOILT_LOADED,
+    named_bounds.SPOILT_SHARED,
+    named_bounds.SPOILT,
 )
 _PROMPTS = ((1, 1, 1), (2, 1, 1, 1))
 LARGE = (
@@ -72,27 +59,27 @@ LARGE = (
     Bounds(verbs=5, host_slots=4, setup=_PROMPTS),
     Bounds(verbs=5, host_slots=4, pages=5, firm_pages=1, setup=_PROMPTS),
     Bounds(verbs=5, depth=1, pages=5, branches=3),
-    replace(QUOTA, verbs=3, depth=1),
+    replace(named_bounds.QUOTA, verbs=3, depth=1),
 )
 """The longest first, so that processes end together."""
 LARGE_LATER = (
-    replace(AHEAD, verbs=5),
-    replace(AHEAD_TWO, verbs=3),
-    replace(AHEAD_FAR, verbs=4),
-    replace(HOST, verbs=4, depth=1, decode_ahead=True),
-    replace(QUOTA, verbs=2, depth=1, decode_ahead=True),
-    replace(PLACES, verbs=4, depth=1),
-    replace(PREPARED, verbs=5, depth=1, decode_ahead=True),
+    replace(named_bounds.AHEAD, verbs=5),
+    replace(named_bounds.AHEAD_TWO, verbs=3),
+    replace(named_bounds.AHEAD_FAR, verbs=4),
+    replace(named_bounds.HOST, verbs=4, depth=1, decode_ahead=True),
+    replace(named_bounds.QUOTA, verbs=2, depth=1, decode_ahead=True),
+    replace(named_bounds.PLACES, verbs=4, depth=1),
+    replace(named_bounds.PREPARED, verbs=5, depth=1, decode_ahead=True),
 )
 """With rows for tokens in flight, places that are kept, and turns that wait for their grammar. They are counted apart,
 so that what the others come to can be compared with what they came to before there was any of it."""
 LARGE_SPOILT = (
-    replace(SPOILT, verbs=5),
-    replace(SPOILT_LOADED, verbs=3),
-    replace(HOST, verbs=3, turns=(1,), depth=1, decode_ahead=True, spoils=True),
-    replace(SPOILT_SAVED, verbs=3),
-    replace(HOST, verbs=3, turns=(1, 2), spoils=True),
-    replace(SPOILT_SHARED, verbs=3, depth=1),
+    replace(named_bounds.SPOILT, verbs=5),
+    replace(named_bounds.SPOILT_LOADED, verbs=3),
+    replace(named_bounds.HOST, verbs=3, turns=(1,), depth=1, decode_ahead=True, spoils=True),
+    replace(named_bounds.SPOILT_SAVED, verbs=3),
+    replace(named_bounds.HOST, verbs=3, turns=(1, 2), spoils=True),
+    replace(named_bounds.SPOILT_SHARED, verbs=3, depth=1),
 )
 """With turns whose logits are no finite numbers, and so counted apart as well."""
 ENDS = {"Closed"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -17,6 +17,7 @@ from agentspeed_engine.sched import leases, outcome, quotas, reclaim, step, tick
 from agentspeed_engine.sched.plan import TokenOf
 from agentspeed_engine.sched.reclaim import Grant
 from agentspeed_engine.sched.state import SchedulerState
+from tests.modelcheck import named_bounds
 from tests.modelcheck.explorer import Bounds
 
 
@@ -139,27 +140,6 @@ def _drop_what_is_saved(world: Any, victim: Any, missing: int) -> None:
     world.kv.pages.give(pages)
 
 
-HOST = Bounds(verbs=3, host_slots=4, setup=((1, 1, 1), (2, 1, 1, 1)))
-
-LOADED = Bounds(verbs=2, host_slots=4, branches=3, setup=HOST.setup, turns=(1, 2))
-"""From where the rows of the first session are on the host alone: commands meet its turn while they come back."""
-
-QUOTA = Bounds(
-    verbs=2, pages=14, page_tokens=1, context_limit=8, tenant_pages=8, branches=3, setup=((1,), (1, 2), (2, 1))
-)
-"""Two sessions of one tenant, whose prompts fit its quota and whose answers do not, and one of another."""
-
-PLACES = Bounds(verbs=3, turns_in_place=2, branches=3, pages=5, setup=((1, 1, 1), (2, 1, 1)), turns=(1, 2))
-"""Branches whose next turns go before others that wait, and whose rows make no room for those."""
-
-AHEAD = Bounds(verbs=3, depth=1, decode_ahead=True)
-"""A row is issued while the token it is fed with is in flight."""
-AHEAD_TWO = Bounds(verbs=2, depth=1, decode_ahead=True, pages=5, context_limit=8, most=5, setup=((1,), (2, 1)))
-"""Two turns run ahead at once, and their answers do not fit beside each other."""
-AHEAD_FAR = Bounds(verbs=2, depth=2, decode_ahead=True, pages=5, context_limit=8, most=5)
-"""Three steps in flight: there would be room for a second row whose token is not known."""
-
-
 def _two_ahead(state: Any) -> bool:
     return bool(state.turn.drawn + 2 < state.turn.max_tokens)
 
@@ -214,9 +194,6 @@ def _ahead_takes_room(world: Any, run: Any, state: Any, now: float) -> None:
     step._row(world, run, state, 1, run.sampled[state.branch.id])
 
 
-PREPARED = Bounds(verbs=4, prepares=True)
-
-
 def _prepared_stays_out(world: Any, turn: int, refusal: Any, now: float) -> None:
     """What was prepared is taken off the list, and put on no other."""
     if (number := world.preparing.get(turn)) is not None:
@@ -231,18 +208,6 @@ def _forgets_what_waits(original: Any) -> Any:
             original(self, turn, branch)
 
     return dequeue
-
-
-SPOILT = Bounds(verbs=3, depth=1, spoils=True)
-"""What a turn computes may be no finite numbers."""
-SPOILT_LOADED = replace(LOADED, spoils=True)
-"""Also of rows that come back from the host."""
-SPOILT_SAVED = Bounds(
-    verbs=2, pages=8, context_limit=12, host_slots=8, setup=((1,) * 6, (2, *(1,) * 5)), turns=(1, 2), spoils=True
-)
-"""Also while rows are copied there: free pages are few, so those at rest are saved before any are needed."""
-SPOILT_SHARED = Bounds(verbs=2, pages=6, setup=((1, 1, 1), (1, 1, 2)), turns=(1,), spoils=True)
-"""Two sessions begin with the same page."""
 
 
 def _rows_are_kept(self: Any, branch: Any, room: Any, now: float, why: str) -> None:
@@ -355,31 +320,31 @@ MUTANTS = (
         "failed-save-keeps-slots",
         "host slots of a copy that failed belong to nobody",
         ((Saving, "failed", _failed_save_keeps_slots),),
-        HOST,
+        named_bounds.HOST,
     ),
     Mutant(
         "failed-load-keeps-waiting",
         "a branch goes on waiting for rows whose load failed",
         ((tickets, "_loaded", _failed_load_keeps_waiting),),
-        HOST,
+        named_bounds.HOST,
     ),
     Mutant(
         "evict-before-the-copy",
         "device pages go while the host has no copy yet",
         ((reclaim, "_evictable", _saving_is_evictable), (reclaim, "_drop", _drop_what_is_saved)),
-        HOST,
+        named_bounds.HOST,
     ),
     Mutant(
         "quota-takes-from-nobody",
         "an older turn waits for the quota that a younger one of its tenant holds",
         ((quotas, "make_room", _quota_takes_from_nobody),),
-        QUOTA,
+        named_bounds.QUOTA,
     ),
     Mutant(
         "quota-forgets-tails",
         "what a running turn writes counts for no tenant",
         ((KvCache, "grow", _tails_are_not_counted),),
-        QUOTA,
+        named_bounds.QUOTA,
     ),
     Mutant(
         "wait-for-the-queued",
@@ -391,103 +356,103 @@ MUTANTS = (
         "two-tokens-ahead",
         "a row is issued for the token of a row whose own token is not known",
         ((step, "_may_run_ahead", _two_ahead), (branch_states, "_issue", _two_unknown)),
-        AHEAD_FAR,
+        named_bounds.AHEAD_FAR,
     ),
     Mutant(
         "dead-rows-count",
         "a row counts as done whose token the log never took",
         ((branch_states, "_without_dead_row", _dead_rows_count),),
-        AHEAD,
+        named_bounds.AHEAD,
     ),
     Mutant(
         "rest-with-a-row-ahead",
         "a turn that ends lets go of its room while the row after its last token runs",
         ((branch_states, "_leave", _rest_at_once),),
-        AHEAD,
+        named_bounds.AHEAD,
     ),
     Mutant(
         "ahead-of-the-last-token",
         "a row is issued for a token that ends its turn for certain",
         ((step, "_may_run_ahead", _ahead_of_the_last),),
-        AHEAD,
+        named_bounds.AHEAD,
     ),
     Mutant(
         "ahead-of-stop-strings",
         "a row is issued for a token that the host must see first",
         ((step, "_may_run_ahead", _ahead_of_stop_strings),),
-        AHEAD,
+        named_bounds.AHEAD,
     ),
     Mutant(
         "fed-with-anothers-token",
         "a row names the token of another branch in the step before",
         ((step, "_sampled", _fed_with_the_first_token),),
-        AHEAD_TWO,
+        named_bounds.AHEAD_TWO,
     ),
     Mutant(
         "dead-row-is-ignored",
         "a dead row is never acknowledged, and its branch settles for ever",
         ((outcome, "_row_came_back", _late_row_is_ignored(outcome._row_came_back)),),
-        AHEAD,
+        named_bounds.AHEAD,
     ),
     Mutant(
         "ahead-takes-room",
         "a turn that runs ahead takes room from an older one",
         ((step, "_decode_ahead", _ahead_takes_room),),
-        AHEAD_TWO,
+        named_bounds.AHEAD_TWO,
     ),
     Mutant(
         "prepared-stays-out",
         "a turn whose grammar is ready is in no queue",
         ((outcome, "prepared", _prepared_stays_out),),
-        PREPARED,
+        named_bounds.PREPARED,
     ),
     Mutant(
         "cancelled-still-prepares",
         "a turn that ended while its grammar was compiled is awaited",
         ((SchedulerState, "dequeue", _forgets_what_waits(SchedulerState.dequeue)),),
-        PREPARED,
+        named_bounds.PREPARED,
     ),
     Mutant(
         "spoilt-rows-are-kept",
         "what a spoilt turn wrote is published like any other rows",
         ((KvCache, "disown", _rows_are_kept),),
-        SPOILT,
+        named_bounds.SPOILT,
     ),
     Mutant(
         "spoilt-rows-outlive-the-turn",
         "a spoilt turn that waits again or is closed leaves its rows",
         ((branch_states, "_come_to_rest", _only_a_branch_that_stays_gives_up(branch_states._come_to_rest)),),
-        SPOILT,
+        named_bounds.SPOILT,
     ),
     Mutant(
         "spoilt-after-it-was-left",
         "rows that come back after their turn was left are taken for sound",
         ((outcome, "_row_came_back", _spoilt_too_late(outcome._row_came_back)),),
-        SPOILT,
+        named_bounds.SPOILT,
     ),
     Mutant(
         "spoilt-rows-in-copy-stay",
         "rows of a spoilt turn that are being copied are not marked",
         ((KvCache, "_disown_from", _copies_are_not_waited_for(KvCache._disown_from)),),
-        SPOILT_SAVED,
+        named_bounds.SPOILT_SAVED,
     ),
     Mutant(
         "spoilt-rows-outlive-the-copy",
         "the end of a copy does not drop the rows that are marked",
         ((KvCache, "copy_ended", _copy_ends_and_the_rows_stay),),
-        SPOILT_SAVED,
+        named_bounds.SPOILT_SAVED,
     ),
     Mutant(
         "spoilt-rows-below-cached-ones",
         "rows that only the cache holds keep those of a spoilt turn above them",
         ((KvCache, "_disown_from", _the_cache_keeps_them),),
-        SPOILT_LOADED,
+        named_bounds.SPOILT_LOADED,
     ),
     Mutant(
         "spoilt-rows-of-others",
         "a spoilt turn takes rows from branches that run on them",
         ((KvCache, "_disown_from", _all_rows_go),),
-        SPOILT_SHARED,
+        named_bounds.SPOILT_SHARED,
     ),
 )
 

@@ -8,22 +8,10 @@ from pathlib import Path
 import pytest
 
 from agentspeed_engine.kv.transitions import BRANCHES, NODES
+from tests.modelcheck import named_bounds
 from tests.modelcheck.__main__ import main
 from tests.modelcheck.explorer import Bounds, explore, pairs
-from tests.modelcheck.mutants import (
-    AHEAD,
-    AHEAD_FAR,
-    HOST,
-    LOADED,
-    MUTANTS,
-    PREPARED,
-    QUOTA,
-    SPOILT,
-    SPOILT_LOADED,
-    SPOILT_SAVED,
-    SPOILT_SHARED,
-    Mutant,
-)
+from tests.modelcheck.mutants import MUTANTS, Mutant
 from tests.modelcheck.packing import packed
 from tests.modelcheck.split import split
 from tests.modelcheck.successors import unlike
@@ -38,14 +26,14 @@ from tests.modelcheck.successors import unlike
         Bounds(verbs=2, setup=((1,), (2, 1, 1)), depth=1),
         Bounds(verbs=2, host_slots=4, setup=((1, 1, 1), (2, 1, 1, 1))),
         Bounds(verbs=3, turns_in_place=2),
-        QUOTA,
-        AHEAD,
-        AHEAD_FAR,
-        replace(PREPARED, verbs=3),
-        SPOILT,
-        SPOILT_LOADED,
-        SPOILT_SAVED,
-        SPOILT_SHARED,
+        named_bounds.QUOTA,
+        named_bounds.AHEAD,
+        named_bounds.AHEAD_FAR,
+        replace(named_bounds.PREPARED, verbs=3),
+        named_bounds.SPOILT,
+        named_bounds.SPOILT_LOADED,
+        named_bounds.SPOILT_SAVED,
+        named_bounds.SPOILT_SHARED,
     ],
 )
 def test_every_state_is_sound_and_every_turn_ends(bounds: Bounds) -> None:
@@ -64,11 +52,11 @@ def test_every_state_is_sound_and_every_turn_ends(bounds: Bounds) -> None:
         Bounds(
             verbs=2, pages=6, page_tokens=1, context_limit=4, tenant_pages=5, branches=3, setup=((1,), (1, 2), (2, 1))
         ),
-        AHEAD,
+        named_bounds.AHEAD,
         Bounds(verbs=3, turns_in_place=2),
-        replace(PREPARED, verbs=3),
-        SPOILT,
-        SPOILT_SAVED,
+        replace(named_bounds.PREPARED, verbs=3),
+        named_bounds.SPOILT,
+        named_bounds.SPOILT_SAVED,
     ],
 )
 def test_worlds_that_the_search_takes_for_one_go_on_alike(bounds: Bounds) -> None:
@@ -77,7 +65,16 @@ def test_worlds_that_the_search_takes_for_one_go_on_alike(bounds: Bounds) -> Non
     assert found == []
 
 
-@pytest.mark.parametrize("bounds", [Bounds(verbs=3, depth=1), HOST, AHEAD, replace(PREPARED, verbs=3), SPOILT])
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        Bounds(verbs=3, depth=1),
+        named_bounds.HOST,
+        named_bounds.AHEAD,
+        replace(named_bounds.PREPARED, verbs=3),
+        named_bounds.SPOILT,
+    ],
+)
 def test_a_search_that_is_split_over_processes_finds_the_same(bounds: Bounds) -> None:
     assert explore(bounds, expanding=split(bounds, 2, few=64), kept=packed) == explore(bounds)
 
@@ -106,7 +103,9 @@ def test_what_a_run_wrote_down_is_not_done_again(tmp_path: Path, capsys: pytest.
 
 def test_the_search_comes_to_every_state_of_both_machines() -> None:
     leases = Bounds(verbs=1, firm_pages=1, pages=5, setup=((1,),))
-    reached = set[str]().union(*(explore(one).reached for one in (HOST, LOADED, Bounds(verbs=3, depth=1), leases)))
+    reached = set[str]().union(
+        *(explore(one).reached for one in (named_bounds.HOST, named_bounds.LOADED, Bounds(verbs=3, depth=1), leases))
+    )
     assert (set(BRANCHES) | set(NODES)) - {"Closed"} <= reached
     assert pairs() == {one for one in reached if " of a " in one}
 
