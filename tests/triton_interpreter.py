@@ -2,7 +2,8 @@
 
 `tests/conftest.py` sets the switch, since Triton reads it when it is first imported. The interpreter of Triton 3.6
 turns arrays of one element into Python numbers with `int`, which NumPy 2.4 refuses; `item` means the same. It keeps
-bfloat16 as bits and multiplies the bits; products are given the numbers here.
+bfloat16 as bits and multiplies the bits; products are given the numbers here. Where the largest is, it finds by NumPy,
+which takes what is no number for it; a GPU's comparisons pass that over, as its maxima do.
 """
 
 from __future__ import annotations
@@ -41,3 +42,17 @@ def _dot_of_numbers(self: Any, a: Any, b: Any, *rest: Any) -> Any:
 
 
 interpreter.InterpreterBuilder.create_dot = _dot_of_numbers  # type: ignore[method-assign]
+
+
+_smallest_or_largest: Any = interpreter.ReduceOps.min_max
+
+
+def _passes_over(self: Any, given: Any, val_reduce_op: Any, idx_reduce_op: Any = None) -> Any:
+    if idx_reduce_op is np.argmax:
+        found = given[0] if isinstance(given, tuple) else given
+        numbers = np.where(np.isnan(found.handle.data), -np.inf, found.handle.data)
+        given = self.to_tensor(numbers, found.dtype)
+    return _smallest_or_largest(self, given, val_reduce_op, idx_reduce_op)
+
+
+interpreter.ReduceOps.min_max = _passes_over  # type: ignore[method-assign]

@@ -52,8 +52,9 @@ def choose(
 ):  # fmt: skip
     """Scores of one token to its TOP experts by falling choice score (the lower id first among equals).
 
-    With SLOTS a token whose slot is negative chooses nobody: the id E, with weight 0. Experts lie as [groups, experts
-    of a group], both padded to powers of two. One program a token."""
+    With SLOTS a token whose slot is negative chooses nobody: the id E, with weight 0. Of a token with a choice score
+    that is no number no weight is one. Experts lie as [groups, experts of a group], both padded to powers of two. One
+    program a token."""
     token = tl.program_id(0).to(tl.int64)
     g = tl.arange(0, PAD_GROUPS)[:, None]
     m = tl.arange(0, PAD_GROUP)[None, :]
@@ -72,7 +73,9 @@ def choose(
     choice = score
     if BIAS:
         choice += tl.load(bias + e, mask=there, other=0.0)
-    choice = tl.where(there, choice, -float("inf"))
+    # A score that is no number would never be chosen, or padding in its place, and nobody would know.
+    broken = tl.max(tl.max((there & (choice != choice)).to(tl.int32), 1), 0)
+    choice = tl.where(there & (choice == choice), choice, -float("inf"))
     if GROUPS > 1:
         worth = tl.max(choice, 1)
         if SUM_OF_TWO:
@@ -100,7 +103,7 @@ def choose(
         choice = tl.where(hit, -float("inf"), choice)
     if NORMALISE:
         held = held / (tl.sum(held, 0) + 1e-20)
-    held = held * scale
+    held = tl.where(broken == 0, held * scale, float("nan"))
     if SLOTS:
         there = tl.load(slots + token) >= 0
         chosen = tl.where(there, chosen, E)
