@@ -62,10 +62,11 @@ class EngineHandle:
         self._api_key = api_key
         self._http_client = http_client
         self._options = checked_engine_options(options)
-        if self.url is not None and options:
+        own = [name for name, value in {"revision": revision, **options}.items() if value is not None]
+        if self.url is not None and own:
             raise errors.InvalidRequest(
-                f"{self.url} is a server's address, and its engine has options of its own.",
-                remedy=f"Leave out {', '.join(options)}, or give them to `agentspeed serve`.",
+                f"{self.url} is a server's address, and its engine has a model and options of its own.",
+                remedy=f"Leave out {', '.join(own)}, or give them to `agentspeed serve`.",
             )
         self._shared = False
         self._transport: Transport | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, TypedDict, cast, final
+from typing import Any, Final, TypeAlias, TypedDict, cast, final
 
 import msgspec
 
@@ -207,6 +207,10 @@ def check_option_names(options: TurnOptions, known: type[TurnOptions] = TurnOpti
         )
 
 
+_OF_ENGINES: Final = frozenset({"revision", "api_key", "http_client"})
+"""What `Engine` takes beside the options of its process."""
+
+
 def check_session(
     *,
     history_reasoning: str,
@@ -244,6 +248,11 @@ def check_session(
             f"A session has no options {', '.join(misplaced)}.",
             remedy="Options of a turn are given to generate, stream or run; what all turns draw by, as "
             "sampling=Sampling(...).",
+        )
+    if alone := sorted(engine_options.keys() & _OF_ENGINES):
+        raise errors.InvalidRequest(
+            f"A session takes no {' and no '.join(alone)}; an engine does.",
+            remedy=f"Make it with Engine(model, {'=..., '.join(alone)}=...), and open sessions on it.",
         )
     if on_engine and on_start is not None:
         raise errors.InvalidRequest(

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-import anyio
 import typer
 
-from agentspeed import __version__, errors
-from agentspeed.cli.ranks import Dp, Ep, Tp, cut
+from agentspeed import __version__
+from agentspeed.cli.engine_flags import (
+    BatchInvariant,
+    Context,
+    Dp,
+    Dtype,
+    Ep,
+    HostSlots,
+    KvCacheDtype,
+    Pages,
+    Revision,
+    Settings,
+    Tp,
+    Weights,
+    at_revision,
+    engine_options_of,
+)
+from agentspeed.cli.statuses import EXIT_REFUSED, reported, run
 
-EXIT_REFUSED, EXIT_BUG = 2, 70
 app = typer.Typer(
     name="agentspeed",
     no_args_is_help=True,
@@ -25,9 +37,9 @@ app = typer.Typer(
     "Examples:  agentspeed chat  ·  agentspeed chat ./model --tools tools.py  ·  agentspeed top",
 )
 Model = Annotated[str | None, typer.Argument(help="A model folder or repository id; nothing: the shipped model.")]
-KvCacheDtype = Annotated[str | None, typer.Option(help="fp8: the KV cache in 8 bits; nothing: in --dtype.")]
-BatchInvariant = Annotated[
-    bool, typer.Option("--batch-invariant", help="Equal bits whatever else is in a step; slower.")
+ChatModel = Annotated[
+    str | None,
+    typer.Argument(help="A model folder, a repository id or a server's address; nothing: the shipped model."),
 ]
 
 
@@ -46,31 +58,10 @@ def root(
     """Takes the options that no command has."""
 
 
-@contextmanager
-def reported() -> Iterator[None]:
-    """What a command raises, as a sentence and a status: 2 refused (your input or the world), 70 a bug of ours, 130
-    interrupted."""
-    try:
-        yield
-    except errors.InternalError as error:
-        typer.echo(f"{type(error).__name__}: {error}\nThis is a bug of agentspeed.", err=True)
-        raise typer.Exit(EXIT_BUG) from error
-    except errors.AgentspeedError as error:
-        typer.echo(f"{type(error).__name__}: {error}", err=True)
-        raise typer.Exit(EXIT_REFUSED) from error
-    except KeyboardInterrupt as error:
-        raise typer.Exit(130) from error
-
-
-def run(call: Callable[[], Awaitable[None]]) -> None:
-    """Runs a command on an event loop."""
-    with reported():
-        anyio.run(call)
-
-
 @app.command()
 def chat(
-    model: Model = None,
+    model: ChatModel = None,
+    revision: Revision = None,
     tools: Annotated[
         Path | None,
         typer.Option(
@@ -83,9 +74,17 @@ def chat(
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="Answer this alone, print the answer alone, and end.")
     ] = None,
+    pages: Pages = None,
+    dtype: Dtype = None,
+    weights: Weights = None,
+    kv_cache_dtype: KvCacheDtype = None,
+    batch_invariant: BatchInvariant = False,
+    context: Context = None,
+    host_slots: HostSlots = None,
     tp: Tp = 1,
     dp: Dp = 1,
     ep: Ep = None,
+    settings: Settings = None,
 ) -> None:
     """Talk to a model; each answer shows what was resumed and computed. Ctrl-C cancels the answer, Ctrl-D ends.
 
@@ -95,32 +94,34 @@ def chat(
 
     In the chat, /help lists its commands. Lines from a pipe are answered one after the other; then the status is 2 when
     one of them failed."""
+    with reported():
+        options = engine_options_of(
+            settings,
+            pages=pages,
+            dtype=dtype,
+            weights=weights,
+            kv_cache_dtype=kv_cache_dtype,
+            batch_invariant=batch_invariant,
+            context_limit=context,
+            host_slots=host_slots,
+            tp=tp,
+            dp=dp,
+            ep=ep,
+        )
+        at = at_revision(model, revision)
     if prompt is not None:
         from agentspeed.cli.one_shot import one_shot
 
         run(
             lambda: one_shot(
-                model,
-                prompt,
-                tools=tools,
-                system=system,
-                temperature=temperature,
-                max_tokens=max_tokens,
-                options=cut(tp, dp, ep),
+                at, prompt, tools=tools, system=system, temperature=temperature, max_tokens=max_tokens, options=options
             )
         )
         return
     from agentspeed.cli.chat import Chat
 
     with reported():
-        chat = Chat(
-            model,
-            tools=tools,
-            system=system,
-            temperature=temperature,
-            max_tokens=max_tokens,
-            options=cut(tp, dp, ep),
-        )
+        chat = Chat(at, tools=tools, system=system, temperature=temperature, max_tokens=max_tokens, options=options)
         done = chat.run()
     if not done:
         raise typer.Exit(EXIT_REFUSED)
@@ -129,6 +130,7 @@ def chat(
 @app.command()
 def serve(
     model: Model = None,
+    revision: Revision = None,
     host: Annotated[str, typer.Option(help="Where to listen; other than this machine only with a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     api_key: Annotated[
@@ -144,16 +146,17 @@ def serve(
         Path | None,
         typer.Option(help="Folder where sessions wait for the next server; nothing: they end with this one."),
     ] = None,
-    pages: Annotated[int | None, typer.Option(min=1, help="Pages of the KV pool.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float64.")] = None,
-    weights: Annotated[str | None, typer.Option(help="int8, int8-32 or fp8: matrices in 8 bits; on a GPU fp8.")] = None,
+    pages: Pages = None,
+    dtype: Dtype = None,
+    weights: Weights = None,
     kv_cache_dtype: KvCacheDtype = None,
     batch_invariant: BatchInvariant = False,
-    context: Annotated[int | None, typer.Option(min=1, help="Context limit in tokens.")] = None,
-    host_slots: Annotated[int | None, typer.Option(min=0, help="Pages of host memory for paused sessions.")] = None,
+    context: Context = None,
+    host_slots: HostSlots = None,
     tp: Tp = 1,
     dp: Dp = 1,
     ep: Ep = None,
+    settings: Settings = None,
     otel: Annotated[bool, typer.Option("--otel", help="Trace turns with OpenTelemetry's global providers.")] = False,
 ) -> None:
     """Serve a model over HTTP to OpenAI's and Anthropic's clients; each conversation finds its session and its rows.
@@ -164,19 +167,23 @@ def serve(
     Ends at Ctrl-C or SIGTERM, once running requests have ended or their time is over."""
     from agentspeed.cli.serve import serve as served
 
-    engine = {
-        "pages": pages,
-        "dtype": dtype,
-        "weights": weights,
-        "kv_cache_dtype": kv_cache_dtype,
-        "batch_invariant": batch_invariant or None,
-        "context_limit": context,
-        "host_slots": host_slots,
-        **cut(tp, dp, ep),
-    }
     with reported():
+        engine = engine_options_of(
+            settings,
+            pages=pages,
+            dtype=dtype,
+            weights=weights,
+            kv_cache_dtype=kv_cache_dtype,
+            batch_invariant=batch_invariant,
+            context_limit=context,
+            host_slots=host_slots,
+            tp=tp,
+            dp=dp,
+            ep=ep,
+        )
         served(
             model,
+            revision=revision,
             host=host,
             port=port,
             keys=api_key or [],
@@ -194,18 +201,19 @@ def serve(
 @app.command()
 def engine(
     model: Model = None,
+    revision: Revision = None,
     socket: Annotated[Path | None, typer.Option(help="Where to be found; nothing: a private place.")] = None,
-    pages: Annotated[int | None, typer.Option(min=1, help="Pages of the KV pool.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float64.")] = None,
+    pages: Pages = None,
+    dtype: Dtype = None,
+    weights: Weights = None,
+    kv_cache_dtype: KvCacheDtype = None,
     batch_invariant: BatchInvariant = False,
-    context: Annotated[int | None, typer.Option(min=1, help="Context limit in tokens.")] = None,
-    host_slots: Annotated[int | None, typer.Option(min=0, help="Pages of host memory for paused sessions.")] = None,
+    context: Context = None,
+    host_slots: HostSlots = None,
     tp: Tp = 1,
     dp: Dp = 1,
     ep: Ep = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="NAME=VALUE, any engine option; may be given several times.")
-    ] = None,
+    settings: Settings = None,
 ) -> None:
     """Start an engine that several programs attach to: it prints the line that sets AGENTSPEED_ENGINE for them.
 
@@ -215,16 +223,21 @@ def engine(
     Ends at Ctrl-C or SIGTERM with status 0; with 2 when the engine cannot start, or ended by itself."""
     from agentspeed.cli.engine import engine as started
 
-    named = {
-        "pages": pages,
-        "dtype": dtype,
-        "batch_invariant": batch_invariant or None,
-        "context_limit": context,
-        "host_slots": host_slots,
-        **cut(tp, dp, ep),
-    }
     with reported():
-        started(model, socket=socket, named=named, settings=settings or [])
+        options = engine_options_of(
+            settings,
+            pages=pages,
+            dtype=dtype,
+            weights=weights,
+            kv_cache_dtype=kv_cache_dtype,
+            batch_invariant=batch_invariant,
+            context_limit=context,
+            host_slots=host_slots,
+            tp=tp,
+            dp=dp,
+            ep=ep,
+        )
+        started(model, revision=revision, socket=socket, options=options)
 
 
 @app.command()
@@ -257,6 +270,7 @@ def kernels(
     model: Annotated[
         str | None, typer.Argument(help="A model folder, a config.json or a repository id; nothing: the shipped model.")
     ] = None,
+    revision: Revision = None,
     explain: Annotated[
         list[str] | None, typer.Option(help="An op, or `all`: why each other kernel does not run it. May be repeated.")
     ] = None,
@@ -264,8 +278,8 @@ def kernels(
         str | None,
         typer.Option(help="Another than this CPU: cuda, cpu:avx512, cpu:avx2, cpu:torch, cuda:90, cuda:100."),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float64.")] = "auto",
-    weights: Annotated[str | None, typer.Option(help="int8, int8-32 or fp8.")] = None,
+    dtype: Dtype = None,
+    weights: Weights = None,
     kv_cache_dtype: KvCacheDtype = None,
     batch_invariant: BatchInvariant = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
@@ -281,6 +295,7 @@ def kernels(
         typer.echo(
             described(
                 model,
+                revision=revision,
                 explain=explain or [],
                 platform=platform,
                 dtype=dtype,
@@ -297,7 +312,7 @@ def models(
     model: Annotated[
         str | None, typer.Argument(help="A model folder or repository id; nothing: the families that run.")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Of a repository: a branch, a tag or a commit.")] = None,
+    revision: Revision = None,
     check_template: Annotated[
         bool, typer.Option("--check-template", help="Play random conversations of every kind against the template.")
     ] = False,
@@ -336,7 +351,7 @@ def plan(
         int | None, typer.Option(min=1, help="Groups of ranks with experts of their own; nothing: every rank.")
     ] = None,
     exchange: Annotated[
-        str, typer.Option(help="How rows find their experts: sum, all_to_all, or auto: what costs less.")
+        Literal["auto", "sum", "all_to_all"], typer.Option(help="How rows find their experts; auto: what costs less.")
     ] = "auto",
     spare_experts: Annotated[int, typer.Option(min=0, help="Further copies of experts.")] = 0,
     machine: Annotated[
@@ -353,8 +368,12 @@ def plan(
             "choice of a mesh 8192.",
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float64.")] = "bfloat16",
-    weights: Annotated[str | None, typer.Option(help="fp8: matrices in 8 bits; nothing: in --dtype.")] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float32", "float64"], typer.Option(help="Of weights, activations and cache.")
+    ] = "bfloat16",
+    weights: Annotated[
+        Literal["dtype", "fp8"] | None, typer.Option(help="Of the matrices alone: 8 bits, or dtype, as nothing is.")
+    ] = None,
     kv_cache_dtype: KvCacheDtype = None,
     rows: Annotated[int, typer.Option(min=1, help="Tokens of a dp rank in the step that is shown.")] = 512,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object with every step, for programs.")] = False,

@@ -45,7 +45,7 @@ class Chat:
 
     def __init__(
         self,
-        model: str | Engine | None,
+        model: str | Path | Engine | None,
         *,
         tools: Path | None,
         system: str | None,

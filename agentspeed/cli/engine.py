@@ -2,48 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import typer
 
 from agentspeed import errors
-from agentspeed._core.engine_options import checked_engine_options
+from agentspeed._core.engine_options import EngineOptions
 from agentspeed._core.model_files import NANO
+from agentspeed.cli.engine_flags import ranks_said
 from agentspeed.cli.loading import loading
 from agentspeed.transport.engine_process import ATTACH, EngineProcess
 from agentspeed.transport.hub import resolve
 
 
-def options_of(named: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
-    """Options that were said, of both kinds. `settings`: NAME=VALUE, the value as JSON or as a text. Raises
-    `InvalidRequest`."""
-    found = {name: value for name, value in named.items() if value is not None}
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        if not equals:
-            raise errors.InvalidRequest(
-                f"--set {setting} has no value.", remedy="Write NAME=VALUE; `agentspeed env` lists the names."
-            )
-        try:
-            found[name] = json.loads(text)
-        except ValueError:
-            found[name] = text
-    return checked_engine_options(found)
-
-
-def engine(model: str | None, *, socket: Path | None, named: Mapping[str, Any], settings: Sequence[str]) -> None:
+def engine(model: str | None, *, revision: str | None, socket: Path | None, options: EngineOptions) -> None:
     """Blocks until Ctrl-C or SIGTERM. Raises what starting an engine raises, and `EngineDied` when it ended first."""
-    options = options_of(named, settings)
-    typer.echo(f"Loading {model or 'nano, the shipped model'} ...", err=True)
-    folder = resolve(NANO if model is None else model, None)
+    typer.echo(f"Loading {model or 'nano, the shipped model'}{ranks_said(options)} ...", err=True)
+    folder = resolve(NANO if model is None else model, revision)
     process = EngineProcess({"model": str(folder), **options})
     told = threading.Event()
 

@@ -6,9 +6,10 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 from agentspeed import errors
+from agentspeed.cli.engine_flags import CacheWord, DtypeWord, WeightsWord
 from agentspeed.engine import NANO
 from agentspeed.transport.hub import resolve
 from agentspeed.transport.kernel_choices import chosen_kernels
@@ -16,38 +17,29 @@ from agentspeed.transport.kernel_choices import chosen_kernels
 if TYPE_CHECKING:
     from agentspeed.transport.kernel_choices import KernelBand, KernelChoices
 
-_DTYPES = ("auto", "float32", "bfloat16", "float64")
-_WEIGHTS = ("int8", "int8-32", "fp8")
-_CACHES = ("fp8",)
-
 
 def described(
     model: str | None,
     *,
+    revision: str | None,
     explain: Sequence[str],
     platform: str | None,
-    dtype: str,
-    weights: str | None,
-    kv_cache_dtype: str | None,
+    dtype: DtypeWord | None,
+    weights: WeightsWord | None,
+    kv_cache_dtype: CacheWord | None,
     batch_invariant: bool,
     as_json: bool,
 ) -> str:
     """Text for people, or one JSON object. Raises what `chosen_kernels` raises, and `InvalidRequest` for a wrong
     option."""
-    for what, value, known in (
-        ("dtype", dtype, _DTYPES),
-        ("weights", weights or _WEIGHTS[0], _WEIGHTS),
-        ("kv_cache_dtype", kv_cache_dtype or _CACHES[0], _CACHES),
-    ):
-        if value not in known:
-            raise errors.InvalidRequest(f"{what} {value!r} is unknown.", remedy=f"Known: {', '.join(known)}.")
-    place = NANO if model is None else Path(model) if Path(model).is_file() else resolve(model)
+    file = None if model is None or revision is not None else Path(model)
+    place = file if file is not None and file.is_file() else resolve(model or NANO, revision, weights=False)
     found = chosen_kernels(
         place,
         platform=platform,
-        dtype=cast(Any, dtype),
-        weights=cast(Any, weights),
-        cache=cast(Any, kv_cache_dtype),
+        dtype=dtype or "auto",
+        weights=None if weights == "dtype" else weights,
+        cache=None if kv_cache_dtype == "dtype" else kv_cache_dtype,
         batch_invariant=batch_invariant,
     )
     unknown = [op for op in explain if op not in found.ops and op != "all"]

@@ -13,7 +13,7 @@ from agentspeed.cli.tools_file import ToolsFile, tools_of
 
 
 async def one_shot(
-    model: str | Engine | None,
+    model: str | Path | Engine | None,
     prompt: str,
     *,
     tools: Path | None,

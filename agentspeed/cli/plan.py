@@ -8,43 +8,33 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal
 
 from agentspeed import errors
+from agentspeed.cli.engine_flags import CacheWord
 from agentspeed.transport.model_plans import Candidate, MeshChoice, ModelPlan, PlanRequest, StepLine, planned
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
-_EXCHANGES = ("auto", "sum", "all_to_all")
-_DTYPES = ("bfloat16", "float32", "float64")
-_WEIGHTS = ("fp8",)
-_CACHES = ("fp8",)
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 def described(
-    model: Path, *, dtype: str, weights: str | None, kv_cache_dtype: str | None, exchange: str, memory: str | None,
-    as_json: bool, **given: Any,
-) -> str:  # fmt: skip
+    model: Path,
+    *,
+    weights: Literal["dtype", "fp8"] | None,
+    kv_cache_dtype: CacheWord | None,
+    exchange: Literal["auto", "sum", "all_to_all"],
+    memory: str | None,
+    as_json: bool,
+    **given: Any,
+) -> str:
     """Text for people, or one JSON object; `given` are fields of `PlanRequest`. Raises what `planned` raises, and
-    `InvalidRequest` for a wrong option."""
-    if exchange not in _EXCHANGES:
-        raise errors.InvalidRequest(f"exchange {exchange!r} is unknown.", remedy=f"Known: {', '.join(_EXCHANGES)}.")
-    if dtype not in _DTYPES:
-        raise errors.InvalidRequest(f"dtype {dtype!r} is unknown.", remedy=f"Known: {', '.join(_DTYPES)}.")
-    if weights is not None and weights not in _WEIGHTS:
-        raise errors.InvalidRequest(f"weights {weights!r} is unknown.", remedy=f"Known: {', '.join(_WEIGHTS)}.")
-    if kv_cache_dtype is not None and kv_cache_dtype not in _CACHES:
-        raise errors.InvalidRequest(
-            f"kv_cache_dtype {kv_cache_dtype!r} is unknown.", remedy=f"Known: {', '.join(_CACHES)}."
-        )
-    size = None if memory is None else memory_bytes(memory)
-    way = None if exchange == "auto" else exchange
+    `InvalidRequest` for what is no size of a memory."""
     request = PlanRequest(
-        dtype=cast(Any, dtype),
-        weights=cast(Any, weights),
-        cache=cast(Any, kv_cache_dtype),
-        exchange=cast(Any, way),
-        memory=size,
+        weights=None if weights == "dtype" else weights,
+        cache=None if kv_cache_dtype == "dtype" else kv_cache_dtype,
+        exchange=None if exchange == "auto" else exchange,
+        memory=None if memory is None else memory_bytes(memory),
         **given,
     )
     plan = planned(model, request)

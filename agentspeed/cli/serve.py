@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from agentspeed import errors
+from agentspeed._core.engine_options import EngineOptions
+from agentspeed.cli.engine_flags import ranks_said
 from agentspeed.cli.loading import loading
-from agentspeed.cli.ranks import said
 
 if TYPE_CHECKING:
     from agentspeed.observing import Observer
@@ -20,10 +21,11 @@ if TYPE_CHECKING:
 def serve(
     model: str | None,
     *,
+    revision: str | None,
     host: str,
     port: int,
     keys: Sequence[str],
-    engine: Mapping[str, Any],
+    engine: EngineOptions,
     otel: bool,
     **limits: Any,
 ) -> None:
@@ -41,7 +43,7 @@ def serve(
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # Each start names every kernel chosen, a screen of lines; warnings, as of a slower kernel, are still shown.
     logging.getLogger("agentspeed.engine").setLevel(logging.WARNING)
-    cut = said(engine.get("tp", 1), engine.get("dp", 1))
+    cut = ranks_said(engine)
     typer.echo(f"Loading {model or 'nano, the shipped model'}{cut} ...", err=True)
 
     def ready(url: str, service: Service) -> None:
@@ -61,14 +63,16 @@ def serve(
             err=True,
         )
 
-    given = {name: value for name, value in engine.items() if value is not None}
+    given: dict[str, Any] = {"revision": revision, **engine}
+    if otel:
+        given["observer"] = _tracing()
     with loading() as line:
 
         def told(url: str, service: Service) -> None:
             line.end()
             ready(url, service)
 
-        run(model, options, told, on_start=line, **({**given, "observer": _tracing()} if otel else given))
+        run(model, options, told, on_start=line, **given)
 
 
 def _tracing() -> Observer:

@@ -50,8 +50,8 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None, *, weigh
         return folder.resolve()
     if text.startswith(("http://", "https://")):
         raise errors.InvalidRequest(
-            f"{text} is a server's address; this version talks to local engines only.",
-            remedy="Give a model folder, a repository id, or nothing for the shipped model.",
+            f"{text} is a server's address, where the model's files are needed.",
+            remedy="Give a model folder or a repository id.",
         )
     if folder.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1:
         raise errors.ModelBroken(f"{text} is not a folder.", remedy="Give a Hugging Face model folder or owner/name.")

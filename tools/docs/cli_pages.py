@@ -5,13 +5,15 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 from typer.models import ArgumentInfo, OptionInfo
 
-from agentspeed.cli.app import EXIT_BUG, EXIT_REFUSED, app, root
+from agentspeed.cli.app import app, root
 from agentspeed.cli.replay import EXIT_DIFFERS
+from agentspeed.cli.statuses import EXIT_BUG, EXIT_REFUSED
 from agentspeed.cli.top import EXIT_GONE
 
 STATUSES = {
@@ -74,7 +76,7 @@ def _usage(name: str, call: Callable[..., object]) -> str:
 
 def _table(call: Callable[..., object]) -> list[str]:
     rows = [
-        f"| {_shown(name, kind, told)} | {_default(default)} | {' '.join((told.help or _bounds(told)).split())} |"
+        f"| {_shown(name, kind, told)} | {_default(default)} | {_said(kind, told)} |"
         for name, kind, told, default in _parameters(call)
     ]
     return ["| | default | |", "|---|---|---|", *rows] if rows else []
@@ -90,10 +92,28 @@ def _shown(name: str, kind: Any, told: ArgumentInfo | OptionInfo) -> str:
     return f"`{', '.join(flags)}{value}`"
 
 
+def _said(kind: Any, told: ArgumentInfo | OptionInfo) -> str:
+    """What it is for, after the words that it may be; the bounds of an option whose name says all."""
+    text = told.help or ("" if told.min is None else f"At least {told.min:g}.")
+    one = _whole(kind)
+    if get_origin(one) is Literal:
+        *words, last = get_args(one)
+        text = f"{', '.join(words)} or {last}. {text}"
+    return " ".join(text.split())
+
+
 def _kind(kind: Any) -> str:
+    one = _whole(kind)
+    if get_origin(one) is Literal:
+        return "word"
+    return {"str": "text", "float": "number", "int": "number"}.get(one.__name__, one.__name__)
+
+
+def _whole(kind: Any) -> Any:
     """`Path | None` is a path."""
-    kinds = [one for one in get_args(kind) if one is not type(None)] or [kind]
-    return {"str": "text", "float": "number", "int": "number"}.get(kinds[0].__name__, kinds[0].__name__)
+    if get_origin(kind) not in (Union, UnionType):
+        return kind
+    return next(one for one in get_args(kind) if one is not type(None))
 
 
 def _is_list(kind: Any) -> bool:
@@ -103,8 +123,3 @@ def _is_list(kind: Any) -> bool:
 def _default(default: object) -> str:
     unsaid = any(default is nothing for nothing in (None, False, inspect.Parameter.empty))
     return "" if unsaid else f"`{default}`"
-
-
-def _bounds(told: ArgumentInfo | OptionInfo) -> str:
-    """For an option whose name says all."""
-    return "" if told.min is None else f"At least {told.min:g}."

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from agentspeed.cli.app import EXIT_REFUSED, app
+from agentspeed.cli.app import app
+from agentspeed.cli.statuses import EXIT_REFUSED
 from agentspeed.engine import NANO
 from agentspeed_engine.models.catalog import describe, read_source
 from agentspeed_engine.models.kept_weights import kept_weights

@@ -12,8 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from agentspeed import Engine, errors
+from agentspeed.cli.app import app
+from agentspeed.cli.engine_flags import at_revision
+from agentspeed.cli.statuses import EXIT_REFUSED
 from agentspeed.transport.hub import resolve
 from tests.support.paged import CONFIG
 from tests.support.random_checkpoint import make_checkpoint
@@ -302,6 +306,23 @@ async def test_an_engine_fetches_the_revision_it_is_given(
     assert set(hub.revisions) == {"v9"}
     with pytest.raises(errors.InvalidRequest, match="revision is 9"):
         Engine(REPO, revision=9)
+
+
+def test_commands_fetch_the_revision_they_are_given_and_weights_for_an_engine_alone(
+    hub: Hub, model: dict[str, bytes]
+) -> None:
+    hub.publish("v1", model)
+    runner = CliRunner()
+    for command in (["kernels", REPO], ["models", REPO]):
+        done = runner.invoke(app, [*command, "--revision", "v1"])
+        assert done.exit_code == 0, done.output
+    assert "model.safetensors" not in hub.fetched
+    for command in (["chat", REPO, "-p", "Hello!"], ["engine", REPO], ["serve", REPO], ["kernels", REPO]):
+        done = runner.invoke(app, [*command, "--revision", "v9"])
+        assert done.exit_code == EXIT_REFUSED and "it has no revision 'v9'" in done.output
+    assert "main" not in hub.revisions
+    assert at_revision(REPO, "v1") == resolve(REPO, "v1")
+    assert "model.safetensors" in hub.fetched
 
 
 def test_a_folder_has_no_revisions(tmp_path: Path) -> None:
