@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from triton.runtime import interpreter
 
+import tests.quick_interpreter  # noqa: F401
+
 assert os.environ.get("TRITON_INTERPRET") == "1"
 
 _original: Any = interpreter._patch_lang_tensor
