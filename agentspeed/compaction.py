@@ -11,6 +11,7 @@ from typing import TypeAlias, TypeVar, final
 from agentspeed import errors
 from agentspeed._base.completion import run_to_completion
 from agentspeed._base.validate import check_count, check_text, shown
+from agentspeed._base.wording import counted
 from agentspeed._core.session_core import SessionCore
 from agentspeed.chat.codec import ChatCodec
 from agentspeed.chat.token_log import Checkpoint, Span, TokenLog
@@ -54,7 +55,7 @@ async def compact(
         shorter = compacted(log, codec, root, head, first, text)
         if len(shorter) >= core.engine.context_limit:
             raise errors.ContextOverflow(
-                f"The session would have {len(shorter)} tokens after compaction, and its context has "
+                f"The session would have {counted(len(shorter), 'token')} after compaction, and its context has "
                 f"{core.engine.context_limit}.",
                 remedy="Keep fewer messages, or give a shorter summary.",
             )

@@ -8,6 +8,7 @@ from typing import Any, final
 
 from agentspeed import errors
 from agentspeed._base.validate import check_ids, check_text
+from agentspeed._base.wording import counted
 from agentspeed._core.options import build_request
 from agentspeed._core.session_core import SessionCore
 from agentspeed.fork import fork
@@ -67,7 +68,8 @@ async def score(core: SessionCore, text: str | Sequence[int], after: tuple[Messa
         await child.close()
     if reply.ids != ids:
         raise errors.ContextOverflow(
-            f"The text has {len(ids)} tokens, and {reply.bound or 'the engine'} left room for {len(reply.ids)}.",
+            f"The text has {counted(len(ids), 'token')}, and {reply.bound or 'the engine'} left room for "
+            f"{len(reply.ids)}.",
             remedy="Score a shorter text, or compact the session.",
         )
     return Score(ids=ids, logprobs=reply.logprobs, top=reply.top_logprobs, usage=reply.usage)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 
+from agentspeed._base.wording import counted
 from agentspeed._core.session_core import SessionCore
 
 
 def in_a_line(core: SessionCore) -> str:
     """Its name and place, what it has cost, where its rows are, and what it does."""
-    turns = f"{core.usage.turns} turn{'' if core.usage.turns == 1 else 's'}"
+    turns = counted(core.usage.turns, "turn")
     rows = core.branch.residence.within(core.tokens)
     where = f"{core.tokens} tok ({rows.device + rows.host} cached)"
     return f"{core.id} {core.path} · {turns} · {where} · {_state(core, rows.host)}"

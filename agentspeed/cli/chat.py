@@ -14,6 +14,7 @@ import anyio
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from agentspeed import Engine, Mark, Session, errors, events, snapshot
+from agentspeed._base.wording import counted
 from agentspeed._core.engine_options import EngineOptions
 from agentspeed.cli.chat_screen import Screen, cost, described, shortened, whole
 from agentspeed.cli.line_input import Lines
@@ -298,7 +299,7 @@ class Talk:
         except OSError as error:
             self._screen.error(f"Nothing was saved: {error}.")
         else:
-            self._screen.line(f"Saved: {len(self._session.messages)} messages, {len(data)} bytes in {path}.")
+            self._screen.line(f"Saved: {counted(len(self._session.messages), 'message')}, {len(data)} bytes in {path}.")
 
     def _load(self, name: str) -> Session | None:
         try:
@@ -317,7 +318,7 @@ class Talk:
         session = self._session
         usage = session.usage
         self._screen.line(f"{session.tokens} of {session.context_limit} tokens of the context are used.")
-        self._screen.line(f"{usage.turns} turn{'' if usage.turns == 1 else 's'}: {cost(usage)}")
+        self._screen.line(f"{counted(usage.turns, 'turn')}: {cost(usage)}")
 
     def _undo(self) -> Exchange | None:
         """The exchange that was taken back, if there was one."""
@@ -398,7 +399,7 @@ class Talk:
                 within = len(result.reply.ids) < self._max_tokens
                 screen.line(f"(cut: {_FULL if within else f'--max-tokens is {self._max_tokens}'})")
             if result.reason == "max_turns":
-                screen.line(f"(ended after {result.turns} turns)")
+                screen.line(f"(ended after {counted(result.turns, 'turn')})")
             screen.line(cost(result.usage))
             return
         for problem in outcome.problems:

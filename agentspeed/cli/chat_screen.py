@@ -7,6 +7,7 @@ from typing import Final, final
 from rich.console import Console
 
 from agentspeed import Usage, events
+from agentspeed._base.wording import counted
 from agentspeed.cli.terminal_text import printable
 from agentspeed.messages import ToolCall
 from agentspeed.tools import Tool
@@ -65,7 +66,7 @@ def shortened(text: str) -> str:
     """Its beginning, and how much more there is."""
     start = "\n".join(text.splitlines()[:MOST_LINES])[:MOST_CHARACTERS]
     more = len(text.rstrip("\n")) - len(start)
-    return f"{start}\n... {more} characters more, which only the model reads" if more > 0 else start
+    return f"{start}\n... {counted(more, 'character')} more, which only the model reads" if more > 0 else start
 
 
 def whole(call: ToolCall) -> str:
@@ -79,7 +80,7 @@ def cost(usage: Usage) -> str:
     why = f" ({usage.why})" if usage.why else ""
     again = f", {usage.recomputed} recomputed{why}" if usage.recomputed else ""
     return (
-        f"{usage.resumed} tokens resumed, {usage.new} new{shared}{again}, {usage.drawn} drawn: "
+        f"{counted(usage.resumed, 'token')} resumed, {usage.new} new{shared}{again}, {usage.drawn} drawn: "
         f"{usage.computed} computed"
     )
 

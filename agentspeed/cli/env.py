@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import agentspeed
+from agentspeed._base.wording import counted
 from agentspeed.engine import NANO
 from agentspeed.transport.hub import resolve
 from agentspeed.transport.shared_engines import engine_defaults, engine_model
@@ -27,7 +28,7 @@ def describe(model: str | None) -> str:
     lines = [
         f"agentspeed   {agentspeed.__version__}",
         f"python       {platform.python_version()} ({platform.system()} {platform.machine()})",
-        f"machine      {os.cpu_count()} cores, {memory:.0f} GiB",
+        f"machine      {counted(os.cpu_count() or 1, 'core')}, {memory:.0f} GiB",
         f"model        {_model(model)}",
         f"attached to  {os.environ.get('AGENTSPEED_ENGINE', 'nothing: engines are started when needed')}",
         f"listed in    {registry_folder()}",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from agentspeed import errors
+from agentspeed._base.wording import counted
 from agentspeed.chat.calls import CallFormat
 from agentspeed.chat.codec import ChatCodec
 from agentspeed.chat.rehearsal import Rehearsed, rehearse
@@ -109,7 +110,7 @@ def _numbers(folder: Path, model: ModelDescription) -> Iterator[str]:
     yield f"family         {model.family} ({model.model_type}), {model.attention}"
     if model.notice:
         yield f"               {model.notice}"
-    yield f"parameters     {_count(model.parameters)} in {model.layers} layers, stored as {model.stored}"
+    yield f"parameters     {_count(model.parameters)} in {counted(model.layers, 'layer')}, stored as {model.stored}"
     yield f"vocabulary     {model.vocab_size:,} ids"
     here = f"{model.memory_owner} has {_size(model.memory_bytes)}"
     yield f"context        {model.context_limit:,} tokens by the model; {here}"

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from agentspeed import Engine, Session
+from agentspeed._base.wording import counted
 from agentspeed._core.engine_options import EngineOptions
 from agentspeed.cli.loading import loading
 from agentspeed.cli.terminal_text import printable
@@ -37,5 +38,5 @@ async def one_shot(
     lines = result.text.split("\n")
     print("\n".join(map(printable, lines) if sys.stdout.isatty() else lines), flush=True)
     if result.reason != "answered":
-        bound = result.reply.bound or ("--max-tokens" if result.reason == "cut" else f"{result.turns} turns")
+        bound = result.reply.bound or ("--max-tokens" if result.reason == "cut" else counted(result.turns, "turn"))
         print(f"({result.reason}: {bound})", file=sys.stderr)

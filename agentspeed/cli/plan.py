@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from agentspeed import errors
+from agentspeed._base.wording import counted
 from agentspeed.cli.engine_flags import CacheWord
 from agentspeed.transport.model_plans import Candidate, MeshChoice, ModelPlan, PlanRequest, StepLine, planned
 
@@ -58,7 +59,7 @@ def text(plan: ModelPlan) -> str:
     """One fact a line; layers that are alike are shown once."""
     ranks = plan.tp * plan.dp
     lines = [
-        f"{plan.model_type} on {ranks} ranks: tp {plan.tp}, dp {plan.dp}, {plan.dtype}"
+        f"{plan.model_type} on {counted(ranks, 'rank')}: tp {plan.tp}, dp {plan.dp}, {plan.dtype}"
         + (f", matrices in {plan.weights}" if plan.weights else "")
         + (f", cache in {plan.cache}" if plan.cache else ""),
         *_experts(plan),
@@ -68,7 +69,7 @@ def text(plan: ModelPlan) -> str:
         "on each GPU",
         f"  weights      {_size(plan.weight_bytes)}",
         f"  cache        {plan.cache_bytes_per_token:,} B a token",
-        f"  workspace    {_size(plan.workspace_bytes)} between kernels, in a step of {plan.rows} rows",
+        f"  workspace    {_size(plan.workspace_bytes)} between kernels, in a step of {counted(plan.rows, 'row')}",
         *_room(plan),
         "",
         "collectives of one step",
@@ -81,7 +82,7 @@ def text(plan: ModelPlan) -> str:
         *(f"  {line}" for line in _limits(plan)),
         "",
         *(_choice(plan.choice) if plan.choice is not None else ()),
-        f"steps on one rank, {plan.rows} rows a dp rank",
+        f"steps on one rank, {counted(plan.rows, 'row')} a dp rank",
         *_steps(plan.steps),
     ]
     return "\n".join(lines)
@@ -108,7 +109,7 @@ def _experts(plan: ModelPlan) -> Iterator[str]:
         return
     spare = f", {plan.spare_experts} of them copies" if plan.spare_experts else ""
     way = "rows are sent to them" if plan.exchange == "all_to_all" else "given every row, and summed"
-    yield f"experts        {plan.experts + plan.spare_experts}{spare}, over {plan.ep} groups of ranks; {way}"
+    yield f"experts        {plan.experts + plan.spare_experts}{spare}, over {counted(plan.ep, 'group')} of ranks; {way}"
 
 
 def _kinds(plan: ModelPlan) -> Iterator[str]:
@@ -126,8 +127,8 @@ def _choice(choice: MeshChoice) -> Iterator[str]:
     """By the cost model: the best first, then why others cannot be."""
     machine = choice.machine
     yield (
-        f"meshes of {machine.gpus} {machine.name}, for {choice.wanted_sessions} sessions of {choice.context:,} tokens "
-        "(by the cost model, not measured)"
+        f"meshes of {machine.gpus} {machine.name}, for {counted(choice.wanted_sessions, 'session')} of "
+        f"{choice.context:,} tokens (by the cost model, not measured)"
     )
     yield from (f"  {_candidate(one)}" for one in choice.candidates)
     yield ""

@@ -9,6 +9,7 @@ from typing import Final
 import typer
 
 from agentspeed import errors
+from agentspeed._base.wording import counted
 from agentspeed.cli.terminal_text import printable
 from agentspeed.cli.top_rendering import rows_of
 from agentspeed.transport.base import wire
@@ -44,8 +45,8 @@ def replay(path: Path, at: int | None) -> int:
     if recording.broke:
         typer.echo(printable(recording.broke))
     typer.echo(
-        f"{0 if first is None or last is None else last - first + 1} steps replayed, "
-        f"{recording.compared} recorded digests equal"
+        f"{counted(0 if first is None or last is None else last - first + 1, 'step')} replayed, "
+        f"{counted(recording.compared, 'recorded digest')} equal"
     )
     return 0
 

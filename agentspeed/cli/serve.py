@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from agentspeed import errors
+from agentspeed._base.wording import counted
 from agentspeed._core.engine_options import EngineOptions
 from agentspeed.cli.engine_flags import ranks_said
 from agentspeed.cli.loading import loading
@@ -47,15 +48,14 @@ def serve(
     typer.echo(f"Loading {model or 'nano, the shipped model'}{cut} ...", err=True)
 
     def ready(url: str, service: Service) -> None:
-        secured = (
-            f"{len(options.keys)} API key{'' if len(options.keys) == 1 else 's'}" if options.keys else "no API key"
-        )
+        secured = counted(len(options.keys), "API key") if options.keys else "no API key"
         typer.echo(
             "\n".join(
                 (
                     f"agentspeed serves {service.model_name}{cut} at {url}",
                     f"  OpenAI: {url}/v1   Anthropic: {url}   {secured}, listening on {options.host}",
-                    f"  at most {options.max_requests} requests at once; {options.idle_sessions} conversations kept "
+                    f"  at most {counted(options.max_requests, 'request')} at once; "
+                    f"{counted(options.idle_sessions, 'conversation')} kept "
                     f"for {options.idle_seconds:g} s",
                     *([] if options.snapshots is None else [f"  sessions wait in {options.snapshots} after the end"]),
                 )

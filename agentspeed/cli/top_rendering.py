@@ -11,6 +11,7 @@ from rich.console import Group, JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from agentspeed._base.wording import counted
 from agentspeed.cli.terminal_text import printable
 from agentspeed.transport.base import wire
 
@@ -88,7 +89,7 @@ def left_out(picture: wire.Picture) -> str:
     rest = picture.counts["sessions"] - len(picture.sessions)
     if rest:
         inside = picture.counts["branches"] - sum(session.branches_total for session in picture.sessions)
-        return f"+ {_many(rest, 'session')} with {_many(inside, 'branch')} more"
+        return f"+ {counted(rest, 'session')} with {counted(inside, 'branch', 'branches')} more"
     return "" if picture.sessions else "no sessions"
 
 
@@ -174,12 +175,6 @@ def _seconds(seconds: float) -> str:
     return f"{seconds / 60:.0f}min" if seconds < 6000 else f"{seconds / 3600:.0f}h"
 
 
-def _many(count: int, what: str) -> str:
-    if count == 1:
-        return f"1 {what}"
-    return f"{count} {what}{'es' if what.endswith('ch') else 's'}"
-
-
 # ---- the whole ----------------------------------------------------------------------------------------------------
 def drawn(frame: Frame, width: int) -> RenderableType:
     """Everything of one engine, on lines of `width` cells: what does not fit is cut, so that a row is a line."""
@@ -204,7 +199,7 @@ def _title(frame: Frame) -> Text:
     _ = text.append(printable(welcome.model), style="bold").append(f"  process {welcome.pid}", style="dim")
     if frame.silent:
         _ = text.append(f"  has not answered for {frame.silent:.0f} s", style="red")
-    _ = text.append(f"  {_many(counts['sessions'], 'session')}, {_many(counts['branches'], 'branch')}")
+    _ = text.append(f"  {counted(counts['sessions'], 'session')}, {counted(counts['branches'], 'branch', 'branches')}")
     states = [
         f"{counts[name]} {name}"
         for name in ("held", "queued", "promoting", "prefilling", "decoding", "settling")
@@ -221,13 +216,17 @@ def _work(frame: Frame) -> Text:
         for name, label in (("steps", "steps/s"), ("tokens_drawn", "tokens/s")):
             _ = text.append(f"{(now.counts[name] - before.counts[name]) / passed:.0f} {label}  ")
     else:
-        _ = text.append(f"{now.counts['steps']} steps  {now.counts['tokens_drawn']} tokens drawn  ")
+        _ = text.append(
+            f"{counted(now.counts['steps'], 'step')}  {counted(now.counts['tokens_drawn'], 'token')} drawn  "
+        )
     counts = now.counts
     _ = text.append(f"firm leases {counts['firm_pages']} of {counts['firm_budget']} pages  ")
     _ = text.append(f"preempted {counts['preemptions']}")
     if now.slots["total"]:
         used = now.slots["total"] - now.slots["free"]
-        _ = text.append(f"  host {used} of {now.slots['total']} pages, {counts['tickets']} copies running")
+        _ = text.append(
+            f"  host {used} of {now.slots['total']} pages, {counted(counts['tickets'], 'copy', 'copies')} running"
+        )
     return text
 
 
@@ -254,7 +253,7 @@ def _dp(picture: wire.Picture) -> list[Text]:
     for number, one in enumerate(picture.dp):
         counts, pages = one.counts, one.pages
         work = ", ".join(f"{counts[name]} {name}" for name in ("queued", "prefilling", "decoding") if counts[name])
-        text = f"dp {number}  {_many(counts['sessions'], 'session')}{f': {work}' if work else ''}"
+        text = f"dp {number}  {counted(counts['sessions'], 'session')}{f': {work}' if work else ''}"
         text += f"  {pages['free'] + pages['cached']} of {sum(pages.values())} pages free or cached"
         lines.append(Text(text, no_wrap=True, overflow="ellipsis"))
     return lines
@@ -262,7 +261,7 @@ def _dp(picture: wire.Picture) -> list[Text]:
 
 def _pages(picture: wire.Picture) -> Text:
     total = sum(picture.pages.values())
-    text = Text(f"{total} pages ", no_wrap=True, overflow="ellipsis")
+    text = Text(f"{counted(total, 'page')} ", no_wrap=True, overflow="ellipsis")
     for owner, cells in _cells(picture.pages, total):
         mark, style = _OWNERS[owner]
         _ = text.append(mark * cells, style=style)

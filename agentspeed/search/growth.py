@@ -16,6 +16,7 @@ from typing import Any, Final, final
 import anyio
 
 from agentspeed import events
+from agentspeed._base.wording import counted
 from agentspeed._core.options import Prompt, messages_of
 from agentspeed.errors import (
     ConnectFailed,
@@ -86,7 +87,7 @@ class Grower:
         if (missing := stem.residence.lost) >= tokens:
             raise InvalidRequest(
                 f"Budget(tokens={tokens}) is used up before a branch draws anything: "
-                f"the context has {missing} tokens that are not computed yet.",
+                f"{counted(missing, 'token')} of the context must be computed first.",
                 remedy="Give more tokens than that, or a shorter prompt.",
             )
 

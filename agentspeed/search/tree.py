@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, final
 
+from agentspeed._base.wording import counted
 from agentspeed.usage import Usage
 
 if TYPE_CHECKING:
@@ -85,7 +86,8 @@ class Cost:
     def __str__(self) -> str:
         failed = f", {self.failed} failed" if self.failed else ""
         return (
-            f"{self.branches} branches ({self.pruned} pruned{failed}), {self.tokens} tokens computed, "
+            f"{counted(self.branches, 'branch', 'branches')} ({self.pruned} pruned{failed}), "
+            f"{counted(self.tokens, 'token')} computed, "
             f"{self.tokens_without_fork} without fork ({self.ratio:.1f} times), {self.seconds:.2f} s"
         )
 
@@ -143,7 +145,7 @@ class Found:
 
 def _line(node: Node) -> str:
     score = "-" if node.score is None else f"{node.score:.3g}"
-    twins = f", {node.twins} {'twin' if node.twins == 1 else 'twins'}" if node.twins else ""
+    twins = f", {counted(node.twins, 'twin')}" if node.twins else ""
     why = "" if node.error is None else f"  {_short(f'{type(node.error).__name__}: {node.error}', 96)}"
     return f"{score:>5}  {_short(node.text, 56)}  [{node.state}, {node.usage.computed} tok{twins}]{why}"
 

@@ -26,6 +26,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from agentspeed import errors
+from agentspeed._base.wording import counted
 from agentspeed.server.link_use import LinkUse
 from agentspeed.server.problems import Problem, refused
 from agentspeed.server.streaming import Emitter, EventStream, encoded
@@ -166,7 +167,7 @@ class Links:
         """Raises `EngineOverloaded` when there are too many, and what reaching the engine raises."""
         if len(self._links) >= self._most:
             raise errors.EngineOverloaded(
-                f"{len(self._links)} links are open, as many as the server keeps.",
+                f"{counted(len(self._links), 'link')} open, as many as the server keeps.",
                 remedy="Close some, or try again later.",
             )
         peer = await anyio.to_thread.run_sync(self._service.engine.connected_socket)

@@ -13,6 +13,7 @@ import anyio
 import msgspec
 
 from agentspeed import __version__
+from agentspeed._base.wording import counted
 from agentspeed.chat import transcript
 from agentspeed.chat.key_values import ArgumentKinds
 from agentspeed.chat.token_log import TokenLog
@@ -139,7 +140,7 @@ class Service:
                     kind="rate_limit_error",
                     code="too_many_requests",
                     retry_after=1,
-                    message=f"{self.running} requests are in work, as many as this server takes. Come back later.",
+                    message=f"{counted(self.running, 'request')} in work, all that this server takes. Come back later.",
                 )
             )
         self.running += 1

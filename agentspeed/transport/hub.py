@@ -15,6 +15,7 @@ from typing import final
 import httpx
 
 from agentspeed import errors
+from agentspeed._base.wording import counted
 from agentspeed.transport.error_map import public_error
 
 _CONFIGS = ("config.json", "generation_config.json", "hf_quant_config.json", "quantize_config.json",
@@ -134,7 +135,7 @@ def _fetched(repository: _Repository, *, weights: bool) -> Path:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise errors.ModelBroken(
-            f"{repository.name} lacks {len(missing)} files of weights, first {missing[0]}.",
+            f"{repository.name} lacks {counted(len(missing), 'file')} of weights, first {missing[0]}.",
             remedy="Weights must be safetensors; give a repository that has them.",
         )
     return folder.resolve()

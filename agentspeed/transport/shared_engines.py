@@ -13,6 +13,7 @@ import anyio
 import anyio.lowlevel
 import msgspec
 
+from agentspeed._base.wording import counted
 from agentspeed.errors import ExtraMissing, InvalidRequest
 from agentspeed.transport.base import Connection, Transport
 from agentspeed.transport.engine_process import ATTACH, EngineSlot, acquire, release
@@ -160,4 +161,4 @@ def engine_model(folder: Path) -> str:
 
     with converted():
         found = describe(folder)
-    return f"{found.model_type}, {found.layers} layers, a context of {found.context_limit} tokens"
+    return f"{found.model_type}, {counted(found.layers, 'layer')}, a context of {found.context_limit} tokens"

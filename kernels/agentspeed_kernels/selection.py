@@ -160,12 +160,16 @@ def _nothing_fits(need: Need, reasons_of: Iterable[tuple[KernelSpec, str]], plat
     for spec, why in reasons_of:
         names.setdefault(why, []).append(spec.name)
     kept = [f"{role} in {held}" for role, held in (("weights", need.weights), ("cache", need.cache)) if held]
-    rows = "any number of" if need.rows == UNBOUNDED else need.rows
+    rows = "any number of rows" if need.rows == UNBOUNDED else _rows(need.rows)
     return (
         f"no {'batch-invariant ' if need.invariant else ''}kernel for {need.op} in {', '.join((need.dtype, *kept))} "
-        f"with {rows} rows on {platform.device}: "
+        f"with {rows} on {platform.device}: "
         + ("; ".join(f"{', '.join(those)}: {why}" for why, those in names.items()) or "none is registered")
     )
+
+
+def _rows(count: int) -> str:
+    return f"{count} row{'' if count == 1 else 's'}"
 
 
 def misfit(spec: KernelSpec, need: Need, platform: Platform) -> str | None:
@@ -184,7 +188,7 @@ def misfit(spec: KernelSpec, need: Need, platform: Platform) -> str | None:
         why = platform.absent.get(feature) or platform.lacks.get(feature, "absent")
         return f"needs {feature}: {why}"
     if spec.most_rows is not None and need.rows > spec.most_rows:
-        return f"up to {spec.most_rows} rows"
+        return f"up to {_rows(spec.most_rows)}"
     if need.layout is not None and spec.layout != need.layout:
         return f"takes weights in {spec.layout}, not {need.layout}"
     objections = (limit.objection(axis, need.sizes[axis]) for axis, limit in spec.sizes.items() if axis in need.sizes)
@@ -221,7 +225,7 @@ class Ladder(Generic[C]):
 
     def explain(self) -> tuple[str, ...]:
         """One line a band of rows."""
-        lines = [f"up to {most} rows: {choice.explain()}" for most, choice in self._bands]
+        lines = [f"up to {_rows(most)}: {choice.explain()}" for most, choice in self._bands]
         return (*lines, f"{'above' if lines else 'any rows'}: {self._last.explain()}")
 
 

@@ -18,6 +18,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from agentspeed import errors
+from agentspeed._base.wording import counted
 from agentspeed.server.native.bodies import event_json, reply_json
 from agentspeed.server.problems import Problem, RequestProblem, problem_of, refused
 from agentspeed.server.saved_sessions import SavedSessions
@@ -297,7 +298,7 @@ class Sessions:
     def _room(self, wanted: int) -> None:
         if (there := len(self._served) + len(self._coming)) + wanted > self._most:
             raise errors.EngineOverloaded(
-                f"{there} sessions are open, and the server keeps at most {self._most}.",
+                f"{counted(there, 'session')} open, and the server keeps at most {self._most}.",
                 remedy="Close some, or try again later.",
             )
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.exec.executor import CopyFailed
 from agentspeed_engine.models.memory import zeros_on_demand
+from agentspeed_engine.wording import counted
 
 _cuda: Any = torch.cuda
 """torch gives these no types."""
@@ -40,7 +41,7 @@ class HostArena:
                     _pin(held, self)
         except (OSError, RuntimeError) as error:
             raise EngineFault(
-                "out_of_memory", f"No host memory for {slots} slots: {error}.", "Give fewer host slots."
+                "out_of_memory", f"No host memory for {counted(slots, 'slot')}: {error}.", "Give fewer host slots."
             ) from error
         # Two, so that the pieces of one page are gathered while another is on its way.
         self._streams = tuple(_cuda.Stream(pools[0].device) for _ in range(2)) if on_gpu else ()

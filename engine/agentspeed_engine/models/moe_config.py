@@ -11,6 +11,7 @@ from agentspeed_engine.models.fields import Fields
 from agentspeed_engine.models.tensor_shapes import Cut, Shape
 from agentspeed_engine.spmd.experts import share_of_rows
 from agentspeed_engine.spmd.placement import Mesh, Owners
+from agentspeed_engine.wording import counted
 
 _MOST_EXPERTS = 2**17
 """Of all layers together (DeepSeek-V3: 61 of 256, 15,616): every tensor is looked for by its name, which takes time."""
@@ -62,12 +63,12 @@ def check_experts(fields: Fields, moe: MoeConfig, layers: int, name: str) -> Non
     reachable = moe.experts // moe.groups * moe.top_groups
     fields.require(
         moe.top <= reachable,
-        f"num_experts_per_tok {moe.top} is above the {reachable} experts of topk_group groups",
+        f"num_experts_per_tok {moe.top} is above the {counted(reachable, 'expert')} of topk_group groups",
         "Raise topk_group, or lower num_experts_per_tok.",
     )
     fields.require(
         moe.group_score == "max" or moe.experts // moe.groups >= 2,
-        f"a group of {moe.experts // moe.groups} expert has no top 2",
+        f"a group of {counted(moe.experts // moe.groups, 'expert')} has no top 2",
         "Lower n_group.",
     )
 
@@ -79,7 +80,7 @@ def expert_cuts(moe: MoeConfig, mesh: Mesh, name: str) -> list[Cut]:
     if mesh.size % groups:
         raise EngineFault(
             "bad_config",
-            f"{mesh.size} ranks do not make {groups} equal groups of experts.",
+            f"{counted(mesh.size, 'rank')} cannot make {groups} equal groups of experts.",
             "Choose an ep that divides dp * tp.",
         )
     if spread.spare > moe.experts * (groups - 1):
@@ -91,7 +92,7 @@ def expert_cuts(moe: MoeConfig, mesh: Mesh, name: str) -> list[Cut]:
     if spread.loads and len(spread.loads) != moe.experts:
         raise EngineFault(
             "bad_config",
-            f"There are loads of {len(spread.loads)} experts, the model has {moe.experts}.",
+            f"There are loads of {counted(len(spread.loads), 'expert')}, the model has {moe.experts}.",
             "Give one each.",
         )
     spare = f" + {spread.spare} spare =" if spread.spare else ""

@@ -47,6 +47,7 @@ from agentspeed_engine.serve.model_files import ServedFiles
 from agentspeed_engine.serve.options import Built
 from agentspeed_engine.serve.recording import RecordingOrder
 from agentspeed_engine.serve.schedulers import Heard, Schedulers
+from agentspeed_engine.wording import counted
 
 _LOG = logging.getLogger("agentspeed.engine")
 _SWITCH_SECONDS = 0.0005
@@ -296,9 +297,8 @@ class EngineLoop:
             return
         config = self._cores.config
         if sum(other.greeted for other in self._links.values()) >= config.max_links:
-            self._refuse(
-                link, "too_many_links", f"The engine has {config.max_links} links (max_links).", _LATER, command.request
-            )
+            there = f"The engine has {counted(config.max_links, 'link')} (max_links)."
+            self._refuse(link, "too_many_links", there, _LATER, command.request)
             return
         link.greeted = True
         dp = len(self._cores.cores)

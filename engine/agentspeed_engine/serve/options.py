@@ -36,6 +36,7 @@ from agentspeed_engine.serve.rank_shares import check_ranks, shares_of
 from agentspeed_engine.serve.rank_start import started
 from agentspeed_engine.serve.recording import LEAST_BYTES, RecordingOrder
 from agentspeed_engine.serve.sizing import sizes
+from agentspeed_engine.wording import counted
 
 if TYPE_CHECKING:
     from agentspeed_engine.exec.ranks.lock_step import LockStep
@@ -324,7 +325,7 @@ def build(
     say(
         f"loading {folder.name}: {info.weight_bytes / 1e6:.0f} MB of weights"
         f"{' (matrices in bfloat16, as they are stored)' if weights == 'bfloat16' else ''}, "
-        f"{pages * shares.bytes_per_page / 1e6:.0f} MB for {pages} pages{kept}{shares.said}"
+        f"{pages * shares.bytes_per_page / 1e6:.0f} MB for {counted(pages, 'page')}{kept}{shares.said}"
     )
     texts = folder if folder.is_dir() else folder.parent
     vocabulary = Vocabulary(texts, info.vocab_size, info.eos_ids)

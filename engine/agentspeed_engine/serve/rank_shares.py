@@ -14,6 +14,7 @@ from agentspeed_engine.models.tensor_shapes import Cut
 from agentspeed_engine.models.weight_formats import WeightFormat, weight_bytes
 from agentspeed_engine.spmd.experts import ExpertSpread
 from agentspeed_engine.spmd.placement import Mesh
+from agentspeed_engine.wording import counted
 
 MOST_RANKS = 64
 """Of one engine."""
@@ -110,7 +111,7 @@ def check_ranks(options: RankWishes, cuts: Callable[[Mesh], Sequence[Cut]]) -> N
         fitting = [str(number) for number in range(1, ranks + 1) if ranks % number == 0]
         raise EngineFault(
             "bad_options",
-            f"ep is {ep}, and {ranks} ranks (dp times tp) do not make so many equal groups.",
+            f"ep is {ep}, and {counted(ranks, 'rank')} (dp times tp) cannot make so many equal groups.",
             f"Give ep as one of {', '.join(fitting)}, or leave it out: then every rank has experts of its own.",
         )
     uneven = next((cut for cut in cuts(mesh_of(options)) if cut[1] % cut[2]), None)

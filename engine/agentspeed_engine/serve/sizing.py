@@ -9,6 +9,7 @@ from agentspeed_engine.ids import pages_for
 from agentspeed_engine.models.kv_layout import DTYPE_BYTES
 from agentspeed_engine.serve.memory_limit import MemoryLimit, memory_limit
 from agentspeed_engine.spmd.report import SPARE_PART
+from agentspeed_engine.wording import counted
 
 _MOST_DEFAULT_PAGES = 16_384
 """A default pool never asks for more pages than this: a million tokens is plenty until someone says otherwise."""
@@ -85,29 +86,50 @@ def sizes(
         room = int(_IDLE_SHARE * (memory.bytes - weights)) if memory.idle else memory.bytes // 4
         room = min(room, _room(memory, weights))
         pages = min(room // bytes_per_page, most)
-        if pages < 2:
-            raise EngineFault(
-                "bad_options",
-                f"A page of {options.page_tokens} tokens takes {_size(bytes_per_page)}; {memory.owner} has "
-                f"{_size(memory.bytes)}, of which the weights take {_size(weights)}, and a turn needs 2 pages.",
-                "Give a smaller `page_tokens`, a smaller `dtype`, or kv_cache_dtype='fp8'.",
-            )
+        _holds_a_turn(options, pages, bytes_per_page, memory, weights)
     if options.context_limit is not None:
         return pages, wanted
     return pages, min(wanted, _fitting_context(options, pages))
 
 
+def _holds_a_turn(options: PoolOptions, pages: int, bytes_per_page: int, memory: MemoryLimit, weights: int) -> None:
+    """Of a pool that nobody sized: what its user can do is not to give more pages than none."""
+    firm, asked = options.firm_pages or 0, options.context_limit
+    turn = 2 if asked is None else pages_for(asked, options.page_tokens) + 1
+    if pages >= turn + firm:
+        return
+    fits = (pages - firm - 1) * options.page_tokens
+    room = (turn + firm) * bytes_per_page
+    ways = [
+        *([f"pages={turn + firm}, which take {_size(room)}"] if room <= _room(memory, weights) else []),
+        *([f"context_limit={fits} or less"] if asked is not None and fits > 0 else []),
+        *(["fewer `firm_pages`"] if firm else []),
+        *(["a smaller `page_tokens`"] if pages < 2 else []),
+        "a smaller `dtype`",
+        "kv_cache_dtype='fp8'",
+    ]
+    needs = f"a turn{'' if asked is None else f' of context_limit {asked}'} needs {turn} pages (rule L1)"
+    raise EngineFault(
+        "bad_options",
+        f"A page of {counted(options.page_tokens, 'token')} takes {_size(bytes_per_page)}; {memory.owner} has "
+        f"{_size(memory.bytes)}, of which the weights take {_size(weights)}: a pool that nobody sized has "
+        f"{counted(pages, 'page')}, and {needs}{f', beside {firm} for firm leases' if firm else ''}.",
+        f"Give {', '.join(ways[:-1])} or {ways[-1]}, or take more memory.",
+    )
+
+
 def _fitting_context(options: PoolOptions, pages: int) -> int:
     firm = options.firm_pages
     if firm is None:
-        # Firm leases get a share of a pool that was sized for them, and only what is left of one that the user sized.
-        firm = pages // 4 + 1 if options.pages is None else 0
+        # Firm leases get a share of a pool that was sized for them, and only what is left of one that the user sized,
+        # or of one that holds no more than a turn.
+        firm = min(pages // 4 + 1, pages - 2) if options.pages is None else 0
     fits = (pages - firm - 1) * options.page_tokens
     if fits < 1:
         raise EngineFault(
             "bad_options",
-            f"{pages} pages, {firm} of them for firm leases, leave none for a turn, which needs 2 (rule L1).",
-            "Give more pages or fewer firm pages.",
+            f"The pool has {counted(pages, 'page')}, {firm} of them for firm leases, and a turn needs 2 (rule L1).",
+            f"Give {firm + 2} pages or more{', or fewer firm pages' if firm else ''}.",
         )
     return fits
 

@@ -107,7 +107,7 @@ def test_a_batch_invariant_need_takes_no_other_kernel_whatever_its_priority() ->
 
 
 def test_nothing_that_fits_is_an_error_with_all_reasons() -> None:
-    with pytest.raises(NoKernel, match=r"no kernel for rope in float64 with 1 rows on cpu: a, b: formats are float32$"):
+    with pytest.raises(NoKernel, match=r"no kernel for rope in float64 with 1 row on cpu: a, b: formats are float32$"):
         select(Need(op="rope", dtype="float64", rows=1), (spec("a", 0), spec("b", 0)), FULL)
     for_all = Need(op="rope", dtype="float32", rows=UNBOUNDED, weights="int8", cache="fp8")
     with pytest.raises(

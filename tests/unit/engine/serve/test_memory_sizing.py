@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.sched.config import CoreConfig
 from agentspeed_engine.serve import sizing
 from agentspeed_engine.serve.memory_limit import MemoryLimit, memory_limit
 from agentspeed_engine.serve.options import EngineOptions, build
@@ -113,6 +114,35 @@ def test_a_pool_that_fits_alone_but_not_beside_the_weights_is_refused() -> None:
         sizes(options(pages=9000), 4096, 10**6, 2 * GB, MemoryLimit(16 * GB, "the machine"))
     assert caught.value.code == "bad_options"
     assert "9.0 GB beside 8.0 GB of weights, the machine has 16.0 GB" in caught.value.message
+
+
+@pytest.mark.parametrize(("given", "memory", "said", "remedy"), [
+    ({"context_limit": 65536}, 3 * GB, "has 750 pages, and a turn of context_limit 65536 needs 1025 pages",
+     "Give pages=1025, which take 1.0 GB, context_limit=47936 or less, a smaller `dtype` or kv_cache_dtype='fp8', or"),
+    ({"context_limit": 65536}, GB, "a pool that nobody sized has 250 pages", "Give context_limit=15936 or less, a sm"),
+    ({"firm_pages": 900}, 3 * GB, "needs 2 pages (rule L1), beside 900 for firm leases",
+     "Give pages=902, which take 902 MB, fewer `firm_pages`, a smaller `dtype`"),
+    ({}, 7 * 10**6, "has 1 page, and a turn needs 2 pages", "Give pages=2, which take 2 MB, a smaller `page_tokens`"),
+    ({}, 10**6, "has 0 pages, and a turn needs 2 pages", "Give a smaller `page_tokens`, a smaller `dtype` or"),
+    ({"pages": 1}, GB, "The pool has 1 page, 0 of them for firm leases, and a turn needs 2", "Give 2 pages or more."),
+    ({"pages": 10, "firm_pages": 9}, GB, "9 of them for firm leases", "Give 11 pages or more, or fewer firm pages."),
+])  # fmt: skip
+def test_a_pool_that_holds_no_turn_is_refused_with_what_its_user_can_do(
+    given: dict[str, int], memory: int, said: str, remedy: str
+) -> None:
+    with pytest.raises(EngineFault) as caught:
+        sizes(options(**given), 10**6, 10**6, 0, MemoryLimit(memory, "this container"))
+    assert caught.value.code == "bad_options"
+    assert said in caught.value.message and caught.value.remedy.startswith(remedy), caught.value
+
+
+@pytest.mark.parametrize("pages", [2, 3, 4, 5, 9, 100])
+@pytest.mark.parametrize("context_limit", [None, 64])
+def test_a_default_pool_that_is_not_refused_starts(pages: int, context_limit: int | None) -> None:
+    given = options(context_limit=context_limit)
+    found, limit = sizes(given, 10**6, 10**6, 0, MemoryLimit(4 * pages * 10**6, "this container"))
+    assert found == pages
+    CoreConfig(pages=found, context_limit=limit, vocab_size=9, model="m", page_tokens=given.page_tokens).check()
 
 
 def test_a_model_too_large_for_the_memory_is_refused_before_its_weights_are_looked_for(
