@@ -2,13 +2,15 @@
 
     python bench/kernels.py
     python bench/kernels.py --dtype bfloat16 --only linear
+    python bench/kernels.py --small-pages
 
 The contestants of a case are the kernels of the registry that run here, torch's among them, and a pure read of the
 bytes that the op's cost model says a call must move. All of them run once a round, in an order drawn anew each round,
 over copies of weights or pools that together are larger than the caches near the cores. A ratio is the median over
-rounds of ratios taken within a round, with the quartiles: on a shared machine nothing else can be compared. Shapes are
-those of one layer of bench/models/v3-50m.json, and larger ones. The last line is JSON; what must be reached and is not
-is printed as missed.
+rounds of ratios taken within a round, with the quartiles: on a shared machine nothing else can be compared. Weights and
+pools lie in large pages of the operating system's as an engine's do, and what the pure read reads as well: each line
+says how many MB of both do, by /proc/self/smaps. Shapes are those of one layer of bench/models/v3-50m.json, and larger
+ones. The last line is JSON; what must be reached and is not is printed as missed.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -29,7 +32,9 @@ sys.path[:0] = [str(ROOT / "engine"), str(ROOT / "kernels")]
 import numpy as np
 import torch
 
+from agentspeed_engine.models.held_weights import numbers_of
 from agentspeed_engine.models.inputs import Run
+from agentspeed_engine.models.memory import in_large_pages, zeros_on_demand
 from agentspeed_kernels.cpu import native
 from agentspeed_kernels.fp8_cache import CacheRow, heads_row, latent_row
 from agentspeed_kernels.ops import OPS
@@ -43,7 +48,8 @@ from agentspeed_kernels.workspace import Workspace
 HEADS, RANK, ROPE, NOPE, VALUE = 8, 512, 64, 128, 128
 EXPERTS, INNER, HIDDEN, TOP = 8, 256, 512, 2
 PAGE = 64
-COLD_BYTES = 96 << 20
+MB = 1 << 20
+COLD_BYTES = 96 * MB
 """All copies of a case together."""
 KINDS: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MUST = {
@@ -75,6 +81,8 @@ class Runs:
 
     spec: KernelSpec
     weights: WeightFormat | None
+    large: bool
+    """Whether what it reads lies in large pages."""
 
     @property
     def name(self) -> str:
@@ -112,27 +120,34 @@ def main() -> None:
     parser.add_argument("--dtype", choices=list(KINDS), action="append")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--kernels", default="", help="begins of the names of kernels, with commas; torch's run always")
+    parser.add_argument("--small-pages", action="store_true", help="weights, pools and the pure read in pages of 4 KB")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    large = not arguments.small_pages
     figures: dict[str, dict[str, float]] = {}
     for dtype in arguments.dtype or list(KINDS):
         for case in cases(KINDS[dtype]):
             if arguments.only in case.name:
-                figures |= measured(case, dtype, arguments.rounds, arguments.threads, arguments.kernels.split(","))
-    print(
-        json.dumps({"bench": "kernels", "threads": arguments.threads, "load": os.getloadavg()[0], "kernels": figures})
-    )
+                begins = arguments.kernels.split(",")
+                figures |= measured(case, dtype, arguments.rounds, arguments.threads, begins, large)
+    run = {"bench": "kernels", "threads": arguments.threads, "load": os.getloadavg()[0], "large_pages": large}
+    print(json.dumps(run | {"kernels": figures}))
 
 
 def measured(
-    case: Case, dtype: Dtype, rounds: int, threads: int, begins: Sequence[str] = ("",)
+    case: Case, dtype: Dtype, rounds: int, threads: int, begins: Sequence[str], large: bool
 ) -> dict[str, dict[str, float]]:
     rows = case.sizes["T"]
     cost = OPS[case.op].cost(case.sizes, DTYPE_BYTES[dtype])
-    runs_here = [runs for runs in runnable(case.op, dtype, rows) if runs.name.startswith(("torch", *begins))]
-    contestants = {runs.name: case.contestant(runs) for runs in runs_here}
+    runs_here = [runs for runs in runnable(case.op, dtype, rows, large) if runs.name.startswith(("torch", *begins))]
+    contestants: dict[str, Step] = {}
+    in_large: dict[str, float] = {}
+    for runs in runs_here:
+        with noted(in_large, runs.name):
+            contestants[runs.name] = case.contestant(runs)
     owns = {runs.name: runs.own for runs in runs_here}
-    contestants["read"] = reader(cost.bytes, case.copies, threads)
+    with noted(in_large, "read"):
+        contestants["read"] = reader(cost.bytes, case.copies, threads, large)
     seconds = interleaved(contestants, case.copies, rounds)
     figures: dict[str, dict[str, float]] = {}
     for name in contestants:
@@ -158,18 +173,36 @@ def measured(
         print(
             f"{case.name:28} {dtype:8} rows {rows:4} {name:12} {taken * 1e6:9.1f} us  of read {middle:5.2f} "
             f"({low:.2f} to {high:.2f})  x torch {np.median(faster):5.2f}  "
-            f"{cost.flops / taken / 1e9:7.1f} GFLOP/s{verdict}",
+            f"{cost.flops / taken / 1e9:7.1f} GFLOP/s  in large pages {in_large[name]:.0f} MB, of the read's "
+            f"{in_large['read']:.0f} of {cost.bytes * case.copies / MB:.0f}{verdict}",
             flush=True,
         )
         figures[f"{case.name}/{dtype}/{rows}/{name}"] = {
             "us": round(taken * 1e6, 1),
             "of_read": round(float(middle), 3),
             "x_torch": round(float(np.median(faster)), 2),
+            "large_mb": round(in_large[name]),
         } | ({"x_own": round(by, 2)} if by else {})
     return figures
 
 
-def runnable(op: str, dtype: Dtype, rows: int) -> list[Runs]:
+@contextmanager
+def noted(in_large: dict[str, float], name: str) -> Iterator[None]:
+    """Adds what of the memory that is taken meanwhile, and kept, lies in large pages: MB."""
+    before = large_bytes()
+    yield
+    in_large[name] = (large_bytes() - before) / MB
+
+
+def large_bytes() -> int:
+    """Of this process; 0 where there is no such account."""
+    with suppress(OSError):
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages:")) << 10
+    return 0
+
+
+def runnable(op: str, dtype: Dtype, rows: int, large: bool) -> list[Runs]:
     present = detect().features
     fitting = [
         spec
@@ -181,7 +214,7 @@ def runnable(op: str, dtype: Dtype, rows: int) -> list[Runs]:
         and not ((spec.weights or spec.cache) and spec.name.startswith("torch"))
     ]
     return [
-        Runs(spec, kind)
+        Runs(spec, kind, large)
         for spec in fitting
         for kind in ([kind for kind in get_args(WeightFormat) if kind in spec.weights] if spec.weights else (None,))
     ]
@@ -205,26 +238,55 @@ def interleaved(contestants: dict[str, Step], copies: int, rounds: int) -> dict[
     return {name: np.array(taken) for name, taken in seconds.items()}
 
 
-def reader(size: int, copies: int, threads: int) -> Step:
+def reader(size: int, copies: int, threads: int, large: bool) -> Step:
     library = native.library()
     if isinstance(library, native.Unavailable):
         raise SystemExit(f"the pure read is one of the native kernels, and they are absent: {library.reason}")
-    read = library.functions(library.forms[-1], "f32")["read"].call
-    blocks = [torch.ones(max(size // 256, 1) * 64) for _ in range(copies)]
+    form = next(
+        form for form in library.forms if "f32" in form.kinds
+    )  # the best: AVX2's reads at 0.6 of AVX-512's rate
+    read = library.functions(form, "f32")["read"].call
+    blocks = list(memory_for(copies, (max(size // 256, 1) * 64,), torch.float32, large=large).fill_(1.0))
     seen = torch.empty(threads, 16)
     return lambda copy: read(blocks[copy].data_ptr(), blocks[copy].nbytes, seen.data_ptr(), threads)
 
 
 def laid(runs: Runs, weights: list[torch.Tensor], parts: int = 1) -> list[Weight]:
-    if runs.weights is not None:
-        return [kept_in(weight, runs.weights, parts) for weight in weights]
-    return [pack(weight, parts) if runs.spec.layout == "tiles" else weight for weight in weights]
+    """In the format that a kernel reads, one after the other as a model's weights are."""
+    laid_out: list[Weight] = []
+    held: torch.Tensor | None = None
+    for copy, weight in enumerate(weights):
+        if runs.weights is not None:
+            one: Weight = kept_in(weight, runs.weights, parts)
+        else:
+            one = pack(weight, parts) if runs.spec.layout == "tiles" else weight
+        numbers = numbers_of(one)
+        if held is None:
+            held = memory_for(len(weights), tuple(numbers.shape), numbers.dtype, large=runs.large)
+        held[copy] = numbers
+        laid_out.append(held[copy] if isinstance(one, torch.Tensor) else replace(one, data=held[copy]))
+    return laid_out
+
+
+def memory_for(copies: int, shape: tuple[int, ...], dtype: torch.dtype, *, large: bool) -> torch.Tensor:
+    """Zeros, [copies, *shape], side by side."""
+    held = zeros_on_demand((copies, *shape), dtype, streamed=large)
+    if large:  # what fills no whole large page is left as it is
+        in_large_pages([held])
+    return held
 
 
 def pools_of(runs: Runs, kind: torch.dtype, copies: int, tokens: int, row: CacheRow) -> list[torch.Tensor]:
     """In the format that a kernel reads."""
-    drawn = [torch.randn(tokens // PAGE, PAGE, row.numbers).to(kind) for _ in range(copies)]
-    return [row.coded(pool) for pool in drawn] if runs.spec.cache is not None else drawn
+    held: torch.Tensor | None = None
+    for copy in range(copies):
+        pool = torch.randn(tokens // PAGE, PAGE, row.numbers).to(kind)
+        pool = pool if runs.spec.cache is None else row.coded(pool)
+        if held is None:
+            held = memory_for(copies, tuple(pool.shape), pool.dtype, large=runs.large)
+        held[copy] = pool
+    assert held is not None
+    return list(held)
 
 
 def drawn(kind: torch.dtype, copies: int, *shape: int) -> list[torch.Tensor]:
