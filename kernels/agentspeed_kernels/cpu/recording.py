@@ -31,6 +31,11 @@ _PARTIALS_BEHIND, _ENTRIES_BEHIND = 13, 14
 """Where, counted from there, they take their scratch and the number of its entries."""
 
 
+Watch = Callable[[str, tuple[Any, ...], int], None]
+"""Is told of a C call: its op, what it was given, and its nanoseconds of processor time. Of a call on a tape it is told
+what was given when the tape was made; a plan of attention has changed since."""
+
+
 @final
 class Tape:
     """The calls of one step. Not thread-safe."""
@@ -38,7 +43,7 @@ class Tape:
     __slots__ = ("_attends", "_calls", "_held", "_rows", "_run", "partial_floats")
 
     def __init__(self) -> None:
-        self._rows: list[tuple[native.Function, tuple[Any, ...]]] = []
+        self._rows: list[tuple[str, native.Function, tuple[Any, ...]]] = []
         self._held: list[object] = []
         self._attends: list[tuple[int, int]] = []
         """Calls that take a plan, and where among their arguments."""
@@ -52,7 +57,7 @@ class Tape:
         self._held += held
         if op in _PLAN_AT:
             self._attends.append((len(self._rows), 1 + _PLAN_AT[op]))
-        self._rows.append((function, given))
+        self._rows.append((op, function, given))
 
     def close(self) -> None:
         """Lays the calls out as the library reads them."""
@@ -60,7 +65,7 @@ class Tape:
         assert isinstance(library, native.Library)
         self._run = library.run
         self._calls = np.zeros((len(self._rows), MOST_ARGUMENTS + 1), dtype=np.uint64)
-        for row, (function, given) in zip(self._calls, self._rows, strict=True):
+        for row, (_, function, given) in zip(self._calls, self._rows, strict=True):
             row[0] = function.entry
             for index, (kind, value) in enumerate(zip(function.types, given, strict=True)):
                 row[index + 1 : index + 2].view(_STORED[kind])[0] = 0 if value is None else value
@@ -75,10 +80,19 @@ class Tape:
             row[_PARTIALS_BEHIND], row[_ENTRIES_BEHIND] = partials.data_ptr(), tiles.entries
 
     def run(self) -> None:
+        if _state.watch is not None:
+            self._run_watched(_state.watch)
+            return
         started = time.thread_time_ns() if _state.clock else 0
         self._run(self._calls.ctypes.data, len(self._calls))
         if _state.clock:
             _state.nanoseconds += time.thread_time_ns() - started
+
+    def _run_watched(self, watch: Watch) -> None:
+        for index, (op, _, given) in enumerate(self._rows):
+            started = time.thread_time_ns()
+            self._run(self._calls[index].ctypes.data, 1)
+            watch(op, given, time.thread_time_ns() - started)
 
     @property
     def length(self) -> int:
@@ -89,6 +103,7 @@ class _State(threading.local):
     tape: Tape | None = None
     clock: bool = False
     nanoseconds: int = 0
+    watch: Watch | None = None
 
 
 _state = _State()
@@ -116,13 +131,27 @@ def kernel_clock() -> Iterator[Callable[[], int]]:
         _state.clock = False
 
 
+@contextmanager
+def each_call(watch: Watch) -> Iterator[None]:
+    """Tells `watch` of each C call of this thread, those on a tape one by one. For benchmarks."""
+    _state.watch = watch
+    try:
+        yield
+    finally:
+        _state.watch = None
+
+
 def call(functions: dict[str, native.Function], op: str, held: tuple[object, ...], *given: Any) -> None:
     """Calls a C function with `given`, addresses within what `held` has; on a recording thread the tape gets both."""
     function = functions[op]
-    started = time.thread_time_ns() if _state.clock else 0
+    timed = _state.clock or _state.watch is not None
+    started = time.thread_time_ns() if timed else 0
     function.call(*given)
+    taken = time.thread_time_ns() - started if timed else 0
     if _state.clock:
-        _state.nanoseconds += time.thread_time_ns() - started
+        _state.nanoseconds += taken
+    if _state.watch is not None:
+        _state.watch(op, given, taken)
     if _state.tape is not None:
         _state.tape.add(op, function, held, given)
 
