@@ -1,5 +1,5 @@
-/* AMX tiles and 16-lane vectors for the bf16 kernels of processors with AMX and AVX512-BF16; with VECTOR_TILES, the same
-   tiles on vectors alone (vector_tiles.h), for processors with AVX512-BF16 and no AMX.
+/* AMX tiles and 16-lane vectors for the bf16 kernels of processors with AMX and AVX512-BF16; with VECTOR_TILES vectors alone,
+   which read weights in the same order of tiles, for processors with AVX512-BF16 and no AMX.
 
    The tile instructions are inline assembly that names memory: the intrinsics of some compilers do not, so a store to a
    buffer could sink below the load of a tile from it. Accumulators have a load of their own, TILE_LOAD_SUM.
@@ -24,7 +24,8 @@
 #define FAR(p) _mm_prefetch((const char *)(p), _MM_HINT_T1)
 
 #ifdef VECTOR_TILES
-#include "vector_tiles.h"
+INLINE void tiles_begin(long tail) { (void)tail; }
+INLINE void tiles_end(void) {}
 #elif defined(TILE_MODEL) /* a file: tests run the kernels for AMX where there is none */
 #include TILE_MODEL
 #else
@@ -176,6 +177,7 @@ INLINE void pack_row(const bf16 *row, long at, long k, bf16 *to) {
         _mm512_store_si512(to + s * TILE, _mm512_maskz_loadu_epi16(first_halves(k - s * STEP), row + s * STEP));
 }
 
+#ifndef VECTOR_TILES
 /* sums[16][16] = (more ? sums : 0) + rows of x times one column of tiles. */
 INLINE void chain(const bf16 *x, long x_bytes, const bf16 *w, long steps, float *sums, int full, int more, int ahead) {
     TILES;
@@ -196,4 +198,5 @@ INLINE void chain(const bf16 *x, long x_bytes, const bf16 *w, long steps, float 
     }
 #undef BODY
 }
+#endif
 #endif

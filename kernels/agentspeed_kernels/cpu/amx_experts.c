@@ -15,57 +15,63 @@ typedef struct {
 
 #include "many_experts.h"
 
-/* act = silu(x . gate) * (x . up), tiles [low, high) of the inner width; padding columns become 0 by zero weights. */
-static void inner_part(const feed *f, long low, long high) {
+#ifndef VECTOR_TILES
+/* act = silu(x . gate) * (x . up) of an expert's up to 16 rows, tiles [low, high) of the inner width. */
+static void inner_few(const feed *f, long e, long low, long high) {
     float gate[SUMS] __attribute__((aligned(64))), up[SUMS] __attribute__((aligned(64)));
     long steps = whole_steps(f->hidden), columns = whole_tiles(f->inner), width = whole_steps(f->inner) * STEP;
+    long count = f->start[e + 1] - f->start[e];
+    const bf16 *x = f->x + f->start[e] * f->x_stride, *w = f->gate_up + e * 2 * columns * steps * TILE;
+    bf16 *act = f->act + f->start[e] * width;
+    tiles_begin(count % 16);
+    for (long t = low; t < high; t++) {
+        chain(x, 2 * f->x_stride, w + t * steps * TILE, steps, gate, count == 16, 0, 1);
+        chain(x, 2 * f->x_stride, w + (columns + t) * steps * TILE, steps, up, count == 16, 0, 1);
+        for (long r = 0; r < count; r++)
+            write16(act + r * width + t * 16, _mm512_mul_ps(silu(_mm512_load_ps(gate + r * 16)), _mm512_load_ps(up + r * 16)));
+    }
+}
+
+static void outer_few(const feed *f, long e, long low, long high) {
+    float made[SUMS] __attribute__((aligned(64)));
+    long steps = whole_steps(f->inner), columns = whole_tiles(f->hidden), width = steps * STEP;
+    long count = f->start[e + 1] - f->start[e];
+    const bf16 *act = f->act + f->start[e] * width, *w = f->down + e * columns * steps * TILE;
+    tiles_begin(count % 16);
+    for (long t = low; t < high; t++) {
+        chain(act, 2 * width, w + t * steps * TILE, steps, made, count == 16, 0, 1);
+        for (long r = 0; r < count; r++) put_outer_tile(f, _mm512_load_ps(made + r * 16), f->start[e] + r, t);
+    }
+}
+#endif
+
+/* act = silu(x . gate) * (x . up), tiles [low, high) of the inner width; padding columns become 0 by zero weights. */
+static void inner_part(const feed *f, long low, long high) {
     for (long e = 0; e < f->experts; e++) {
         long count = f->start[e + 1] - f->start[e];
         if (!count) continue;
-        if (count > FEW_ROWS) {
-            inner_many(f, e, low, high);
+#ifndef VECTOR_TILES
+        if (!in_panels(count)) {
+            inner_few(f, e, low, high);
             continue;
         }
-        const bf16 *x = f->x + f->start[e] * f->x_stride;
-        const bf16 *w = f->gate_up + e * 2 * columns * steps * TILE;
-        bf16 *act = f->act + f->start[e] * width;
-        tiles_begin(count % 16);
-        for (long t = low; t < high; t++) {
-            chain(x, 2 * f->x_stride, w + t * steps * TILE, steps, gate, count == 16, 0, 1);
-            chain(x, 2 * f->x_stride, w + (columns + t) * steps * TILE, steps, up, count == 16, 0, 1);
-            for (long r = 0; r < count; r++)
-                write16(act + r * width + t * 16, _mm512_mul_ps(silu(_mm512_load_ps(gate + r * 16)), _mm512_load_ps(up + r * 16)));
-        }
+#endif
+        inner_many(f, e, low, high);
     }
 }
 
 /* sums += weight * (act . down), or out = act . down for a lone expert; tiles [low, high) of the hidden width. */
 static void outer_part(const feed *f, long low, long high) {
-    float made[SUMS] __attribute__((aligned(64)));
-    long steps = whole_steps(f->inner), columns = whole_tiles(f->hidden), width = steps * STEP;
     for (long e = 0; e < f->experts; e++) {
         long count = f->start[e + 1] - f->start[e];
         if (!count) continue;
-        if (count > FEW_ROWS) {
-            outer_many(f, e, low, high);
+#ifndef VECTOR_TILES
+        if (!in_panels(count)) {
+            outer_few(f, e, low, high);
             continue;
         }
-        const bf16 *act = f->act + f->start[e] * width, *w = f->down + e * columns * steps * TILE;
-        tiles_begin(count % 16);
-        for (long t = low; t < high; t++) {
-            chain(act, 2 * width, w + t * steps * TILE, steps, made, count == 16, 0, 1);
-            for (long r = 0; r < count; r++) {
-                __m512 y = _mm512_load_ps(made + r * 16);
-                if (f->alone) {
-                    write_some(f->out + r * f->hidden + t * 16, first_lanes(f->hidden - t * 16), y);
-                    continue;
-                }
-                int pair = f->order[f->start[e] + r];
-                float *sum = f->sums + pair / f->top * columns * 16 + t * 16;
-                __m512 weight = _mm512_set1_ps(f->weights[pair]);
-                _mm512_storeu_ps(sum, _mm512_fmadd_ps(y, weight, _mm512_loadu_ps(sum)));
-            }
-        }
+#endif
+        outer_many(f, e, low, high);
     }
 }
 
@@ -105,7 +111,7 @@ EXPORT void NAME(experts)(const bf16 *x, const bf16 *gate_up, const bf16 *down, 
     if (tokens == 1) f.x_stride = 0;
     if (copied) f.x = gathered, f.x_stride = whole_steps(hidden) * STEP;
     if (3 * tokens * top * inner * hidden < WORTH_A_TEAM) threads = 1;
-    if (alone && tokens > FEW_ROWS && in_blocks(&f, threads)) {
+    if (alone && in_blocks(&f, threads)) {
         f.x = x, f.x_stride = hidden; /* packing pads rows */
         dense_blocks(&f, threads);
         return;

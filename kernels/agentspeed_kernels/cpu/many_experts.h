@@ -44,20 +44,21 @@ static void inner_many(const feed *f, long expert, long low, long high) {
     }
 }
 
-/* Tiles t and, with `both`, t + 1 of a block's products, the rows from `at` on, to where they belong. */
+/* Tile t of what comes out of row `at`, to where it belongs. */
+INLINE void put_outer_tile(const feed *f, __m512 y, long at, long t) {
+    if (f->alone) {
+        write_some(f->out + at * f->hidden + t * 16, first_lanes(f->hidden - t * 16), y);
+        return;
+    }
+    int pair = f->order[at];
+    float *sum = f->sums + (pair / f->top * whole_tiles(f->hidden) + t) * 16;
+    _mm512_storeu_ps(sum, _mm512_fmadd_ps(y, _mm512_set1_ps(f->weights[pair]), _mm512_loadu_ps(sum)));
+}
+
+/* Tiles t and, with `both`, t + 1 of a block's products, the rows from `at` on. */
 INLINE void put_outer(const feed *f, const float *sums, long at, long rows, long t, int both) {
-    long columns = whole_tiles(f->hidden);
     for (long r = 0; r < rows; r++)
-        for (int c = 0; c <= both; c++) {
-            __m512 y = _mm512_loadu_ps(sums + r * COLUMNS + c * 16);
-            if (f->alone) {
-                write_some(f->out + (at + r) * f->hidden + (t + c) * 16, first_lanes(f->hidden - (t + c) * 16), y);
-                continue;
-            }
-            int pair = f->order[at + r];
-            float *sum = f->sums + (pair / f->top * columns + t + c) * 16;
-            _mm512_storeu_ps(sum, _mm512_fmadd_ps(y, _mm512_set1_ps(f->weights[pair]), _mm512_loadu_ps(sum)));
-        }
+        for (int c = 0; c <= both; c++) put_outer_tile(f, _mm512_loadu_ps(sums + r * COLUMNS + c * 16), at + r, t + c);
 }
 
 static void outer_rows(const feed *f, const bench *b, long at, long rows, const bf16 *down, long low, long high) {

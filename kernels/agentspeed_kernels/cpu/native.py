@@ -81,7 +81,7 @@ AVX512BF16 = Form(
     kinds=("bf16",),
     wants="AVX512-BF16",
 )
-"""The kernels for tiles, on vectors: vector_tiles.h for a few rows, vector_products.h for many."""
+"""The ops of the kernels for tiles, on vectors: their products are those of vector_products.h."""
 AVX512 = Form(
     name="avx512",
     bit=2,

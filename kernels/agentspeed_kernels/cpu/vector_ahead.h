@@ -34,10 +34,17 @@ typedef struct {
     int each, more; /* lines for each turn of an inner loop, and before it */
 } ahead;
 
+/* To the second cache where the first is no larger than what a block reads, which it would drive out. */
+#ifdef VECTOR_TILES
+#define NEXT_LINE(p) FAR(p)
+#else
+#define NEXT_LINE(p) NEAR(p)
+#endif
+
 /* The line is a variable of the loop's own: in memory it would be the loop's longest chain. */
 INLINE line fetch(ahead *a, line at, int lines) {
     for (; lines > 0; lines--) {
-        NEAR(at.now);
+        NEXT_LINE(at.now);
         if ((at.now += 64) >= at.stop) {
             at.now = a->run[a->next], at.stop = at.now + a->bytes;
             a->next += a->next < a->last;

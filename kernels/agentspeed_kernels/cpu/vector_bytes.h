@@ -77,8 +77,12 @@ static void panel_times_bytes(long rows, int columns, int first, const bf16 *pan
     }
 }
 
+#define FEW_OF_BYTES 16 /* rows, up to which what vector_few_bytes.h does is mostly faster */
+
 /* One panel is worth it where no scales are between its products: making tiles then hides behind them best. */
-INLINE int worth_panels(const byte_weight *w, long rows) { return rows > FEW_ROWS || (w->block == TOGETHER && in_panels(rows)); }
+INLINE int worth_panels(const byte_weight *w, long rows) {
+    return rows > FEW_OF_BYTES || (w->block == TOGETHER && rows > PANEL / 2 + 2 && rows <= PANEL);
+}
 
 /* Rows of k numbers in panels, TOGETHER inputs of all before the next ones. */
 INLINE void pack_parts(const bf16 *const *rows, long count, long k, bf16 *to) {

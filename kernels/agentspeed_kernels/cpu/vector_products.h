@@ -1,15 +1,17 @@
-/* Products of many bf16 rows with weights in tile order, on vectors: for processors with AVX512-BF16 and no AMX.
+/* Products of bf16 rows with weights in tile order, on vectors: for processors with AVX512-BF16 and no AMX.
 
    Rows are packed in panels of up to 12, [pair of inputs][row], and a pair is broadcast from memory. Two columns of 16 outputs
    make 24 accumulators: enough for the latency of the instruction, and 14 loads for 24 products, where the processor does
-   as many loads as products. */
+   as many loads as products. A few rows wait for the weights: they take one column after the other, which is the stream that
+   memory is fast at. */
 #ifndef AGENTSPEED_VECTOR_PRODUCTS_H
 #define AGENTSPEED_VECTOR_PRODUCTS_H
 #include "amx_common.h"
 
 #define PANEL 12
 #define MOST_STEPS 64    /* of inputs at a time: what is read again and again stays in the second cache */
-#define FEW_ROWS 16      /* up to as many rows of an expert are products of single tiles */
+#define FEW_ROWS 4       /* up to as many rows take one column at a time */
+#define AHEAD_BYTES 6144 /* of what they read */
 #define BLOCK_BYTES (400L << 10) /* of packed rows, in the second cache beside the weights that pass by */
 
 /* `rows` (a constant) rows at a, `pair` numbers of 32 bits between pairs of inputs and `row` between rows, with the tiles at
@@ -61,8 +63,34 @@ static void times_panel(long rows, const bf16 *panel, const bf16 *first, const b
     }
 }
 
-/* A panel alone reads the weights once and faster than single tiles; two of a few rows read them twice. */
-INLINE int in_panels(long rows) { return rows > FEW_ROWS || (rows > PANEL / 2 + 2 && rows <= PANEL); }
+/* sums[rows][COLUMNS] = a panel of a few `rows` (a constant) times one column: even and odd pairs have sums of their own. */
+INLINE void times_column(const int rows, const int32_t *a, const bf16 *w, long pairs, float *sums) {
+    __m512 s[2][FEW_ROWS];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) s[0][r] = s[1][r] = _mm512_setzero_ps();
+    for (long p = 0; p < pairs; p += 2)
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; i++) {
+            const bf16 *at = w + (p + i) * STEP;
+            NEAR((const char *)at + AHEAD_BYTES);
+            __m512bh both = (__m512bh)_mm512_loadu_si512(at);
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++)
+                s[i][r] = _mm512_dpbf16_ps(s[i][r], (__m512bh)_mm512_set1_epi32(a[(p + i) * rows + r]), both);
+        }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) _mm512_storeu_ps(sums + r * COLUMNS, _mm512_add_ps(s[0][r], s[1][r]));
+}
+
+static void few_times_column(long rows, const bf16 *panel, const bf16 *w, long pairs, float *sums) {
+    const int32_t *a = (const int32_t *)panel;
+    switch (rows) {
+    case 1: times_column(1, a, w, pairs, sums); break;
+    case 2: times_column(2, a, w, pairs, sums); break;
+    case 3: times_column(3, a, w, pairs, sums); break;
+    default: times_column(FEW_ROWS, a, w, pairs, sums);
+    }
+}
 
 /* Panels of `rows` rows are as even as they can be; panel i begins at row panel_at(rows, i). */
 INLINE long panels_of(long rows) { return (rows + PANEL - 1) / PANEL; }
@@ -95,6 +123,11 @@ INLINE size_t packed_bytes(long rows, long k) { return (rows * whole_steps(k) + 
 /* sums[rows][COLUMNS] = packed rows times two columns of tiles, or one where second is 0. */
 INLINE void times_packed(const bf16 *packed, long rows, long k, const bf16 *first, const bf16 *second, float *sums, long ahead) {
     long steps = whole_steps(k), panels = panels_of(rows);
+    if (rows <= FEW_ROWS) {
+        few_times_column(rows, packed, first, steps * 16, sums);
+        if (second) few_times_column(rows, packed, second, steps * 16, sums + 16);
+        return;
+    }
     for (long s = 0; s < steps; s += MOST_STEPS)
         for (long i = 0; i < panels; i++) {
             long low = panel_at(rows, i), count = panel_at(rows, i + 1) - low;
