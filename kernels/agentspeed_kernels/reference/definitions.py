@@ -56,39 +56,43 @@ def numbers_of(pool: Tensor, row: CacheRow) -> Tensor:
 
 def mla_rows(q: Tensor, pool: Tensor, tiles: TilePlan, scale: float, rank: int) -> Tensor:
     """Softmax attention of each row over the latents of all tokens it sees; a row that sees none gives zeros."""
-    out = torch.zeros(q.shape[0], q.shape[1], rank, dtype=torch.float64)
-    seen = latents_by_row(numbers_of(pool, latent_row(rank, q.shape[2] - rank)), tiles)
-    for row, latents in seen.items():
-        scores = scale * (q[row].double() @ latents.T)
-        out[row] = scores.softmax(-1) @ latents[:, :rank]
-    return out
+    places, often = seen(tiles, q.shape[0], pool.shape[1])
+    latents = numbers_of(pool, latent_row(rank, q.shape[2] - rank)).flatten(0, 1)[places]
+    return shares(scale * torch.einsum("thd,cd->thc", q.double(), latents), often) @ latents[:, :rank]
 
 
 def mla_extend(q: Tensor, pool: Tensor, key_up: Tensor, value_up: Tensor, tiles: TilePlan, scale: float) -> Tensor:
     """The same attention over keys and values that are decompressed from the latents first."""
     rank = key_up.shape[1]
-    out = torch.zeros(q.shape[0], q.shape[1], value_up.shape[1], dtype=torch.float64)
-    numbers = numbers_of(pool, latent_row(rank, q.shape[2] - key_up.shape[2]))
-    for row, latents in latents_by_row(numbers, tiles).items():
-        nope = torch.einsum("cr,hrn->hcn", latents[:, :rank], key_up.double())
-        turned = latents[:, rank:].expand(nope.shape[0], -1, -1)
-        values = torch.einsum("cr,hvr->hcv", latents[:, :rank], value_up.double())
-        scores = scale * torch.einsum("hd,hcd->hc", q[row].double(), torch.cat([nope, turned], dim=-1))
-        out[row] = torch.einsum("hc,hcv->hv", scores.softmax(-1), values)
-    return out
+    places, often = seen(tiles, q.shape[0], pool.shape[1])
+    latents = numbers_of(pool, latent_row(rank, q.shape[2] - key_up.shape[2])).flatten(0, 1)[places]
+    nope = torch.einsum("cr,hrn->chn", latents[:, :rank], key_up.double())
+    turned = latents[:, None, rank:].expand(-1, nope.shape[1], -1)
+    values = torch.einsum("cr,hvr->chv", latents[:, :rank], value_up.double())
+    scores = scale * torch.einsum("thd,chd->thc", q.double(), torch.cat([nope, turned], dim=-1))
+    return torch.einsum("thc,chv->thv", shares(scores, often), values)
 
 
-def latents_by_row(pool: Tensor, tiles: TilePlan) -> dict[int, Tensor]:
-    """All latents each row sees, in float64."""
-    page_tokens = pool.shape[1]
-    parts: dict[int, list[Tensor]] = {}
+def seen(tiles: TilePlan, rows: int, page_tokens: int) -> tuple[Tensor, Tensor]:
+    """(Where in the pool the tokens are that any row sees, [rows, those] how often each row sees each of them)"""
+    pages = int(tiles.pages.max(initial=-1)) + 1
+    often = torch.zeros(rows, pages * page_tokens, dtype=torch.float64)
+    within = torch.arange(page_tokens)
     for tile in tiles.tiles:
-        latents = pool[torch.from_numpy(tile.pages).long()].double().reshape(-1, pool.shape[2])
-        latents = latents[tile.offset : tile.offset + tile.tokens]
         assert tile.offset < page_tokens
-        for row, visible in zip(tile.rows.tolist(), tile.visible.tolist(), strict=True):
-            parts.setdefault(row, []).append(latents[:visible])
-    return {row: torch.cat(held) for row, held in parts.items()}
+        held = (torch.from_numpy(tile.pages).long()[:, None] * page_tokens + within).flatten()
+        held = held[tile.offset : tile.offset + tile.tokens]
+        visible = torch.arange(tile.tokens) < torch.from_numpy(tile.visible)[:, None]
+        often[torch.from_numpy(tile.rows).long()[:, None], held] += visible
+    places = often.any(0).nonzero().flatten()
+    return places, often[:, places]
+
+
+def shares(scores: Tensor, often: Tensor) -> Tensor:
+    """[T, H, C]: of each token in what a row attends to, by softmax over those it sees; zeros where it sees none."""
+    weights = (scores + often.log()[:, None]).softmax(-1)
+    weights[~often.any(1)] = 0
+    return weights
 
 
 def route(x: Tensor, weight: Tensor, bias: Tensor | None, rule: RouteRule) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from agentspeed_kernels.fp8_cache import heads_in, heads_row
-from agentspeed_kernels.reference.definitions import latents_by_row, numbers_of, rms_norm, rope
+from agentspeed_kernels.reference.definitions import numbers_of, rms_norm, rope, seen, shares
 from agentspeed_kernels.tiles import TilePlan
 
 
@@ -47,11 +47,14 @@ def gqa(q: Tensor, key_pool: Tensor, value_pool: Tensor, tiles: TilePlan, scale:
         numbers_of(pool, heads_in(pool.shape[-1], width)) if pool.dtype == torch.uint8 else pool.double()
         for pool in (key_pool, value_pool)
     )
-    values_seen = latents_by_row(value_pool, tiles)
-    for row, seen in latents_by_row(key_pool, tiles).items():
-        keys, values = (held.view(held.shape[0], -1, width) for held in (seen, values_seen[row]))
-        # Each head of the pools beside every head of queries that reads it.
-        keys, values = (held.repeat_interleave(heads // held.shape[1], 1) for held in (keys, values))
-        scores = scale * torch.einsum("hw,chw->hc", q[row].double(), keys)
-        after[row] = torch.einsum("hc,chw->hw", scores.softmax(-1), values)
+    places, often = seen(tiles, q.shape[0], key_pool.shape[1])
+    # Each head of the pools beside every head of queries that reads it.
+    groups = key_pool.shape[2] // width
+    keys, values = (
+        pool.flatten(0, 1)[places].view(-1, groups, width).repeat_interleave(heads // groups, 1)
+        for pool in (key_pool, value_pool)
+    )
+    weights = shares(scale * torch.einsum("thw,chw->thc", q.double(), keys), often)
+    named = often.any(1)
+    after[named] = torch.einsum("thc,chw->thw", weights, values)[named]
     return after
