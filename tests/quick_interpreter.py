@@ -90,17 +90,36 @@ def _computation_type(self: Any, a: Any, a_is_scalar: bool, b: Any, b_is_scalar:
 semantic.TritonSemantic.computation_type_impl = _computation_type  # type: ignore[method-assign]
 
 _broadcast: Any = semantic.TritonSemantic.broadcast_impl_value
+_joint: dict[Any, Any] = {}
 
 
 def _broadcast_values(self: Any, lhs: Any, rhs: Any) -> Any:
-    """As they are where their shapes are the same already."""
+    """The shape of two blocks together is known once they have met."""
     a, b = lhs.type, rhs.type
-    if a.is_block() and b.is_block():
-        if a.key_of_block[1] == b.key_of_block[1]:
-            return lhs, rhs
-    elif not a.is_block() and not b.is_block():
+    if not (a.is_block() and b.is_block()):
+        if a.is_block():
+            return lhs, _splat(self, rhs, a)
+        return (_splat(self, lhs, b) if b.is_block() else lhs), rhs
+    ours, theirs = a.key_of_block[1], b.key_of_block[1]
+    if ours == theirs:
         return lhs, rhs
-    return _broadcast(self, lhs, rhs)
+    joint = _joint.get((ours, theirs))
+    if joint is None:
+        lhs, rhs = _broadcast(self, lhs, rhs)
+        if len(ours) == len(theirs):
+            _joint[ours, theirs] = list(lhs.type.key_of_block[1])
+        return lhs, rhs
+    return tuple(
+        one
+        if shape == tuple(joint)
+        else self.tensor(self.builder.create_broadcast(one.handle, joint), core.block_type(one.dtype, joint))
+        for one, shape in ((lhs, ours), (rhs, theirs))
+    )
+
+
+def _splat(self: Any, one: Any, block: Any) -> Any:
+    kind = core.block_type(one.type, block.shape)
+    return self.tensor(self.builder.create_splat(kind, one.handle), kind)
 
 
 semantic.TritonSemantic.broadcast_impl_value = _broadcast_values  # type: ignore[method-assign]
