@@ -7,9 +7,7 @@ import socket
 import threading
 from pathlib import Path
 from types import TracebackType
-from typing import Self, Unpack, cast
-
-import httpx
+from typing import TYPE_CHECKING, Self, Unpack, cast
 
 from agentspeed import errors
 from agentspeed._base.completion import run_to_completion
@@ -24,10 +22,12 @@ from agentspeed.tools.threads import in_thread
 from agentspeed.transport.base import Connection, Transport, wire
 from agentspeed.transport.hub import resolve
 from agentspeed.transport.model_files import fetch_model_files
-from agentspeed.transport.remote import RemoteTransport
 from agentspeed.transport.shared_engines import EngineConnections, OnStart
 from agentspeed.transport.socket_link import SocketSource
 from agentspeed.usage import EngineStats
+
+if TYPE_CHECKING:
+    import httpx
 
 _PATIENCE = 5.0
 """Seconds without any answer after which an engine that is asked for its counts is given up."""
@@ -143,6 +143,9 @@ class EngineHandle:
 
     async def _start_remote(self, url: str) -> None:
         """The tokenizer and the template come from the server's engine, once."""
+        # Imported late: httpx takes a tenth of a second, and engines of this machine need none of it.
+        from agentspeed.transport.remote import RemoteTransport
+
         api_key = self._api_key or os.environ.get("AGENTSPEED_API_KEY")
         transport = RemoteTransport(url, api_key=api_key, client=self._http_client)
         local = EngineConnections(transport)

@@ -12,8 +12,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import final
 
-import httpx
-
 from agentspeed import errors
 from agentspeed._base.wording import counted
 from agentspeed.transport.error_map import public_error
@@ -69,6 +67,9 @@ class _Repository:
 
     def get(self, names: Iterable[str]) -> Path:
         """The snapshot's folder, with those of the files that the repository has."""
+        # Imported late: a folder needs none of these.
+        import httpx
+
         try:
             from huggingface_hub import snapshot_download
             from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import anthropic
 import pytest
 
 from tests.support.server_run import server
+
+if TYPE_CHECKING:  # it takes seconds to import, which every worker would do: tests that run import it
+    import anthropic
 
 ADD: Any = {
     "name": "add",
@@ -24,6 +26,8 @@ QUESTION: Any = {"role": "user", "content": "What is 17 plus 25?"}
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[anthropic.Anthropic]:
+    import anthropic
+
     with server(pages=512) as url, anthropic.Anthropic(base_url=url, api_key="x", max_retries=0) as made:
         yield made
 
@@ -87,6 +91,8 @@ def test_tokens_are_counted_as_the_model_reads_them(client: anthropic.Anthropic)
 def test_a_wrong_request_is_refused_in_the_shape_of_this_protocol(
     client: anthropic.Anthropic, change: dict[str, Any], names: str
 ) -> None:
+    import anthropic
+
     body: Any = {"max_tokens": 8, "messages": [QUESTION], **change}
     with pytest.raises(anthropic.BadRequestError) as refusal:
         _ = client.messages.create(model="nano", **body)
