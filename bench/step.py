@@ -1,16 +1,21 @@
-"""What a decoded token costs outside the kernels, on a model of 50 M: the runner alone, without an engine around it.
+"""What a decoded token costs outside the kernels and in each, on a model of 50 M: the runner alone, without an engine
+around it.
 
     python bench/step.py
     python bench/step.py --dtype float32 --threads 2
     python bench/step.py --model qwen3-50m --branches 8 --context 8192
     python bench/step.py --model qwen3-50m --sessions 16
     python bench/step.py --model qwen3-50m --context 16384 --caches
+    python bench/step.py --model qwen3-50m --branches 5 --ops
+    python bench/step.py --context 2048 --chunk 512 --ops
 
 One session at a context of 4096 tokens, branches of it, or sessions with such a context each decode with recorded steps
 and with their modules called in every step, in turns.
 Times are processor time of the thread that drives the model, so other processes count little; with one thread nothing
 waits for a team. Sampling, scheduler and transport are not in it. With `--caches` steps over a KV cache in fp8 take
-turns with steps over one in the model's format, all of them recorded. The last line is JSON.
+turns with steps over one in the model's format, all of them recorded. With `--ops` recorded steps are also run call by
+call, and a line is printed for each op beside what the machine reads and computes; with `--chunk` so many tokens of a
+prompt are computed behind the context instead. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "engine"), str(ROOT / "kernels")]
@@ -36,6 +42,7 @@ from agentspeed_engine.models.loaded import LoadedModel
 from agentspeed_kernels.cpu import native
 from agentspeed_kernels.cpu.recording import kernel_clock
 from agentspeed_kernels.signature import CacheFormat
+from bench.step_ops import Batches, by_op
 from tests.support.random_checkpoint import make_checkpoint
 
 PAGE, CHUNK, WARM = 64, 512, 8
@@ -54,6 +61,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=20)
     parser.add_argument("--caches", action="store_true")
+    parser.add_argument("--ops", action="store_true")
+    parser.add_argument("--chunk", type=int, default=0, help="tokens of a prompt, with --ops")
     arguments = parser.parse_args()
     if isinstance(native.library(), native.Unavailable):
         raise SystemExit(f"there is nothing to measure without native kernels: {native.library()}")
@@ -64,7 +73,9 @@ def main() -> None:
     context, count = arguments.context, max(arguments.branches, arguments.sessions)
     shared = context if arguments.branches > 1 else 0
     steps = WARM + 2 * arguments.rounds * arguments.tokens
-    rows = Rows(count, context, shared, own=pages_for(context - shared + steps, PAGE))
+    if arguments.chunk and (count > 1 or not arguments.ops):
+        parser.error("--chunk is of one session, and goes with --ops")
+    rows = Rows(count, context, shared, own=pages_for(context - shared + max(steps, arguments.chunk), PAGE))
     model = filled(folder, arguments, rows)
     position = context + WARM
     run = {
@@ -75,13 +86,17 @@ def main() -> None:
         coded = filled(folder, arguments, rows, "fp8")
         print(json.dumps(run | compared(model, coded, rows, position, arguments)))
         return
+    if arguments.ops:
+        figures_of_ops = by_op(model, batches_of(model, rows, position, arguments), arguments.dtype)
+        print(json.dumps(run | {"chunk": arguments.chunk} | figures_of_ops))
+        return
     taken: dict[str, list[tuple[float, float]]] = {"recorded": [], "modules": []}
     for _ in range(arguments.rounds):
         for manner, into in taken.items():
             model.repeats = manner == "recorded"
             into.append(measured(model, rows, position, arguments.tokens))
             position += arguments.tokens
-    figures = {}
+    figures: dict[str, Any] = {}
     for manner, pairs in taken.items():
         whole, outside = (median(values) for values in zip(*pairs, strict=True))
         share = median(outside / whole for whole, outside in pairs)
@@ -102,6 +117,20 @@ def filled(folder: Path, arguments: argparse.Namespace, rows: Rows, cache: Cache
     for at in range(WARM):
         model.forward(rows.step(rows.context + at))
     return model
+
+
+def batches_of(model: LoadedModel, rows: Rows, position: int, arguments: argparse.Namespace) -> Batches:
+    if arguments.chunk:
+        ids = np.random.default_rng(1).integers(0, model.info.vocab_size, arguments.chunk)
+        chunk = prompt(rows.context, ids)
+        model.forward(chunk)
+        for _ in range(arguments.rounds):
+            yield (chunk,), (chunk,)
+        return
+    for _ in range(arguments.rounds):
+        steps = [rows.step(position + at) for at in range(2 * arguments.tokens)]
+        position += 2 * arguments.tokens
+        yield steps[: arguments.tokens], steps[arguments.tokens :]
 
 
 def compared(

@@ -21,6 +21,13 @@ INLINE long padded_pairs(long pairs) {
 }
 INLINE long size_at(long padded, long first) { return at_most(padded - first, 16); }
 
+/* Pairs from `i` on that share the values of a block: what only fills a set of scores up is left out. */
+INLINE long sharing_values(const part *t, long padded, long i) {
+    long size = at_most(padded - i, SET);
+    while (size / 2 >= t->pairs - i) size /= 2;
+    return size;
+}
+
 /* Heads of the pools that one pass takes. */
 INLINE long heads_together(const step *s, long rows) {
     long pairs = padded_pairs(rows * s->heads / s->groups), together = pairs ? MOST_TOGETHER / pairs : 1;
@@ -275,8 +282,11 @@ INLINE void give(const step *s, long slot, const float *o, float most, float sum
 INLINE void pace(const step *s, const part *t, long padded, ahead *a) {
     long calls = 0, turns = 0, lines = BLOCK * (s->shared ? 1 : 2) * ((read_bytes(s, t) + 63) / 64);
     for (long i = 0; i < padded; i += 16) {
-        long size = size_at(padded, i), sets = size / SET > 1 ? size / SET : 1, steps = size >= SET ? 1 : SET / size;
-        long scores = size == 16 ? BLOCK / 16 : BLOCK * size / 16, values = sets * ((s->values + steps - 1) / steps);
+        long size = size_at(padded, i), scores = size == 16 ? BLOCK / 16 : BLOCK * size / 16, values = 0;
+        for (long j = i; j < i + size; j += SET) {
+            long steps = SET / sharing_values(t, padded, j);
+            values += (s->values + steps - 1) / steps;
+        }
         calls += t->count * (scores + values);
         long step = size == 16 ? 2 : taken_in_registers(s->keys.coded, padded) ? DEEP_STEP : STEP;
         turns += t->count * (scores * s->keys.width / step + values * BLOCK / 2);
@@ -319,6 +329,7 @@ static void run_on_vectors(const step *s, const part *t, const part *after, char
     ahead next;
     pace(s, t, padded, &next);
     int side = 0;
+    const long last = sharing_values(t, padded, (padded - 1) / SET * SET);
     locate(t, &s->keys, 0, rows);
     for (long at = 0; at < t->tokens; at += BLOCK, side ^= 1) {
         const long *here = rows[side].at;
@@ -354,7 +365,7 @@ static void run_on_vectors(const step *s, const part *t, const part *after, char
             for (long j = 0; j < s->values; j += 4)
                 for (long i = 0; i < padded; i += SET) {
                     long first = g * padded + i, to = at_most(j + 4, s->values);
-                    BY_SIZE(at_most(padded - i, SET), add_steps(s, o + first * columns, held, here, shares + first * BLOCK,
+                    BY_SIZE(i + SET < padded ? SET : last, add_steps(s, o + first * columns, held, here, shares + first * BLOCK,
                                                                 tokens, j, to, as_bytes, &next, P))
                 }
         }
