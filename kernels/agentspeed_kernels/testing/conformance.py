@@ -21,6 +21,7 @@ from agentspeed_kernels.reference import definitions
 from agentspeed_kernels.routing import RouteRule
 from agentspeed_kernels.signature import CacheFormat, Dtype, KernelSpec, Layout, WeightFormat
 from agentspeed_kernels.testing import cache_cases, fused_cases, grouped_cases, page_cases, sparse_cases
+from agentspeed_kernels.testing.noise import Noise
 from agentspeed_kernels.testing.tolerance import KIND_OF, UNDEFINED, tolerance
 from agentspeed_kernels.tiles import Int32s, Int64s, Piece, TilePlan, plan_tiles
 from agentspeed_kernels.workspace import Workspace
@@ -161,11 +162,11 @@ class _Draw:
         self.hidden = {"small": 32, "odd": 45, "wide": 512}[case.size]
         self.rank, self.rope = RANKS[case.size], ROPES[case.size]
         self.heads = {"small": 4, "odd": 3, "wide": 8}[case.size]
-        self._noise = torch.Generator().manual_seed(7)
+        self._noise = Noise(7)
 
     def tensor(self, *shape: int, spread: float = 1.0) -> Tensor:
         """In the case's manner."""
-        drawn = torch.randn(*shape, generator=self._noise, dtype=torch.float64) * spread
+        drawn = self._noise.normal(*shape) * spread
         match self.case.manner:
             case "zeros":
                 drawn = drawn * 0
@@ -181,7 +182,7 @@ class _Draw:
 
     def weight(self, *shape: int) -> Tensor:
         """Always ordinary: hostile are the values that come from users and layers before."""
-        drawn = torch.randn(*shape, generator=self._noise, dtype=torch.float64)
+        drawn = self._noise.normal(*shape)
         return (drawn / math.sqrt(shape[-1])).to(self.kind).to(self.device)
 
     def laid(self, weight: Tensor, parts: int = 1) -> Weight:
@@ -191,10 +192,10 @@ class _Draw:
         return weight if self.layout == "rows" else pack(weight, parts)
 
     def gain(self, width: int) -> Tensor:
-        return (1 + 0.1 * torch.randn(width, generator=self._noise, dtype=torch.float64)).to(self.kind).to(self.device)
+        return (1 + 0.1 * self._noise.normal(width)).to(self.kind).to(self.device)
 
     def angles(self) -> tuple[Tensor, Tensor]:
-        turned = torch.rand(self.rows, self.rope // 2, generator=self._noise, dtype=torch.float64) * 6.3
+        turned = self._noise.uniform(self.rows, self.rope // 2) * 6.3
         return turned.cos().to(self.kind).to(self.device), turned.sin().to(self.kind).to(self.device)
 
     def empty(self, *shape: int) -> Tensor:
