@@ -191,6 +191,12 @@ def asked() -> argparse.Namespace:
     parser.add_argument("--prefill-us", type=float, default=10.0, help="of one real token")
     parser.add_argument("--pressure", type=float, nargs="+", default=list(PRESSURES))
     parser.add_argument("--policy", nargs="+", default=list(POLICIES), choices=list(POLICIES))
+    parser.add_argument(
+        "--turns-in-place",
+        type=int,
+        default=1,
+        help="1: policies are compared in the order of arrival; engines have 32",
+    )
     parser.add_argument("--no-host", action="store_true", help="only without a host tier")
     parser.add_argument("--processes", type=int, default=2, help="runs side by side; figures are the same")
     return parser.parse_args()
@@ -215,6 +221,7 @@ def loads_of(options: argparse.Namespace) -> Iterator[tuple[str, list[Load]]]:
                         warm=options.warm,
                         seconds=options.seconds,
                         costs=costs,
+                        turns_in_place=options.turns_in_place,
                     )
                     for seed in range(options.first_seed, options.first_seed + options.seeds)
                 ],

@@ -51,6 +51,7 @@ class Load:
     costs: Costs = field(default_factory=Costs)
     page_tokens: int = 4
     chunk: int = 512
+    turns_in_place: int = 1
 
 
 @final
@@ -109,6 +110,7 @@ class Run:
                 extend_tokens=load.chunk // 2,
                 firm_pages=0,
                 policy=policy,
+                turns_in_place=load.turns_in_place,
                 host_slots=SLOTS_PER_PAGE * pages if load.host else 0,
                 copy_seconds_per_token=costs.copy_token * scale,
                 recompute_seconds_per_token=costs.prefill_token * scale,

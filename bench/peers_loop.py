@@ -78,23 +78,30 @@ def _until(scripts: Iterator[Script], end: float, begin: float) -> Iterator[Step
 
 def figures(loop: Loop, played: Played) -> dict[str, float]:
     """`of_possible`: tokens of those that an engine that takes no time would have drawn in the same window. A resume is
-    a turn that goes on with a conversation. Raises `ValueError` where an agent had no answer."""
+    a turn that goes on with a conversation, an opening one that begins it; `turn_mean` is what a turn of either kind
+    takes from its beginning to its last token. Raises `ValueError` where an agent had no answer."""
     window = window_of(loop, played)
     if window is None:
         raise ValueError("an agent had no answer, so there is no window")
     started = min(turns[0].begun for turns in played)
     tokens = sum(window.tokens(turn) for turns in played for turn in turns)
-    resumes = sorted(
-        turn.first
+    counted = [
+        (opens, turn)
         for agent, turns in zip(loop.agents, played, strict=True)
         for opens, turn in zip(_openings(agent()), turns, strict=False)
-        if not opens and window.holds(turn.begun)
-    )
+        if window.holds(turn.begun)
+    ]
+    resumes = sorted(turn.first for opens, turn in counted if not opens)
+    openings = sorted(turn.first for opens, turn in counted if opens)
     possible = possible_tokens(loop, window.begin - started, window.end - started)
     waits = {
         "resume_p50": resumes[len(resumes) // 2],
         "resume_p99": resumes[int(0.99 * len(resumes))],
     } if resumes else {}  # fmt: skip
+    if openings:
+        waits |= {"opening_p50": openings[len(openings) // 2], "opening_max": openings[-1]}
+    if counted:
+        waits["turn_mean"] = sum(turn.whole for _, turn in counted) / len(counted)
     of_possible = {"of_possible": tokens / possible} if possible else {}
     return {"tokens_per_second": tokens / loop.seconds, **of_possible, **waits, "resumes": float(len(resumes))}
 

@@ -37,6 +37,7 @@ SMALL_LATER = (
     replace(named_bounds.HOST, verbs=2, depth=1, decode_ahead=True),
     replace(named_bounds.QUOTA, verbs=1, depth=1, decode_ahead=True),
     named_bounds.PLACES,
+    named_bounds.PLACES_OF_FORKS,
     named_bounds.PREPARED,
 )
 SMALL_SPOILT = (

@@ -15,7 +15,7 @@ from sys import intern
 from typing import Any, NamedTuple, TypeAlias
 
 from agentspeed_engine.errors import BrokenInvariant
-from agentspeed_engine.ids import LinkId, StepSeq
+from agentspeed_engine.ids import BranchId, LinkId, StepSeq
 from agentspeed_engine.kv.branch_states import Held
 from agentspeed_engine.kv.transitions import BRANCHES
 from agentspeed_engine.protocol import messages as wire
@@ -376,16 +376,24 @@ def _play(core: Core, number: int) -> None:
     raise BrokenInvariant(f"the turn of branch {number} before the search does not end")
 
 
-def _oldest(world: SchedulerState) -> tuple[int, int] | None:
-    """(age, times preempted) of the oldest unfinished turn."""
-    turns = [state.turn for state in world.states.values() if not isinstance(state, Held)]
-    return min(((turn.age, turn.preempted) for turn in turns), default=None)
+def _oldest(world: SchedulerState) -> tuple[int, BranchId, int] | None:
+    """(age, branch, times preempted) of the oldest unfinished turn; at one place the branch decides."""
+    return min(
+        (
+            (state.turn.age, number, state.turn.preempted)
+            for number, state in world.states.items()
+            if not isinstance(state, Held)
+        ),
+        default=None,
+    )
 
 
-def _check_oldest(world: SchedulerState, before: tuple[int, int] | None) -> None:
+def _check_oldest(world: SchedulerState, before: tuple[int, BranchId, int] | None) -> None:
     """The heart of the theorem: nobody takes room from the oldest unfinished turn."""
-    turns = [state.turn for state in world.states.values() if not isinstance(state, Held)]
-    if before is not None and any(turn.age == before[0] and turn.preempted > before[1] for turn in turns):
+    state = None if before is None else world.states.get(before[1])
+    if before is None or state is None or isinstance(state, Held) or state.turn.age != before[0]:
+        return
+    if state.turn.preempted > before[2]:
         raise BrokenInvariant("(L4) the oldest turn was preempted")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -138,6 +138,10 @@ def _drop_what_is_saved(world: Any, victim: Any, missing: int) -> None:
     world.kv.orphan(victim)
     world.rankings.left = world.kv.tree.detach(victim)
     world.kv.pages.give(pages)
+
+
+def _ages_alone_decide(real: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda world, pages, order, now: real(world, pages, (order[0], 1 << 62), now)
 
 
 def _two_ahead(state: Any) -> bool:
@@ -399,6 +403,12 @@ MUTANTS = (
         "a turn that runs ahead takes room from an older one",
         ((step, "_decode_ahead", _ahead_takes_room),),
         named_bounds.AHEAD_TWO,
+    ),
+    Mutant(
+        "ages-alone-decide",
+        "turns of one place take no room from each other, so that the first waits for ever",
+        ((step, "obtain", _ages_alone_decide(step.obtain)),),
+        named_bounds.PLACES_OF_FORKS,
     ),
     Mutant(
         "prepared-stays-out",

@@ -15,6 +15,8 @@ QUOTA = Bounds(
 """Two sessions of one tenant, whose prompts fit its quota and whose answers do not, and one of another."""
 PLACES = Bounds(verbs=3, turns_in_place=2, branches=3, pages=5, setup=((1, 1, 1), (2, 1, 1)), turns=(1, 2))
 """Branches whose next turns go before others that wait, and whose rows make no room for those."""
+PLACES_OF_FORKS = Bounds(verbs=3, turns_in_place=4, branches=2, pages=5, context_limit=8, most=5, setup=((1, 1),))
+"""Two branches of one session are at one place, and their answers do not fit beside each other."""
 AHEAD = Bounds(verbs=3, depth=1, decode_ahead=True)
 """A row is issued while the token it is fed with is in flight."""
 AHEAD_TWO = Bounds(verbs=2, depth=1, decode_ahead=True, pages=5, context_limit=8, most=5, setup=((1,), (2, 1)))

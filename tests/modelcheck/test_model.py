@@ -26,6 +26,7 @@ from tests.modelcheck.successors import unlike
         Bounds(verbs=2, setup=((1,), (2, 1, 1)), depth=1),
         Bounds(verbs=2, host_slots=4, setup=((1, 1, 1), (2, 1, 1, 1))),
         Bounds(verbs=3, turns_in_place=2),
+        named_bounds.PLACES_OF_FORKS,
         named_bounds.QUOTA,
         named_bounds.AHEAD,
         named_bounds.AHEAD_FAR,

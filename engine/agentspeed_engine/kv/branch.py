@@ -42,10 +42,6 @@ class Branch:
     """Raised by every change of the log; a child adopted later must find it as it was at the fork."""
     trunk: tuple[BranchId, int] | None = None
     """(parent, its `moves` at the fork)."""
-    place: int = 0
-    """The age that its last turn had, where places are kept (`sched.places`)."""
-    turns_in_place: int = 0
-    """Turns that it has had at that age; 0: places are not kept."""
     rested_at: float = 0.0
     """Since when it is silent: it gave its room back, or its turn ended without any. The pauses learnt begin here."""
 

@@ -16,7 +16,9 @@ class Turn:
 
     spec: TurnSpec
     age: int
-    """Arrival order; never changes (L5)."""
+    """Arrival order, of its session where sessions keep their places; never changes (L5)."""
+    enters: bool = False
+    """It is the first of a session at its place (`sched.places`)."""
     max_tokens: int
     """Tokens to draw; 0 only prefills."""
     bound: str = ""
@@ -48,6 +50,11 @@ class Turn:
     why: str = ""
     started_at: float = 0.0
     filled_at: float | None = None
+
+    @property
+    def added(self) -> int:
+        """Tokens that it has added to its session; the prompt of one that enters was there before."""
+        return self.drawn + (0 if self.enters else self.new - self.shared)
 
     def computed(self, start: int, end: int, known: int) -> None:
         """Rows [start, end) of the prompt came back; the first `known` of the log had been computed before."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from agentspeed_engine.ids import BranchId, NodeId, pages_for
 from agentspeed_engine.kv.branch import Branch
@@ -25,7 +25,7 @@ def lacks(world: SchedulerState, state: Queued, now: float) -> str:
     let in (L1)."""
     turn, branch = state.turn, state.branch
     older = world.active[: bisect_left(world.active, (turn.age, branch.id))]
-    resting = places.before(world, turn.age, now) if older else ()
+    resting = places.resting_before(world, (turn.age, branch.id), now) if older else []
     return _lacking(world, state, [number for _, number in older], world.config.pages, world.firm, now, resting)
 
 
@@ -48,7 +48,7 @@ def _lacking(
     pages: int,
     firm: Iterable[BranchId],
     now: float,
-    resting: Iterable[Branch] = (),
+    resting: Sequence[Branch] = (),
 ) -> str:
     if not older:
         return ""
@@ -58,6 +58,8 @@ def _lacking(
     for number in older:
         held = _running(world, number)
         spare -= _path_pages(held.branch.leaf, seen) + len(held.room.tail)
+    if turn.enters:
+        spare -= places.reserve(world, older, resting, branch)
     for other in resting:  # each will want a page to go on in
         spare -= 1 + _path_pages(other.leaf if other.seed is None else other.seed, seen)
     chain = world.kv.unreadable(branch)

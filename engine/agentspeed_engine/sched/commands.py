@@ -115,6 +115,8 @@ def generate(world: SchedulerState, link: LinkId, command: Generate, now: float)
     held = held.append(ids)
     world.next_turn += 1
     world.next_age += 1
+    age, enters = places.taken(world, world.sessions[branch.session])
+    _ = world.rested.pop(branch.id, None)
     spec = _spec(world.next_turn, branch, command)
     waits = config.prepares and (command.grammar is not None or bool(command.stop_strings))
     if waits:
@@ -123,7 +125,8 @@ def generate(world: SchedulerState, link: LinkId, command: Generate, now: float)
         held.enqueue(
             Turn(
                 spec=spec,
-                age=places.taken(world, branch, now),
+                age=age,
+                enters=enters,
                 max_tokens=wanted,
                 queued_at=now,
                 waits=waits,

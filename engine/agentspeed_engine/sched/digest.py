@@ -97,7 +97,6 @@ def _branch(world: SchedulerState, state: BranchState) -> Any:
         turn,
         room,
         then,
-        *([branch.place, branch.turns_in_place] if branch.turns_in_place else []),  # nothing where places are not kept
     )
 
 
@@ -122,6 +121,7 @@ def _turn(turn: Turn) -> Any:
         turn.why,
         turn.started_at,
         turn.filled_at,
+        *(["enters"] if turn.enters else []),
         *(["spoilt"] if turn.spoilt else []),  # else nothing: digests of recordings that have no such turn stay theirs
     )
 
@@ -194,6 +194,11 @@ def _pauses(world: SchedulerState) -> Any:
     return world.law.snapshot(), [law.snapshot() for law in world.tool_laws.values()], list(world.tools)
 
 
+def _places(world: SchedulerState) -> Any:
+    sessions = [(one.place, one.turns_in_place, one.grown) for one in world.sessions.values()]
+    return world.growth.snapshot(), list(world.rested), sessions
+
+
 PARTS: Final[dict[str, Callable[[SchedulerState], Any]]] = {
     "branches": _branches,
     "nodes": _nodes,
@@ -214,5 +219,6 @@ PARTS: Final[dict[str, Callable[[SchedulerState], Any]]] = {
         [spec.turn for spec in world.unprepared],
         sorted(number for number, state in world.states.items() if not isinstance(state, Held) and state.turn.prepared),
     ),
+    "places": _places,
 }
 """New parts come last: a recording made before a part was known is compared in those that it has."""

@@ -184,7 +184,7 @@ def _lacking(world: SchedulerState, state: Queued | Prefilling | Decoding) -> st
     for number in world.over_quota:
         first = world.states.get(number)
         same = first is not None and tenant_of(first.branch.root) == tenant_of(state.branch.root)
-        if same and isinstance(first, Queued | Prefilling | Decoding) and first.turn.age <= state.turn.age:
+        if same and isinstance(first, Queued | Prefilling | Decoding) and _order(first) <= _order(state):
             return "quota" if number == state.branch.id else f"quota after branch {number}"
     if world.refused is None:
         return ""
@@ -194,7 +194,11 @@ def _lacking(world: SchedulerState, state: Queued | Prefilling | Decoding) -> st
         return ""
     if number == state.branch.id:
         return why
-    return f"room after branch {number}" if stuck.turn.age < state.turn.age else ""
+    return f"room after branch {number}" if _order(stuck) < _order(state) else ""
+
+
+def _order(state: Queued | Prefilling | Decoding) -> tuple[int, BranchId]:
+    return state.turn.age, state.branch.id
 
 
 def _still(world: SchedulerState, why: str) -> bool:

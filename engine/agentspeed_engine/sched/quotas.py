@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from agentspeed_engine.errors import EngineFault
-from agentspeed_engine.ids import pages_for
+from agentspeed_engine.ids import BranchId, pages_for
 from agentspeed_engine.kv.branch import Branch
 from agentspeed_engine.kv.branch_states import Decoding, Prefilling, Promoting
 from agentspeed_engine.kv.tree import tenant_of
@@ -78,14 +78,14 @@ def allowed(world: SchedulerState, tenant: str, pages: int, now: float) -> int:
     return int(min(pages, max(0, left(world, tenant))))
 
 
-def make_room(world: SchedulerState, tenant: str, pages: int, age: int, now: float) -> bool:
-    """Whether a tenant may take `pages` more for its turn of `age`; what is in the way goes if it may. False: the turn
-    waits for older ones of the tenant, or for pages of it that come back by themselves."""
+def make_room(world: SchedulerState, tenant: str, pages: int, order: tuple[int, BranchId], now: float) -> bool:
+    """Whether a tenant may take `pages` more for its turn of this age and branch; what is in the way goes if it may.
+    False: the turn waits for older ones of the tenant, or for pages of it that come back by themselves."""
     while not _shed(world, tenant, pages, now):
         if _coming(world, tenant):
             return False
         active = world.actives.get(tenant, [])
-        if not active or active[-1][0] <= age:
+        if not active or active[-1] <= order:
             return False
         state = world.states[active[-1][1]]
         assert isinstance(state, Promoting | Prefilling | Decoding)

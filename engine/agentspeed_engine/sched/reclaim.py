@@ -68,13 +68,13 @@ def let_go(world: SchedulerState, victim: Node, missing: int, unsaved: int, now:
     return True
 
 
-def obtain(world: SchedulerState, pages: int, age: int, now: float) -> Grant:
-    """`pages` free pages for the turn of `age`, preempting strictly younger turns if it must."""
+def obtain(world: SchedulerState, pages: int, order: tuple[int, BranchId], now: float) -> Grant:
+    """`pages` free pages for the turn of this age and branch, preempting younger turns if it must."""
     while not reclaim(world, pages, now):
         if world.tickets and tickets.saving(world):
             return Grant.WAIT
         youngest = world.active[-1] if world.active else None
-        if youngest is None or youngest[0] <= age:
+        if youngest is None or youngest <= order:
             return Grant.WAIT if _settling(world) or world.tickets else Grant.NONE
         state = world.states[youngest[1]]
         assert isinstance(state, Promoting | Prefilling | Decoding)

@@ -143,7 +143,7 @@ def key(world: SchedulerState) -> Hashable:
     unborn = [child for state in settling for child in state.then.children]
     index = {number: place for place, number in enumerate(sorted([*branches, *unborn]))}
     ages = {state.turn.age for state in world.states.values() if not isinstance(state, Held)}
-    ages |= {state.branch.place for state in world.states.values() if state.branch.turns_in_place}
+    ages |= {session.place for session in world.sessions.values() if session.turns_in_place}
     rank = {age: place for place, age in enumerate(sorted(ages))}
     tree = world.kv.tree
     nodes = {number: place for place, number in enumerate(sorted(tree.nodes))}
@@ -155,6 +155,7 @@ def key(world: SchedulerState) -> Hashable:
         world.kv.slots.free,
         len(world.orders),
         world.early_seen == world.pressure(),
+        world.growth.snapshot(),
         tuple(
             (ticket.direction, tuple(nodes[node.id] for node in tree.in_copy[number]))
             for number, ticket in world.tickets.items()
@@ -195,6 +196,7 @@ def _branch_key(world: SchedulerState, number: BranchId, index: dict[BranchId, i
             asked.waits,
             asked.prepared,
             asked.spoilt,
+            asked.enters,
         )
     if isinstance(state, Promoting | Prefilling | Decoding | Settling):
         held = state.room
@@ -213,7 +215,7 @@ def _branch_key(world: SchedulerState, number: BranchId, index: dict[BranchId, i
         index[min(session.branches)],
         session.orphaned,
         branch.root,
-        (rank[branch.place], branch.turns_in_place) if branch.turns_in_place else None,
+        (rank[session.place], session.turns_in_place, session.grown) if session.turns_in_place else None,
         branch.private,
         turn,
         room,

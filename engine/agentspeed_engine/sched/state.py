@@ -41,6 +41,7 @@ from agentspeed_engine.protocol.messages import (
     TurnUsage,
 )
 from agentspeed_engine.sched.config import CoreConfig
+from agentspeed_engine.sched.growth import Growth
 from agentspeed_engine.sched.pause_model import PauseModel
 from agentspeed_engine.sched.plan import HostCopy, StepPlan
 
@@ -69,6 +70,12 @@ class Session:
     """What its front calls it; nothing is decided by it."""
     orphaned: bool = False
     """Its front died: what is still to be born ends at once."""
+    place: int = 0
+    """The age of its turns, where sessions keep their places (`sched.places`)."""
+    turns_in_place: int = 0
+    """Turns that it has had at that age; 0: it has had none, or places are not kept."""
+    grown: int = 0
+    """Tokens that these turns have added."""
 
 
 @final
@@ -127,6 +134,10 @@ class SchedulerState:
         self.tool_laws: dict[str, PauseModel] = {}
         self.tools: dict[BranchId, str] = {}
         """The tool that a branch at rest waits for, as its front told."""
+        self.growth = Growth()
+        """Learnt, where sessions keep their places."""
+        self.rested: dict[BranchId, None] = {}
+        """Branches at rest in the order in which they came to rest, where sessions keep their places."""
         self.oracle: Callable[[BranchId, float], float] | None = None
         """The true seconds until a branch runs again, in offline runs that know them."""
         self.tickets: dict[TicketId, Ticket] = {}
@@ -284,6 +295,8 @@ class SchedulerState:
         branch.rested_at = now  # also of a turn that ended in the queue: waiting there was no pause of its session
         if self.rankings is not None:
             self.rankings.moved(branch.leaf, branch.seed)
+        if self.config.turns_in_place > 1:
+            self._learn_growth(branch, turn)
         if turn.admitted and turn.filled_at is None:
             turn.new, turn.recomputed = turn.shared + turn.rows_new, turn.rows_again
         if turn.rows_new or turn.rows_again or turn.prepared:
@@ -294,8 +307,22 @@ class SchedulerState:
             TurnEnded(branch=branch.id, reason=turn.end, known=branch.known, usage=usage(turn, now), message=message),
         )
 
+    def _learn_growth(self, branch: Branch, turn: Turn) -> None:
+        self.rested[branch.id] = None
+        if not turn.admitted:
+            return
+        self.sessions[branch.session].grown += turn.added
+        self.growth.turn_ended(turn.added)
+
+    def end_visit(self, session: Session) -> None:
+        """A session leaves its place, if it has one."""
+        if session.turns_in_place:
+            self.growth.visit_ended(session.grown)
+            session.turns_in_place = session.grown = 0
+
     def forget(self, branch: Branch) -> None:
         """A closed branch leaves the tables; its session with the last of them."""
+        _ = self.rested.pop(branch.id, None)
         _ = self.states.pop(branch.id, None)
         _ = self.kv.branches.pop(branch.id, None)
         self.end_lease(branch.id)
@@ -303,6 +330,7 @@ class SchedulerState:
         session = self.sessions[branch.session]
         session.branches.discard(branch.id)
         if not session.branches:
+            self.end_visit(session)
             del self.sessions[branch.session]
 
     def end_lease(self, number: BranchId) -> None:

@@ -24,6 +24,7 @@ from agentspeed_engine.kv.turn import Turn
 from agentspeed_engine.kv.views import NodeRun, PageCopy, TurnSpec
 from agentspeed_engine.protocol.messages import Grammar, Lease, Residence, Sampling
 from agentspeed_engine.sched.config import CoreConfig
+from agentspeed_engine.sched.growth import Growth
 from agentspeed_engine.sched.pause_model import PauseModel
 from agentspeed_engine.sched.plan import HostCopy, Row, StepPlan, TokenOf
 from agentspeed_engine.sched.redaction import Veil
@@ -69,6 +70,7 @@ _CLASSES: Final[dict[str, type[Any]]] = {
     "Ticket": Ticket,
     "Session": Session,
     "PauseLaw": PauseModel,
+    "Growth": Growth,
     "Held": Held,
     "Queued": Queued,
     "Promoting": Promoting,

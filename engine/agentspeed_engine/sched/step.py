@@ -210,11 +210,11 @@ def _grow(world: SchedulerState, run: _Pass, state: Prefilling | Decoding, now: 
 
 def _obtain(world: SchedulerState, run: _Pass, branch: Branch, pages: int, spare: int, age: int, now: float) -> Grant:
     """`obtain`, within what the branch's tenant may have; `spare` pages more are to stay free."""
-    tenant = tenant_of(branch.root)
-    if tenant in run.full or not quotas.make_room(world, tenant, pages, age, now):
+    tenant, order = tenant_of(branch.root), (age, branch.id)
+    if tenant in run.full or not quotas.make_room(world, tenant, pages, order, now):
         _ = run.full.setdefault(tenant, branch.id)
         return Grant.QUOTA
-    return obtain(world, pages + spare, age, now)
+    return obtain(world, pages + spare, order, now)
 
 
 def _refuse(world: SchedulerState, run: _Pass, state: Queued | Prefilling | Decoding, why: str) -> None:

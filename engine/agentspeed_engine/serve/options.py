@@ -123,10 +123,10 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     rows make room, then its turns wait. None: no quota."""
     tenant_sessions: int | None = None
     """Most sessions of one tenant. None: no quota."""
-    turns_in_place: int = 1
-    """Turns that a session may have in a row at its place in the queue, where each follows within half a second of the
-    last. With 3, agents whose tools answer at once keep their rows while others wait, so that a pool that is too small
-    serves more of them; who was away longer waits longer. 1: every turn goes to the end of the queue."""
+    turns_in_place: int = 32
+    """Turns of a session, of all its branches, that keep the place in the queue that its first one had. Where more
+    sessions want the pool than it holds, those that have begun go on with their rows, and others wait until they have
+    ended or had so many turns. 1: every turn goes to the end of the queue."""
     policy: str = "next_use"
     """Who loses rows first under pressure; the others are there to compare with (`sched.policy`)."""
     ticket_deadline: float = 5.0

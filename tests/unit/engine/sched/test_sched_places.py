@@ -1,4 +1,4 @@
-"""A branch that goes on at once keeps its place and its rows, a few turns long, where places are kept."""
+"""Sessions that have begun go on at their places and with their rows, where places are kept."""
 
 from __future__ import annotations
 
@@ -59,14 +59,27 @@ def test_where_places_are_not_kept_it_goes_to_the_end_and_its_rows_make_room() -
     assert ended(world, goes_on)[-1].recomputed > 4
 
 
-def test_after_a_longer_pause_the_place_is_lost_and_the_rows_make_room() -> None:
+def test_after_a_longer_pause_the_rows_have_made_room_and_the_place_is_kept() -> None:
     world, goes_on, waits = one_draws_and_one_waits(places.SECONDS + 0.01, **KEPT)
+    _ = world.step()
+    assert started(world, waits)
+
+    last = world.open(range(60, 80))
+    assert isinstance(world.start(last, most=2), wire.Done)
+    assert isinstance(world.start(goes_on, [60, 61], most=2), wire.Done)
+    while len(ended(world, goes_on)) < 2:
+        _ = world.step()
+
+    assert not started(world, last)
+
+
+def test_who_announced_a_longer_pause_gives_its_rows_up_at_once() -> None:
+    world, goes_on, waits = one_draws_and_one_waits(**KEPT)
+    _ = world.send(wire.Expect(request=1, branch=goes_on, seconds=600.0, tool="build", keep="soft"))
+
     _ = world.step()
 
     assert started(world, waits)
-    assert isinstance(world.start(goes_on, [60, 61], most=2), wire.Done)
-    world.run()
-    assert ended(world, goes_on)[-1].recomputed > 4
 
 
 def test_a_place_is_kept_for_so_many_turns_and_no_more() -> None:
@@ -93,18 +106,78 @@ def test_a_session_that_is_closed_keeps_no_place() -> None:
     assert started(world, waits)
 
 
-def test_forks_begin_in_places_of_their_own() -> None:
+def test_forks_are_of_the_place_of_their_session_and_use_it_up() -> None:
     world, goes_on, waits = one_draws_and_one_waits(**KEPT)
-    forked = world.send(wire.Fork(request=1, branch=goes_on, n=1))
+    forked = world.send(wire.Fork(request=1, branch=goes_on, n=2))
     assert isinstance(forked, wire.Forked)
-    (child,) = forked.branches
-    world.logs[child] = world.logs[goes_on].copy()
-    _ = world.send(wire.Close(request=1, branch=goes_on))
+    for child in forked.branches:
+        world.logs[child] = world.logs[goes_on].copy()
+        assert isinstance(world.start(child, [60], most=1), wire.Done)
+        while not ended(world, child):
+            _ = world.step()
+    assert not started(world, waits)
 
-    assert isinstance(world.start(child, [60], most=1), wire.Done)
+    assert isinstance(world.start(goes_on, [60], most=1), wire.Done)
+    while not ended(world, waits):
+        _ = world.step()
+
+    assert len(ended(world, goes_on)) == 1
+
+
+@pytest.mark.parametrize("bound", ["pages", "tenant_pages"])
+@pytest.mark.parametrize("pages", range(9, 14))
+def test_turns_of_one_place_that_do_not_fit_beside_each_other_end_one_after_the_other(pages: int, bound: str) -> None:
+    world = Scheduled(**{"pages": 40, bound: pages}, context_limit=32, **KEPT)
+    trunk = world.open(range(1, 9))
+    _ = world.turn(trunk)
+    forked = world.send(wire.Fork(request=1, branch=trunk, n=2))
+    assert isinstance(forked, wire.Forked)
+    for child in forked.branches:
+        world.logs[child] = world.logs[trunk].copy()
+        assert isinstance(world.start(child, [60 + child], most=22), wire.Done)
+
+    world.run()
+
+    assert [ended(world, child)[0].drawn for child in forked.branches] == [22, 22]
+
+
+def visits(world: Scheduled, count: int, turns: int) -> None:
+    """So many sessions one after the other, each of so many turns that add 9 tokens, and gone."""
+    for number in range(count):
+        branch = world.open([number + 1])
+        for turn in range(turns):
+            _ = world.turn(branch, [number + 1] * 4 if turn else [], most=5)
+        _ = world.send(wire.Close(request=1, branch=branch))
+
+
+@pytest.mark.parametrize(("turns", "enters"), [(1, True), (3, False)])
+def test_who_begins_is_let_in_where_there_is_room_for_what_others_will_yet_add(turns: int, enters: bool) -> None:
+    world = Scheduled(pages=13, context_limit=48, prefill_chunk=64, **KEPT)
+    visits(world, 4, turns)
+    runs, comes = world.open(range(40, 60)), world.open(range(60, 80))
+    assert isinstance(world.start(runs, most=5), wire.Done)
     _ = world.step()
 
-    assert started(world, waits)
+    assert isinstance(world.start(comes, most=1), wire.Done)
+    _ = world.step()
+
+    assert started(world, comes) is enters
+    world.run()
+    assert ended(world, comes)
+
+
+def test_what_a_session_has_added_already_is_not_waited_for() -> None:
+    world = Scheduled(pages=27, context_limit=80, prefill_chunk=64, turns_in_place=8)
+    visits(world, 4, 6)
+    runs, comes = world.open(range(40, 60)), world.open(range(60, 80))
+    _ = world.turn(runs, most=24)
+    assert isinstance(world.start(runs, [1, 2], most=5), wire.Done)
+    _ = world.step()
+
+    assert isinstance(world.start(comes, most=1), wire.Done)
+    _ = world.step()
+
+    assert started(world, comes)
 
 
 def test_who_waits_alone_is_let_in_whoever_rests() -> None:
