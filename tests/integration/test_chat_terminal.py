@@ -65,7 +65,7 @@ def pay(amount: int) -> str:
     """Pay an amount."""
     return f"paid {amount}"
 '''
-REUSE = re.compile(r"(\d+) tokens resumed, (\d+) new.*?, (\d+) drawn: (\d+) computed")
+REUSE = re.compile(r"(\d+) tokens? resumed, (\d+) new.*?, (\d+) drawn: (\d+) computed")
 ECHO = "lambda turn: f'heard {asked(turn)!r}'"
 UP, LEFT = "\x1b[A", "\x1b[D"
 
