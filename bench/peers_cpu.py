@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--model", default="v3-50m", help="a configuration in bench/models")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--weights", choices=("dtype", "int8", "int8-32"), default="dtype", help="ours alone")
-    parser.add_argument("--turns-in-place", type=int, default=32, help="ours alone: the engine's option of that name")
+    parser.add_argument("--turns-in-place", type=int, help="ours alone: the engine's option of that name")
     parser.add_argument("--peers", type=Path, default=ROOT / ".peers", help="where peers are installed")
     parser.add_argument("--server", action="append", default=[], metavar="NAME=URL")
     parser.add_argument("--sides", default="", help="names, or beginnings of names, with commas between; all if empty")

@@ -41,7 +41,7 @@ class EngineOptions(TypedDict, total=False):
     max_lease_seconds: float
     tenant_pages: int | None
     tenant_sessions: int | None
-    turns_in_place: int
+    turns_in_place: int | None
     policy: str
     ticket_deadline: float
     outbox_bytes: int

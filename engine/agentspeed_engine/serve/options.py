@@ -123,10 +123,11 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     rows make room, then its turns wait. None: no quota."""
     tenant_sessions: int | None = None
     """Most sessions of one tenant. None: no quota."""
-    turns_in_place: int = 32
+    turns_in_place: int | None = None
     """Turns of a session, of all its branches, that keep the place in the queue that its first one had. Where more
     sessions want the pool than it holds, those that have begun go on with their rows, and others wait until they have
-    ended or had so many turns. 1: every turn goes to the end of the queue."""
+    ended or had so many turns. 1: every turn goes to the end of the queue. None: 32, and 1 with a host tier, from where
+    rows of those that wait come back without being computed."""
     policy: str = "next_use"
     """Who loses rows first under pressure; the others are there to compare with (`sched.policy`)."""
     ticket_deadline: float = 5.0
@@ -176,6 +177,8 @@ _RANGES: dict[str, tuple[int, int]] = {
     "record_bytes": (LEAST_BYTES, _MOST),
 }
 """The least and the most of every whole number among the options."""
+_TURNS_IN_PLACE = 32
+"""Of an engine without a host tier: more than most agents take for what they are asked (decision 0074)."""
 _LONGEST_WAIT = 86_400.0
 """Seconds that a rank may be waited for; the timers of sockets do not hold any number."""
 _SECONDS = ("max_lease_seconds", "ticket_deadline", "idle_seconds", "rank_seconds")
@@ -482,6 +485,6 @@ def _core(options: EngineOptions, pages: int, limit: int, vocab_size: int, name:
         max_lease_seconds=options.max_lease_seconds,
         tenant_pages=options.tenant_pages,
         tenant_sessions=options.tenant_sessions,
-        turns_in_place=options.turns_in_place,
+        turns_in_place=options.turns_in_place or (1 if options.host_slots else _TURNS_IN_PLACE),
         policy=options.policy,
     )

@@ -180,3 +180,13 @@ def test_an_engine_does_not_start_with_kernels_that_cannot_be_chosen(monkeypatch
     none = refusal(model=NANO, pages=64)
     assert none.code == "bad_options"
     assert "no kernel for rms_norm" in none.message and "exclude fewer kernels" in none.remedy
+
+
+@pytest.mark.parametrize(
+    ("options", "turns"),
+    [({}, 32), ({"host_slots": 8}, 1), ({"host_slots": 8, "turns_in_place": 5}, 5), ({"turns_in_place": 1}, 1)],
+)
+def test_sessions_keep_their_places_where_no_host_tier_keeps_their_rows(options: dict[str, int], turns: int) -> None:
+    built = build(options_from({"model": "noop:64:0", "pages": 64, **options}))
+
+    assert built.core.turns_in_place == turns
