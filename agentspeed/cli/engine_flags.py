@@ -11,8 +11,6 @@ import typer
 
 from agentspeed import errors
 from agentspeed._core.engine_options import EngineOptions, checked_engine_options
-from agentspeed._core.model_files import NANO
-from agentspeed.transport.hub import resolve
 
 DtypeWord: TypeAlias = Literal["auto", "float32", "float64", "bfloat16"]
 WeightsWord: TypeAlias = Literal["dtype", "int8", "int8-32", "fp8"]
@@ -60,7 +58,13 @@ def engine_options_of(settings: Sequence[str] | None, **named: Any) -> EngineOpt
 
 def at_revision(model: str | None, revision: str | None) -> str | Path | None:
     """The model as a session takes it; of a revision its folder, fetched first. Raises what `resolve` raises."""
-    return model if revision is None else resolve(NANO if model is None else model, revision)
+    if revision is None:
+        return model
+    # Imported late, as what a command does is: `agentspeed top` has no use for it.
+    from agentspeed._core.model_files import NANO
+    from agentspeed.transport.hub import resolve
+
+    return resolve(NANO if model is None else model, revision)
 
 
 def ranks_said(options: EngineOptions) -> str:

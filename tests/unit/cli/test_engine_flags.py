@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -117,3 +119,11 @@ def test_a_session_says_where_what_is_for_engines_goes() -> None:
     options: Any = {"revision": "v1", "api_key": "k"}
     with pytest.raises(errors.InvalidRequest, match=r"no api_key and no revision.*Engine\(model, api_key=\.\.\., re"):
         Session("owner/name", **options)
+
+
+def test_the_list_of_commands_loads_neither_the_session_nor_the_hub() -> None:
+    """`agentspeed top` and `--help` would wait for them."""
+    code = (
+        "import sys, agentspeed.cli.app; sys.exit(any(name in sys.modules for name in ('httpx', 'agentspeed.session')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
