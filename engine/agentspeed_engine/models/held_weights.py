@@ -27,3 +27,10 @@ def held_by(value: object) -> Iterator[Weight]:
 def numbers_of(weight: Weight) -> Tensor:
     """What most of a weight's bytes are in."""
     return weight if isinstance(weight, Tensor) else weight.data
+
+
+def tensors_of(weight: Weight) -> tuple[Tensor, ...]:
+    """All that a weight is kept in."""
+    if isinstance(weight, Tensor):
+        return (weight,)
+    return (weight.data, weight.scales) if isinstance(weight, Quantised | Fp8Blocks) else (weight.data,)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.models.checkpoint import Checkpoint
-from agentspeed_engine.models.held_weights import held_by, numbers_of
+from agentspeed_engine.models.held_weights import held_by, tensors_of
 from agentspeed_engine.models.inputs import FlatBatch
 from agentspeed_engine.models.inputs_on_device import upload
 from agentspeed_engine.models.joined import joined
@@ -147,7 +147,7 @@ class LoadedModel:
             self._kernels.laid_out()
         if self.device.type == "cpu":
             pools = {pool.untyped_storage().data_ptr() for pool in self.pools.tensors}
-            held_here = [numbers_of(weight) for weight in held_by(chain)]
+            held_here = [one for weight in held_by(chain) for one in tensors_of(weight)]
             in_large_pages(one for one in held_here if one.untyped_storage().data_ptr() not in pools)
         if progress is not None:  # of experts that live elsewhere nothing was read
             progress(1.0)

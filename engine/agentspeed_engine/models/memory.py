@@ -3,6 +3,7 @@ pages of the kernel's."""
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 import math
 import mmap
@@ -29,6 +30,10 @@ _COLLAPSE: Final = 25
 """Linux's MADV_COLLAPSE (6.1 and later), which Python's mmap does not name: small pages become large ones at once."""
 _APART: Final = 8 << 10
 """Bytes between two allocations side by side, at most: the rest of a page, and what the allocator notes."""
+_SMALL: Final = 4 << 20
+"""Bytes of a weight, at most, that is moved: it is there twice meanwhile, and a larger one loses less at its ends."""
+_LINE: Final = 64
+"""Bytes of a cache line, on which tensors begin."""
 _ASKED: Final = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -73,16 +78,23 @@ def zeros_on_demand(shape: tuple[int, ...], dtype: torch.dtype, *, streamed: boo
 
 
 def in_large_pages(weights: Iterable[Tensor]) -> None:
-    """Moves what is resident to pages of `LARGE_PAGE`, as far as weights side by side fill them, so that no more memory
-    is taken: a product that reads a weight once runs on across the ends of small pages at two thirds of the speed.
+    """Moves what is resident to pages of `LARGE_PAGE`: a product that reads a weight once runs on across the ends of
+    small pages at two thirds of the speed. Small weights are laid side by side; others stay where they are, as far as
+    those beside each other fill large pages. No more memory is taken, but for one small weight on its way.
 
-    Without effect on files that are mapped, and where the kernel gives no large pages or has been told not to."""
-    if sys.platform != "linux" or not _ASKED.exists() or "[never]" in _ASKED.read_text():
+    Without effect on files that are mapped, and where the kernel gives no large pages or has been told not to. Each
+    tensor of a small weight must be given: one that is not would hold the memory that it was in."""
+    try:
+        if sys.platform != "linux" or "[never]" in _ASKED.read_text():
+            return
+        anonymous = _anonymous()
+    except OSError:  # a kernel without large pages, or one that tells this process nothing
         return
+    held = list({id(weight): weight for weight in weights}.values())
+    _lay_side_by_side(held, anonymous)
     advise = ctypes.CDLL(None).madvise
     advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    anonymous = _anonymous()
-    for begin, end in large_spans((weight.data_ptr(), weight.nbytes) for weight in weights):
+    for begin, end in large_spans((weight.data_ptr(), weight.nbytes) for weight in held):
         for low, high in anonymous:
             first, last = max(begin, low), min(end, high)
             if last - first >= LARGE_PAGE:  # what is not done is left as it was, and costs speed alone
@@ -90,6 +102,50 @@ def in_large_pages(weights: Iterable[Tensor]) -> None:
                 size = (last - first) // LARGE_PAGE * LARGE_PAGE
                 if size and advise(first, size, mmap.MADV_HUGEPAGE) == 0:
                     advise(first, size, _COLLAPSE)
+
+
+def _lay_side_by_side(weights: Iterable[Tensor], anonymous: list[tuple[int, int]]) -> None:
+    """One small weight after the other into one stretch of memory. Where they were made, what was freed meanwhile and
+    scales lie between them: half of a small model in 8 bits filled no large page."""
+    sharing: dict[int, list[Tensor]] = {}
+    for weight in weights:
+        sharing.setdefault(weight.untyped_storage().data_ptr(), []).append(weight)
+        if (whole := weight._base) is not None:  # which a view of it keeps
+            sharing[whole.untyped_storage().data_ptr()].append(whole)
+    moved: list[tuple[list[Tensor], int]] = []
+    for address, those in sharing.items():
+        size = those[0].untyped_storage().nbytes()
+        # Of memory that these are only a part of, others may hold the rest.
+        if 0 < size <= _SMALL and max(one.nbytes for one in those) == size and _within(address, size, anonymous):
+            moved.append((those, size))
+    room = sum(_lines(size) for _, size in moved)
+    if room < LARGE_PAGE:
+        return
+    stretch = zeros_on_demand((room,), torch.uint8, streamed=True)
+    library = ctypes.CDLL(None)
+    at = kept = 0
+    for those, size in moved:
+        old = those[0].untyped_storage()
+        stretch[at : at + size].copy_(torch.empty(0, dtype=torch.uint8).set_(old, 0, (size,), (1,)))
+        first = stretch.data_ptr() - stretch.untyped_storage().data_ptr() + at
+        for one in {id(one): one for one in those}.values():
+            offset = first // one.element_size() + one.storage_offset()
+            one.set_(stretch.untyped_storage(), offset, one.shape, one.stride())
+        at, kept = at + _lines(size), kept + size
+        if (kept >= _SMALL or at == room) and hasattr(library, "malloc_trim"):
+            library.malloc_trim(0)  # else memory that was not mapped by itself would stay this process's
+            kept = 0
+
+
+def _lines(size: int) -> int:
+    """Bytes of whole cache lines."""
+    return -(-size // _LINE) * _LINE
+
+
+def _within(address: int, size: int, ranges: list[tuple[int, int]]) -> bool:
+    """Whether one of the ranges, which rise, has all of it."""
+    found = bisect.bisect_right(ranges, (address, sys.maxsize)) - 1
+    return found >= 0 and ranges[found][0] <= address and address + size <= ranges[found][1]
 
 
 def large_spans(held: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
