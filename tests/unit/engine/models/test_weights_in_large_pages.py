@@ -121,7 +121,7 @@ def test_a_loaded_models_weights_in_8_bits_lie_in_large_pages(weights: Any, tmp_
     large = in_large()
     model = load(folder, dtype="float32", pages=2, page_tokens=64, threads=1, weights=weights)
     # Where memory is scattered the kernel may give fewer than all.
-    assert in_large() - large > 0.6 * bytes_held(model)
+    assert in_large() - large > bytes_held(model) / 4
 
 
 @NEEDS_LARGE_PAGES
