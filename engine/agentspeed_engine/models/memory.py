@@ -17,6 +17,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from agentspeed_engine.errors import EngineFault
+
 _NUMBERS: Final = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_TOP_PAD_": -2, "MALLOC_MMAP_THRESHOLD_": -3}
 """What glibc calls the settings that a process may have been started with (`serve.tuning`)."""
 _MEANWHILE: Final = {"MALLOC_TRIM_THRESHOLD_": 1 << 17, "MALLOC_TOP_PAD_": 0, "MALLOC_MMAP_THRESHOLD_": 1 << 17}
@@ -64,11 +66,19 @@ def zeros_on_demand(shape: tuple[int, ...], dtype: torch.dtype, *, streamed: boo
     """Zeros that take memory only where they are written: a pool may be large, most sessions are not.
 
     `streamed`: steps read long ranges of it, so that it lies in pages of `LARGE_PAGE` where the kernel gives them on
-    advice. It then takes memory in such steps, never more than it has in all."""
+    advice. It then takes memory in such steps, never more than it has in all. Raises `EngineFault` (out_of_memory)
+    where the process may not have so many addresses."""
     size = math.prod(shape) * dtype.itemsize
     # Memory of this process alone: what processes could share is the kernel's file system for it, and has small pages.
     spare = LARGE_PAGE if streamed else 0
-    memory = mmap.mmap(-1, size + spare, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, size + spare, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise EngineFault(
+            "out_of_memory",
+            f"This process cannot have {(size >> 20) + 1} MB of memory more: {error.strerror}.",
+            "Give fewer pages or host slots, or lift what limits the process (`ulimit -v`).",
+        ) from error
     begin = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % LARGE_PAGE if streamed else 0
     whole = size // LARGE_PAGE * LARGE_PAGE if streamed else 0
     if whole and sys.platform == "linux":
@@ -121,7 +131,10 @@ def _lay_side_by_side(weights: Iterable[Tensor], anonymous: list[tuple[int, int]
     room = sum(_lines(size) for _, size in moved)
     if room < LARGE_PAGE:
         return
-    stretch = zeros_on_demand((room,), torch.uint8, streamed=True)
+    try:
+        stretch = zeros_on_demand((room,), torch.uint8, streamed=True)
+    except EngineFault:  # they stay where they are, which costs speed alone
+        return
     library = ctypes.CDLL(None)
     at = kept = 0
     for those, size in moved:

@@ -64,6 +64,17 @@ def test_a_resume_counts_if_its_turn_began_within_and_openings_are_none() -> Non
     assert (found["resume_p50"], found["resume_p99"]) == (3, 3)
 
 
+def test_openings_are_told_beside_resumes_and_a_turn_of_either_kind_to_its_end() -> None:
+    loop = Loop((alike(0.5, turns=2),), warm_up=10, seconds=10)
+    begun_and_waited = [(0, 9), (9.5, 8), (11, 7), (12, 0.5), (13, 6), (19, 3), (21, 5)]  # every other one opens
+    turns = [Timing(begun, waited, waited + 0.5, 4) for begun, waited in begun_and_waited]
+
+    found = figures(loop, [turns])
+
+    assert (found["opening_p50"], found["opening_max"]) == (7, 7)
+    assert found["turn_mean"] == (7.5 + 1 + 6.5 + 3.5) / 4
+
+
 def test_an_engine_that_takes_no_time_reaches_all_that_is_possible() -> None:
     loop = Loop((alike(0.5), alike(2.0)), warm_up=10, seconds=20)
     played = [[Timing(100 + number * pause, 0, 0, 4) for number in range(1, 100)] for pause in (0.5, 2.0)]

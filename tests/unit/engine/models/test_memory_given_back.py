@@ -8,7 +8,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from agentspeed_engine.errors import EngineFault
+from agentspeed_engine.models.memory import zeros_on_demand
 from agentspeed_engine.serve.tuning import MALLOC
 
 SCRIPT = """
@@ -41,3 +44,10 @@ def test_freed_memory_goes_back_in_a_load_and_stays_afterwards() -> None:
     during, after = map(int, said.split())
     assert during < 8
     assert after > 56
+
+
+def test_more_addresses_than_a_process_may_have_are_refused_with_the_ways_out() -> None:
+    with pytest.raises(EngineFault, match=r"cannot have \d+ MB of memory more: .*ulimit -v") as refused:
+        zeros_on_demand((1 << 60,), torch.uint8)
+
+    assert refused.value.code == "out_of_memory"
