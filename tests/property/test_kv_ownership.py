@@ -19,7 +19,9 @@ VOCABULARY, STOP = 7, 6
 IDS = st.lists(st.integers(0, 2), max_size=9)
 
 
-def small_core(page: int, limit: int, spare: int, chunk: int, depth: int, ahead: bool, slots: int, policy: str) -> Core:
+def small_core(
+    page: int, limit: int, spare: int, chunk: int, depth: int, ahead: bool, slots: int, policy: str, places: int
+) -> Core:
     """A pool in which every turn fits and little more, so that histories meet every shortage."""
     return Core(
         CoreConfig(
@@ -36,6 +38,7 @@ def small_core(page: int, limit: int, spare: int, chunk: int, depth: int, ahead:
             decode_ahead=ahead and depth > 0,
             host_slots=slots,
             policy=policy,
+            turns_in_place=places,
         )
     )
 
@@ -50,6 +53,7 @@ CORES = st.builds(
     ahead=st.booleans(),
     slots=st.sampled_from([0, 2, 5, 40]),
     policy=st.sampled_from(["next_use", "lru", "ttl", "min_waste"]),
+    places=st.sampled_from([1, 2, 5, 32]),
 )
 
 

@@ -79,6 +79,7 @@ class EngineSpec:
     max_lease_seconds: float = 3600.0
     tenant_pages: int | None = None
     tenant_sessions: int | None = None
+    turns_in_place: int = 1
     policy: str = "next_use"
 
     def config(self) -> CoreConfig:
