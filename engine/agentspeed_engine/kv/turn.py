@@ -53,8 +53,9 @@ class Turn:
 
     @property
     def added(self) -> int:
-        """Tokens that it has added to its session; the prompt of one that enters was there before."""
-        return self.drawn + (0 if self.enters else self.new - self.shared)
+        """Tokens by which it makes its session larger. One that enters adds none: a session of one turn gives back
+        all that it had, and room kept for its growth would be kept from others for nothing."""
+        return 0 if self.enters else self.drawn + self.new - self.shared
 
     def computed(self, start: int, end: int, known: int) -> None:
         """Rows [start, end) of the prompt came back; the first `known` of the log had been computed before."""

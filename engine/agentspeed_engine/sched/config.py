@@ -52,7 +52,7 @@ class CoreConfig:
     """Most device pages of one tenant, cached rows included (`sched.quotas`); None: no quota."""
     tenant_sessions: int | None = None
     turns_in_place: int = 1
-    """Turns that a branch may have in a row at the age of the first, over short pauses (`sched.places`)."""
+    """Turns of a session that have the age of the first (`sched.places`). 1: each has its own."""
     policy: str = "next_use"
     """Who loses rows first (`sched.policy`); all but the default are there to compare with."""
     dp: int = 1

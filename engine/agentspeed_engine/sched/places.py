@@ -7,8 +7,8 @@ its place, and its turns there are a visit. Then three things hold so many sessi
 keep their rows:
 
 - Who begins a visit is let in beside the older ones if there is room for what they will yet add as well (`reserve`).
-- Rows of a branch that has just come to rest make no room for younger ones (`resting_before`). Who announced a longer
-  pause (`Expect`) gives them up at once.
+- Nobody younger is let in on the rows of a branch that has just come to rest (`resting_before`), where no quota bounds
+  them; a turn that runs may still grow over them. Who announced a longer pause (`Expect`) gives them up at once.
 - Who was away longer finds its place, not its rows.
 
 Nobody starves: a session has so many turns at an age and no more, so before any turn there are finitely many, and who
@@ -26,7 +26,7 @@ from agentspeed_engine.kv.branch_states import Held, Queued
 from agentspeed_engine.sched.state import SchedulerState, Session
 
 SECONDS: Final = 0.5
-"""For so long after a turn its rows make no room for younger ones. Longer, and too much of the pool lies idle where
+"""For so long after a turn nobody younger is let in on its rows. Longer, and too much of the pool lies idle where
 pauses are those of people and of long tools (decision 0074)."""
 
 
@@ -47,6 +47,11 @@ def resting_before(world: SchedulerState, order: tuple[int, BranchId], now: floa
     found: list[Branch] = []
     if world.config.turns_in_place == 1:
         return found
+    for number in world.preparing.values():  # it is in no queue yet, and will be in its place in a moment
+        state = world.states[number]
+        assert isinstance(state, Queued)
+        if not state.turn.enters and (state.turn.age, number) < order:
+            found.append(state.branch)
     for number in reversed(world.rested):
         state = world.states[number]
         assert isinstance(state, Held)

@@ -216,6 +216,7 @@ def _branch_key(world: SchedulerState, number: BranchId, index: dict[BranchId, i
         session.orphaned,
         branch.root,
         (rank[session.place], session.turns_in_place, session.grown) if session.turns_in_place else None,
+        number in world.rested,
         branch.private,
         turn,
         room,

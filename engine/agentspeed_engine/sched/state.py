@@ -309,16 +309,20 @@ class SchedulerState:
 
     def _learn_growth(self, branch: Branch, turn: Turn) -> None:
         self.rested[branch.id] = None
-        if not turn.admitted:
-            return
-        self.sessions[branch.session].grown += turn.added
-        self.growth.turn_ended(turn.added)
+        session = self.sessions[branch.session]
+        if turn.enters:
+            if not turn.admitted and session.turns_in_place == 1 and session.place == turn.age:
+                session.turns_in_place = 0  # it was not let in: the next turn is to enter
+        elif turn.admitted:
+            session.grown += turn.added
+            self.growth.turn_ended(turn.added)
 
     def end_visit(self, session: Session) -> None:
-        """A session leaves its place, if it has one."""
-        if session.turns_in_place:
+        """A session leaves its place, if it has one. Of visits of one turn, and those left before their turns ended,
+        nothing is learnt."""
+        if session.grown:
             self.growth.visit_ended(session.grown)
-            session.turns_in_place = session.grown = 0
+        session.turns_in_place = session.grown = 0
 
     def forget(self, branch: Branch) -> None:
         """A closed branch leaves the tables; its session with the last of them."""

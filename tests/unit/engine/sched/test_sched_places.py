@@ -8,6 +8,7 @@ import pytest
 
 from agentspeed_engine.errors import EngineFault
 from agentspeed_engine.protocol import messages as wire
+from agentspeed_engine.protocol.token_ids import pack_ids
 from agentspeed_engine.sched import places
 from agentspeed_engine.sched.config import CoreConfig
 from tests.support.scheduled import Scheduled
@@ -166,11 +167,62 @@ def test_who_begins_is_let_in_where_there_is_room_for_what_others_will_yet_add(t
     assert ended(world, comes)
 
 
+def test_a_turn_that_is_made_ready_for_keeps_its_rows_meanwhile() -> None:
+    world, goes_on, waits = one_draws_and_one_waits(prepares=True, **KEPT)
+    command = wire.Generate(request=1, branch=goes_on, ids=pack_ids([60, 61]), max_tokens=2, stop_strings=(b"x",))
+    assert isinstance(world.send(command), wire.Done)
+    world.logs[goes_on] += [60, 61]
+    for _ in range(6):
+        _ = world.step()
+    assert not started(world, waits)
+
+    for spec in world.core.preparations():
+        world.hear(world.core.prepared(spec.turn, None, world.now))
+    while len(ended(world, goes_on)) < 2:
+        _ = world.step()
+
+    assert ended(world, goes_on)[-1].recomputed <= 1
+
+
+def test_who_was_not_let_in_is_to_enter_again_and_teaches_nothing() -> None:
+    world = Scheduled(pages=13, context_limit=48, prefill_chunk=64, **KEPT)
+    visits(world, 4, 3)
+    learnt = world.core.world.growth.snapshot()
+    runs, comes = world.open(range(40, 60)), world.open(range(60, 80))
+    assert isinstance(world.start(runs, most=5), wire.Done)
+    _ = world.step()
+    assert isinstance(world.start(comes, most=1), wire.Done)
+    _ = world.step()
+    _ = world.send(wire.Cancel(request=1, branch=comes))
+
+    assert isinstance(world.start(comes, most=1), wire.Done)
+    _ = world.step()
+
+    assert not started(world, comes)
+    _ = world.send(wire.Close(request=1, branch=comes))
+    assert world.core.world.growth.snapshot() == learnt
+
+
+def test_of_a_visit_that_is_left_while_its_turns_run_nothing_is_learnt() -> None:
+    world = Scheduled(pages=40, **KEPT)
+    visits(world, 4, 3)
+    learnt = world.core.world.growth.to_come(0)
+    trunk = world.open(range(40, 44))
+    forked = world.send(wire.Fork(request=1, branch=trunk, n=5))
+    assert isinstance(forked, wire.Forked)
+    for child in forked.branches:
+        world.logs[child] = world.logs[trunk].copy()
+        assert isinstance(world.start(child, [60 + child], most=1), wire.Done)
+
+    assert world.core.world.growth.to_come(0) == learnt
+
+
 def test_what_a_session_has_added_already_is_not_waited_for() -> None:
     world = Scheduled(pages=27, context_limit=80, prefill_chunk=64, turns_in_place=8)
     visits(world, 4, 6)
     runs, comes = world.open(range(40, 60)), world.open(range(60, 80))
-    _ = world.turn(runs, most=24)
+    _ = world.turn(runs)
+    _ = world.turn(runs, [1, 2], most=22)
     assert isinstance(world.start(runs, [1, 2], most=5), wire.Done)
     _ = world.step()
 
