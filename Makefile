@@ -10,7 +10,7 @@ PARALLEL ?= -n 3 --dist loadfile --no-loadscope-reorder
 JOBS := $(shell nproc)
 # What `make bench` runs, in this order; the options keep each below ten minutes. One alone: make bench BENCHES=fork
 BENCHES := sched fork resume cold_siblings sdk server turns agents adapters busy nano load kernels int8 fp8_cache invariant peers_cpu spmd step retention \
-	"pauses --seeds 6" models deadlock_race recorder host_copies "cancel --events 2000 --kills 10"
+	"pauses --seeds 6" places models deadlock_race recorder host_copies "cancel --events 2000 --kills 10"
 .PHONY: demo test check conformance bench peer-vllm peer-llama format model model-large simulate clean
 
 $(STAMP): pyproject.toml constraints.txt

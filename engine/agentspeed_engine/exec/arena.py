@@ -39,9 +39,11 @@ class HostArena:
             if on_gpu:
                 for held in self._slots:
                     _pin(held, self)
-        except (OSError, RuntimeError) as error:
+        except (EngineFault, OSError, RuntimeError) as error:
             raise EngineFault(
-                "out_of_memory", f"No host memory for {counted(slots, 'slot')}: {error}.", "Give fewer host slots."
+                "out_of_memory",
+                f"No host memory for {counted(slots, 'slot')}: {str(error).rstrip('.')}.",
+                "Give fewer slots.",
             ) from error
         # Two, so that the pieces of one page are gathered while another is on its way.
         self._streams = tuple(_cuda.Stream(pools[0].device) for _ in range(2)) if on_gpu else ()
